@@ -1,0 +1,46 @@
+"""The one entry form: `python -m <folder> <verb> file.yaml ... key=value ...`."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+Verb = Callable[[list[str]], int | None]
+
+# What a person's input can cause: printed as one line, exit 2. Everything else is a bug and keeps its traceback.
+PERSONS_FAULTS = (ValueError, OSError)
+
+
+def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = None) -> int:
+    """Runs the verb that `words` (default: the command line) begin with and returns the exit status.
+
+    A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
+    """
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(usage(program, verbs))
+        return 0 if words else 2
+    verb = verbs.get(words[0])
+    if verb is None:
+        print(f"{program}: no verb {words[0]!r}; there are: {', '.join(verbs)}", file=sys.stderr)
+        return 2
+    if words[1:2] in (["-h"], ["--help"]):
+        print(f"python -m {program} {words[0]}: {verb.__doc__ or ''}")
+        return 0
+    try:
+        return verb(words[1:]) or 0
+    except PERSONS_FAULTS as error:
+        print(f"{program} {words[0]}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line: what happened, without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def usage(program: str, verbs: Mapping[str, Verb]) -> str:
+    """The verbs with the first line of each one's docstring."""
+    lines = [f"python -m {program} <verb> file.yaml ... key=value ...", ""]
+    lines += [f"  {name:<10} {(verb.__doc__ or '').strip().splitlines()[0]}" for name, verb in verbs.items()]
+    return "\n".join(lines)

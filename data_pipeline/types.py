@@ -1,0 +1,155 @@
+"""The nouns of the data: what can be pressed, a recording, a clip, a shard set."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from configs import to_dict
+
+Layout = Literal["chunked", "continuous"]
+CHUNK_FRAMES = 9  # pixel frames of one chunk of the chunked layout: 1 + 2 x 4, three latents
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """Which keys exist, in the order of the keyboard vector, and what one unit of mouse movement is."""
+
+    name: str
+    keys: tuple[str, ...]  # names, in the order of the keyboard vector
+    caps: tuple[str, ...] = ()  # what the overlay writes on each key; the names if empty
+    mouse: bool = True  # (pitch, yaw); pitch > 0 looks up, yaw > 0 turns right
+    mouse_unit_deg: float = 1.0  # degrees per frame that count as 1 in the mouse vector
+
+    def __post_init__(self) -> None:
+        if not self.keys or len(set(self.keys)) != len(self.keys):
+            raise ValueError(f"action space {self.name!r}: keys must be given and distinct, not {self.keys}")
+        if self.caps and len(self.caps) != len(self.keys):
+            raise ValueError(f"action space {self.name!r}: {len(self.caps)} caps for {len(self.keys)} keys")
+        if self.mouse_unit_deg <= 0:
+            raise ValueError(f"action space {self.name!r}: mouse_unit_deg must be positive, not {self.mouse_unit_deg}")
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits over everything that changes what a vector means (not the caps)."""
+        meaning = {key: value for key, value in to_dict(self).items() if key != "caps"}
+        return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class GameConfig:
+    """What is true of a game and of every clip cut from it."""
+
+    name: str
+    action_space: ActionSpace
+    fps: float  # frames per second of recordings and of everything generated
+    height: int  # px, a multiple of 16
+    width: int  # px, a multiple of 16
+
+    def __post_init__(self) -> None:
+        if self.height % 16 or self.width % 16:
+            raise ValueError(f"{self.name}: {self.height}x{self.width} px must be multiples of 16 (codec 8 x patch 2)")
+
+
+@dataclass(frozen=True)
+class Actions:
+    """One row per pixel frame: `action[i]` was held during frame i's interval, so it leads from frame i to i + 1."""
+
+    keyboard: np.ndarray  # (n k) float32, 0 or 1
+    mouse: np.ndarray  # (n 2) float32, (pitch, yaw) in units of the action space; (n 0) without a mouse
+
+    def __len__(self) -> int:
+        return len(self.keyboard)
+
+    def __getitem__(self, rows: slice) -> "Actions":
+        return Actions(self.keyboard[rows], self.mouse[rows])
+
+
+class Episode(Protocol):
+    """One recording, whatever format it came in."""
+
+    id: str
+    fps: float
+    height: int
+    width: int
+    action_space: ActionSpace
+    actions: Actions
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame in order, (h w 3) uint8 RGB."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One training sample: normalised latents and the actions of the same pixel frames."""
+
+    latents: torch.Tensor  # (c f h w) bfloat16
+    keyboard: torch.Tensor  # (n k) float32
+    mouse: torch.Tensor  # (n 2) float32
+    first_frame: bytes  # JPEG
+    episode: str
+    start: int  # pixel frame of the episode at which the clip begins
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Clips of one rank, stacked."""
+
+    latents: torch.Tensor  # (b c f h w)
+    keyboard: torch.Tensor  # (b n k)
+    mouse: torch.Tensor  # (b n 2)
+    ids: tuple[str, ...]  # "episode:start" of each clip
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One tar of the set."""
+
+    url: str  # relative to the manifest
+    clips: int
+    bytes: int
+    sha256: str
+    episodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a shard set is; written last, so that its presence means that the set is complete."""
+
+    game: GameConfig
+    layout: Layout
+    clip_frames: int  # pixel frames of one clip
+    clip_latents: int  # latent frames of one clip
+    latent_channels: int
+    codec: str  # name of the codec
+    codec_hash: str  # SHA-256 of its weights, first 12 hex digits
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    plan_hash: str  # over everything that decides what is in the shards
+    split: str  # train or heldout
+    shards: tuple[ShardInfo, ...] = field(default_factory=tuple)
+
+    @property
+    def clips(self) -> int:
+        return sum(shard.clips for shard in self.shards)
+
+
+def latent_ends(layout: Layout, latents: int) -> list[int]:
+    """The last pixel frame that each of `latents` latent frames shows, counted from the clip's first frame.
+
+    `continuous`: 0, 4, 8, 12, ...; `chunked` (9 frames encoded by themselves, 3 latents): 0, 4, 8, 9, 13, 17, ...
+    """
+    if layout == "continuous":
+        return [4 * i for i in range(latents)]
+    return [CHUNK_FRAMES * (i // 3) + 4 * (i % 3) for i in range(latents)]
+
+
+def shard_path(manifest: Path, info: ShardInfo) -> Path:
+    """Where the shard lies: beside its manifest."""
+    return manifest.parent / info.url
