@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+
+from data_pipeline.types import ActionSpace
+from sampling.contact_sheet import Tile, draw_sheet
+from sampling.overlay import Overlay, cap_boxes, enlarge
+
+DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"))
+RUNNER = ActionSpace("runner", ("jump", "slide", "turn_left", "turn_right"), mouse=False)
+GREY = np.full((384, 640, 3), 120, np.uint8)
+
+
+def lit_caps(action_space: ActionSpace, keyboard: list[int]) -> list[bool]:
+    """Which caps of the drawn frame are filled white: the brightness just inside each one's upper left corner."""
+    overlay = Overlay(action_space, *GREY.shape[:2])
+    mouse = np.zeros(2 if action_space.mouse else 0)
+    drawn = overlay.draw(GREY, np.array(keyboard, float), mouse)
+    corners = [(cap.top + cap.alpha.shape[0] // 4 + 5, cap.left + cap.alpha.shape[1] // 2) for cap, _ in overlay.caps]
+    return [bool(drawn[row, column].min() > 240) for row, column in corners]
+
+
+@pytest.mark.parametrize("keyboard", [[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
+@pytest.mark.parametrize("action_space", [DOOM, RUNNER], ids=lambda space: space.name)
+def test_only_the_held_keys_are_lit(action_space: ActionSpace, keyboard: list[int]) -> None:
+    assert lit_caps(action_space, keyboard) == [bool(held) for held in keyboard]
+
+
+def amber_centre(mouse: tuple[float, float]) -> np.ndarray:
+    """(down, right) from the gauge's centre to the middle of the amber stick, px."""
+    overlay = Overlay(DOOM, *GREY.shape[:2])
+    drawn = overlay.draw(GREY, np.zeros(4), np.array(mouse, float)).astype(int)
+    amber = (drawn[..., 0] - drawn[..., 2]) > 120
+    assert amber.any()
+    return np.argwhere(amber).mean(axis=0) + 0.5 - np.array(overlay.centre)
+
+
+@pytest.mark.parametrize(
+    ("mouse", "down_right"), [((0, 3), (0, 1)), ((0, -3), (0, -1)), ((2, 0), (-1, 0)), ((-2, 0), (1, 0))]
+)
+def test_the_stick_points_where_the_picture_is_turned(mouse: tuple[float, float], down_right: tuple[int, int]) -> None:
+    found = amber_centre(mouse)
+    assert np.dot(found, down_right) > 4
+    assert abs(np.dot(found, down_right[::-1])) < 1  # px: the stick is thin and straight
+
+
+def test_a_faster_turn_moves_the_stick_further_and_never_out_of_the_gauge() -> None:
+    slow, fast, absurd = (amber_centre((0, yaw))[1] for yaw in (1, 4, 400))
+    assert 0 < slow < fast < absurd < Overlay(DOOM, *GREY.shape[:2]).radius
+
+
+def test_an_action_space_without_a_mouse_has_no_gauge() -> None:
+    drawn = Overlay(RUNNER, *GREY.shape[:2]).draw(GREY, np.zeros(4), np.zeros(0))
+    assert (drawn[:, 500:] == GREY[:, 500:]).all()
+
+
+def test_the_given_frame_is_left_as_it_is() -> None:
+    frame = GREY.copy()
+    Overlay(DOOM, *GREY.shape[:2]).draw(frame, np.ones(4), np.ones(2))
+    assert (frame == GREY).all()
+
+
+def test_no_two_caps_overlap_and_all_are_on_the_picture_even_with_many_keys() -> None:
+    labels = ["W", "A", "S", "D", "Space", "Crouch", "Use", "Reload", "Next weapon", "Map"]
+    boxes = cap_boxes(labels, cap=35, bottom=365, left=19, right=540)
+    for i, (top, left, bottom, right) in enumerate(boxes):
+        assert 0 <= top < bottom <= 365 and 19 <= left < right <= 540
+        for other in boxes[:i]:
+            assert right <= other[1] or left >= other[3] or bottom <= other[0] or top >= other[2]
+
+
+def test_a_small_picture_is_enlarged_by_a_whole_factor_and_a_large_one_is_not() -> None:
+    assert enlarge(np.zeros((96, 160, 3), np.uint8)).shape == (384, 640, 3)
+    assert enlarge(np.zeros((352, 640, 3), np.uint8)).shape == (352, 640, 3)
+
+
+def test_a_sheet_shows_every_picture() -> None:
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200), (200, 200, 30)]
+    tiles = [Tile(np.full((96, 160, 3), colour, np.uint8), f"chunk {i}") for i, colour in enumerate(colours)]
+    sheet = np.asarray(draw_sheet(tiles, "four", columns=3))
+    for colour in colours:
+        assert (sheet == colour).all(axis=-1).sum() > 0.9 * 400 * 240
