@@ -73,12 +73,23 @@ class Actions:
 class Episode(Protocol):
     """One recording, whatever format it came in."""
 
-    id: str
-    fps: float
-    height: int
-    width: int
-    action_space: ActionSpace
-    actions: Actions
+    @property
+    def id(self) -> str: ...
+
+    @property
+    def fps(self) -> float: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def action_space(self) -> ActionSpace: ...
+
+    @property
+    def actions(self) -> Actions: ...
 
     def frames(self) -> Iterator[np.ndarray]:
         """Every frame in order, (h w 3) uint8 RGB."""
@@ -105,6 +116,9 @@ class Batch:
     keyboard: torch.Tensor  # (b n k)
     mouse: torch.Tensor  # (b n 2)
     ids: tuple[str, ...]  # "episode:start" of each clip
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(self.latents.to(device), self.keyboard.to(device), self.mouse.to(device), self.ids)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,241 @@
+"""Real gameplay to start from: ViZDoom played headless by a scripted explorer, written in the format users bring."""
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from configs import to_dict
+from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
+from data_pipeline.types import GameConfig
+from data_pipeline.video import fit_frame, write_video
+
+TICS_PER_S = 35
+BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
+LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
+
+
+@dataclass(frozen=True)
+class RecorderConfig:
+    """How ViZDoom is set up."""
+
+    scenario: str = "deathmatch.wad"  # one of the package's scenarios
+    map: str = "map01"
+    crf: int = 14  # H.264 quality, lower is better; small noisy pictures need a low one
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """`python -m data_pipeline record`."""
+
+    game: GameConfig
+    out: str  # folder that gets one folder per episode
+    episodes: int
+    frames: int = 105  # per episode
+    seed: int = 0
+    recorder: RecorderConfig = RecorderConfig()
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1 or self.frames < 2 or self.seed < 0:
+            raise ValueError("episodes must be at least 1, frames at least 2, seed at least 0")
+        if TICS_PER_S % self.game.fps:
+            raise ValueError(
+                f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
+            )
+        unknown = [key for key in self.game.action_space.keys if key not in BUTTONS]
+        if unknown or not self.game.action_space.mouse:
+            raise ValueError(f"the recorder needs a mouse and knows the keys {', '.join(BUTTONS)}; unknown: {unknown}")
+
+    @property
+    def tics(self) -> int:
+        """Game tics per frame."""
+        return round(TICS_PER_S / self.game.fps)
+
+
+class Step(NamedTuple):
+    """One frame and what is held until the next."""
+
+    frame: np.ndarray  # (h w 3) uint8 RGB, as rendered
+    keyboard: np.ndarray  # (k) 0 or 1
+    mouse_deg: np.ndarray  # (2) pitch, yaw over the frame's interval
+
+
+class Recorded(NamedTuple):
+    """What a run did."""
+
+    episodes: int
+    frames: int  # of the whole set
+    made: int  # episodes that this run played
+    seconds: float
+
+
+class Explorer:
+    """Holds keys and turns for a while, then others; turns away from walls, leaves places where it is stuck."""
+
+    # Pure forward and back are the hard ones to learn (radial flow), so they have the largest shares.
+    COMBINATIONS = (("forward",), ("back",), ("left",), ("right",), ("forward", "left"), ("forward", "right"), ())
+    SHARES = (0.36, 0.20, 0.11, 0.11, 0.06, 0.06, 0.10)
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self.rng = rng
+        self.keys: tuple[str, ...] = ()
+        self.keys_left = self.turn_left = self.stuck = 0
+        self.yaw_goal = self.yaw = self.pitch = self.looked = self.avoiding = 0.0
+
+    def act(self, depth: np.ndarray, speed: float) -> tuple[tuple[str, ...], float, float]:
+        """The keys held, pitch and yaw in degrees per tic, given the depth picture (h w) and the speed in units/tic."""
+        rng = self.rng
+        self.stuck = self.stuck + 1 if self.keys and speed < 0.5 else 0
+        if self.keys_left <= 0 or self.stuck > 5:
+            self.keys = self.COMBINATIONS[rng.choice(len(self.SHARES), p=self.SHARES)]
+            self.keys_left, self.stuck = int(rng.integers(6, 36)), 0
+        if self.turn_left <= 0:
+            turning = rng.random() < 0.52
+            self.yaw_goal = float(rng.choice((-1, 1)) * rng.uniform(0.4, 2.2)) if turning else 0.0
+            self.pitch_goal = float(rng.uniform(-0.4, 0.4)) if rng.random() < 0.25 else -0.05 * self.looked
+            self.turn_left = int(rng.integers(8, 36))
+        self.keys_left, self.turn_left = self.keys_left - 1, self.turn_left - 1
+        self.yaw += 0.5 * (self._away_from_walls(depth) - self.yaw)
+        self.yaw = self.yaw if abs(self.yaw) > 0.05 else 0.0
+        pitch = float(np.clip(self.pitch_goal, -12 - self.looked, 12 - self.looked))
+        self.looked += pitch
+        return self.keys, pitch, self.yaw
+
+    def _away_from_walls(self, depth: np.ndarray) -> float:
+        h, w = depth.shape
+        band = depth[int(0.4 * h) : int(0.6 * h)]
+        near = np.percentile(band[:, int(0.3 * w) : int(0.7 * w)], 20)
+        if "forward" not in self.keys or near >= 11:
+            self.avoiding = 0.0
+            return self.yaw_goal
+        if not self.avoiding:  # once chosen, the side is kept, or the view would tremble in corners
+            self.avoiding = float(np.sign(band[:, w // 2 :].mean() - band[:, : w // 2].mean()) or 1.0)
+        return 2.2 * self.avoiding
+
+
+def record_episodes(config: RecordConfig) -> Recorded:
+    """Plays and writes `episodes` folders into `out`; complete ones are kept, so a run started again goes on.
+
+    Episode i depends on the seed and i alone.
+    """
+    out, start, made = Path(config.out), time.perf_counter(), 0
+    names = [f"episode_{i:05d}" for i in range(config.episodes)]
+    todo = [i for i, name in enumerate(names) if not _is_complete(out / name, config, i)]
+    if todo:
+        out.mkdir(parents=True, exist_ok=True)
+        with running_game(config) as game:
+            for i in tqdm(todo, desc="record", unit="episode"):
+                _record_episode(game, config, i, out / names[i])
+                made += 1
+    return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
+
+
+@contextmanager
+def running_game(config: RecordConfig) -> Iterator[Any]:
+    """A ViZDoom game without window, sound, monsters or weapon, with the depth buffer; closed at the end."""
+    try:
+        vizdoom = importlib.import_module("vizdoom")
+    except ImportError as error:
+        raise ValueError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
+    scenario = Path(vizdoom.scenarios_path) / config.recorder.scenario
+    if not scenario.is_file():
+        raise FileNotFoundError(f"ViZDoom has no scenario {config.recorder.scenario}")
+    buttons = [*(BUTTONS[key] for key in config.game.action_space.keys), "LOOK_UP_DOWN_DELTA", "TURN_LEFT_RIGHT_DELTA"]
+    with tempfile.TemporaryDirectory() as scratch:
+        game = vizdoom.DoomGame()
+        game.set_doom_scenario_path(str(scenario))
+        game.set_doom_map(config.recorder.map)
+        game.set_doom_config_path(os.path.join(scratch, "vizdoom.ini"))  # else it is written into the working folder
+        game.set_screen_resolution(_screen_resolution(vizdoom, config.game))
+        game.set_screen_format(vizdoom.ScreenFormat.RGB24)
+        game.set_depth_buffer_enabled(True)
+        # The weapon's raising depends on the episode before; without it, an episode depends on its seed alone.
+        for part in ("hud", "weapon", "crosshair", "messages", "screen_flashes"):
+            getattr(game, f"set_render_{part}")(False)
+        game.set_window_visible(False)
+        game.set_sound_enabled(False)
+        game.set_mode(vizdoom.Mode.PLAYER)
+        game.set_episode_timeout(0)
+        game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
+        variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y, vizdoom.GameVariable.ANGLE)
+        game.set_available_game_variables(list(variables))
+        game.add_game_args("-nomonsters +viz_nocheat 0")
+        try:
+            game.init()
+            yield game
+        finally:
+            game.close()
+
+
+def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
+    """The frames of episode `index` with what the explorer holds during each one's interval."""
+    rng = np.random.default_rng((config.seed, index))
+    game.set_seed(int(rng.integers(2**31)))
+    game.new_episode()
+    game.send_game_command("god")
+    explorer, names, before = Explorer(rng), config.game.action_space.keys, None
+    for _ in range(config.frames):
+        state = game.get_state()
+        position = np.array(state.game_variables[:2])
+        speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / config.tics
+        keys, pitch, yaw = explorer.act(state.depth_buffer, speed)
+        keyboard = np.array([name in keys for name in names], dtype=np.uint8)
+        yield Step(state.screen_buffer, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
+        game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
+        before = position
+
+
+def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
+    part = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+    part.mkdir()
+    try:
+        steps = list(play(game, config, index))
+        frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
+        write_video(part / VIDEO, frames, config.game.fps, config.recorder.crf)
+        keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
+        write_actions(part / ACTIONS, config.game.action_space, keyboard, mouse_deg)
+        (part / ABOUT).write_text(json.dumps(_about(config, index), indent=1) + "\n", encoding="utf-8")
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _about(config: RecordConfig, index: int) -> dict[str, Any]:
+    game = to_dict(config.game)
+    return {
+        "game": game["name"], "fps": game["fps"], "height": game["height"], "width": game["width"],
+        "frames": config.frames, "action_space": game["action_space"], "seed": config.seed, "index": index,
+        "recorder": to_dict(config.recorder), "licence": LICENCE,
+    }  # fmt: skip
+
+
+def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
+    """Whether the episode is there; one that was recorded with other settings is refused, not replaced."""
+    if not folder.exists():
+        return False
+    path = folder / ABOUT
+    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, _about(config, index)
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        key = differing[0]
+        raise ValueError(f"{folder} was recorded with {key} {found.get(key)!r}, not {wanted[key]!r}; give another out=")
+    return True
+
+
+def _screen_resolution(vizdoom: Any, game: GameConfig) -> Any:
+    """The smallest rendered size that is at least twice the game's in each direction, else the largest."""
+    names = [name for name in dir(vizdoom.ScreenResolution) if name.startswith("RES_")]
+    sizes = sorted((tuple(map(int, name[4:].split("X"))), name) for name in names)
+    wide = [name for (w, h), name in sizes if w >= 2 * game.width and h >= 2 * game.height and 1.5 < w / h < 1.8]
+    return getattr(vizdoom.ScreenResolution, wide[0] if wide else "RES_1280X800")
