@@ -1,0 +1,151 @@
+"""Keyboard and mouse: windows of actions per latent frame, and the module that lets tokens attend to them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from model.attention import attend
+from model.rope import rotate, time_rotation
+
+
+@dataclass(frozen=True)
+class ActionConfig:
+    """The action modules; names as in the official `action_config`."""
+
+    blocks: tuple[int, ...]  # which DiT blocks own a module
+    keyboard_dim_in: int = 4  # keys
+    mouse_dim_in: int = 2  # (pitch, yaw)
+    enable_keyboard: bool = True
+    enable_mouse: bool = True
+    heads_num: int = 16
+    hidden_size: int = 128  # of the keyboard embedding
+    keyboard_hidden_dim: int = 1024  # all heads together
+    mouse_hidden_dim: int = 1024  # all heads together
+    rope_dim_list: tuple[int, ...] = (8, 28, 28)  # time, y, x; the grid is 1 x 1, so only the time part turns
+    rope_theta: float = 256.0
+    vae_time_compression_ratio: int = 4  # pixel frames per latent frame
+    windows_size: int = 3  # latent frames whose actions a latent frame sees
+
+    def __post_init__(self) -> None:
+        for name, width in (("keyboard", self.keyboard_hidden_dim), ("mouse", self.mouse_hidden_dim)):
+            if width % self.heads_num or width // self.heads_num < self.rope_dim_list[0]:
+                raise ValueError(
+                    f"{name}_hidden_dim {width} must be heads_num {self.heads_num} x at least {self.rope_dim_list[0]}"
+                )
+        if not self.enable_keyboard and not self.enable_mouse:
+            raise ValueError("action module without keyboard and mouse; leave `action` out instead")
+
+    @property
+    def window(self) -> int:
+        """Pixel frames whose actions a latent frame sees."""
+        return self.vae_time_compression_ratio * self.windows_size
+
+
+def action_rotation(config: ActionConfig, f: int, start: int = 0, device: torch.device | None = None) -> Tensor:
+    """Rotations (f 1 e) that place `f` latent frames in time, the first at latent frame `start`."""
+    return time_rotation(f, config.rope_dim_list[0], start, config.rope_theta, device)
+
+
+def action_windows(actions: Tensor, ends: Sequence[int], window: int = 12) -> Tensor:
+    """Windows (b f window k) of actions (b n k) for latent frames that end with pixel frames `ends`.
+
+    Latent i sees rows ends[i] - window ... ends[i] - 1, row 0 in place of negative ones: the actions that led to its
+    last frame, never that frame's own action, which leads to the next frame.
+    """
+    if max(ends) > actions.shape[1]:
+        raise ValueError(f"{actions.shape[1]} actions for latents that end at frame {max(ends)}: give one per frame")
+    last = torch.tensor(list(ends), device=actions.device)[:, None]
+    rows = (last + torch.arange(-window, 0, device=actions.device)).clamp(min=0)
+    return actions[:, rows]
+
+
+class StoredScale(nn.Module):
+    """An RMS scale that official files carry and upstream never applies: kept, so that files round-trip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.ones(channels))
+
+
+class WindowedLinear(nn.Linear):
+    """A linear layer over [token, window of its frame]: the window is multiplied once per frame, not once per token."""
+
+    def forward(self, x: Tensor, window: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(b f s d') for tokens x (b f s d) and windows (b f e), d + e = in_features."""
+        d = x.shape[-1]
+        per_frame = F.linear(window, self.weight[:, d:], self.bias)
+        return F.linear(x, self.weight[:, :d]) + rearrange(per_frame, "b f d -> b f 1 d")
+
+
+class ActionModule(nn.Module):
+    """Adds to every token what the mouse did at its position and what the keys did in its frame."""
+
+    def __init__(self, config: ActionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        if config.enable_keyboard:
+            width, hidden = config.keyboard_hidden_dim, config.hidden_size
+            head_dim = width // config.heads_num
+            self.keyboard_embed = nn.Sequential(
+                nn.Linear(config.keyboard_dim_in, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            )
+            # The official name misleads: this makes the queries of the keyboard branch.
+            self.mouse_attn_q = nn.Linear(dim, width, bias=False)
+            self.keyboard_attn_kv = nn.Linear(config.window * hidden, 2 * width, bias=False)
+            self.key_attn_q_norm = StoredScale(head_dim)
+            self.key_attn_k_norm = StoredScale(head_dim)
+            self.proj_keyboard = nn.Linear(width, dim, bias=False)
+        if config.enable_mouse:
+            width = config.mouse_hidden_dim
+            head_dim = width // config.heads_num
+            self.mouse_mlp = nn.Sequential(
+                WindowedLinear(dim + config.window * config.mouse_dim_in, width),
+                nn.GELU(approximate="tanh"),
+                nn.Linear(width, width),
+                nn.LayerNorm(width),  # eps 1e-5
+            )
+            self.t_qkv = nn.Linear(width, 3 * width, bias=False)
+            self.img_attn_q_norm = StoredScale(head_dim)
+            self.img_attn_k_norm = StoredScale(head_dim)
+            self.proj_mouse = nn.Linear(width, dim, bias=False)
+
+    def forward(self, x: Tensor, keyboard: Tensor | None, mouse: Tensor | None, rotation: Tensor) -> Tensor:
+        """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.
+
+        `keyboard` (b f window k) and `mouse` (b f window 2) are windows of actions; a branch without them is skipped.
+        """
+        if mouse is not None and self.config.enable_mouse:
+            x = x + self.proj_mouse(self._mouse_attention(x, mouse, rotation))
+        if keyboard is not None and self.config.enable_keyboard:
+            x = x + self.proj_keyboard(self._keyboard_attention(x, keyboard, rotation))
+        return x
+
+    def _mouse_attention(self, x: Tensor, mouse: Tensor, rotation: Tensor) -> Tensor:
+        """Attention along time at every position by itself, over tokens that know their frame's mouse window."""
+        mix, activate, project, normalise = self.mouse_mlp
+        window = rearrange(mouse, "b f n k -> b f (n k)")
+        hidden = mix(rearrange(x, "b (f s) d -> b f s d", f=mouse.shape[1]), window)
+        qkv = self.t_qkv(normalise(project(activate(hidden))))
+        q, k, v = rearrange(qkv, "b f s (qkv a e) -> qkv (b s) f a e", qkv=3, a=self.config.heads_num)
+        attended = attend(rotate(unit_rms(q), rotation), rotate(unit_rms(k), rotation), v, backend="dense")
+        return rearrange(attended, "(b s) f a e -> b (f s) (a e)", b=len(x))
+
+    def _keyboard_attention(self, x: Tensor, keyboard: Tensor, rotation: Tensor) -> Tensor:
+        """Attention of every token to the frames' keys; all positions of a frame share its key and value."""
+        f, heads = keyboard.shape[1], self.config.heads_num
+        embedded = rearrange(self.keyboard_embed(keyboard), "b f n d -> b f (n d)")
+        k, v = rearrange(self.keyboard_attn_kv(embedded), "b f (kv a e) -> kv b f a e", kv=2, a=heads)
+        q = rearrange(self.mouse_attn_q(x), "b (f s) (a e) -> b f s a e", f=f, a=heads)
+        q = rearrange(rotate(unit_rms(q), rotation[:, None]), "b f s a e -> b (f s) a e")
+        attended = attend(q, rotate(unit_rms(k), rotation), v, backend="dense")
+        return rearrange(attended, "b l a e -> b l (a e)")
+
+
+def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """x (... e) divided by its root mean square over e, computed in fp32."""
+    exact = x.float()
+    return (exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)

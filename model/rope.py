@@ -1,0 +1,55 @@
+"""Rotary positions: interleaved channel pairs turned by angles that grow with the position."""
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+
+def axis_angles(positions: Tensor, channels: int, theta: float) -> Tensor:
+    """Angles (n channels/2), float64, of positions (n) along one axis that owns `channels` channels."""
+    exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=positions.device) / channels
+    return positions.double()[:, None] / theta**exponents
+
+
+def unit_rotation(angles: Tensor) -> Tensor:
+    """Rotations (l 1 e) complex64 for float64 angles (l e); the 1 stands for the heads."""
+    return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
+
+
+def video_rotation(
+    f: int, h: int, w: int, head_dim: int, start: int = 0, theta: float = 10000.0, device: torch.device | None = None
+) -> Tensor:
+    """Rotations (f*h*w 1 head_dim/2) of the tokens of `f` frames of `h w` patches, the first at latent frame `start`.
+
+    A third of the pairs (rounded down) goes to y, as many to x, the rest to time; in the order time, y, x.
+    """
+    spatial = 2 * (head_dim // 6)
+    times = axis_angles(torch.arange(start, start + f, device=device), head_dim - 2 * spatial, theta)
+    rows = axis_angles(torch.arange(h, device=device), spatial, theta)
+    columns = axis_angles(torch.arange(w, device=device), spatial, theta)
+    parts = [
+        repeat(times, "f e -> (f h w) e", h=h, w=w),
+        repeat(rows, "h e -> (f h w) e", f=f, w=w),
+        repeat(columns, "w e -> (f h w) e", f=f, h=h),
+    ]
+    return unit_rotation(torch.cat(parts, dim=1))
+
+
+def time_rotation(
+    f: int, channels: int, start: int = 0, theta: float = 256.0, device: torch.device | None = None
+) -> Tensor:
+    """Rotations (f 1 channels/2) of `f` latent frames from frame `start` on, for the action modules."""
+    return unit_rotation(axis_angles(torch.arange(start, start + f, device=device), channels, theta))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """x (... a e) with its first channels turned by `rotation` (broadcast to ... a e'), in fp32; the rest stays.
+
+    As complex numbers: the backward pass is then one product instead of eight strided ones (0.7 against 7.9 ms for
+    8 x 360 x 4 x 64 on one CPU core, forward and backward).
+    """
+    turned = 2 * rotation.shape[-1]
+    pairs = rearrange(x[..., :turned].float(), "... (e two) -> ... e two", two=2).contiguous()
+    result = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    result = rearrange(result, "... e two -> ... (e two)").to(x.dtype)
+    return result if turned == x.shape[-1] else torch.cat([result, x[..., turned:]], dim=-1)
