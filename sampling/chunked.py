@@ -1,0 +1,100 @@
+"""The bidirectional method: image to first chunk, then context chunk and noise to next chunk, without an end."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from data_pipeline.types import CHUNK_FRAMES, latent_ends
+from model.actions import action_windows
+from model.conditioning import condition
+from sampling.world_model import WorldModel
+
+CHUNK_LATENTS = 3  # latents of one chunk of 9 frames
+
+
+def rollout(
+    world: WorldModel, prompt: Tensor, keyboard: Tensor, mouse: Tensor, seeds: Sequence[int], steps: int
+) -> Iterator[Tensor]:
+    """Chunk after chunk of (b 9 h w 3) uint8 frames that answer the actions, each as soon as it is made.
+
+    `prompt` is an image (b 3 h w) in [-1, 1], which becomes the first frame, or the normalised latents (b c 3 h w) of
+    a context chunk. `keyboard` (b n k) and `mouse` (b n 2) have one row per frame, n a multiple of 9, and begin with
+    the prompt's own: the image is frame 0 of the first chunk, the context's 9 rows come before those of the first
+    chunk. `seeds` (b): a sample's noise depends on its own seed alone, not on its neighbours in the batch. `steps` are
+    the Euler steps of one chunk.
+    """
+    frames = keyboard.shape[1]
+    if frames % CHUNK_FRAMES or not len(prompt) == len(keyboard) == len(mouse) == len(seeds):
+        raise ValueError(
+            f"rollout: {frames} action rows must be a multiple of {CHUNK_FRAMES}, with as many seeds as rows"
+        )
+    known = prompt if prompt.ndim == 5 else encode_frames(world, prompt[:, :, None])
+    for chunk in range(known.shape[2] // CHUNK_LATENTS, frames // CHUNK_FRAMES):
+        follows = known.shape[2] // CHUNK_LATENTS  # 1 if the chunk before this one is known, 0 at an image
+        rows = slice(CHUNK_FRAMES * (chunk - follows), CHUNK_FRAMES * (chunk + 1))
+        noise = draw_noise(known, CHUNK_LATENTS * (follows + 1), seeds, chunk)
+        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), steps)
+        known = latents[:, :, -CHUNK_LATENTS:]
+        yield decode_frames(world, known)
+
+
+def draw_noise(like: Tensor, latents: int, seeds: Sequence[int], chunk: int) -> Tensor:
+    """Noise (b c f h w) of `latents` frames with the other sizes of `like`; a function of each seed and the chunk."""
+    channels, height, width = like.shape[1], like.shape[3], like.shape[4]
+    drawn = []
+    for seed in seeds:
+        state = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state) >> 1)
+        drawn.append(torch.randn(channels, latents, height, width, generator=generator))
+    return torch.stack(drawn).to(like.device)
+
+
+@torch.inference_mode()
+def denoise(world: WorldModel, known: Tensor, noise: Tensor, actions: tuple[Tensor, Tensor], steps: int) -> Tensor:
+    """Clean latents (b c f h w) from `noise` of that shape; the first ones are `known` (b c m h w).
+
+    `actions`: keyboard (b n k) and mouse (b n 2) of the frames of all f latents in the chunked layout. As in training,
+    the slots of the known latents carry them at the current noise level, with one fixed noise, and the conditioning
+    carries them clean; only the other slots are integrated.
+    """
+    count, ends = known.shape[2], latent_ends("chunked", noise.shape[2])
+    keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in actions)
+    cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
+    schedule = world.flow.schedule(steps)
+    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])])
+    levels = repeat(levels, "n -> n b", b=len(noise)).to(noise.device)
+    x = noise.clone()
+    for sigma, sigma_next in pairwise(levels):
+        x[:, :, :count] = world.flow.add_noise(known, noise[:, :, :count], sigma)
+        velocity = world.dit(x, world.flow.config.train_steps * sigma, cond, keyboard, mouse)
+        x = world.flow.step(x, velocity, sigma, sigma_next)
+    x[:, :, :count] = known
+    return x
+
+
+@torch.inference_mode()
+def encode_frames(world: WorldModel, video: Tensor) -> Tensor:
+    """Normalised latents (b c f h w) of `video` (b 3 n h w) in [-1, 1]."""
+    return world.codec.encode(video)
+
+
+@torch.inference_mode()
+def decode_frames(world: WorldModel, latents: Tensor) -> Tensor:
+    """Frames (b n h w 3) uint8 of one chunk's latents (b c f h w), decoded by themselves."""
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=world.dtype == torch.bfloat16):
+        video = world.codec.decode(latents)
+    return to_uint8(video)
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """(b 3 n h w) in [-1, 1] -> (b n h w 3) uint8, rounded."""
+    return rearrange(((video.float() + 1) * 127.5).round().to(torch.uint8), "b c n h w -> b n h w c")
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """(b n h w 3) uint8 -> (b 3 n h w) in [-1, 1]."""
+    return rearrange(frames, "b n h w c -> b c n h w").float() / 127.5 - 1

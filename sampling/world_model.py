@@ -1,0 +1,120 @@
+"""A trained world model on disk: which checkpoints of a run are whole, what they are, and loading one to sample."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from configs import load_config
+from data_pipeline.types import GameConfig, Layout
+from model.action_dit import ActionDiT, ActionDiTConfig
+from model.codec import Codec, codec_hash, load_codec
+from model.flow import FlowMatch, FlowMatchConfig
+from model.weights import load_into, load_weights
+
+COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
+WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know besides weights
+STEP_FOLDERS = "step_*"  # seven digits follow, so that names sort like steps
+
+Weights = Literal["ema", "model"]
+
+
+@dataclass(frozen=True)
+class WorldModelConfig:
+    """What a checkpoint is; training writes it, sampling reads it, so that the two cannot disagree."""
+
+    model: ActionDiTConfig
+    flow: FlowMatchConfig
+    game: GameConfig
+    layout: Layout  # of the clips it was trained on
+    codec: str  # folder of the codec; absolute, or relative to where training was started
+    codec_hash: str  # of its weights, first 12 hex digits
+
+
+@dataclass(frozen=True)
+class WorldModel:
+    """Everything a rollout needs, in eval mode on one device."""
+
+    dit: ActionDiT
+    flow: FlowMatch
+    codec: Codec
+    game: GameConfig
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.dit.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the DiT's arithmetic; latents, noise and steps are float32 whatever it is."""
+        return next(self.dit.parameters()).dtype
+
+
+def complete_checkpoints(run: str | Path) -> list[Path]:
+    """The checkpoint folders of a run that were written to the end, oldest first."""
+    return sorted(folder for folder in Path(run).glob(STEP_FOLDERS) if (folder / COMPLETE).is_file())
+
+
+def newest_checkpoint(path: str | Path) -> Path:
+    """`path` itself if it is a complete checkpoint, else the newest complete one of the run folder `path`."""
+    path = Path(path)
+    if (path / COMPLETE).is_file():
+        return path
+    if not path.is_dir():
+        raise FileNotFoundError(f"no checkpoint {path}; give a run folder or one of its {STEP_FOLDERS} folders")
+    if (path / WORLD_FILE).is_file() or path.match(STEP_FOLDERS):
+        raise ValueError(f"{path} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
+    found = complete_checkpoints(path)
+    if not found:
+        raise FileNotFoundError(f"no complete checkpoint in {path} ({STEP_FOLDERS}/{COMPLETE}); train first")
+    return found[-1]
+
+
+def read_world_config(checkpoint: Path) -> WorldModelConfig:
+    """What the complete checkpoint folder `checkpoint` says about itself."""
+    return load_config(WorldModelConfig, [str(checkpoint / WORLD_FILE)])
+
+
+def load_world(path: str | Path, weights: Weights = "ema", device: str = "cpu", bf16: bool = False) -> WorldModel:
+    """The world model in a checkpoint or in the newest one of a run folder, ready to sample on `device`.
+
+    `bf16` puts the DiT's weights into bfloat16: half the memory, and faster where the processor multiplies it.
+    Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
+    """
+    checkpoint = newest_checkpoint(path)
+    config = read_world_config(checkpoint)
+    found = codec_hash(config.codec) if Path(config.codec).is_dir() else "missing"
+    if found != config.codec_hash:
+        raise ValueError(f"{checkpoint} was trained on latents of codec {config.codec_hash}; {config.codec} is {found}")
+    if config.model.vision != "none":
+        raise ValueError(
+            f"{checkpoint} wants image tokens (vision {config.model.vision}); only vision: none is sampled yet"
+        )
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={device}, but there is no CUDA device here; use device=cpu")
+    dit = ActionDiT(config.model)
+    load_into(dit, load_weights(checkpoint / f"{weights}.safetensors"))
+    return WorldModel(
+        dit.eval().requires_grad_(False).to(device, torch.bfloat16 if bf16 else torch.float32),
+        FlowMatch(config.flow),
+        load_codec(config.codec).requires_grad_(False).to(device),
+        config.game,
+    )
+
+
+def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> None:
+    """Raises ValueError in one line if recordings of `other` cannot be put to a model of `world_game`."""
+    if world_game.action_space.hash != other.action_space.hash:
+        raise ValueError(
+            f"{where} is of another action space: {_keys(other)}; the checkpoint was trained on {_keys(world_game)}"
+        )
+    ours, theirs = ((game.height, game.width, game.fps) for game in (world_game, other))
+    if ours != theirs:
+        raise ValueError(f"{where} has height, width, fps {theirs}; the checkpoint was trained on {ours}")
+
+
+def _keys(game: GameConfig) -> str:
+    space = game.action_space
+    mouse = f" + mouse, {space.mouse_unit_deg} degrees as 1" if space.mouse else ""
+    return f"{space.name!r} ({', '.join(space.keys)}{mouse})"

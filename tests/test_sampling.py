@@ -1,0 +1,251 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_world import GAME, SPACE, random_video, write_checkpoint
+from torch import Tensor, nn
+
+from configs.cli import run as run_words
+from data_pipeline.types import ActionSpace
+from data_pipeline.video import probe, read_frames, write_video
+from sampling.__main__ import VERBS
+from sampling.chunked import decode_frames, denoise, draw_noise, encode_frames, rollout, to_uint8, to_video
+from sampling.scripts import Scripted, read_script
+from sampling.world_model import WorldModel, check_same_game, load_world, newest_checkpoint
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_checkpoint(folder, 100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(run: Path) -> WorldModel:
+    return load_world(run)
+
+
+def play(
+    world: WorldModel,
+    script: str = "random",
+    chunks: int = 3,
+    seeds: tuple[int, ...] = (0,),
+    prompt: Tensor | None = None,
+) -> Tensor:
+    """Frames (b n h w 3) of a rollout in which every sample has the same prompt and script."""
+    actions = read_script(script, SPACE, Scripted(9 * chunks))
+    keyboard, mouse = (torch.from_numpy(rows).expand(len(seeds), -1, -1) for rows in (actions.keyboard, actions.mouse))
+    prompt = random_video(1)[:, :, 0] if prompt is None else prompt
+    made = rollout(world, prompt.expand(len(seeds), *prompt.shape[1:]), keyboard, mouse, seeds, steps=2)
+    return torch.cat(list(made), dim=1)
+
+
+def test_a_rollout_yields_nine_frames_per_chunk_as_they_come(world: WorldModel) -> None:
+    keyboard, mouse = torch.zeros(2, 36, 4), torch.zeros(2, 36, 2)
+    chunks = rollout(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), keyboard, mouse, (0, 1), steps=2)
+    assert next(chunks).shape == (2, 9, 32, 48, 3)
+    rest = list(chunks)
+    assert len(rest) == 3 and all(chunk.shape == (2, 9, 32, 48, 3) and chunk.dtype == torch.uint8 for chunk in rest)
+
+
+def test_the_prompt_image_is_the_first_frame_as_the_codec_shows_it(world: WorldModel) -> None:
+    prompt = random_video(1)
+    shown = decode_frames(world, encode_frames(world, prompt))[:, 0]
+    assert torch.equal(play(world, prompt=prompt[:, :, 0])[:, 0], shown)
+
+
+def test_after_a_real_context_chunk_the_first_nine_rows_are_its_own(world: WorldModel) -> None:
+    context = encode_frames(world, random_video(9))
+    assert play(world, chunks=3, prompt=context).shape[1] == 18
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_world(world: WorldModel) -> None:
+    one, again, other = (play(world, seeds=(seed,)) for seed in (5, 5, 6))
+    assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_in_the_batch(world: WorldModel) -> None:
+    alone, among = play(world, seeds=(5,)), play(world, seeds=(3, 5, 8))
+    difference = (alone[0].int() - among[1].int()).abs()
+    # Matrix products of other sizes add in another order; that may turn a rounding, no more.
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("script", ["forward", "turn_left"])
+def test_other_actions_make_other_frames(world: WorldModel, script: str) -> None:
+    assert not torch.equal(play(world, "idle")[:, 1:], play(world, script)[:, 1:])
+
+
+def test_actions_after_a_chunk_do_not_change_it(world: WorldModel) -> None:
+    early, late = play(world, "idle:18,forward:9", 3), play(world, "idle:18,back:9", 3)
+    assert torch.equal(early[:, :18], late[:, :18]) and not torch.equal(early[:, 18:], late[:, 18:])
+
+
+class Oracle(nn.Module):
+    """The true velocity towards one clip."""
+
+    def __init__(self, x0: Tensor) -> None:
+        super().__init__()
+        self.x0 = nn.Parameter(x0)
+        self.noise = torch.zeros_like(x0)
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, cond: Tensor, keyboard: Tensor | None, mouse: Tensor | None
+    ) -> Tensor:
+        return self.noise - self.x0
+
+
+@pytest.mark.parametrize("steps", [1, 4, 30])
+def test_euler_with_the_true_velocity_recovers_the_chunk(world: WorldModel, steps: int) -> None:
+    x0 = torch.cat([encode_frames(world, random_video(9, seed)) for seed in (1, 2)], dim=2)
+    oracle = Oracle(x0)
+    oracle.noise = draw_noise(x0, 6, [0], 1)
+    actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
+    found = denoise(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, steps)  # type: ignore[arg-type]
+    assert torch.equal(found[:, :, :3], x0[:, :, :3])
+    assert (found - x0).abs().max() < 1e-4  # float32 sums of `steps` terms of size about 4
+
+
+def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: WorldModel) -> None:
+    x0 = encode_frames(world, random_video(9, 1))
+    noise, seen = draw_noise(x0, 6, [0], 1), []
+
+    class Watcher(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, *actions: Tensor) -> Tensor:
+            sigma = timestep[0] / 1000
+            seen.append((x[:, :, :3] - (1 - sigma) * x0 - sigma * noise[:, :, :3]).abs().max().item())
+            assert torch.equal(cond[:, 4:, :3], x0) and not cond[:, :, 3:].any() and (cond[:, :4, :3] == 1).all()
+            return torch.ones_like(x)
+
+    actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
+    denoise(replace(world, dit=Watcher()), x0, noise, actions, 5)  # type: ignore[arg-type]
+    assert len(seen) == 5 and max(seen) < 1e-5  # float32
+
+
+def test_bf16_changes_little(run: Path, world: WorldModel) -> None:
+    exact, coarse = play(world, chunks=1).float(), play(load_world(run, bf16=True), chunks=1).float()
+    assert 0 < (exact - coarse).abs().mean() < 8  # of 255; weights and products have 8 bits
+
+
+def test_frames_survive_the_way_to_video_and_back() -> None:
+    frames = torch.arange(256, dtype=torch.uint8).repeat(3 * 6).reshape(1, 2, 48, 16, 3)
+    assert torch.equal(to_uint8(to_video(frames)), frames)
+
+
+def test_a_run_folder_means_its_newest_complete_checkpoint(tmp_path: Path) -> None:
+    older, newer = write_checkpoint(tmp_path, 9), write_checkpoint(tmp_path, 10)
+    assert newest_checkpoint(tmp_path) == newer
+    (newer / "COMPLETE").unlink()
+    assert newest_checkpoint(tmp_path) == older
+    with pytest.raises(ValueError, match="never written to the end"):
+        newest_checkpoint(newer)
+
+
+def test_a_changed_codec_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path)
+    with open(tmp_path / "codec" / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x7f")
+    with pytest.raises(ValueError, match="trained on latents of codec"):
+        load_world(folder)
+
+
+def test_recordings_of_another_action_space_are_refused_by_name() -> None:
+    other = replace(GAME, action_space=ActionSpace("kart", ("gas", "brake")))
+    with pytest.raises(ValueError, match=r"'kart' \(gas, brake.*'tiny' \(forward, back, left, right"):
+        check_same_game(GAME, other, "heldout.json")
+
+
+# --- the command line ---
+
+
+def generate(run: Path, *words: str) -> int:
+    return run_words("sampling", VERBS, ["generate", str(run), *words])
+
+
+@pytest.fixture
+def prompt(tmp_path: Path) -> Path:
+    path = tmp_path / "prompt.png"
+    Image.fromarray(to_uint8(random_video(1))[0, 0].numpy()).save(path)
+    return path
+
+
+def test_generate_writes_a_playable_video_and_a_sheet(
+    run: Path, prompt: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "made" / "demo.mp4"
+    assert generate(run, f"prompt={prompt}", "actions=forward+turn_left", "frames=20", "steps=2", f"out={out}") == 0
+    info = probe(out)
+    assert (info.frames, info.fps) == (20, 17.5) and info.width >= 600
+    assert len(list(read_frames(out))) == 20
+    with Image.open(out.with_suffix(".png")) as sheet:
+        assert sheet.width > 600
+    assert "s per frame" in capsys.readouterr().out
+
+
+def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) -> None:
+    video, out = tmp_path / "play.mp4", tmp_path / "demo.mp4"
+    write_video(video, list(to_uint8(random_video(3))[0].numpy()), GAME.fps)
+    words = (f"prompt={video}", "frames=9", "steps=1", f"out={out}")
+    assert generate(run, *words, "prompt_frame=2") == 0 and out.exists()
+    out.unlink()
+    assert generate(run, *words, "prompt_frame=3") == 2 and not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prompt=no.png"], "no prompt no.png"),
+        (["prompt=text.png"], "is no image"),
+        (["prompt=text.mp4"], "text.mp4"),
+        (["actions=foward"], "did you mean 'forward'"),
+        (["actions=short.csv"], "short.csv has 1 rows for 81 frames"),
+        (["actions=kart.csv"], "kart.csv"),
+        (["checkpoint=nowhere"], "no checkpoint nowhere"),
+        (["out=demo.gif"], "must end in .mp4"),
+        (["stepz=3"], "did you mean 'steps'"),
+        (["device=cuda"], "no CUDA device"),
+    ],
+)
+def test_bad_input_is_one_line_with_status_2_and_nothing_written(
+    run: Path,
+    prompt: Path,
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if "device=cuda" in words and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device here")
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.png", "text.mp4"):
+        Path(name).write_text("no picture")
+    Path("short.csv").write_text("frame,forward,back,left,right,pitch_deg,yaw_deg\n0,1,0,0,0,0,0\n")
+    Path("kart.csv").write_text("frame,gas,brake\n0,1,0\n")
+    before = sorted(tmp_path.iterdir())
+    assert generate(run, f"prompt={prompt}", "out=demo.mp4", *words) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and not printed.out
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_run_without_a_complete_checkpoint_is_refused_in_one_line(
+    tmp_path: Path, prompt: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run" / "step_0000001").mkdir(parents=True)
+    assert generate(tmp_path / "run", f"prompt={prompt}", f"out={tmp_path}/demo.mp4") == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_the_last_action_row_is_held_where_the_last_chunk_is_longer_than_the_script(run: Path, prompt: Path) -> None:
+    out = prompt.with_name("odd.mp4")
+    path = prompt.with_name("walk.csv")
+    rows = "".join(f"{i},1,0,0,0,0,0\n" for i in range(11))
+    path.write_text("frame,forward,back,left,right,pitch_deg,yaw_deg\n" + rows)
+    assert generate(run, f"prompt={prompt}", f"actions={path}", "frames=11", "steps=1", f"out={out}") == 0
+    assert np.stack(list(read_frames(out))).shape[0] == 11

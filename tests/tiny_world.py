@@ -1,0 +1,64 @@
+"""A world model of a few thousand random weights on disk, in the form in which training leaves one."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs import save_config
+from data_pipeline.types import ActionSpace, GameConfig
+from model.action_dit import ActionDiT, ActionDiTConfig
+from model.actions import ActionConfig
+from model.codec import CONFIG_FILE, WEIGHTS_FILE, CodecConfig, codec_hash, make_codec, to_patches
+from model.flow import FlowMatchConfig
+from model.weights import save_weights
+from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig
+
+SPACE = ActionSpace("tiny", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
+GAME = GameConfig("tiny", SPACE, fps=17.5, height=32, width=48)
+DIT = ActionDiTConfig(
+    dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, vision="none",
+    action=ActionConfig(
+        blocks=(0, 1), heads_num=2, hidden_size=8, keyboard_hidden_dim=16, mouse_hidden_dim=16, rope_dim_list=(8, 0, 0)
+    ),
+)  # fmt: skip
+
+
+def random_dit(seed: int = 0) -> ActionDiT:
+    """A DiT whose every output depends on its inputs: the layers that start at zero are drawn, too."""
+    generator = torch.Generator().manual_seed(seed)
+    dit = ActionDiT(DIT, generator)
+    for name, parameter in dit.named_parameters():
+        if name.startswith("head.head.weight") or name.endswith(("proj_mouse.weight", "proj_keyboard.weight")):
+            nn.init.normal_(parameter, std=0.3, generator=generator)
+    return dit
+
+
+def random_video(frames: int, seed: int = 0) -> torch.Tensor:
+    """(1 3 n h w) in [-1, 1]: coloured noise in blocks of 4 px, so that the codec has something to keep."""
+    coarse = torch.rand(1, 3, frames, GAME.height // 4, GAME.width // 4, generator=torch.Generator().manual_seed(seed))
+    return (2 * coarse - 1).repeat_interleave(4, dim=3).repeat_interleave(4, dim=4)
+
+
+def write_codec(folder: Path) -> None:
+    """A codec with a fitted encoder and an untrained decoder."""
+    config = CodecConfig(width=8, fine_width=8, memory_blocks=1, fine_blocks=1)
+    torch.manual_seed(0)  # the layers' own initialisation takes no generator
+    codec = make_codec(config)
+    codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
+    save_config(config, folder / CONFIG_FILE)
+    save_weights(codec.state_dict(), folder / WEIGHTS_FILE)
+
+
+def write_checkpoint(run: Path, step: int = 100, game: GameConfig = GAME) -> Path:
+    """A complete checkpoint in `run`, its codec beside it; returns the step's folder."""
+    if not (run / "codec").exists():
+        write_codec(run / "codec")
+    folder = run / f"step_{step:07d}"
+    folder.mkdir(parents=True)
+    world = WorldModelConfig(DIT, FlowMatchConfig(), game, "chunked", str(run / "codec"), codec_hash(run / "codec"))
+    save_config(world, folder / WORLD_FILE)
+    for weights in ("ema", "model"):
+        save_weights(random_dit().state_dict(), folder / f"{weights}.safetensors")
+    (folder / COMPLETE).write_text("{}")
+    return folder
