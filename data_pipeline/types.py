@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -33,6 +32,11 @@ class ActionSpace:
             raise ValueError(f"action space {self.name!r}: {len(self.caps)} caps for {len(self.keys)} keys")
         if self.mouse_unit_deg <= 0:
             raise ValueError(f"action space {self.name!r}: mouse_unit_deg must be positive, not {self.mouse_unit_deg}")
+
+    def describe(self) -> str:
+        """Name, keys and mouse unit, for messages."""
+        mouse = f"mouse unit {self.mouse_unit_deg:g} deg" if self.mouse else "no mouse"
+        return f"{self.name!r} ({', '.join(self.keys)}; {mouse})"
 
     @property
     def hash(self) -> str:
@@ -125,7 +129,7 @@ class Batch:
 class ShardInfo:
     """One tar of the set."""
 
-    url: str  # relative to the manifest
+    url: str  # file name, beside the manifest
     clips: int
     bytes: int
     sha256: str
@@ -162,8 +166,3 @@ def latent_ends(layout: Layout, latents: int) -> list[int]:
     if layout == "continuous":
         return [4 * i for i in range(latents)]
     return [CHUNK_FRAMES * (i // 3) + 4 * (i % 3) for i in range(latents)]
-
-
-def shard_path(manifest: Path, info: ShardInfo) -> Path:
-    """Where the shard lies: beside its manifest."""
-    return manifest.parent / info.url

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from configs.files import atomic_path
 
 PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
-TILE_WIDTH = 400  # px of one picture
+TILE_WIDTH = 400  # px of one picture, unless another is asked for
+TITLE_HEIGHT, LABEL_HEIGHT = 40, 26  # px
 GAP = 14  # px between pictures
 CORNER = 8  # px radius
 SMOOTH = 4  # the corner mask is drawn this much larger and averaged down
@@ -26,44 +28,44 @@ class Tile:
     remark: str = ""  # fainter, at the right
 
 
-def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3) -> Image.Image:
-    """The `tiles` row by row, all of the first one's shape, under a title."""
+def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> Image.Image:
+    """The `tiles` row by row, `width` px each and all of the first one's shape, under a title; even in size."""
     if not tiles:
         raise ValueError("a contact sheet needs at least one picture")
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
-    height = round(TILE_WIDTH * tiles[0].picture.shape[0] / tiles[0].picture.shape[1])
-    title_px, label_px = 40, 26
-    size = (
-        columns * (TILE_WIDTH + GAP) + GAP,
-        title_px + GAP + rows * (height + label_px + GAP),
-    )
-    sheet = Image.new("RGB", size, PAPER)
+    height = round(width * tiles[0].picture.shape[0] / tiles[0].picture.shape[1])
+    size = (columns * (width + GAP) + GAP, TITLE_HEIGHT + GAP + rows * (height + LABEL_HEIGHT + GAP))
+    sheet = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), PAPER)  # H.264 wants even sizes
     pen = ImageDraw.Draw(sheet)
-    pen.text((GAP, GAP + title_px / 2), title, font=_font(18), fill=INK, anchor="lm")
-    mask = _rounded(TILE_WIDTH, height)
+    pen.text((GAP, GAP + TITLE_HEIGHT / 2), title, font=_font(18), fill=INK, anchor="lm")
+    mask = _rounded(width, height)
     for i, tile in enumerate(tiles):
-        left = GAP + (i % columns) * (TILE_WIDTH + GAP)
-        top = title_px + GAP + (i // columns) * (height + label_px + GAP)
-        picture = Image.fromarray(tile.picture).resize((TILE_WIDTH, height), Image.Resampling.LANCZOS)
+        left = GAP + (i % columns) * (width + GAP)
+        top = TITLE_HEIGHT + GAP + (i // columns) * (height + LABEL_HEIGHT + GAP)
+        picture = Image.fromarray(tile.picture)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
         sheet.paste(picture, (left, top), mask)
-        middle = top + height + label_px / 2
+        middle = top + height + LABEL_HEIGHT / 2
         pen.text((left + 2, middle), tile.label, font=_font(13), fill=INK, anchor="lm")
-        pen.text((left + TILE_WIDTH - 2, middle), tile.remark, font=_font(13), fill=FAINT, anchor="rm")
+        pen.text((left + width - 2, middle), tile.remark, font=_font(13), fill=FAINT, anchor="rm")
     return sheet
 
 
-def write_sheet(path: Path, tiles: Sequence[Tile], title: str, columns: int = 3) -> None:
+def write_sheet(path: Path, tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> None:
     """Writes the sheet as a PNG, atomically."""
-    sheet = draw_sheet(tiles, title, columns)
+    sheet = draw_sheet(tiles, title, columns, width)
     with atomic_path(path) as part:
         sheet.save(part)
 
 
+@cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
 
 
+@cache
 def _rounded(width: int, height: int) -> Image.Image:
     mask = Image.new("L", (width * SMOOTH, height * SMOOTH), 0)
     ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), CORNER * SMOOTH, fill=255)

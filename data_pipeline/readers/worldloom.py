@@ -72,8 +72,8 @@ def read_about(folder: Path, game: GameConfig) -> dict[str, Any]:
     space = build(ActionSpace, about["action_space"], f"{path}: action_space.")
     if space.hash != game.action_space.hash:
         raise ValueError(
-            f"{path} has the action space {_named(space)}, the game {game.name!r} has "
-            f"{_named(game.action_space)}; use the config of the game that was recorded"
+            f"{path} has the action space {space.describe()}, the game {game.name!r} has "
+            f"{game.action_space.describe()}; use the config of the game that was recorded"
         )
     return about
 
@@ -170,8 +170,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must hold an object")
     return loaded
-
-
-def _named(space: ActionSpace) -> str:
-    mouse = f"mouse unit {space.mouse_unit_deg:g} deg" if space.mouse else "no mouse"
-    return f"{space.name!r} ({', '.join(space.keys)}; {mouse})"

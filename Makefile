@@ -1,0 +1,47 @@
+# make demo | test | smoke | setup | check. Everything lives in .venv and runs/.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+READY := $(VENV)/.ready
+
+export PATH := $(BIN):$(PATH)
+# The CPU build of torch spins in its barriers; on shared cores waiting passively is several times faster.
+export OMP_WAIT_POLICY := passive
+export GOMP_SPINCOUNT := 0
+# DeepSpeed compiles one small C++ extension; kept here, no stale lock of another project can block it.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
+export PYTHONWARNINGS := ignore
+
+.PHONY: demo smoke test check setup clean
+
+demo: setup
+	@python -m launch road configs/roads/demo.yaml
+
+smoke: setup
+	@python -m launch road configs/roads/smoke.yaml
+
+test: check
+	@python -m pytest
+
+check: setup
+	@ruff check . && ruff format --check . && pyright
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 setup"; exit 2; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv is missing: install python3-venv"; exit 2; }
+	@command -v c++ >/dev/null || { echo "A C++ compiler is missing (DeepSpeed needs one): install g++"; exit 2; }
+	@test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" \
+		|| { echo "Python's headers are missing (DeepSpeed compiles against them): install python3-dev"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
+	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	@rm -f $(TORCH_EXTENSIONS_DIR)/*/*/lock
+	@echo "compiling DeepSpeed's CPU communication (once, up to a minute)"
+	@python -m launch warm
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs

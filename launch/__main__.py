@@ -1,0 +1,25 @@
+"""`python -m launch road configs/roads/demo.yaml` runs the whole road."""
+
+import os
+import sys
+
+from configs.cli import run
+from launch.road import road
+
+
+def warm(words: list[str]) -> None:
+    """Compile what DeepSpeed compiles at its first start on a CPU, so that no run waits for it."""
+    import torch
+
+    if torch.cuda.is_available():
+        return  # no such step on an accelerator
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+
+
+VERBS = {"road": road, "warm": warm}
+
+if __name__ == "__main__":
+    sys.exit(run("launch", VERBS))

@@ -1,0 +1,203 @@
+"""The video autoencoder: pixels to latents and back, 8x in space, 4x in time, causal, 16 channels (Wan 2.1's geometry).
+
+`PatchCodec` is the demo's: a closed-form linear encoder (PCA of 4 x 8 x 8 patches, so latents exist in seconds) and a
+learned decoder that starts at the PCA's own reconstruction and adds what convolutions with a memory of earlier latents
+can add. Every codec has the same five things: `encode`, `decode`, `decode_stream`, `latent_mean`, `latent_std`.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from einops import rearrange, repeat
+from torch import Tensor, nn
+from torch.nn import functional
+
+from configs import load_config
+from model.weights import load_into, load_weights
+
+SPATIAL = 8  # pixels per latent, each way
+TEMPORAL = 4  # frames per latent, after the first
+CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
+
+State = list[Tensor]  # the newest features (b c h w) of each memory block: what the next latents need of the past
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Sizes of a codec; `name` picks the class in CODECS."""
+
+    name: str = "patch"
+    channels: int = 16  # of the latents
+    width: int = 128  # features at latent resolution
+    fine_width: int = 64  # features at half the pixel resolution
+    memory_blocks: int = 3  # residual blocks at latent resolution, each seeing one latent further back
+    fine_blocks: int = 2  # residual blocks at half the pixel resolution
+
+
+class MemoryBlock(nn.Module):
+    """A residual block over one latent frame and the one before it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(2 * width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(b f c h w) and the features (b c h w) before it, or None at the start -> (b f c h w) and its own last."""
+        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
+        both = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
+        y = self.out(functional.silu(self.mix(functional.silu(rearrange(both, "b f c h w -> (b f) c h w")))))
+        return x + rearrange(y, "(b f) c h w -> b f c h w", f=x.shape[1]), x[:, -1]
+
+
+class FineBlock(nn.Module):
+    """A residual block within one latent's frames."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 3, padding=1)
+        self.out = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(functional.silu(self.mix(functional.silu(x))))
+
+
+class PatchCodec(nn.Module):
+    """Linear encoder from a PCA, learned residual decoder; fitted by `python -m train codec`."""
+
+    basis: Tensor
+    centre: Tensor
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        patch = 3 * TEMPORAL * SPATIAL * SPATIAL
+        self.register_buffer("basis", torch.zeros(config.channels, patch))  # orthonormal rows
+        self.register_buffer("centre", torch.zeros(patch))
+        self.register_buffer("latent_mean", torch.zeros(config.channels))
+        self.register_buffer("latent_std", torch.ones(config.channels))
+        pixels = 3 * TEMPORAL * 4  # one position at half resolution: four frames of 2 x 2 pixels
+        self.enter = nn.Conv2d(config.channels, config.width, 3, padding=1)
+        self.memory = nn.ModuleList(MemoryBlock(config.width) for _ in range(config.memory_blocks))
+        self.widen = nn.Conv2d(config.width, config.fine_width * 16, 1)
+        self.look = nn.Conv2d(pixels, config.fine_width, 3, padding=1)
+        self.fine = nn.ModuleList(FineBlock(config.fine_width) for _ in range(config.fine_blocks))
+        self.leave = nn.Conv2d(config.fine_width, pixels, 3, padding=1)
+        nn.init.zeros_(self.leave.weight)  # training starts at the PCA's reconstruction and never below it
+        assert self.leave.bias is not None
+        nn.init.zeros_(self.leave.bias)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents (b 16 f h/8 w/8) of `video` (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1).
+
+        The first frame is repeated four times, so that one set of weights serves it too; every latent depends on its
+        own frames alone, so a clip of any length can be encoded in pieces.
+        """
+        frames, height, width = video.shape[2:]
+        if (frames - 1) % TEMPORAL or height % SPATIAL or width % SPATIAL:
+            raise ValueError(f"{frames} frames of {height}x{width} px: a clip has 1 + 4k frames, multiples of 8 px")
+        whole = torch.cat([repeat(video[:, :, :1], "b c 1 h w -> b c t h w", t=TEMPORAL), video[:, :, 1:]], dim=2)
+        raw = (to_patches(whole) - self.centre) @ self.basis.T
+        return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b 16 f h/8 w/8)."""
+        return self.decode_stream(latents, None)[0].clamp(-1, 1)
+
+    def decode_stream(self, latents: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The next frames and the state that the block after it needs; `state` None starts a clip.
+
+        Latents (b 16 f h/8 w/8) give 4 f frames, or 1 + 4 (f - 1) at the start; block by block equals the whole.
+        Not clamped, so that training sees a gradient everywhere.
+        """
+        linear = self.linear_decode(latents)
+        coarse = rearrange(latents, "b c f h w -> (b f) c h w").to(self.enter.weight.dtype)
+        x = rearrange(self.enter(coarse), "(b f) c h w -> b f c h w", f=latents.shape[2])
+        following = []
+        for i, block in enumerate(self.memory):
+            x, newest = block(x, None if state is None else state[i])
+            following.append(newest)
+        x = functional.pixel_shuffle(self.widen(rearrange(x, "b f c h w -> (b f) c h w")), 4)
+        pixels = rearrange(linear, "b c (f t) (h y) (w x) -> (b f) (c t y x) h w", t=TEMPORAL, y=2, x=2)
+        x = x + self.look(pixels)
+        for block in self.fine:
+            x = block(x)
+        added = rearrange(
+            self.leave(functional.silu(x)),
+            "(b f) (c t y x) h w -> b c (f t) (h y) (w x)",
+            b=len(latents), t=TEMPORAL, y=2, x=2,
+        )  # fmt: skip
+        video = linear + added.to(linear.dtype)
+        if state is None:
+            first = video[:, :, :TEMPORAL].mean(dim=2, keepdim=True)
+            video = torch.cat([first, video[:, :, TEMPORAL:]], dim=2)
+        return video, following
+
+    def linear_decode(self, latents: Tensor) -> Tensor:
+        """The PCA's own reconstruction (b 3 4f h w), four frames for the first latent too."""
+        raw = rearrange(latents, "b c f h w -> b f h w c").float() * self.latent_std + self.latent_mean
+        return from_patches(raw @ self.basis + self.centre)
+
+    @torch.no_grad()
+    def fit_pca(self, patches: Tensor) -> Tensor:
+        """Sets encoder and latent statistics from `patches` (m 768) in [-1, 1]; returns the variance kept, in [0, 1].
+
+        The normalised channels keep a part of their difference in size (variance to the power 1/4) with a mean
+        square of 1: full whitening would give the noise-like last channels the weight of the first.
+        """
+        centre = patches.mean(dim=0)
+        centred = (patches - centre).double()
+        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))
+        variances, vectors = variances.flip(0), vectors.flip(1)
+        kept = variances[: self.config.channels].clamp_min(1e-12)
+        normalised_std = kept**0.25
+        normalised_std = normalised_std / normalised_std.square().mean().sqrt()
+        self.centre.copy_(centre)
+        self.basis.copy_(vectors[:, : self.config.channels].T)
+        self.latent_mean.zero_()
+        self.latent_std.copy_(kept.sqrt() / normalised_std)
+        return kept.sum() / variances.sum()
+
+
+def to_patches(video: Tensor) -> Tensor:
+    """(b 3 4f 8h 8w) -> (b f h w 768), one row per latent position."""
+    return rearrange(
+        video, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
+    )  # fmt: skip
+
+
+def from_patches(patches: Tensor) -> Tensor:
+    """(b f h w 768) -> (b 3 4f 8h 8w)."""
+    return rearrange(
+        patches, "b f h w (c t y x) -> b c (f t) (h y) (w x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
+    )  # fmt: skip
+
+
+CODECS = {"patch": PatchCodec}
+Codec = PatchCodec  # the interface; a second codec makes this a union
+
+
+def make_codec(config: CodecConfig) -> Codec:
+    """An untrained codec of the kind that `config.name` names."""
+    if config.name not in CODECS:
+        raise ValueError(f"no codec {config.name!r}; there are: {', '.join(CODECS)}")
+    return CODECS[config.name](config)
+
+
+def load_codec(folder: str | Path) -> Codec:
+    """The codec in `folder` (config.yaml and model.safetensors), in eval mode on the CPU."""
+    folder = Path(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"no codec in {folder} ({WEIGHTS_FILE} is missing); fit one with python -m train codec")
+    codec = make_codec(load_config(CodecConfig, [str(folder / CONFIG_FILE)]))
+    load_into(codec, load_weights(folder / WEIGHTS_FILE))
+    return codec.eval()
+
+
+def codec_hash(folder: str | Path) -> str:
+    """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
+    return hashlib.sha256((Path(folder) / WEIGHTS_FILE).read_bytes()).hexdigest()[:12]

@@ -1,0 +1,19 @@
+"""What the model is told besides noise, time and actions: which latents are known."""
+
+import torch
+from torch import Tensor
+
+MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
+
+
+def condition(latents: Tensor, known: int) -> Tensor:
+    """The conditioning (b 4+c f h w) of `latents` (b c f h w) whose first `known` latent frames are given.
+
+    Mask channels first: 1 where the latent is known, 0 where the model must make it up; then the latents themselves,
+    zero (the mean of a normalised latent) where unknown. `known` is 1 for a prompt frame and 3 for a context chunk.
+    """
+    if not 0 <= known <= latents.shape[2]:
+        raise ValueError(f"{known} known latent frames in a clip of {latents.shape[2]}")
+    mask = torch.zeros_like(latents[:, :1])
+    mask[:, :, :known] = 1
+    return torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), latents * mask], dim=1)

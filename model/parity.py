@@ -1,0 +1,309 @@
+"""The model against recorded outputs of the reference: one row per output, nothing about a fixture assumed."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from configs import build
+from model.action_dit import ActionDiT, ActionDiTConfig, time_sinusoid
+from model.actions import ActionConfig, ActionModule, action_rotation, action_windows
+from model.flow import FlowMatch, FlowMatchConfig
+from model.rope import rotate, time_rotation, video_rotation
+from model.vision import preprocess_image
+from model.weights import load_into, load_weights
+
+Verdict = Literal["ok", "FAIL", "differs by design", "not supported"]
+
+TIMESTEP_TOLERANCE = 1e-6  # relative: timesteps are around 1000
+GRADIENT_TOLERANCE = 1e-4  # of the largest expected entry: gradients are small
+GRADIENT_NORM_TOLERANCE = 1e-3  # relative
+
+# Constructor defaults of the reference's scheduler, which a fixture's `ctor` leaves out; other names than ours.
+SCHEDULER_DEFAULTS = {"shift": 3.0, "sigma_min": 0.003 / 1.002, "extra_one_step": False}
+# What the reference can switch and the released models never do: a fixture that does so cannot be judged.
+FIXED = {"model_type": "i2v", "qk_norm": True, "cross_attn_norm": True, "qkv_bias": False}
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One recorded case: what went in, what came out, and how it was made."""
+
+    case: str
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+    folder: Path
+
+    @property
+    def tolerance(self) -> float:
+        return float(self.meta["tolerance"])
+
+    def outputs(self, prefix: str) -> list[str]:
+        """Names of the expected outputs `out.<prefix>...`, without `out.`."""
+        names = (name.removeprefix("out.") for name in self.tensors if name.startswith("out."))
+        return [name for name in names if name.startswith(prefix)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output judged."""
+
+    case: str
+    output: str
+    error: float
+    tolerance: float
+    verdict: Verdict
+
+
+Case = Callable[[Fixture], Iterator[Row]]
+
+
+def judge(fixture: Fixture, output: str, actual: Tensor, expected: Tensor, tolerance: float | None = None) -> Row:
+    """The row of one output: largest absolute difference against `tolerance` (the fixture's by default)."""
+    tolerance = fixture.tolerance if tolerance is None else tolerance
+    if actual.shape != expected.shape:
+        return Row(fixture.case, f"{output} {tuple(actual.shape)}", float("inf"), tolerance, "FAIL")
+    error = (actual.detach().double() - expected.double()).abs().max().item() if expected.numel() else 0.0
+    return Row(fixture.case, output, error, tolerance, "ok" if error <= tolerance else "FAIL")
+
+
+def read_fixtures(folder: Path) -> list[Fixture]:
+    """Every fixture of `folder`, by name. Raises ValueError where there is none."""
+    paths = sorted(path for path in folder.glob("*.json") if path.with_suffix(".safetensors").is_file())
+    if not paths:
+        raise ValueError(f"no fixtures in {folder}: pairs of <case>.json and <case>.safetensors are needed")
+    found = []
+    for path in paths:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if "case" in meta:
+            found.append(Fixture(meta["case"], meta, load_weights(path.with_suffix(".safetensors")), folder))
+    return found
+
+
+def run_fixture(fixture: Fixture, cases: Mapping[str, Case]) -> list[Row]:
+    """The rows of one fixture; outputs (or a whole case) that nothing here can compute are `not supported`."""
+    case = next((cases[start] for start in cases if fixture.case.startswith(start)), None)
+    rows = list(case(fixture)) if case else []
+    seen = {row.output.split(" ")[0] for row in rows}
+    missing = [name for name in fixture.outputs("") if name not in seen] or ([] if rows else ["everything"])
+    return rows + [Row(fixture.case, name, float("nan"), fixture.tolerance, "not supported") for name in missing]
+
+
+def scheduler(fixture: Fixture) -> Iterator[Row]:
+    """Schedules, noise, steps and conversions of every combination, and the warped few-step lists."""
+    x0, noise, velocity = (fixture.tensors[f"in.{name}"] for name in ("x0", "noise", "model_output"))
+    for name, combination in fixture.meta["combos"].items():
+        expected = {
+            key.removeprefix(f"{name}."): value for key, value in fixture.tensors.items() if key.startswith(f"{name}.")
+        }
+        actual = _scheduler_outputs(combination, expected, x0, noise, velocity)
+        for key, value in actual.items():
+            if key not in expected:
+                continue
+            row = judge(fixture, f"{name}.{key}", value, expected[key])
+            if key == "timesteps":
+                row = _judge_timesteps(fixture, f"{name}.{key}", value, expected[key])
+            if key == "step_with_last" and value.shape == expected[key].shape:
+                # Upstream sends the whole batch to the end; only the samples at the last level agree with that.
+                at_last = actual["at_last"].bool()
+                last_ok = judge(fixture, f"{name}.{key}", value[at_last], expected[key][at_last]).verdict == "ok"
+                row = Row(row.case, row.output, row.error, row.tolerance, "differs by design" if last_ok else "FAIL")
+            yield row
+    for name, steps in fixture.meta.get("warp_lists", {}).items():
+        warped = FlowMatch(FlowMatchConfig()).warp(steps)
+        yield _judge_timesteps(fixture, f"warp.{name}", warped, fixture.tensors[f"warp.{name}"])
+
+
+def _scheduler_outputs(
+    combination: dict[str, Any], queries: dict[str, Tensor], x0: Tensor, noise: Tensor, velocity: Tensor
+) -> dict[str, Tensor]:
+    given = {**SCHEDULER_DEFAULTS, **combination["ctor"]}
+    flow = FlowMatch(build(FlowMatchConfig, _known(FlowMatchConfig, given)))
+    asked = combination["set"]
+    schedule = flow.schedule(
+        asked["num_inference_steps"], asked.get("denoising_strength", 1.0), asked.get("training", False)
+    )
+    query, query_last = queries["query_t"], queries["query_t_last"]
+    sigma, sigma_last = schedule.sigma(query), schedule.sigma(query_last)
+    x = flow.add_noise(x0, noise, sigma)
+    end = torch.full_like(sigma, schedule.end_sigma)
+    # The (b f) form: samples as the frames of a video of one sample.
+    frames = [rearrange(one, "f c h w -> 1 c f h w") for one in (x0, noise)]
+    per_frame = flow.add_noise(frames[0], frames[1], schedule.sigma(query[None]))
+    outputs = {
+        "sigmas": schedule.sigmas,
+        "timesteps": schedule.timesteps,
+        "add_noise": x,
+        "add_noise_2d": rearrange(per_frame, "1 c f h w -> f c h w"),
+        "training_target": flow.training_target(x0, noise),
+        "step": flow.step(x, velocity, sigma, schedule.next_sigma(query)),
+        "step_to_final": flow.step(x, velocity, sigma, end),
+        "step_with_last": flow.step(x, velocity, sigma_last, schedule.next_sigma(query_last)),
+        "at_last": schedule.index(query_last) == len(schedule.timesteps) - 1,
+        "flow_to_x0": flow.velocity_to_x0(velocity, x, sigma),
+        "x0_to_flow": flow.x0_to_velocity(x0, x, sigma),
+    }
+    if schedule.training_weights is not None:
+        weight = schedule.training_weight(query)
+        outputs |= {"training_weights": schedule.training_weights, "training_weight_query": weight}
+    return outputs
+
+
+def _judge_timesteps(fixture: Fixture, output: str, actual: Tensor, expected: Tensor) -> Row:
+    scale = expected.abs().clamp(min=1)
+    actual = actual / scale if actual.shape == expected.shape else actual
+    return judge(fixture, output, actual, expected / scale, TIMESTEP_TOLERANCE)
+
+
+def time_embedding(fixture: Fixture) -> Iterator[Row]:
+    """The time sinusoid for several widths."""
+    for name in fixture.outputs("sin_"):
+        actual = time_sinusoid(fixture.tensors["in.t"], int(name.removeprefix("sin_")))
+        yield judge(fixture, name, actual, fixture.tensors[f"out.{name}"])
+
+
+def rope(fixture: Fixture) -> Iterator[Row]:
+    """Rotations of video tokens and of action queries and keys, from several start frames."""
+    split = re.search(r"split \[([\d, ]+)\], theta ([\d.]+)", fixture.meta.get("note", ""))
+    action = ActionConfig(blocks=())
+    channels = int(split[1].split(",")[0]) if split else action.rope_dim_list[0]
+    theta = float(split[2].rstrip(".")) if split else action.rope_theta
+    for name in fixture.outputs(""):
+        kind, start = name.rsplit("_start", 1)
+        if kind.startswith("rope_d"):
+            x = fixture.tensors[f"in.x_{kind.removeprefix('rope_')}"]
+            rotation = video_rotation(*fixture.meta["grid"], head_dim=x.shape[-1], start=int(start))
+        else:
+            x = fixture.tensors[f"in.{kind}"]
+            rotation = time_rotation(x.shape[1], channels, int(start), theta)
+        yield judge(fixture, name, rotate(x, rotation), fixture.tensors[f"out.{name}"])
+
+
+def action_module(fixture: Fixture) -> Iterator[Row]:
+    """The action module by itself, bidirectional."""
+    given, tensors = fixture.meta["config"], fixture.tensors
+    config = action_config(given, given["img_hidden_size"], blocks=[])
+    module = ActionModule(config, given["img_hidden_size"])
+    load_into(module, {key.removeprefix("sd."): value for key, value in tensors.items() if key.startswith("sd.")})
+    f = fixture.meta["grid"]["T_full"]
+    keyboard, mouse = (_windows(tensors.get(f"in.{name}_full"), config, f) for name in ("keyboard", "mouse"))
+    with torch.no_grad():
+        actual = module(tensors["in.x_full"], keyboard, mouse, action_rotation(config, f))
+    yield judge(fixture, "full", actual, tensors["out.full"])
+
+
+def bidirectional(fixture: Fixture) -> Iterator[Row]:
+    """The whole model: velocities, and gradients of inputs and parameters."""
+    config = dit_config(fixture.meta["config"])
+    dit = ActionDiT(config)
+    load_into(dit, load_weights(fixture.folder / fixture.meta["weights_file"]))
+    with torch.no_grad():
+        for name in fixture.outputs("flow_") + fixture.outputs("ext_flow_"):
+            prefix, _, which = name.rpartition("flow_")
+            small = which == "small_context"
+            visual = fixture.tensors["in.visual_context_small" if small else "in.visual_context"]
+            actual = _velocity(fixture, dit, f"in.{prefix}", 0 if small else int(which), {"visual_context": visual})
+            yield judge(fixture, name, actual, fixture.tensors[f"out.{name}"])
+    if fixture.outputs("grad_"):
+        yield from _gradients(fixture, dit)
+
+
+def _velocity(fixture: Fixture, dit: ActionDiT, prefix: str, which: int, inputs: Mapping[str, Tensor]) -> Tensor:
+    def given(name: str) -> Tensor | None:
+        return inputs.get(name, fixture.tensors.get(prefix + name))
+
+    x, cond, config = given("x"), given("cond_concat"), dit.config.action
+    assert x is not None and cond is not None and config is not None
+    keyboard, mouse = (_windows(given(name), config, x.shape[2]) for name in ("keyboard_cond", "mouse_cond"))
+    timestep = fixture.tensors["in.t"][which].expand(len(x))
+    return dit(x, timestep, cond, keyboard, mouse, given("visual_context"))
+
+
+def _gradients(fixture: Fixture, dit: ActionDiT) -> Iterator[Row]:
+    recipe = re.search(r"loss = ([\d.]+) \* mean\(flow\(x, t\[(\d+)\]\)", fixture.meta["gradients"])
+    if recipe is None:
+        raise ValueError(f"{fixture.case}: cannot read the loss {fixture.meta['gradients']!r}")
+    names = [key.removeprefix("in.") for key in fixture.tensors if f"out.grad_{key.removeprefix('in.')}" in fixture.tensors]
+    inputs = {name: fixture.tensors[f"in.{name}"].clone().requires_grad_() for name in names}
+    velocity = _velocity(fixture, dit, "in.", int(recipe[2]), inputs)
+    loss = float(recipe[1]) * (velocity * fixture.tensors["in.grad_w"]).mean()
+    loss.backward()
+    found = {name: tensor.grad for name, tensor in inputs.items()} | {"loss": loss[None]}
+    for name, gradient in found.items():
+        expected = fixture.tensors.get(f"out.grad_{name}")
+        if expected is not None and gradient is not None:
+            tolerance = GRADIENT_TOLERANCE * expected.abs().max().item()
+            yield judge(fixture, f"grad_{name}", gradient, expected, tolerance)
+    norms = fixture.meta.get("param_grad_norms", {})
+    errors = {name: _norm_error(parameter.grad, norms.get(name)) for name, parameter in dit.named_parameters()}
+    errors |= {name: float("inf") for name, norm in norms.items() if norm is not None and name not in errors}
+    worst = max(errors.values())
+    verdict: Verdict = "ok" if worst <= GRADIENT_NORM_TOLERANCE else "FAIL"
+    where = "" if verdict == "ok" else f" ({max(errors, key=lambda name: errors[name])})"
+    yield Row(fixture.case, f"param_grad_norms{where}", worst, GRADIENT_NORM_TOLERANCE, verdict)
+
+
+def _norm_error(gradient: Tensor | None, expected: float | None) -> float:
+    if gradient is None or expected is None:
+        return 0.0 if gradient is None and expected is None else float("inf")
+    return abs(gradient.norm().item() - expected) / max(abs(expected), 1e-12)
+
+
+def preprocess(fixture: Fixture) -> Iterator[Row]:
+    """Images cropped, resized and scaled."""
+    for name, image in fixture.meta["images"].items():
+        pixels = fixture.tensors[f"in.{name}_uint8_as_float"].to(torch.uint8).numpy()
+        actual = preprocess_image(Image.fromarray(pixels), *image["target"])
+        yield judge(fixture, name, actual, fixture.tensors[f"out.{name}"])
+
+
+def dit_config(given: dict[str, Any]) -> ActionDiTConfig:
+    """Our settings of a fixture's `config`; the bidirectional reference has an action module in every block."""
+    _refuse_other_than_fixed(given)
+    action = action_config(given["action_config"], given["dim"], blocks=list(range(given["num_layers"])))
+    return build(ActionDiTConfig, _known(ActionDiTConfig, given) | {"action": action.__dict__})
+
+
+def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionConfig:
+    """Our settings of a fixture's `action_config`."""
+    _refuse_other_than_fixed(given)
+    same = (given.get("mouse_qk_dim_list", given["rope_dim_list"]), given["img_hidden_size"])
+    if same != (given["rope_dim_list"], dim):
+        raise ValueError(f"fixture with mouse_qk_dim_list, img_hidden_size = {same}: other than the keyboard's and dim")
+    return build(ActionConfig, _known(ActionConfig, given) | {"blocks": blocks})
+
+
+def _refuse_other_than_fixed(given: Mapping[str, Any]) -> None:
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
+
+
+def _known(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def _windows(actions: Tensor | None, config: ActionConfig, f: int) -> Tensor | None:
+    if actions is None:
+        return None
+    ends = [config.vae_time_compression_ratio * i for i in range(f)]
+    return action_windows(actions, ends, config.window)
+
+
+# By the start of the case's name.
+CASES: dict[str, Case] = {
+    "scheduler": scheduler,
+    "time_sinusoid": time_embedding,
+    "rope": rope,
+    "action_": action_module,
+    "bidir_": bidirectional,
+    "preprocess": preprocess,
+}

@@ -1,0 +1,121 @@
+"""Figures of a model and of its pictures: held-out velocity loss, PSNR, drift."""
+
+import math
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.types import CHUNK_FRAMES, Batch, latent_ends
+from model.actions import action_windows
+from model.conditioning import condition
+from model.flow import FlowMatch
+
+SIGMA_BINS = 4  # of equal width over [0, 1]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One noise level per clip and the noise; used for all action variants, so that their losses can be subtracted."""
+
+    sigma: Tensor  # (b)
+    noise: Tensor  # (b c f h w)
+
+
+def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
+    """Mean squared velocity error (b) of the latents after the first `known`, which the model is given.
+
+    `batch.latents` (b c f h w) in the chunked layout with the actions of their frames. Known latents are noised like
+    all others in the model's input and clean in its conditioning, as in training.
+    """
+    x0 = batch.latents.float()
+    ends = latent_ends("chunked", x0.shape[2])
+    keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in (batch.keyboard, batch.mouse))
+    noisy = flow.add_noise(x0, draw.noise, draw.sigma)
+    velocity = dit(noisy, flow.config.train_steps * draw.sigma, condition(x0, known), keyboard, mouse)
+    error = (velocity.float() - flow.training_target(x0, draw.noise)).square()
+    return error[:, :, known:].mean(dim=(1, 2, 3, 4))
+
+
+def first_chunk(batch: Batch) -> Batch:
+    """The batch cut to its clips' first chunk: what the model learns to make from a frame."""
+    return replace(
+        batch,
+        latents=batch.latents[:, :, :3],
+        keyboard=batch.keyboard[:, :CHUNK_FRAMES],
+        mouse=batch.mouse[:, :CHUNK_FRAMES],
+    )
+
+
+def other_episodes(ids: tuple[str, ...]) -> list[int] | None:
+    """For each clip ("episode:start") the index of one of another episode, each used once; None if that cannot be."""
+    episodes = [clip.rpartition(":")[0] for clip in ids]
+    order = sorted(range(len(ids)), key=lambda i: episodes[i])
+    most = max(episodes.count(episode) for episode in set(episodes))
+    if 2 * most > len(ids):
+        return None
+    partner = [0] * len(ids)
+    for place, i in enumerate(order):  # sorted by episode, a shift by the largest group's size leaves every group
+        partner[i] = order[(place + most) % len(ids)]
+    return partner
+
+
+def action_variants(batch: Batch) -> dict[str, Batch]:
+    """The clips with the `right` actions, `shuffled` ones of other episodes' clips (if there are any), and `none`."""
+    variants = {"right": batch}
+    partner = other_episodes(batch.ids)
+    if partner is not None:
+        variants["shuffled"] = replace(batch, keyboard=batch.keyboard[partner], mouse=batch.mouse[partner])
+    still = {"keyboard": torch.zeros_like(batch.keyboard), "mouse": torch.zeros_like(batch.mouse)}
+    return variants | {"none": replace(batch, **still)}
+
+
+def sigma_bins(flow: FlowMatch) -> list[tuple[str, Tensor]]:
+    """The training levels in bins of sigma: names such as `sigma_0.75-1.00`, levels (n); empty bins are left out."""
+    levels = flow.schedule(flow.config.train_steps).sigmas
+    index = (levels * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
+    names = [f"sigma_{i / SIGMA_BINS:.2f}-{(i + 1) / SIGMA_BINS:.2f}" for i in range(SIGMA_BINS)]
+    return [(names[i], levels[index == i]) for i in range(SIGMA_BINS) if (index == i).any()]
+
+
+def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> dict[str, dict[str, float]]:
+    """Figures from losses[variant][sigma bin] (b): the mean per variant, per bin, and how much worse than `right`.
+
+    `loss` weighs the bins as training draws them. `minus_right` is the mean paired difference over clips and
+    `standard_error` its standard error (clips taken as independent).
+    """
+    share = {name: len(levels) / flow.config.train_steps for name, levels in sigma_bins(flow)}
+    per_clip = {variant: sum_weighted(bins, share) for variant, bins in losses.items()}
+    table = {}
+    for variant, loss in per_clip.items():
+        figures = {"loss": loss.mean().item()}
+        figures |= {f"loss/{name}": values.mean().item() for name, values in losses[variant].items()}
+        if variant != "right":
+            difference = loss - per_clip["right"]
+            figures["minus_right"] = difference.mean().item()
+            if len(difference) > 1:
+                figures["standard_error"] = (difference.std() / math.sqrt(len(difference))).item()
+            for name, values in losses[variant].items():
+                figures[f"minus_right/{name}"] = (values - losses["right"][name]).mean().item()
+        table[variant] = figures
+    return table
+
+
+def sum_weighted(bins: dict[str, Tensor], share: dict[str, float]) -> Tensor:
+    """The mean loss (b) over levels from the means per bin (b)."""
+    return torch.stack([share[name] * values for name, values in bins.items()]).sum(dim=0)
+
+
+def psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """PSNR in dB (...) of frames (... h w 3) uint8 against the real ones; 99 dB where they are the same."""
+    error = np.square(made.astype(np.float32) - real.astype(np.float32)).mean(axis=(-3, -2, -1))
+    return np.minimum(20 * math.log10(255) - 10 * np.log10(np.maximum(error, 1e-12)), 99.0)
+
+
+def picture_statistics(frames: np.ndarray) -> dict[str, float]:
+    """Brightness mean and std (of 255) and sharpness (std of the Laplacian) over `frames` (n h w 3) uint8."""
+    grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]).astype(np.float32)
+    sharpness = np.mean([cv2.Laplacian(picture, cv2.CV_32F).std() for picture in grey])
+    return {"mean": float(grey.mean()), "std": float(grey.std(axis=(1, 2)).mean()), "sharpness": float(sharpness)}

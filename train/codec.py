@@ -1,0 +1,129 @@
+"""Fits the demo's codec: the encoder in closed form, then the decoder by regression on pixels."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import load_config, save_config
+from data_pipeline.readers import READERS, find_episodes, read_game_frames, split_episodes
+from data_pipeline.types import CHUNK_FRAMES, GameConfig
+from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
+from model.weights import save_weights
+
+PCA_PATCHES = 200_000  # rows of the covariance; 768 x 768 is determined by far fewer
+
+
+@dataclass(frozen=True)
+class CodecTrainConfig:
+    """What `python -m train codec` is told."""
+
+    game: GameConfig
+    source: str  # folder of recordings
+    out: str  # the codec's folder
+    codec: CodecConfig = CodecConfig()
+    reader: str = "worldloom"
+    heldout_every: int = 10  # every n-th episode is never trained on
+    episodes: int = 120  # recordings held in memory
+    heldout_episodes: int = 12  # recordings that PSNR is measured on
+    steps: int = 1500
+    batch: int = 4  # runs of 9 frames
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    bf16: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.reader not in READERS:
+            raise ValueError(f"no reader {self.reader!r}; there are: {', '.join(READERS)}")
+
+
+def train_codec(words: list[str]) -> None:
+    """Fit the demo's codec to recordings: PCA encoder, learned decoder; prints PSNR on held-out episodes."""
+    config = load_config(CodecTrainConfig, words)
+    started = time.perf_counter()
+    generator = torch.Generator().manual_seed(config.seed)
+    episodes = find_episodes(config.source)
+    fitting, heldout = split_episodes(episodes, config.heldout_every)
+    clips = read_runs(config, fitting[: config.episodes])
+    heldout_clips = read_runs(config, heldout[: config.heldout_episodes])
+    torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
+    codec = make_codec(config.codec)
+    kept = codec.fit_pca(_sample_patches(clips, generator))
+    linear_db = psnr(codec, heldout_clips)
+    print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {len(heldout_clips)} held-out runs of 9 frames")
+    fit_decoder(codec, clips, config, generator)
+    db = psnr(codec, heldout_clips)
+    folder = Path(config.out)
+    save_config(config.codec, folder / CONFIG_FILE)
+    save_weights(codec.state_dict(), folder / WEIGHTS_FILE, {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"})
+    print(f"codec: {db:.2f} dB on held-out episodes (PCA alone {linear_db:.2f}), {time.perf_counter() - started:.0f} s")
+
+
+def read_runs(config: CodecTrainConfig, episodes: list[Path]) -> Tensor:
+    """Runs of 9 frames (m 9 h w 3) uint8, cut one after the other from `episodes`."""
+    runs = []
+    for folder in tqdm(episodes, desc="read recordings", unit="episode"):
+        episode = READERS[config.reader](folder, config.game)
+        frames = np.stack(list(read_game_frames(episode, config.game)))
+        whole = len(frames) // CHUNK_FRAMES * CHUNK_FRAMES
+        runs.append(rearrange(torch.from_numpy(frames[:whole]), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
+    if not runs:
+        raise ValueError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
+    return torch.cat(runs)
+
+
+def to_video(runs: Tensor) -> Tensor:
+    """(m n h w 3) uint8 -> (m 3 n h w) in [-1, 1]."""
+    return rearrange(runs, "m n h w c -> m c n h w").float() / 127.5 - 1
+
+
+def fit_decoder(codec: Codec, clips: Tensor, config: CodecTrainConfig, generator: torch.Generator) -> None:
+    """Regresses the decoder on pixels, in place; the encoder stays as it is."""
+    weights = [p for p in codec.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    progress = tqdm(range(config.steps), desc="codec", unit="step")
+    codec.train()
+    for step in progress:
+        warmup = min(1.0, (step + 1) / config.warmup_steps)
+        decay = 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmup * decay
+        video = to_video(clips[torch.randint(len(clips), (config.batch,), generator=generator)])
+        with torch.no_grad():
+            latents = codec.encode(video)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
+            decoded, _ = codec.decode_stream(latents, None)
+        loss = (decoded.float() - video).square().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            progress.set_postfix_str(f"{10 * math.log10(4 / loss.item()):.2f} dB")
+    codec.eval()
+
+
+@torch.inference_mode()
+def psnr(codec: Codec, runs: Tensor) -> float:
+    """Mean PSNR in dB over frames of `runs` (m 9 h w 3) uint8 after encode and decode, as uint8."""
+    values = []
+    for part in runs.split(8):
+        video = to_video(part)
+        error = (codec.decode(codec.encode(video)) - video).square().mean(dim=(1, 3, 4))
+        values.append(10 * torch.log10(4 / error.clamp_min(1e-10)))
+    return torch.cat(values).mean().item()
+
+
+def _sample_patches(clips: Tensor, generator: torch.Generator) -> Tensor:
+    """At most PCA_PATCHES rows (m 768) of `clips`, first frames repeated as `encode` does it."""
+    per_run = 3 * (clips.shape[2] // 8) * (clips.shape[3] // 8)
+    chosen = torch.randperm(len(clips), generator=generator)[: max(1, PCA_PATCHES // per_run)]
+    video = to_video(clips[chosen])
+    whole = torch.cat([video[:, :, :1].repeat_interleave(4, dim=2), video[:, :, 1:]], dim=2)
+    return to_patches(whole).flatten(0, 3)

@@ -1,0 +1,95 @@
+"""The one writer of figures: metrics.jsonl, the progress line, and wandb when asked."""
+
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from configs.files import write_text
+from train.config import TrainConfig
+from train.objectives.base import Figures
+
+SIGMA_BINS = 4
+METRICS = "metrics.jsonl"
+
+
+class StepFigures:
+    """What a step's micro-steps said, as sums that can be added over ranks."""
+
+    def __init__(self) -> None:
+        self.sums = torch.zeros(2, SIGMA_BINS)  # losses, samples
+
+    def add(self, figures: Figures) -> None:
+        index = (figures.sigma.cpu() * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
+        self.sums[0].index_add_(0, index, figures.loss.cpu().float())
+        self.sums[1].index_add_(0, index, torch.ones(len(index)))
+
+
+def describe(sums: Tensor) -> dict[str, float]:
+    """`loss` and `loss/sigma_a-b` from sums (2, bins); a bin without a sample is left out."""
+    figures = {"loss": (sums[0].sum() / sums[1].sum()).item()}
+    for i in range(SIGMA_BINS):
+        if sums[1, i] > 0:
+            low, high = i / SIGMA_BINS, (i + 1) / SIGMA_BINS
+            figures[f"loss/sigma_{low:.2f}-{high:.2f}"] = (sums[0, i] / sums[1, i]).item()
+    return figures
+
+
+class Log:
+    """Figures of one run; only the main process writes. A resumed run continues the file after its checkpoint."""
+
+    def __init__(self, config: TrainConfig, start: int, main: bool) -> None:
+        self.main, self.path = main, Path(config.out) / METRICS
+        self.progress = tqdm(total=config.steps, initial=start, desc=config.objective["name"], unit="step", disable=not main)
+        self.wandb: Any = None
+        if not main:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= start]
+            write_text(self.path, "".join(f"{line}\n" for line in kept))
+        if config.wandb:
+            import wandb  # costs a second, and asks for an account unless WANDB_MODE=offline
+
+            self.wandb = wandb.init(
+                project=config.wandb_project,
+                name=Path(config.out).name,
+                dir=config.out,
+                config=asdict(config),
+                mode=os.environ.get("WANDB_MODE", "online"),  # type: ignore[arg-type]
+            )
+
+    def advance(self, loss: float, data_wait: float) -> None:
+        self.progress.set_postfix_str(f"loss {loss:.4f}, data wait {data_wait:.1%}", refresh=False)
+        self.progress.update()
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        """One line of metrics.jsonl, `step` being the number of optimizer steps done."""
+        if not self.main:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **figures}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(figures, step=step)
+
+    def say(self, text: str) -> None:
+        """One line for a person, above the progress line."""
+        if self.main:
+            self.progress.write(text)
+
+    def close(self) -> None:
+        self.progress.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except json.JSONDecodeError:
+        return float("inf")  # half a line of a run that was killed

@@ -1,0 +1,44 @@
+"""Chunk after chunk: 18 frames = a context chunk and the target chunk that follows it, in one 6-latent sequence."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.types import Batch
+from model.flow import FlowMatch
+from train.objectives.base import CHUNK_LATENTS, Base, Figures, velocity_error
+from train.objectives.draws import Draws
+
+
+@dataclass(frozen=True)
+class Autoregressive:
+    """Velocity loss of a chunk that follows a given one; context slots carry the context at the current noise level."""
+
+    context_weight: float = 0.3  # of the context's own loss during the curriculum; the target has the rest
+    curriculum: float = 1 / 3  # share of training with the context's loss; afterwards the target alone
+    base_share: float = 0.1  # of micro-steps that train the first chunk from a frame, lest it be forgotten
+    context_noise: float = 0.0  # largest noise level mixed into the given context, against drift of long rollouts
+
+    def loss(
+        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
+    ) -> tuple[Tensor, Figures]:
+        """The weighted squared velocity error and the target's part; `progress` in [0, 1] drives the curriculum."""
+        if float(torch.rand(1, generator=draws.shared)) < self.base_share:
+            return Base().loss(model, flow, batch, progress, draws)
+        batch = replace(batch, latents=self._noised_context(batch.latents.float(), flow, draws))
+        actions = (batch.keyboard, batch.mouse)
+        error, sigma = velocity_error(model, flow, batch.latents, actions, CHUNK_LATENTS, draws)
+        context, target = error[:, :CHUNK_LATENTS].mean(), error[:, CHUNK_LATENTS:]
+        loss = target.mean()
+        if progress < self.curriculum:
+            loss = self.context_weight * context + (1 - self.context_weight) * loss
+        return loss, Figures(target.mean(dim=1).detach(), sigma)
+
+    def _noised_context(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Tensor:
+        if not self.context_noise:
+            return latents
+        context = latents[:, :, :CHUNK_LATENTS]
+        sigma = self.context_noise * draws.uniform().to(latents.device)
+        noised = flow.add_noise(context, draws.noise(context), sigma)
+        return torch.cat([noised, latents[:, :, CHUNK_LATENTS:]], dim=2)

@@ -1,0 +1,46 @@
+"""The random numbers of a step: a function of the seed and the sample, never of the rank or the past."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.flow import Schedule
+
+
+@dataclass(frozen=True)
+class Draws:
+    """One generator per sample of this rank's batch, and one that all ranks share in this micro-step.
+
+    A sample's noise depends on its global index alone, so a run gives the same losses on another number of ranks.
+    """
+
+    samples: tuple[torch.Generator, ...]
+    shared: torch.Generator
+
+    def noise(self, like: Tensor) -> Tensor:
+        """Gaussian noise of the shape of `like` (b ...), float32 on its device."""
+        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.samples]
+        return torch.stack(drawn).to(like.device)
+
+    def sigma(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """Noise levels (b) drawn uniformly from the table, and the index (b) of each in it."""
+        drawn = [torch.randint(len(schedule.sigmas), (1,), generator=generator) for generator in self.samples]
+        index = torch.cat(drawn)
+        return schedule.sigmas[index].float(), index
+
+    def uniform(self) -> Tensor:
+        """Numbers (b) in [0, 1)."""
+        return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
+
+
+def make_draws(seed: int, micro_step: int, first_sample: int, batch: int) -> Draws:
+    """The draws of the samples `first_sample` ... of the global order."""
+
+    def generator(*key: int) -> torch.Generator:
+        state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state) >> 1)
+
+    samples = tuple(generator(0, first_sample + i) for i in range(batch))
+    return Draws(samples, generator(1, micro_step))
