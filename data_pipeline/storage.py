@@ -1,4 +1,4 @@
-"""The one place that opens a url: a local path, or `s3://bucket/key` through boto3 and its own rules for credentials."""
+"""The one place that opens a url: a local path, or `s3://bucket/key` through boto3, by its rules for credentials."""
 
 import os
 import tempfile

@@ -1,9 +1,10 @@
 """Manifest to batches: shuffled over the whole set, exactly resumable, each clip read by its offset.
 
 The order is a function of (seed, epoch) over all clips. Sample g of the run, counted over all ranks and epochs, is clip
-`order(g // clips)[g % clips]`; micro-step m of rank r takes sample `(m * world + r) * batch` and the `batch - 1` after it. So a position is one number, ranks never share a clip within an epoch, every clip comes once per epoch,
-and the order does not depend on the number of ranks or workers. An epoch's end falls where it falls: the batch that
-reaches it goes on with the next epoch's first clips.
+`order(g // clips)[g % clips]`; micro-step m of rank r takes sample `(m * world + r) * batch` and the `batch - 1` after
+it. So a position is one number, ranks never share a clip within an epoch, every clip comes once per epoch, and the
+order does not depend on the number of ranks or workers. An epoch's end falls where it falls: the batch that reaches it
+goes on with the next epoch's first clips.
 """
 
 import threading
