@@ -13,7 +13,8 @@ from configs import load_config
 from configs.cli import run
 from model.action_dit import ActionDiT
 from model.config import ModelConfig
-from model.parity import CASES, Row, read_fixtures, run_fixture
+from model.fixtures import Row, read_fixtures, run_fixture
+from model.parity import CASES
 
 
 def info(words: list[str]) -> None:

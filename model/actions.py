@@ -31,11 +31,14 @@ class ActionConfig:
     windows_size: int = 3  # latent frames whose actions a latent frame sees
 
     def __post_init__(self) -> None:
-        for name, width in (("keyboard", self.keyboard_hidden_dim), ("mouse", self.mouse_hidden_dim)):
-            if width % self.heads_num or width // self.heads_num < self.rope_dim_list[0]:
-                raise ValueError(
-                    f"{name}_hidden_dim {width} must be heads_num {self.heads_num} x at least {self.rope_dim_list[0]}"
-                )
+        branches = {
+            "keyboard_hidden_dim": self.keyboard_hidden_dim if self.enable_keyboard else None,
+            "mouse_hidden_dim": self.mouse_hidden_dim if self.enable_mouse else None,
+        }
+        for name, width in branches.items():
+            turned = self.rope_dim_list[0]
+            if width is not None and (width % self.heads_num or width // self.heads_num < turned):
+                raise ValueError(f"{name} {width} must be heads_num {self.heads_num} x at least {turned}")
         if not self.enable_keyboard and not self.enable_mouse:
             raise ValueError("action module without keyboard and mouse; leave `action` out instead")
 

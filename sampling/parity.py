@@ -6,19 +6,22 @@ import numpy as np
 import torch
 
 from data_pipeline.types import Actions
-from model.parity import Case, Fixture, Row, judge
-from sampling.presets import UPSTREAM_PRESETS, cursor_path, live_rows, lit_keys, preset_actions, replace_rows
+from model.fixtures import Case, Fixture, Row, judge, unsupported
+from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
 
 
 def actions(fixture: Fixture) -> Iterator[Row]:
     """Preset sequences by seed, what the overlay shows of them, and actions replaced block by block."""
+    rows: list[Row] = []
     for game in UPSTREAM_PRESETS:
         by_seed = [_preset_play(fixture, game, seed) for seed in fixture.meta["seeds"]]
-        for play, rows in by_seed:
-            yield from rows
-        yield from _overlay(fixture, game, [play for play, _ in by_seed if play is not None])
+        rows += [row for _, judged in by_seed for row in judged]
+        rows += _overlay(fixture, game, [play for play, _ in by_seed if play is not None])
     if "cond_current_lengths" in fixture.meta:
-        yield from _live(fixture)
+        rows += _live(fixture)
+    yield from rows
+    inputs = {name for name in fixture.tensors if name.startswith("cond_current.replace_")}
+    yield from (unsupported(fixture, name) for name in fixture.tensors.keys() - inputs - {row.output for row in rows})
 
 
 def _preset_play(fixture: Fixture, game: str, seed: int) -> tuple[Actions | None, list[Row]]:
@@ -47,19 +50,18 @@ def _live(fixture: Fixture) -> Iterator[Row]:
     """Blocks of actions replaced one after the other in a play of zeros, and what is handed to the model each time."""
     tensors, lengths = fixture.tensors, fixture.meta["cond_current_lengths"]
     after = {name: tensors.get(f"cond_current.{name}_after") for name in ("keyboard", "mouse")}
-    keyboard, mouse = (np.zeros((0, 0)) if one is None else np.zeros(one.shape[1:], np.float32) for one in after.values())
-    play, start, handed = Actions(keyboard, mouse), 0, []
+    rest = {name: np.zeros((0, 0) if one is None else one.shape[1:], np.float32) for name, one in after.items()}
+    play, start, handed = Actions(rest["keyboard"], rest["mouse"]), 0, []
     for i, (_, latents) in enumerate(lengths):
-        held = [tensors.get(f"cond_current.replace_{name}_b{i}") for name in after]
+        held = {name: tensors.get(f"cond_current.replace_{name}_b{i}") for name in after}
         rows = live_rows(start, len(latents))
-        assert held[0] is not None
-        play = replace_rows(play, rows, held[0].numpy(), None if held[1] is None else held[1].numpy())
+        play = replace_rows(play, rows, **{name: one.numpy() for name, one in held.items() if one is not None})
         handed.append([rows.stop, *range(start, start + len(latents))])
         start += len(latents)
-    for name, expected in after.items():
+    for name, actual in (("keyboard", play.keyboard), ("mouse", play.mouse)):
+        expected = after[name]
         if expected is not None:
-            actual = torch.from_numpy(play.keyboard if name == "keyboard" else play.mouse)
-            yield judge(fixture, f"cond_current.{name}_after", actual[None], expected)
+            yield judge(fixture, f"cond_current.{name}_after", torch.from_numpy(actual)[None], expected)
     expected = torch.tensor([[frames, *latents] for frames, latents in lengths])
     yield judge(fixture, "cond_current_lengths", torch.tensor(handed), expected)
 

@@ -53,7 +53,8 @@ def together(*presets: Preset) -> Preset:
 def universal_presets() -> list[Preset]:
     """Upstream's 45 entries for keys forward, back, left, right and a mouse; never back, never up or down."""
     forward, _, left, right = (
-        Preset(name, row, (0.0, 0.0)) for name, row in zip(("forward", "back", "left", "right"), _one_hot(4), strict=True)
+        Preset(name, row, (0.0, 0.0))
+        for name, row in zip(("forward", "back", "left", "right"), _one_hot(4), strict=True)
     )
     cameras = _cameras(4)
     diagonals = [together(forward, left), together(forward, right)]
@@ -73,9 +74,7 @@ def templerun_presets() -> list[Preset]:
     """Upstream's 7 entries for one-hot keys without a mouse, in the order in which they are drawn from."""
     names = ("nomove", "jump", "slide", "turnleft", "turnright", "leftside", "rightside")
     by_name = {name: Preset(name, row) for name, row in zip(names, _one_hot(7), strict=True)}
-    return [
-        by_name[name] for name in ("jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove")
-    ]
+    return [by_name[name] for name in ("jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove")]
 
 
 UPSTREAM_PRESETS = {"universal": universal_presets, "gta_drive": gta_drive_presets, "templerun": templerun_presets}
@@ -88,10 +87,13 @@ def live_rows(start: int, block: int, frames_per_latent: int = 4) -> slice:
     return slice(first, end)
 
 
-def replace_rows(actions: Actions, rows: slice, keyboard: np.ndarray, mouse: np.ndarray | None = None) -> Actions:
-    """`actions` with the same keys (k) and mouse movement (2) held in all of `rows`."""
+def replace_rows(
+    actions: Actions, rows: slice, keyboard: np.ndarray | None = None, mouse: np.ndarray | None = None
+) -> Actions:
+    """`actions` with the same keys (k) and mouse movement (2) held in all of `rows`; None leaves what was there."""
     new_keyboard, new_mouse = actions.keyboard.copy(), actions.mouse.copy()
-    new_keyboard[rows] = keyboard
+    if keyboard is not None:
+        new_keyboard[rows] = keyboard
     if mouse is not None:
         new_mouse[rows] = mouse
     return Actions(new_keyboard, new_mouse)

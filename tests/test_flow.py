@@ -1,0 +1,85 @@
+"""Flow matching: one sign, one direction of time."""
+
+import pytest
+import torch
+
+from model.flow import FlowMatch, FlowMatchConfig
+
+
+def flow(**settings: float | bool) -> FlowMatch:
+    return FlowMatch(FlowMatchConfig(**settings))  # pyright: ignore[reportArgumentType]
+
+
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 4, 3, 2, 2)
+    return torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_euler_with_the_true_velocity_recovers_the_data(steps: int) -> None:
+    x0, noise = pair()
+    schedule = flow().schedule(steps)
+    x = noise
+    for timestep in schedule.timesteps:
+        now = timestep.expand(len(x))
+        x = flow().step(x, flow().training_target(x0, noise), schedule.sigma(now), schedule.next_sigma(now))
+    assert torch.allclose(x, x0, atol=1e-5)  # fp32 rounding of 50 additions
+
+
+def test_a_step_with_mixed_indices_moves_every_sample_to_its_own_next_level() -> None:
+    x, velocity = pair()
+    schedule = flow().schedule(10)
+    timestep = schedule.timesteps[[3, 9]]  # the second sample is at the last level
+    ours = flow().step(x, velocity, schedule.sigma(timestep), schedule.next_sigma(timestep))
+    # Upstream sends the whole batch to sigma 0 when any of its samples is at the last level.
+    upstream = flow().step(x, velocity, schedule.sigma(timestep), torch.zeros(2))
+    alone = x[0] + velocity[0] * (schedule.sigmas[4] - schedule.sigmas[3])
+    assert torch.equal(ours[0], alone)
+    assert not torch.allclose(upstream[0], alone, atol=0.1)
+    assert torch.equal(ours[1], upstream[1])
+
+
+def test_the_default_schedule_starts_at_pure_noise_and_never_reaches_the_data() -> None:
+    schedule = flow().schedule(1000, training=True)
+    assert schedule.sigmas[0] == 1 and (schedule.sigmas.diff() < 0).all()
+    assert abs(schedule.sigmas[-1].item() - 0.00498) < 1e-5
+    assert torch.equal(schedule.timesteps, 1000 * schedule.sigmas)
+    assert schedule.training_weights is not None
+    assert abs(schedule.training_weights.mean().item() - 1) < 1e-5
+
+
+def test_few_step_lists_are_warped_as_the_released_students_need() -> None:
+    assert flow().warp([1000, 666, 333]).tolist() == pytest.approx([1000, 908.842712, 713.979431], rel=1e-6)
+    assert flow().warp([1000, 750, 500, 250]).tolist() == pytest.approx([1000, 937.5, 833.333313, 625], rel=1e-6)
+    with pytest.raises(ValueError, match="between 0 and 1000"):
+        flow().warp([1001])
+
+
+def test_velocity_and_data_are_two_ways_to_say_the_same() -> None:
+    x0, noise = pair()
+    sigma = torch.tensor([0.3, 0.9])
+    x = flow().add_noise(x0, noise, sigma)
+    velocity = flow().x0_to_velocity(x0, x, sigma)
+    assert torch.allclose(velocity, noise - x0, atol=1e-5)
+    assert torch.allclose(flow().velocity_to_x0(velocity, x, sigma), x0, atol=1e-6)
+
+
+def test_a_level_per_latent_frame_noises_every_frame_by_itself() -> None:
+    x0, noise = pair()
+    sigma = torch.rand(2, 3, generator=torch.Generator().manual_seed(1))
+    x = flow().add_noise(x0, noise, sigma)
+    for frame in range(3):
+        alone = flow().add_noise(x0[:, :, frame], noise[:, :, frame], sigma[:, frame])
+        assert torch.equal(x[:, :, frame], alone)
+
+
+def test_weights_are_only_there_when_asked_for() -> None:
+    with pytest.raises(ValueError, match="training=True"):
+        flow().schedule(10).training_weight(torch.tensor([500.0]))
+
+
+@pytest.mark.parametrize("settings", [{"shift": 0.0}, {"sigma_min": 1.0}, {"sigma_max": 2.0}])
+def test_impossible_noise_levels_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="flow"):
+        flow(**settings)
