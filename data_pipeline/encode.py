@@ -23,7 +23,7 @@ from data_pipeline.shards import MANIFEST, clip_key, find_fault, index_url, read
 from data_pipeline.types import CHUNK_FRAMES, Clip, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash, load_codec
 
-PLAN = "plan.json"
+PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
 JPEG_QUALITY = 95
 
 
@@ -94,15 +94,16 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     plans = make_plans(config, codec)
     for plan in plans:
         _require_same_plan(plan, storage.join(config.out, plan.split))
+        storage.remove_unfinished(storage.join(config.out, plan.split))
     clips = sum(_count_clips(config, episodes) for plan in plans for episodes in plan.shards)
     manifests = []
-    with tqdm(total=clips, desc="encode", unit="clip", smoothing=0.1) as bar:
+    with tqdm(total=clips, desc="encode", unit="clip", smoothing=0.1, disable=None) as bar:
         for plan in plans:
             folder = storage.join(config.out, plan.split)
             storage.write_text(storage.join(folder, PLAN), json.dumps(plan.facts, indent=1) + "\n")
             shards = []
             for i, episodes in enumerate(plan.shards):
-                name = f"shard-{i:06d}.tar"
+                name = SHARD.format(i)
                 info = _find_complete(storage.join(folder, name))
                 if info is None:
                     encoded = (clip for episode in episodes for clip in encode_episode(codec, config, episode))
@@ -120,7 +121,8 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     """The plan of each split: which episodes go into which shard. Reads every recording's actions, no frames."""
     folders = find_episodes(config.source)
     read = READERS[config.reader]
-    episodes = [read(folder, config.game) for folder in tqdm(folders, desc="check recordings", unit="episode")]
+    bar = tqdm(folders, desc="check recordings", unit="episode", disable=None)
+    episodes = [read(folder, config.game) for folder in bar]
     train, heldout = split_episodes(episodes, config.heldout_every)
     if config.heldout_every and not heldout:
         raise ValueError(
@@ -191,8 +193,8 @@ def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -
 @torch.no_grad()
 def encode_runs(codec: Codec, frames: np.ndarray) -> torch.Tensor:
     """Normalised latents (b c f h w) in bfloat16 of frames (b n h w 3) uint8."""
-    video = rearrange(torch.from_numpy(frames), "b n h w c -> b c n h w").float() / 127.5 - 1
-    return codec.encode(video).bfloat16()
+    video = torch.from_numpy(frames).float().div_(127.5).sub_(1)
+    return codec.encode(rearrange(video, "b n h w c -> b c n h w")).bfloat16()
 
 
 def _clip_starts(config: EncodeConfig, frames: int) -> range:

@@ -3,7 +3,6 @@
 import importlib
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import to_dict
-from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
+from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_episode
 from data_pipeline.types import GameConfig
-from data_pipeline.video import fit_frame, write_video
+from data_pipeline.video import fit_frame
 
 TICS_PER_S = 35
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
@@ -134,7 +133,7 @@ def record_episodes(config: RecordConfig) -> Recorded:
     if todo:
         out.mkdir(parents=True, exist_ok=True)
         with running_game(config) as game:
-            for i in tqdm(todo, desc="record", unit="episode"):
+            for i in tqdm(todo, desc="record", unit="episode", disable=None):
                 _record_episode(game, config, i, out / names[i])
                 made += 1
     return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
@@ -196,28 +195,15 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
 
 
 def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
-    part = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    part.mkdir()
-    try:
-        steps = list(play(game, config, index))
-        frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
-        write_video(part / VIDEO, frames, config.game.fps, config.recorder.crf)
-        keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
-        write_actions(part / ACTIONS, config.game.action_space, keyboard, mouse_deg)
-        (part / ABOUT).write_text(json.dumps(_about(config, index), indent=1) + "\n", encoding="utf-8")
-        os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    steps = list(play(game, config, index))
+    frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
+    keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
+    write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)
 
 
 def _about(config: RecordConfig, index: int) -> dict[str, Any]:
-    game = to_dict(config.game)
-    return {
-        "game": game["name"], "fps": game["fps"], "height": game["height"], "width": game["width"],
-        "frames": config.frames, "action_space": game["action_space"], "seed": config.seed, "index": index,
-        "recorder": to_dict(config.recorder), "licence": LICENCE,
-    }  # fmt: skip
+    facts = {"seed": config.seed, "index": index, "recorder": to_dict(config.recorder), "licence": LICENCE}
+    return {**describe_episode(config.game, config.frames), **facts}
 
 
 def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:

@@ -160,7 +160,8 @@ def verify_set(url: str | Path) -> list[str]:
         faults += [f"{shard}: {fault}"] if fault else []
     listed = {shard_url(url, info) for info in manifest.shards}
     beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
-    return faults + [f"{found}: not in the manifest" for found in beside if found not in listed]
+    strays = [found for found in beside if found not in listed and "/." not in found]
+    return faults + [f"{found}: not in the manifest" for found in strays]
 
 
 def _find_index_fault(shard: str, info: ShardInfo) -> str | None:

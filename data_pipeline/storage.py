@@ -77,6 +77,13 @@ def list_files(folder: str | Path) -> list[str]:
         return sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ()))
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Deletes what a killed writer left in a local folder; to be called while nobody else writes there."""
+    if not _is_s3(folder) and Path(folder).is_dir():
+        for left in Path(folder).glob(".*.tmp.*"):
+            left.unlink()
+
+
 @contextmanager
 def writing(url: str | Path) -> Iterator[Path]:
     """A local path to write to; what lies there when the block ends well appears at `url`, whole."""

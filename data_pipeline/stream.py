@@ -109,9 +109,9 @@ class Stream:
                 f"{manifest_url}: {len(shards)} shards for {lanes} loader lanes (ranks x workers); "
                 "write more shards or use fewer workers"
             )
-        self.batch, self.seed, self.rank, self.world, self.workers = batch, seed, rank, world, workers
-        self.shuffle = shuffle
-        self._order = lru_cache(maxsize=2)(self._make_order)
+        self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
+        clips = len(self.shards)
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(clips, seed, epoch) if shuffle else range(clips))
 
     def __len__(self) -> int:
         """Clips per epoch, over all ranks."""
@@ -158,12 +158,12 @@ class Stream:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _make_order(self, epoch: int) -> np.ndarray:
-        if not self.shuffle:
-            return np.arange(len(self))
-        # Sorting raw words of a bit generator: NumPy promises those for good, but not what Generator.permutation gives.
-        words = np.random.PCG64(np.random.SeedSequence((self.seed, epoch))).random_raw(len(self))
-        return np.argsort(words, kind="stable")
+
+def epoch_order(clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The numbers 0 ... clips - 1 in the shuffled order of an epoch."""
+    # Sorting raw words of a bit generator: NumPy promises those for good, but not what Generator.permutation gives.
+    words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(clips)
+    return np.argsort(words, kind="stable")
 
 
 def read_clips(manifest_url: str | Path, limit: int | None = None) -> list[Clip]:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import wraps
 
 from configs.cli import run
+from sampling.evaluate import evaluate
 from sampling.generate import generate
 
 Verb = Callable[[list[str]], None]
@@ -21,7 +22,7 @@ def of_checkpoint(verb: Verb) -> Verb:
     return with_checkpoint
 
 
-VERBS = {"generate": of_checkpoint(generate)}
+VERBS = {"generate": of_checkpoint(generate), "evaluate": of_checkpoint(evaluate)}
 
 if __name__ == "__main__":
     sys.exit(run("sampling", VERBS))

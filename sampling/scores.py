@@ -12,6 +12,7 @@ from data_pipeline.types import CHUNK_FRAMES, Batch, latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
 from model.flow import FlowMatch
+from sampling.chunked import CHUNK_LATENTS
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
 
@@ -39,14 +40,12 @@ def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, dra
     return error[:, :, known:].mean(dim=(1, 2, 3, 4))
 
 
-def first_chunk(batch: Batch) -> Batch:
-    """The batch cut to its clips' first chunk: what the model learns to make from a frame."""
-    return replace(
-        batch,
-        latents=batch.latents[:, :, :3],
-        keyboard=batch.keyboard[:, :CHUNK_FRAMES],
-        mouse=batch.mouse[:, :CHUNK_FRAMES],
-    )
+def cut_chunks(batch: Batch, count: int) -> Batch | None:
+    """The batch cut to its clips' first `count` chunks; None if they are shorter."""
+    if batch.latents.shape[2] < CHUNK_LATENTS * count:
+        return None
+    latents, frames = batch.latents[:, :, : CHUNK_LATENTS * count], CHUNK_FRAMES * count
+    return Batch(latents, batch.keyboard[:, :frames], batch.mouse[:, :frames], batch.ids)
 
 
 def other_episodes(ids: tuple[str, ...]) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data_pipeline.readers import READERS
-from data_pipeline.readers.worldloom import find_episodes
+from data_pipeline.readers import READERS, find_episodes, read_game_frames
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig, Manifest
 from sampling.chunked import decode_frames, encode_frames, rollout, to_video
 from sampling.motion import EXPECTED
@@ -57,12 +57,12 @@ def read_starts(folders: Sequence[Path], reader: str, game: GameConfig, settings
     length, starts = CHUNK_FRAMES * (1 + settings.chunks), []
     order = [folders[i] for i in torch.randperm(len(folders), generator=generator).tolist()]
     for i in tqdm(range(settings.starts), desc="read held-out episodes", unit="start"):
-        episode = READERS[reader].read_episode(order[i % len(order)], game)
+        episode = READERS[reader](order[i % len(order)], game)
         room = len(episode.actions) - length
         if room < 0:
             raise ValueError(f"{episode.id} has {len(episode.actions)} frames, {length} are needed; use fewer chunks")
         first = int(torch.randint(room + 1, (), generator=generator))
-        frames = np.stack(list(episode.frames())[first : first + length])
+        frames = np.stack(list(islice(read_game_frames(episode, game), first, first + length)))
         starts.append(Start(f"{episode.id}, frame {first}", frames, episode.actions[first : first + length]))
     return starts
 
@@ -92,7 +92,9 @@ def play_replay(world: WorldModel, starts: Sequence[Start], settings: RolloutSet
     codec = []
     for chunk in range(1, 1 + settings.chunks):
         frames = video[:, :, CHUNK_FRAMES * chunk : CHUNK_FRAMES * (chunk + 1)]
-        parts = [decode_frames(world, encode_frames(world, part.to(world.device))) for part in frames.split(settings.batch)]
+        parts = [
+            decode_frames(world, encode_frames(world, part.to(world.device))) for part in frames.split(settings.batch)
+        ]
         codec.append(torch.cat(parts).cpu())
     real = np.stack([start.frames for start in starts])
     return Replay(
@@ -130,7 +132,10 @@ def play_held(
         held = read_script(command, world.game.action_space, Scripted(CHUNK_FRAMES * settings.chunks, 0, mouse_deg))
         for i, start in enumerate(starts):
             before = start.actions[:CHUNK_FRAMES]
-            keyboard, mouse = np.concatenate([before.keyboard, held.keyboard]), np.concatenate([before.mouse, held.mouse])
+            keyboard, mouse = (
+                np.concatenate([before.keyboard, held.keyboard]),
+                np.concatenate([before.mouse, held.mouse]),
+            )
             actions.append(Actions(keyboard, mouse))
             seeds.append(settings.seed + i)
     made = play(world, contexts, actions, seeds, settings, "held commands")

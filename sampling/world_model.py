@@ -105,16 +105,11 @@ def load_world(path: str | Path, weights: Weights = "ema", device: str = "cpu", 
 
 def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> None:
     """Raises ValueError in one line if recordings of `other` cannot be put to a model of `world_game`."""
-    if world_game.action_space.hash != other.action_space.hash:
+    ours, theirs = world_game.action_space, other.action_space
+    if ours.hash != theirs.hash:
         raise ValueError(
-            f"{where} is of another action space: {_keys(other)}; the checkpoint was trained on {_keys(world_game)}"
+            f"{where} has the action space {theirs.describe()}, the checkpoint was trained on {ours.describe()}"
         )
-    ours, theirs = ((game.height, game.width, game.fps) for game in (world_game, other))
-    if ours != theirs:
-        raise ValueError(f"{where} has height, width, fps {theirs}; the checkpoint was trained on {ours}")
-
-
-def _keys(game: GameConfig) -> str:
-    space = game.action_space
-    mouse = f" + mouse, {space.mouse_unit_deg} degrees as 1" if space.mouse else ""
-    return f"{space.name!r} ({', '.join(space.keys)}{mouse})"
+    sizes = [f"{game.height}x{game.width} px at {game.fps:g} fps" for game in (world_game, other)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"{where} has {sizes[1]}, the checkpoint was trained on {sizes[0]}")

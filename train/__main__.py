@@ -1,15 +1,25 @@
 """`python -m train file.yaml ... key=value ...` trains; `python -m train codec ...` fits the demo's codec."""
 
+import os
+import signal
 import sys
+import time
 
-from configs.cli import run
+from configs.cli import PERSONS_FAULTS, run
 
 
 def _train(words: list[str]) -> None:
     """Train a world model on latent shards (the default: a word that is no verb begins its settings)."""
     from train.loop import train
 
-    train(words)
+    try:
+        train(words)
+    except PERSONS_FAULTS:
+        # Every rank meets the same fault: rank 0 says it, and the launcher ends the others while they wait here.
+        if os.environ.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        raise
 
 
 def _codec(words: list[str]) -> None:

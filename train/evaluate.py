@@ -1,7 +1,6 @@
 """Held-out velocity loss during training: with the right actions, and with those of another clip."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -20,30 +19,29 @@ class Validation:
     def __init__(self, config: TrainConfig, engine: Engine, flow: FlowMatch) -> None:
         assert config.validation.manifest
         self.engine, self.flow, self.batch = engine, flow, config.batch
-        ranks = engine.accelerator.num_processes
         self.known = 1 if config.objective["name"] == "base" else CHUNK_LATENTS
-        self.stream = Stream(Path(config.validation.manifest), config.batch, 0, engine.accelerator.process_index, ranks)
-        self.micro_steps = max(1, config.validation.clips // (config.batch * ranks))
+        self.stream = Stream(config.validation.manifest, config.batch, seed=0, workers=0)  # every rank sees all of it
+        self.rounds = max(1, config.validation.clips // (config.batch * engine.accelerator.num_processes))
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
         """`heldout/right` and `heldout/shuffled`: mean squared velocity error of the latents to be made up."""
         sums = torch.zeros(3)
         accelerator = self.engine.accelerator
-        for micro_step in range(self.micro_steps):
-            batch = self.stream.batch_at(micro_step).to(accelerator.device)
+        for done in range(self.rounds):
+            place = done * accelerator.num_processes + accelerator.process_index
+            batch = self.stream.batch_at(place).to(accelerator.device)
             swapped = replace(batch, keyboard=batch.keyboard.roll(1, 0), mouse=batch.mouse.roll(1, 0))
-            first = (micro_step * accelerator.num_processes + accelerator.process_index) * self.batch
             for i, one in enumerate((batch, swapped)):
-                sums[i] += self._error(one, first, micro_step)
+                sums[i] += self._error(one, place)
             sums[2] += self.batch
         sums = self.engine.sum_over_ranks(sums)
         return {"heldout/right": (sums[0] / sums[2]).item(), "heldout/shuffled": (sums[1] / sums[2]).item()}
 
-    def _error(self, batch: Batch, first: int, micro_step: int) -> torch.Tensor:
+    def _error(self, batch: Batch, place: int) -> torch.Tensor:
         latents = 3 if self.known == 1 else batch.latents.shape[2]
         frames = 9 if self.known == 1 else batch.keyboard.shape[1]
-        draws = make_draws(0, micro_step, first, self.batch)
+        draws = make_draws(0, place, place * self.batch, self.batch)
         actions = (batch.keyboard[:, :frames], batch.mouse[:, :frames])
         error, _ = velocity_error(self.engine.model, self.flow, batch.latents[:, :, :latents], actions, self.known, draws)
         return error[:, self.known :].mean(dim=1).sum().cpu()

@@ -1,5 +1,6 @@
 """The training loop, straight down."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -44,14 +45,15 @@ def train(words: list[str]) -> None:
     manifest = load_manifest(config.manifest)
     world = describe_world(config, manifest)
     objective, flow = make_objective(config.objective), FlowMatch(config.flow)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
+    start_from = initial_weights(config, world) if config.init else None
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    rank, ranks = accelerator.process_index, accelerator.num_processes
-    stream = Stream(Path(config.manifest), config.batch, config.seed, rank, ranks, config.workers)
     torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
     model = ActionDiT(config.model)
-    if config.init:
-        load_into(model, load_weights(initial_weights(config, world)))
+    if start_from:
+        load_into(model, load_weights(start_from))
     engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
     ema = Ema(engine, config.ema_decay)
     resumed = find_resumable(config)

@@ -6,16 +6,19 @@ the view turns during the frame's interval (pitch > 0 up, yaw > 0 right). Row i 
 
 import csv
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs import build
+from configs import build, to_dict
+from configs.files import write_text
 from data_pipeline.types import Actions, ActionSpace, GameConfig
-from data_pipeline.video import probe, read_frames
+from data_pipeline.video import probe, read_frames, write_video
 
 VIDEO, ACTIONS, ABOUT = "video.mp4", "actions.csv", "episode.json"
 MOUSE_COLUMNS = ("pitch_deg", "yaw_deg")
@@ -122,6 +125,39 @@ def read_actions(path: str | Path, space: ActionSpace) -> Actions:
     keyboard = table[:, [header.index(key) for key in space.keys]]
     mouse = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]] / space.mouse_unit_deg
     return Actions(keyboard.astype(np.float32), mouse.astype(np.float32))
+
+
+def describe_episode(game: GameConfig, frames: int) -> dict[str, Any]:
+    """What every `episode.json` must hold; a seed, a licence and what else is known may stand beside it."""
+    facts = to_dict(game)
+    return {
+        "game": facts["name"],
+        **{name: facts[name] for name in ("fps", "height", "width")},
+        "frames": frames,
+        "action_space": facts["action_space"],
+    }
+
+
+def write_episode(
+    folder: str | Path,
+    about: Mapping[str, Any],  # describe_episode, and more
+    frames: Iterable[np.ndarray],
+    keyboard: np.ndarray,
+    mouse_deg: np.ndarray,
+    crf: int = 14,  # H.264 quality; small noisy pictures need a low one
+) -> None:
+    """Writes an episode folder, whole or not at all: frames (h w 3) uint8, keyboard (n k), mouse (n 2) degrees."""
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
+    part.mkdir(parents=True)
+    try:
+        write_video(part / VIDEO, frames, about["fps"], crf)
+        write_actions(part / ACTIONS, build(ActionSpace, about["action_space"]), keyboard, mouse_deg)
+        write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
+        os.rename(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mouse_deg: np.ndarray) -> None:

@@ -1,0 +1,204 @@
+"""Judges a checkpoint on held-out episodes: what the actions are worth, and whether the picture obeys."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+from tqdm import tqdm
+
+from configs import load_config
+from configs.files import write_text
+from data_pipeline.readers import READERS
+from data_pipeline.stream import Stream, load_manifest
+from data_pipeline.types import CHUNK_FRAMES, Batch
+from sampling.chunked import CHUNK_LATENTS
+from sampling.films import held_film, replay_film, write_film
+from sampling.motion import EVALUATOR, Motion, held_table, motions, turn_agreement
+from sampling.report import write_page
+from sampling.scores import (
+    Draw,
+    action_loss_table,
+    action_variants,
+    cut_chunks,
+    picture_statistics,
+    psnr,
+    sigma_bins,
+    velocity_loss,
+)
+from sampling.trials import (
+    Replay,
+    RolloutSettings,
+    held_commands,
+    heldout_episodes,
+    play_held,
+    play_replay,
+    read_starts,
+)
+from sampling.world_model import Weights, WorldModel, check_same_game, load_world, newest_checkpoint, read_world_config
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """`python -m sampling evaluate <checkpoint>`."""
+
+    checkpoint: str  # a step folder, or a run folder: its newest complete step
+    recordings: str  # folder of the recordings that the shards were made of
+    manifest: str  # of the held-out shards
+    out: str  # folder of report.json, report.html, the videos and sheets
+    reader: str = "worldloom"
+    clips: int = 24  # held-out clips of the velocity loss
+    starts: int = 8  # places in held-out episodes from which rollouts begin
+    chunks: int = 6  # of 9 frames per rollout along the recorded actions
+    held_starts: int = 8  # as starts, for the held commands
+    held_chunks: int = 3  # as chunks, for the held commands
+    steps: int = 6  # Euler steps per chunk
+    batch: int = 16  # rollouts or clips computed at once
+    seed: int = 0
+    mouse_deg: float = 3.0  # degrees per frame of the held turns
+    weights: Weights = "ema"
+    device: str = "cpu"
+    bf16: bool = False  # the DiT in bfloat16
+
+    def __post_init__(self) -> None:
+        if self.reader not in READERS:
+            raise ValueError(f"no reader {self.reader!r}; there are: {', '.join(READERS)}")
+        if self.clips < 1:
+            raise ValueError(f"clips={self.clips} must be at least 1")
+        _ = self.replay, self.held  # checks of their own
+
+    @property
+    def replay(self) -> RolloutSettings:
+        return RolloutSettings(self.starts, self.chunks, self.steps, self.batch, self.seed)
+
+    @property
+    def held(self) -> RolloutSettings:
+        return RolloutSettings(self.held_starts, self.held_chunks, self.steps, self.batch, self.seed + 1)
+
+
+def evaluate(words: list[str]) -> None:
+    """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
+    config = load_config(EvaluateConfig, words)
+    checkpoint, manifest = newest_checkpoint(config.checkpoint), load_manifest(config.manifest)
+    trained = read_world_config(checkpoint)
+    check_same_game(trained.game, manifest.game, config.manifest)
+    if manifest.codec_hash != trained.codec_hash:
+        raise ValueError(
+            f"{config.manifest} holds latents of codec {manifest.codec_hash}, {checkpoint} was trained on those of "
+            f"{trained.codec_hash}"
+        )
+    if manifest.layout != "chunked":
+        raise ValueError(f"{config.manifest} has the layout {manifest.layout}; evaluate needs chunked clips")
+    folders = heldout_episodes(config.recordings, manifest)
+    starts = read_starts(folders, config.reader, manifest.game, config.replay)
+    held_starts = read_starts(folders, config.reader, manifest.game, config.held)
+    world = load_world(checkpoint, config.weights, config.device, config.bf16)
+    begun = time.perf_counter()
+    report: Figures = {"checkpoint": str(checkpoint), "settings": asdict(config), "evaluator": EVALUATOR}
+    report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))
+    replay = play_replay(world, starts, config.replay)
+    report |= judge_replay(replay)
+    held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
+    report["held"] = held_table({command: all_motions(made) for command, made in held.items()})
+    films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
+    for film in films:
+        write_film(Path(config.out), film, world.game)
+    report["seconds"] = round(time.perf_counter() - begun, 1)
+    page = Path(config.out) / "report.html"
+    write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    write_page(page, report, [(film.name, film.title, film.sentence) for film in films])
+    print("\n".join(summarise(report)))
+    print(f"evaluated in {report['seconds']:.0f} s; open {page}")
+
+
+@torch.inference_mode()
+def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figures:
+    """Tables of held-out velocity loss by actions, for the first chunk after a frame and the next after a chunk."""
+    batch = Stream(config.manifest, clips, config.seed, workers=0).batch_at(0)
+    generator = torch.Generator().manual_seed(config.seed)
+    kinds = {f"{name}_chunk": cut_chunks(batch, count) for name, count in (("first", 1), ("next", 2))}
+    kinds = {name: part for name, part in kinds.items() if part is not None}
+    bins, tables = sigma_bins(world.flow), {}
+    with tqdm(total=len(kinds) * len(bins), desc="held-out loss", unit="noise level") as progress:
+        for kind, part in kinds.items():
+            variants = action_variants(part)
+            losses: dict[str, dict[str, Tensor]] = {variant: {} for variant in variants}
+            for name, levels in bins:
+                sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
+                draw = Draw(sigma, torch.randn(part.latents.shape, generator=generator))
+                for variant, acted in variants.items():
+                    losses[variant][name] = _loss_of_clips(world, acted, draw, config.batch)
+                progress.update()
+            tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
+    return tables
+
+
+def _loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Tensor:
+    """The loss (b) on the CPU, `batch` clips at a time."""
+    known = 1 if clips.latents.shape[2] == CHUNK_LATENTS else CHUNK_LATENTS
+    parts = []
+    for first in range(0, len(clips.ids), batch):
+        part = slice(first, first + batch)
+        some = Batch(clips.latents[part], clips.keyboard[part], clips.mouse[part], clips.ids[part]).to(world.device)
+        noise = Draw(draw.sigma[part].to(world.device), draw.noise[part].to(world.device))
+        parts.append(velocity_loss(world.dit, world.flow, some, known, noise).cpu())
+    return torch.cat(parts)
+
+
+def judge_replay(replay: Replay) -> Figures:
+    """PSNR over time, how the picture answers recorded turns, and drift."""
+    against_real = {
+        "codec": psnr(replay.codec, replay.real),
+        "from_context": psnr(replay.from_context, replay.real),
+        "from_frame": psnr(replay.from_frame[:, 1:], replay.real[:, :-1]),
+        "repeat_prompt": psnr(np.broadcast_to(replay.prompt[:, None], replay.real.shape), replay.real),
+    }
+    shown = {"real": replay.real, "codec": replay.codec, "from_context": replay.from_context}
+    return {
+        "psnr_db": {
+            name: {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
+            for name, values in against_real.items()
+        },
+        "replay_turns": {
+            name: turn_agreement(replay.yaw_deg.flatten().tolist(), all_motions(frames))
+            for name, frames in shown.items()
+        },
+        "drift": {name: drift(frames) for name, frames in shown.items()},
+    }
+
+
+def drift(frames: np.ndarray) -> dict[str, list[float]]:
+    """Brightness, contrast and sharpness of each chunk of rollouts (b n h w 3)."""
+    chunks = rearrange(frames, "b (m n) h w c -> m (b n) h w c", n=CHUNK_FRAMES)
+    statistics = [picture_statistics(chunk) for chunk in chunks]
+    return {name: [round(one[name], 3) for one in statistics] for name in statistics[0]}
+
+
+def all_motions(frames: np.ndarray) -> list[Motion]:
+    """The motion of every chunk of rollouts (b n h w 3), rollout by rollout; OpenCV leaves the threads to us."""
+    with ThreadPoolExecutor() as pool:
+        return [motion for found in pool.map(motions, frames) for motion in found]
+
+
+def summarise(report: Figures) -> list[str]:
+    """The report's main figures, a line each."""
+    lines = []
+    for kind, table in report["velocity_loss"].items():
+        losses = ", ".join(
+            f"{name} {table[name]['loss']:.4f}" for name in ("right", "shuffled", "none") if name in table
+        )
+        lines.append(f"held-out velocity loss, {kind.replace('_', ' ')}: {losses}")
+    means = ", ".join(f"{name} {figures['mean']:.1f}" for name, figures in report["psnr_db"].items())
+    lines.append(f"PSNR along recorded actions, dB: {means}")
+    turns = [f"{name} {f['agreement']:.0%}" for name, f in report["replay_turns"].items() if "agreement" in f]
+    lines += [f"recorded turns, sign of the picture's motion: {', '.join(turns)}"] if turns else []
+    held = ", ".join(f"{name} {figures['obeyed']:.0%}" for name, figures in report["held"].items())
+    return [*lines, f"held commands obeyed: {held}"]

@@ -1,0 +1,209 @@
+"""The page that a person opens: one sentence, one plot and one evaluator's name per question."""
+
+import html
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("agg")
+import numpy as np
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from configs.files import write_text
+
+COLOURS = {
+    "right": "#2f6fde", "shuffled": "#e0663c", "none": "#8a8f9c", "real": "#2d2f36", "codec": "#8a8f9c",
+    "from_context": "#2f6fde", "from_frame": "#5fb0e5", "repeat_prompt": "#e0663c",
+    "idle": "#c9ccd4", "obeyed": "#2f6fde",
+}  # fmt: skip
+NAMES = {
+    "real": "real play", "codec": "codec's reconstruction", "from_context": "generated from 9 frames",
+    "from_frame": "generated from 1 frame", "repeat_prompt": "last given frame repeated",
+    "obeyed": "command held", "idle": "nothing pressed", "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
+}  # fmt: skip
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #22252c; max-width: 1060px; margin: 40px auto; padding: 0 20px; }
+h1 { font-size: 28px; margin-bottom: 4px; } h2 { font-size: 20px; margin: 44px 0 4px; }
+.faint { color: #767b88; font-size: 13px; } svg, video, img { max-width: 100%; height: auto; border-radius: 8px; }
+table { border-collapse: collapse; margin: 12px 0; } td, th { padding: 3px 18px 3px 0; text-align: left; }
+td { font-variant-numeric: tabular-nums; }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question: what the plot or film shows, in one sentence, and who judged."""
+
+    title: str
+    sentence: str
+    body: str  # HTML
+    evaluator: str = ""
+
+
+def write_page(path: Path, report: dict[str, Any], films: Sequence[tuple[str, str, str]]) -> None:
+    """Writes the page of `report`; `films` are (file name without suffix, title, sentence), beside the page."""
+    sections = [*judgement_sections(report), *(film_section(*film) for film in films)]
+    checkpoint = html.escape(report["checkpoint"])
+    parts = [f"<h1>How well does it play?</h1><p class=faint>{checkpoint}</p>"]
+    for section in sections:
+        judge = f"<p class=faint>Evaluator: {html.escape(section.evaluator)}</p>" if section.evaluator else ""
+        parts.append(f"<h2>{section.title}</h2><p>{section.sentence}</p>{section.body}{judge}")
+    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{checkpoint}</title><style>{STYLE}</style>"
+    write_text(path, page + "\n".join(parts) + "</html>\n")
+
+
+def judgement_sections(report: dict[str, Any]) -> list[Section]:
+    """A section per question that `report` has figures for."""
+    own = "the model's own flow-matching loss on held-out clips, the same noise for all actions"
+    flow = f"{report['evaluator']}; only comparable on the same recordings"
+    sections = []
+    for kind, figures in report["velocity_loss"].items():
+        table = {name: figures[name] for name in ("right", "shuffled", "none") if name in figures}
+        title = "What are the actions worth: " + kind.replace("_", " ")
+        sections.append(Section(title, loss_sentence(table), plot_losses(table), own))
+    sections.append(
+        Section("How far ahead does it see?", psnr_sentence(report), plot_psnr(report), "PSNR of uint8 RGB frames")
+    )
+    if report["held"]:
+        sections.append(
+            Section("One command held: does the picture obey?", held_sentence(report), plot_held(report), flow)
+        )
+    if any("agreement" in figures for figures in report["replay_turns"].values()):
+        sections.append(
+            Section("Recorded turns: does the picture obey?", turn_sentence(report), plot_turns(report), flow)
+        )
+    drift = "Brightness, contrast and sharpness per chunk: a stable rollout stays beside the codec's line."
+    sections.append(Section("Does it drift?", drift, plot_drift(report), "grey values (0-255) and their Laplacian"))
+    return sections
+
+
+def film_section(name: str, title: str, sentence: str) -> Section:
+    video = f'<video src="{name}.mp4" controls loop muted autoplay playsinline></video>'
+    return Section(title, sentence, f'{video}<p><a href="{name}.png">one picture per chunk</a></p>')
+
+
+def loss_sentence(table: dict[str, dict[str, float]]) -> str:
+    parts = [f"With the right actions the held-out velocity loss is {table['right']['loss']:.4f}"]
+    for variant in ("shuffled", "none"):
+        if variant in table:
+            error = table[variant].get("standard_error")
+            beside = f" ± {error:.4f}" if error is not None else ""
+            parts.append(f"with {NAMES[variant]} it is {table[variant]['minus_right']:+.4f}{beside}")
+    return (
+        ", ".join(parts) + " (± one standard error of the paired difference); the gap is what the model uses them for."
+    )
+
+
+def psnr_sentence(report: dict[str, Any]) -> str:
+    means = {name: figures["mean"] for name, figures in report["psnr_db"].items()}
+    return (
+        f"Along the recorded actions the rollouts reach {means['from_context']:.1f} dB on average, repeating the last "
+        f"given frame {means['repeat_prompt']:.1f} dB, and the codec alone, which is the ceiling, {means['codec']:.1f} dB."
+    )
+
+
+def held_sentence(report: dict[str, Any]) -> str:
+    worst = min(report["held"].items(), key=lambda item: item[1]["obeyed"])
+    return (
+        f"The share of chunks whose picture moves as commanded; the least obeyed is {worst[0].replace('_', ' ')} with "
+        f"{worst[1]['obeyed']:.0%}. The grey bar is how often the same motion comes with nothing pressed."
+    )
+
+
+def turn_sentence(report: dict[str, Any]) -> str:
+    shares = [
+        f"{NAMES[name]} {figures['agreement']:.0%}"
+        for name, figures in report["replay_turns"].items()
+        if "agreement" in figures
+    ]
+    return f"The picture moves against the turn in these shares of the turning chunks: {', '.join(shares)}."
+
+
+def plot_losses(table: dict[str, dict[str, float]]) -> str:
+    bins = [name for name in table["right"] if name.startswith("loss/")]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2))
+    _grouped_bars(left, [_range(name) for name in bins], {v: [table[v][name] for name in bins] for v in table})
+    left.set(xlabel="noise level sigma", ylabel="velocity loss")
+    others = [variant for variant in table if variant != "right"]
+    gaps = {v: [table[v][f"minus_right/{name.removeprefix('loss/')}"] for name in bins] for v in others}
+    _grouped_bars(right, [_range(name) for name in bins], gaps)
+    right.axhline(0, color=COLOURS["real"], linewidth=0.8)
+    right.set(xlabel="noise level sigma", ylabel="loss minus that of the right actions")
+    left.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def plot_psnr(report: dict[str, Any]) -> str:
+    figure, axes = pyplot.subplots(figsize=(10, 3.4))
+    for name, figures in report["psnr_db"].items():
+        axes.plot(
+            np.arange(1, 1 + len(figures["by_frame"])), figures["by_frame"], color=COLOURS[name], label=NAMES[name]
+        )
+    axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
+    axes.legend(frameon=False, fontsize=9, ncols=2)
+    return _svg(figure)
+
+
+def plot_held(report: dict[str, Any]) -> str:
+    figure, axes = pyplot.subplots(figsize=(10, 3.2))
+    commands = list(report["held"])
+    series = {"obeyed": [report["held"][command]["obeyed"] for command in commands]}
+    if all("idle" in figures for figures in report["held"].values()):
+        series["idle"] = [report["held"][command]["idle"] for command in commands]
+    _grouped_bars(axes, [command.replace("_", " ") for command in commands], series)
+    axes.axhline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
+    axes.set(ylim=(0, 1.05), ylabel="share of chunks")
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    return _svg(figure)
+
+
+def plot_turns(report: dict[str, Any]) -> str:
+    figure, axes = pyplot.subplots(figsize=(10, 1.9))
+    shown = {name: f["agreement"] for name, f in report["replay_turns"].items() if "agreement" in f}
+    axes.barh([NAMES[name] for name in shown], list(shown.values()), color=[COLOURS[name] for name in shown])
+    axes.axvline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
+    axes.set(xlim=(0, 1), xlabel="share of turning chunks with the right sign")
+    axes.invert_yaxis()
+    return _svg(figure)
+
+
+def plot_drift(report: dict[str, Any]) -> str:
+    quantities = {"mean": "brightness", "std": "contrast", "sharpness": "sharpness"}
+    figure, panels = pyplot.subplots(1, 3, figsize=(10, 2.8))
+    for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
+        for name, figures in report["drift"].items():
+            axes.plot(
+                np.arange(1, 1 + len(figures[quantity])), figures[quantity], color=COLOURS[name], label=NAMES[name]
+            )
+        axes.set(xlabel="chunk", title=label)
+        axes.set_ylim(0)
+    panels[0].legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, list[float]]) -> None:
+    width = 0.8 / max(1, len(series))
+    for i, (name, values) in enumerate(series.items()):
+        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
+        axes.bar(places, values, 0.92 * width, color=COLOURS[name], label=NAMES.get(name, name))
+    axes.set_xticks(np.arange(len(groups)), groups)
+
+
+def _range(name: str) -> str:
+    return name.removeprefix("loss/sigma_").replace("-", " - ")
+
+
+def _svg(figure: Figure) -> str:
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    pyplot.close(figure)
+    return text.getvalue()[text.getvalue().index("<svg") :]

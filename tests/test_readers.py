@@ -1,0 +1,157 @@
+"""Recordings: what is written is read back, and what is wrong with one is said in one line."""
+
+import json
+import shutil
+
+import av
+import numpy as np
+import pytest
+from tiny_recordings import FRAMES, draw_frames, write_recording
+
+from data_pipeline.readers import find_episodes, read_game_frames, split_episodes
+from data_pipeline.readers.worldloom import read_actions, read_episode
+from data_pipeline.video import fit_frame, probe, read_frames, write_video
+
+
+def test_a_recording_is_read_back(game, recordings):
+    episode = read_episode(recordings / "episode_00002", game)
+    frames, keyboard, mouse_deg = draw_frames(game, FRAMES, seed=2)
+    assert (episode.id, len(episode.actions)) == ("episode_00002", FRAMES)
+    np.testing.assert_array_equal(episode.actions.keyboard, keyboard)
+    np.testing.assert_allclose(episode.actions.mouse, mouse_deg / game.action_space.mouse_unit_deg, atol=1e-4)
+    decoded = np.stack(list(read_game_frames(episode, game)))
+    error = np.square((decoded.astype(float) - frames).mean(axis=-1)).mean()
+    assert 10 * np.log10(255**2 / error) > 30  # grey, since H.264 keeps colours at half the resolution
+
+
+def test_a_row_leads_from_its_frame_to_the_next(game, recordings):
+    episode = read_episode(recordings / "episode_00000", game)
+    frames = np.stack(list(episode.frames())).astype(float)
+    yaw_px = (episode.actions.mouse[:, 1] * game.action_space.mouse_unit_deg).round().astype(int)
+    for i in np.flatnonzero(yaw_px[:-1])[:5]:
+        shifts = {s: np.abs(np.roll(frames[i], -s, 1)[:, 4:-4] - frames[i + 1][:, 4:-4]).mean() for s in range(-3, 4)}
+        assert min(shifts, key=lambda s: shifts[s]) == yaw_px[i]
+
+
+def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
+    assert [path.name for path in find_episodes(recordings)] == [f"episode_{i:05d}" for i in range(6)]
+    (tmp_path / ".episode_00000.tmp").mkdir()
+    with pytest.raises(ValueError, match="holds no episode folders"):
+        find_episodes(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no folder of recordings"):
+        find_episodes(tmp_path / "nowhere")
+
+
+def test_every_nth_episode_is_held_out():
+    train, heldout = split_episodes(list(range(7)), 3)
+    assert (train, heldout) == ([0, 1, 3, 4, 6], [2, 5])
+    assert split_episodes([1, 2], 0) == ([1, 2], [])
+    with pytest.raises(ValueError, match="heldout_every"):
+        split_episodes([1, 2], 1)
+
+
+def _edit_rows(folder, edit):
+    path = folder / "actions.csv"
+    path.write_text("\n".join(edit(path.read_text().splitlines())) + "\n")
+
+
+def _edit_about(folder, **changes):
+    about = json.loads((folder / "episode.json").read_text())
+    (folder / "episode.json").write_text(json.dumps({**about, **changes}))
+
+
+def _cut(folder, share=0.6):
+    data = (folder / "video.mp4").read_bytes()
+    (folder / "video.mp4").write_bytes(data[: int(share * len(data))])
+
+
+def _other_fps(folder):
+    frames = list(read_frames(folder / "video.mp4"))
+    write_video(folder / "video.mp4", frames, 30.0)
+
+
+SPACE = {"name": "other", "keys": ["jump"], "caps": [], "mouse": False, "mouse_unit_deg": 1.0}
+FAULTS = {
+    "a row too few": (lambda f: _edit_rows(f, lambda r: r[:-1]), "29 rows, .* 30 frames"),
+    "a mistyped key": (lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]), "missing: left; .* lef"),
+    "a word": (lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]), "line 4: yaw_deg is .* no number"),
+    "not a number": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,nan,0", *r[4:]]), "line 4: pitch_deg"),
+    "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "back must be 0 or 1"),
+    "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
+    "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:]]), "line 4: frame must count"),
+    "no rows at all": (lambda f: (f / "actions.csv").write_text(""), "columns must be frame,forward"),
+    "no actions": (lambda f: (f / "actions.csv").unlink(), "no action file"),
+    "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
+    "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
+    "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
+    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "lacks fps, frames"),
+    "another fps": (lambda f: _edit_about(f, fps=30.0), "30.0 fps, the game 'tiny' has 17.5"),
+    "another fps in the video": (_other_fps, "runs at 30 fps, the game 'tiny' at 17.5"),
+    "another action space": (lambda f: _edit_about(f, action_space=SPACE), "'other' .jump; no mouse.*'tiny' .forward"),
+    "a truncated video": (_cut, "video.mp4 .*truncated"),
+    "a video that is none": (lambda f: (f / "video.mp4").write_text("hello"), "video.mp4 .*truncated or no video"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_that_names_the_file(fault, game, recordings, tmp_path):
+    folder = tmp_path / "episode_00000"
+    shutil.copytree(recordings / "episode_00000", folder)
+    damage, message = FAULTS[fault]
+    damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        list(read_episode(folder, game).frames())
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_video_that_ends_early_though_its_header_is_whole_is_found(game, recordings, tmp_path):
+    folder = tmp_path / "episode_00000"
+    shutil.copytree(recordings / "episode_00000", folder)
+    whole, header_first = str(recordings / "episode_00000" / "video.mp4"), {"movflags": "faststart"}
+    with av.open(whole) as source, av.open(str(folder / "video.mp4"), "w", options=header_first) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                target.mux(packet)
+    episode = read_episode(folder, game)
+    assert len(list(episode.frames())) == FRAMES
+    _cut(folder, 0.7)
+    with pytest.raises(ValueError, match=r"video.mp4 .*truncated"):
+        list(read_episode(folder, game).frames())
+
+
+def test_a_key_left_out_of_the_action_space_needs_no_column(tmp_path, game):
+    path = tmp_path / "actions.csv"
+    path.write_text("frame,jump\n0,1\n1,0\n")
+    actions = read_actions(path, type(game.action_space)("other", ("jump",), mouse=False))
+    assert actions.keyboard.tolist() == [[1], [0]] and actions.mouse.shape == (2, 0)
+
+
+def test_another_size_is_resized_and_cropped_at_the_centre(game, tmp_path):
+    frame = np.zeros((64, 128, 3), np.uint8)
+    frame[:, 32:96] = 255  # the centre half
+    fitted = fit_frame(frame, 32, 48)
+    assert fitted.shape == (32, 48, 3)
+    assert (fitted[:, 0] == 0).all() and (fitted[:, 8:40] == 255).all() and (fitted[:, -1] == 0).all()
+    assert fit_frame(frame, 128, 64).shape == (128, 64, 3)
+    wide = type(game)("tiny", game.action_space, game.fps, 64, 48)
+    write_recording(tmp_path / "episode", wide)
+    _edit_about(tmp_path / "episode", height=64)
+    frames = list(read_game_frames(read_episode(tmp_path / "episode", game), game))
+    assert frames[0].shape == (32, 48, 3)
+
+
+def test_a_video_knows_its_rate_and_size(recordings, game):
+    info = probe(recordings / "episode_00000" / "video.mp4")
+    assert (info.fps, info.frames, info.height, info.width) == (game.fps, FRAMES, game.height, game.width)
+
+
+def test_a_video_is_written_whole_or_not_at_all(tmp_path):
+    def frames():
+        yield np.zeros((32, 48, 3), np.uint8)
+        raise ValueError("the source broke off")
+
+    with pytest.raises(ValueError, match="broke off"):
+        write_video(tmp_path / "a.mp4", frames(), 10.0)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,118 @@
+"""The recorder, with the real ViZDoom."""
+
+import hashlib
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from configs import load_config
+from configs.cli import run
+from data_pipeline.__main__ import VERBS
+from data_pipeline.readers import find_episodes, read_game_frames
+from data_pipeline.readers.worldloom import read_episode
+from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, running_game
+
+DOOM = "configs/games/doom.yaml"
+
+
+def make_config(out, *words):
+    return load_config(RecordConfig, [DOOM, f"out={out}", "episodes=2", "frames=12", "seed=3", *words])
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    out = tmp_path_factory.mktemp("doom") / "recordings"
+    return out, record_episodes(make_config(out))
+
+
+def digest(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def test_recordings_read_back_as_the_games(recorded):
+    out, done = recorded
+    game = make_config(out).game
+    assert done[:3] == (2, 24, 2)
+    for folder in find_episodes(out):
+        episode = read_episode(folder, game)
+        frames = np.stack(list(read_game_frames(episode, game)))
+        assert frames.shape == (12, 96, 160, 3) and frames.std() > 10
+        assert len(episode.actions) == 12
+        assert "BSD-3-Clause" in json.loads((folder / "episode.json").read_text())["licence"]
+
+
+def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded, tmp_path):
+    out, _ = recorded
+    before = [digest(folder) for folder in find_episodes(out)]
+    assert before[0] != before[1]
+    for path in (out / "episode_00001").iterdir():
+        path.unlink()
+    (out / "episode_00001").rmdir()
+    assert record_episodes(make_config(out)).made == 1  # the second episode without the first one before it
+    assert [digest(folder) for folder in find_episodes(out)] == before
+    assert record_episodes(make_config(out)).made == 0
+
+
+def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
+    out, _ = recorded
+    words = ["record", DOOM, f"out={out}", "episodes=2", "frames=12", "seed=4"]
+    assert run("data_pipeline", VERBS, words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "recorded with seed 3, not 4" in said[0]
+
+
+def test_yaw_and_pitch_are_what_the_view_turns_by():
+    config = make_config("unused", "frames=60")
+    with running_game(config) as game:
+        angles, turns, keys = [], [], []
+        for step in play(game, config, 0):
+            angles.append(game.get_state().game_variables[2])
+            turns.append(step.mouse_deg[1])
+            keys.append(step.keyboard)
+    turned = -((np.diff(angles) + 180) % 360 - 180)  # ANGLE grows to the left
+    np.testing.assert_allclose(turned, turns[:-1], atol=0.05)
+    assert np.std(turned) > 0.3
+
+
+def test_the_explorer_holds_every_key_alone_and_turns_both_ways():
+    explorer = Explorer(np.random.default_rng(0))
+    open_space = np.full((20, 32), 50, np.uint8)
+    held, yaw = zip(*[explorer.act(open_space, 5.0)[::2] for _ in range(4000)], strict=True)
+    for keys in [("forward",), ("back",), ("left",), ("right",), ()]:
+        assert sum(one == keys for one in held) > 200
+    assert min(yaw) < -1 and max(yaw) > 1 and sum(one == 0 for one in yaw) > 1000
+
+
+def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
+    explorer = Explorer(np.random.default_rng(0))
+    explorer.keys, explorer.keys_left = ("forward",), 1000
+    wall = np.full((20, 32), 3, np.uint8)
+    wall[:, 24:] = 60
+    assert [explorer.act(wall, 5.0)[2] for _ in range(10)][-1] > 1.5
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("game.fps=20", "must divide it"),
+        ("game.action_space.keys=[forward,jump]", "jump"),
+        ("recorder.scenario=nowhere.wad", "no scenario nowhere.wad"),
+        ("frmes=3", "did you mean 'frames'"),
+        ("episodes=0", "episodes must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(word, message, tmp_path, capsys):
+    words = ["record", DOOM, f"out={tmp_path}/out", "episodes=1", "game.action_space.caps=[]", word]
+    assert run("data_pipeline", VERBS, words) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_without_vizdoom_one_line_says_what_to_install(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vizdoom", None)
+    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}/out", "episodes=1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "pip install 'worldloom[demo]'" in said[0]

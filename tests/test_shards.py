@@ -1,0 +1,291 @@
+"""Encoding into shards: the same bytes whatever happened on the way, and nothing half-written."""
+
+import dataclasses
+import io
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import load
+from tiny_recordings import write_recording
+
+from configs.cli import run
+from data_pipeline.__main__ import VERBS
+from data_pipeline.encode import cut_runs, encode_recordings
+from data_pipeline.readers import read_game_frames
+from data_pipeline.readers.worldloom import read_episode
+from data_pipeline.shards import load_manifest, verify_set
+from data_pipeline.stream import read_clips
+from model.codec import load_codec
+
+
+def files(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
+    }
+
+
+def into(config, out, **changes):
+    return dataclasses.replace(config, out=str(out), **changes)
+
+
+def words(config, game_yaml, *more):
+    settings = [
+        f"{name}={getattr(config, name)}" for name in ("source", "codec", "out", "shard_clips", "heldout_every")
+    ]
+    return ["encode", game_yaml, *settings, *more]
+
+
+def encode_by_hand(config, episode, start, frames):
+    video = np.stack(list(read_game_frames(episode, config.game)))[start : start + frames]
+    tensor = rearrange(torch.from_numpy(video), "n h w c -> 1 c n h w").float() / 127.5 - 1
+    with torch.no_grad():
+        return load_codec(config.codec).encode(tensor)[0].bfloat16()
+
+
+def test_a_clip_holds_the_latents_actions_and_first_frame_of_its_frames(encode_config, encoded):
+    """Episode 0, 1, 3 and 4 are for training; each has clips at 0 and 9 of two chunks of 9 frames."""
+    clips = read_clips(f"{encoded}/train/manifest.json")
+    assert [(clip.episode[-1], clip.start) for clip in clips] == [(e, s) for e in "0134" for s in (0, 9)]
+    assert {clip.episode[-1] for clip in read_clips(f"{encoded}/heldout/manifest.json")} == {"2", "5"}
+    clip = clips[3]
+    episode = read_episode(Path(encode_config.source) / clip.episode, encode_config.game)
+    chunks = [encode_by_hand(encode_config, episode, start, 9) for start in (9, 18)]
+    assert clip.latents.shape == (16, 6, 4, 6) and clip.latents.dtype == torch.bfloat16
+    # Encoded in another batch, the matrix product may round the last bit differently.
+    torch.testing.assert_close(clip.latents, torch.cat(chunks, dim=1), atol=0.01, rtol=0.01)
+    np.testing.assert_array_equal(clip.keyboard, episode.actions.keyboard[9:27])
+    np.testing.assert_array_equal(clip.mouse, episode.actions.mouse[9:27])
+    picture = np.asarray(Image.open(io.BytesIO(clip.first_frame))).astype(float)
+    assert np.abs(picture - list(episode.frames())[9]).mean() < 3
+
+
+def test_continuous_clips_are_encoded_whole(encode_config, tmp_path):
+    config = into(encode_config, tmp_path, layout="continuous", clip_frames=13, stride=5)
+    encode_recordings(config)
+    manifest = load_manifest(tmp_path / "train" / "manifest.json")
+    assert (manifest.clip_latents, manifest.clips) == (4, 16)
+    clip = read_clips(tmp_path / "train" / "manifest.json", limit=2)[1]
+    episode = read_episode(Path(config.source) / clip.episode, config.game)
+    torch.testing.assert_close(clip.latents, encode_by_hand(config, episode, 5, 13), atol=0.01, rtol=0.01)
+
+
+def test_runs_are_cut_where_they_are_wanted():
+    frames = (np.full((1, 1, 3), i, np.uint8) for i in range(10))
+    runs = [(start, run[:, 0, 0, 0].tolist()) for start, run in cut_runs(frames, [0, 2, 7], 3)]
+    assert runs == [(0, [0, 1, 2]), (2, [2, 3, 4]), (7, [7, 8, 9])]
+
+
+def test_plain_webdataset_reads_the_shards(encoded):
+    shards = sorted(str(path) for path in Path(encoded, "train").glob("*.tar"))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    clips = read_clips(f"{encoded}/train/manifest.json")
+    assert [sample["__key__"] for sample in samples] == [f"{clip.episode}-{clip.start:06d}" for clip in clips]
+    for sample, clip in zip(samples, clips, strict=True):
+        tensors = load(sample["safetensors"])
+        assert tensors["latents"].equal(clip.latents) and tensors["start"] == clip.start
+        assert sample["jpg"] == clip.first_frame
+
+
+def test_encoding_again_and_elsewhere_gives_the_same_bytes(encode_config, encoded, tmp_path):
+    before = files(encoded)
+    assert encode_recordings(encode_config).new_clips == 0
+    assert encode_recordings(into(encode_config, tmp_path)).new_clips == 12
+    assert files(encoded) == files(tmp_path) == before
+
+
+DIES = """
+import dataclasses, os, signal, sys
+from data_pipeline import readers
+from data_pipeline.__main__ import VERBS
+from configs.cli import run
+
+read = readers.READERS["worldloom"]
+
+class Dying:
+    def __init__(self, episode):
+        self.episode = episode
+    def __getattr__(self, name):
+        return getattr(self.episode, name)
+    def frames(self):
+        for i, frame in enumerate(self.episode.frames()):
+            if self.episode.id == "episode_00003" and i == 27:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield frame
+
+readers.READERS["worldloom"] = lambda folder, game: Dying(read(folder, game))
+run("data_pipeline", VERBS, sys.argv[1:])
+"""
+
+
+def test_killed_and_started_again_it_ends_with_the_same_bytes(encode_config, encoded, game_yaml, tmp_path):
+    """Killed (SIGKILL) in the middle of the third shard, after two are complete."""
+    config = into(encode_config, tmp_path / "out")
+    command = [sys.executable, "-c", DIES, *words(config, game_yaml)]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = sorted(path.name for path in (tmp_path / "out" / "train").iterdir())
+    assert "shard-000001.index.json" in left and "shard-000002.tar" not in left and "manifest.json" not in left
+    assert encode_recordings(config).new_clips == 12 - 4
+    assert files(tmp_path / "out") == files(encoded)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "index"])
+def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encoded, tmp_path, capsys):
+    shutil.copytree(encoded, tmp_path / "out")
+    shard, manifest = tmp_path / "out" / "train" / "shard-000001.tar", str(tmp_path / "out" / "train" / "manifest.json")
+    data = bytearray(shard.read_bytes())
+    if damage == "missing":
+        shard.unlink()
+    elif damage == "truncated":
+        shard.write_bytes(data[:-512])
+    elif damage == "altered":
+        data[3000] ^= 1
+        shard.write_bytes(data)
+    else:
+        shutil.copy(shard.with_name("shard-000000.index.json"), shard.with_name("shard-000001.index.json"))
+    assert run("data_pipeline", VERBS, ["verify", manifest]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "shard-000001" in said[0] and "1 faults" in said[1]
+    assert encode_recordings(into(encode_config, tmp_path / "out")).new_clips == 2
+    assert files(tmp_path / "out") == files(encoded)
+
+
+def test_verify_and_inspect_speak_of_a_whole_set(encoded, capsys):
+    manifest = f"{encoded}/train/manifest.json"
+    assert verify_set(manifest) == []
+    assert run("data_pipeline", VERBS, ["verify", manifest]) == 0
+    assert run("data_pipeline", VERBS, ["inspect", manifest]) == 0
+    said = capsys.readouterr().out
+    assert "4 shards, 8 clips, no faults" in said and "keys held: forward" in said
+    assert run("data_pipeline", VERBS, ["verify", f"{encoded}/nowhere.json"]) == 2
+    assert run("data_pipeline", VERBS, ["verify"]) == 2
+
+
+def test_a_stray_shard_is_reported(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    shutil.copy(tmp_path / "out/train/shard-000000.tar", tmp_path / "out/train/shard-000009.tar")
+    (fault,) = verify_set(tmp_path / "out/train/manifest.json")
+    assert "shard-000009.tar: not in the manifest" in fault
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"stride": 6}, "stride was 9, is 6"),
+        ({"heldout_every": 4}, "heldout_every was 3, is 4"),
+        ({"shard_clips": 4}, "shard_clips was 2, is 4"),
+    ],
+)
+def test_another_plan_over_existing_shards_is_refused_by_name(changes, named, encode_config, encoded):
+    before = files(encoded)
+    with pytest.raises(ValueError, match=named):
+        encode_recordings(dataclasses.replace(encode_config, **changes))
+    assert files(encoded) == before
+
+
+def test_other_recordings_or_another_codec_over_existing_shards_are_refused(encode_config, encoded, tmp_path):
+    shutil.copytree(encode_config.source, tmp_path / "source")
+    shutil.rmtree(tmp_path / "source" / "episode_00001")
+    write_recording(tmp_path / "source" / "episode_00001", encode_config.game, seed=77)
+    with pytest.raises(ValueError, match=r"episodes episode_00001 was '30 frames .*', is '30 frames"):
+        encode_recordings(dataclasses.replace(encode_config, source=str(tmp_path / "source")))
+    shutil.copytree(encode_config.codec, tmp_path / "codec")
+    weights = bytearray((tmp_path / "codec" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "codec" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="codec_hash was"):
+        encode_recordings(dataclasses.replace(encode_config, codec=str(tmp_path / "codec")))
+
+
+FAULTS = {
+    "mistyped key": (["strid=4"], "did you mean 'stride'"),
+    "no source": (["source=nowhere"], "no folder of recordings nowhere"),
+    "no codec": (["codec=nowhere"], "no codec in nowhere"),
+    "no such reader": (["reader=vpt"], "no reader 'vpt'"),
+    "frames that are no chunks": (["clip_frames=16"], "multiples of 9"),
+    "frames that are no latents": (["layout=continuous", "clip_frames=16"], "1 + 4k frames"),
+    "clips longer than the episodes": (["clip_frames=90"], "none of the 4 train episodes"),
+    "nothing held out": (["heldout_every=7"], "hold out none"),
+    "another fps": (["game.fps=30"], "episode.json says 17.5 fps"),
+    "another mouse unit": (["game.action_space.mouse_unit_deg=1.0"], "mouse unit 3 deg"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_bad_input_is_one_line_and_writes_nothing(fault, encode_config, game_yaml, tmp_path, capsys):
+    more, message = FAULTS[fault]
+    out = tmp_path / "out"
+    assert run("data_pipeline", VERBS, words(into(encode_config, out), game_yaml, *more)) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and message in said[0]
+    assert not out.exists()
+
+
+def test_the_command_line_exits_with_2_and_one_line(encode_config, game_yaml, tmp_path):
+    """In a process of its own, with a video that is cut off."""
+    shutil.copytree(encode_config.source, tmp_path / "source")
+    video = tmp_path / "source" / "episode_00004" / "video.mp4"
+    video.write_bytes(video.read_bytes()[:2000])
+    config = into(encode_config, tmp_path / "out", source=str(tmp_path / "source"))
+    command = [sys.executable, "-m", "data_pipeline", *words(config, game_yaml)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert "episode_00004/video.mp4" in done.stderr and not (tmp_path / "out").exists()
+
+
+@contextmanager
+def full_disk(most_bytes):
+    """No file may grow beyond `most_bytes`: writing more is an OSError, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_no_half_shard_and_no_half_episode(encode_config, encoded, game, tmp_path):
+    config = into(encode_config, tmp_path / "out")
+    with full_disk(15_000), pytest.raises(OSError, match="File too large"):
+        encode_recordings(config)
+    assert {path.name for path in (tmp_path / "out" / "train").iterdir()} == {"plan.json"}
+    assert not list((tmp_path / "out").rglob("*.tmp*"))
+    assert encode_recordings(config).new_clips == 12  # room again: it goes on
+    assert files(tmp_path / "out") == files(encoded)
+    with full_disk(2_000), pytest.raises(OSError, match="File too large"):
+        write_recording(tmp_path / "recordings" / "episode", game)
+    assert list((tmp_path / "recordings").iterdir()) == []
+
+
+def test_a_manifest_says_what_is_wrong_with_it(encoded, tmp_path):
+    path = tmp_path / "manifest.json"
+    whole = json.loads(Path(encoded, "train", "manifest.json").read_text())
+    for text, message in [
+        (json.dumps({**whole, "shards": []}), "lists no shards"),
+        (json.dumps({**whole, "shrds": []}), "manifest.json: shrds.*did you mean"),
+        (json.dumps({**whole, "layout": "loose"}), "must be one of chunked, continuous"),
+        ("[]", "is no manifest"),
+        ("{", "not valid JSON"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message) as error:
+            load_manifest(path)
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    os.unlink(path)
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        load_manifest(path)

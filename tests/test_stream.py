@@ -1,0 +1,164 @@
+"""The stream: every clip once per epoch, no clip twice, and the same order however it is dealt and resumed."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+import threading
+from itertools import islice
+
+import pytest
+import torch
+
+from data_pipeline.shards import load_manifest
+from data_pipeline.stream import Stream, epoch_order, read_clips, require_action_space
+
+CLIPS = 8  # of the training set
+
+
+@pytest.fixture
+def manifest(encoded):
+    return f"{encoded}/train/manifest.json"
+
+
+def order_hash(manifest, world, batch, clips=3 * CLIPS):
+    """A hash of the run's global order of clips, put together from what each rank gets."""
+    streams = [Stream(manifest, batch, seed=5, rank=rank, world=world) for rank in range(world)]
+    names = [
+        name for step in range(clips // (world * batch)) for stream in streams for name in stream.batch_at(step).ids
+    ]
+    return hashlib.sha256(" ".join(names).encode()).hexdigest()
+
+
+def test_a_batch_holds_the_clips_that_were_encoded(manifest):
+    clips = {f"{clip.episode}:{clip.start}": clip for clip in read_clips(manifest)}
+    batch = Stream(manifest, 3, seed=0).batch_at(1)
+    assert batch.latents.shape == (3, 16, 6, 4, 6) and batch.latents.dtype == torch.bfloat16
+    for i, name in enumerate(batch.ids):
+        assert batch.latents[i].equal(clips[name].latents)
+        assert batch.keyboard[i].equal(clips[name].keyboard) and batch.mouse[i].equal(clips[name].mouse)
+
+
+def test_no_two_ranks_share_a_clip_and_every_clip_comes_once_per_epoch(manifest):
+    for epoch in range(3):
+        steps = range(2 * epoch, 2 * epoch + 2)
+        taken = [
+            {name for step in steps for name in Stream(manifest, 2, seed=1, rank=rank, world=2).batch_at(step).ids}
+            for rank in range(2)
+        ]
+        assert len(taken[0]) == len(taken[1]) == 4 and len(taken[0] | taken[1]) == CLIPS
+
+
+def test_the_order_is_the_same_for_any_number_of_ranks(manifest):
+    assert len({order_hash(manifest, world, batch) for world, batch in [(1, 1), (1, 4), (2, 2), (4, 1), (4, 2)]}) == 1
+
+
+def test_the_order_is_another_in_another_epoch_and_with_another_seed(manifest):
+    def names(seed, epoch):
+        return Stream(manifest, CLIPS, seed).batch_at(epoch).ids
+
+    assert len({names(0, 0), names(0, 1), names(0, 2), names(1, 0)}) == 4
+    assert names(0, 0) == names(0, 0) and set(names(0, 0)) == set(names(1, 2))
+
+
+def test_the_order_stays_what_it_is():
+    """Written down, so that no version of NumPy can change it unnoticed: a run could not be resumed."""
+    assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert epoch_order(8, seed=0, epoch=1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
+
+
+def test_a_batch_may_span_the_end_of_an_epoch(manifest):
+    ids = [name for step in range(8) for name in Stream(manifest, 3, seed=2).batch_at(step).ids]
+    assert sorted(ids[:8]) == sorted(ids[8:16]) == sorted(ids[16:24])
+    assert len(set(ids[:8])) == CLIPS
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_it_resumes_at_any_step_with_any_number_of_workers(workers, manifest):
+    whole = [batch.ids for batch in islice(Stream(manifest, 3, seed=3, workers=1).batches(0), 9)]
+    for start in range(9):
+        batches = Stream(manifest, 3, seed=3, workers=workers).batches(start)
+        assert [batch.ids for batch in islice(batches, 9 - start)] == whole[start:]
+        batches.close()
+
+
+def test_unshuffled_clips_come_in_the_manifests_order(manifest):
+    clips = read_clips(manifest, limit=4)
+    batch = Stream(manifest, 4, seed=0, shuffle=False).batch_at(0)
+    assert list(batch.ids) == [f"{clip.episode}:{clip.start}" for clip in clips]
+    assert len(read_clips(manifest, limit=100)) == CLIPS
+
+
+def test_closing_ends_the_threads(manifest):
+    batches = Stream(manifest, 1, seed=0, workers=2).batches(0)
+    next(batches)
+    assert any(thread.name.startswith("stream") for thread in threading.enumerate())
+    batches.close()
+    assert not any(thread.name.startswith("stream") for thread in threading.enumerate())
+
+
+def damage(encoded, tmp_path, name="shard-000002.tar", byte=3000):
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    data = bytearray((tmp_path / "train" / name).read_bytes())
+    data[byte] ^= 1
+    (tmp_path / "train" / name).write_bytes(data)
+    return tmp_path / "train" / "manifest.json"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_wrong_sha256_stops_the_run_when_the_shard_is_used(workers, encoded, tmp_path):
+    url = damage(encoded, tmp_path)
+    with pytest.raises(ValueError, match=r"shard-000002.tar is altered.*python -m data_pipeline verify") as error:
+        list(islice(Stream(url, 2, seed=0, workers=workers).batches(0), 4))
+    assert "\n" not in str(error.value)
+
+
+def test_verification_can_be_left_out(encoded, tmp_path):
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    url = tmp_path / "train" / "manifest.json"
+    loaded = json.loads(url.read_text())
+    loaded["shards"][0]["sha256"] = "0" * 64
+    with pytest.raises(ValueError, match="disagrees with the manifest"):
+        url.write_text(json.dumps(loaded))
+        Stream(url, 2, seed=0)
+    assert len(list(islice(Stream(damage(encoded, tmp_path / "b"), 2, seed=0, verify=False).batches(0), 4))) == 4
+
+
+def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(encoded, tmp_path):
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    url, shard = tmp_path / "train" / "manifest.json", tmp_path / "train" / "shard-000001.tar"
+    shard.write_bytes(shard.read_bytes()[:-10240])
+    with pytest.raises(
+        ValueError, match=r"shard-000001.tar has \d+ bytes, not \d+; run python -m data_pipeline verify"
+    ):
+        Stream(url, 2, seed=0)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-000001.tar is missing; run python -m data_pipeline verify"):
+        Stream(url, 2, seed=0)
+    (tmp_path / "train" / "shard-000000.index.json").unlink()
+    with pytest.raises(FileNotFoundError, match="run the same encode command again"):
+        Stream(url, 2, seed=0)
+
+
+def test_fewer_shards_than_loader_lanes_is_refused(manifest):
+    Stream(manifest, 1, seed=0, world=2, workers=2)
+    with pytest.raises(
+        ValueError, match=r"4 shards for 6 loader lanes \(ranks x workers\); write more shards or use fewer"
+    ):
+        Stream(manifest, 1, seed=0, world=2, workers=3)
+
+
+def test_a_manifest_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no manifest"):
+        Stream(tmp_path / "manifest.json", 1, seed=0)
+
+
+def test_another_action_space_is_refused_by_name(manifest):
+    own = load_manifest(manifest)
+    require_action_space(own, own.game.action_space, "the game")
+    require_action_space(own, dataclasses.replace(own.game.action_space, caps=()), "the game")
+    other = dataclasses.replace(own.game.action_space, name="gta_drive", keys=("forward", "back"), caps=())
+    with pytest.raises(
+        ValueError, match=r"'tiny' \(forward, back, left, right;.*the checkpoint 'gta_drive' \(forward, back;"
+    ):
+        require_action_space(own, other, "the checkpoint")
