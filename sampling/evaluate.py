@@ -107,7 +107,7 @@ def evaluate(words: list[str]) -> None:
     replay = play_replay(world, starts, config.replay)
     report |= judge_replay(replay)
     held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
-    report["held"] = held_table({command: all_motions(made) for command, made in held.items()})
+    report["held"] = judge_held(held, replay)
     films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
     for film in films:
         write_film(Path(config.out), film, world.game)
@@ -167,12 +167,18 @@ def judge_replay(replay: Replay) -> Figures:
             name: {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
             for name, values in against_real.items()
         },
-        "replay_turns": {
-            name: turn_agreement(replay.yaw_deg.flatten().tolist(), all_motions(frames))
-            for name, frames in shown.items()
-        },
+        "replay_turns": {name: turn_agreement(replay.yaw_deg, all_motions(frames)) for name, frames in shown.items()},
         "drift": {name: drift(frames) for name, frames in shown.items()},
     }
+
+
+def judge_held(held: dict[str, np.ndarray], replay: Replay) -> dict[str, dict[str, float]]:
+    """How often the picture obeys a held command, beside the recorded chunks in which that command was held."""
+    real: dict[str, list[Motion]] = {}
+    for command, motion in zip(replay.commands, all_motions(replay.real), strict=True):
+        if command is not None:
+            real.setdefault(command, []).append(motion)
+    return held_table({command: all_motions(made) for command, made in held.items()}, real)
 
 
 def drift(frames: np.ndarray) -> dict[str, list[float]]:

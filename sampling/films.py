@@ -47,15 +47,9 @@ def replay_film(starts: Sequence[Start], replay: Replay) -> Film:
         made = np.concatenate([start.frames[:CHUNK_FRAMES], replay.from_context[i]])
         takes.append(Take("real play", start.frames, start.actions))
         takes.append(Take("generated", made, start.actions))
-    sentence = "Left what was recorded, right what the model makes of the same 9 frames and the same actions."
-    return Film(
-        "replay",
-        f"Real play and the model's, from {'; '.join(start.name for start in starts[:SHOWN_STARTS])}",
-        sentence,
-        takes,
-        2,
-        FILM_WIDTH,
-    )
+    names = "; ".join(start.name for start in starts[:SHOWN_STARTS])
+    sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
+    return Film("replay", "Real play and the model's", sentence, takes, 2, FILM_WIDTH)
 
 
 def held_film(starts: Sequence[Start], made: Mapping[str, np.ndarray], game: GameConfig, mouse_deg: float) -> Film:

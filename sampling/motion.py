@@ -7,7 +7,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from data_pipeline.types import CHUNK_FRAMES
+from data_pipeline.types import CHUNK_FRAMES, Actions, ActionSpace
 
 EVALUATOR = f"OpenCV {cv2.__version__} Farneback flow, mean over a chunk's {CHUNK_FRAMES - 1} frame pairs"
 TURNING_DEG = 1.0  # degrees per frame from which a chunk's mean yaw counts as a commanded turn
@@ -76,12 +76,35 @@ def turn_agreement(yaw_deg: Sequence[float], measured: Sequence[Motion]) -> dict
     return figures
 
 
-def held_table(measured: Mapping[str, Sequence[Motion]]) -> dict[str, dict[str, float]]:
-    """Per command the share of chunks that obey, and beside it the same sign's share when nothing is pressed."""
+def held_command(actions: Actions, action_space: ActionSpace) -> str | None:
+    """The one command whose effect on the picture is known that these rows hold, if there is one.
+
+    A turn may come with a key that does not itself move the picture sideways.
+    """
+    share = dict(zip(action_space.keys, actions.keyboard.mean(axis=0).tolist(), strict=True))
+    yaw_deg = float(actions.mouse[:, 1].mean()) * action_space.mouse_unit_deg if action_space.mouse else 0.0
+    if abs(yaw_deg) > TURNING_DEG:
+        sideways = max((share.get(key, 0.0) for key in ("left", "right")), default=0.0)
+        return None if sideways > 0.1 else "turn_right" if yaw_deg > 0 else "turn_left"
+    held = [key for key, value in share.items() if value > 0.1]
+    if abs(yaw_deg) > TURNING_DEG / 2 or len(held) != 1 or share[held[0]] < 0.9:
+        return None
+    return held[0] if held[0] in EXPECTED else None
+
+
+def held_table(
+    made: Mapping[str, Sequence[Motion]], real: Mapping[str, Sequence[Motion]]
+) -> dict[str, dict[str, float]]:
+    """Per command the share of chunks that obey, of generated ones and, where there are any, of real ones.
+
+    Beside it the share that move the same way when nothing is pressed.
+    """
     table = {}
-    for command, chunks in measured.items():
+    for command, chunks in made.items():
         if command in EXPECTED and chunks:
             table[command] = {"obeyed": share_obeyed(command, chunks), "chunks": len(chunks)}
-            if measured.get("idle"):
-                table[command]["idle"] = share_obeyed(command, measured["idle"])
+            if made.get("idle"):
+                table[command]["idle"] = share_obeyed(command, made["idle"])
+            if real.get(command):
+                table[command] |= {"real": share_obeyed(command, real[command]), "real_chunks": len(real[command])}
     return table

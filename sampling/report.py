@@ -2,6 +2,7 @@
 
 import html
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ COLOURS = {
 NAMES = {
     "real": "real play", "codec": "codec's reconstruction", "from_context": "generated from 9 frames",
     "from_frame": "generated from 1 frame", "repeat_prompt": "last given frame repeated",
-    "obeyed": "command held", "idle": "nothing pressed", "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
+    "obeyed": "command held", "idle": "nothing pressed",
+    "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
 }  # fmt: skip
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #22252c; max-width: 1060px; margin: 40px auto; padding: 0 20px; }
@@ -103,8 +105,9 @@ def loss_sentence(table: dict[str, dict[str, float]]) -> str:
 def psnr_sentence(report: dict[str, Any]) -> str:
     means = {name: figures["mean"] for name, figures in report["psnr_db"].items()}
     return (
-        f"Along the recorded actions the rollouts reach {means['from_context']:.1f} dB on average, repeating the last "
-        f"given frame {means['repeat_prompt']:.1f} dB, and the codec alone, which is the ceiling, {means['codec']:.1f} dB."
+        f"Along the recorded actions the rollouts reach {means['from_context']:.1f} dB on average; repeating the last "
+        f"given frame reaches {means['repeat_prompt']:.1f} dB, the codec alone, which is the ceiling, "
+        f"{means['codec']:.1f} dB."
     )
 
 
@@ -112,7 +115,8 @@ def held_sentence(report: dict[str, Any]) -> str:
     worst = min(report["held"].items(), key=lambda item: item[1]["obeyed"])
     return (
         f"The share of chunks whose picture moves as commanded; the least obeyed is {worst[0].replace('_', ' ')} with "
-        f"{worst[1]['obeyed']:.0%}. The grey bar is how often the same motion comes with nothing pressed."
+        f"{worst[1]['obeyed']:.0%}. Grey: how often the same motion comes with nothing pressed; black: recorded "
+        "chunks in which the command was held."
     )
 
 
@@ -135,7 +139,7 @@ def plot_losses(table: dict[str, dict[str, float]]) -> str:
     _grouped_bars(right, [_range(name) for name in bins], gaps)
     right.axhline(0, color=COLOURS["real"], linewidth=0.8)
     right.set(xlabel="noise level sigma", ylabel="loss minus that of the right actions")
-    left.legend(frameon=False, fontsize=9)
+    left.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
     return _svg(figure)
 
 
@@ -156,6 +160,7 @@ def plot_held(report: dict[str, Any]) -> str:
     series = {"obeyed": [report["held"][command]["obeyed"] for command in commands]}
     if all("idle" in figures for figures in report["held"].values()):
         series["idle"] = [report["held"][command]["idle"] for command in commands]
+    series["real"] = [report["held"][command].get("real", math.nan) for command in commands]  # no bar where none
     _grouped_bars(axes, [command.replace("_", " ") for command in commands], series)
     axes.axhline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
     axes.set(ylim=(0, 1.05), ylabel="share of chunks")

@@ -49,15 +49,19 @@ def cut_chunks(batch: Batch, count: int) -> Batch | None:
 
 
 def other_episodes(ids: tuple[str, ...]) -> list[int] | None:
-    """For each clip ("episode:start") the index of one of another episode, each used once; None if that cannot be."""
+    """For each clip ("episode:start") the index of one of another episode; None if all are of one episode.
+
+    Each is used about equally often: exactly once if the episodes have the same number of clips.
+    """
     episodes = [clip.rpartition(":")[0] for clip in ids]
     order = sorted(range(len(ids)), key=lambda i: episodes[i])
-    most = max(episodes.count(episode) for episode in set(episodes))
-    if 2 * most > len(ids):
-        return None
     partner = [0] * len(ids)
-    for place, i in enumerate(order):  # sorted by episode, a shift by the largest group's size leaves every group
-        partner[i] = order[(place + most) % len(ids)]
+    for place, i in enumerate(order):  # sorted by episode, so that the others are those behind it, then around
+        others = [j for j in [*order[place:], *order[:place]] if episodes[j] != episodes[i]]
+        if not others:
+            return None
+        own = [j for j in order if episodes[j] == episodes[i]]
+        partner[i] = others[own.index(i) % len(others)]
     return partner
 
 

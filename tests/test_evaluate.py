@@ -1,0 +1,292 @@
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import DIT, GAME, SPACE, random_dit, write_checkpoint
+from torch import Tensor, nn
+
+from configs import save_config
+from configs.cli import run as run_words
+from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
+from data_pipeline.types import Actions, Batch
+from data_pipeline.video import probe, write_video
+from model.flow import FlowMatch, FlowMatchConfig
+from sampling.__main__ import VERBS
+from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
+from sampling.scores import (
+    Draw,
+    action_loss_table,
+    action_variants,
+    cut_chunks,
+    other_episodes,
+    picture_statistics,
+    psnr,
+    sigma_bins,
+    velocity_loss,
+)
+from sampling.world_model import WORLD_FILE, newest_checkpoint, read_world_config
+
+FLOW = FlowMatch(FlowMatchConfig())
+
+
+def texture(height: int, width: int) -> np.ndarray:
+    """A smooth random picture (h w 3) uint8, larger than what is shown of it."""
+    coarse = np.random.default_rng(0).uniform(0, 255, (height // 6, width // 6)).astype(np.float32)
+    rows = np.interp(np.arange(height) / 6, np.arange(height // 6), np.arange(height // 6))
+    columns = np.interp(np.arange(width) / 6, np.arange(width // 6), np.arange(width // 6))
+    low_r, low_c = rows.astype(int).clip(max=height // 6 - 2), columns.astype(int).clip(max=width // 6 - 2)
+    a, b = (rows - low_r)[:, None], (columns - low_c)[None]
+    top = coarse[low_r][:, low_c] * (1 - b) + coarse[low_r][:, low_c + 1] * b
+    bottom = coarse[low_r + 1][:, low_c] * (1 - b) + coarse[low_r + 1][:, low_c + 1] * b
+    return np.repeat((top * (1 - a) + bottom * a).astype(np.uint8)[..., None], 3, axis=2)
+
+
+def panning(step_px: int) -> np.ndarray:
+    """Nine frames (n h w 3) whose picture moves to the right by `step_px` per frame."""
+    whole = texture(96, 320)
+    return np.stack([whole[:, 80 - step_px * i : 240 - step_px * i] for i in range(9)])
+
+
+def zooming(factor: float) -> np.ndarray:
+    """Nine frames (n h w 3) that grow by `factor` per frame about the middle."""
+    whole = texture(96, 160)
+    frames = []
+    for i in range(9):
+        scale = factor ** (i - 4)
+        rows = ((np.arange(48) - 24) / scale + 48).astype(int)
+        columns = ((np.arange(80) - 40) / scale + 80).astype(int)
+        frames.append(whole[rows][:, columns])
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("step_px", [-3, -1, 1, 3])
+def test_the_flow_of_a_panning_picture_has_the_pan_s_sign_and_size(step_px: int) -> None:
+    motion = chunk_motion(panning(step_px))
+    assert motion.right_px == pytest.approx(step_px, rel=0.15)
+    assert abs(motion.divergence) < 0.005
+
+
+@pytest.mark.parametrize("factor", [0.97, 1.03])
+def test_the_divergence_of_a_zooming_picture_has_the_zoom_s_sign(factor: float) -> None:
+    motion = chunk_motion(zooming(factor))
+    assert motion.divergence * (factor - 1) > 0 and abs(motion.right_px) < 0.5
+
+
+def test_a_right_turn_obeys_when_the_picture_moves_left() -> None:
+    left_moving, right_moving = chunk_motion(panning(-3)), chunk_motion(panning(3))
+    assert share_obeyed("turn_right", [left_moving]) == share_obeyed("turn_left", [right_moving]) == 1
+    assert share_obeyed("turn_left", [left_moving, right_moving]) == 0.5
+    found = turn_agreement([3.0, -3.0, 3.0, 0.0], [left_moving, right_moving, right_moving, left_moving])
+    assert found["turning_chunks"] == 3 and found["agreement"] == pytest.approx(2 / 3)
+
+
+def test_figures_over_an_empty_set_are_left_out() -> None:
+    assert turn_agreement([0.0], [Motion(1.0, 0.0)]) == {"turning_chunks": 0}
+    assert held_table({"forward": [Motion(0, 1.0)], "back": []}, {}) == {"forward": {"obeyed": 1.0, "chunks": 1}}
+
+
+@pytest.mark.parametrize(
+    ("keys", "yaw_deg", "command"),
+    [
+        ((1, 0, 0, 0), 0.0, "forward"),
+        ((1, 0, 1, 0), 0.0, None),
+        ((0, 0, 0, 0), 0.0, None),
+        ((1, 0, 0, 0), 2.0, "turn_right"),
+        ((0, 0, 0, 0), -2.0, "turn_left"),
+        ((0, 0, 1, 0), 2.0, None),
+        ((0, 0, 0, 1), 0.8, None),
+    ],
+)
+def test_a_recorded_chunk_counts_for_the_one_command_it_holds(
+    keys: tuple[int, ...], yaw_deg: float, command: str | None
+) -> None:
+    yaw = yaw_deg / SPACE.mouse_unit_deg
+    actions = Actions(np.tile(np.array(keys, np.float32), (8, 1)), np.tile(np.array([0, yaw], np.float32), (8, 1)))
+    assert held_command(actions, SPACE) == command
+
+
+def test_every_clip_gets_the_actions_of_another_episode_or_there_is_no_such_figure() -> None:
+    ids = ("a:0", "b:0", "a:9", "c:0", "b:9", "c:9")
+    partner = other_episodes(ids)
+    assert partner is not None and sorted(partner) == list(range(6))
+    assert all(ids[i][0] != ids[j][0] for i, j in enumerate(partner))
+    assert other_episodes(("a:0", "a:9", "b:0")) in ([2, 2, 0], [2, 2, 1])
+    assert other_episodes(("a:0", "a:9")) is None
+    assert set(action_variants(random_batch(("a:0", "a:9")))) == {"right", "none"}
+
+
+def random_batch(ids: tuple[str, ...] = ("a:0", "b:0", "c:0", "d:0"), latents: int = 6) -> Batch:
+    generator = torch.Generator().manual_seed(1)
+    b, frames = len(ids), 3 * latents
+    keyboard = (torch.rand(b, frames, 4, generator=generator) > 0.5).float()
+    mouse = torch.randn(b, frames, 2, generator=generator)
+    return Batch(torch.randn(b, DIT.out_dim, latents, 4, 6, generator=generator), keyboard, mouse, ids)
+
+
+def random_draw(batch: Batch) -> Draw:
+    generator = torch.Generator().manual_seed(2)
+    return Draw(torch.linspace(0.2, 0.9, len(batch.ids)), torch.randn(batch.latents.shape, generator=generator))
+
+
+def test_the_true_velocity_has_no_loss() -> None:
+    batch = random_batch()
+    draw = random_draw(batch)
+
+    class Oracle(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
+            return draw.noise - batch.latents
+
+    assert velocity_loss(Oracle(), FLOW, batch, 3, draw).max() == 0
+
+
+def test_the_loss_of_a_clip_does_not_depend_on_the_other_clips_and_sees_its_actions() -> None:
+    batch, dit = random_batch(), random_dit()
+    draw = random_draw(batch)
+    with torch.inference_mode():
+        together = velocity_loss(dit, FLOW, batch, 3, draw)
+        one = Batch(batch.latents[2:3], batch.keyboard[2:3], batch.mouse[2:3], ("c:0",))
+        alone = velocity_loss(dit, FLOW, one, 3, Draw(draw.sigma[2:3], draw.noise[2:3]))
+        shuffled = velocity_loss(dit, FLOW, action_variants(batch)["shuffled"], 3, draw)
+    assert alone.item() == pytest.approx(together[2].item(), rel=1e-5)  # float32 sums in another order
+    assert (shuffled != together).all()
+
+
+def test_known_latents_are_no_part_of_the_loss() -> None:
+    batch = random_batch()
+    draw = random_draw(batch)
+
+    class RightAboutTheKnown(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
+            velocity = draw.noise - batch.latents
+            velocity[:, :, 3:] += 1
+            return velocity
+
+    assert velocity_loss(RightAboutTheKnown(), FLOW, batch, 3, draw) == pytest.approx(1.0)
+
+
+def test_the_table_weighs_noise_levels_as_training_draws_them_and_pairs_clips() -> None:
+    bins = sigma_bins(FLOW)
+    assert [name for name, _ in bins] == ["sigma_0.00-0.25", "sigma_0.25-0.50", "sigma_0.50-0.75", "sigma_0.75-1.00"]
+    assert sum(len(levels) for _, levels in bins) == 1000
+    right = {name: torch.tensor([1.0, 3.0]) for name, _ in bins}
+    worse = {name: values + torch.tensor([0.1, 0.3]) for name, values in right.items()}
+    table = action_loss_table({"right": right, "shuffled": worse}, FLOW)
+    assert table["right"]["loss"] == pytest.approx(2.0)
+    assert table["shuffled"]["minus_right"] == pytest.approx(0.2)
+    assert table["shuffled"]["standard_error"] == pytest.approx(0.1)  # std 0.1414 / sqrt(2)
+
+
+def test_clips_are_cut_to_whole_chunks_with_their_actions() -> None:
+    batch = random_batch()
+    first = cut_chunks(batch, 1)
+    assert first is not None and first.latents.shape[2] == 3 and first.keyboard.shape[1] == 9
+    assert cut_chunks(batch, 3) is None
+
+
+def test_psnr_of_a_known_error() -> None:
+    frames = np.full((2, 3, 8, 8, 3), 100, np.uint8)
+    assert psnr(frames, frames + 10) == pytest.approx(20 * math.log10(255 / 10))
+    assert (psnr(frames, frames) == 99).all()
+
+
+def test_a_blurred_picture_is_less_sharp() -> None:
+    sharp = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
+    blurred = ((sharp.astype(int) + np.roll(sharp, 1, axis=2)) // 2).astype(np.uint8)
+    assert picture_statistics(blurred)["sharpness"] < picture_statistics(sharp)["sharpness"]
+
+
+# --- the command line ---
+
+
+@pytest.fixture(scope="module")
+def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, recordings and held-out shards of them, tiny."""
+    folder = tmp_path_factory.mktemp("road")
+    write_checkpoint(folder / "run")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        episode = folder / "recordings" / f"episode_{i}"
+        episode.mkdir(parents=True)
+        whole = texture(GAME.height, 400)
+        frames = [whole[:, 3 * j : 3 * j + GAME.width] for j in range(40)]
+        write_video(episode / VIDEO, frames, GAME.fps)
+        keyboard, mouse = np.zeros((40, 4)), np.tile([0.0, 3.0], (40, 1))
+        keyboard[:, rng.integers(4)] = 1
+        write_actions(episode / ACTIONS, SPACE, keyboard, mouse)
+        about = {"fps": GAME.fps, "frames": 40, "height": GAME.height, "width": GAME.width}
+        space = {"name": SPACE.name, "keys": SPACE.keys, "mouse_unit_deg": SPACE.mouse_unit_deg}
+        (episode / ABOUT).write_text(json.dumps({**about, "action_space": space}))
+    source, codec, out = (str(folder / name) for name in ("recordings", "run/codec", "shards"))
+    encode_recordings(EncodeConfig(GAME, source, codec, out, heldout_every=2))
+    return folder
+
+
+def evaluate(road: Path, out: Path, *words: str) -> int:
+    paths = (f"recordings={road}/recordings", f"manifest={road}/shards/heldout/manifest.json", f"out={out}")
+    small = ("clips=4", "starts=2", "chunks=2", "held_starts=1", "held_chunks=1", "steps=1")
+    return run_words("sampling", VERBS, ["evaluate", str(road / "run"), *paths, *small, *words])
+
+
+@pytest.fixture(scope="module")
+def judged(road: Path) -> Path:
+    """The folder of a report."""
+    assert evaluate(road, road / "judged") == 0
+    return road / "judged"
+
+
+def test_evaluate_answers_every_question_and_writes_a_page(judged: Path) -> None:
+    report = json.loads((judged / "report.json").read_text())
+    assert set(report["velocity_loss"]) == {"first_chunk", "next_chunk"}
+    assert {"right", "shuffled", "none"} <= set(report["velocity_loss"]["next_chunk"])
+    assert {"from_context", "from_frame", "repeat_prompt", "codec"} == set(report["psnr_db"])
+    assert len(report["psnr_db"]["from_context"]["by_frame"]) == 18
+    assert report["replay_turns"]["real"]["agreement"] == 1  # the recorded picture pans against the recorded turn
+    assert set(report["held"]) == {"turn_left", "turn_right", "left", "right", "forward", "back"}
+    assert all({"obeyed", "idle", "chunks"} <= set(figures) for figures in report["held"].values())
+    assert {len(figures["sharpness"]) for figures in report["drift"].values()} == {2}
+    assert "NaN" not in (judged / "report.json").read_text()
+    page = (judged / "report.html").read_text()
+    for name in ("replay", "held"):
+        assert f"{name}.mp4" in page and (judged / f"{name}.png").exists()
+        assert probe(judged / f"{name}.mp4").frames == 9 * (3 if name == "replay" else 2)
+    assert page.count("<svg") >= 5 and "Evaluator" in page
+
+
+def test_the_same_words_give_the_same_figures(road: Path, judged: Path, tmp_path: Path) -> None:
+    assert evaluate(road, tmp_path) == 0
+    one, other = (json.loads((folder / "report.json").read_text()) for folder in (judged, tmp_path))
+    assert {**one, "seconds": 0, "settings": 0} == {**other, "seconds": 0, "settings": 0}
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("manifest=nowhere.json", "no manifest nowhere.json"),
+        ("recordings=nowhere", "no folder of recordings nowhere"),
+        ("chunks=9", "use fewer chunks"),
+        ("stepz=9", "did you mean 'steps'"),
+        ("starts=0", "must be at least 1"),
+        ("reader=obs", "no reader 'obs'"),
+    ],
+)
+def test_bad_input_is_one_line_with_status_2(
+    road: Path, tmp_path: Path, word: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(road, tmp_path / "out", word) == 2
+    assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_of_another_codec_is_refused(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "step_0000001"
+    shutil.copytree(newest_checkpoint(road / "run"), folder)
+    save_config(replace(read_world_config(folder), codec_hash="0" * 12), folder / WORLD_FILE)
+    assert evaluate(road, tmp_path / "out", f"checkpoint={folder}") == 2
+    assert "was trained on those of 000000000000" in capsys.readouterr().err
