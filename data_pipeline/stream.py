@@ -9,7 +9,7 @@ goes on with the next epoch's first clips.
 
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import count, islice
@@ -139,7 +139,7 @@ class Stream:
             ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries),
         )
 
-    def batches(self, start: int = 0, ahead: int = 4) -> Iterator[Batch]:
+    def batches(self, start: int = 0, ahead: int = 4) -> Generator[Batch, None, None]:
         """Batches from micro-step `start` on, without end; up to `ahead` of them are read before they are asked for.
 
         What goes wrong while reading is raised when that batch is asked for. Closing the iterator ends the threads.

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import webdataset
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load
 from tiny_recordings import write_recording
+from webdataset.compat import WebDataset
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
@@ -90,7 +90,7 @@ def test_runs_are_cut_where_they_are_wanted():
 
 def test_plain_webdataset_reads_the_shards(encoded):
     shards = sorted(str(path) for path in Path(encoded, "train").glob("*.tar"))
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False))
+    samples = list(WebDataset(shards, shardshuffle=False))
     clips = read_clips(f"{encoded}/train/manifest.json")
     assert [sample["__key__"] for sample in samples] == [f"{clip.episode}-{clip.start:06d}" for clip in clips]
     for sample, clip in zip(samples, clips, strict=True):
