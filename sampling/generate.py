@@ -73,23 +73,25 @@ def generate(words: list[str]) -> None:
 def _drawn_frames(
     world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig, tiles: list[Tile]
 ) -> Iterator[np.ndarray]:
-    """The frames of the video as they come; the last one of each chunk goes into `tiles`, too."""
+    """The frames of the video as they come; one of each chunk, the very first and last among them, goes to `tiles`."""
     padding = ((0, config.chunks * CHUNK_FRAMES - len(actions)), (0, 0))
     keyboard, mouse = (
         torch.from_numpy(np.pad(rows, padding, mode="edge"))[None].to(world.device)
         for rows in (actions.keyboard, actions.mouse)
     )
-    picture = to_video(torch.from_numpy(prompt)[None, None])[:, :, 0].to(world.device)
-    size = enlarge(prompt).shape[:2]
-    overlay, frame = Overlay(world.game.action_space, *size), -1
-    chunks = rollout(world, picture, keyboard, mouse, [config.seed], config.steps)
-    for chunk, made in enumerate(tqdm(chunks, total=config.chunks, desc="generate", unit="chunk"), start=1):
-        drawn = enlarge(prompt)
-        for picture in made[0, : config.frames - (chunk - 1) * CHUNK_FRAMES].cpu().numpy():
-            frame += 1
+    start = to_video(torch.from_numpy(prompt)[None, None])[:, :, 0].to(world.device)
+    overlay = Overlay(world.game.action_space, *enlarge(prompt).shape[:2])
+    shown = set(np.linspace(0, config.frames - 1, config.chunks).round().astype(int).tolist())
+    chunks = rollout(world, start, keyboard, mouse, [config.seed], config.steps)
+    for chunk, made in enumerate(tqdm(chunks, total=config.chunks, desc="generate", unit="chunk")):
+        for frame, picture in enumerate(made[0].cpu().numpy(), start=chunk * CHUNK_FRAMES):
+            if frame == config.frames:
+                break
             drawn = overlay.draw(enlarge(picture), actions.keyboard[frame], actions.mouse[frame])
+            if frame in shown:
+                label = f"chunk {chunk + 1}" if frame else "chunk 1: the prompt"
+                tiles.append(Tile(drawn, label, f"{frame / world.game.fps:.2f} s"))
             yield drawn
-        tiles.append(Tile(drawn, f"chunk {chunk}", f"{frame / world.game.fps:.2f} s"))
 
 
 def read_prompt(path: str, frame: int, game: GameConfig) -> np.ndarray:
