@@ -1,0 +1,230 @@
+"""Training: one process and two under ZeRO-2 agree, a stop costs nothing, and what cannot work is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_world import DIT
+
+from configs import to_dict
+from data_pipeline.stream import Stream
+from model.action_dit import ActionDiT
+from model.flow import FlowMatch, FlowMatchConfig
+from model.weights import load_weights
+from sampling.world_model import complete_checkpoints, newest_checkpoint
+from train.config import OptimConfig
+from train.objectives import make_objective
+from train.objectives.autoregressive import Autoregressive
+from train.objectives.draws import make_draws
+from train.optim import learning_rate, make_optimizer
+
+STEPS = 8
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu_zero2.yaml",
+          "--main_process_port", "0", "-m", "train"]  # fmt: skip
+ALONE = [sys.executable, "-m", "train"]
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def words(encoded, codec_folder, tmp_path_factory) -> list[str]:
+    """The settings that all runs here share: a clip norm that bites, a learning rate that moves the weights."""
+    path = tmp_path_factory.mktemp("train") / "tiny.yaml"
+    settings = {
+        "model": {**to_dict(DIT), "checkpoint_every": 1},
+        "flow": to_dict(FlowMatchConfig()),
+        "manifest": f"{encoded}/train/manifest.json",
+        "codec": str(codec_folder),
+        "steps": STEPS,
+        "objective": {"name": "autoregressive", "base_share": 0.3, "context_noise": 0.1},
+        "log_every": 1,
+        "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 4, "clip_norm": 0.05},
+        "checkpoint": {"every": 100, "keep_last": 2},
+        "validation": {"manifest": f"{encoded}/heldout/manifest.json", "every": 4, "clips": 2},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return [str(path)]
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> torch.Tensor:
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in read_metrics(out) if "loss" in line])
+
+
+@pytest.fixture(scope="module")
+def alone(words, tmp_path_factory) -> Path:
+    """One process, batch 4, float32, with wandb's offline writer on."""
+    out = tmp_path_factory.mktemp("alone")
+    given = [*words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
+    done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def zero2(words, tmp_path_factory) -> Path:
+    """Two processes under ZeRO-2, batch 1 x 2 micro-steps each, float32."""
+    out = tmp_path_factory.mktemp("zero2")
+    done = run([*LAUNCH, *words, f"out={out}", "batch=1", "accumulation=2"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
+    folder = newest_checkpoint(alone)
+    assert {path.name for path in folder.iterdir()} == {
+        "COMPLETE", "config.yaml", "world.yaml", "model.safetensors", "ema.safetensors", "trainer",
+    }  # fmt: skip
+    lines = read_metrics(alone)
+    assert {"loss", "grad_norm", "s/step", "clips/s", "data_wait", "learning_rate"} <= lines[0].keys()
+    assert any(key.startswith("loss/sigma_") for key in lines[0])
+    assert [line for line in lines if "heldout/right" in line and "heldout/shuffled" in line]
+    assert list(alone.glob("wandb/offline-run-*/run-*.wandb"))
+
+
+def test_micro_steps_of_a_batch_follow_the_same_draws_as_the_whole(words, alone, tmp_path) -> None:
+    # base_share makes the kind of a micro-step random, so whole batch and micro-steps compare without it.
+    out = {}
+    for name, batch, accumulation in (("whole", 4, 1), ("parts", 2, 2)):
+        out[name] = tmp_path / name
+        given = [f"out={out[name]}", "engine.name=ddp", f"batch={batch}", f"accumulation={accumulation}", "steps=3"]
+        done = run([*ALONE, *words, *given, "objective.base_share=0", "validation.every=100"])
+        assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(losses(out["parts"]), losses(out["whole"]), atol=2e-5, rtol=1e-4)
+
+
+def test_zero2_on_two_processes_gives_the_single_process_losses(words, zero2, tmp_path) -> None:
+    out = tmp_path / "single"
+    done = run([*ALONE, *words, f"out={out}", "engine.name=ddp", "batch=2", "accumulation=2"])
+    assert done.returncode == 0, done.stderr
+    single = losses(out)
+    assert (single[:, 1] > 0.05).all(), "every step must exceed the clip norm, or the test says nothing about clipping"
+    # float32 sums in another order; a missing clip changes the losses by 1e-2 and more
+    torch.testing.assert_close(losses(zero2), single, atol=5e-5, rtol=5e-4)
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_weights(newest_checkpoint(run_folder) / name) for run_folder in (zero2, out))
+        assert ours.keys() == theirs.keys()
+        worst = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+        assert worst < 2e-3, (name, worst)  # Adam turns rounding of near-zero gradients into a part of a step of 1e-2
+
+
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(words, zero2, tmp_path) -> None:
+    out = tmp_path / "stopped"
+    command = [*LAUNCH, *words, f"out={out}", "batch=1", "accumulation=2"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=120)
+    text = (tmp_path / "log").read_text()
+    stopped_at = [folder.name for folder in complete_checkpoints(out)]
+    assert len(stopped_at) == 1 and stopped_at[0] < f"step_{STEPS:07d}", text
+    assert "as asked" in text
+    done = run(command)
+    assert done.returncode == 0 and "resumed from" in done.stdout + done.stderr, done.stderr
+    for name in ("model.safetensors", "ema.safetensors"):
+        resumed, whole = (load_weights(newest_checkpoint(folder) / name) for folder in (out, zero2))
+        assert all(torch.equal(resumed[key], whole[key]) for key in whole), name
+    wanted = [line["loss"] for line in read_metrics(zero2) if "loss" in line]
+    assert [line["loss"] for line in read_metrics(out) if "loss" in line] == wanted
+
+
+def test_a_finished_run_started_again_has_nothing_to_do(words, alone) -> None:
+    before = (alone / "metrics.jsonl").read_text()
+    done = run([*ALONE, *words, f"out={alone}", "engine.name=ddp", "batch=4"])
+    assert done.returncode == 0 and "nothing to do" in done.stdout + done.stderr
+    assert (alone / "metrics.jsonl").read_text() == before
+
+
+def test_training_starts_from_another_runs_weights(words, alone, tmp_path) -> None:
+    given = [f"out={tmp_path}", "engine.name=ddp", "batch=2", "steps=1", f"init={alone}", "optim.learning_rate=0"]
+    done = run([*ALONE, *words, *given, "validation.every=100"])
+    assert done.returncode == 0, done.stderr
+    started, given_weights = (load_weights(newest_checkpoint(f) / "ema.safetensors") for f in (tmp_path, alone))
+    assert all(torch.equal(started[key], given_weights[key]) for key in given_weights)
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(words, alone, tmp_path) -> None:
+    folder = tmp_path / newest_checkpoint(alone).name
+    subprocess.run(["cp", "-r", str(newest_checkpoint(alone)), str(folder)], check=True)
+    (folder / "trainer" / "ema_0.pt").write_bytes(b"")
+    done = run([*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=4"])
+    assert done.returncode == 2 and "ema_0.pt is missing or truncated" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("optim.learning_rat=1", "did you mean 'optim.learning_rate'"),
+        ("objective.name=bass", "there are: base, autoregressive"),
+        ("manifest=nowhere.json", "nowhere.json"),
+        ("workers=9", "loader lanes"),
+        ("model.action.keyboard_dim_in=3", "keyboard_dim_in=3"),
+        ("codec=nowhere", "nowhere"),
+        ("init=nowhere", "nowhere"),
+        ("engine.stage=5", "engine.stage=5"),
+        ("engine.name=deepspeed", "accelerate launch"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_nothing(words, tmp_path, changed: str, said: str) -> None:
+    done = run([*ALONE, *words, f"out={tmp_path / 'run'}", "engine.name=ddp", changed])
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1 and said in lines[0], done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_learning_rate_is_a_function_of_the_step() -> None:
+    config = OptimConfig(learning_rate=1.0, warmup_steps=4, decay_steps=5)
+    rates = [learning_rate(config, step, 20) for step in range(20)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[4:16] == [1.0] * 12
+    assert rates[-1] == pytest.approx(0.2)
+
+
+def test_noise_belongs_to_the_sample_and_not_to_the_rank() -> None:
+    like = torch.zeros(4, 2, 3)
+    whole = make_draws(7, 0, 8, 4).noise(like)
+    halves = [make_draws(7, micro, 8 + 2 * micro, 2).noise(like[:2]) for micro in range(2)]
+    assert torch.equal(whole, torch.cat(halves))
+    assert not torch.equal(whole, make_draws(8, 0, 8, 4).noise(like))
+
+
+def test_one_clip_can_be_overfitted(encoded) -> None:
+    batch = Stream(f"{encoded}/train/manifest.json", 1, seed=0, workers=0).batch_at(0)
+    batch = replace(batch, latents=batch.latents.float())
+    dit = ActionDiT(replace(DIT, dim=64, ffn_dim=128), torch.Generator().manual_seed(0))
+    flow, objective = FlowMatch(FlowMatchConfig()), Autoregressive(base_share=0.0, curriculum=0.0)
+    optimizer = make_optimizer(dit, OptimConfig(learning_rate=5e-3))
+    seen = []
+    for step in range(300):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10, (300 - step) / 150)
+        loss, _ = objective.loss(dit, flow, batch, 1.0, make_draws(0, step, step, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    # Who knows the clip can read the noise off the input: the loss of 1 + its variance goes towards 0.
+    assert sum(seen[-30:]) < 0.35 * sum(seen[:30]), (seen[:3], seen[-3:])
+
+
+def test_an_objectives_mistyped_field_is_named() -> None:
+    with pytest.raises(ValueError, match=r"objective\.context_weight"):
+        make_objective({"name": "autoregressive", "context_wait": 1.0})
