@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,10 @@ from configs import load_config
 from configs.files import write_text
 from data_pipeline.readers import READERS
 from data_pipeline.stream import Stream, load_manifest
-from data_pipeline.types import CHUNK_FRAMES, Batch
+from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.chunked import CHUNK_LATENTS
 from sampling.films import held_film, replay_film, write_film
-from sampling.motion import EVALUATOR, Motion, held_table, motions, turn_agreement
+from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import write_page
 from sampling.scores import (
     Draw,
@@ -35,6 +36,8 @@ from sampling.scores import (
 from sampling.trials import (
     Replay,
     RolloutSettings,
+    Start,
+    between_frames,
     held_commands,
     heldout_episodes,
     play_held,
@@ -107,7 +110,7 @@ def evaluate(words: list[str]) -> None:
     replay = play_replay(world, starts, config.replay)
     report |= judge_replay(replay)
     held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
-    report["held"] = judge_held(held, replay)
+    report["held"] = judge_held(held, [*starts, *held_starts], world.game)
     films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
     for film in films:
         write_film(Path(config.out), film, world.game)
@@ -172,12 +175,14 @@ def judge_replay(replay: Replay) -> Figures:
     }
 
 
-def judge_held(held: dict[str, np.ndarray], replay: Replay) -> dict[str, dict[str, float]]:
-    """How often the picture obeys a held command, beside the recorded chunks in which that command was held."""
+def judge_held(held: dict[str, np.ndarray], recorded: Sequence[Start], game: GameConfig) -> dict[str, dict[str, float]]:
+    """How often the picture obeys a held command, beside the `recorded` chunks in which that command was held."""
     real: dict[str, list[Motion]] = {}
-    for command, motion in zip(replay.commands, all_motions(replay.real), strict=True):
-        if command is not None:
-            real.setdefault(command, []).append(motion)
+    for start in recorded:
+        for first in range(0, len(start.frames), CHUNK_FRAMES):
+            command = held_command(between_frames(start.actions, first), game.action_space)
+            if command is not None:
+                real.setdefault(command, []).append(chunk_motion(start.frames[first : first + CHUNK_FRAMES]))
     return held_table({command: all_motions(made) for command, made in held.items()}, real)
 
 

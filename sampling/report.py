@@ -138,8 +138,8 @@ def plot_losses(table: dict[str, dict[str, float]]) -> str:
     gaps = {v: [table[v][f"minus_right/{name.removeprefix('loss/')}"] for name in bins] for v in others}
     _grouped_bars(right, [_range(name) for name in bins], gaps)
     right.axhline(0, color=COLOURS["real"], linewidth=0.8)
-    right.set(xlabel="noise level sigma", ylabel="loss minus that of the right actions")
-    left.legend(frameon=False, fontsize=9, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))
+    right.set(xlabel="noise level sigma", ylabel="minus the right actions' loss")
+    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="upper center")
     return _svg(figure)
 
 
@@ -207,7 +207,7 @@ def _range(name: str) -> str:
 def _svg(figure: Figure) -> str:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.92 if figure.legends else 1))
     text = io.StringIO()
     figure.savefig(text, format="svg")
     pyplot.close(figure)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from data_pipeline.readers import READERS, find_episodes, read_game_frames
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig, Manifest
 from sampling.chunked import decode_frames, encode_frames, rollout, to_video
-from sampling.motion import EXPECTED, held_command
+from sampling.motion import EXPECTED
 from sampling.scripts import Scripted, presets, read_script
 from sampling.world_model import WorldModel
 
@@ -77,7 +77,6 @@ class Replay:
     from_frame: np.ndarray  # generated from the last of these 9 alone; its first frame is that one again
     prompt: np.ndarray  # (b h w 3) the last given frame
     yaw_deg: list[float]  # mean commanded yaw of each chunk of each start, degrees per frame
-    commands: list[str | None]  # the one command that each chunk of each start holds, if there is one
 
 
 def play_replay(world: WorldModel, starts: Sequence[Start], settings: RolloutSettings) -> Replay:
@@ -98,23 +97,26 @@ def play_replay(world: WorldModel, starts: Sequence[Start], settings: RolloutSet
         ]
         codec.append(torch.cat(parts).cpu())
     real = np.stack([start.frames for start in starts])
-    recorded_chunks = [
-        actions[CHUNK_FRAMES * chunk : CHUNK_FRAMES * (chunk + 1) - 1]  # a chunk's last action leads out of it
-        for actions in recorded
-        for chunk in range(1, 1 + settings.chunks)
-    ]
     return Replay(
         real[:, CHUNK_FRAMES:],
         torch.cat(codec, dim=1).numpy(),
         from_context,
         from_frame,
         real[:, last],
-        [chunk_yaw_deg(actions, world.game) for actions in recorded_chunks],
-        [held_command(actions, world.game.action_space) for actions in recorded_chunks],
+        [
+            mean_yaw_deg(between_frames(actions, CHUNK_FRAMES * chunk), world.game)
+            for actions in recorded
+            for chunk in range(1, 1 + settings.chunks)
+        ],
     )
 
 
-def chunk_yaw_deg(actions: Actions, game: GameConfig) -> float:
+def between_frames(actions: Actions, first: int) -> Actions:
+    """The rows that lead from frame to frame within the chunk that begins at `first`: its last row leads out of it."""
+    return actions[first : first + CHUNK_FRAMES - 1]
+
+
+def mean_yaw_deg(actions: Actions, game: GameConfig) -> float:
     """The mean yaw in degrees per frame; 0 without a mouse."""
     return float(actions.mouse[:, 1].mean()) * game.action_space.mouse_unit_deg if game.action_space.mouse else 0.0
 
