@@ -25,11 +25,11 @@ class Draw:
     noise: Tensor  # (b c f h w)
 
 
-def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
-    """Mean squared velocity error (b) of the latents after the first `known`, which the model is given.
+def velocity_error(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
+    """Mean squared velocity error (b f) of every latent frame, the first `known` of which the model is given.
 
     `batch.latents` (b c f h w) in the chunked layout with the actions of their frames. Known latents are noised like
-    all others in the model's input and clean in its conditioning, as in training.
+    all others in the model's input and clean in its conditioning.
     """
     x0 = batch.latents.float()
     ends = latent_ends("chunked", x0.shape[2])
@@ -37,15 +37,21 @@ def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, dra
     noisy = flow.add_noise(x0, draw.noise, draw.sigma)
     velocity = dit(noisy, flow.config.train_steps * draw.sigma, condition(x0, known), keyboard, mouse)
     error = (velocity.float() - flow.training_target(x0, draw.noise)).square()
-    return error[:, :, known:].mean(dim=(1, 2, 3, 4))
+    return error.mean(dim=(1, 3, 4))
 
 
-def cut_chunks(batch: Batch, count: int) -> Batch | None:
-    """The batch cut to its clips' first `count` chunks; None if they are shorter."""
-    if batch.latents.shape[2] < CHUNK_LATENTS * count:
+def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
+    """Mean squared velocity error (b) of the latents after the first `known`."""
+    return velocity_error(dit, flow, batch, known, draw)[:, known:].mean(dim=1)
+
+
+def cut_chunks(batch: Batch, count: int, first: int = 0) -> Batch | None:
+    """The batch cut to `count` chunks of its clips from chunk `first` on; None if they are shorter."""
+    latents = slice(CHUNK_LATENTS * first, CHUNK_LATENTS * (first + count))
+    frames = slice(CHUNK_FRAMES * first, CHUNK_FRAMES * (first + count))
+    if batch.latents.shape[2] < latents.stop:
         return None
-    latents, frames = batch.latents[:, :, : CHUNK_LATENTS * count], CHUNK_FRAMES * count
-    return Batch(latents, batch.keyboard[:, :frames], batch.mouse[:, :frames], batch.ids)
+    return Batch(batch.latents[:, :, latents], batch.keyboard[:, frames], batch.mouse[:, frames], batch.ids)
 
 
 def other_episodes(ids: tuple[str, ...]) -> list[int] | None:

@@ -1,16 +1,16 @@
-"""Held-out velocity loss during training: with the right actions, and with those of another clip."""
-
-from dataclasses import replace
+"""Held-out velocity loss during training: with the right actions, with those of other episodes, and with none."""
 
 import torch
 
 from data_pipeline.stream import Stream
-from data_pipeline.types import Batch
 from model.flow import FlowMatch
+from sampling.chunked import CHUNK_LATENTS
+from sampling.scores import action_variants, cut_chunks, velocity_loss
 from train.config import TrainConfig
 from train.engine import Engine
-from train.objectives.base import CHUNK_LATENTS, velocity_error
 from train.objectives.draws import make_draws
+
+VARIANTS = ("right", "shuffled", "none")
 
 
 class Validation:
@@ -25,23 +25,17 @@ class Validation:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """`heldout/right` and `heldout/shuffled`: mean squared velocity error of the latents to be made up."""
-        sums = torch.zeros(3)
+        """`heldout/right`, `/shuffled`, `/none`: mean squared velocity error of the latents to be made up."""
+        sums = torch.zeros(2, len(VARIANTS))
         accelerator = self.engine.accelerator
         for done in range(self.rounds):
             place = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(place).to(accelerator.device)
-            swapped = replace(batch, keyboard=batch.keyboard.roll(1, 0), mouse=batch.mouse.roll(1, 0))
-            for i, one in enumerate((batch, swapped)):
-                sums[i] += self._error(one, place)
-            sums[2] += self.batch
+            clips = cut_chunks(batch, 1) if self.known == 1 else batch
+            assert clips is not None
+            draw = make_draws(0, place, place * self.batch, self.batch).draw(clips.latents, self.flow)
+            for name, variant in action_variants(clips).items():
+                loss = velocity_loss(self.engine.model, self.flow, variant, self.known, draw)
+                sums[:, VARIANTS.index(name)] += torch.tensor([loss.sum().item(), len(loss)])
         sums = self.engine.sum_over_ranks(sums)
-        return {"heldout/right": (sums[0] / sums[2]).item(), "heldout/shuffled": (sums[1] / sums[2]).item()}
-
-    def _error(self, batch: Batch, place: int) -> torch.Tensor:
-        latents = 3 if self.known == 1 else batch.latents.shape[2]
-        frames = 9 if self.known == 1 else batch.keyboard.shape[1]
-        draws = make_draws(0, place, place * self.batch, self.batch)
-        actions = (batch.keyboard[:, :frames], batch.mouse[:, :frames])
-        error, _ = velocity_error(self.engine.model, self.flow, batch.latents[:, :, :latents], actions, self.known, draws)
-        return error[:, self.known :].mean(dim=1).sum().cpu()
+        return {f"heldout/{name}": (sums[0, i] / sums[1, i]).item() for i, name in enumerate(VARIANTS) if sums[1, i]}

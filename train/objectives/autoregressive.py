@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from train.objectives.base import CHUNK_LATENTS, Base, Figures, velocity_error
+from sampling.chunked import CHUNK_LATENTS
+from sampling.scores import velocity_error
+from train.objectives.base import Base, Figures
 from train.objectives.draws import Draws
 
 
@@ -27,13 +29,13 @@ class Autoregressive:
         if float(torch.rand(1, generator=draws.shared)) < self.base_share:
             return Base().loss(model, flow, batch, progress, draws)
         batch = replace(batch, latents=self._noised_context(batch.latents.float(), flow, draws))
-        actions = (batch.keyboard, batch.mouse)
-        error, sigma = velocity_error(model, flow, batch.latents, actions, CHUNK_LATENTS, draws)
+        draw = draws.draw(batch.latents, flow)
+        error = velocity_error(model, flow, batch, CHUNK_LATENTS, draw)
         context, target = error[:, :CHUNK_LATENTS].mean(), error[:, CHUNK_LATENTS:]
         loss = target.mean()
         if progress < self.curriculum:
             loss = self.context_weight * context + (1 - self.context_weight) * loss
-        return loss, Figures(target.mean(dim=1).detach(), sigma)
+        return loss, Figures(target.mean(dim=1).detach(), draw.sigma)
 
     def _noised_context(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Tensor:
         if not self.context_noise:

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import Batch, latent_ends
-from model.actions import action_windows
-from model.conditioning import condition
+from data_pipeline.types import Batch
 from model.flow import FlowMatch
+from sampling.chunked import CHUNK_LATENTS
+from sampling.scores import cut_chunks, velocity_error
 from train.objectives.draws import Draws
-
-CHUNK_LATENTS = 3
 
 
 @dataclass(frozen=True)
@@ -26,40 +24,14 @@ class Figures:
 class Base:
     """Velocity loss of a 3-latent chunk that follows its own first frame."""
 
-    chunks_per_clip: int = 2  # a clip of the chunked layout holds this many; each serves in turn
-
     def loss(
         self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
     ) -> tuple[Tensor, Figures]:
         """The mean squared velocity error and its parts; `progress` in [0, 1] is unused here."""
-        chunk = int(torch.randint(self.chunks_per_clip, (1,), generator=draws.shared))
-        latents, frames = slice(3 * chunk, 3 * chunk + 3), slice(9 * chunk, 9 * chunk + 9)
-        x0, keyboard, mouse = batch.latents[:, :, latents], batch.keyboard[:, frames], batch.mouse[:, frames]
-        error, sigma = velocity_error(model, flow, x0, (keyboard, mouse), 1, draws)
-        per_sample = error[:, 1:].mean(dim=1)  # the given latent is no achievement
-        return error.mean(), Figures(per_sample.detach(), sigma)
-
-
-def velocity_error(
-    model: nn.Module,
-    flow: FlowMatch,
-    x0: Tensor,
-    actions: tuple[Tensor, Tensor],
-    known: int,
-    draws: Draws,
-) -> tuple[Tensor, Tensor]:
-    """Squared velocity error (b f) per latent frame and the noise level (b), for one draw of level and noise.
-
-    `x0` (b c f h w) clean latents of the chunked layout, `actions` keyboard (b n k) and mouse (b n 2) of their frames;
-    the first `known` latents are handed to the model clean, and noised like all others.
-    """
-    x0 = x0.float()
-    sigma, _ = draws.sigma(flow.schedule(flow.config.train_steps, training=True))
-    sigma = sigma.to(x0.device)
-    noise = draws.noise(x0)
-    ends = latent_ends("chunked", x0.shape[2])
-    keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in actions)
-    noisy = flow.add_noise(x0, noise, sigma)
-    velocity = model(noisy, 1000 * sigma, condition(x0, known), keyboard, mouse)
-    error = (velocity.float() - flow.training_target(x0, noise)).square()
-    return error.mean(dim=(1, 3, 4)), sigma
+        chunks = batch.latents.shape[2] // CHUNK_LATENTS  # each chunk of a clip serves in turn
+        chunk = cut_chunks(batch, 1, first=int(torch.randint(chunks, (1,), generator=draws.shared)))
+        assert chunk is not None
+        draw = draws.draw(chunk.latents, flow)
+        error = velocity_error(model, flow, chunk, 1, draw)
+        # The given latent is no achievement: it counts for the gradient, not for the figure.
+        return error.mean(), Figures(error[:, 1:].mean(dim=1).detach(), draw.sigma)

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.flow import Schedule
+from model.flow import FlowMatch
+from sampling.scores import Draw
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,11 @@ class Draws:
         drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.samples]
         return torch.stack(drawn).to(like.device)
 
-    def sigma(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
-        """Noise levels (b) drawn uniformly from the table, and the index (b) of each in it."""
-        drawn = [torch.randint(len(schedule.sigmas), (1,), generator=generator) for generator in self.samples]
-        index = torch.cat(drawn)
-        return schedule.sigmas[index].float(), index
+    def draw(self, latents: Tensor, flow: FlowMatch) -> Draw:
+        """A noise level per sample, uniform over the flow's training table, and noise for `latents` (b c f h w)."""
+        sigmas = flow.schedule(flow.config.train_steps).sigmas
+        index = [torch.randint(len(sigmas), (1,), generator=generator) for generator in self.samples]
+        return Draw(sigmas[torch.cat(index)].float().to(latents.device), self.noise(latents))
 
     def uniform(self) -> Tensor:
         """Numbers (b) in [0, 1)."""
