@@ -92,7 +92,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         item_hints = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
         if len(item_hints) != len(value):
             raise ValueError(f"{where} needs {len(item_hints)} values, not {len(value)}")
-        items = [_convert(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(zip(item_hints, value, strict=True))]
+        items = [
+            _convert(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(zip(item_hints, value, strict=True))
+        ]
         return tuple(items) if origin is tuple else items
     if origin is dict:
         if not isinstance(value, Mapping):

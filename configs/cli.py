@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-# torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins by
-# default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
+# torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
+# by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 

@@ -16,7 +16,11 @@ def warm(words: list[str]) -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)
+    accelerator = get_accelerator()
+    assert accelerator is not None
+    builder = accelerator.create_op_builder("ShareMemCommBuilder")
+    assert builder is not None
+    builder.load(verbose=False)
 
 
 VERBS = {"road": road, "warm": warm}

@@ -127,7 +127,9 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(words, zero2, tmp_
     out = tmp_path / "stopped"
     command = [*LAUNCH, *words, f"out={out}", "batch=1", "accumulation=2"]
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline and not (out / "metrics.jsonl").exists():
             time.sleep(0.02)

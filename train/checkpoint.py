@@ -5,10 +5,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from configs import save_config
+from configs import save_config, to_dict
 from configs.files import write_text
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_checkpoints
+from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_checkpoints, read_world_config
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
@@ -66,10 +66,18 @@ def save_checkpoint(engine: Engine, ema: Ema, config: TrainConfig, world: WorldM
     return folder
 
 
-def find_resumable(config: TrainConfig) -> Path | None:
-    """The newest complete checkpoint of this run, or None. Raises if it cannot continue this config."""
-    found = complete_checkpoints(Path(config.out))
-    return found[-1] if found else None
+def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
+    """The newest complete checkpoint of `run`, or None; raises if it is of another model, flow, game or codec."""
+    found = complete_checkpoints(run)
+    if not found:
+        return None
+    there, here = to_dict(read_world_config(found[-1])), to_dict(world)
+    differing = [
+        f"{part}: {there[part]} != {here[part]}" for part in here if part != "codec" and there[part] != here[part]
+    ]
+    if differing:
+        raise ValueError(f"{found[-1]} is of another run ({'; '.join(differing)}); choose another out=")
+    return found[-1]
 
 
 def load_checkpoint(engine: Engine, ema: Ema, config: TrainConfig, folder: Path) -> Position:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ class CodecTrainConfig:
     game: GameConfig
     source: str  # folder of recordings
     out: str  # the codec's folder
-    codec: CodecConfig = CodecConfig()
+    codec: CodecConfig = field(default_factory=CodecConfig)
     reader: str = "worldloom"
     heldout_every: int = 10  # every n-th episode is never trained on
     episodes: int = 120  # recordings held in memory
@@ -62,7 +62,9 @@ def train_codec(words: list[str]) -> None:
     db = psnr(codec, heldout_clips)
     folder = Path(config.out)
     save_config(config.codec, folder / CONFIG_FILE)
-    save_weights(codec.state_dict(), folder / WEIGHTS_FILE, {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"})
+    save_weights(
+        codec.state_dict(), folder / WEIGHTS_FILE, {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
+    )
     print(f"codec: {db:.2f} dB on held-out episodes (PCA alone {linear_db:.2f}), {time.perf_counter() - started:.0f} s")
 
 

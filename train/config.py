@@ -42,7 +42,9 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.keep_last < 1:
-            raise ValueError(f"checkpoint.every={self.every} and checkpoint.keep_last={self.keep_last} must be 1 or more")
+            raise ValueError(
+                f"checkpoint.every={self.every} and checkpoint.keep_last={self.keep_last} must be 1 or more"
+            )
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,13 @@ class Engine:
     def sharded(self) -> bool:
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
+    @property
+    def module(self) -> nn.Module:
+        """The model as it was before the engine wrapped it."""
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        assert isinstance(unwrapped, nn.Module)
+        return unwrapped
+
     def accumulate(self) -> AbstractContextManager[None]:
         """Surrounds one micro-step; gradients are exchanged and applied at the last of them."""
         return self.accelerator.accumulate(self.model)
@@ -111,11 +118,11 @@ class Engine:
         """The float32 tensors that this rank optimises: its partition under ZeRO, else the parameters."""
         if self.sharded:
             return list(self.optimizer.optimizer.single_partition_of_fp32_groups)
-        return [p.data for p in self.accelerator.unwrap_model(self.model).parameters() if p.requires_grad]
+        return [p.data for p in self.module.parameters() if p.requires_grad]
 
     def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter and buffer by official name, whole and float32, on the CPU. All ranks must iterate."""
-        module: nn.Module = self.accelerator.unwrap_model(self.model)
+        module = self.module
         for name, param in module.named_parameters():
             yield name, self._whole(param).detach().float().cpu().clone()
         for name, buffer in module.named_buffers():
@@ -152,7 +159,9 @@ class Engine:
         time.sleep(0.2)
 
 
-def make_engine(accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Engine:
+def make_engine(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Engine:
     """Prepares model and optimizer; the loader is never prepared, since Accelerate would read it on rank 0 alone."""
     if config.engine.name == "ddp" and accelerator.num_processes == 1:
         model = model.to(accelerator.device)

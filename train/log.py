@@ -11,10 +11,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs.files import write_text
+from sampling.scores import SIGMA_BINS
 from train.config import TrainConfig
 from train.objectives.base import Figures
 
-SIGMA_BINS = 4
 METRICS = "metrics.jsonl"
 
 
@@ -45,7 +45,9 @@ class Log:
 
     def __init__(self, config: TrainConfig, start: int, main: bool) -> None:
         self.main, self.path = main, Path(config.out) / METRICS
-        self.progress = tqdm(total=config.steps, initial=start, desc=config.objective["name"], unit="step", disable=not main)
+        self.progress = tqdm(
+            total=config.steps, initial=start, desc=config.objective["name"], unit="step", disable=not main
+        )
         self.wandb: Any = None
         if not main:
             return

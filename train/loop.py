@@ -15,11 +15,12 @@ from model.action_dit import ActionDiT
 from model.codec import codec_hash
 from model.flow import FlowMatch
 from model.weights import load_into, load_weights
+from sampling.scores import SIGMA_BINS
 from sampling.world_model import WorldModelConfig, newest_checkpoint, read_world_config
 from train.checkpoint import Position, find_resumable, load_checkpoint, save_checkpoint
 from train.config import TrainConfig
 from train.ema import Ema
-from train.engine import Engine, make_engine, start_accelerator
+from train.engine import make_engine, start_accelerator
 from train.evaluate import Validation
 from train.log import Log, StepFigures, describe
 from train.objectives import make_objective
@@ -48,15 +49,14 @@ def train(words: list[str]) -> None:
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
     start_from = initial_weights(config, world) if config.init else None
+    resumed = find_resumable(Path(config.out), world)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
-    model = ActionDiT(config.model)
+    model = ActionDiT(config.model, torch.Generator().manual_seed(config.seed))
     if start_from:
         load_into(model, load_weights(start_from))
     engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
     ema = Ema(engine, config.ema_decay)
-    resumed = find_resumable(config)
     start = load_checkpoint(engine, ema, config, resumed).step if resumed else 0
     log = Log(config, start, accelerator.is_main_process)
     if resumed:
@@ -64,7 +64,7 @@ def train(words: list[str]) -> None:
     validation = Validation(config, engine, flow) if config.validation.manifest else None
     batches = stream.batches(start * config.accumulation)
     last_log = time.perf_counter()
-    waited_s, since_log, sums = 0.0, 0, torch.zeros(2, 4)
+    waited_s, since_log, sums = 0.0, 0, torch.zeros(2, SIGMA_BINS)
     for step in range(start, config.steps):
         engine.set_learning_rate(rate := learning_rate(config.optim, step, config.steps))
         figures = StepFigures()
@@ -89,7 +89,7 @@ def train(words: list[str]) -> None:
             clips = since_log * ranks * config.batch * config.accumulation
             speed = {"s/step": took_s / since_log, "clips/s": clips / took_s, "data_wait": waited_s / took_s}
             log.write(done, {**describe(sums), "grad_norm": engine.grad_norm, "learning_rate": rate, **speed})
-            waited_s, since_log, sums = 0.0, 0, torch.zeros(2, 4)
+            waited_s, since_log, sums = 0.0, 0, torch.zeros(2, SIGMA_BINS)
             last_log = time.perf_counter()
         if validation and (done % config.validation.every == 0 or done == config.steps):
             log.write(done, found := validation.measure())
@@ -120,12 +120,12 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
     found = codec_hash(config.codec)
     if found != manifest.codec_hash:
         raise ValueError(f"{config.manifest} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
-    if action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
+    if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
         raise ValueError(
             f"model.action.keyboard_dim_in={action.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
             f"({', '.join(space.keys)})"
         )
-    if action.enable_mouse and not space.mouse:
+    if action and action.enable_mouse and not space.mouse:
         raise ValueError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
     return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
 
@@ -136,5 +136,7 @@ def initial_weights(config: TrainConfig, world: WorldModelConfig) -> Path:
     checkpoint = newest_checkpoint(config.init)
     other = read_world_config(checkpoint)
     if other.game.action_space.hash != world.game.action_space.hash:
-        raise ValueError(f"{checkpoint} knows action space {other.game.action_space}, the manifest has {world.game.action_space}")
+        raise ValueError(
+            f"{checkpoint} knows action space {other.game.action_space}, the manifest has {world.game.action_space}"
+        )
     return checkpoint / f"{config.init_weights}.safetensors"

@@ -1,0 +1,108 @@
+"""Every command of the README and of the roads parses, and every YAML loads."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from configs import load_config
+from data_pipeline.__main__ import VERBS as DATA_VERBS
+from data_pipeline.encode import EncodeConfig
+from data_pipeline.record import RecordConfig
+from launch.__main__ import VERBS as LAUNCH_VERBS
+from launch.road import RoadConfig
+from model.__main__ import VERBS as MODEL_VERBS
+from model.config import ModelConfig
+from sampling.__main__ import VERBS as SAMPLING_VERBS
+from sampling.evaluate import EvaluateConfig
+from sampling.generate import GenerateConfig
+from train.__main__ import VERBS as TRAIN_VERBS
+from train.codec import CodecTrainConfig
+from train.config import TrainConfig
+from train.objectives import make_objective
+
+ROOT = Path(__file__).parent.parent
+VERBS = {
+    "data_pipeline": DATA_VERBS, "launch": LAUNCH_VERBS, "model": MODEL_VERBS, "sampling": SAMPLING_VERBS,
+    "train": TRAIN_VERBS,
+}  # fmt: skip
+CONFIGS = {
+    ("data_pipeline", "record"): RecordConfig,
+    ("data_pipeline", "encode"): EncodeConfig,
+    ("train", "codec"): CodecTrainConfig,
+    ("sampling", "generate"): GenerateConfig,
+    ("sampling", "evaluate"): EvaluateConfig,
+    ("model", "info"): ModelConfig,
+    ("launch", "road"): RoadConfig,
+}
+ROADS = sorted((ROOT / "configs/roads").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def readme_commands() -> list[str]:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    return [line.strip() for line in lines if re.match(r"    (make|python|accelerate) ", line)]
+
+
+def road_commands() -> list[str]:
+    return [stage.command for path in ROADS for stage in load_config(RoadConfig, [str(path)]).stages]
+
+
+def check_command(command: str) -> None:
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        assert set(words[1:]) <= set(targets), command
+        return
+    if words[0] == "accelerate":
+        assert words[:3] == ["accelerate", "launch", "--config_file"], command
+        assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] == "DEEPSPEED"
+        words = ["python", *words[4:]]
+    assert words[:2] == ["python", "-m"], command
+    program, verb, given = words[2], words[3], words[4:]
+    if program == "train" and verb.endswith(".yaml"):
+        make_objective(load_config(TrainConfig, [verb, *given]).objective)
+        return
+    assert verb in VERBS[program], command
+    if program == "sampling":
+        given[0] = f"checkpoint={given[0]}"
+    if (program, verb) in CONFIGS:
+        load_config(CONFIGS[program, verb], given)
+    else:
+        assert (program, verb) in {("data_pipeline", "verify"), ("model", "parity")}, command
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(readme_commands()) >= 12
+
+
+@pytest.mark.parametrize("command", [*readme_commands(), *road_commands()])
+def test_every_command_parses(command: str) -> None:
+    check_command(command)
+
+
+def test_a_command_that_does_not_parse_is_found() -> None:
+    with pytest.raises(ValueError, match="did you mean 'episodes'"):
+        check_command("python -m data_pipeline record configs/games/doom.yaml out=x episode=4")
+    with pytest.raises(AssertionError):
+        check_command("make dance")
+
+
+def test_every_yaml_of_ours_is_used_by_a_test_or_a_road() -> None:
+    known = {"games": "game:", "models": "model:", "train": "", "roads": "stages:"}
+    for path in sorted((ROOT / "configs").rglob("*.yaml")):
+        text = path.read_text()
+        assert path.parent.name in known and known[path.parent.name] in text, path
+        if path.parent.name == "models":
+            load_config(ModelConfig, [str(path)])
+        if path.parent.name == "games":
+            load_config(RecordConfig, [str(path), "out=x", "episodes=1"])
+        if path.parent.name == "train":
+            name = str(path.relative_to(ROOT))
+            assert any(name in command for command in road_commands()), f"no road uses {name}"

@@ -1,0 +1,74 @@
+"""The whole road with tiny settings, from the game to the report, and a second time for nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_pipeline.shards import load_manifest
+from data_pipeline.video import probe
+from sampling.world_model import complete_checkpoints
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("road") / "smoke"
+
+
+def run_road(out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", "road", "configs/roads/smoke.yaml", f"out={out}"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ}, timeout=550)
+
+
+@pytest.fixture(scope="module")
+def road(out) -> subprocess.CompletedProcess[str]:
+    done = run_road(out)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done
+
+
+def test_the_road_ends_with_times_and_the_file_to_open(road, out) -> None:
+    lines = road.stdout.strip().splitlines()
+    assert lines[-1] == f"open {out}/report/report.html"
+    assert [line.split()[0] for line in lines[-12:] if line.startswith(("record", "codec", "encode", "judge", "all"))]
+    assert (out / "report" / "report.html").stat().st_size > 1000
+
+
+def test_the_road_makes_a_playable_video_at_the_games_rate(road, out) -> None:
+    info = probe(out / "demo.mp4")
+    assert (info.frames, info.fps) == (81, 17.5)
+    sheet = Image.open(out / "demo.png")
+    assert sheet.width > 600 and sheet.height > 200
+
+
+def test_the_road_holds_out_whole_episodes(road, out) -> None:
+    train, heldout = (load_manifest(out / "latents" / split / "manifest.json") for split in ("train", "heldout"))
+    names = [{name for shard in manifest.shards for name in shard.episodes} for manifest in (train, heldout)]
+    assert names[0] and names[1] and not names[0] & names[1]
+
+
+def test_the_report_has_every_figure(road, out) -> None:
+    report = json.loads((out / "report" / "report.json").read_text())
+    text = json.dumps(report)
+    for word in ("right", "shuffled", "none", "turn_left", "turn_right", "forward", "codec"):
+        assert f'"{word}' in text, word
+    assert "NaN" not in text
+
+
+def test_both_stages_trained_to_the_end(road, out) -> None:
+    for run in ("base", "world"):
+        assert complete_checkpoints(out / run)[-1].name == "step_0000012"
+        last = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()][-1]
+        assert last["step"] == 12
+
+
+def test_a_second_time_reuses_every_stage(road, out) -> None:
+    done = run_road(out)
+    assert done.returncode == 0
+    assert done.stdout.count("complete, reused") == 7
