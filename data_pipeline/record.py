@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,6 +44,7 @@ class RecordConfig:
     episodes: int
     frames: int = 105  # per episode
     seed: int = 0
+    workers: int = 1  # games played at the same time; the episodes are the same for any number
     recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
@@ -131,21 +134,42 @@ def record_episodes(config: RecordConfig) -> Recorded:
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
     todo = [i for i, name in enumerate(names) if not _is_complete(out / name, config, i)]
     if todo:
+        import_vizdoom()
         out.mkdir(parents=True, exist_ok=True)
-        with running_game(config) as game:
-            for i in tqdm(todo, desc="record", unit="episode", disable=None):
-                _record_episode(game, config, i, out / names[i])
-                made += 1
+        shares = [todo[worker :: config.workers] for worker in range(config.workers)]
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(config.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            jobs = [pool.apply_async(_record_share, (config, share)) for share in shares]
+            bar = tqdm(total=len(todo), desc="record", unit="episode", disable=None)
+            while not all(job.ready() for job in jobs):
+                time.sleep(0.2)
+                bar.update(sum((out / names[i]).exists() for i in todo) - bar.n)
+            bar.close()
+            made = sum(job.get() for job in jobs)
     return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
+
+
+def _record_share(config: RecordConfig, indices: list[int]) -> int:
+    """Plays the episodes `indices` in one game; returns how many."""
+    if indices:
+        with running_game(config) as game:
+            for i in indices:
+                _record_episode(game, config, i, Path(config.out) / f"episode_{i:05d}")
+    return len(indices)
+
+
+def import_vizdoom() -> Any:
+    """The optional package; raises ValueError with what to install."""
+    try:
+        return importlib.import_module("vizdoom")
+    except ImportError as error:
+        raise ValueError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
 
 
 @contextmanager
 def running_game(config: RecordConfig) -> Iterator[Any]:
     """A ViZDoom game without window, sound, monsters or weapon, with the depth buffer; closed at the end."""
-    try:
-        vizdoom = importlib.import_module("vizdoom")
-    except ImportError as error:
-        raise ValueError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
+    vizdoom = import_vizdoom()
     scenario = Path(vizdoom.scenarios_path) / config.recorder.scenario
     if not scenario.is_file():
         raise FileNotFoundError(f"ViZDoom has no scenario {config.recorder.scenario}")
