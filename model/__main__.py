@@ -93,5 +93,7 @@ def _ranges(indices: Iterable[int]) -> str:
     return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
 
 
+VERBS = {"info": info, "parity": parity}
+
 if __name__ == "__main__":
-    sys.exit(run("model", {"info": info, "parity": parity}))
+    sys.exit(run("model", VERBS))
