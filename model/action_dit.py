@@ -203,6 +203,9 @@ class ActionDiT(nn.Module):
                     nn.init.zeros_(module.bias)
             if isinstance(module, Block | Head):
                 nn.init.normal_(module.modulation, std=self.config.dim**-0.5, generator=generator)
+        for module in self.modules():
+            if isinstance(module, ActionModule):
+                module.scale_inputs()
         for name, parameter in self.named_parameters():
             if name in ("time_embedding.0.weight", "time_embedding.2.weight"):
                 nn.init.normal_(parameter, std=0.02, generator=generator)

@@ -29,6 +29,9 @@ class ActionConfig:
     rope_theta: float = 256.0
     vae_time_compression_ratio: int = 4  # pixel frames per latent frame
     windows_size: int = 3  # latent frames whose actions a latent frame sees
+    # Factor on the initial weights that read actions. What an action does to a picture is a product of the two, made
+    # where a nonlinearity mixes token and window; in a narrow model 24 window inputs drown (docs/performance.md).
+    input_gain: float = 1.0
 
     def __post_init__(self) -> None:
         branches = {
@@ -115,6 +118,15 @@ class ActionModule(nn.Module):
             self.img_attn_q_norm = StoredScale(head_dim)
             self.img_attn_k_norm = StoredScale(head_dim)
             self.proj_mouse = nn.Linear(width, dim, bias=False)
+
+    @torch.no_grad()
+    def scale_inputs(self) -> None:
+        """Multiplies the weights that read actions by `input_gain`; part of the initialisation."""
+        if self.config.enable_keyboard:
+            self.keyboard_embed[0].weight.mul_(self.config.input_gain)
+        if self.config.enable_mouse:
+            window = self.config.window * self.config.mouse_dim_in
+            self.mouse_mlp[0].weight[:, -window:].mul_(self.config.input_gain)
 
     def forward(self, x: Tensor, keyboard: Tensor | None, mouse: Tensor | None, rotation: Tensor) -> Tensor:
         """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.

@@ -34,6 +34,9 @@ class CodecConfig:
     fine_width: int = 64  # features at half the pixel resolution
     memory_blocks: int = 3  # residual blocks at latent resolution, each seeing one latent further back
     fine_blocks: int = 2  # residual blocks at half the pixel resolution
+    # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
+    # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
+    whitening: float = 0.4
 
 
 class MemoryBlock(nn.Module):
@@ -146,15 +149,14 @@ class PatchCodec(nn.Module):
     def fit_pca(self, patches: Tensor) -> Tensor:
         """Sets encoder and latent statistics from `patches` (m 768) in [-1, 1]; returns the variance kept, in [0, 1].
 
-        The normalised channels keep a part of their difference in size (variance to the power 1/4) with a mean
-        square of 1: full whitening would give the noise-like last channels the weight of the first.
+        The normalised channels have standard deviations of variance ** `whitening` and a mean square of 1.
         """
         centre = patches.mean(dim=0)
         centred = (patches - centre).double()
         variances, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))
         variances, vectors = variances.flip(0), vectors.flip(1)
         kept = variances[: self.config.channels].clamp_min(1e-12)
-        normalised_std = kept**0.25
+        normalised_std = kept**self.config.whitening
         normalised_std = normalised_std / normalised_std.square().mean().sqrt()
         self.centre.copy_(centre)
         self.basis.copy_(vectors[:, : self.config.channels].T)
