@@ -1,0 +1,97 @@
+"""The codec: causal, streamable, never below its linear part, and one file away from use."""
+
+import pytest
+import torch
+from tiny_world import random_video
+
+from configs import load_config, to_dict
+from model.codec import CodecConfig, codec_hash, load_codec, make_codec, to_patches
+from train.codec import CodecTrainConfig, fit_decoder, psnr, read_runs, train_codec
+
+TINY = CodecConfig(width=8, fine_width=8, memory_blocks=2, fine_blocks=1)
+
+
+@pytest.fixture
+def codec():
+    """A fitted encoder, and a decoder whose every weight matters."""
+    torch.manual_seed(0)
+    codec = make_codec(TINY).eval()
+    codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
+    torch.nn.init.normal_(codec.leave.weight, std=0.1)
+    return codec.requires_grad_(False)
+
+
+def test_nine_frames_become_three_latents_an_eighth_in_size(codec) -> None:
+    assert codec.encode(random_video(9)).shape == (1, 16, 3, 4, 6)
+    assert codec.decode(torch.zeros(2, 16, 3, 4, 6)).shape == (2, 3, 9, 32, 48)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (3, 3), (1, 1, 1, 1, 1, 1)])
+def test_decoding_block_by_block_equals_the_whole(codec, cuts: tuple[int, ...]) -> None:
+    latents = torch.randn(2, 16, 6, 4, 6, generator=torch.Generator().manual_seed(1))
+    whole = codec.decode(latents)
+    state, parts = None, []
+    for block in latents.split(cuts, dim=2):
+        video, state = codec.decode_stream(block, state)
+        parts.append(video.clamp(-1, 1))
+    torch.testing.assert_close(torch.cat(parts, dim=2), whole, atol=1e-5, rtol=0)
+
+
+def test_a_decoded_frame_never_sees_a_later_latent(codec) -> None:
+    latents = torch.randn(1, 16, 4, 4, 6, generator=torch.Generator().manual_seed(1))
+    changed = latents.clone()
+    changed[:, :, 3] += 1
+    before, after = codec.decode(latents), codec.decode(changed)
+    assert torch.equal(before[:, :, :9], after[:, :, :9])
+    assert not torch.equal(before[:, :, 9:], after[:, :, 9:])
+
+
+def test_an_encoded_latent_never_sees_another_latents_frames(codec) -> None:
+    video = random_video(9)
+    torch.testing.assert_close(codec.encode(video)[:, :, :2], codec.encode(video[:, :, :5]), atol=1e-6, rtol=0)
+
+
+def test_normalised_latents_have_a_mean_square_of_one(codec) -> None:
+    fitted_on = random_video(256)
+    latents = codec.encode(torch.cat([fitted_on[:, :, :1], fitted_on], dim=2))[:, :, 1:]
+    assert latents.square().mean().item() == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("frames", [8, 2, 12])
+def test_a_clip_of_another_length_is_refused(codec, frames: int) -> None:
+    with pytest.raises(ValueError, match="1 \\+ 4k frames"):
+        codec.encode(random_video(frames))
+
+
+def test_an_unknown_codec_is_refused() -> None:
+    with pytest.raises(ValueError, match="no codec 'wan'"):
+        make_codec(CodecConfig(name="wan"))
+
+
+def test_the_fit_starts_at_the_pca_and_does_not_fall_below(game, recordings) -> None:
+    config = CodecTrainConfig(game, str(recordings), "unused", TINY, steps=30, batch=2, warmup_steps=5, bf16=False)
+    runs = read_runs(config, sorted(recordings.iterdir())[:2])
+    torch.manual_seed(0)
+    codec = make_codec(TINY)
+    video = random_video(256)
+    codec.fit_pca(to_patches(video).flatten(0, 3))
+    latents = codec.encode(random_video(9))
+    linear = codec.linear_decode(latents)[:, :, 4:].clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(latents)[:, :, 1:], linear, atol=1e-6, rtol=0)
+    before = psnr(codec, runs)
+    fit_decoder(codec, runs, config, torch.Generator().manual_seed(0))
+    assert psnr(codec, runs) > before + 0.05
+
+
+def test_the_command_writes_a_codec_that_loads(game_yaml, recordings, tmp_path, capsys) -> None:
+    small = [f"codec.{name}={value}" for name, value in to_dict(TINY).items() if name.endswith(("width", "blocks"))]
+    train_codec([game_yaml, *small, f"source={recordings}", f"out={tmp_path}", "steps=2", "batch=1", "heldout_every=3"])
+    codec = load_codec(tmp_path)
+    assert codec.config == load_config(CodecConfig, [str(tmp_path / "config.yaml")])
+    assert "dB on held-out episodes" in capsys.readouterr().out
+    assert len(codec_hash(tmp_path)) == 12
+
+
+def test_a_folder_without_a_codec_says_how_to_make_one(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="python -m train codec"):
+        load_codec(tmp_path)
