@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -169,6 +170,24 @@ def test_a_truncated_checkpoint_is_refused_by_name(words, alone, tmp_path) -> No
     (folder / "trainer" / "ema_0.pt").write_bytes(b"")
     done = run([*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=4"])
     assert done.returncode == 2 and "ema_0.pt is missing or truncated" in done.stderr
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(words, tmp_path) -> None:
+    command = [*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=1", "validation.every=100"]
+    assert run([*command, "steps=1"]).returncode == 0
+    whole = newest_checkpoint(tmp_path)
+
+    def fill_the_disk() -> None:  # as good as: no file of this process may grow beyond 30 kB
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+    done = subprocess.run([*command, "steps=2"], cwd=ROOT, capture_output=True, text=True, preexec_fn=fill_the_disk)
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "step_0000002" in last and "disk" in last, done.stderr
+    assert newest_checkpoint(tmp_path) == whole
+    assert run([*command, "steps=2"]).returncode == 0
+    assert newest_checkpoint(tmp_path).name == "step_0000002"
 
 
 @pytest.mark.parametrize(

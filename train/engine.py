@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
@@ -146,8 +147,19 @@ class Engine:
         return values.cpu()
 
     def save(self, folder: Path) -> None:
-        """Optimizer, weights and random states, for `load` on the same number of ranks. All ranks must call."""
-        self.accelerator.save_state(str(folder), safe_serialization=True)
+        """Optimizer, weights and random states, for `load` on the same number of ranks. All ranks must call.
+
+        Raises OSError when the disk does not take them.
+        """
+        try:
+            self.accelerator.save_state(str(folder), safe_serialization=True)
+        except (SafetensorError, RuntimeError) as error:  # the writers' own words for a write that failed
+            if "I/O error" in str(error) or "PytorchStreamWriter" in str(error):
+                raise OSError(
+                    f"cannot write {folder}: {str(error).splitlines()[0]}; the checkpoint before it is whole: "
+                    "make room on the disk and run the same command again"
+                ) from error
+            raise
 
     def load(self, folder: Path) -> None:
         """What `save` wrote. All ranks must call."""

@@ -2,6 +2,9 @@
 
 import json
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +41,47 @@ def describe(sums: Tensor) -> dict[str, float]:
             low, high = i / SIGMA_BINS, (i + 1) / SIGMA_BINS
             figures[f"loss/sigma_{low:.2f}-{high:.2f}"] = (sums[0, i] / sums[1, i]).item()
     return figures
+
+
+class Interval:
+    """What happened since the last line of metrics.jsonl."""
+
+    def __init__(self, clips_per_step: int) -> None:
+        self.clips_per_step = clips_per_step
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums, self.steps, self.waited_s = torch.zeros(2, SIGMA_BINS), 0, 0.0
+        self.began = time.perf_counter()
+
+    def add(self, sums: Tensor) -> None:
+        """One step's sums (2, bins) over all ranks."""
+        self.sums, self.steps = self.sums + sums, self.steps + 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the block as waiting for data."""
+        before = time.perf_counter()
+        yield
+        self.waited_s += time.perf_counter() - before
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Does not count the block at all: validation and checkpoints have lines of their own."""
+        before = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - before
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the time that was spent waiting for data, in [0, 1]."""
+        return self.waited_s / (time.perf_counter() - self.began)
+
+    def figures(self) -> dict[str, float]:
+        """Losses and speed."""
+        took_s = time.perf_counter() - self.began
+        speed = {"s/step": took_s / self.steps, "clips/s": self.steps * self.clips_per_step / took_s}
+        return {**describe(self.sums), **speed, "data_wait": self.data_wait}
 
 
 class Log:

@@ -3,6 +3,9 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -10,20 +13,19 @@ import torch
 
 from configs import load_config
 from data_pipeline.stream import Stream, load_manifest
-from data_pipeline.types import Manifest
+from data_pipeline.types import Batch, Manifest
 from model.action_dit import ActionDiT
 from model.codec import codec_hash
 from model.flow import FlowMatch
 from model.weights import load_into, load_weights
-from sampling.scores import SIGMA_BINS
 from sampling.world_model import WorldModelConfig, newest_checkpoint, read_world_config
 from train.checkpoint import Position, find_resumable, load_checkpoint, save_checkpoint
 from train.config import TrainConfig
 from train.ema import Ema
-from train.engine import make_engine, start_accelerator
+from train.engine import Engine, make_engine, start_accelerator
 from train.evaluate import Validation
-from train.log import Log, StepFigures, describe
-from train.objectives import make_objective
+from train.log import Interval, Log, StepFigures, describe
+from train.objectives import Objective, make_objective
 from train.objectives.draws import make_draws
 from train.optim import learning_rate, make_optimizer
 
@@ -40,11 +42,24 @@ class StopRequest:
         self.asked = True
 
 
+@dataclass(frozen=True)
+class Run:
+    """The parts of one training run, all of them ready."""
+
+    config: TrainConfig
+    world: WorldModelConfig
+    objective: Objective
+    flow: FlowMatch
+    engine: Engine
+    ema: Ema
+    stop: StopRequest
+    validation: Validation | None
+
+
 def train(words: list[str]) -> None:
     """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint."""
     config = load_config(TrainConfig, words)
-    manifest = load_manifest(config.manifest)
-    world = describe_world(config, manifest)
+    world = describe_world(config, load_manifest(config.manifest))
     objective, flow = make_objective(config.objective), FlowMatch(config.flow)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
@@ -58,60 +73,57 @@ def train(words: list[str]) -> None:
     engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
     ema = Ema(engine, config.ema_decay)
     start = load_checkpoint(engine, ema, config, resumed).step if resumed else 0
-    log = Log(config, start, accelerator.is_main_process)
-    if resumed:
-        log.say(f"resumed from {resumed} at step {start}")
     validation = Validation(config, engine, flow) if config.validation.manifest else None
-    batches = stream.batches(start * config.accumulation)
-    last_log = time.perf_counter()
-    waited_s, since_log, sums = 0.0, 0, torch.zeros(2, SIGMA_BINS)
-    for step in range(start, config.steps):
-        engine.set_learning_rate(rate := learning_rate(config.optim, step, config.steps))
-        figures = StepFigures()
-        for micro in range(config.accumulation):
-            before = time.perf_counter()
-            batch = next(batches).to(accelerator.device)
-            waited_s += time.perf_counter() - before
-            micro_step = step * config.accumulation + micro
-            draws = make_draws(config.seed, micro_step, (micro_step * ranks + rank) * config.batch, config.batch)
-            with engine.accumulate():
-                loss, part = objective.loss(engine.model, flow, batch, step / config.steps, draws)
-                engine.backward(loss)
-            figures.add(part)
-        ema.update(step)
-        flag = torch.tensor([float(stop.asked)])
-        total = engine.sum_over_ranks(torch.cat([figures.sums.flatten(), flag]))
-        stopping, sums, since_log = bool(total[-1] > 0), sums + total[:-1].reshape(2, -1), since_log + 1
-        done, last = step + 1, step + 1 == config.steps or stopping
-        log.advance(describe(total[:-1].reshape(2, -1))["loss"], waited_s / (time.perf_counter() - last_log))
-        if done % config.log_every == 0 or last:
-            took_s = time.perf_counter() - last_log
-            clips = since_log * ranks * config.batch * config.accumulation
-            speed = {"s/step": took_s / since_log, "clips/s": clips / took_s, "data_wait": waited_s / took_s}
-            log.write(done, {**describe(sums), "grad_norm": engine.grad_norm, "learning_rate": rate, **speed})
-            waited_s, since_log, sums = 0.0, 0, torch.zeros(2, SIGMA_BINS)
-            last_log = time.perf_counter()
-        if validation and (done % config.validation.every == 0 or done == config.steps):
-            log.write(done, found := validation.measure())
-            log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
-            last_log = time.perf_counter()
-        if done % config.checkpoint.every == 0 or last:
-            before = time.perf_counter()
-            folder = save_checkpoint(engine, ema, config, world, position_at(done, config, ranks))
-            log.say(f"step {done}: saved {folder} in {time.perf_counter() - before:.1f} s")
-            last_log += time.perf_counter() - before
-        if stopping:
-            log.say(f"stopped at step {done} of {config.steps} as asked; the same command goes on from here")
-            break
-    if start >= config.steps:
-        log.say(f"nothing to do: {resumed} has all {config.steps} steps")
-    batches.close()
-    log.close()
+    run = Run(config, world, objective, flow, engine, ema, stop, validation)
+    with closing(Log(config, start, accelerator.is_main_process)) as log:
+        if resumed:
+            log.say(f"resumed from {resumed} at step {start}")
+        with closing(stream.batches(start * config.accumulation)) as batches:
+            run_steps(run, range(start, config.steps), batches, log)
+        if start >= config.steps:
+            log.say(f"nothing to do: {resumed} has all {config.steps} steps")
     engine.shutdown()
 
 
-def position_at(step: int, config: TrainConfig, ranks: int) -> Position:
-    return Position(step, ranks, config.batch, config.accumulation)
+def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> None:
+    """Trains `steps`, or until a stop is asked for; figures, validation and checkpoints when they are due."""
+    config, engine = run.config, run.engine
+    ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
+    interval = Interval(clips_per_step=ranks * config.batch * config.accumulation)
+    for step in steps:
+        engine.set_learning_rate(rate := learning_rate(config.optim, step, config.steps))
+        figures = StepFigures()
+        for micro in range(config.accumulation):
+            with interval.waiting():
+                batch = next(batches).to(engine.accelerator.device)
+            micro_step = step * config.accumulation + micro
+            draws = make_draws(config.seed, micro_step, (micro_step * ranks + rank) * config.batch, config.batch)
+            with engine.accumulate():
+                loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
+                engine.backward(loss)
+            figures.add(part)
+        run.ema.update(step)
+        # One exchange tells every rank the figures of all and whether any of them was asked to stop.
+        total = engine.sum_over_ranks(torch.cat([figures.sums.flatten(), torch.tensor([float(run.stop.asked)])]))
+        sums, stopping = total[:-1].reshape(2, -1), bool(total[-1] > 0)
+        done, last = step + 1, step + 1 == config.steps or stopping
+        interval.add(sums)
+        log.advance(describe(sums)["loss"], interval.data_wait)
+        if done % config.log_every == 0 or last:
+            log.write(done, {**interval.figures(), "grad_norm": engine.grad_norm, "learning_rate": rate})
+            interval.restart()
+        with interval.paused():
+            if run.validation and (done % config.validation.every == 0 or done == config.steps):
+                log.write(done, found := run.validation.measure())
+                log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            if done % config.checkpoint.every == 0 or last:
+                began = time.perf_counter()
+                position = Position(done, ranks, config.batch, config.accumulation)
+                folder = save_checkpoint(engine, run.ema, config, run.world, position)
+                log.say(f"step {done}: saved {folder} in {time.perf_counter() - began:.1f} s")
+        if stopping:
+            log.say(f"stopped at step {done} of {config.steps} as asked; the same command goes on from here")
+            return
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
