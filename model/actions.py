@@ -123,10 +123,13 @@ class ActionModule(nn.Module):
     def scale_inputs(self) -> None:
         """Multiplies the weights that read actions by `input_gain`; part of the initialisation."""
         if self.config.enable_keyboard:
-            self.keyboard_embed[0].weight.mul_(self.config.input_gain)
+            first = self.keyboard_embed[0]
+            assert isinstance(first, nn.Linear)
+            first.weight.mul_(self.config.input_gain)
         if self.config.enable_mouse:
-            window = self.config.window * self.config.mouse_dim_in
-            self.mouse_mlp[0].weight[:, -window:].mul_(self.config.input_gain)
+            mix = self.mouse_mlp[0]
+            assert isinstance(mix, WindowedLinear)
+            mix.weight[:, -self.config.window * self.config.mouse_dim_in :].mul_(self.config.input_gain)
 
     def forward(self, x: Tensor, keyboard: Tensor | None, mouse: Tensor | None, rotation: Tensor) -> Tensor:
         """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.
