@@ -5,7 +5,6 @@ learned decoder that starts at the PCA's own reconstruction and adds what convol
 can add. Every codec has the same five things: `encode`, `decode`, `decode_stream`, `latent_mean`, `latent_std`.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import load_config
-from model.weights import load_into, load_weights
+from model.weights import load_into, load_weights, sha256_file
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
@@ -202,4 +201,4 @@ def load_codec(folder: str | Path) -> Codec:
 
 def codec_hash(folder: str | Path) -> str:
     """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
-    return hashlib.sha256((Path(folder) / WEIGHTS_FILE).read_bytes()).hexdigest()[:12]
+    return sha256_file(Path(folder) / WEIGHTS_FILE)[:12]

@@ -42,14 +42,18 @@ def rollout(
         yield decode_frames(world, known)
 
 
+def seeded_generator(*key: int) -> torch.Generator:
+    """A CPU generator that depends on every number of `key`; neighbouring keys give unrelated numbers."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
 def draw_noise(like: Tensor, latents: int, seeds: Sequence[int], chunk: int) -> Tensor:
     """Noise (b c f h w) of `latents` frames with the other sizes of `like`; a function of each seed and the chunk."""
     channels, height, width = like.shape[1], like.shape[3], like.shape[4]
     drawn = []
     for seed in seeds:
-        state = np.random.SeedSequence([seed, chunk]).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state) >> 1)
-        drawn.append(torch.randn(channels, latents, height, width, generator=generator))
+        drawn.append(torch.randn(channels, latents, height, width, generator=seeded_generator(seed, chunk)))
     return torch.stack(drawn).to(like.device)
 
 

@@ -26,11 +26,6 @@ class Position:
     batch: int
     accumulation: int
 
-    @property
-    def samples(self) -> int:
-        """Samples of the global order that have been used."""
-        return self.step * self.ranks * self.batch * self.accumulation
-
 
 def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:07d}"

@@ -12,7 +12,7 @@ from types import FrameType
 import torch
 
 from configs import load_config
-from data_pipeline.stream import Stream, load_manifest
+from data_pipeline.stream import Stream, load_manifest, require_action_space
 from data_pipeline.types import Batch, Manifest
 from model.action_dit import ActionDiT
 from model.codec import codec_hash
@@ -59,11 +59,12 @@ class Run:
 def train(words: list[str]) -> None:
     """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint."""
     config = load_config(TrainConfig, words)
-    world = describe_world(config, load_manifest(config.manifest))
+    manifest = load_manifest(config.manifest)
+    world = describe_world(config, manifest)
     objective, flow = make_objective(config.objective), FlowMatch(config.flow)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
-    start_from = initial_weights(config, world) if config.init else None
+    start_from = initial_weights(config, manifest) if config.init else None
     resumed = find_resumable(Path(config.out), world)
     stop = StopRequest()
     accelerator = start_accelerator(config)
@@ -142,13 +143,9 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
     return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
 
 
-def initial_weights(config: TrainConfig, world: WorldModelConfig) -> Path:
+def initial_weights(config: TrainConfig, manifest: Manifest) -> Path:
     """The weights file that `config.init` names; raises if it is of another model or action space."""
     assert config.init
     checkpoint = newest_checkpoint(config.init)
-    other = read_world_config(checkpoint)
-    if other.game.action_space.hash != world.game.action_space.hash:
-        raise ValueError(
-            f"{checkpoint} knows action space {other.game.action_space}, the manifest has {world.game.action_space}"
-        )
+    require_action_space(manifest, read_world_config(checkpoint).game.action_space, str(checkpoint))
     return checkpoint / f"{config.init_weights}.safetensors"

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from model.flow import FlowMatch
+from sampling.chunked import seeded_generator
 from sampling.scores import Draw
 
 
@@ -38,10 +38,5 @@ class Draws:
 
 def make_draws(seed: int, micro_step: int, first_sample: int, batch: int) -> Draws:
     """The draws of the samples `first_sample` ... of the global order."""
-
-    def generator(*key: int) -> torch.Generator:
-        state = np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]
-        return torch.Generator().manual_seed(int(state) >> 1)
-
-    samples = tuple(generator(0, first_sample + i) for i in range(batch))
-    return Draws(samples, generator(1, micro_step))
+    samples = tuple(seeded_generator(seed, 0, first_sample + i) for i in range(batch))
+    return Draws(samples, seeded_generator(seed, 1, micro_step))
