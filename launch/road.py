@@ -8,9 +8,11 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from configs import load_config
 from configs.files import write_text
+from launch.precision import precision_of_road
 
 STAMPS = ".road"
 
@@ -32,6 +34,7 @@ class RoadConfig:
     out: str  # folder of everything the stages write
     stages: tuple[Stage, ...]
     opens: str  # the file to look at in the end
+    precision: Literal["fp32", "bf16", "auto"] = "auto"  # for `${precision}`; auto: the faster one here, measured once
     env: dict[str, str] = field(default_factory=dict)  # of every stage
 
 
@@ -46,6 +49,10 @@ class Stamp:
 def road(words: list[str]) -> int:
     """Run the stages of a road; those that are done with the same command are reused."""
     config = load_config(RoadConfig, words)
+    if config.precision == "auto":
+        precision = precision_of_road(Path(config.out) / STAMPS)
+        print(f"precision: {precision}, the faster one on this machine")
+        config = load_config(RoadConfig, [*words, f"precision={precision}"])
     lines, behind_is_new = [], False
     for i, stage in enumerate(config.stages, 1):
         stamp = None if behind_is_new else read_stamp(config, stage)

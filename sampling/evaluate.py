@@ -44,7 +44,15 @@ from sampling.trials import (
     play_replay,
     read_starts,
 )
-from sampling.world_model import Weights, WorldModel, check_same_game, load_world, newest_checkpoint, read_world_config
+from sampling.world_model import (
+    Precision,
+    Weights,
+    WorldModel,
+    check_same_game,
+    load_world,
+    newest_checkpoint,
+    read_world_config,
+)
 
 Figures = dict[str, Any]
 
@@ -69,7 +77,7 @@ class EvaluateConfig:
     mouse_deg: float = 3.0  # degrees per frame of the held turns
     weights: Weights = "ema"
     device: str = "cpu"
-    bf16: bool = False  # the DiT in bfloat16
+    precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
@@ -103,7 +111,7 @@ def evaluate(words: list[str]) -> None:
     folders = heldout_episodes(config.recordings, manifest)
     starts = read_starts(folders, config.reader, manifest.game, config.replay)
     held_starts = read_starts(folders, config.reader, manifest.game, config.held)
-    world = load_world(checkpoint, config.weights, config.device, config.bf16)
+    world = load_world(checkpoint, config.weights, config.device, config.precision)
     begun = time.perf_counter()
     report: Figures = {"checkpoint": str(checkpoint), "settings": asdict(config), "evaluator": EVALUATOR}
     report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))

@@ -18,7 +18,7 @@ from sampling.chunked import rollout, to_video
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script
-from sampling.world_model import Weights, WorldModel, load_world, newest_checkpoint, read_world_config
+from sampling.world_model import Precision, Weights, WorldModel, load_world, newest_checkpoint, read_world_config
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
@@ -38,7 +38,7 @@ class GenerateConfig:
     mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
     weights: Weights = "ema"
     device: str = "cpu"
-    bf16: bool = False  # the DiT in bfloat16
+    precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
         if self.frames < 1 or self.steps < 1 or self.seed < 0 or self.prompt_frame < 0:
@@ -58,7 +58,7 @@ def generate(words: list[str]) -> None:
     game = read_world_config(checkpoint).game
     actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
     prompt = read_prompt(config.prompt, config.prompt_frame, game)
-    world = load_world(checkpoint, config.weights, config.device, config.bf16)
+    world = load_world(checkpoint, config.weights, config.device, config.precision)
     started = time.perf_counter()
     out, tiles = Path(config.out), []
     write_video(out, _drawn_frames(world, prompt, actions, config, tiles), game.fps)

@@ -18,6 +18,7 @@ WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know b
 STEP_FOLDERS = "step_*"  # seven digits follow, so that names sort like steps
 
 Weights = Literal["ema", "model"]
+Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ def read_world_config(checkpoint: Path) -> WorldModelConfig:
     return load_config(WorldModelConfig, [str(checkpoint / WORLD_FILE)])
 
 
-def load_world(path: str | Path, weights: Weights = "ema", device: str = "cpu", bf16: bool = False) -> WorldModel:
+def load_world(
+    path: str | Path, weights: Weights = "ema", device: str = "cpu", precision: Precision = "fp32"
+) -> WorldModel:
     """The world model in a checkpoint or in the newest one of a run folder, ready to sample on `device`.
 
-    `bf16` puts the DiT's weights into bfloat16: half the memory, and faster where the processor multiplies it.
+    `precision` bf16 puts the DiT's weights into bfloat16: half the memory, faster where the processor multiplies it.
     Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
     """
     checkpoint = newest_checkpoint(path)
@@ -96,7 +99,7 @@ def load_world(path: str | Path, weights: Weights = "ema", device: str = "cpu", 
     dit = ActionDiT(config.model)
     load_into(dit, load_weights(checkpoint / f"{weights}.safetensors"))
     return WorldModel(
-        dit.eval().requires_grad_(False).to(device, torch.bfloat16 if bf16 else torch.float32),
+        dit.eval().requires_grad_(False).to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         FlowMatch(config.flow),
         load_codec(config.codec).requires_grad_(False).to(device),
         config.game,

@@ -69,7 +69,7 @@ def test_an_unknown_codec_is_refused() -> None:
 
 
 def test_the_fit_starts_at_the_pca_and_does_not_fall_below(game, recordings) -> None:
-    config = CodecTrainConfig(game, str(recordings), "unused", TINY, steps=30, batch=2, warmup_steps=5, bf16=False)
+    config = CodecTrainConfig(game, str(recordings), "unused", TINY, steps=30, batch=2, warmup_steps=5)
     runs = read_runs(config, sorted(recordings.iterdir())[:2])
     torch.manual_seed(0)
     codec = make_codec(TINY)

@@ -127,7 +127,7 @@ def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: W
 
 
 def test_bf16_changes_little(run: Path, world: WorldModel) -> None:
-    exact, coarse = play(world, chunks=1).float(), play(load_world(run, bf16=True), chunks=1).float()
+    exact, coarse = play(world, chunks=1).float(), play(load_world(run, precision="bf16"), chunks=1).float()
     assert 0 < (exact - coarse).abs().mean() < 8  # of 255; weights and products have 8 bits
 
 

@@ -4,6 +4,7 @@ import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class CodecTrainConfig:
     batch: int = 4  # runs of 9 frames
     learning_rate: float = 2e-3
     warmup_steps: int = 50
-    bf16: bool = True
+    precision: Literal["fp32", "bf16"] = "fp32"  # of the products while fitting
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -99,7 +100,7 @@ def fit_decoder(codec: Codec, clips: Tensor, config: CodecTrainConfig, generator
         video = to_video(clips[torch.randint(len(clips), (config.batch,), generator=generator)])
         with torch.no_grad():
             latents = codec.encode(video)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.bf16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=config.precision == "bf16"):
             decoded, _ = codec.decode_stream(latents, None)
         loss = (decoded.float() - video).square().mean()
         optimizer.zero_grad(set_to_none=True)
