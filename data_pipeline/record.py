@@ -82,7 +82,10 @@ class Recorded(NamedTuple):
 
 
 class Explorer:
-    """Holds keys and turns for a while, then others; turns away from walls, leaves places where it is stuck."""
+    """Holds keys and turns for a while, then others; turns away from walls, leaves places where it is stuck.
+
+    Segments are short, so that many clips see a change: what goes on as before can be read off the frames before.
+    """
 
     # Pure forward and back are the hard ones to learn (radial flow), so they have the largest shares.
     COMBINATIONS = (("forward",), ("back",), ("left",), ("right",), ("forward", "left"), ("forward", "right"), ())
@@ -100,12 +103,12 @@ class Explorer:
         self.stuck = self.stuck + 1 if self.keys and speed < 0.5 else 0
         if self.keys_left <= 0 or self.stuck > 5:
             self.keys = self.COMBINATIONS[rng.choice(len(self.SHARES), p=self.SHARES)]
-            self.keys_left, self.stuck = int(rng.integers(6, 36)), 0
+            self.keys_left, self.stuck = int(rng.integers(8, 24)), 0
         if self.turn_left <= 0:
-            turning = rng.random() < 0.52
-            self.yaw_goal = float(rng.choice((-1, 1)) * rng.uniform(0.4, 2.2)) if turning else 0.0
+            turning = rng.random() < 0.62
+            self.yaw_goal = float(rng.choice((-1, 1)) * rng.uniform(0.6, 2.2)) if turning else 0.0
             self.pitch_goal = float(rng.uniform(-0.4, 0.4)) if rng.random() < 0.25 else -0.05 * self.looked
-            self.turn_left = int(rng.integers(8, 36))
+            self.turn_left = int(rng.integers(6, 18))
         self.keys_left, self.turn_left = self.keys_left - 1, self.turn_left - 1
         self.yaw += 0.5 * (self._away_from_walls(depth) - self.yaw)
         self.yaw = self.yaw if abs(self.yaw) > 0.05 else 0.0

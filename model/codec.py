@@ -35,7 +35,7 @@ class CodecConfig:
     fine_blocks: int = 2  # residual blocks at half the pixel resolution
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
     # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
-    whitening: float = 0.4
+    whitening: float = 0.5
 
 
 class MemoryBlock(nn.Module):

@@ -51,7 +51,7 @@ def readme_commands() -> list[str]:
 
 
 def road_commands() -> list[str]:
-    return [stage.command for path in ROADS for stage in load_config(RoadConfig, [str(path)]).stages]
+    return [stage.command for path in ROADS for stage in load_config(RoadConfig, [str(path), "precision=fp32"]).stages]
 
 
 def check_command(command: str) -> None:
