@@ -36,7 +36,7 @@ def faster_precision() -> Precision:
         runs = []
         for _ in range(20):
             started = time.perf_counter()
-            x @ weight.T
+            torch.mm(x, weight.T)
             runs.append(time.perf_counter() - started)
         seconds[dtype] = sorted(runs)[5]  # a quiet one: others may be at work
     return "bf16" if seconds[torch.float32] > GAIN * seconds[torch.bfloat16] else "fp32"
