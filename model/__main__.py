@@ -1,20 +1,37 @@
-"""`python -m model info configs/models/X.yaml` and `python -m model parity DIR`."""
+"""`python -m model <verb>`: what a model is, whether it equals the reference, how fast it is, official files."""
 
+import json
+import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import load_config
+from configs import build, load_config, merge_words, save_config
 from configs.cli import run
+from configs.files import write_text
 from model.action_dit import ActionDiT
+from model.bench import bench
+from model.codec import codec_hash
 from model.config import ModelConfig
 from model.fixtures import Row, read_fixtures, run_fixture
+from model.official import (
+    WEIGHTS_NAME,
+    ExportConfig,
+    check_variant,
+    diffusers_json,
+    exported,
+    official_json,
+    ranges,
+    read_official,
+    unused_scales,
+)
 from model.parity import CASES
+from model.weights import open_weights, save_weights
 
 
 def info(words: list[str]) -> None:
@@ -38,7 +55,7 @@ def tensor_table(state: dict[str, Tensor]) -> list[tuple[str, str, str]]:
         general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
         shape = "x".join(map(str, tensor.shape))
         blocks.setdefault((general, shape), []).extend([int(numbered[1])] if numbered else [])
-    return [(name, _ranges(indices), shape) for (name, shape), indices in blocks.items()]
+    return [(name, ranges(indices), shape) for (name, shape), indices in blocks.items()]
 
 
 def count_by_part(state: dict[str, Tensor]) -> dict[str, int]:
@@ -82,18 +99,60 @@ def _summarise(rows: list[Row]) -> None:
     print("; ".join(f"{count} {verdict}" for verdict, count in verdicts.items()))
 
 
-def _ranges(indices: Iterable[int]) -> str:
-    """0-14,20 for sorted block numbers."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index - 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
+def import_official(words: list[str]) -> None:
+    """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
+    # A checkpoint is sampling's; this verb and `export` are where the model's own files meet it.
+    from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig
+
+    if not words or "=" in words[0] or words[0].endswith((".yaml", ".yml")):
+        raise ValueError("the first word is the official file, or the folder that holds it")
+    values = merge_words(words[1:])
+    missing = [name for name in ("model", "game", "codec", "out") if name not in values]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
+    out = Path(str(values.pop("out")))
+    if (out / COMPLETE).exists():
+        raise ValueError(f"{out} is a checkpoint already; choose another out=")
+    told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(values["codec"])}
+    world = build(WorldModelConfig, told)
+    action, keys = world.model.action, world.game.action_space.keys
+    if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
+        raise ValueError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
+    weights, origin = read_official(words[0], world.model)
+    save_weights(weights, out / "model.safetensors", asdict(origin))
+    (out / "ema.safetensors").unlink(missing_ok=True)
+    os.link(out / "model.safetensors", out / "ema.safetensors")  # no second copy: files are replaced, never changed
+    save_config(world, out / WORLD_FILE)
+    save_config(origin, out / "config.yaml")
+    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+    write_text(out / COMPLETE, json.dumps({"step": 0, "bytes": sizes}, indent=1))
+    stored = sum(spec.nbytes for spec in weights.specs.values())
+    print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {origin.layout} names, from {origin.source}")
 
 
-VERBS = {"info": info, "parity": parity}
+def export(words: list[str]) -> None:
+    """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
+    from sampling.world_model import newest_checkpoint, read_world_config
+
+    bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
+    config = load_config(ExportConfig, [f"checkpoint={words[0]}", *words[1:]] if bare else words)
+    checkpoint = newest_checkpoint(config.checkpoint)
+    model = read_world_config(checkpoint).model
+    file, out = checkpoint / f"{config.weights}.safetensors", Path(config.out)
+    weights = open_weights(file)
+    check_variant(model, weights.specs, {}, str(file))
+    given = exported(weights, config)
+    save_weights(given, out / WEIGHTS_NAME)
+    described = diffusers_json(model) if config.format == "diffusers" else official_json(model)
+    write_text(out / "config.json", json.dumps(described, indent=1))
+    print(f"{out / WEIGHTS_NAME}: {len(given)} tensors, the first {next(iter(given))}")
+    if config.format == "diffusers" and (scales := unused_scales(weights)):
+        print(
+            f"note: {scales} RMS scales of the action modules are not 1; the FastVideo port applies them, this code not"
+        )
+
+
+VERBS = {"info": info, "parity": parity, "bench": bench, "import": import_official, "export": export}
 
 if __name__ == "__main__":
     sys.exit(run("model", VERBS))

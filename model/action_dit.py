@@ -7,14 +7,24 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.actions import ActionConfig, ActionModule, action_rotation, unit_rms
+from model.actions import ActionConfig, ActionModule, action_rotation
 from model.attention import attend
-from model.rope import rotate, video_rotation
+from model.kv_cache import NO_PAST, KVCache, LayerPast, LayerWindows, Past, Window, attend_along_time
+from model.layers import (
+    ExactLinear,
+    ImageEmbedding,
+    PatchEmbedding,
+    RMSNorm,
+    add_gated,
+    modulate,
+    time_sinusoid,
+)
+from model.masks import BlockCausalMask, CausalConfig
+from model.rope import video_rotation
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class ActionDiTConfig:
         "tokens"  # CLIP tokens (b 257 c), one pooled (b 1 c), or no such input
     )
     img_dim: int = 1280  # channels of the CLIP tokens
+    causal: CausalConfig | None = None  # a model that sees the past alone and can stream; None: all frames at once
     attention: str = "sdpa"  # backend of the video's self- and cross-attention; `dense` suits bf16 on a CPU
     checkpoint_every: int = 0  # activation checkpointing: 0 off, 1 every block, n every n-th
 
@@ -53,31 +64,18 @@ class ActionDiTConfig:
 
 
 class Inputs(NamedTuple):
-    """What every block is given besides the tokens."""
+    """What every block is given besides the tokens and its past."""
 
     modulation: Tensor  # (b g 6 d) float32, g = 1, or one per latent frame
-    rotation: Tensor  # (l 1 e) complex64, of the video tokens
-    context: Tensor | None  # (b m d) image tokens
+    rotation: Tensor  # (f s 1 e) complex64, of the video tokens; f as in `attend_along_time`
     keyboard: Tensor | None  # (b f window k)
     mouse: Tensor | None  # (b f window 2)
     action_rotation: Tensor | None  # (f 1 e) complex64
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole width, in fp32; the scale is applied after casting back."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(... d) -> (... d)."""
-        return unit_rms(x, self.eps) * self.weight
+    keep: bool  # the frames are appended to the windows of the past
 
 
 class Attention(nn.Module):
-    """Self-attention over the video tokens (with `rotation`) or cross-attention to a context (without)."""
+    """The projections of an attention over the whole width."""
 
     def __init__(self, config: ActionDiTConfig) -> None:
         super().__init__()
@@ -89,13 +87,33 @@ class Attention(nn.Module):
         self.norm_q = RMSNorm(config.dim, config.eps)
         self.norm_k = RMSNorm(config.dim, config.eps)
 
-    def forward(self, x: Tensor, context: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """(b l d) for queries from x (b l d), keys and values from context (b m d)."""
-        q, k, v = self.norm_q(self.q(x)), self.norm_k(self.k(context)), self.v(context)
-        q, k, v = (rearrange(y, "b l (a e) -> b l a e", a=self.heads) for y in (q, k, v))
-        if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
-        return self.o(rearrange(attend(q, k, v, backend=self.backend), "b l a e -> b l (a e)"))
+    def queries(self, x: Tensor) -> Tensor:
+        """(b l a e) for tokens x (b l d)."""
+        return rearrange(self.norm_q(self.q(x)), "b l (a e) -> b l a e", a=self.heads)
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(b m a e) each for tokens x (b m d)."""
+        k, v = (rearrange(y, "b m (a e) -> b m a e", a=self.heads) for y in (self.norm_k(self.k(x)), self.v(x)))
+        return k, v
+
+
+class SelfAttention(Attention):
+    """Attention of the video tokens to each other."""
+
+    def forward(self, x: Tensor, rotation: Tensor, past: Past, keep: bool) -> Tensor:
+        """(b l d) for tokens x (b l d), placed and with a past as in `attend_along_time`."""
+        parts = (self.queries(x), *self.keys_and_values(x))
+        q, k, v = (rearrange(y, "b (f s) a e -> b f s a e", s=rotation.shape[1]) for y in parts)
+        attended = attend_along_time(q, k, v, rotation, past, keep, self.backend)
+        return self.o(rearrange(attended, "b f s a e -> b (f s) (a e)"))
+
+
+class CrossAttention(Attention):
+    """Attention of the video tokens to the image tokens."""
+
+    def forward(self, x: Tensor, context: tuple[Tensor, Tensor]) -> Tensor:
+        """(b l d) for queries from x (b l d) to `context`, keys and values (b m a e)."""
+        return self.o(rearrange(attend(self.queries(x), *context, backend=self.backend), "b l a e -> b l (a e)"))
 
 
 class Block(nn.Module):
@@ -105,27 +123,35 @@ class Block(nn.Module):
         super().__init__()
         self.eps = config.eps
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
-        self.self_attn = Attention(config)
+        self.self_attn = SelfAttention(config)
         self.norm3 = self.cross_attn = None
         if config.vision != "none":
             self.norm3 = nn.LayerNorm(config.dim, config.eps)
-            self.cross_attn = Attention(config)
+            self.cross_attn = CrossAttention(config)
         has_actions = config.action is not None and index in config.action.blocks
         self.action_model = ActionModule(config.action, config.dim) if config.action and has_actions else None
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
 
-    def forward(self, x: Tensor, inputs: Inputs) -> Tensor:
-        """Tokens (b l d) -> (b l d)."""
+    def forward(
+        self,
+        x: Tensor,
+        inputs: Inputs,
+        context: Tensor | tuple[Tensor, Tensor] | None,
+        past: LayerPast | LayerWindows,
+    ) -> Tensor:
+        """Tokens (b l d) -> (b l d). `context` are the image tokens (b m d), or their keys and values (b m a e)."""
         modulation = (self.modulation.float()[:, None] + inputs.modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation.unbind(dim=2)
         y = modulate(x, shift1, scale1, self.eps)
-        x = add_gated(x, gate1, self.self_attn(y, y, inputs.rotation))
-        if self.cross_attn is not None and self.norm3 is not None and inputs.context is not None:
-            x = x + self.cross_attn(self.norm3(x), inputs.context)
+        x = add_gated(x, gate1, self.self_attn(y, inputs.rotation, past.video, inputs.keep))
+        if self.cross_attn is not None and self.norm3 is not None and context is not None:
+            keys = self.cross_attn.keys_and_values(context) if isinstance(context, Tensor) else context
+            x = x + self.cross_attn(self.norm3(x), keys)
         if self.action_model is not None and inputs.action_rotation is not None:
-            x = self.action_model(x, inputs.keyboard, inputs.mouse, inputs.action_rotation)
+            actions = (inputs.keyboard, inputs.mouse)
+            x = self.action_model(x, *actions, inputs.action_rotation, past, inputs.keep)
         return add_gated(x, gate2, self.ffn(modulate(x, shift2, scale2, self.eps)))
 
 
@@ -142,38 +168,6 @@ class Head(nn.Module):
         """(b l p) for tokens x (b l d) and the time embedding (b g d) float32."""
         shift, scale = (self.modulation.float()[:, None] + time[:, :, None]).to(x.dtype).unbind(dim=2)
         return self.head(modulate(x, shift, scale, self.eps))
-
-
-class PatchEmbedding(nn.Conv3d):
-    """The official convolution with kernel = stride, as the linear map over patches that it is."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Tokens (b f*h*w d) of latents (b c f h*p w*q), in the dtype of the parameters."""
-        _, p, q = self.kernel_size
-        patches = rearrange(x.to(self.weight.dtype), "b c f (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
-        return F.linear(patches, self.weight.flatten(1), self.bias)
-
-
-class ExactLinear(nn.Linear):
-    """A linear layer in fp32 whatever the parameters' dtype: bf16 cannot tell neighbouring timesteps apart."""
-
-    def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """(... d) -> (... d') float32."""
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
-
-
-class ImageEmbedding(nn.Module):
-    """Image tokens to the model's width."""
-
-    def __init__(self, img_dim: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Sequential(  # eps 1e-5 and the exact GELU, unlike the blocks
-            nn.LayerNorm(img_dim), nn.Linear(img_dim, img_dim), nn.GELU(), nn.Linear(img_dim, dim), nn.LayerNorm(dim)
-        )
-
-    def forward(self, visual: Tensor) -> Tensor:
-        """(b m img_dim) -> (b m d)."""
-        return self.proj(visual)
 
 
 class ActionDiT(nn.Module):
@@ -220,50 +214,139 @@ class ActionDiT(nn.Module):
         keyboard: Tensor | None = None,
         mouse: Tensor | None = None,
         visual: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        keep: bool = False,
     ) -> Tensor:
         """Velocity (b c f h w) float32 of noisy latents x (b c f h w).
 
         `timestep` = 1000 sigma, a float, (b) or (b f); `cond` (b 4+c f h w) from `conditioning.condition`; `keyboard`
         (b f window k) and `mouse` (b f window 2) from `action_windows`, None for no such input; `visual` (b m img_dim).
+
+        A causal model takes a clip from its first frame on, whose frames see what the mask lets them; or, with a
+        `cache` of `make_cache`, the one block that follows what the cache holds, and `visual` stays with the cache.
+        The pass changes the cache only with `keep`: then the block is appended.
         """
-        self._check(x, cond, visual)
+        self._check(x, cond, visual, cache)
         self._check_actions(keyboard, mouse, x.shape[2])
         p, q = self.config.patch_size[1:]
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // q
         tokens = self.patch_embedding(torch.cat([x, cond.to(x.dtype)], dim=1))
         time = timestep if timestep.ndim == 2 else timestep[:, None]
         time = self.time_embedding(time_sinusoid(time, self.config.freq_dim))
+        rotation, actions_at = self._rotations(f, h, w, cache, x.device)
         inputs = Inputs(
             modulation=rearrange(self.time_projection(time), "b g (six d) -> b g six d", six=6),
-            rotation=video_rotation(f, h, w, self.config.dim // self.config.num_heads, device=x.device),
-            context=self.img_emb(visual.to(tokens.dtype)) if self.img_emb is not None and visual is not None else None,
+            rotation=rotation,
             keyboard=None if keyboard is None else keyboard.to(tokens.dtype),
             mouse=None if mouse is None else mouse.to(tokens.dtype),
-            action_rotation=action_rotation(self.config.action, f, device=x.device) if self.config.action else None,
+            action_rotation=actions_at,
+            keep=keep,
         )
+        context = self.img_emb(visual.to(tokens.dtype)) if self.img_emb is not None and visual is not None else None
+        masks = self._masks(f, h * w)
         for i, block in enumerate(self.blocks):
             every = self.config.checkpoint_every
-            if every and i % every == 0 and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, inputs, use_reentrant=False)
+            if cache is not None:
+                tokens = block(tokens, inputs, cache.context[i], cache.layers[i])
+            elif every and i % every == 0 and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, inputs, context, masks, use_reentrant=False)
             else:
-                tokens = block(tokens, inputs)
+                tokens = block(tokens, inputs, context, masks)
+        if cache is not None and keep:
+            cache.start += f
         patches = self.head(tokens, time).float()
         return rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
 
-    def _check(self, x: Tensor, cond: Tensor, visual: Tensor | None) -> None:
+    @torch.no_grad()
+    def make_cache(self, b: int, height: int, width: int, visual: Tensor | None = None) -> KVCache:
+        """An empty cache for streams of `b` samples of latents of `height` x `width`, with their image tokens.
+
+        Raises ValueError for a model that is not causal, or whose window has no end.
+        """
+        causal, action = self.config.causal, self.config.action
+        if causal is None or causal.window is None:
+            raise ValueError(
+                "this model cannot stream: it "
+                + ("was not trained causally (no `causal` section)" if causal is None else "has causal.window=null")
+                + "; train one with objective diffusion_forcing and give it a window"
+            )
+        self._check_sizes(height, width)
+        self._check_visual(visual)
+        rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
+        like, s, heads = self.patch_embedding.weight, rows * columns, self.config.num_heads
+        tokens = None if self.img_emb is None or visual is None else self.img_emb(visual.to(like.dtype))
+
+        def windows(block: Block) -> LayerWindows:
+            video = Window(causal.video_rule(), (b, s, heads, self.config.dim // heads), like)
+            mouse = keyboard = None
+            if block.action_model is not None and action is not None:
+                rule, a = causal.action_rule(), action.heads_num
+                if action.enable_mouse:
+                    mouse = Window(rule, (b * s, 1, a, action.mouse_hidden_dim // a), like)
+                if action.enable_keyboard:
+                    keyboard = Window(rule, (b, 1, a, action.keyboard_hidden_dim // a), like)
+            return LayerWindows(video, mouse, keyboard)
+
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        context = [
+            block.cross_attn.keys_and_values(tokens) if block.cross_attn is not None and tokens is not None else None
+            for block in blocks
+        ]
+        return KVCache([windows(block) for block in blocks], context, (b, rows, columns))
+
+    def _rotations(
+        self, f: int, h: int, w: int, cache: KVCache | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None]:
+        """Places of the video tokens (g h*w 1 e) and of the frames in the action modules (g 1 e)."""
+        causal, start = self.config.causal, 0
+        if cache is not None and causal is not None:
+            relative = causal.positions == "relative"
+            start, f = (0, cache.filled + f) if relative else (cache.start, f)
+        rotation = video_rotation(f, h, w, self.config.dim // self.config.num_heads, start, device=device)
+        rotation = rearrange(rotation, "(f s) one e -> f s one e", f=f)
+        action = self.config.action
+        return rotation, action_rotation(action, f, start, device) if action else None
+
+    def _masks(self, f: int, s: int) -> LayerPast:
+        """What a clip of f frames of s tokens may see; all of it within one block."""
+        causal = self.config.causal
+        if causal is None or f <= causal.block:
+            return NO_PAST
+        video, action = causal.video_rule(), causal.action_rule()
+        return LayerPast(
+            BlockCausalMask(video, f, s, s), BlockCausalMask(action, f, 1, 1), BlockCausalMask(action, f, s, 1)
+        )
+
+    def _check(self, x: Tensor, cond: Tensor, visual: Tensor | None, cache: KVCache | None) -> None:
         config = self.config
         if x.shape[1] != config.out_dim or x.shape[1] + cond.shape[1] != config.in_dim:
             raise ValueError(
                 f"{x.shape[1]} latent and {cond.shape[1]} conditioning channels for a model of {config.out_dim} and "
                 f"{config.in_dim - config.out_dim}"
             )
-        if x.shape[3] % config.patch_size[1] or x.shape[4] % config.patch_size[2]:
-            raise ValueError(f"latents of {x.shape[3]}x{x.shape[4]} do not divide into patches of {config.patch_size}")
-        if (visual is None) != (config.vision == "none"):
+        self._check_sizes(x.shape[3], x.shape[4])
+        if cache is None:
+            self._check_visual(visual)
+            return
+        if visual is not None:
+            raise ValueError("image tokens stay with the cache of a stream: give them to make_cache")
+        grid = (len(x), x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2])
+        if grid != cache.grid or config.causal is None or x.shape[2] != config.causal.block:
             raise ValueError(
-                f"vision {config.vision!r}: image tokens must {'not ' if visual is not None else ''}be given"
+                f"a block of {x.shape[2]} latent frames of {grid} (samples, rows, columns of patches) for a cache of "
+                f"{cache.grid} and a model with {config.causal}; give one block of the cache's size"
             )
-        if visual is not None and config.vision == "pooled" and visual.shape[1] != 1:
+
+    def _check_sizes(self, height: int, width: int) -> None:
+        if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
+            raise ValueError(f"latents of {height}x{width} do not divide into patches of {self.config.patch_size}")
+
+    def _check_visual(self, visual: Tensor | None) -> None:
+        vision = self.config.vision
+        if (visual is None) != (vision == "none"):
+            raise ValueError(f"vision {vision!r}: image tokens must {'not ' if visual is not None else ''}be given")
+        if visual is not None and vision == "pooled" and visual.shape[1] != 1:
             raise ValueError(f"vision 'pooled' takes one image token, not {visual.shape[1]}; use vision=tokens")
 
     def _check_actions(self, keyboard: Tensor | None, mouse: Tensor | None, f: int) -> None:
@@ -276,26 +359,3 @@ class ActionDiT(nn.Module):
             expected = (f, action.window, channels) if action and channels else None
             if expected != tuple(windows.shape[1:]):
                 raise ValueError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
-
-
-def time_sinusoid(timestep: Tensor, channels: int) -> Tensor:
-    """Sinusoids (... channels) float32, cosines first, of timesteps (...); angles in float64."""
-    half = channels // 2
-    exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
-    angles = timestep.double()[..., None] * 10000.0**-exponents
-    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) (1 + scale) + shift for tokens x (b l d), shift and scale (b g d) shared by l / g tokens each.
-
-    The norm's statistics are fp32 in every dtype: torch computes them so.
-    """
-    y = rearrange(F.layer_norm(x, x.shape[-1:], eps=eps), "b (g s) d -> b g s d", g=scale.shape[1])
-    return rearrange(torch.addcmul(shift[:, :, None], y, 1 + scale[:, :, None]), "b g s d -> b (g s) d")
-
-
-def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """x + gate y for tokens x, y (b l d) and gates (b g d) shared by l / g tokens each."""
-    gated = gate[:, :, None] * rearrange(y, "b (g s) d -> b g s d", g=gate.shape[1])
-    return x + rearrange(gated, "b g s d -> b (g s) d")

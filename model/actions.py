@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.attention import attend
-from model.rope import rotate, time_rotation
+from model.kv_cache import NO_PAST, LayerPast, LayerWindows, attend_along_time
+from model.layers import unit_rms
+from model.rope import time_rotation
 
 
 @dataclass(frozen=True)
@@ -131,39 +132,45 @@ class ActionModule(nn.Module):
             assert isinstance(mix, WindowedLinear)
             mix.weight[:, -self.config.window * self.config.mouse_dim_in :].mul_(self.config.input_gain)
 
-    def forward(self, x: Tensor, keyboard: Tensor | None, mouse: Tensor | None, rotation: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        keyboard: Tensor | None,
+        mouse: Tensor | None,
+        rotation: Tensor,
+        past: LayerPast | LayerWindows = NO_PAST,
+        keep: bool = False,
+    ) -> Tensor:
         """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.
 
         `keyboard` (b f window k) and `mouse` (b f window 2) are windows of actions; a branch without them is skipped.
+        `past` and `keep` as in `attend_along_time`.
         """
+        rotation = rotation[:, None]
         if mouse is not None and self.config.enable_mouse:
-            x = x + self.proj_mouse(self._mouse_attention(x, mouse, rotation))
+            q, k, v = self._mouse_tokens(x, mouse)
+            attended = attend_along_time(q, k, v, rotation, past.mouse, keep, backend="dense")
+            x = x + self.proj_mouse(rearrange(attended, "(b s) f 1 a e -> b (f s) (a e)", b=len(x)))
         if keyboard is not None and self.config.enable_keyboard:
-            x = x + self.proj_keyboard(self._keyboard_attention(x, keyboard, rotation))
+            q, k, v = self._keyboard_tokens(x, keyboard)
+            attended = attend_along_time(q, k, v, rotation, past.keyboard, keep, backend="dense")
+            x = x + self.proj_keyboard(rearrange(attended, "b f s a e -> b (f s) (a e)"))
         return x
 
-    def _mouse_attention(self, x: Tensor, mouse: Tensor, rotation: Tensor) -> Tensor:
-        """Attention along time at every position by itself, over tokens that know their frame's mouse window."""
+    def _mouse_tokens(self, x: Tensor, mouse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys, values (b*s f 1 a e) for attention along time at every position by itself, over tokens that
+        know their frame's mouse window."""
         mix, activate, project, normalise = self.mouse_mlp
         window = rearrange(mouse, "b f n k -> b f (n k)")
         hidden = mix(rearrange(x, "b (f s) d -> b f s d", f=mouse.shape[1]), window)
         qkv = self.t_qkv(normalise(project(activate(hidden))))
-        q, k, v = rearrange(qkv, "b f s (qkv a e) -> qkv (b s) f a e", qkv=3, a=self.config.heads_num)
-        attended = attend(rotate(unit_rms(q), rotation), rotate(unit_rms(k), rotation), v, backend="dense")
-        return rearrange(attended, "(b s) f a e -> b (f s) (a e)", b=len(x))
+        q, k, v = rearrange(qkv, "b f s (qkv a e) -> qkv (b s) f 1 a e", qkv=3, a=self.config.heads_num)
+        return unit_rms(q), unit_rms(k), v
 
-    def _keyboard_attention(self, x: Tensor, keyboard: Tensor, rotation: Tensor) -> Tensor:
-        """Attention of every token to the frames' keys; all positions of a frame share its key and value."""
-        f, heads = keyboard.shape[1], self.config.heads_num
+    def _keyboard_tokens(self, x: Tensor, keyboard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (b f s a e) of every token; keys and values (b f 1 a e), shared by all positions of a frame."""
+        heads = self.config.heads_num
         embedded = rearrange(self.keyboard_embed(keyboard), "b f n d -> b f (n d)")
-        k, v = rearrange(self.keyboard_attn_kv(embedded), "b f (kv a e) -> kv b f a e", kv=2, a=heads)
-        q = rearrange(self.mouse_attn_q(x), "b (f s) (a e) -> b f s a e", f=f, a=heads)
-        q = rearrange(rotate(unit_rms(q), rotation[:, None]), "b f s a e -> b (f s) a e")
-        attended = attend(q, rotate(unit_rms(k), rotation), v, backend="dense")
-        return rearrange(attended, "b l a e -> b l (a e)")
-
-
-def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
-    """x (... e) divided by its root mean square over e, computed in fp32."""
-    exact = x.float()
-    return (exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)
+        k, v = rearrange(self.keyboard_attn_kv(embedded), "b f (kv a e) -> kv b f 1 a e", kv=2, a=heads)
+        q = rearrange(self.mouse_attn_q(x), "b (f s) (a e) -> b f s a e", f=keyboard.shape[1], a=heads)
+        return unit_rms(q), unit_rms(k), v

@@ -2,40 +2,52 @@
 
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
-Backend = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
+from model.masks import BlockCausalMask
+
+Backend = Callable[[Tensor, Tensor, Tensor, BlockCausalMask | None], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, backend: str = "sdpa") -> Tensor:
-    """softmax(q k / sqrt(e)) v (b l a e) for queries (b l a e), keys and values (b m a e).
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None = None, backend: str = "sdpa") -> Tensor:
+    """softmax(q k / sqrt(e)) v (b l a e) for queries (b l a e), keys and values (b m a e) that `mask` lets them see.
 
-    `mask` (l m), broadcast to (b a l m), is true where a query may look.
+    Raises ValueError in one line for a backend that there is not, or not on this machine.
     """
-    compute = backends().get(backend)
-    if compute is None:
-        raise ValueError(f"no attention backend {backend!r} on this machine; there are: {', '.join(backends())}")
-    return compute(q, k, v, mask)
+    if backend not in BACKENDS:
+        raise ValueError(f"no attention backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    return BACKENDS[backend](q, k, v, mask)
 
 
-@cache
-def backends() -> dict[str, Backend]:
-    """The backends that work here, by name. Nothing is imported before the first call."""
-    found: dict[str, Backend] = {"sdpa": _sdpa, "dense": _dense}
-    flash = _flash_attn() if torch.cuda.is_available() else None
-    return {**found, "flash_attn": flash} if flash else found
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask, whole: Callable[..., Tensor]) -> Tensor:
+    """The mask as one unmasked call per block over the keys that it sees: no kernel needs to know of masks, and
+    nothing is computed that a mask would throw away."""
+    attended = []
+    for own, ranges in mask.blocks():
+        queries = q[:, own.start * mask.queries : own.stop * mask.queries]
+        seen = [slice(one.start * mask.keys, one.stop * mask.keys) for one in ranges]
+        keys, values = (torch.cat([x[:, one] for one in seen], dim=1) for x in (k, v))
+        attended.append(whole(queries, keys, values))
+    return torch.cat(attended, dim=1)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
+    return _by_blocks(q, k, v, mask, _sdpa_whole) if mask else _sdpa_whole(q, k, v)
+
+
+def _sdpa_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q, k, v = (rearrange(x, "b l a e -> b a l e") for x in (q, k, v))
-    return rearrange(F.scaled_dot_product_attention(q, k, v, attn_mask=mask), "b a l e -> b l a e")
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b a l e -> b l a e")
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
     """Two products and a softmax: for few keys, and for bf16 on a CPU.
 
     Forward and backward on one CPU core, torch 2.13, batch 8: 360 tokens of 4 heads in bf16 28 ms against 68 ms for
@@ -43,21 +55,65 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """
     scores = torch.einsum("blae,bmae->balm", q * q.shape[-1] ** -0.5, k)
     if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
+        scores = scores.masked_fill(~mask.dense(q.device), float("-inf"))
     return torch.einsum("balm,bmae->blae", scores.softmax(dim=-1), v)
 
 
-def _flash_attn() -> Backend | None:
-    # The function itself is imported: the PyPI packages flash-attn-4 (a namespace without it) and
-    # flash-attn-interface (an empty placeholder) make `import flash_attn` and find_spec succeed for nothing.
-    try:
-        from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-    except (ImportError, OSError, RuntimeError):  # OSError, RuntimeError: built for another torch or CUDA
-        return None
+def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
+    """One fused kernel that skips what the mask hides; lengths need no padding. Without a mask it is SDPA."""
+    if mask is None:
+        return _sdpa_whole(q, k, v)
+    if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("attention=flex trains on a CUDA GPU only (it has no backward pass here); use attention=sdpa")
+    compute: Callable[..., Any] = _compiled_flex() if q.is_cuda else flex_attention
+    q, k, v = (rearrange(x, "b l a e -> b a l e") for x in (q, k, v))
+    return rearrange(compute(q, k, v, block_mask=mask.flex(q.device)), "b a l e -> b l a e")
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is not None or q.dtype not in (torch.float16, torch.bfloat16) or not q.is_cuda:
-            return _sdpa(q, k, v, mask)  # what FlashAttention has no kernel for
-        return flash_attn_func(q, k, v)
 
-    return compute
+@cache
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention, dynamic=False)  # uncompiled it holds all scores in memory
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
+    found = flash_function()
+    if found is None or not torch.cuda.is_available():
+        raise ValueError(
+            "attention=flash_attn needs a CUDA GPU and FlashAttention: pip install flash-attn --no-build-isolation, or "
+            "flash_attn_interface from its hopper folder; use attention=sdpa without them"
+        )
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return _sdpa(q, k, v, mask)  # FlashAttention has no kernel for float32
+    return flash_attention(q, k, v, mask, found)
+
+
+def flash_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None, compute: Callable[..., Any]
+) -> Tensor:
+    """FlashAttention's function `compute` as a backend; FlashAttention 3 gave (output, logsumexp) in its first
+    releases and gives the output alone in newer ones."""
+
+    def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given = compute(q, k, v)
+        return given[0] if isinstance(given, tuple) else given
+
+    return _by_blocks(q, k, v, mask, whole) if mask else whole(q, k, v)
+
+
+@cache
+def flash_function() -> Callable[..., Any] | None:
+    """FlashAttention 3's function on Hopper, else FlashAttention 2's, else None. Imported at the first call.
+
+    The function itself is asked for: the PyPI packages flash-attn-4 (a namespace without it) and flash-attn-interface
+    (an empty placeholder) make `import flash_attn` and find_spec succeed for nothing.
+    """
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    for module in ("flash_attn_interface", "flash_attn") if hopper else ("flash_attn",):
+        try:
+            return import_module(module).flash_attn_func
+        except (ImportError, AttributeError, OSError, RuntimeError):  # OSError, RuntimeError: of another torch or CUDA
+            continue
+    return None
+
+
+BACKENDS: dict[str, Backend] = {"sdpa": _sdpa, "dense": _dense, "flex": _flex, "flash_attn": _flash_attn}

@@ -2,7 +2,8 @@
 
 `PatchCodec` is the demo's: a closed-form linear encoder (PCA of 4 x 8 x 8 patches, so latents exist in seconds) and a
 learned decoder that starts at the PCA's own reconstruction and adds what convolutions with a memory of earlier latents
-can add. Every codec has the same five things: `encode`, `decode`, `decode_stream`, `latent_mean`, `latent_std`.
+can add. `WanCodec` (model/wan_codec.py) is Wan's own. Every codec has the same things: `encode`, `encode_stream`,
+`decode`, `decode_stream`, `latent_mean`, `latent_std`, and a `config` with `name`, `channels`, `spatial`, `temporal`.
 """
 
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import load_config
+from model.wan_codec import WanCodec, is_wan_codec, load_wan_codec, read_wan_config
 from model.weights import load_into, load_weights, sha256_file
 
 SPATIAL = 8  # pixels per latent, each way
@@ -36,6 +38,16 @@ class CodecConfig:
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
     # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
     whitening: float = 0.5
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent, each way."""
+        return SPATIAL
+
+    @property
+    def temporal(self) -> int:
+        """Frames per latent, after the first."""
+        return TEMPORAL
 
 
 class MemoryBlock(nn.Module):
@@ -99,12 +111,22 @@ class PatchCodec(nn.Module):
         The first frame is repeated four times, so that one set of weights serves it too; every latent depends on its
         own frames alone, so a clip of any length can be encoded in pieces.
         """
+        return self.encode_stream(video, None)[0]
+
+    def encode_stream(self, video: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """The next latents (b 16 f h/8 w/8) and the state that the frames after them need; `state` None starts a clip.
+
+        `video` (b 3 n h w) in [-1, 1] has 1 + 4 (f - 1) frames at the start and 4 f later.
+        """
+        lead = 1 if state is None else 0
         frames, height, width = video.shape[2:]
-        if (frames - 1) % TEMPORAL or height % SPATIAL or width % SPATIAL:
-            raise ValueError(f"{frames} frames of {height}x{width} px: a clip has 1 + 4k frames, multiples of 8 px")
-        whole = torch.cat([repeat(video[:, :, :1], "b c 1 h w -> b c t h w", t=TEMPORAL), video[:, :, 1:]], dim=2)
-        raw = (to_patches(whole) - self.centre) @ self.basis.T
-        return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w")
+        if frames < 1 or (frames - lead) % TEMPORAL or height % SPATIAL or width % SPATIAL:
+            raise ValueError(
+                f"{frames} frames of {height}x{width} px: a clip has {lead} + 4k frames, multiples of 8 px"
+            )
+        first = repeat(video[:, :, :lead], "b c n h w -> b c (n t) h w", t=TEMPORAL)
+        raw = (to_patches(torch.cat([first, video[:, :, lead:]], dim=2)) - self.centre) @ self.basis.T
+        return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w"), []
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b 16 f h/8 w/8)."""
@@ -179,26 +201,35 @@ def from_patches(patches: Tensor) -> Tensor:
 
 
 CODECS = {"patch": PatchCodec}
-Codec = PatchCodec  # the interface; a second codec makes this a union
+Codec = PatchCodec | WanCodec  # the interface
 
 
-def make_codec(config: CodecConfig) -> Codec:
+def make_codec(config: CodecConfig) -> PatchCodec:
     """An untrained codec of the kind that `config.name` names."""
     if config.name not in CODECS:
-        raise ValueError(f"no codec {config.name!r}; there are: {', '.join(CODECS)}")
+        raise ValueError(f"no codec {config.name!r} to train; there are: {', '.join(CODECS)}")
     return CODECS[config.name](config)
 
 
-def load_codec(folder: str | Path) -> Codec:
-    """The codec in `folder` (config.yaml and model.safetensors), in eval mode on the CPU."""
-    folder = Path(folder)
-    if not (folder / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(f"no codec in {folder} ({WEIGHTS_FILE} is missing); fit one with python -m train codec")
-    codec = make_codec(load_config(CodecConfig, [str(folder / CONFIG_FILE)]))
-    load_into(codec, load_weights(folder / WEIGHTS_FILE))
+def load_codec(path: str | Path, *words: str) -> Codec:
+    """The codec at `path`, in eval mode on the CPU; `words` (key=value) change its settings, such as decoder=tiny.
+
+    `path` is a folder that training wrote (config.yaml and model.safetensors), or Wan's autoencoder: its official file,
+    a folder in the diffusers layout, or a folder whose config.yaml says `name: wan` (WanCodecConfig).
+    """
+    path = Path(path)
+    if is_wan_codec(path):
+        return load_wan_codec(path, *words)
+    if not (path / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(
+            f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
+        )
+    codec = make_codec(load_config(CodecConfig, [str(path / CONFIG_FILE), *words]))
+    load_into(codec, load_weights(path / WEIGHTS_FILE))
     return codec.eval()
 
 
-def codec_hash(folder: str | Path) -> str:
+def codec_hash(path: str | Path) -> str:
     """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
-    return sha256_file(Path(folder) / WEIGHTS_FILE)[:12]
+    weights = read_wan_config(path)[1] if is_wan_codec(path) else Path(path) / WEIGHTS_FILE
+    return sha256_file(weights)[:12]

@@ -1,13 +1,16 @@
-"""Recorded outputs of the reference on disk, and the judgement of ours against them."""
+"""Recorded outputs of the reference on disk, their settings as ours, and the judgement of ours against them."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
+from configs import build
+from model.action_dit import ActionDiTConfig
+from model.actions import ActionConfig, action_windows
 from model.weights import load_weights
 
 Verdict = Literal["ok", "FAIL", "differs by design", "not supported"]
@@ -42,6 +45,9 @@ class Row:
     tolerance: float
     verdict: Verdict
 
+
+# What the reference can switch and the released models never do: a fixture that does so cannot be judged.
+FIXED = {"model_type": "i2v", "qk_norm": True, "cross_attn_norm": True, "qkv_bias": False}
 
 Case = Callable[[Fixture], Iterator[Row]]
 
@@ -80,3 +86,43 @@ def run_fixture(fixture: Fixture, cases: Mapping[str, Case]) -> list[Row]:
     seen = {row.output.split(" ")[0] for row in rows}
     missing = [name for name in fixture.outputs("") if name not in seen] or ([] if rows else ["everything"])
     return rows + [unsupported(fixture, name) for name in missing]
+
+
+def dit_config(given: dict[str, Any], action_blocks: Sequence[int] | None = None) -> ActionDiTConfig:
+    """Our settings of a fixture's `config`; the bidirectional reference has an action module in every block."""
+    _refuse_other_than_fixed(given)
+    blocks = range(given["num_layers"]) if action_blocks is None else action_blocks
+    action = action_config(given["action_config"], given["dim"], list(blocks))
+    return build(ActionDiTConfig, known_fields(ActionDiTConfig, given) | {"action": action.__dict__})
+
+
+def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionConfig:
+    """Our settings of a fixture's `action_config`."""
+    _refuse_other_than_fixed(given)
+    splits = [given[name] for name in ("rope_dim_list", "mouse_qk_dim_list") if name in given]
+    if any(split != splits[0] for split in splits) or given.get("img_hidden_size", dim) != dim:
+        raise ValueError(
+            f"fixture with rope splits {splits} and img_hidden_size {given.get('img_hidden_size')}: one each"
+        )
+    ours = known_fields(ActionConfig, given) | {"blocks": blocks}
+    return build(ActionConfig, ours | ({"rope_dim_list": splits[0]} if splits else {}))
+
+
+def _refuse_other_than_fixed(given: Mapping[str, Any]) -> None:
+    for name, value in FIXED.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
+
+
+def known_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the dataclass `cls` has a field for."""
+    names = {field.name for field in fields(cls)}
+    return {name: value for name, value in given.items() if name in names}
+
+
+def fixture_windows(actions: Tensor | None, config: ActionConfig, f: int, start: int = 0) -> Tensor | None:
+    """Windows (b f window k) of a fixture's actions (b n k) for latent frames from `start` on; None for none."""
+    if actions is None:
+        return None
+    ends = [config.vae_time_compression_ratio * i for i in range(start, start + f)]
+    return action_windows(actions, ends, config.window)

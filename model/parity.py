@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,10 +11,23 @@ from PIL import Image
 from torch import Tensor
 
 from configs import build
-from model.action_dit import ActionDiT, ActionDiTConfig, time_sinusoid
-from model.actions import ActionConfig, ActionModule, action_rotation, action_windows
-from model.fixtures import Case, Fixture, Row, Verdict, judge, unsupported
+from model.action_dit import ActionDiT
+from model.actions import ActionConfig
+from model.fixtures import (
+    Case,
+    Fixture,
+    Row,
+    Verdict,
+    dit_config,
+    fixture_windows,
+    judge,
+    known_fields,
+    unsupported,
+)
 from model.flow import FlowMatch, FlowMatchConfig
+from model.layers import time_sinusoid
+from model.parity_causal import action_module, causal_stream, causal_train
+from model.parity_codec import clip, vae
 from model.rope import rotate, time_rotation, video_rotation
 from model.vision import preprocess_image
 from model.weights import load_into, load_weights
@@ -25,8 +38,6 @@ GRADIENT_NORM_TOLERANCE = 1e-3  # relative
 
 # Constructor defaults of the reference's scheduler, which a fixture's `ctor` leaves out; other names than ours.
 SCHEDULER_DEFAULTS = {"shift": 3.0, "sigma_min": 0.003 / 1.002, "extra_one_step": False}
-# What the reference can switch and the released models never do: a fixture that does so cannot be judged.
-FIXED = {"model_type": "i2v", "qk_norm": True, "cross_attn_norm": True, "qkv_bias": False}
 
 
 def scheduler(fixture: Fixture) -> Iterator[Row]:
@@ -65,7 +76,7 @@ def _scheduler_outputs(
 ) -> dict[str, Tensor]:
     given = {**SCHEDULER_DEFAULTS, **combination["ctor"]}
     given["train_steps"] = given.get("num_train_timesteps", 1000)
-    flow = FlowMatch(build(FlowMatchConfig, _known(FlowMatchConfig, given)))
+    flow = FlowMatch(build(FlowMatchConfig, known_fields(FlowMatchConfig, given)))
     asked = combination["set"]
     schedule = flow.schedule(
         asked["num_inference_steps"], asked.get("denoising_strength", 1.0), asked.get("training", False)
@@ -127,19 +138,6 @@ def rope(fixture: Fixture) -> Iterator[Row]:
         yield judge(fixture, name, rotate(x, rotation), fixture.tensors[f"out.{name}"])
 
 
-def action_module(fixture: Fixture) -> Iterator[Row]:
-    """The action module by itself, bidirectional."""
-    given, tensors = fixture.meta["config"], fixture.tensors
-    config = action_config(given, given["img_hidden_size"], blocks=[])
-    module = ActionModule(config, given["img_hidden_size"])
-    load_into(module, {key.removeprefix("sd."): value for key, value in tensors.items() if key.startswith("sd.")})
-    f = fixture.meta["grid"]["T_full"]
-    keyboard, mouse = (_windows(tensors.get(f"in.{name}_full"), config, f) for name in ("keyboard", "mouse"))
-    with torch.no_grad():
-        actual = module(tensors["in.x_full"], keyboard, mouse, action_rotation(config, f))
-    yield judge(fixture, "full", actual, tensors["out.full"])
-
-
 def bidirectional(fixture: Fixture) -> Iterator[Row]:
     """The whole model: velocities, and gradients of inputs and parameters."""
     config = dit_config(fixture.meta["config"])
@@ -162,7 +160,7 @@ def _velocity(fixture: Fixture, dit: ActionDiT, prefix: str, which: int, inputs:
 
     x, cond, config = given("x"), given("cond_concat"), dit.config.action
     assert x is not None and cond is not None and config is not None
-    keyboard, mouse = (_windows(given(name), config, x.shape[2]) for name in ("keyboard_cond", "mouse_cond"))
+    keyboard, mouse = (fixture_windows(given(name), config, x.shape[2]) for name in ("keyboard_cond", "mouse_cond"))
     timestep = fixture.tensors["in.t"][which].expand(len(x))
     return dit(x, timestep, cond, keyboard, mouse, given("visual_context"))
 
@@ -212,43 +210,6 @@ def preprocess(fixture: Fixture) -> Iterator[Row]:
         yield judge(fixture, name, actual, fixture.tensors[f"out.{name}"])
 
 
-def dit_config(given: dict[str, Any]) -> ActionDiTConfig:
-    """Our settings of a fixture's `config`; the bidirectional reference has an action module in every block."""
-    _refuse_other_than_fixed(given)
-    action = action_config(given["action_config"], given["dim"], blocks=list(range(given["num_layers"])))
-    return build(ActionDiTConfig, _known(ActionDiTConfig, given) | {"action": action.__dict__})
-
-
-def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionConfig:
-    """Our settings of a fixture's `action_config`."""
-    _refuse_other_than_fixed(given)
-    splits = [given[name] for name in ("rope_dim_list", "mouse_qk_dim_list") if name in given]
-    if any(split != splits[0] for split in splits) or given.get("img_hidden_size", dim) != dim:
-        raise ValueError(
-            f"fixture with rope splits {splits} and img_hidden_size {given.get('img_hidden_size')}: one each"
-        )
-    ours = _known(ActionConfig, given) | {"blocks": blocks}
-    return build(ActionConfig, ours | ({"rope_dim_list": splits[0]} if splits else {}))
-
-
-def _refuse_other_than_fixed(given: Mapping[str, Any]) -> None:
-    for name, value in FIXED.items():
-        if given.get(name, value) != value:
-            raise ValueError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
-
-
-def _known(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in fields(cls)}
-    return {name: value for name, value in given.items() if name in names}
-
-
-def _windows(actions: Tensor | None, config: ActionConfig, f: int) -> Tensor | None:
-    if actions is None:
-        return None
-    ends = [config.vae_time_compression_ratio * i for i in range(f)]
-    return action_windows(actions, ends, config.window)
-
-
 # By the start of the case's name.
 CASES: dict[str, Case] = {
     "scheduler": scheduler,
@@ -256,5 +217,9 @@ CASES: dict[str, Case] = {
     "rope": rope,
     "action_": action_module,
     "bidir_": bidirectional,
+    "causal_train_": causal_train,
+    "causal_stream_": causal_stream,
     "preprocess": preprocess,
+    "vae": vae,
+    "clip": clip,
 }

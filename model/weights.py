@@ -1,57 +1,143 @@
-"""Weights in and out: safetensors files that appear whole or not at all."""
+"""Weights in and out: safetensors files that appear whole or not at all, read and written one tensor at a time."""
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from configs.files import atomic_path
 
 OFFICIAL_PREFIX = "model."  # of every key in the distilled official files; the base file has none
+INDEX_SUFFIX = ".index.json"  # of the file that says which shard holds which tensor
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LazyWeights(Mapping[str, Tensor]):
+    """Tensors by name, each made when it is asked for and kept by nobody; `specs` are their twins without data."""
+
+    specs: Mapping[str, Tensor]  # on the meta device: shape and dtype
+    read: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, words without a meaning for the tensors
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.specs:
+            raise KeyError(name)
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+    def renamed(self, names: Mapping[str, str]) -> "LazyWeights":
+        """The same tensors under `names[name]`; every name must be there."""
+        old = {names[name]: name for name in self.specs}
+        assert len(old) == len(self.specs), "two tensors under one name"
+        specs = {new: self.specs[name] for new, name in old.items()}
+        return LazyWeights(specs, lambda new: self.read(old[new]), self.metadata)
+
+    def cast(self, dtype: torch.dtype) -> "LazyWeights":
+        """The same tensors in `dtype`."""
+        specs = {name: spec.to(dtype) for name, spec in self.specs.items()}
+        return LazyWeights(specs, lambda name: self.read(name).to(dtype), self.metadata)
+
+
+def lazily(state: Mapping[str, Tensor]) -> LazyWeights:
+    """A dict of tensors in the form of those on disk; LazyWeights as they are."""
+    if isinstance(state, LazyWeights):
+        return state
+    return LazyWeights({name: tensor.detach().to("meta") for name, tensor in state.items()}, state.__getitem__)
 
 
 def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes the tensors to `path` atomically; shared or strided ones become copies of their own."""
-    contiguous = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    with atomic_path(path) as part:
-        save_file(contiguous, part, metadata={"format": "pt", **(metadata or {})})
+    """Writes the tensors to the safetensors file `path` atomically, one after the other."""
+    specs = lazily(state).specs
+    order = sorted(specs, key=lambda name: (-specs[name].element_size(), name))  # widest first: all stay aligned
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name in order:
+        start, end = end, end + specs[name].nbytes
+        shape = list(specs[name].shape)
+        header[name] = {"dtype": DTYPE_NAMES[specs[name].dtype], "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(path) as part, open(part, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            file.write(_bytes(state[name].detach().cpu().contiguous()))
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, on the CPU. Raises ValueError in one line for a file that is none."""
-    if not Path(path).is_file():
+    """All tensors of a safetensors file, on the CPU. Raises ValueError in one line for a file that is none."""
+    return dict(open_weights(path))
+
+
+def open_weights(path: str | Path) -> LazyWeights:
+    """The tensors of a safetensors file or of the shards that an `*.index.json` names, each read when asked for.
+
+    Raises in one line: no such file, a truncated one, shards that are not what their index says.
+    """
+    path = Path(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file: {error}") from error
+    return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copies `state` into the module's parameters and buffers; every one must be there, with its shape.
 
-    The official prefix `model.` is taken off where all keys carry it. Raises ValueError in one line otherwise.
+    The official prefix `model.` is taken off where all keys carry it. A module on the meta device gets its memory
+    here, tensor by tensor, in the dtypes of `state`. Raises ValueError in one line otherwise.
     """
-    own = module.state_dict()
-    if state and all(name.startswith(OFFICIAL_PREFIX) for name in state) and not set(state) & set(own):
-        state = {name.removeprefix(OFFICIAL_PREFIX): tensor for name, tensor in state.items()}
+    own, given = module.state_dict(), without_prefix(lazily(state))
+    require_same_tensors(own, given.specs, f"these weights are of another {type(module).__name__}")
+    if any(tensor.is_meta for tensor in own.values()):
+        module.load_state_dict({name: given[name] for name in own}, assign=True)
+        return
+    for name, tensor in own.items():
+        tensor.copy_(given[name])  # detached, sharing the parameter's memory
+
+
+def without_prefix(state: LazyWeights) -> LazyWeights:
+    """`state` with the official prefix taken off if all names carry it."""
+    if not official_prefix(state):
+        return state
+    return state.renamed({name: name.removeprefix(OFFICIAL_PREFIX) for name in state})
+
+
+def official_prefix(names: Mapping[str, Tensor]) -> str:
+    """`model.` if all names begin with it, else nothing."""
+    return OFFICIAL_PREFIX if names and all(name.startswith(OFFICIAL_PREFIX) for name in names) else ""
+
+
+def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
+    """Raises ValueError that begins with `what` and says what is missing, unexpected or misshapen in `given`."""
     misshapen = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
+        f"{name} {tuple(given[name].shape)} for {tuple(expected[name].shape)}"
+        for name in expected
+        if name in given and given[name].shape != expected[name].shape
     ]
     faults = {
-        "missing": [name for name in own if name not in state],
-        "unexpected": [name for name in state if name not in own],
+        "missing": [name for name in expected if name not in given],
+        "unexpected": [name for name in given if name not in expected],
         "misshapen": misshapen,
     }
     if any(faults.values()):
         found = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"these weights are of another {type(module).__name__}: {found}")
-    module.load_state_dict(dict(state))
+        raise ValueError(f"{what}: {found}")
 
 
 def sha256_file(path: str | Path, chunk_mb: int = 4) -> str:
@@ -61,6 +147,58 @@ def sha256_file(path: str | Path, chunk_mb: int = 4) -> str:
         while chunk := file.read(chunk_mb << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _open_file(path: Path) -> LazyWeights:
+    try:
+        with safe_open(path, "pt"):  # checks the header against the file's size
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no complete safetensors file: {error}") from error
+    with open(path, "rb") as file:
+        begin = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(begin - 8))
+    metadata = header.pop("__metadata__", {})
+    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{path} has tensors of type {', '.join(unknown)}; known are: {', '.join(DTYPES)}")
+    specs = {
+        name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()
+    }
+
+    def read(name: str) -> Tensor:
+        # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
+        tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype, device="cpu")
+        with open(path, "rb") as file:
+            file.seek(begin + header[name]["data_offsets"][0])
+            if file.readinto(_bytes(tensor)) != tensor.nbytes:
+                raise ValueError(f"{path} ends within {name}; it changed while it was read")
+        return tensor
+
+    return LazyWeights(specs, read, metadata)
+
+
+def _open_shards(index: Path) -> LazyWeights:
+    try:
+        files: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        named = {name: Path(str(file)).name for name, file in files.items()}  # beside the index, never elsewhere
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of shards: a `weight_map` of names to files is needed") from error
+    missing = sorted({file for file in named.values() if not (index.parent / file).is_file()})
+    if missing or not named:
+        raise FileNotFoundError(f"{index} names {len(set(named.values()))} shards; not there: {_some(missing)}")
+    shards = {file: _open_file(index.parent / file) for file in dict.fromkeys(named.values())}
+    held = {name: file for file, shard in shards.items() for name in shard}
+    if held != named or sum(map(len, shards.values())) != len(named):
+        differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
+        raise ValueError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
+    specs = {name: shards[file].specs[name] for name, file in named.items()}
+    return LazyWeights(specs, lambda name: shards[named[name]].read(name))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _some(names: list[str], limit: int = 3) -> str:

@@ -4,7 +4,9 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,11 +16,22 @@ from tqdm import tqdm
 from configs import load_config
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, write_video
+from model.codec import TEMPORAL
+from model.vision import load_vision, visual_context
 from sampling.chunked import rollout, to_video
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script
-from sampling.world_model import Precision, Weights, WorldModel, load_world, newest_checkpoint, read_world_config
+from sampling.streaming import Denoising, count_blocks, rollout_blocks
+from sampling.world_model import (
+    Precision,
+    Weights,
+    WorldModel,
+    WorldModelConfig,
+    load_world,
+    newest_checkpoint,
+    read_world_config,
+)
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
@@ -32,7 +45,12 @@ class GenerateConfig:
     out: str  # .mp4; the contact sheet gets the same name with .png
     actions: str = "random"  # random, presets (forward+turn_left:36,idle:12), a .csv or a .json file
     frames: int = 81  # at the game's frame rate, the prompt included
-    steps: int = 8  # Euler steps per chunk of 9 frames
+    method: Literal["chunked", "streaming"] = "chunked"  # streaming: of a causal model, block after block with caches
+    steps: int = 8  # Euler steps per chunk or block
+    few_steps: tuple[int, ...] = ()  # streaming: instead of steps the list of a few-step model: [1000,666,333]
+    context_noise: float | None = None  # streaming: noise level of finished blocks in the caches; null: the model's own
+    prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
+    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
     seed: int = 0
     prompt_frame: int = 0
     mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
@@ -41,23 +59,23 @@ class GenerateConfig:
     precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
-        if self.frames < 1 or self.steps < 1 or self.seed < 0 or self.prompt_frame < 0:
-            raise ValueError("frames and steps must be at least 1, seed and prompt_frame at least 0")
+        if min(self.frames, self.steps, self.prompt_frames) < 1 or self.seed < 0 or self.prompt_frame < 0:
+            raise ValueError("frames, steps and prompt_frames must be at least 1, seed and prompt_frame at least 0")
         if Path(self.out).suffix.lower() != ".mp4":
             raise ValueError(f"out={self.out} must end in .mp4")
-
-    @property
-    def chunks(self) -> int:
-        return math.ceil(self.frames / CHUNK_FRAMES)
+        if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
+            raise ValueError("few_steps, context_noise and prompt_frames belong to method=streaming")
 
 
 def generate(words: list[str]) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
     config = load_config(GenerateConfig, words)
     checkpoint = newest_checkpoint(config.checkpoint)
-    game = read_world_config(checkpoint).game
+    said = read_world_config(checkpoint)
+    check_request(config, said, checkpoint)
+    game = said.game
     actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
-    prompt = read_prompt(config.prompt, config.prompt_frame, game)
+    prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = load_world(checkpoint, config.weights, config.device, config.precision)
     started = time.perf_counter()
     out, tiles = Path(config.out), []
@@ -70,43 +88,88 @@ def generate(words: list[str]) -> None:
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
 
 
+def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: Path) -> None:
+    """Raises ValueError in one line if the model of `checkpoint` cannot be sampled as asked."""
+    causal = said.model.causal
+    if causal is None and config.method == "streaming":
+        raise ValueError(
+            f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "
+            "train one with objective diffusion_forcing"
+        )
+    if said.model.vision != "none" and config.method == "chunked":
+        raise ValueError(f"{checkpoint} wants image tokens (vision: {said.model.vision}), which method=chunked has not")
+    if causal is not None and config.method == "chunked":
+        raise ValueError(f"{checkpoint} was trained causally, block after block; use method=streaming")
+    if causal is not None:
+        count_blocks(config.frames, causal.block, TEMPORAL, "frames")
+
+
 def _drawn_frames(
     world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig, tiles: list[Tile]
 ) -> Iterator[np.ndarray]:
-    """The frames of the video as they come; one of each chunk, the very first and last among them, goes to `tiles`."""
-    padding = ((0, config.chunks * CHUNK_FRAMES - len(actions)), (0, 0))
+    """The frames of the video as they come; one of each piece, the very first and last among them, goes to `tiles`."""
+    overlay = Overlay(world.game.action_space, *enlarge(prompt[0]).shape[:2])
+    count, made = (_chunks if config.method == "chunked" else _blocks)(world, prompt, actions, config)
+    shown = set(np.linspace(0, config.frames - 1, count).round().astype(int).tolist())
+    name, frame = ("chunk" if config.method == "chunked" else "block"), 0
+    for piece, pictures in enumerate(tqdm(made, total=count, desc="generate", unit=name), start=1):
+        for picture in pictures[0].cpu().numpy()[: config.frames - frame]:
+            drawn = overlay.draw(enlarge(picture), actions.keyboard[frame], actions.mouse[frame])
+            if frame in shown:
+                label = f"{name} {piece}" if frame else f"{name} 1: the prompt"
+                tiles.append(Tile(drawn, label, f"{frame / world.game.fps:.2f} s"))
+            yield drawn
+            frame += 1
+
+
+def _chunks(
+    world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig
+) -> tuple[int, Iterator[torch.Tensor]]:
+    """How many chunks, and their frames (1 9 h w 3) as they are made, the last one's surplus too."""
+    count = math.ceil(config.frames / CHUNK_FRAMES)
+    padding = ((0, count * CHUNK_FRAMES - len(actions)), (0, 0))
     keyboard, mouse = (
         torch.from_numpy(np.pad(rows, padding, mode="edge"))[None].to(world.device)
         for rows in (actions.keyboard, actions.mouse)
     )
-    start = to_video(torch.from_numpy(prompt)[None, None])[:, :, 0].to(world.device)
-    overlay = Overlay(world.game.action_space, *enlarge(prompt).shape[:2])
-    shown = set(np.linspace(0, config.frames - 1, config.chunks).round().astype(int).tolist())
-    chunks = rollout(world, start, keyboard, mouse, [config.seed], config.steps)
-    for chunk, made in enumerate(tqdm(chunks, total=config.chunks, desc="generate", unit="chunk")):
-        for frame, picture in enumerate(made[0].cpu().numpy(), start=chunk * CHUNK_FRAMES):
-            if frame == config.frames:
-                break
-            drawn = overlay.draw(enlarge(picture), actions.keyboard[frame], actions.mouse[frame])
-            if frame in shown:
-                label = f"chunk {chunk + 1}" if frame else "chunk 1: the prompt"
-                tiles.append(Tile(drawn, label, f"{frame / world.game.fps:.2f} s"))
-            yield drawn
+    start = to_video(torch.from_numpy(prompt)[None])[:, :, 0].to(world.device)
+    return count, rollout(world, start, keyboard, mouse, [config.seed], config.steps)
 
 
-def read_prompt(path: str, frame: int, game: GameConfig) -> np.ndarray:
-    """A picture (h w 3) uint8 of the game's size: the image `path`, or frame number `frame` of the video `path`."""
+def _blocks(
+    world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig
+) -> tuple[int, Iterator[torch.Tensor]]:
+    """How many blocks, and their frames (1 n h w 3) as they are made."""
+    causal = world.dit.config.causal
+    assert causal is not None
+    count = count_blocks(config.frames, causal.block, world.codec.config.temporal, "frames")
+    start = to_video(torch.from_numpy(prompt)[None]).to(world.device)
+    tower = load_vision(config.vision).to(world.device) if config.vision else None
+    with torch.inference_mode():
+        visual = visual_context(tower, start[:, :, 0], world.dit.config.vision)
+    keyboard, mouse = (torch.from_numpy(rows)[None] for rows in (actions.keyboard, actions.mouse))
+    denoising = Denoising(config.steps, config.few_steps, config.context_noise)
+    start = start if start.shape[2] > 1 else start[:, :, 0]
+    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], denoising, visual)
+
+
+def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:
+    """Pictures (n h w 3) uint8 of the game's size: the image `path`, or `count` frames of the video `path` from number
+    `frame` on."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no prompt {path}; give an image or a video")
     if Path(path).suffix.lower() in VIDEO_SUFFIXES:
-        count = 0
-        for count, picture in enumerate(read_frames(path), start=1):
-            if count == frame + 1:
-                return fit_frame(picture, game.height, game.width)
-        raise ValueError(f"{path} has {count} frames; prompt_frame={frame} must be below that")
+        pictures = [fit_frame(one, game.height, game.width) for one in islice(read_frames(path), frame, frame + count)]
+        if len(pictures) < count:
+            raise ValueError(
+                f"{path} has too few frames for prompt_frame={frame} and prompt_frames={count}; give smaller ones"
+            )
+        return np.stack(pictures)
+    if count != 1:
+        raise ValueError(f"prompt_frames={count} needs a video as the prompt, not {path}")
     try:
         with Image.open(path) as image:
             picture = np.array(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on a broken PNG
         raise ValueError(f"the prompt {path} is no image that can be read ({error})") from error
-    return fit_frame(picture, game.height, game.width)
+    return fit_frame(picture, game.height, game.width)[None]

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data_pipeline.types import ActionSpace
+from data_pipeline.types import Actions, ActionSpace
+from sampling.presets import lit_caps
 
 MIN_WIDTH = 640  # px; smaller pictures are enlarged before anything is drawn, so that the letters stay sharp
 SUPERSAMPLING = 4  # sprites are drawn this much larger and averaged down: smooth edges without a font file
@@ -45,7 +46,8 @@ class Overlay:
         self.height, self.width = height, width
         cap = max(12, round(0.092 * min(height, 0.6 * width)))  # px
         margin = round(0.55 * cap)
-        labels = [cap_label(label) for label in action_space.caps or action_space.keys]
+        nothing = Actions(np.zeros((1, len(action_space.keys))), np.zeros((1, 2)))
+        labels = [cap_label(label) for label in lit_caps(action_space, nothing)]
         self.radius = 1.08 * cap
         self.centre = (height - margin - self.radius, width - margin - self.radius)  # (row, column), px
         gauge_left = width - margin - 2 * self.radius if action_space.mouse else width
@@ -61,8 +63,9 @@ class Overlay:
         if frame.shape != (self.height, self.width, 3):
             raise ValueError(f"the overlay is made for {self.height}x{self.width} px, the frame is {frame.shape}")
         drawn = frame.copy()
-        for (dark, lit), held in zip(self.caps, keyboard > 0.5, strict=True):
-            (lit if held else dark).blit(drawn)
+        lit = lit_caps(self.action_space, Actions(keyboard[None], mouse[None]))
+        for (dark, bright), held in zip(self.caps, lit.values(), strict=True):
+            (bright if held[0] else dark).blit(drawn)
         if self.action_space.mouse:
             self.gauge.blit(drawn)
             pitch_deg, yaw_deg = mouse * self.action_space.mouse_unit_deg

@@ -1,13 +1,19 @@
-"""The reference's presets, overlay states and live actions: what `python -m model parity` cannot know by itself."""
+"""The reference's presets, overlay states, live actions and rollouts, which the model's own parity cannot know."""
 
 from collections.abc import Iterator
 
 import numpy as np
 import torch
+from einops import rearrange
+from torch import Tensor
 
 from data_pipeline.types import Actions
 from model.fixtures import Case, Fixture, Row, judge, unsupported
+from model.flow import FlowMatch, FlowMatchConfig
+from model.parity_causal import causal_dit, model_inputs
+from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
+from sampling.streaming import denoise_in_few_steps
 
 
 def actions(fixture: Fixture) -> Iterator[Row]:
@@ -66,4 +72,47 @@ def _live(fixture: Fixture) -> Iterator[Row]:
     yield judge(fixture, "cond_current_lengths", torch.tensor(handed), expected)
 
 
-CASES: dict[str, Case] = {"actions": actions}
+@torch.no_grad()
+def pipeline(fixture: Fixture) -> Iterator[Row]:
+    """A whole rollout of a few-step model with the recorded noises, and its decoding block by block."""
+    meta, tensors = fixture.meta, fixture.tensors
+    noise, n, steps = tensors["in.noise"], meta["config"]["num_frame_per_block"], meta["denoising_step_list"]
+    if not meta.get("warp_denoising_step", True):
+        raise ValueError(f"{fixture.case}: a step list without warping; the sampler always warps it")
+    dit = causal_dit(fixture, meta["config"]["local_attn_size"], noise.shape[2])
+    flow = FlowMatch(FlowMatchConfig(shift=meta["timestep_shift"]))
+    cache = dit.make_cache(len(noise), noise.shape[3], noise.shape[4], tensors.get("in.visual_context"))
+    blocks = []
+    for i in range(noise.shape[2] // n):
+        given = model_inputs(fixture, dit, n * i, n) | {"visual": None}
+
+        def draw(level: int, i: int = i) -> Tensor:
+            """The first noise, then those that follow each level."""
+            fresh = tensors[f"in.renoise_b{i}_s{level - 1}"] if level else noise[:, :, n * i : n * (i + 1)]
+            return fresh if fresh.ndim == 5 else rearrange(fresh, "(b f) c h w -> b c f h w", f=n)
+
+        def velocity(x: Tensor, timestep: Tensor, given: dict[str, Tensor | None] = given) -> Tensor:
+            return dit(**given | {"x": x}, timestep=timestep, cache=cache)
+
+        latents = denoise_in_few_steps(velocity, flow, draw, steps)
+        context = torch.full((len(noise),), float(meta["context_noise"]))  # a timestep; upstream adds no noise
+        dit(**given | {"x": latents}, timestep=context, cache=cache, keep=True)
+        blocks.append(latents)
+    if "out.latents" in tensors:
+        yield judge(fixture, "latents", torch.cat(blocks, dim=2), tensors["out.latents"])
+    if "out.video_uint8" in tensors:
+        yield judge(fixture, "video_uint8", _decoded(fixture, blocks), tensors["out.video_uint8"], tolerance=1)
+
+
+def _decoded(fixture: Fixture, blocks: list[Tensor]) -> Tensor:
+    """Levels (n h w 3) of 0 to 255, truncated as upstream does, of the first sample."""
+    config = WanCodecConfig(width=fixture.meta["vae_dim"])
+    codec = WanCodec(config, load_vae(config, fixture.folder / fixture.meta["vae_weights_file"])).eval()
+    state, videos = None, []
+    for latents in blocks:
+        video, state = codec.decode_stream(latents, state)
+        videos.append(rearrange(video[0].clamp(-1, 1), "c n h w -> n h w c"))
+    return ((torch.cat(videos) + 1) * 127.5).floor()
+
+
+CASES: dict[str, Case] = {"actions": actions, "pipeline_": pipeline}

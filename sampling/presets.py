@@ -1,18 +1,51 @@
-"""Random play out of a table of presets, live replacement of actions, and what an overlay shows of them."""
+"""Random play out of a table of presets, live replacement of actions, and which caps an overlay lights for them."""
 
+import difflib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import numpy as np
 
-from data_pipeline.types import Actions
+from data_pipeline.types import Actions, ActionSpace
 
-SEGMENT_FRAMES = 12  # how long one preset is held
-CAMERA_STEP = 0.1  # what upstream's presets put into the mouse vector
-CURSOR_START_PX = (320.0, 176.0)  # (x, y): the middle of 640 x 352
-CURSOR_PX_PER_UNIT = (1.5, -6.0)  # x per yaw, y per pitch
+SEGMENT_FRAMES = 12  # how long one preset is held (Matrix-Game 2.0's sampler)
+MOUSE_DEG = 3.0  # degrees per frame of turn_left, look_up, ...
+TURNS = {"turn_left": (0, -1), "turn_right": (0, 1), "look_up": (1, 0), "look_down": (-1, 0)}  # (pitch, yaw)
+
+# The released games, as in configs/games. Upstream does not say how far a mouse value of 1 turns; with 30 degrees its
+# camera step of 0.1 is a turn of MOUSE_DEG.
+UPSTREAM_SPACES = {
+    "universal": ActionSpace("universal", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), True, 30.0),
+    "gta_drive": ActionSpace("gta_drive", ("forward", "back"), ("W", "S"), True, 30.0),
+    "templerun": ActionSpace(
+        "templerun",
+        ("nomove", "jump", "slide", "turnleft", "turnright", "leftside", "rightside"),
+        ("", "W", "S", "left", "right", "A", "D"),
+        mouse=False,
+    ),
+}
+SIDES, DIAGONALS, YAWS = ["left", "right"], ["forward+left", "forward+right"], ["turn_left", "turn_right"]
+
+
+def _with_turns(moves: Iterable[str]) -> list[str]:
+    return [f"{move}+{turn}" for move, turn in product(moves, YAWS)]
+
+
+# What upstream draws from, in its order: never back in universal, never up or down.
+UPSTREAM_TABLES = {
+    "universal": DIAGONALS * 5 + YAWS * 5 + ["forward", *SIDES] * 5 + _with_turns(["forward", *SIDES, *DIAGONALS]),
+    "gta_drive": YAWS * 2 + ["forward", "back"] * 2 + _with_turns(["forward", "back"]),
+    "templerun": ["jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove"],
+}
+
+# The table of every other game, as how often each entry is there: moves of those keys that it has, each with each turn.
+# Back is rare, as in play; standing still is not absent, so that a turn is also seen alone. No looking up or down:
+# without the way back it ends in the sky.
+MOVES = {"idle": 2, "forward": 5, "forward+left": 2, "forward+right": 2, "left": 2, "right": 2, "back": 1}
+RANDOM_TURNS = {"idle": 4, "turn_left": 3, "turn_right": 3}
 
 
 @dataclass(frozen=True)
@@ -22,6 +55,51 @@ class Preset:
     name: str
     keyboard: tuple[float, ...]
     mouse: tuple[float, ...] = ()  # (pitch, yaw); empty in an action space without a mouse
+
+
+def presets(action_space: ActionSpace, mouse_deg: float = MOUSE_DEG) -> dict[str, Preset]:
+    """Every word of a script: idle, the turns of the mouse, the keys."""
+    rest = (0.0,) * (2 if action_space.mouse else 0)
+    rows = np.eye(len(action_space.keys)).tolist()
+    found = {"idle": Preset("idle", (0.0,) * len(rows), rest)}
+    if action_space.mouse:
+        units = mouse_deg / action_space.mouse_unit_deg
+        still = found["idle"].keyboard
+        found |= {name: Preset(name, still, (pitch * units, yaw * units)) for name, (pitch, yaw) in TURNS.items()}
+    return found | {key: Preset(key, tuple(row), rest) for key, row in zip(action_space.keys, rows, strict=True)}
+
+
+def hold(entry: str, words: Mapping[str, Preset], action_space: ActionSpace) -> Preset:
+    """The words of `entry`, joined with `+`, held at once. Raises ValueError that names the nearest word."""
+    names = [word.strip() for word in entry.split("+")]
+    for name in names:
+        if name not in words:
+            near = difflib.get_close_matches(name, [*words, "random"], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: random, {', '.join(words)}, or a .csv file"
+            raise ValueError(f"no key or preset {name!r} in the action space {action_space.name!r}; {hint}")
+    keyboard = np.max([words[name].keyboard for name in names], axis=0)
+    mouse = np.sum([words[name].mouse for name in names], axis=0)
+    return Preset(entry, tuple(keyboard.tolist()), tuple(mouse.tolist()))
+
+
+def random_table(action_space: ActionSpace, mouse_deg: float = MOUSE_DEG) -> list[Preset]:
+    """What `random` draws from: upstream's table for a released game, else moves and turns as often as in play."""
+    words = presets(action_space, mouse_deg)
+    released = UPSTREAM_SPACES.get(action_space.name)
+    if released and released.hash == action_space.hash:
+        entries = UPSTREAM_TABLES[action_space.name]
+    else:
+        moves = {move: share for move, share in MOVES.items() if set(move.split("+")) <= words.keys()}
+        if "forward" not in action_space.keys:
+            moves = {}
+        moves |= {key: 1 for key in action_space.keys if key not in moves}
+        turns = RANDOM_TURNS if action_space.mouse else {"idle": 1}
+        pairs = product(moves.items(), turns.items())
+        entries = [f"{move}+{turn}" for (move, often), (turn, share) in pairs for _ in range(often * share)]
+    return [hold(entry, words, action_space) for entry in entries]
+
+
+UPSTREAM_PRESETS = {name: partial(random_table, space) for name, space in UPSTREAM_SPACES.items()}
 
 
 def preset_actions(
@@ -43,43 +121,6 @@ def preset_actions(
     return Actions(keyboard, np.array([entry.mouse for entry in drawn[:frames]], np.float32))
 
 
-def together(*presets: Preset) -> Preset:
-    """Several presets held at once."""
-    keyboard = np.sum([preset.keyboard for preset in presets], axis=0)
-    mouse = np.sum([preset.mouse for preset in presets], axis=0)
-    return Preset("_".join(preset.name for preset in presets), tuple(keyboard.tolist()), tuple(mouse.tolist()))
-
-
-def universal_presets() -> list[Preset]:
-    """Upstream's 45 entries for keys forward, back, left, right and a mouse; never back, never up or down."""
-    forward, _, left, right = (
-        Preset(name, row, (0.0, 0.0))
-        for name, row in zip(("forward", "back", "left", "right"), _one_hot(4), strict=True)
-    )
-    cameras = _cameras(4)
-    diagonals = [together(forward, left), together(forward, right)]
-    moves = [forward, left, right]
-    mixed = [together(move, camera) for move, camera in product(moves + diagonals, cameras)]
-    return diagonals * 5 + cameras * 5 + moves * 5 + mixed
-
-
-def gta_drive_presets() -> list[Preset]:
-    """Upstream's 12 entries for keys forward, back and steering by the mouse."""
-    moves = [Preset(name, row, (0.0, 0.0)) for name, row in zip(("forward", "back"), _one_hot(2), strict=True)]
-    cameras = _cameras(2)
-    return cameras * 2 + moves * 2 + [together(move, camera) for move, camera in product(moves, cameras)]
-
-
-def templerun_presets() -> list[Preset]:
-    """Upstream's 7 entries for one-hot keys without a mouse, in the order in which they are drawn from."""
-    names = ("nomove", "jump", "slide", "turnleft", "turnright", "leftside", "rightside")
-    by_name = {name: Preset(name, row) for name, row in zip(names, _one_hot(7), strict=True)}
-    return [by_name[name] for name in ("jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove")]
-
-
-UPSTREAM_PRESETS = {"universal": universal_presets, "gta_drive": gta_drive_presets, "templerun": templerun_presets}
-
-
 def live_rows(start: int, block: int, frames_per_latent: int = 4) -> slice:
     """The pixel frames whose actions a live player decides before latents `start` ... `start + block - 1` are made."""
     end = 1 + frames_per_latent * (start + block - 1)
@@ -99,6 +140,10 @@ def replace_rows(
     return Actions(new_keyboard, new_mouse)
 
 
+CURSOR_START_PX = (320.0, 176.0)  # (x, y): the middle of 640 x 352
+CURSOR_PX_PER_UNIT = (1.5, -6.0)  # x per yaw, y per pitch
+
+
 def cursor_path(mouse: np.ndarray) -> np.ndarray:
     """Where upstream's overlay draws the cursor: (x, y) px (n 2) after each row of mouse (n 2) in (pitch, yaw)."""
     moves = mouse[:, ::-1].astype(np.float32) * np.array(CURSOR_PX_PER_UNIT, np.float32)
@@ -106,22 +151,22 @@ def cursor_path(mouse: np.ndarray) -> np.ndarray:
     return np.cumsum(np.concatenate([start, moves]), axis=0, dtype=np.float32)[1:]  # upstream's sum is fp32 too
 
 
+def lit_caps(action_space: ActionSpace, actions: Actions) -> dict[str, np.ndarray]:
+    """For each cap that an overlay draws whether it is lit (n), in the order of the keys; the cap `""` is not drawn.
+
+    Where W is a key and neither A nor D is, and there is a mouse, the two show its yaw: it steers, as in gta_drive.
+    """
+    labels = action_space.caps or action_space.keys
+    lit = {label: actions.keyboard[:, i] > 0.5 for i, label in enumerate(labels) if label}
+    if "W" in lit and not {"A", "D"} & lit.keys() and action_space.mouse:
+        lit |= {"A": actions.mouse[:, 1] < 0, "D": actions.mouse[:, 1] > 0}
+    return lit
+
+
 def lit_keys(game: str, actions: Actions) -> np.ndarray:
-    """Which keys upstream's overlay lights (n keys): W, A, S, D, and for templerun left and right, 0 or 1."""
-    keyboard = actions.keyboard
-    if game == "gta_drive":  # A and D steer, which is the mouse's yaw
-        yaw = actions.mouse[:, 1]
-        return np.stack([keyboard[:, 0], yaw < 0, keyboard[:, 1], yaw > 0], axis=1).astype(np.float32)
-    columns = {"universal": [0, 2, 1, 3], "templerun": [1, 5, 2, 6, 3, 4]}
-    if game not in columns:
-        raise ValueError(f"no overlay of upstream's for {game!r}; there are: gta_drive, {', '.join(columns)}")
-    return keyboard[:, columns[game]]
-
-
-def _cameras(keys: int) -> list[Preset]:
-    still = (0.0,) * keys
-    return [Preset("camera_l", still, (0.0, -CAMERA_STEP)), Preset("camera_r", still, (0.0, CAMERA_STEP))]
-
-
-def _one_hot(keys: int) -> list[tuple[float, ...]]:
-    return [tuple(row) for row in np.eye(keys).tolist()]
+    """Which caps upstream's overlay lights (n caps): W, A, S, D, and for templerun left and right, 0 or 1."""
+    if game not in UPSTREAM_SPACES:
+        raise ValueError(f"no overlay of upstream's for {game!r}; there are: {', '.join(UPSTREAM_SPACES)}")
+    lit = lit_caps(UPSTREAM_SPACES[game], actions)
+    order = [label for label in ("W", "A", "S", "D", "left", "right") if label in lit]
+    return np.stack([lit[label] for label in order], axis=1).astype(np.float32)

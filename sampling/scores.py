@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import CHUNK_FRAMES, Batch, latent_ends
+from data_pipeline.types import CHUNK_FRAMES, Batch, Layout, latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
 from model.flow import FlowMatch
@@ -19,20 +19,22 @@ SIGMA_BINS = 4  # of equal width over [0, 1]
 
 @dataclass(frozen=True)
 class Draw:
-    """One noise level per clip and the noise; used for all action variants, so that their losses can be subtracted."""
+    """Noise levels and the noise of each clip; used for all action variants, so that their losses can be subtracted."""
 
-    sigma: Tensor  # (b)
+    sigma: Tensor  # (b), or (b f) for a model that takes one per latent frame
     noise: Tensor  # (b c f h w)
 
 
-def velocity_error(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
+def velocity_error(
+    dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw, layout: Layout = "chunked"
+) -> Tensor:
     """Mean squared velocity error (b f) of every latent frame, the first `known` of which the model is given.
 
-    `batch.latents` (b c f h w) in the chunked layout with the actions of their frames. Known latents are noised like
-    all others in the model's input and clean in its conditioning.
+    `batch.latents` (b c f h w) in `layout` with the actions of their frames. Known latents are noised like all others
+    in the model's input and clean in its conditioning.
     """
     x0 = batch.latents.float()
-    ends = latent_ends("chunked", x0.shape[2])
+    ends = latent_ends(layout, x0.shape[2])
     keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in (batch.keyboard, batch.mouse))
     noisy = flow.add_noise(x0, draw.noise, draw.sigma)
     velocity = dit(noisy, flow.config.train_steps * draw.sigma, condition(x0, known), keyboard, mouse)
@@ -40,9 +42,11 @@ def velocity_error(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, dr
     return error.mean(dim=(1, 3, 4))
 
 
-def velocity_loss(dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw) -> Tensor:
+def velocity_loss(
+    dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw, layout: Layout = "chunked"
+) -> Tensor:
     """Mean squared velocity error (b) of the latents after the first `known`."""
-    return velocity_error(dit, flow, batch, known, draw)[:, known:].mean(dim=1)
+    return velocity_error(dit, flow, batch, known, draw, layout)[:, known:].mean(dim=1)
 
 
 def cut_chunks(batch: Batch, count: int, first: int = 0) -> Batch | None:

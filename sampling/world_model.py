@@ -11,7 +11,7 @@ from data_pipeline.types import GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import Codec, codec_hash, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
-from model.weights import load_into, load_weights
+from model.weights import load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
 WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know besides weights
@@ -87,17 +87,14 @@ def load_world(
     """
     checkpoint = newest_checkpoint(path)
     config = read_world_config(checkpoint)
-    found = codec_hash(config.codec) if Path(config.codec).is_dir() else "missing"
+    found = codec_hash(config.codec) if Path(config.codec).exists() else "missing"
     if found != config.codec_hash:
         raise ValueError(f"{checkpoint} was trained on latents of codec {config.codec_hash}; {config.codec} is {found}")
-    if config.model.vision != "none":
-        raise ValueError(
-            f"{checkpoint} wants image tokens (vision {config.model.vision}); only vision: none is sampled yet"
-        )
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but there is no CUDA device here; use device=cpu")
-    dit = ActionDiT(config.model)
-    load_into(dit, load_weights(checkpoint / f"{weights}.safetensors"))
+    with torch.device("meta"):
+        dit = ActionDiT(config.model)
+    load_into(dit, open_weights(checkpoint / f"{weights}.safetensors"))
     return WorldModel(
         dit.eval().requires_grad_(False).to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         FlowMatch(config.flow),

@@ -15,7 +15,7 @@ ALLOWED = {
     "train": {"train", "configs", "model", "data_pipeline", "sampling"},
     "launch": {"launch", "configs", "train"},
 }
-# The parity command also runs the cases of action scripts and overlay, which live in sampling.
+# parity also runs the cases of action scripts and overlay; import and export write and read checkpoints: sampling's.
 EXCEPTIONS = {("model/__main__.py", "sampling")}
 
 

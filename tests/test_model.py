@@ -13,7 +13,6 @@ from configs.cli import run
 from model.__main__ import info
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.actions import action_windows
-from model.attention import attend
 from model.config import ModelConfig
 from model.weights import load_into, load_weights, save_weights, sha256_file
 
@@ -168,20 +167,6 @@ def test_a_latent_sees_the_actions_that_led_to_it_and_never_its_own_last_frames(
         assert not seen[0, max(end, 1) :].any() and seen[0, max(end - 1, 0)] > 0
     with pytest.raises(ValueError, match="one per frame"):
         action_windows(actions, [0, 4, 12])
-
-
-def test_attention_backends_agree_and_obey_a_mask() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(2, 6, 2, 8, generator=generator)
-    k, v = torch.randn(2, 2, 5, 2, 8, generator=generator)
-    mask = torch.ones(6, 5).tril().bool()
-    for given in (None, mask):
-        assert torch.allclose(attend(q, k, v, given, "sdpa"), attend(q, k, v, given, "dense"), atol=1e-6)
-    changed = v.clone()
-    changed[:, 4] += 1
-    assert torch.equal(attend(q, k, v, mask, "dense")[:, :4], attend(q, k, changed, mask, "dense")[:, :4])
-    with pytest.raises(ValueError, match="there are: sdpa, dense"):
-        attend(q, k, v, backend="magic")
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

@@ -14,7 +14,9 @@ from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
 from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
+from model.bench import BenchConfig
 from model.config import ModelConfig
+from model.official import ExportConfig
 from sampling.__main__ import VERBS as SAMPLING_VERBS
 from sampling.evaluate import EvaluateConfig
 from sampling.generate import GenerateConfig
@@ -35,6 +37,8 @@ CONFIGS = {
     ("sampling", "generate"): GenerateConfig,
     ("sampling", "evaluate"): EvaluateConfig,
     ("model", "info"): ModelConfig,
+    ("model", "bench"): BenchConfig,
+    ("model", "export"): ExportConfig,
     ("launch", "road"): RoadConfig,
 }
 ROADS = sorted((ROOT / "configs/roads").glob("*.yaml"))
@@ -70,12 +74,12 @@ def check_command(command: str) -> None:
         make_objective(load_config(TrainConfig, [verb, *given]).objective)
         return
     assert verb in VERBS[program], command
-    if program == "sampling":
+    if program == "sampling" or (program, verb) == ("model", "export"):
         given[0] = f"checkpoint={given[0]}"
     if (program, verb) in CONFIGS:
         load_config(CONFIGS[program, verb], given)
     else:
-        assert (program, verb) in {("data_pipeline", "verify"), ("model", "parity")}, command
+        assert (program, verb) in {("data_pipeline", "verify"), ("model", "parity"), ("model", "import")}, command
 
 
 def test_the_readme_has_commands() -> None:
@@ -102,7 +106,7 @@ def test_every_yaml_of_ours_is_used_by_a_test_or_a_road() -> None:
         if path.parent.name == "models":
             load_config(ModelConfig, [str(path)])
         if path.parent.name == "games":
-            load_config(RecordConfig, [str(path), "out=x", "episodes=1"])
+            load_config(EncodeConfig, [str(path), "source=x", "codec=x", "out=x"])
         if path.parent.name == "train":
             name = str(path.relative_to(ROOT))
             assert any(name in command for command in road_commands()), f"no road uses {name}"

@@ -1,13 +1,19 @@
 """Held-out velocity loss during training: with the right actions, with those of other episodes, and with none."""
 
+from dataclasses import replace
+
 import torch
 
 from data_pipeline.stream import Stream
+from data_pipeline.types import Layout
 from model.flow import FlowMatch
 from sampling.chunked import CHUNK_LATENTS
 from sampling.scores import action_variants, cut_chunks, velocity_loss
 from train.config import TrainConfig
 from train.engine import Engine
+from train.objectives import make_objective
+from train.objectives.base import Base
+from train.objectives.diffusion_forcing import DiffusionForcing
 from train.objectives.draws import make_draws
 
 VARIANTS = ("right", "shuffled", "none")
@@ -19,7 +25,10 @@ class Validation:
     def __init__(self, config: TrainConfig, engine: Engine, flow: FlowMatch) -> None:
         assert config.validation.manifest
         self.engine, self.flow, self.batch = engine, flow, config.batch
-        self.known = 1 if config.objective["name"] == "base" else CHUNK_LATENTS
+        objective = make_objective(config.objective)
+        self.forcing = replace(objective, context_share=0.0) if isinstance(objective, DiffusionForcing) else None
+        self.known = 1 if isinstance(objective, Base | DiffusionForcing) else CHUNK_LATENTS
+        self.layout: Layout = "continuous" if self.forcing else "chunked"
         self.stream = Stream(config.validation.manifest, config.batch, seed=0, workers=0)  # every rank sees all of it
         self.rounds = max(1, config.validation.clips // (config.batch * engine.accelerator.num_processes))
 
@@ -31,11 +40,15 @@ class Validation:
         for done in range(self.rounds):
             place = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(place).to(accelerator.device)
-            clips = cut_chunks(batch, 1) if self.known == 1 else batch
+            clips = cut_chunks(batch, 1) if self.known == 1 and not self.forcing else batch
             assert clips is not None
-            draw = make_draws(0, place, place * self.batch, self.batch).draw(clips.latents, self.flow)
+            draws = make_draws(0, place, place * self.batch, self.batch)
+            if self.forcing:
+                draw = self.forcing.draw(clips.latents, self.flow, draws)
+            else:
+                draw = draws.draw(clips.latents, self.flow)
             for name, variant in action_variants(clips).items():
-                loss = velocity_loss(self.engine.model, self.flow, variant, self.known, draw)
+                loss = velocity_loss(self.engine.model, self.flow, variant, self.known, draw, self.layout)
                 sums[:, VARIANTS.index(name)] += torch.tensor([loss.sum().item(), len(loss)])
         sums = self.engine.sum_over_ranks(sums)
         return {f"heldout/{name}": (sums[0, i] / sums[1, i]).item() for i, name in enumerate(VARIANTS) if sums[1, i]}

@@ -17,7 +17,7 @@ from data_pipeline.types import Batch, Manifest
 from model.action_dit import ActionDiT
 from model.codec import codec_hash
 from model.flow import FlowMatch
-from model.weights import load_into, load_weights
+from model.weights import load_into, open_weights
 from sampling.world_model import WorldModelConfig, newest_checkpoint, read_world_config
 from train.checkpoint import Position, find_resumable, load_checkpoint, save_checkpoint
 from train.config import TrainConfig
@@ -25,7 +25,7 @@ from train.ema import Ema
 from train.engine import Engine, make_engine, start_accelerator
 from train.evaluate import Validation
 from train.log import Interval, Log, StepFigures, describe
-from train.objectives import Objective, make_objective
+from train.objectives import Objective, check_objective, make_objective
 from train.objectives.draws import make_draws
 from train.optim import learning_rate, make_optimizer
 
@@ -62,6 +62,7 @@ def train(words: list[str]) -> None:
     manifest = load_manifest(config.manifest)
     world = describe_world(config, manifest)
     objective, flow = make_objective(config.objective), FlowMatch(config.flow)
+    check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
     start_from = initial_weights(config, manifest) if config.init else None
@@ -70,7 +71,7 @@ def train(words: list[str]) -> None:
     accelerator = start_accelerator(config)
     model = ActionDiT(config.model, torch.Generator().manual_seed(config.seed))
     if start_from:
-        load_into(model, load_weights(start_from))
+        load_into(model, open_weights(start_from))
     engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
     ema = Ema(engine, config.ema_decay)
     start = load_checkpoint(engine, ema, config, resumed).step if resumed else 0

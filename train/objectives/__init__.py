@@ -3,11 +3,14 @@
 from typing import Any
 
 from configs import build
+from data_pipeline.types import Layout
+from model.action_dit import ActionDiTConfig
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
+from train.objectives.diffusion_forcing import DiffusionForcing
 
-OBJECTIVES = {"base": Base, "autoregressive": Autoregressive}
-Objective = Base | Autoregressive
+OBJECTIVES = {"base": Base, "autoregressive": Autoregressive, "diffusion_forcing": DiffusionForcing}
+Objective = Base | Autoregressive | DiffusionForcing
 
 
 def make_objective(settings: dict[str, Any]) -> Objective:
@@ -17,3 +20,21 @@ def make_objective(settings: dict[str, Any]) -> Objective:
         raise ValueError(f"objective.name={name!r}; there are: {', '.join(OBJECTIVES)}")
     fields = {key: value for key, value in settings.items() if key != "name"}
     return build(OBJECTIVES[name], fields, "objective.")
+
+
+def check_objective(objective: Objective, model: ActionDiTConfig, layout: Layout, clip_latents: int) -> None:
+    """Raises ValueError in one line if `objective` cannot train `model` on clips of `layout` and `clip_latents`."""
+    causal = model.causal
+    forcing = objective if isinstance(objective, DiffusionForcing) else None
+    wants = ("a model with", "continuous") if forcing else ("a model without", "chunked")
+    if (causal is None) != (forcing is None) or layout != wants[1]:
+        raise ValueError(
+            f"this objective trains {wants[0]} a `causal` section on clips of layout {wants[1]}; the model is "
+            f"{'causal' if causal else 'not causal'} and the clips are {layout}: change objective.name "
+            "(diffusion_forcing is the causal one), model.causal or the manifest"
+        )
+    if forcing and causal and (forcing.block != causal.block or clip_latents % causal.block):
+        raise ValueError(
+            f"objective.block={forcing.block}, model.causal.block={causal.block}, clips of {clip_latents} latents: the "
+            "two must be equal and divide the clips"
+        )

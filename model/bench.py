@@ -1,0 +1,343 @@
+"""How fast a model is here: its passes and its codec in one process, with FLOPs that are counted."""
+
+import json
+import os
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import load_config, to_dict
+from configs.files import write_text
+from model.action_dit import ActionDiT, ActionDiTConfig
+from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
+from model.flow import FlowMatchConfig
+from model.kv_cache import KVCache
+from model.tiny_decoder import TinyDecoder
+from model.wan_codec import WanCodec, WanCodecConfig, make_vae
+
+Run = Callable[[], object]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CODEC_DTYPES = DTYPES | {"fp16": torch.float16}
+IMAGE_TOKENS = {"tokens": 257, "pooled": 1}  # by ActionDiTConfig.vision
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 begins the peak of resident memory anew
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """`python -m model bench configs/models/X.yaml`; the attention backend is `model.attention`."""
+
+    model: ActionDiTConfig
+    flow: FlowMatchConfig = field(default_factory=FlowMatchConfig)  # in every model file; no pass depends on it
+    codec: str | None = None  # to be measured too: a path, or patch, wan or wan-tiny for one with random weights
+    codec_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    device: str = "cpu"
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"  # torch.compile's mode, block by block
+    batch: int = 1
+    blocks: int = 1  # of `block_latents` latents, in the clip
+    block_latents: int = 3
+    steps: int = 3  # denoising passes per block of a stream
+    height: int = 352  # px
+    width: int = 640  # px
+    warmup: int = 1  # runs before those that count
+    repeats: int = 5
+    peak_tflops: float | None = None  # of the device in this dtype, from its data sheet; without it no MFU
+    out: str | None = None  # .json that gets everything, the environment included
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "blocks", "block_latents", "steps", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.warmup < 0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
+            raise ValueError(f"warmup={self.warmup} must be >= 0 and peak_tflops={self.peak_tflops} positive")
+        if self.height % (2 * SPATIAL) or self.width % (2 * SPATIAL):
+            raise ValueError(f"{self.height}x{self.width} px must be multiples of {2 * SPATIAL} (codec x patch)")
+
+    @property
+    def latents(self) -> int:
+        return self.blocks * self.block_latents
+
+    @property
+    def streams(self) -> bool:
+        """Whether the model can keep a cache."""
+        return self.model.causal is not None and self.model.causal.window is not None
+
+    @property
+    def frames(self) -> int:
+        """Pixel frames of the clip."""
+        return 1 + TEMPORAL * (self.latents - 1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One row: medians over the runs, and how far they spread."""
+
+    what: str
+    wall_s: float
+    wall_s_min: float
+    wall_s_max: float
+    cpu_s: float  # of the whole process, all threads together
+    peak_gib: float  # CPU: resident memory of the process; CUDA: allocated by torch
+    model_tflop: float  # of one run; recomputed activations are not counted twice
+    frames_per_s: float | None  # pixel frames encoded or made
+    mfu: float | None  # model FLOPs per second over the stated peak
+
+
+def bench(words: list[str]) -> None:
+    """Measure passes and codec: configs/models/X.yaml device=cuda dtype=bf16 blocks=7 codec=wan peak_tflops=989"""
+    config = load_config(BenchConfig, words)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={config.device}, but there is no CUDA device here; use device=cpu")
+    rows = []
+    print(header(config))
+    for row in measure_all(config):
+        rows.append(row)
+        print(table_line(row), flush=True)
+    if not config.streams:
+        print("no cached pass: this model has no causal.window, so it cannot stream")
+    if config.out:
+        figures = [asdict(row) for row in rows]
+        found = {"config": to_dict(config), "environment": environment(config.device), "rows": figures}
+        write_text(config.out, json.dumps(found, indent=1))
+
+
+def measure_all(config: BenchConfig) -> Iterator[Measured]:
+    """The rows, one after the other, of one model and one codec with random weights (or the codec at a path)."""
+    device, meta = torch.device(config.device), torch.device("meta")
+    dit, costs = make_dit(config, device), make_dit(config, meta)
+    for train in (False, True):
+        what = "forward + backward" if train else "forward"
+        yield measured(what, clip_pass(config, dit, train), config, count_flops(clip_pass(config, costs, train)))
+    dit, costs = dit.requires_grad_(False), costs.requires_grad_(False)
+    codec = bench_codec(config) if config.codec else None
+    if config.streams:
+        flops = count_flops(cached_pass(config, costs))
+        yield measured("cached pass", cached_pass(config, dit), config, flops)
+    if codec:
+        on_meta = codec_passes(config, deepcopy(codec).to(meta))
+        for what, (run, frames) in codec_passes(config, codec).items():
+            yield measured(what, run, config, count_flops(on_meta[what][0]), frames)
+    if codec and config.streams:
+        what = f"stream, {config.steps} + 1 passes"
+        run, frames = stream_block(config, dit, codec)
+        yield measured(what, run, config, count_flops(stream_block(config, costs, deepcopy(codec).to(meta))[0]), frames)
+
+
+def make_dit(config: BenchConfig, device: torch.device) -> ActionDiT:
+    """The model with random weights on `device`; the one on the meta device is for counting alone."""
+    counted = device.type == "meta"
+    model = replace(config.model, attention="sdpa", checkpoint_every=0) if counted else config.model
+    with device:
+        dit = ActionDiT(model, None if counted else torch.Generator(device).manual_seed(0))
+    dit = dit.to(DTYPES[config.dtype]).eval()
+    if config.compile != "no" and not counted:
+        for block in dit.blocks:
+            block.compile(mode=config.compile)
+    return dit
+
+
+def clip_pass(config: BenchConfig, dit: ActionDiT, train: bool) -> Run:
+    """One pass over a random clip; with its backward pass if `train`."""
+    given = random_inputs(config, config.latents, device_of(dit))
+
+    def run() -> None:
+        with torch.set_grad_enabled(train):
+            velocity = dit(**given)
+            if train:
+                velocity.square().mean().backward()
+                dit.zero_grad(set_to_none=True)
+
+    return run
+
+
+@torch.no_grad()
+def cached_pass(config: BenchConfig, dit: ActionDiT) -> Run:
+    """One pass of one block against a cache that is full."""
+    given, cache = full_cache(config, dit)
+    return torch.no_grad()(lambda: dit(**given, cache=cache))
+
+
+@torch.no_grad()
+def stream_block(config: BenchConfig, dit: ActionDiT, codec: Codec) -> tuple[Run, int]:
+    """All that one block of a stream costs: its denoising passes, the one that fills the cache, the decoder."""
+    given, cache = full_cache(config, dit)
+    shape, state = given["x"], None
+    for _ in range(2):  # the first block of a stream gives fewer frames
+        _, state = codec.decode_stream(shape, state)
+
+    @torch.no_grad()
+    def run() -> None:
+        x = given["x"]
+        for _ in range(config.steps):
+            x = x - dit(**given | {"x": x}, cache=cache) / config.steps
+        dit(**given | {"x": x}, cache=cache, keep=True)
+        codec.decode_stream(x, state)
+
+    return run, TEMPORAL * shape.shape[2] * config.batch
+
+
+def full_cache(config: BenchConfig, dit: ActionDiT) -> tuple[dict[str, Tensor], KVCache]:
+    """Random inputs of one block, and a cache whose windows are full."""
+    causal = config.model.causal
+    assert causal is not None and causal.window is not None
+    given = random_inputs(config, causal.block, device_of(dit))
+    cache = dit.make_cache(config.batch, *given["x"].shape[3:], visual=given.pop("visual", None))
+    while cache.start < causal.window:
+        dit(**given, cache=cache, keep=True)
+    return given, cache
+
+
+def random_inputs(config: BenchConfig, f: int, device: torch.device) -> dict[str, Tensor]:
+    """Random inputs of a forward pass over `f` latents; a causal model has a time per frame."""
+    model, b = config.model, config.batch
+    h, w = config.height // SPATIAL, config.width // SPATIAL
+    with device:
+        given = {
+            "x": torch.randn(b, model.out_dim, f, h, w),
+            "timestep": 1000 * (torch.rand(b, f) if model.causal else torch.rand(b)),
+            "cond": torch.randn(b, model.in_dim - model.out_dim, f, h, w),
+        }
+        action = model.action
+        if action and action.enable_keyboard:
+            given["keyboard"] = torch.randn(b, f, action.window, action.keyboard_dim_in)
+        if action and action.enable_mouse:
+            given["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
+        if model.vision != "none":
+            given["visual"] = torch.randn(b, IMAGE_TOKENS[model.vision], model.img_dim)
+    return given
+
+
+def bench_codec(config: BenchConfig) -> Codec:
+    """The codec at the path `config.codec`, or the one that it names with random weights."""
+    assert config.codec
+    if config.codec == "patch":
+        codec: Codec = PatchCodec(CodecConfig())
+    elif config.codec in ("wan", "wan-tiny"):
+        tiny = TinyDecoder() if config.codec == "wan-tiny" else None
+        settings = WanCodecConfig(decoder="tiny" if tiny else "full")
+        codec = WanCodec(settings, make_vae(settings), tiny)
+    else:
+        codec = load_codec(config.codec)
+    if not isinstance(codec, PatchCodec):
+        codec = codec.to(CODEC_DTYPES[config.codec_dtype])
+    elif config.codec_dtype != "fp32":
+        raise ValueError(f"codec_dtype={config.codec_dtype}: the patch codec runs in fp32")
+    return codec.eval().requires_grad_(False).to(config.device)
+
+
+@torch.no_grad()
+def codec_passes(config: BenchConfig, codec: Codec) -> dict[str, tuple[Run, int]]:
+    """Encoding and decoding of a random clip of the bench's length, and decoding of a later block of a stream."""
+    device = codec.latent_mean.device
+    video = torch.rand(config.batch, 3, config.frames, config.height, config.width, device=device) * 2 - 1
+    latents = codec.encode(video)
+    block = latents[:, :, : config.block_latents]
+    _, state = codec.decode_stream(block, None)
+    following, whole = TEMPORAL * config.block_latents * config.batch, config.frames * config.batch
+    runs: dict[str, tuple[Run, int]] = {
+        f"encode {config.frames} frames": (lambda: codec.encode(video), whole),
+        f"decode {config.frames} frames": (lambda: codec.decode(latents), whole),
+        "decode the next block": (lambda: codec.decode_stream(block, state), following),
+    }
+    return {what: (torch.no_grad()(run), frames) for what, (run, frames) in runs.items()}
+
+
+def count_flops(run: Run) -> int:
+    """FLOPs of one run on the meta device: a multiply-add is two, and attention counts without its mask."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def device_of(dit: ActionDiT) -> torch.device:
+    """Where the model is."""
+    return next(dit.parameters()).device
+
+
+def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int | None = None) -> Measured:
+    """Warm-up and `repeats` runs of `run`, which costs `flops` and gives `frames`; one row."""
+    for _ in range(config.warmup):
+        run()
+    reset_peak(config.device)
+    wall, cpu = [], []
+    for _ in range(config.repeats):
+        started = time.perf_counter(), time.process_time()
+        run()
+        if config.device.startswith("cuda"):
+            torch.cuda.synchronize(config.device)
+        wall.append(time.perf_counter() - started[0])
+        cpu.append(time.process_time() - started[1])
+    median = statistics.median(wall)
+    tflop = flops / 1e12
+    mfu = tflop / median / config.peak_tflops if config.peak_tflops else None
+    speed = frames / median if frames else None
+    peak = peak_gib(config.device)
+    return Measured(what, median, min(wall), max(wall), statistics.median(cpu), peak, tflop, speed, mfu)
+
+
+def reset_peak(device: str) -> None:
+    """Begins the peak of memory anew, after everything that runs has ended; where the system cannot, it goes on."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(RESET_PEAK, os.W_OK):
+        RESET_PEAK.write_text("5")
+
+
+def peak_gib(device: str) -> float:
+    """The peak of memory since `reset_peak`, in GiB."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)  # kB
+    return (int(peak) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    found: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],  # of the last minute: other jobs make wall times longer
+    }
+    if device.startswith("cuda"):
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def header(config: BenchConfig) -> str:
+    """What is measured on what, and the table's first line."""
+    where = environment(config.device)
+    clip = f"batch {config.batch}, {config.latents} latents of {config.height}x{config.width} px"
+    how = f"{config.dtype}, attention {config.model.attention}, compile {config.compile}"
+    machine = f"{where.get('gpu', where['processor'])}, {where['threads']} threads, torch {where['torch']}"
+    peak = f"; MFU against {config.peak_tflops:g} TFLOP/s" if config.peak_tflops else ""
+    columns = f"{'median':>9} {'least':>9} {'most':>9} {'CPU':>9} {'GFLOP':>9} {'frames/s':>9} {'MFU':>7} {'peak':>10}"
+    return f"{clip}, {how}; {machine}, load {where['load_average']:.1f}{peak}\n{'':<24} {columns}"
+
+
+def table_line(row: Measured) -> str:
+    """One line of the table."""
+    times = "".join(f" {seconds:>7.3f} s" for seconds in (row.wall_s, row.wall_s_min, row.wall_s_max, row.cpu_s))
+    speed = "-" if row.frames_per_s is None else f"{row.frames_per_s:.1f}"
+    mfu = "-" if row.mfu is None else f"{100 * row.mfu:.1f} %"
+    return f"{row.what:<24}{times} {1e3 * row.model_tflop:>9.1f} {speed:>9} {mfu:>7} {row.peak_gib:>6.2f} GiB"

@@ -1,0 +1,120 @@
+"""Who sees whom in time: one block-causal rule, and the dense mask, the flex mask and the slices that follow."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+@dataclass(frozen=True)
+class CausalConfig:
+    """How a causal model sees time. All lengths are in latent frames."""
+
+    block: int = 3  # frames that are made together and see each other
+    window: int | None = None  # frames that a block sees, itself and the sink among them; None: all before it
+    sink: int = 0  # first frames of the video that video tokens see for ever
+    action_sink: int = 0  # the same in the action modules; upstream has a sink for video tokens only
+    # `absolute` counts from the start of the video, as upstream. `relative` counts inside the window, so that the sink
+    # never moves out of the range of distances that the model was trained on.
+    positions: Literal["absolute", "relative"] = "absolute"
+    context_noise: float = 0.0  # noise level (sigma) at which a finished block enters the cache
+    # Conditioning of the latents that are not given: zeros, or the codec's latents of mid-grey frames (official files).
+    unknown: Literal["zeros", "grey"] = "zeros"
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or not 0 <= self.context_noise < 1:
+            raise ValueError(
+                f"causal: block {self.block} must be 1 or more and context_noise {self.context_noise} in [0, 1)"
+            )
+        if self.window is not None and self.window < self.block:
+            raise ValueError(
+                f"causal: window {self.window} is smaller than a block of {self.block} latent frames, which must see"
+                " itself; use a window of at least one block, better of two"
+            )
+        largest = max(self.sink, self.action_sink)
+        if min(self.sink, self.action_sink) < 0 or (self.window is not None and largest > self.window - self.block):
+            raise ValueError(
+                f"causal: sink {self.sink} and action_sink {self.action_sink} must be 0 or more and, with the block of "
+                f"{self.block}, fit into the window of {self.window}"
+            )
+
+    def video_rule(self) -> "BlockCausal":
+        """What video tokens see."""
+        return BlockCausal(self.block, self.window, self.sink, self.positions == "relative")
+
+    def action_rule(self) -> "BlockCausal":
+        """What the action modules see."""
+        return BlockCausal(self.block, self.window, self.action_sink, self.positions == "relative")
+
+
+@dataclass(frozen=True)
+class BlockCausal:
+    """A frame sees its own block whole, and of the frames before the sink and the newest ones that the window holds."""
+
+    block: int
+    window: int | None = None
+    sink: int = 0
+    relative: bool = False  # positions are counted inside the window
+
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """True where the frame numbered `query` may look at the frame numbered `key`; the two are broadcast."""
+        end = (query // self.block + 1) * self.block
+        seen = key < end
+        if self.window is None:
+            return seen
+        return seen & ((key >= end - (self.window - self.sink)) | (key < self.sink))
+
+    def oldest(self, end: int) -> int:
+        """The first frame after the sink that the block which ends before frame `end` sees."""
+        return self.sink if self.window is None else max(self.sink, end - (self.window - self.sink))
+
+
+@dataclass(frozen=True)
+class BlockCausalMask:
+    """The rule for a clip of `frames`, with `queries` and `keys` tokens per frame."""
+
+    rule: BlockCausal
+    frames: int
+    queries: int = 1
+    keys: int = 1
+
+    def dense(self, device: torch.device | None = None) -> Tensor:
+        """(l m) bool, true where query token l may look at key token m."""
+        return _dense(self, device)
+
+    def flex(self, device: torch.device) -> BlockMask:
+        """The same for torch's flex_attention."""
+        return _flex(self, device)
+
+    def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """For each block its frames and the ranges of frames that it sees, oldest first."""
+        for start in range(0, self.frames, self.rule.block):
+            end = start + self.rule.block  # of a whole block, so that a clip's rest sees what its block would
+            oldest, newest = self.rule.oldest(end), min(end, self.frames)
+            sink = slice(0, min(self.rule.sink, newest))
+            ranges = [sink, slice(oldest, newest)] if oldest > sink.stop else [slice(0, newest)]
+            yield slice(start, newest), [one for one in ranges if one.stop > one.start]
+
+
+# A handful of clip lengths and resolutions live at a time; a mask of 21 x 880 tokens is 340 MB. A mask made while
+# sampling must also serve training, where tensors of inference mode may not go.
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def _dense(mask: BlockCausalMask, device: torch.device | None) -> Tensor:
+    frame = torch.arange(mask.frames, device=device)
+    queries, keys = frame.repeat_interleave(mask.queries), frame.repeat_interleave(mask.keys)
+    return mask.rule.sees(queries[:, None], keys[None])
+
+
+@lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _flex(mask: BlockCausalMask, device: torch.device) -> BlockMask:
+    def sees(b: Tensor, a: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return mask.rule.sees(query // mask.queries, key // mask.keys)
+
+    lengths = mask.frames * mask.queries, mask.frames * mask.keys
+    return create_block_mask(sees, None, None, *lengths, device=str(device))

@@ -1,0 +1,103 @@
+"""The Wan codec and the vision tower against recorded outputs of the reference."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from model.fixtures import Fixture, Row, judge
+from model.vision import TowerConfig, clip_pixels, image_conditions, load_tower
+from model.wan_codec import WanCodec, WanCodecConfig, load_vae
+
+
+@torch.no_grad()
+def vae(fixture: Fixture) -> Iterator[Row]:
+    """Encoding whole and in tiles, conditioning, decoding whole, in chunks and latent by latent."""
+    codec = _codec(fixture)
+    video, z = fixture.tensors["in.video"], fixture.tensors["in.z"]
+    latent = codec.encode(video)
+    mean, std = (rearrange(one, "c -> c 1 1 1") for one in (codec.latent_mean, codec.latent_std))
+    actual = {
+        "mu_raw": latent * std + mean,
+        "latent": latent,
+        "cond_concat": next(image_conditions(codec, video[:, :, 0], latent.shape[2])),
+        **_tiled(fixture, codec, video),
+        **_decoded(fixture, codec, z),
+    }
+    for name in fixture.outputs(""):
+        if name in actual:
+            yield judge(fixture, name, actual[name], fixture.tensors[f"out.{name}"])
+
+
+def _codec(fixture: Fixture) -> WanCodec:
+    given = fixture.meta["config"]
+    if given.get("attn_scales"):
+        raise ValueError(
+            f"fixture with attn_scales={given['attn_scales']}: Wan 2.1 has no attention between its levels"
+        )
+    config = WanCodecConfig(
+        width=given["dim"],
+        channels=given["z_dim"],
+        dim_mult=tuple(given["dim_mult"]),
+        num_res_blocks=given["num_res_blocks"],
+        temperal_downsample=tuple(given["temperal_downsample"]),
+    )
+    return WanCodec(config, load_vae(config, fixture.folder / fixture.meta["weights_file"])).eval()
+
+
+def _tiled(fixture: Fixture, codec: WanCodec, video: Tensor) -> dict[str, Tensor]:
+    """`latent_tiled_2x3_s1x2`: tiles of 2 x 3 latents, a stride of 1 x 2."""
+    found = {}
+    for name in fixture.outputs("latent_tiled_"):
+        rows, columns, down, across = map(int, re.findall(r"\d+", name))
+        codec.config, whole = replace(codec.config, tile=(rows, columns), tile_stride=(down, across)), codec.config
+        found[name], codec.config = codec.encode(video), whole
+    return found
+
+
+def _decoded(fixture: Fixture, codec: WanCodec, z: Tensor) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name in fixture.outputs("decoded_raw_"):
+        found[name] = codec.decode_stream(z[:, :, : int(name.rpartition("_")[2])], None)[0]
+    state, start = None, 0
+    for name in sorted(fixture.outputs("stream_chunk"), key=lambda name: int(name.removeprefix("stream_chunk"))):
+        frames = fixture.tensors[f"out.{name}"].shape[1]
+        count = -(-frames // codec.config.temporal)  # the first latent of a clip gives one frame
+        video, state = codec.decode_stream(z[:, :, start : start + count], state)
+        found[name], start = rearrange(video.clamp(-1, 1), "b c n h w -> b n c h w"), start + count
+    for name in fixture.outputs("stream_single_frames"):
+        latents, state, parts = -(-fixture.tensors[f"out.{name}"].shape[1] // codec.config.temporal), None, []
+        for latent in z[:, :, :latents].split(1, dim=2):
+            video, state = codec.decode_stream(latent, state)
+            parts.append(rearrange(video.clamp(-1, 1), "b c n h w -> b n c h w"))
+        found[name] = torch.cat(parts, dim=1)
+    return found
+
+
+@torch.no_grad()
+def clip(fixture: Fixture) -> Iterator[Row]:
+    """The picture on its way into the tower, and its tokens with and without the last layer."""
+    given, layers = fixture.meta["config"], fixture.meta["config"]["num_layers"]
+    if not given.get("pre_norm", True) or given.get("post_norm") or given.get("activation", "gelu") != "gelu":
+        raise ValueError(f"fixture with {given}: the tower has a norm before, none after its layers, and gelu")
+    state = {key.removeprefix("sd."): value for key, value in fixture.tensors.items() if key.startswith("sd.")}
+    images = rearrange(fixture.tensors["in.image"], "b c 1 h w -> b c h w")
+    config = TowerConfig(
+        image_size=given["image_size"],
+        patch_size=given["patch_size"],
+        width=given["dim"],
+        mlp_width=int(given["dim"] * given["mlp_ratio"]),
+        heads=given["num_heads"],
+        layers=layers,
+        eps=given["norm_eps"],
+    )
+    pixels = clip_pixels(images, config.image_size)
+    actual = {"preprocessed": lambda: pixels}
+    for name, kept in (("tokens", layers - 1), ("tokens_all_layers", layers)):
+        actual[name] = lambda kept=kept: load_tower(state, replace(config, layers=kept), fixture.case)(images)
+    for name in fixture.outputs(""):
+        if name in actual:
+            yield judge(fixture, name, actual[name](), fixture.tensors[f"out.{name}"])

@@ -1,0 +1,307 @@
+"""The Wan 2.1 autoencoder behind the codec's interface: the networks of diffusers, fed piece by piece.
+
+Every causal convolution keeps the last two frames that it saw. The lists of those frames are the state of a stream, so
+a clip of any length is encoded and decoded in the memory of one piece, and in pieces it gives what it gives whole. The
+first frame passes alone and becomes the first latent; every later latent stands for four frames.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from configs import build, load_config, merge_words
+from model.foreign import load_foreign, read_json
+from model.tiny_decoder import TinyDecoder, load_tiny_decoder
+from model.weights import require_same_tensors
+
+CONFIG_FILE = "config.yaml"  # in a folder of ours
+DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+NEEDS_DIFFUSERS = "the Wan codec needs diffusers: pip install 'diffusers>=0.42'"
+
+# Statistics of Wan 2.1's latents, per channel: those with which its DiT and Matrix-Game's were trained.
+MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
+STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
+
+# Names of the official file for those of diffusers, in this order; the numbered up-blocks are left to `official_name`.
+OFFICIAL_NAMES = (
+    (r"^quant_conv\.", "conv1."),
+    (r"^post_quant_conv\.", "conv2."),
+    (r"\.conv_in\.", ".conv1."),
+    (r"\.norm_out\.", ".head.0."),
+    (r"\.conv_out\.", ".head.2."),
+    (r"\.norm1\.", ".residual.0."),
+    (r"(resnets\.\d+|down_blocks\.\d+)\.conv1\.", r"\1.residual.2."),
+    (r"\.norm2\.", ".residual.3."),
+    (r"\.conv2\.", ".residual.6."),
+    (r"\.conv_shortcut\.", ".shortcut."),
+    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
+    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
+    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
+    (r"\.down_blocks\.", ".downsamples."),
+)
+
+WanState = list[Any]  # per convolution its last frames (b c 2 h w), None before the first; diffusers marks one as "Rep"
+
+
+@dataclass(frozen=True)
+class WanCodecConfig:
+    """Sizes of the autoencoder (the released one's by default), where its weights are and how it is run."""
+
+    name: Literal["wan"] = "wan"
+    weights: str = "Wan2.1_VAE.pth"  # official or diffusers key names; relative to the folder of this config
+    decoder: Literal["full", "tiny"] = "full"  # tiny: TAEHV, far faster and a little softer, for live use
+    tiny_weights: str = "taew2_1.pth"  # read for the tiny decoder only; relative as above
+    piece_latents: int = 3  # latents that pass through the networks at once: memory grows with it, overhead falls
+    tile: tuple[int, int] | None = None  # rows and columns, in latents, that `encode` sees at once; None: the picture
+    tile_stride: tuple[int, int] = (23, 38)  # in latents; upstream's, for its tile of 44 x 80
+    width: int = 96  # features at pixel resolution
+    channels: int = 16  # of the latents
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # of the width, one per level
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # spelt so upstream; at the end of each level but one
+    latent_mean: tuple[float, ...] = MEAN
+    latent_std: tuple[float, ...] = STD
+
+    def __post_init__(self) -> None:
+        if not len(self.latent_mean) == len(self.latent_std) == self.channels:
+            raise ValueError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
+        if len(self.temperal_downsample) != len(self.dim_mult) - 1:
+            raise ValueError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
+        if self.piece_latents < 1:
+            raise ValueError(f"piece_latents={self.piece_latents} must be 1 or more")
+        if self.tile and not all(0 < step <= size for step, size in zip(self.tile_stride, self.tile, strict=True)):
+            raise ValueError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
+
+    @property
+    def spatial(self) -> int:
+        """Pixels per latent, each way."""
+        return 2 ** (len(self.dim_mult) - 1)
+
+    @property
+    def temporal(self) -> int:
+        """Frames per latent, after the first."""
+        return 2 ** sum(self.temperal_downsample)
+
+
+class WanCodec(nn.Module):
+    """Encoder and decoder of `AutoencoderKLWan`, or its encoder and the tiny decoder."""
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: WanCodecConfig, vae: Any, tiny: TinyDecoder | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder: Any = vae.encoder
+        self.quant_conv: Any = vae.quant_conv
+        self.decoder: Any = None if tiny else vae.decoder
+        self.post_quant_conv: Any = None if tiny else vae.post_quant_conv
+        self.tiny = tiny
+        self.register_buffer("latent_mean", torch.tensor(config.latent_mean), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(config.latent_std), persistent=False)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised latents (b 16 f h/8 w/8), float32, of `video` (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1).
+
+        The means, not samples, as upstream. With `tile` in the config, overlapping parts are encoded by themselves
+        and blended.
+        """
+        return self.encode_stream(video, None)[0] if self.config.tile is None else self._encode_tiles(video)
+
+    def encode_stream(self, video: Tensor, state: WanState | None) -> tuple[Tensor, WanState]:
+        """The next latents (b 16 f h/8 w/8) and the state that the frames after them need; `state` None starts a clip.
+
+        `video` (b 3 n h w) in [-1, 1] has 1 + 4 (f - 1) frames at the start and 4 f later. Block by block equals the
+        whole, so an episode of any length is encoded in the memory of one block. Tiles do not apply.
+        """
+        lead, step = (1 if state is None else 0), self.config.temporal
+        frames, height, width = video.shape[2:]
+        if frames < 1 or (frames - lead) % step or height % self.config.spatial or width % self.config.spatial:
+            raise ValueError(
+                f"{frames} frames of {height}x{width} px: a clip has {lead} + {step}k frames, "
+                f"multiples of {self.config.spatial} px"
+            )
+        cache = [None] * _count_convolutions(self.encoder) if state is None else list(state)
+        means = []
+        for piece in _pieces(video.to(self.quant_conv.weight.dtype), lead, step * self.config.piece_latents):
+            moments = self.quant_conv(self.encoder(piece, feat_cache=cache, feat_idx=[0]))
+            means.append(moments.chunk(2, dim=1)[0].float())
+        mean, std = self._statistics()
+        return (torch.cat(means, dim=2) - mean) / std, cache
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b 16 f h/8 w/8)."""
+        videos, state = [], None
+        for piece in latents.split(self.config.piece_latents, dim=2):
+            video, state = self.decode_stream(piece, state)
+            videos.append(video.clamp(-1, 1))
+        return torch.cat(videos, dim=2)
+
+    def decode_stream(self, latents: Tensor, state: WanState | None) -> tuple[Tensor, WanState]:
+        """The next frames, float32 and not clamped, and the state for the block after it; `state` None starts a clip.
+
+        Latents (b 16 f h/8 w/8) give 4 f frames, or 1 + 4 (f - 1) at the start; block by block equals the whole.
+        """
+        if self.tiny is not None:
+            return self.tiny.decode_stream(latents, state)
+        mean, std = self._statistics()
+        x = self.post_quant_conv((latents.float() * std + mean).to(self.post_quant_conv.weight.dtype))
+        cache = [None] * _count_convolutions(self.decoder) if state is None else list(state)
+        videos = []
+        for piece in _pieces(x, 1 if state is None else 0, self.config.piece_latents):
+            videos.append(self.decoder(piece, feat_cache=cache, feat_idx=[0]).float())
+        return torch.cat(videos, dim=2), cache
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        mean, std = (rearrange(one.float(), "c -> c 1 1 1") for one in (self.latent_mean, self.latent_std))
+        return mean, std
+
+    def _encode_tiles(self, video: Tensor) -> Tensor:
+        """As upstream: a tile counts less towards its inner edges, linearly over the overlap; corners take the less."""
+        assert self.config.tile is not None
+        scale, (rows, columns) = self.config.spatial, self.config.tile
+        height, width = (size // scale for size in video.shape[3:])
+        borders = [size - step for size, step in zip(self.config.tile, self.config.tile_stride, strict=True)]
+        total, weight = 0, 0
+        for top in _tile_starts(height, rows, self.config.tile_stride[0]):
+            for left in _tile_starts(width, columns, self.config.tile_stride[1]):
+                bottom, right = min(top + rows, height), min(left + columns, width)
+                part = video[..., top * scale : bottom * scale, left * scale : right * scale]
+                down = _edge_weights(bottom - top, borders[0], top > 0, bottom < height).to(video.device)
+                across = _edge_weights(right - left, borders[1], left > 0, right < width).to(video.device)
+                mask = torch.minimum(down[:, None], across[None])
+                around = (left, width - right, top, height - bottom)
+                total = total + nn.functional.pad(self.encode_stream(part, None)[0] * mask, around)
+                weight = weight + nn.functional.pad(mask, around)
+        assert isinstance(total, Tensor)
+        return total / weight
+
+
+def is_wan_codec(path: str | Path) -> bool:
+    """Whether `path` is Wan's: a weights file, a folder in the diffusers layout, or a folder with `name: wan`."""
+    path = Path(path)
+    if path.is_file() or (path / DIFFUSERS_CONFIG).is_file():
+        return True
+    config = path / CONFIG_FILE
+    return config.is_file() and bool(re.search(r"^name:\s*['\"]?wan\b", config.read_text(encoding="utf-8"), re.M))
+
+
+def read_wan_config(path: str | Path, *words: str) -> tuple[WanCodecConfig, Path]:
+    """The settings of the Wan codec at `path` (as in `is_wan_codec`), `words` winning, and its weights file."""
+    path = Path(path)
+    if path.is_file():
+        return load_config(WanCodecConfig, [f"weights={path.name}", *words]), path
+    if (path / CONFIG_FILE).is_file():
+        config = load_config(WanCodecConfig, [str(path / CONFIG_FILE), *words])
+        return config, path / config.weights
+    given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_words(words)}
+    config = build(WanCodecConfig, given)
+    return config, path / config.weights
+
+
+def load_wan_codec(path: str | Path, *words: str) -> WanCodec:
+    """The Wan codec at `path`, in eval mode on the CPU; `words` like `decoder=tiny` change its settings.
+
+    Raises in one line: diffusers not installed, no such file, a file with code in it, names or shapes that do not fit.
+    """
+    config, weights = read_wan_config(path, *words)
+    vae = load_vae(config, weights)
+    tiny = load_tiny_decoder(weights.parent / config.tiny_weights) if config.decoder == "tiny" else None
+    return WanCodec(config, vae, tiny).eval()
+
+
+def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
+    """diffusers' AutoencoderKLWan, float32, with the tensors of a file in the official or the diffusers layout."""
+    with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
+        vae = make_vae(config)
+    state, own = load_foreign(weights), vae.state_dict()
+    official = {official_name(name, config): name for name in own}
+    names = official if len(official.keys() & state) > len(own.keys() & state) else {name: name for name in own}
+    expected = {theirs: own[ours] for theirs, ours in names.items()}
+    require_same_tensors(expected, state, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
+    vae.to_empty(device="cpu")
+    vae.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
+    return vae
+
+
+def official_name(name: str, config: WanCodecConfig) -> str:
+    """The name in Wan's own file of the tensor that diffusers calls `name`."""
+    for pattern, replacement in OFFICIAL_NAMES:
+        name = re.sub(pattern, replacement, name)
+    per_level = config.num_res_blocks + 2  # the decoder's levels have one block more, and the upsampler
+
+    def place(found: re.Match[str]) -> str:
+        level, kind, index = int(found[1]), found[2], int(found[3])
+        within = index if kind == "resnets" else per_level - 1
+        return f".upsamples.{level * per_level + within}."
+
+    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", place, name)
+
+
+def make_vae(config: WanCodecConfig) -> Any:
+    try:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
+    except ImportError as error:
+        raise ValueError(NEEDS_DIFFUSERS) from error
+    return AutoencoderKLWan(
+        base_dim=config.width,
+        z_dim=config.channels,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        temperal_downsample=list(config.temperal_downsample),
+        latents_mean=list(config.latent_mean),
+        latents_std=list(config.latent_std),
+    )
+
+
+def _read_diffusers_config(path: Path) -> dict[str, Any]:
+    """Our settings of a diffusers config.json; refuses another autoencoder than Wan 2.1's."""
+    given = read_json(path)
+    named = given.get("_class_name")
+    others = {name: given[name] for name in ("is_residual", "patch_size", "attn_scales") if given.get(name)}
+    if named != "AutoencoderKLWan" or others:
+        raise ValueError(f"{path} describes {named} {others or ''}, not the autoencoder of Wan 2.1 (AutoencoderKLWan)")
+    ours = {"base_dim": "width", "z_dim": "channels", "latents_mean": "latent_mean", "latents_std": "latent_std"}
+    same = ("dim_mult", "num_res_blocks", "temperal_downsample")
+    renamed = {ours[name]: value for name, value in given.items() if name in ours}
+    return renamed | {name: given[name] for name in same if name in given}
+
+
+def _count_convolutions(network: nn.Module) -> int:
+    """At least as many places as the network's causal convolutions need."""
+    return sum(isinstance(module, nn.Conv3d) for module in network.modules())
+
+
+def _pieces(x: Tensor, lead: int, size: int) -> Iterator[Tensor]:
+    """`x` (b c n h w) along n: the first `lead`, if any, then pieces of up to `size`."""
+    if lead:
+        yield x[:, :, :lead]
+    if x.shape[2] > lead:
+        yield from x[:, :, lead:].split(size, dim=2)
+
+
+def _tile_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where tiles begin along an axis; none begins after one that reached the end."""
+    return [start for start in range(0, length, stride) if start == 0 or start - stride + size < length]
+
+
+def _edge_weights(length: int, border: int, rises: bool, falls: bool) -> Tensor:
+    """(length): 1 inside, 1/border ... 1 over `border` places at each side that another tile overlaps."""
+    weights, ramp = torch.ones(length), (torch.arange(min(border, length)) + 1) / max(border, 1)
+    if rises:
+        weights[: len(ramp)] = ramp
+    if falls:
+        weights[length - len(ramp) :] = ramp.flip(0)
+    return weights

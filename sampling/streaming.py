@@ -1,0 +1,257 @@
+"""The causal method: block after block, each answering its actions and reading what the caches hold of the past."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.types import latent_ends
+from model.actions import action_windows
+from model.conditioning import condition
+from model.flow import FlowMatch
+from model.vision import image_conditions
+from sampling.chunked import seeded_generator, to_uint8
+from sampling.world_model import WorldModel
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents x (b c f h w) at timesteps (b), of x's shape
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a block is made from noise."""
+
+    steps: int = 8  # Euler steps of the ODE
+    few_steps: tuple[int, ...] = ()  # instead: the list of a few-step model, such as 1000, 666, 333
+    context_noise: float | None = None  # noise level at which a finished block enters the caches; None: the model's own
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= (self.context_noise or 0) < 1:
+            raise ValueError(f"steps {self.steps} must be 1 or more, context_noise {self.context_noise} in [0, 1)")
+
+
+def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:
+    """Clean latents (b c f h w) from `noise` in Euler steps; the first m stay `known` (b c m h w), at every level."""
+    schedule = flow.schedule(steps)
+    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])]).to(noise.device)
+    x = noise
+    for sigma, sigma_next in pairwise(levels[:, None].expand(-1, len(noise))):
+        x = _hold(x, known, lambda one, of, at=sigma: flow.add_noise(one, noise[:, :, of], at))
+        x = flow.step(x, velocity(x, flow.config.train_steps * sigma), sigma, sigma_next)
+    return _hold(x, known, lambda one, _: one)
+
+
+def denoise_in_few_steps(
+    velocity: Velocity,
+    flow: FlowMatch,
+    draw: Callable[[int], Tensor],
+    steps: Sequence[int],
+    known: Tensor | None = None,
+) -> Tensor:
+    """Clean latents (b c f h w) of a few-step model: at every level of the warped list `steps` straight to x0, which is
+    noised anew for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
+    timesteps, x0 = flow.warp(steps), None
+    sigmas = flow.schedule(flow.config.train_steps).sigma(timesteps)
+    for i, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
+        noise = draw(i)
+        level = sigma.to(noise.device).expand(len(noise))
+        x = noise if x0 is None else flow.add_noise(x0, noise, level)
+        x = _hold(x, known, lambda one, of, eps=noise, at=level: flow.add_noise(one, eps[:, :, of], at))
+        x0 = flow.velocity_to_x0(velocity(x, timestep.to(noise.device).expand(len(noise))), x, level)
+    assert x0 is not None
+    return _hold(x0, known, lambda one, _: one)
+
+
+def _hold(x: Tensor, known: Tensor | None, at_level: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """x with `known` in its first latents, brought to the noise level of x by `at_level(known, those latents)`."""
+    if known is None:
+        return x
+    m = known.shape[2]
+    return torch.cat([at_level(known, slice(0, m)), x[:, :, m:]], dim=2)
+
+
+class Stream:
+    """A rollout of a causal model from pictures, without an end: its caches, its decoder's state, its last actions.
+
+    Memory does not grow with time. A sample depends on its own seed alone, not on its neighbours in the batch.
+    """
+
+    def __init__(
+        self,
+        world: WorldModel,
+        image: Tensor,
+        seeds: Sequence[int],
+        denoising: Denoising,
+        visual: Tensor | None = None,
+    ) -> None:
+        """`image` (b 3 h w) in [-1, 1] is frame 0; `visual` (b m c) its tokens for a model with vision."""
+        causal, spatial = world.dit.config.causal, world.codec.config.spatial
+        height, width, unit = *image.shape[2:], spatial * world.dit.config.patch_size[1]
+        if height % unit or width % unit:
+            raise ValueError(f"a picture of {height}x{width} px: both must be multiples of {unit} (codec x patch)")
+        if len(seeds) != len(image):
+            raise ValueError(f"{len(seeds)} seeds for {len(image)} pictures: give one each")
+        self.cache = world.dit.make_cache(len(image), height // spatial, width // spatial, visual)
+        assert causal is not None  # make_cache refuses a model that is not causal
+        self.world, self.seeds, self.denoising, self.causal = world, tuple(seeds), denoising, causal
+        self.blocks = 0  # made or taken in so far
+        self._decoder_state: Any = None
+        self._history: tuple[Tensor, Tensor] | None = None  # the newest rows of keyboard and mouse
+        self._conditions = _conditions(world, image, causal.unknown, causal.block)
+        with torch.inference_mode():
+            self._known: Tensor | None = world.codec.encode(image[:, :, None]).float()
+
+    @property
+    def frames_due(self) -> int:
+        """Frames of the next block, which wants as many action rows: 9 at the start, then 12, for blocks of three."""
+        temporal = self.world.codec.config.temporal
+        return temporal * self.causal.block - (temporal - 1 if self.blocks == 0 else 0)
+
+    @torch.inference_mode()
+    def step(self, keyboard: Tensor, mouse: Tensor) -> Tensor:
+        """The next block, frames (b n h w 3) uint8, that answers keyboard (b n k) and mouse (b n 2), n `frames_due`.
+
+        Row i was held during frame i's interval, so a block's last row leads to the frame after it.
+        """
+        windows = self._windows(keyboard, mouse)
+        cond, flow = next(self._conditions), self.world.flow
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            return self.world.dit(x, timestep, cond, *windows, cache=self.cache)
+
+        if self.denoising.few_steps:
+            latents = denoise_in_few_steps(velocity, flow, self._noise, self.denoising.few_steps, self._known)
+        else:
+            latents = integrate(velocity, flow, self._noise(0), self.denoising.steps, self._known)
+        return self._finish(latents, cond, windows)
+
+    @torch.inference_mode()
+    def take(self, latents: Tensor, keyboard: Tensor, mouse: Tensor) -> Tensor:
+        """A block that is known, normalised latents (b c f h w), in place of a made one; its frames as decoded."""
+        windows = self._windows(keyboard, mouse)
+        return self._finish(latents.float(), next(self._conditions), windows)
+
+    def _finish(self, latents: Tensor, cond: Tensor, windows: tuple[Tensor | None, Tensor | None]) -> Tensor:
+        """One more pass over the finished block, which fills the caches, and its frames."""
+        flow, level = self.world.flow, self.denoising.context_noise
+        level = self.causal.context_noise if level is None else level
+        sigma = torch.full((len(latents),), level, device=latents.device)
+        x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
+        self.world.dit(x, flow.config.train_steps * sigma, cond, *windows, cache=self.cache, keep=True)
+        self.blocks, self._known = self.blocks + 1, None
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.world.dtype == torch.bfloat16):
+            video, self._decoder_state = self.world.codec.decode_stream(latents, self._decoder_state)
+        return to_uint8(video.clamp(-1, 1))
+
+    def _noise(self, level: int) -> Tensor:
+        """Noise (b c f h w) that depends on each seed, the block and the level (-1: of the context)."""
+        (_, rows, columns), (_, p, q) = self.cache.grid, self.world.dit.config.patch_size
+        shape = (self.world.dit.config.out_dim, self.causal.block, rows * p, columns * q)
+        drawn = [torch.randn(shape, generator=seeded_generator(seed, self.blocks, level + 1)) for seed in self.seeds]
+        return torch.stack(drawn).to(self.world.device)
+
+    def _windows(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Windows of the next block from its rows and those before it, of which as many as a window has are kept."""
+        check_actions(self.world, keyboard, mouse, len(self.seeds), self.frames_due)
+        action, temporal = self.world.dit.config.action, self.world.codec.config.temporal
+        if action is None:
+            return None, None
+        first = action.window if self.blocks == 0 else action.window + temporal - 1
+        ends = [first + end for end in latent_ends("continuous", self.causal.block)]
+        rows = []
+        for i, given in enumerate((keyboard.to(self.world.device), mouse.to(self.world.device))):
+            before = self._history[i] if self._history else given[:, :1].expand(-1, action.window, -1)
+            rows.append(torch.cat([before, given], dim=1))
+        self._history = rows[0][:, -action.window :], rows[1][:, -action.window :]
+        return (
+            action_windows(rows[0], ends, action.window) if action.enable_keyboard else None,
+            action_windows(rows[1], ends, action.window) if action.enable_mouse else None,
+        )
+
+
+def check_actions(world: WorldModel, keyboard: Tensor, mouse: Tensor, b: int, n: int) -> None:
+    """Raises ValueError in one line if these are not n finite rows for b samples of the world's game."""
+    space = world.game.action_space
+    widths = {"keyboard": len(space.keys), "mouse": 2 if space.mouse else 0}
+    for name, rows in (("keyboard", keyboard), ("mouse", mouse)):
+        if tuple(rows.shape) != (b, n, widths[name]):
+            raise ValueError(
+                f"{name} actions of shape {tuple(rows.shape)}: the next {n} frames of {b} samples want "
+                f"{(b, n, widths[name])}, for {space.describe()}"
+            )
+        if not rows.isfinite().all():
+            raise ValueError(f"{name} actions hold NaN or infinite numbers; give what was pressed and moved")
+
+
+def rollout_blocks(
+    world: WorldModel,
+    prompt: Tensor,
+    actions: tuple[Tensor, Tensor],
+    seeds: Sequence[int],
+    denoising: Denoising,
+    visual: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Block after block of (b n h w 3) uint8 frames, n = 9 and then 12 for blocks of three, each as soon as it is made.
+
+    `prompt` is a picture (b 3 h w) in [-1, 1] or a clip (b 3 n h w) of whole blocks, which come first, as decoded.
+    `actions`: keyboard (b n k) and mouse (b n 2), one row per frame of the whole video, the prompt's among them.
+    Raises ValueError before anything is computed if frames and blocks do not fit.
+    """
+    clip = prompt if prompt.ndim == 5 else None
+    stream = Stream(world, prompt if clip is None else clip[:, :, 0], seeds, denoising, visual)
+    keyboard, mouse = actions
+    block, temporal = stream.causal.block, world.codec.config.temporal
+    count_blocks(keyboard.shape[1], block, temporal, "actions")
+    known = count_blocks(clip.shape[2], block, temporal, "prompt") if clip is not None else 0
+    if clip is not None and clip.shape[2] > keyboard.shape[1]:
+        raise ValueError(f"{keyboard.shape[1]} frames with a prompt of {clip.shape[2]}: ask for more than the prompt")
+    return _play(stream, clip, known, (keyboard, mouse))
+
+
+def _play(stream: Stream, clip: Tensor | None, known: int, actions: tuple[Tensor, Tensor]) -> Iterator[Tensor]:
+    keyboard, mouse = actions
+    start, block = 0, stream.causal.block
+    with torch.inference_mode():
+        latents = None if clip is None else stream.world.codec.encode(clip)
+    while start < keyboard.shape[1]:
+        rows, taken = slice(start, start + stream.frames_due), slice(block * stream.blocks, block * (stream.blocks + 1))
+        start = rows.stop
+        if latents is not None and stream.blocks < known:
+            yield stream.take(latents[:, :, taken], keyboard[:, rows], mouse[:, rows])
+        else:
+            yield stream.step(keyboard[:, rows], mouse[:, rows])
+
+
+def count_blocks(frames: int, block: int, temporal: int, what: str) -> int:
+    """Blocks of `block` latents in a video of `frames`; raises ValueError naming the next number that divides."""
+    latents = -(-(frames - 1) // temporal) + 1
+    blocks = max(1, -(-latents // block))
+    fitting = temporal * (block * blocks - 1) + 1
+    if frames != fitting:
+        raise ValueError(
+            f"{what}: {frames} frames are no whole number of blocks of {block} latents ({fitting} are {blocks}); "
+            f"the first block has {temporal * (block - 1) + 1} frames, every later one {temporal * block}"
+        )
+    return blocks
+
+
+def _conditions(world: WorldModel, image: Tensor, unknown: str, block: int) -> Iterator[Tensor]:
+    """The conditioning (b 4+c f h w) of each block: the picture in the first, then nothing known."""
+    if unknown == "zeros":
+        known = world.codec.encode(image[:, :, None]).float()
+        latents = torch.cat([known, torch.zeros_like(known).expand(-1, -1, block - 1, -1, -1)], dim=2)
+        yield condition(latents, 1)
+        nothing = condition(torch.zeros_like(latents), 0)
+    else:
+        # The encoder remembers finitely many frames: once grey gives what it gave before, it always will.
+        nothing = None
+        for cond in image_conditions(world.codec, image, block):
+            if nothing is not None and torch.equal(cond, nothing):
+                break
+            nothing = cond
+            yield cond
+    assert nothing is not None
+    while True:
+        yield nothing

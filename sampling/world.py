@@ -1,0 +1,50 @@
+"""A world that answers: actions in, frames out, for as long as somebody plays."""
+
+import numpy as np
+import torch
+
+from data_pipeline.types import Actions
+from data_pipeline.video import fit_frame
+from model.vision import VisionTower, visual_context
+from sampling.chunked import to_video
+from sampling.streaming import Denoising, Stream
+from sampling.world_model import WorldModel
+
+
+class LiveWorld:
+    """One player's stream of a causal model."""
+
+    def __init__(
+        self,
+        world: WorldModel,
+        prompt: np.ndarray,
+        seed: int = 0,
+        denoising: Denoising | None = None,
+        tower: VisionTower | None = None,
+    ) -> None:
+        """`prompt` (h w 3) uint8 is fitted to the game's size; `tower` for a model with vision."""
+        self.world, self.denoising, self.tower = world, denoising or Denoising(), tower
+        self.restart(prompt, seed)
+
+    def restart(self, prompt: np.ndarray, seed: int = 0) -> None:
+        """Begins anew from a picture (h w 3) uint8; everything before is forgotten."""
+        picture = fit_frame(prompt, self.world.game.height, self.world.game.width)
+        image = to_video(torch.from_numpy(picture)[None, None])[:, :, 0].to(self.world.device)
+        with torch.inference_mode():
+            visual = visual_context(self.tower, image, self.world.dit.config.vision)
+        self.stream = Stream(self.world, image, [seed], self.denoising, visual)
+
+    @property
+    def frames_due(self) -> int:
+        """Frames that the next step makes."""
+        return self.stream.frames_due
+
+    def step(self, actions: Actions) -> np.ndarray:
+        """The next frames (n h w 3) uint8, 9 at the start and then 12 for blocks of three latents.
+
+        `actions` has n rows, or one that is held for all of them. Raises ValueError in one line for other lengths or
+        widths and for NaN.
+        """
+        rows = (torch.from_numpy(one)[None] for one in (actions.keyboard, actions.mouse))
+        keyboard, mouse = (one.expand(-1, self.frames_due, -1) if one.shape[1] == 1 else one for one in rows)
+        return self.stream.step(keyboard, mouse)[0].cpu().numpy()

@@ -1,0 +1,94 @@
+"""The bench: what it counts, what it says, what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from configs import load_config
+from configs.cli import run
+from model.__main__ import VERBS
+from model.bench import BenchConfig, clip_pass, count_flops, make_dit, measure_all
+
+SMOKE = str(Path(__file__).parent.parent / "configs" / "models" / "smoke.yaml")
+TINY = [SMOKE, "height=32", "width=48", "repeats=2"]
+META = torch.device("meta")
+
+
+def flops(config: BenchConfig, train: bool = False) -> int:
+    return count_flops(clip_pass(config, make_dit(config, META), train))
+
+
+def test_flops_are_those_of_the_matrices() -> None:
+    """One linear layer of the model is known by hand: what a wider feed-forward adds is 2 x 2 x tokens x width."""
+    config = load_config(BenchConfig, TINY)
+    model = config.model
+    wider = replace(config, model=replace(model, ffn_dim=model.ffn_dim + 10))
+    tokens = config.latents * (config.height // 16) * (config.width // 16)
+    assert flops(wider) - flops(config) == model.num_layers * 2 * 2 * tokens * model.dim * 10
+    assert flops(replace(config, batch=2)) == pytest.approx(2 * flops(config), rel=1e-6)
+
+
+def test_a_backward_pass_costs_about_two_forward_passes_and_recomputing_counts_once() -> None:
+    config = load_config(BenchConfig, TINY)
+    assert flops(config, train=True) == pytest.approx(3 * flops(config), rel=0.1)
+    recomputing = replace(config, model=replace(config.model, checkpoint_every=1))
+    assert flops(recomputing, train=True) == flops(config, train=True)
+
+
+def test_rows_and_environment_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, "codec=patch", "model.causal.window=6", "peak_tflops=0.1", f"out={tmp_path / 'bench.json'}"]
+    assert run("model", VERBS, ["bench", *words]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    assert list(rows) == [
+        "forward", "forward + backward", "cached pass", "encode 9 frames", "decode 9 frames", "decode the next block",
+        "stream, 3 + 1 passes",
+    ]  # fmt: skip
+    for what, row in rows.items():
+        assert what in printed
+        assert 0 < row["wall_s_min"] <= row["wall_s"] <= row["wall_s_max"] and row["model_tflop"] > 0
+        assert row["mfu"] == pytest.approx(row["model_tflop"] / row["wall_s"] / 0.1)
+    stream = rows["stream, 3 + 1 passes"]
+    assert stream["frames_per_s"] == pytest.approx(12 / stream["wall_s"])
+    parts = 4 * rows["cached pass"]["model_tflop"] + rows["decode the next block"]["model_tflop"]
+    assert stream["model_tflop"] == pytest.approx(parts)
+    assert found["environment"]["torch"] == torch.__version__ and found["config"]["model"]["causal"]["window"] == 6
+
+
+def test_a_model_that_cannot_stream_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("model", VERBS, ["bench", *TINY]) == 0
+    printed = capsys.readouterr().out
+    assert "no cached pass" in printed and "encode" not in printed
+
+
+def test_bf16_and_a_longer_batched_clip_run() -> None:
+    config = load_config(BenchConfig, [*TINY, "dtype=bf16", "batch=2", "blocks=2", "model.causal.window=6"])
+    one = {row.what: row for row in measure_all(config)}
+    assert one["forward"].model_tflop > 3 * flops(load_config(BenchConfig, TINY)) / 1e12
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("batch=0", "batch=0 must be 1 or more"),
+        ("height=40", "multiples of 16"),
+        ("dtype=fp8", "must be one of fp32, bf16"),
+        ("codec=nowhere", "no codec in nowhere"),
+        ("peak_tflops=-1", "peak_tflops=-1.0 positive"),
+        ("repeat=3", "did you mean 'repeats'"),
+    ],
+)
+def test_a_bench_that_makes_no_sense_is_one_line(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("model", VERBS, ["bench", *TINY, word]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and "\n" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+def test_a_gpu_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("model", VERBS, ["bench", *TINY, "device=cuda"]) == 2
+    assert "no CUDA device here" in capsys.readouterr().err

@@ -1,0 +1,135 @@
+"""The objective of the causal model."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_model import TINY, awake
+from torch import Tensor, nn
+
+from data_pipeline.types import Batch
+from model.action_dit import ActionDiT
+from model.conditioning import condition
+from model.flow import FlowMatch, FlowMatchConfig
+from model.masks import CausalConfig
+from train.log import StepFigures
+from train.objectives import check_objective, make_objective
+from train.objectives.autoregressive import Autoregressive
+from train.objectives.base import Base
+from train.objectives.diffusion_forcing import DiffusionForcing
+from train.objectives.draws import make_draws
+
+FLOW = FlowMatch(FlowMatchConfig())
+CAUSAL = replace(TINY, causal=CausalConfig(block=3, window=6))
+
+
+def clips(b: int = 2, f: int = 9, seed: int = 0) -> Batch:
+    """Continuous clips: 1 + 4 (f - 1) frames of actions."""
+    generator = torch.Generator().manual_seed(seed)
+    n = 1 + 4 * (f - 1)
+    latents = torch.randn(b, 16, f, 4, 6, generator=generator)
+    keyboard, mouse = torch.rand(b, n, 4, generator=generator).round(), torch.randn(b, n, 2, generator=generator)
+    return Batch(latents, keyboard, mouse, tuple(f"episode{i}:0" for i in range(b)))
+
+
+def test_every_block_of_every_clip_has_a_noise_level_of_its_own() -> None:
+    batch = clips(b=4)
+    sigma = DiffusionForcing().draw(batch.latents, FLOW, make_draws(0, 0, 0, 4)).sigma
+    assert sigma.shape == (4, 9) and torch.equal(sigma, sigma[:, ::3].repeat_interleave(3, dim=1))
+    assert len(sigma.unique()) == 12  # four clips of three blocks
+    assert torch.isin(sigma, FLOW.schedule(1000).sigmas).all()
+
+
+def test_a_clip_has_the_same_numbers_whatever_rank_and_batch_it_is_in() -> None:
+    objective, latents = DiffusionForcing(context_share=0.5, context_noise=0.2), clips(b=4).latents
+    whole = objective.draw(latents, FLOW, make_draws(7, 0, 0, 4))
+    for rank in range(2):  # the second step's sample 2 is the first of rank 1
+        part = objective.draw(latents[2 * rank : 2 * rank + 2], FLOW, make_draws(7, 0, 2 * rank, 2))
+        assert torch.equal(part.sigma, whole.sigma[2 * rank : 2 * rank + 2])
+        assert torch.equal(part.noise, whole.noise[2 * rank : 2 * rank + 2])
+
+
+def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
+    batch, objective, dit = clips(), DiffusionForcing(), awake(CAUSAL)
+    loss, figures = objective.loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
+    draw, seen = objective.draw(batch.latents, FLOW, make_draws(0, 0, 0, 2)), []
+
+    class Watcher(nn.Module):
+        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, keyboard: Tensor, mouse: Tensor) -> Tensor:
+            seen.append((timestep, cond))
+            return dit(x, timestep, cond, keyboard, mouse)
+
+    again, _ = objective.loss(Watcher(), FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
+    assert torch.equal(loss, again)
+    timestep, cond = seen[0]
+    assert torch.equal(timestep, 1000 * draw.sigma) and torch.equal(cond, condition(batch.latents, 1))
+    weight = FLOW.schedule(1000, training=True).training_weight(timestep)
+    by_hand = figures.loss.reshape(2, 8) * weight[:, 1:]
+    flat, _ = replace(objective, weighted=False).loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
+    first = 18 * loss - by_hand.sum(), 18 * flat - figures.loss.sum()  # of the given frames
+    assert torch.all(torch.stack(first) > 0) and not torch.isclose(loss, flat)
+    sums = StepFigures()
+    sums.add(figures)
+    assert sums.sums[1].sum() == 16  # the given frame counts in no figure
+
+
+def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
+    objective = DiffusionForcing(context_share=1.0, context_noise=0.1)
+    sigma = objective.draw(torch.zeros(64, 1, 9, 1, 1), FLOW, make_draws(0, 0, 0, 64)).sigma[:, ::3]
+    past = (sigma <= 0.1).sum(dim=1)
+    for count in range(3):  # of three blocks none, one or two are the past, never the last
+        assert (past == count).float().mean() > 0.15
+    known = sigma[past == 2, :2]
+    assert torch.equal(known[:, 0], known[:, 1]) and len(known.unique()) == len(known)
+    never = DiffusionForcing(context_share=0.0, context_noise=0.1)
+    assert (never.draw(torch.zeros(64, 1, 9, 1, 1), FLOW, make_draws(0, 0, 0, 64)).sigma < 0.1).float().mean() < 0.1
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "dense"])
+def test_no_block_learns_from_the_future(backend: str) -> None:
+    dit, batch = awake(replace(CAUSAL, attention=backend)), clips(b=1)
+    latents = batch.latents.requires_grad_()
+    _, figures = DiffusionForcing().loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 1))
+    later = batch.latents.detach().clone()
+    later[:, :, 6:] += 1
+    _, changed = DiffusionForcing().loss(dit, FLOW, replace(batch, latents=later), 0.0, make_draws(0, 0, 0, 1))
+    assert torch.equal(figures.loss[:5], changed.loss[:5]) and not torch.equal(figures.loss[5:], changed.loss[5:])
+    assert latents.requires_grad
+
+
+def test_one_clip_can_be_learnt_by_heart() -> None:
+    torch.manual_seed(0)
+    config = replace(CAUSAL, attention="dense")
+    dit, batch = ActionDiT(config, torch.Generator().manual_seed(0)), clips(b=1, f=6)
+    optimizer = torch.optim.AdamW(dit.parameters(), lr=4e-3, betas=(0.9, 0.95))
+    losses = []
+    for step in range(150):
+        loss, _ = DiffusionForcing().loss(dit, FLOW, batch, 0.0, make_draws(0, step, 0, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
+
+
+def test_an_objective_for_another_model_or_other_clips_is_refused_in_one_line() -> None:
+    forcing = make_objective({"name": "diffusion_forcing", "context_share": 0.5})
+    check_objective(forcing, CAUSAL, "continuous", 21)
+    check_objective(Base(), TINY, "chunked", 6)
+    wrong: list[tuple[Any, ...]] = [
+        (forcing, TINY, "continuous", 21, "with a `causal` section.*not causal"),
+        (forcing, CAUSAL, "chunked", 6, "layout continuous.*chunked"),
+        (forcing, CAUSAL, "continuous", 20, "divide the clips"),
+        (DiffusionForcing(block=2), CAUSAL, "continuous", 6, "must be equal"),
+        (Base(), CAUSAL, "chunked", 6, "without a `causal`.*model is causal"),
+        (Autoregressive(), TINY, "continuous", 6, "layout chunked.*clips are continuous"),
+    ]
+    for objective, model, layout, latents, message in wrong:
+        with pytest.raises(ValueError, match=message) as error:
+            check_objective(objective, model, layout, latents)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="blocks of 3"):
+        DiffusionForcing().draw(torch.zeros(1, 1, 7, 1, 1), FLOW, make_draws(0, 0, 0, 1))
+    with pytest.raises(ValueError, match="context_share"):
+        DiffusionForcing(context_share=2.0)

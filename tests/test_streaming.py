@@ -1,0 +1,297 @@
+"""Rollouts of a causal model: blocks of frames, caches filled by one call, a world that answers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_world import DIT, GAME, random_dit, random_video, write_checkpoint, write_codec
+from torch import Tensor
+
+from configs import save_config
+from configs.cli import run as run_words
+from data_pipeline.types import Actions
+from data_pipeline.video import probe, write_video
+from model.action_dit import ActionDiT
+from model.actions import action_windows
+from model.codec import load_codec
+from model.conditioning import condition
+from model.flow import FlowMatch, FlowMatchConfig
+from model.masks import CausalConfig
+from model.weights import load_into
+from sampling.__main__ import VERBS
+from sampling.chunked import to_uint8
+from sampling.streaming import Denoising, Stream, denoise_in_few_steps, integrate, rollout_blocks
+from sampling.world import LiveWorld
+from sampling.world_model import WORLD_FILE, WorldModel, read_world_config
+
+CAUSAL = replace(DIT, causal=CausalConfig(block=3, window=6))
+FEW = Denoising(few_steps=(1000, 666, 333))
+
+
+@pytest.fixture(scope="module")
+def codec_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("codec")
+    write_codec(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(codec_folder: Path) -> WorldModel:
+    return make_world(codec_folder, CausalConfig(block=3, window=6))
+
+
+def make_world(codec: Path, causal: CausalConfig) -> WorldModel:
+    dit = ActionDiT(replace(DIT, causal=causal))
+    load_into(dit, random_dit().state_dict())
+    return WorldModel(
+        dit.eval().requires_grad_(False), FlowMatch(FlowMatchConfig()), load_codec(codec).requires_grad_(False), GAME
+    )
+
+
+def rows(n: int, b: int = 1, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(b, n, 4, generator=generator).round(), torch.randn(b, n, 2, generator=generator)
+
+
+def play(
+    world: WorldModel,
+    n: int = 33,
+    seeds: tuple[int, ...] = (0,),
+    denoising: Denoising = Denoising(steps=2),  # noqa: B008
+    actions: tuple[Tensor, Tensor] | None = None,
+    prompt: Tensor | None = None,
+) -> list[Tensor]:
+    prompt = random_video(1)[:, :, 0] if prompt is None else prompt
+    keyboard, mouse = (one.expand(len(seeds), -1, -1) for one in (rows(n) if actions is None else actions))
+    images = prompt.expand(len(seeds), *prompt.shape[1:])
+    return list(rollout_blocks(world, images, (keyboard, mouse), seeds, denoising))
+
+
+@pytest.mark.parametrize("denoising", [Denoising(steps=2), FEW])
+def test_a_rollout_yields_nine_frames_and_then_twelve_per_block(world: WorldModel, denoising: Denoising) -> None:
+    made = play(world, n=33, denoising=denoising)
+    assert [tuple(one.shape) for one in made] == [(1, 9, 32, 48, 3), (1, 12, 32, 48, 3), (1, 12, 32, 48, 3)]
+    assert all(one.dtype == torch.uint8 for one in made)
+
+
+def test_the_first_frame_is_the_prompt_as_the_codec_shows_it(world: WorldModel) -> None:
+    prompt = random_video(1)
+    shown = to_uint8(world.codec.decode(world.codec.encode(prompt)))
+    assert torch.equal(play(world, n=9, prompt=prompt[:, :, 0])[0][:, 0], shown[:, 0])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_another_world(world: WorldModel) -> None:
+    for denoising in (Denoising(steps=2), FEW):
+        one, again, other = (torch.cat(play(world, 21, (seed,), denoising), dim=1) for seed in (5, 5, 6))
+        assert torch.equal(one, again) and not torch.equal(one, other)
+
+
+def test_a_sample_does_not_depend_on_its_neighbours_in_the_batch(world: WorldModel) -> None:
+    alone, among = (torch.cat(play(world, 21, seeds), dim=1) for seeds in ((5,), (3, 5, 8)))
+    difference = (alone[0].int() - among[1].int()).abs()
+    # Matrix products of other sizes add in another order; that may turn a rounding, no more.
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
+
+
+def test_actions_after_a_block_do_not_change_it_and_their_own_block_they_do(world: WorldModel) -> None:
+    keyboard, mouse = rows(33)
+    changed = mouse.clone()
+    changed[:, 21:] += 3
+    before, after = play(world, actions=(keyboard, mouse)), play(world, actions=(keyboard, changed))
+    same = [torch.equal(one, other) for one, other in zip(before, after, strict=True)]
+    assert same == [True, True, False]
+
+
+def test_blocks_see_the_windows_and_conditions_that_a_whole_clip_has(world: WorldModel) -> None:
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    whole = rows(33)
+    handle = world.dit.register_forward_pre_hook(
+        lambda module, given, named: seen.append((given[2], given[3], given[4])) if named.get("keep") else None,
+        with_kwargs=True,
+    )
+    stream = Stream(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
+    for block, (first, last) in enumerate([(0, 9), (9, 21), (21, 33)]):
+        assert stream.frames_due == last - first
+        stream.step(*(one[:, first:last] for one in whole))
+        frames = range(3 * block, 3 * block + 3)
+        _, *windows = seen[-1]
+        for one, window in zip(whole, windows, strict=True):
+            assert torch.equal(window, action_windows(one, [4 * i for i in frames]))
+    handle.remove()
+    known = world.codec.encode(random_video(1))
+    clip = torch.cat([known, torch.zeros_like(known).expand(-1, -1, 8, -1, -1)], dim=2)
+    assert torch.equal(torch.cat([cond for cond, _, _ in seen], dim=2), condition(clip, 1))
+
+
+def test_a_prompt_clip_fills_the_caches_as_made_blocks_do(world: WorldModel) -> None:
+    video, whole = random_video(21), rows(33)
+    made = play(world, actions=whole, prompt=video)
+    assert torch.equal(torch.cat(made[:2], dim=1), to_uint8(world.codec.decode(world.codec.encode(video))))
+    stream = Stream(world, video[:, :, 0], [0], Denoising(steps=2))
+    latents = world.codec.encode(video)
+    stream.take(latents[:, :, :3], whole[0][:, :9], whole[1][:, :9])
+    stream.take(latents[:, :, 3:], whole[0][:, 9:21], whole[1][:, 9:21])
+    assert stream.cache.start == 6
+    assert torch.equal(stream.step(whole[0][:, 21:], whole[1][:, 21:]), made[2])
+    other = play(world, actions=whole, prompt=random_video(21, seed=1))
+    assert not torch.equal(other[2], made[2])
+
+
+def test_context_noise_changes_what_later_blocks_see_and_the_model_carries_its_own(
+    world: WorldModel, codec_folder: Path
+) -> None:
+    clean, noisy = (play(world, denoising=Denoising(steps=2, context_noise=level)) for level in (0.0, 0.2))
+    assert torch.equal(clean[0], noisy[0]) and not torch.equal(clean[1], noisy[1])
+    own = make_world(codec_folder, replace(CausalConfig(3, 6), context_noise=0.2))
+    assert all(torch.equal(one, other) for one, other in zip(play(own), noisy, strict=True))
+
+
+def test_unknown_latents_may_be_grey_frames(codec_folder: Path) -> None:
+    world = make_world(codec_folder, replace(CausalConfig(3, 6), unknown="grey"))
+    stream = Stream(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
+    grey = torch.cat([random_video(1), torch.zeros(1, 3, 32, 32, 48)], dim=2)
+    latents = world.codec.encode(grey)
+    blocks = [next(stream._conditions) for _ in range(4)]
+    assert torch.equal(torch.cat(blocks[:3], dim=2)[:, 4:], latents) and torch.equal(blocks[3], blocks[2])
+    assert blocks[0][:, :4, 0].all() and not blocks[0][:, :4, 1:].any() and not blocks[1][:, :4].any()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_euler_with_the_true_velocity_recovers_the_block_and_holds_what_is_known(steps: int) -> None:
+    x0, noise = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    flow = FlowMatch(FlowMatchConfig())
+    assert torch.allclose(integrate(lambda x, t: noise - x0, flow, noise, steps), x0, atol=1e-5)
+    held = integrate(lambda x, t: torch.zeros_like(x), flow, noise, steps, known=x0[:, :, :1])
+    assert torch.equal(held[:, :, :1], x0[:, :, :1]) and torch.equal(held[:, :, 1:], noise[:, :, 1:])
+
+
+def test_few_steps_stand_at_the_warped_levels_and_noise_anew() -> None:
+    x0, *noises = torch.randn(4, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    flow, seen = FlowMatch(FlowMatchConfig()), []
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        seen.append((x, float(timestep)))
+        sigma = timestep / 1000
+        return (x - x0) / sigma  # the velocity of whichever noise is in x
+
+    found = denoise_in_few_steps(velocity, flow, noises.__getitem__, (1000, 666, 333))
+    assert torch.allclose(found, x0, atol=1e-5)
+    assert [round(timestep, 4) for _, timestep in seen] == [1000.0, 908.8427, 713.9794]  # facts of the released models
+    for (x, timestep), noise in zip(seen, noises, strict=True):
+        sigma = timestep / 1000
+        assert torch.allclose(x, (1 - sigma) * x0 + sigma * noise, atol=1e-4)
+
+
+def test_a_live_world_answers_held_and_single_rows_alike(world: WorldModel) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    held = Actions(np.eye(4, dtype=np.float32)[:1], np.array([[0.0, 1.0]], np.float32))
+    one, other = (LiveWorld(world, picture, seed=3, denoising=Denoising(steps=1)) for _ in range(2))
+    for n in (9, 12, 12):
+        assert one.frames_due == n
+        frames = one.step(held)
+        full = Actions(held.keyboard.repeat(n, axis=0), held.mouse.repeat(n, axis=0))
+        assert frames.shape == (n, 32, 48, 3) and np.array_equal(frames, other.step(full))
+    one.restart(picture, seed=3)
+    assert one.frames_due == 9
+
+
+def test_a_long_rollout_holds_no_more_memory_than_a_short_one(world: WorldModel) -> None:
+    live = LiveWorld(world, np.zeros((32, 48, 3), np.uint8), denoising=Denoising(few_steps=(1000,)))
+    rest = Actions(np.zeros((1, 4), np.float32), np.zeros((1, 2), np.float32))
+
+    def held() -> int:
+        stream = live.stream
+        assert stream._history is not None
+        kept = [*stream._history, *stream._decoder_state]
+        return stream.cache.nbytes + sum(one.nbytes for one in kept)
+
+    live.step(rest)
+    live.step(rest)
+    after_two = held()
+    for _ in range(20):
+        live.step(rest)
+    assert held() == after_two and live.stream.cache.start == 66
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda k, m: (k[:, :8], m), r"keyboard actions of shape \(1, 8, 4\).*\(1, 9, 4\)"),
+        (lambda k, m: (k[:, :, :3], m), "keyboard actions"),
+        (lambda k, m: (k, m[:, :, :1]), "mouse actions"),
+        (lambda k, m: (k, m * float("nan")), "NaN"),
+    ],
+)
+def test_wrong_actions_are_refused_in_one_line_and_change_nothing(world: WorldModel, wrong: Any, message: str) -> None:
+    stream = Stream(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
+    with pytest.raises(ValueError, match=message) as error:
+        stream.step(*wrong(*rows(9)))
+    assert "\n" not in str(error.value) and stream.blocks == 0
+    fresh = Stream(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
+    assert torch.equal(stream.step(*rows(9)), fresh.step(*rows(9)))
+
+
+def test_requests_that_do_not_fit_are_refused_in_one_line(world: WorldModel) -> None:
+    with pytest.raises(ValueError, match=r"actions: 30 frames are no whole number of blocks of 3 latents \(33 are 3\)"):
+        play(world, n=30)
+    with pytest.raises(ValueError, match=r"prompt: 5 frames are no whole number"):
+        play(world, n=33, prompt=random_video(5))
+    with pytest.raises(ValueError, match="multiples of 16"):
+        play(world, prompt=torch.zeros(1, 3, 40, 48))
+    with pytest.raises(ValueError, match="2 seeds for 1 pictures"):
+        Stream(world, random_video(1)[:, :, 0], [0, 1], Denoising())
+    bidirectional = replace(world, dit=random_dit())
+    with pytest.raises(ValueError, match="not trained causally"):
+        play(bidirectional)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal checkpoint on disk."""
+    folder = write_checkpoint(tmp_path_factory.mktemp("causal"))
+    save_config(replace(read_world_config(folder), model=CAUSAL, layout="continuous"), folder / WORLD_FILE)
+    return folder
+
+
+def generate(run: Path, tmp_path: Path, *words: str) -> int:
+    Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(tmp_path / "frame.png")
+    given = [f"prompt={tmp_path / 'frame.png'}", f"out={tmp_path / 'demo.mp4'}", "frames=21", "steps=1"]
+    return run_words("sampling", VERBS, ["generate", str(run), *given, *words])
+
+
+def test_generate_streams_from_an_image_with_few_steps_and_from_a_clip(run: Path, tmp_path: Path) -> None:
+    assert generate(run, tmp_path, "method=streaming") == 0
+    assert probe(tmp_path / "demo.mp4").frames == 21 and (tmp_path / "demo.png").exists()
+    assert generate(run, tmp_path, "method=streaming", "few_steps=[1000,500]", "context_noise=0.1", "actions=idle") == 0
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, (np.full((32, 48, 3), 10 * i, np.uint8) for i in range(9)), 17.5)
+    assert generate(run, tmp_path, "method=streaming", f"prompt={clip}", "prompt_frames=9") == 0
+    assert generate(run, tmp_path, "method=streaming", f"prompt={clip}", "prompt_frames=10") == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=chunked"], "use method=streaming"),
+        (["method=streaming", "frames=20"], "frames: 20 frames are no whole number of blocks of 3 latents (21 are 2)"),
+        (["method=streaming", "few_steps=[1000,2000]"], "between 0 and 1000"),
+        (["method=streaming", "prompt_frames=9"], "needs a video"),
+    ],
+)
+def test_a_wrong_request_is_one_line(
+    run: Path, tmp_path: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(run, tmp_path, *words) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said and not (tmp_path / "demo.mp4").exists()
+
+
+def test_a_model_that_was_not_trained_causally_is_not_streamed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(write_checkpoint(tmp_path / "run"), tmp_path, "method=streaming") == 2
+    assert "not trained causally" in capsys.readouterr().err

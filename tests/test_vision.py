@@ -1,0 +1,141 @@
+"""CLIP's vision tower: both layouts, the right layers, and what a model with each kind of vision is told."""
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.fixtures import read_fixtures, run_fixture
+from model.parity_codec import clip
+from model.vision import (
+    TowerConfig,
+    _make_tower,
+    _official_name,
+    image_conditions,
+    load_tower,
+    load_vision,
+    visual_context,
+)
+from model.wan_codec import WanCodec, WanCodecConfig, load_vae
+
+GOLDEN = Path(__file__).parent / "golden"
+FIXTURE = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "clip")
+STATE = {name.removeprefix("sd."): tensor for name, tensor in FIXTURE.tensors.items() if name.startswith("sd.")}
+TINY = TowerConfig(image_size=28, patch_size=7, width=36, mlp_width=144, heads=3, layers=2)
+IMAGES = torch.rand(2, 3, 20, 36, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def tower():
+    return load_tower(STATE, TINY, "the fixture").requires_grad_(False)
+
+
+def hf_state(tower) -> dict[str, torch.Tensor]:
+    """The tower under transformers' names, with the layer and the norm that are not used."""
+    state = {f"vision_model.{name}": tensor.clone() for name, tensor in tower.tower.state_dict().items()}
+    last = {name.replace("layers.1.", "layers.2."): tensor + 1 for name, tensor in state.items() if "layers.1." in name}
+    unused = {"vision_model.post_layernorm.weight": torch.ones(36), "text_model.x": torch.ones(1)}
+    return state | last | unused
+
+
+def test_every_output_agrees_with_the_reference() -> None:
+    rows = run_fixture(FIXTURE, {"clip": clip})
+    assert {row.output for row in rows} == set(FIXTURE.outputs(""))
+    assert [row for row in rows if row.verdict != "ok"] == []
+
+
+def test_the_released_file_has_392_vision_tensors_of_which_377_are_used() -> None:
+    with torch.device("meta"):
+        tower = _make_tower(TowerConfig())
+    state = tower.state_dict()
+    names = {_official_name(name) for name in state}
+    last = {name for name in names if name.startswith("transformer.30.")}
+    assert len(names) == 377 and len(last) == 12  # beside them: layer 31, post_norm (2), head
+    assert state["embeddings.position_embedding.weight"].shape == (257, 1280)
+
+
+def test_the_official_file_loads_with_its_text_tower_left_out(tower, tmp_path) -> None:
+    state = {f"visual.{name}": tensor for name, tensor in STATE.items()}
+    state |= {"textual.token_embedding.weight": torch.zeros(4, 4), "log_scale": torch.zeros(1)}
+    assert torch.equal(load_tower(state, TINY, "file")(IMAGES), tower(IMAGES))
+    torch.save(state, tmp_path / "clip.pth")
+    with pytest.raises(ValueError, match=r"clip.pth holds no such CLIP vision tower: .* misshapen"):
+        load_vision(tmp_path / "clip.pth")  # by itself such a file has the released sizes
+
+
+def test_the_layout_of_transformers_gives_the_same_tokens(tower, tmp_path) -> None:
+    save_file(hf_state(tower), tmp_path / "model.safetensors")
+    sizes = {
+        "model_type": "clip_vision_model", "hidden_act": "gelu", "hidden_size": 36, "intermediate_size": 144,
+        "num_hidden_layers": 3, "num_attention_heads": 3, "image_size": 28, "patch_size": 7,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    loaded = load_vision(tmp_path)
+    assert loaded.config == TINY
+    assert torch.equal(loaded(IMAGES), tower(IMAGES))
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"hidden_act": "quick_gelu"}))
+    with pytest.raises(ValueError, match="quick_gelu"):
+        load_vision(tmp_path)
+
+
+def test_the_tower_in_a_library_model_gives_the_same_tokens(tower) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from model.vision import clip_pixels
+
+    sizes = CLIPVisionConfig(
+        hidden_size=36, intermediate_size=144, num_hidden_layers=3, num_attention_heads=3, image_size=28, patch_size=7,
+        hidden_act="gelu",
+    )  # fmt: skip
+    whole = CLIPVisionModel(sizes).eval().requires_grad_(False)
+    loaded = load_tower(whole.state_dict(), TINY, "a model")
+    hidden = whole(pixel_values=clip_pixels(IMAGES, 28), output_hidden_states=True).hidden_states
+    assert hidden is not None
+    torch.testing.assert_close(loaded(IMAGES), hidden[-2], atol=1e-5, rtol=0)
+
+
+def test_a_model_is_told_what_its_kind_of_vision_takes(tower) -> None:
+    tokens, pooled = (visual_context(tower, IMAGES, kind) for kind in ("tokens", "pooled"))
+    assert tokens is not None and pooled is not None
+    assert tokens.shape == (2, 17, 36) and pooled.shape == (2, 1, 36)
+    assert torch.equal(pooled[:, 0], tokens[:, 0])
+    assert visual_context(None, IMAGES, "none") is None
+    with pytest.raises(ValueError, match="needs the weights"):
+        visual_context(None, IMAGES, "tokens")
+
+
+def test_a_picture_has_the_same_tokens_alone_and_in_a_batch(tower) -> None:
+    torch.testing.assert_close(tower(IMAGES)[1:], tower(IMAGES[1:]), atol=1e-5, rtol=0)
+
+
+def test_names_and_shapes_that_do_not_fit_are_said(tower) -> None:
+    state = {name: tensor for name, tensor in STATE.items() if name != "transformer.1.norm2.bias"}
+    state |= {"transformer.0.attn.to_qkv.bias": torch.zeros(36), "extra": torch.zeros(1)}
+    with pytest.raises(ValueError) as error:
+        load_tower(state, TINY, "clip.pth")
+    for part in ("transformer.1.norm2.bias", "transformer.0.attn.to_qkv.bias (36,) for (108,)", "extra"):
+        assert part in str(error.value)
+    other = {name: tensor for name, tensor in hf_state(tower).items() if not name.endswith("layers.0.mlp.fc1.bias")}
+    with pytest.raises(ValueError, match=r"1 missing: encoder.layers.0.mlp.fc1.bias"):
+        load_tower(other, TINY, "model.safetensors")
+
+
+def test_without_transformers_one_line_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="pip install 'transformers"):
+        load_tower(STATE, TINY, "the fixture")
+
+
+def test_conditions_come_block_by_block_without_an_end() -> None:
+    config = WanCodecConfig(width=4)
+    codec = WanCodec(config, load_vae(config, GOLDEN / "vae.weights.safetensors")).eval()
+    image = IMAGES[..., :16, :24]
+    whole = next(image_conditions(codec, image, 7))
+    assert whole.shape == (2, 20, 7, 2, 3)
+    blocks = list(islice(image_conditions(codec, image, 1), 7))
+    torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-5, rtol=0)
+    assert whole[:, :4, 0].eq(1).all() and whole[:, :4, 1:].eq(0).all()

@@ -1,0 +1,281 @@
+"""Wan's autoencoder: both layouts load, pieces equal the whole, and a stream's memory does not grow."""
+
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from configs import to_dict
+from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline.shards import load_manifest
+from model.codec import PatchCodec, codec_hash, load_codec
+from model.fixtures import read_fixtures, run_fixture
+from model.parity_codec import vae
+from model.tiny_decoder import TinyDecoder
+from model.wan_codec import WanCodec, WanCodecConfig, make_vae, official_name
+from model.weights import load_weights
+
+GOLDEN = Path(__file__).parent / "golden"
+WIDTH = 4  # of the golden weights
+TINY = WanCodecConfig(width=WIDTH)
+
+
+@pytest.fixture(scope="module")
+def official() -> dict[str, torch.Tensor]:
+    """Random weights under the official names."""
+    return load_weights(GOLDEN / "vae.weights.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(official, tmp_path_factory) -> Path:
+    """A folder of ours: config.yaml and the official file."""
+    folder = tmp_path_factory.mktemp("wan")
+    torch.save(official, folder / "Wan2.1_VAE.pth")
+    (folder / "config.yaml").write_text(yaml.safe_dump({"name": "wan", "width": WIDTH}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def codec(folder) -> WanCodec:
+    codec = load_codec(folder)
+    assert isinstance(codec, WanCodec)
+    return codec.requires_grad_(False)
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_every_output_agrees_with_the_reference() -> None:
+    fixture = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "vae")
+    rows = run_fixture(fixture, {"vae": vae})
+    assert {row.output for row in rows} == set(fixture.outputs(""))
+    assert [row for row in rows if row.verdict != "ok"] == []
+
+
+def test_a_wrong_expectation_is_a_failure() -> None:
+    fixture = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "vae")
+    fixture.tensors["out.latent"] += 1e-3
+    assert {row.output for row in vae(fixture) if row.verdict == "FAIL"} == {"latent"}
+
+
+def test_the_released_file_has_these_names_and_no_others(official) -> None:
+    with torch.device("meta"):
+        real = make_vae(WanCodecConfig()).state_dict()
+    names = {official_name(name, WanCodecConfig()) for name in real}
+    assert names == set(official) and len(names) == 194
+    assert sum(tensor.numel() for tensor in real.values()) == 126_892_531
+
+
+def test_the_official_and_the_diffusers_layout_give_the_same_codec(codec, official, tmp_path) -> None:
+    with torch.device("meta"):
+        names = list(make_vae(TINY).state_dict())
+    state = {name: official[official_name(name, TINY)].clone() for name in names}
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    given = {"_class_name": "AutoencoderKLWan", "base_dim": WIDTH, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    other = load_codec(tmp_path)
+    video, latents = noise(1, 3, 5, 16, 24), noise(1, 16, 2, 2, 3)
+    assert torch.equal(codec.encode(video), other.encode(video))
+    assert torch.equal(codec.decode(latents), other.decode(latents))
+
+
+@pytest.mark.parametrize("cuts", [(1, 4, 4, 4), (9, 4), (5, 8)])
+def test_encoding_block_by_block_equals_the_whole(codec, cuts: tuple[int, ...]) -> None:
+    video, state, parts = noise(2, 3, 13, 16, 24), None, []
+    for block in video.split(cuts, dim=2):
+        latents, state = codec.encode_stream(block, state)
+        parts.append(latents)
+    torch.testing.assert_close(torch.cat(parts, dim=2), codec.encode(video), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3), (3, 3), (1, 1, 1, 1, 1, 1), (6,)])
+def test_decoding_block_by_block_equals_the_whole(codec, cuts: tuple[int, ...]) -> None:
+    latents, state, parts = noise(2, 16, 6, 2, 3), None, []
+    for block in latents.split(cuts, dim=2):
+        video, state = codec.decode_stream(block, state)
+        parts.append(video.clamp(-1, 1))
+    torch.testing.assert_close(torch.cat(parts, dim=2), codec.decode(latents), atol=1e-5, rtol=0)
+
+
+def test_blocks_of_three_latents_are_nine_frames_and_then_twelve(codec) -> None:
+    state, frames = None, []
+    for block in noise(1, 16, 9, 2, 3).split(3, dim=2):
+        video, state = codec.decode_stream(block, state)
+        frames.append(video.shape[2])
+    assert frames == [9, 12, 12]
+
+
+def test_a_sample_is_the_same_alone_and_in_a_batch(codec) -> None:
+    video, latents = noise(3, 3, 9, 16, 24), noise(3, 16, 3, 2, 3)
+    alone = torch.cat([codec.encode(one) for one in video.split(1)])
+    torch.testing.assert_close(codec.encode(video), alone, atol=1e-5, rtol=0)
+    alone = torch.cat([codec.decode(one) for one in latents.split(1)])
+    torch.testing.assert_close(codec.decode(latents), alone, atol=1e-5, rtol=0)
+
+
+def test_a_state_can_be_continued_twice(codec) -> None:
+    latents = noise(1, 16, 4, 2, 3)
+    _, state = codec.decode_stream(latents[:, :, :2], None)
+    first, _ = codec.decode_stream(latents[:, :, 2:], state)
+    again, _ = codec.decode_stream(latents[:, :, 2:], state)
+    assert torch.equal(first, again)
+
+
+def test_the_state_of_a_stream_does_not_grow(codec) -> None:
+    sizes, state, drawn = [], None, None
+    for block in range(6):
+        _, state = codec.encode_stream(noise(1, 3, 9 if block == 0 else 12, 16, 24), state)
+        _, drawn = codec.decode_stream(noise(1, 16, 3, 2, 3), drawn)
+        kept = [one for one in (*state, *drawn) if isinstance(one, torch.Tensor)]
+        sizes.append(sum(one.untyped_storage().nbytes() for one in kept))
+    assert len(set(sizes[1:])) == 1
+
+
+def test_more_latents_at_once_change_nothing_but_memory(codec, folder) -> None:
+    video, latents = noise(1, 3, 17, 16, 24), noise(1, 16, 5, 2, 3)
+    one_by_one = load_codec(folder, "piece_latents=1")
+    torch.testing.assert_close(one_by_one.encode(video), codec.encode(video), atol=1e-5, rtol=0)
+    torch.testing.assert_close(one_by_one.decode(latents), codec.decode(latents), atol=1e-5, rtol=0)
+
+
+def test_one_tile_as_large_as_the_picture_is_the_picture(codec, folder) -> None:
+    video = noise(1, 3, 5, 16, 24)
+    tiled = load_codec(folder, "tile=[2,3]", "tile_stride=[1,2]")
+    torch.testing.assert_close(tiled.encode(video), codec.encode(video), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 16, 24), (0, 16, 24), (5, 12, 24)])
+def test_a_clip_of_another_shape_is_refused(codec, shape: tuple[int, int, int]) -> None:
+    with pytest.raises(ValueError, match="a clip has 1 \\+ 4k frames"):
+        codec.encode(noise(1, 3, *shape))
+
+
+def test_bf16_decodes_about_the_same(codec) -> None:
+    latents = noise(1, 16, 3, 2, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        halved = codec.decode(latents)
+    assert halved.dtype == torch.float32
+    assert (halved - codec.decode(latents)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("layout", ["chunked", "continuous"])
+def test_recordings_are_encoded_in_both_layouts(game, recordings, folder, tmp_path, layout) -> None:
+    frames = 18 if layout == "chunked" else 17
+    words = EncodeConfig(
+        game, str(recordings), str(folder), str(tmp_path), layout=layout, clip_frames=frames, heldout_every=0, batch=2
+    )
+    done = encode_recordings(words)
+    manifest = load_manifest(done.manifests[0])
+    assert done.clips > 0
+    assert (manifest.codec, manifest.codec_hash) == ("wan", codec_hash(folder))
+    assert manifest.clip_latents == (6 if layout == "chunked" else 5)
+    assert manifest.latent_mean == pytest.approx(TINY.latent_mean)
+
+
+def test_the_tiny_decoder_takes_the_place_of_the_full_one(folder, codec, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path / "wan")
+    torch.save(TinyDecoder().state_dict(), tmp_path / "wan" / "taew2_1.pth")
+    tiny = load_codec(tmp_path / "wan", "decoder=tiny")
+    assert isinstance(tiny, WanCodec) and tiny.decoder is None
+    video = noise(1, 3, 5, 16, 24)
+    assert torch.equal(tiny.encode(video), codec.encode(video))
+    assert tiny.decode(noise(1, 16, 3, 2, 3)).shape == (1, 3, 9, 16, 24)
+    assert codec_hash(tmp_path / "wan") == codec_hash(folder)
+
+
+def test_the_tiny_decoder_without_its_file_is_refused(folder) -> None:
+    with pytest.raises(FileNotFoundError, match=r"taew2_1\.pth"):
+        load_codec(folder, "decoder=tiny")
+    with pytest.raises(ValueError, match="full, tiny"):
+        load_codec(folder, "decoder=small")
+
+
+def test_the_demos_codec_still_loads_as_itself(codec_folder) -> None:
+    demo = load_codec(codec_folder)
+    assert isinstance(demo, PatchCodec)
+    video, state, parts = noise(1, 3, 13, 32, 48), None, []
+    for block in video.split((5, 8), dim=2):
+        latents, state = demo.encode_stream(block, state)
+        parts.append(latents)
+    torch.testing.assert_close(torch.cat(parts, dim=2), demo.encode(video), atol=1e-5, rtol=0)
+
+
+def test_names_and_shapes_that_do_not_fit_are_said(official, folder, tmp_path) -> None:
+    state = {name: tensor for name, tensor in official.items() if name != "decoder.middle.0.residual.2.weight"}
+    state |= {"decoder.extra.weight": torch.zeros(1), "conv2.bias": torch.zeros(7)}
+    shutil.copy(folder / "config.yaml", tmp_path)
+    torch.save(state, tmp_path / "Wan2.1_VAE.pth")
+    with pytest.raises(ValueError) as error:
+        load_codec(tmp_path)
+    for part in ("decoder.middle.0.residual.2.weight", "decoder.extra.weight", "conv2.bias (7,) for (16,)"):
+        assert part in str(error.value)
+
+
+def test_a_file_of_another_width_is_refused(folder) -> None:
+    with pytest.raises(ValueError, match=r"width 96: .* misshapen"):
+        load_codec(folder / "Wan2.1_VAE.pth")
+
+
+class Malice:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("damage", ["code", "pickle", "truncated", "text", "empty", "list"])
+def test_a_file_that_is_no_weights_is_one_line(folder, tmp_path, damage: str) -> None:
+    path, whole = tmp_path / "Wan2.1_VAE.pth", (folder / "Wan2.1_VAE.pth").read_bytes()
+    if damage == "code":
+        torch.save({"conv1.bias": Malice(tmp_path / "ran")}, path)
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"conv1.bias": Malice(tmp_path / "ran")}))
+    elif damage == "list":
+        torch.save([torch.zeros(3)], path)
+    else:
+        path.write_bytes({"truncated": whole[:-1000], "text": b"no weights at all", "empty": b""}[damage])
+    with pytest.raises(ValueError, match=str(path)) as error:
+        load_codec(path)
+    assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_path_with_nothing_there_is_refused(tmp_path) -> None:
+    for path in (tmp_path, tmp_path / "Wan2.1_VAE.pth"):
+        with pytest.raises(FileNotFoundError, match=r"Wan2\.1_VAE\.pth"):
+            load_codec(path)
+
+
+def test_another_autoencoder_of_diffusers_is_refused(tmp_path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "is_residual": True}))
+    with pytest.raises(ValueError, match="is_residual"):
+        load_codec(tmp_path)
+
+
+def test_without_diffusers_one_line_says_what_to_install(folder, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers.models.autoencoders.autoencoder_kl_wan", None)
+    with pytest.raises(ValueError, match="pip install 'diffusers"):
+        load_codec(folder)
+
+
+def test_a_config_of_other_numbers_is_refused() -> None:
+    for words in ({"latent_mean": (0.0,)}, {"piece_latents": 0}, {"tile": (2, 2), "tile_stride": (3, 1)}):
+        with pytest.raises(ValueError, match=next(iter(words)) if len(words) == 1 else "tile_stride"):
+            WanCodecConfig(**{**to_dict(TINY), **words})
+
+
+def test_importing_the_model_imports_neither_library() -> None:
+    code = "import sys, model.codec, model.vision; print({'diffusers', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

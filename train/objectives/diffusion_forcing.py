@@ -1,0 +1,67 @@
+"""Continuous clips, block-causal: every block of latents at a noise level of its own, all of them trained at once."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.types import Batch
+from model.flow import FlowMatch
+from sampling.scores import Draw, velocity_error
+from train.objectives.base import Figures
+from train.objectives.draws import Draws
+
+
+@dataclass(frozen=True)
+class DiffusionForcing:
+    """Velocity loss under upstream's bell-shaped weight, one noise level per block (arXiv 2407.01392, 2506.08009).
+
+    The model's own `causal` section says who sees whom; the first frame of a clip is given as its conditioning.
+    """
+
+    block: int = 3  # latent frames that share a noise level: the model's causal.block
+    # Levels drawn for every block alone leave a past that is nearly clean, as it is in a rollout, almost unseen: the
+    # shift puts 2 % of the levels below 0.1. In this share of clips a random number of first blocks is that past.
+    context_share: float = 0.0
+    context_noise: float = 0.0  # the largest noise level of such a past, drawn per clip; the model is told the level
+    weighted: bool = True  # upstream's weight, which trains middle levels most; without it all count alike
+
+    def __post_init__(self) -> None:
+        if self.block < 1 or not 0 <= self.context_share <= 1 or not 0 <= self.context_noise < 1:
+            raise ValueError(
+                f"diffusion_forcing: block {self.block} must be 1 or more, context_share {self.context_share} in [0, 1]"
+                f" and context_noise {self.context_noise} in [0, 1)"
+            )
+
+    def loss(
+        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
+    ) -> tuple[Tensor, Figures]:
+        """The weighted squared velocity error and its parts per latent frame; `progress` is unused here."""
+        draw = self.draw(batch.latents, flow, draws)
+        error = velocity_error(model, flow, batch, 1, draw, "continuous")
+        weight = torch.ones_like(draw.sigma)
+        if self.weighted:
+            schedule = flow.schedule(flow.config.train_steps, training=True)
+            weight = schedule.training_weight(flow.config.train_steps * draw.sigma)
+        # The given latent is no achievement: it counts for the gradient, not for the figure.
+        return (error * weight).mean(), Figures(error[:, 1:].detach().flatten(), draw.sigma[:, 1:].flatten())
+
+    def draw(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Draw:
+        """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w); each sample's from its own
+        generator."""
+        f = latents.shape[2]
+        if f % self.block:
+            raise ValueError(
+                f"clips of {f} latent frames do not divide into blocks of {self.block}; encode clips of a multiple"
+            )
+        sigmas = flow.schedule(flow.config.train_steps).sigmas.float()
+        levels = torch.stack([self._levels(f // self.block, sigmas, generator) for generator in draws.samples])
+        return Draw(levels.repeat_interleave(self.block, dim=1).to(latents.device), draws.noise(latents))
+
+    def _levels(self, blocks: int, sigmas: Tensor, generator: torch.Generator) -> Tensor:
+        """The noise level of each block of one clip."""
+        levels = sigmas[torch.randint(len(sigmas), (blocks,), generator=generator)]
+        chance, level = torch.rand(2, generator=generator)
+        past = torch.randint(blocks, (1,), generator=generator)
+        known = (torch.arange(blocks) < past) & (chance < self.context_share)
+        return torch.where(known, self.context_noise * level, levels)
