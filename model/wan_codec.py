@@ -61,7 +61,7 @@ class WanCodecConfig:
 
     name: Literal["wan"] = "wan"
     weights: str = "Wan2.1_VAE.pth"  # official or diffusers key names; relative to the folder of this config
-    decoder: Literal["full", "tiny"] = "full"  # tiny: TAEHV, far faster and a little softer, for live use
+    decoder: Literal["full", "tiny"] = "full"  # tiny: TAEHV's, a fraction of the work, for live use
     tiny_weights: str = "taew2_1.pth"  # read for the tiny decoder only; relative as above
     piece_latents: int = 3  # latents that pass through the networks at once: memory grows with it, overhead falls
     tile: tuple[int, int] | None = None  # rows and columns, in latents, that `encode` sees at once; None: the picture
