@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import load_config
-from model.wan_codec import WanCodec, is_wan_codec, load_wan_codec, read_wan_config
+from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
 from model.weights import load_into, load_weights, sha256_file
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
-CONFIG_FILE, WEIGHTS_FILE = "config.yaml", "model.safetensors"
+WEIGHTS_FILE = "model.safetensors"
 
 State = list[Tensor]  # the newest features (b c h w) of each memory block: what the next latents need of the past
 

@@ -1,16 +1,16 @@
 """The bidirectional method: image to first chunk, then context chunk and noise to next chunk, without an end."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 
 import numpy as np
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 from data_pipeline.types import CHUNK_FRAMES, latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
+from sampling.denoising import integrate
 from sampling.world_model import WorldModel
 
 CHUNK_LATENTS = 3  # latents of one chunk of 9 frames
@@ -68,16 +68,11 @@ def denoise(world: WorldModel, known: Tensor, noise: Tensor, actions: tuple[Tens
     count, ends = known.shape[2], latent_ends("chunked", noise.shape[2])
     keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in actions)
     cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
-    schedule = world.flow.schedule(steps)
-    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])])
-    levels = repeat(levels, "n -> n b", b=len(noise)).to(noise.device)
-    x = noise.clone()
-    for sigma, sigma_next in pairwise(levels):
-        x[:, :, :count] = world.flow.add_noise(known, noise[:, :, :count], sigma)
-        velocity = world.dit(x, world.flow.config.train_steps * sigma, cond, keyboard, mouse)
-        x = world.flow.step(x, velocity, sigma, sigma_next)
-    x[:, :, :count] = known
-    return x
+
+    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+        return world.dit(x, timestep, cond, keyboard, mouse)
+
+    return integrate(velocity, world.flow, noise, steps, known)
 
 
 @torch.inference_mode()

@@ -12,8 +12,8 @@ from model.fixtures import Case, Fixture, Row, judge, unsupported
 from model.flow import FlowMatch, FlowMatchConfig
 from model.parity_causal import causal_dit, model_inputs
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
+from sampling.denoising import denoise_in_few_steps
 from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
-from sampling.streaming import denoise_in_few_steps
 
 
 def actions(fixture: Fixture) -> Iterator[Row]:

@@ -1,8 +1,7 @@
 """The causal method: block after block, each answering its actions and reading what the caches hold of the past."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor
 from data_pipeline.types import latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
-from model.flow import FlowMatch
 from model.vision import image_conditions
 from sampling.chunked import seeded_generator, to_uint8
+from sampling.denoising import denoise_in_few_steps, integrate
 from sampling.world_model import WorldModel
-
-Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents x (b c f h w) at timesteps (b), of x's shape
 
 
 @dataclass(frozen=True)
@@ -30,46 +27,6 @@ class Denoising:
     def __post_init__(self) -> None:
         if self.steps < 1 or not 0 <= (self.context_noise or 0) < 1:
             raise ValueError(f"steps {self.steps} must be 1 or more, context_noise {self.context_noise} in [0, 1)")
-
-
-def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:
-    """Clean latents (b c f h w) from `noise` in Euler steps; the first m stay `known` (b c m h w), at every level."""
-    schedule = flow.schedule(steps)
-    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])]).to(noise.device)
-    x = noise
-    for sigma, sigma_next in pairwise(levels[:, None].expand(-1, len(noise))):
-        x = _hold(x, known, lambda one, of, at=sigma: flow.add_noise(one, noise[:, :, of], at))
-        x = flow.step(x, velocity(x, flow.config.train_steps * sigma), sigma, sigma_next)
-    return _hold(x, known, lambda one, _: one)
-
-
-def denoise_in_few_steps(
-    velocity: Velocity,
-    flow: FlowMatch,
-    draw: Callable[[int], Tensor],
-    steps: Sequence[int],
-    known: Tensor | None = None,
-) -> Tensor:
-    """Clean latents (b c f h w) of a few-step model: at every level of the warped list `steps` straight to x0, which is
-    noised anew for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
-    timesteps, x0 = flow.warp(steps), None
-    sigmas = flow.schedule(flow.config.train_steps).sigma(timesteps)
-    for i, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):
-        noise = draw(i)
-        level = sigma.to(noise.device).expand(len(noise))
-        x = noise if x0 is None else flow.add_noise(x0, noise, level)
-        x = _hold(x, known, lambda one, of, eps=noise, at=level: flow.add_noise(one, eps[:, :, of], at))
-        x0 = flow.velocity_to_x0(velocity(x, timestep.to(noise.device).expand(len(noise))), x, level)
-    assert x0 is not None
-    return _hold(x0, known, lambda one, _: one)
-
-
-def _hold(x: Tensor, known: Tensor | None, at_level: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """x with `known` in its first latents, brought to the noise level of x by `at_level(known, those latents)`."""
-    if known is None:
-        return x
-    m = known.shape[2]
-    return torch.cat([at_level(known, slice(0, m)), x[:, :, m:]], dim=2)
 
 
 class Stream:

@@ -24,7 +24,8 @@ from model.masks import CausalConfig
 from model.weights import load_into
 from sampling.__main__ import VERBS
 from sampling.chunked import to_uint8
-from sampling.streaming import Denoising, Stream, denoise_in_few_steps, integrate, rollout_blocks
+from sampling.denoising import denoise_in_few_steps, integrate
+from sampling.streaming import Denoising, Stream, rollout_blocks
 from sampling.world import LiveWorld
 from sampling.world_model import WORLD_FILE, WorldModel, read_world_config
 
