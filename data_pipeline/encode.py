@@ -6,9 +6,10 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from data_pipeline.shards import MANIFEST, clip_key, find_fault, index_url, read
 from data_pipeline.types import CHUNK_FRAMES, Clip, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash, load_codec
 
+T = TypeVar("T")
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
 JPEG_QUALITY = 95
 
@@ -41,7 +43,9 @@ class EncodeConfig:
     stride: int = 9  # frames between the starts of two clips
     shard_clips: int = 100  # a shard is closed after the episode that reaches this
     heldout_every: int = 10  # every n-th episode is held out; 0 holds out nothing
-    batch: int = 32  # runs of frames that the codec encodes at once
+    # Runs of frames that the codec encodes at once. Few, so that the next ones are decoded meanwhile; and tensors above
+    # 32 MB are given back to the system after every use (glibc), which cost as much time as the encoding.
+    batch: int = 4
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
@@ -162,7 +166,7 @@ def encode_episode(codec: Codec, config: EncodeConfig, episode: Episode) -> Iter
     runs = cut_runs(read_game_frames(episode, config.game), wanted, config.run_frames)
     latents: dict[int, torch.Tensor] = {}
     first_frames: dict[int, bytes] = {}
-    while group := list(islice(runs, config.batch)):
+    for group in read_ahead(iter(lambda: list(islice(runs, config.batch)), [])):
         encoded = encode_runs(codec, np.stack([frames for _, frames in group]))
         latents.update(zip((start for start, _ in group), encoded, strict=True))
         first_frames.update((start, _jpeg(frames[0])) for start, frames in group)
@@ -179,6 +183,16 @@ def encode_episode(codec: Codec, config: EncodeConfig, episode: Episode) -> Iter
             )
         for done in [run for run in latents if not starts or run < starts[0]]:
             del latents[done], first_frames[done]
+
+
+def read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; a thread makes the next one while the last one is used."""
+    end = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        upcoming = pool.submit(next, items, end)
+        while (item := upcoming.result()) is not end:
+            upcoming = pool.submit(next, items, end)
+            yield cast(T, item)
 
 
 def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -12,7 +12,8 @@ import torch
 from configs import to_dict
 
 Layout = Literal["chunked", "continuous"]
-CHUNK_FRAMES = 9  # pixel frames of one chunk of the chunked layout: 1 + 2 x 4, three latents
+CHUNK_FRAMES = 9  # pixel frames of one chunk of the chunked layout: 1 + 2 x 4
+CHUNK_LATENTS = 3  # latents of such a chunk
 
 
 @dataclass(frozen=True)
@@ -165,4 +166,4 @@ def latent_ends(layout: Layout, latents: int) -> list[int]:
     """
     if layout == "continuous":
         return [4 * i for i in range(latents)]
-    return [CHUNK_FRAMES * (i // 3) + 4 * (i % 3) for i in range(latents)]
+    return [CHUNK_FRAMES * (i // CHUNK_LATENTS) + 4 * (i % CHUNK_LATENTS) for i in range(latents)]

@@ -7,13 +7,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from data_pipeline.types import CHUNK_FRAMES, latent_ends
+from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
 from sampling.denoising import integrate
 from sampling.world_model import WorldModel
-
-CHUNK_LATENTS = 3  # latents of one chunk of 9 frames
 
 
 def rollout(

@@ -1,6 +1,7 @@
 """Judges a checkpoint on held-out episodes: what the actions are worth, and whether the picture obeys."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,19 +20,18 @@ from configs.files import write_text
 from data_pipeline.readers import READERS
 from data_pipeline.stream import Stream, load_manifest
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
-from sampling.chunked import CHUNK_LATENTS
 from sampling.films import held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
-from sampling.report import write_page
+from sampling.report import Other, write_page
 from sampling.scores import (
     Draw,
     action_loss_table,
     action_variants,
-    cut_chunks,
+    first_latents,
     picture_statistics,
     psnr,
     sigma_bins,
-    velocity_loss,
+    velocity_error,
 )
 from sampling.trials import (
     Replay,
@@ -65,13 +65,14 @@ class EvaluateConfig:
     recordings: str  # folder of the recordings that the shards were made of
     manifest: str  # of the held-out shards
     out: str  # folder of report.json, report.html, the videos and sheets
+    beside: tuple[str, ...] = ()  # report.json of other models on the same recordings: the page shows theirs too
     reader: str = "worldloom"
     clips: int = 24  # held-out clips of the velocity loss
     starts: int = 8  # places in held-out episodes from which rollouts begin
     chunks: int = 6  # of 9 frames per rollout along the recorded actions
     held_starts: int = 8  # as starts, for the held commands
     held_chunks: int = 3  # as chunks, for the held commands
-    steps: int = 6  # Euler steps per chunk
+    steps: int = 6  # Euler steps per chunk or block
     batch: int = 16  # rollouts or clips computed at once
     seed: int = 0
     mouse_deg: float = 3.0  # degrees per frame of the held turns
@@ -106,14 +107,19 @@ def evaluate(words: list[str]) -> None:
             f"{config.manifest} holds latents of codec {manifest.codec_hash}, {checkpoint} was trained on those of "
             f"{trained.codec_hash}"
         )
-    if manifest.layout != "chunked":
-        raise ValueError(f"{config.manifest} has the layout {manifest.layout}; evaluate needs chunked clips")
+    if manifest.layout != trained.layout:
+        raise ValueError(
+            f"{config.manifest} holds {manifest.layout} clips, {checkpoint} was trained on {trained.layout} ones"
+        )
+    others = [read_other(path, config.out) for path in config.beside]
     folders = heldout_episodes(config.recordings, manifest)
     starts = read_starts(folders, config.reader, manifest.game, config.replay)
     held_starts = read_starts(folders, config.reader, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision)
     begun = time.perf_counter()
-    report: Figures = {"checkpoint": str(checkpoint), "settings": asdict(config), "evaluator": EVALUATOR}
+    method = "chunked" if world.layout == "chunked" else "streaming"
+    report: Figures = {"checkpoint": str(checkpoint), "method": method, "settings": asdict(config)}
+    report["evaluator"] = EVALUATOR
     report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))
     replay = play_replay(world, starts, config.replay)
     report |= judge_replay(replay)
@@ -125,17 +131,21 @@ def evaluate(words: list[str]) -> None:
     report["seconds"] = round(time.perf_counter() - begun, 1)
     page = Path(config.out) / "report.html"
     write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write_page(page, report, [(film.name, film.title, film.sentence) for film in films])
+    write_page(page, report, [(film.name, film.title, film.sentence) for film in films], others)
     print("\n".join(summarise(report)))
     print(f"evaluated in {report['seconds']:.0f} s; open {page}")
 
 
 @torch.inference_mode()
 def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figures:
-    """Tables of held-out velocity loss by actions, for the first chunk after a frame and the next after a chunk."""
+    """Tables of held-out velocity loss by actions, for the first chunk after a frame and the next after a chunk (or
+    block, of a causal model)."""
     batch = Stream(config.manifest, clips, config.seed, workers=0).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
-    kinds = {f"{name}_chunk": cut_chunks(batch, count) for name, count in (("first", 1), ("next", 2))}
+    kinds = {
+        f"{name}_chunk": first_latents(batch, count * world.block, world.layout)
+        for name, count in (("first", 1), ("next", 2))
+    }
     kinds = {name: part for name, part in kinds.items() if part is not None}
     bins, tables = sigma_bins(world.flow), {}
     with tqdm(total=len(kinds) * len(bins), desc="held-out loss", unit="noise level") as progress:
@@ -146,22 +156,38 @@ def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figu
                 sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
                 draw = Draw(sigma, torch.randn(part.latents.shape, generator=generator))
                 for variant, acted in variants.items():
-                    losses[variant][name] = _loss_of_clips(world, acted, draw, config.batch)
+                    losses[variant][name] = loss_of_clips(world, acted, draw, config.batch)
                 progress.update()
             tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
     return tables
 
 
-def _loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Tensor:
-    """The loss (b) on the CPU, `batch` clips at a time."""
-    known = 1 if clips.latents.shape[2] == CHUNK_LATENTS else CHUNK_LATENTS
+def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Tensor:
+    """The loss (b) of the newest chunk or block on the CPU, `batch` clips at a time."""
+    latents, causal = clips.latents.shape[2], world.dit.config.causal
+    given = 1 if latents == world.block else world.block
+    known, sigma = given, draw.sigma
+    if causal is not None and given > 1:  # a past in the caches, not in the conditioning
+        known, sigma = 1, sigma[:, None].repeat(1, latents)
+        sigma[:, :given] = causal.context_noise
     parts = []
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
         some = Batch(clips.latents[part], clips.keyboard[part], clips.mouse[part], clips.ids[part]).to(world.device)
-        noise = Draw(draw.sigma[part].to(world.device), draw.noise[part].to(world.device))
-        parts.append(velocity_loss(world.dit, world.flow, some, known, noise).cpu())
+        noise = Draw(sigma[part].to(world.device), draw.noise[part].to(world.device))
+        error = velocity_error(world.dit, world.flow, some, known, noise, world.layout)
+        parts.append(error[:, given:].mean(dim=1).cpu())
     return torch.cat(parts)
+
+
+def read_other(path: str, out: str) -> Other:
+    """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no report {path}; beside= takes a report.json that evaluate wrote")
+    try:
+        return Other(os.path.relpath(Path(path).with_suffix(".html"), out), json.loads(Path(path).read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no report of evaluate ({error})") from error
 
 
 def judge_replay(replay: Replay) -> Figures:

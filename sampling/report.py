@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
@@ -48,9 +48,20 @@ class Section:
     evaluator: str = ""
 
 
-def write_page(path: Path, report: dict[str, Any], films: Sequence[tuple[str, str, str]]) -> None:
-    """Writes the page of `report`; `films` are (file name without suffix, title, sentence), beside the page."""
-    sections = [*judgement_sections(report), *(film_section(*film) for film in films)]
+class Other(NamedTuple):
+    """A model to be compared with."""
+
+    page: str  # its own page, relative to this one
+    report: dict[str, Any]
+
+
+def write_page(
+    path: Path, report: dict[str, Any], films: Sequence[tuple[str, str, str]], others: Sequence[Other] = ()
+) -> None:
+    """Writes the page of `report`; `films` are (file name without suffix, title, sentence), beside the page; `others`
+    are of other models on the same recordings."""
+    comparison = [comparison_section(report, others)] if others else []
+    sections = [*comparison, *judgement_sections(report), *(film_section(*film) for film in films)]
     checkpoint = html.escape(report["checkpoint"])
     parts = [f"<h1>How well does it play?</h1><p class=faint>{checkpoint}</p>"]
     for section in sections:
@@ -83,6 +94,47 @@ def judgement_sections(report: dict[str, Any]) -> list[Section]:
     drift = "Brightness, contrast and sharpness per chunk: a stable rollout stays beside the codec's line."
     sections.append(Section("Does it drift?", drift, plot_drift(report), "grey values (0-255) and their Laplacian"))
     return sections
+
+
+def comparison_section(report: dict[str, Any], others: Sequence[Other]) -> Section:
+    """This page's model and others, a column each."""
+    reports = [report, *(other.report for other in others)]
+    columns = [main_figures(report) for report in reports]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    links = "".join(
+        f'<th><a href="{html.escape(other.page)}">{html.escape(other.report["method"])}</a></th>' for other in others
+    )
+    head = f"<th>{html.escape(report['method'])}</th>{links}"
+    rows = [
+        f"<tr><td>{name}</td>{''.join(f'<td>{column.get(name, str())}</td>' for column in columns)}</tr>"
+        for name in names
+    ]
+    table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
+    paths = "; ".join(f"{html.escape(report['method'])}: {html.escape(report['checkpoint'])}" for report in reports)
+    sentence = f"The same recordings, places and commands for all ({paths}). Losses are of each model's own clips."
+    return Section("Beside other models", sentence, table + plot_psnr_beside(reports))
+
+
+def main_figures(report: dict[str, Any]) -> dict[str, str]:
+    """The figures by which models are compared, by name, as text."""
+    figures = {}
+    for kind, table in report["velocity_loss"].items():
+        figures[f"loss, {kind.replace('_', ' ')}"] = f"{table['right']['loss']:.4f}"
+        if "shuffled" in table:
+            error = table["shuffled"].get("standard_error")
+            gap = f"{table['shuffled']['minus_right']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
+            figures[f"shuffled actions, {kind.replace('_', ' ')}"] = gap
+    for name in ("from_context", "from_frame", "repeat_prompt", "codec"):
+        figures[f"PSNR, {NAMES[name]}"] = f"{report['psnr_db'][name]['mean']:.1f} dB"
+    for name, turns in report["replay_turns"].items():
+        if "agreement" in turns:
+            figures[f"recorded turns, {NAMES[name]}"] = f"{turns['agreement']:.0%}"
+    for command, held in report["held"].items():
+        beside = f" ({held['idle']:.0%} with nothing pressed)" if "idle" in held else ""
+        figures[f"held {command.replace('_', ' ')}"] = f"{held['obeyed']:.0%}{beside}"
+    contrast = report["drift"]["from_context"]["std"]
+    figures["contrast, first and last chunk"] = f"{contrast[0]:.1f}, {contrast[-1]:.1f}"
+    return figures
 
 
 def film_section(name: str, title: str, sentence: str) -> Section:
@@ -151,6 +203,18 @@ def plot_psnr(report: dict[str, Any]) -> str:
         )
     axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
     axes.legend(frameon=False, fontsize=9, ncols=2)
+    return _svg(figure)
+
+
+def plot_psnr_beside(reports: Sequence[dict[str, Any]]) -> str:
+    figure, axes = pyplot.subplots(figsize=(10, 3.0))
+    for report in reports:
+        values = report["psnr_db"]["from_context"]["by_frame"]
+        axes.plot(np.arange(1, 1 + len(values)), values, label=f"{report['method']}, from 9 frames")
+    values = reports[0]["psnr_db"]["repeat_prompt"]["by_frame"]
+    axes.plot(np.arange(1, 1 + len(values)), values, color=COLOURS["repeat_prompt"], label=NAMES["repeat_prompt"])
+    axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
+    axes.legend(frameon=False, fontsize=9, ncols=3)
     return _svg(figure)
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import CHUNK_FRAMES, Batch, Layout, latent_ends
+from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Batch, Layout, latent_ends
 from model.actions import action_windows
 from model.conditioning import condition
 from model.flow import FlowMatch
-from sampling.chunked import CHUNK_LATENTS
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
 
@@ -49,13 +48,19 @@ def velocity_loss(
     return velocity_error(dit, flow, batch, known, draw, layout)[:, known:].mean(dim=1)
 
 
-def cut_chunks(batch: Batch, count: int, first: int = 0) -> Batch | None:
-    """The batch cut to `count` chunks of its clips from chunk `first` on; None if they are shorter."""
-    latents = slice(CHUNK_LATENTS * first, CHUNK_LATENTS * (first + count))
-    frames = slice(CHUNK_FRAMES * first, CHUNK_FRAMES * (first + count))
-    if batch.latents.shape[2] < latents.stop:
-        return None
+def cut_chunk(batch: Batch, index: int) -> Batch:
+    """The batch cut to one chunk of its chunked clips."""
+    latents = slice(CHUNK_LATENTS * index, CHUNK_LATENTS * (index + 1))
+    frames = slice(CHUNK_FRAMES * index, CHUNK_FRAMES * (index + 1))
     return Batch(batch.latents[:, :, latents], batch.keyboard[:, frames], batch.mouse[:, frames], batch.ids)
+
+
+def first_latents(batch: Batch, count: int, layout: Layout) -> Batch | None:
+    """The batch cut to the first `count` latents of its clips and their frames; None if they are shorter."""
+    if batch.latents.shape[2] < count:
+        return None
+    frames = latent_ends(layout, count)[-1] + 1
+    return Batch(batch.latents[:, :, :count], batch.keyboard[:, :frames], batch.mouse[:, :frames], batch.ids)
 
 
 def other_episodes(ids: tuple[str, ...]) -> list[int] | None:

@@ -181,11 +181,16 @@ def _play(stream: Stream, clip: Tensor | None, known: int, actions: tuple[Tensor
             yield stream.step(keyboard[:, rows], mouse[:, rows])
 
 
+def whole_blocks(frames: int, block: int, temporal: int) -> int:
+    """Frames of the shortest video of whole blocks of `block` latents that has at least `frames`."""
+    latents = -(-(frames - 1) // temporal) + 1
+    return temporal * (block * max(1, -(-latents // block)) - 1) + 1
+
+
 def count_blocks(frames: int, block: int, temporal: int, what: str) -> int:
     """Blocks of `block` latents in a video of `frames`; raises ValueError naming the next number that divides."""
-    latents = -(-(frames - 1) // temporal) + 1
-    blocks = max(1, -(-latents // block))
-    fitting = temporal * (block * blocks - 1) + 1
+    fitting = whole_blocks(frames, block, temporal)
+    blocks = (1 + (fitting - 1) // temporal) // block
     if frames != fitting:
         raise ValueError(
             f"{what}: {frames} frames are no whole number of blocks of {block} latents ({fitting} are {blocks}); "

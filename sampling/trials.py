@@ -1,13 +1,15 @@
 """Rollouts to be judged: from places in held-out episodes, along the recorded actions or under one held command."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
+from torch.nn import functional
 from tqdm import tqdm
 
 from data_pipeline.readers import READERS, find_episodes, read_game_frames
@@ -16,6 +18,7 @@ from sampling.chunked import decode_frames, encode_frames, rollout, to_video
 from sampling.motion import EXPECTED
 from sampling.presets import presets
 from sampling.scripts import Scripted, read_script
+from sampling.streaming import Denoising, count_blocks, rollout_blocks, whole_blocks
 from sampling.world_model import WorldModel
 
 
@@ -34,9 +37,14 @@ class RolloutSettings:
 
     starts: int = 8  # places in held-out episodes
     chunks: int = 6  # of 9 frames, after the context chunk
-    steps: int = 6  # Euler steps per chunk
+    steps: int = 6  # Euler steps per chunk or block
     batch: int = 16  # rollouts computed at once
     seed: int = 0  # of the places and, plus the start's number, of the noise
+
+    @property
+    def frames(self) -> int:
+        """Frames of one rollout."""
+        return CHUNK_FRAMES * self.chunks
 
     def __post_init__(self) -> None:
         if min(self.starts, self.chunks, self.steps, self.batch) < 1 or self.seed < 0:
@@ -73,7 +81,7 @@ class Replay:
     """Rollouts along the recorded actions, frame by frame beside what really happened; all (b n h w 3) uint8."""
 
     real: np.ndarray  # the frames after the last given one, chunk by chunk
-    codec: np.ndarray  # the same frames after encoding and decoding, chunk by chunk
+    codec: np.ndarray  # the same frames after encoding and decoding
     from_context: np.ndarray  # generated from the 9 frames before
     from_frame: np.ndarray  # generated from the last of these 9 alone; its first frame is that one again
     prompt: np.ndarray  # (b h w 3) the last given frame
@@ -84,23 +92,15 @@ def play_replay(world: WorldModel, starts: Sequence[Start], settings: RolloutSet
     """Both kinds of rollout from every start."""
     video = to_video(torch.from_numpy(np.stack([start.frames for start in starts])))
     seeds = [settings.seed + i for i in range(len(starts))]
-    contexts = _encode(world, video[:, :, :CHUNK_FRAMES], settings.batch)
     recorded = [start.actions for start in starts]
-    from_context = play(world, contexts, recorded, seeds, settings, "replay from 9 frames")
+    from_context = play(world, video[:, :, :CHUNK_FRAMES], recorded, seeds, settings, "replay from 9 frames")
     last = CHUNK_FRAMES - 1
     along = [actions[last : last + CHUNK_FRAMES * settings.chunks] for actions in recorded]
     from_frame = play(world, video[:, :, last], along, seeds, settings, "replay from 1 frame")
-    codec = []
-    for chunk in range(1, 1 + settings.chunks):
-        frames = video[:, :, CHUNK_FRAMES * chunk : CHUNK_FRAMES * (chunk + 1)]
-        parts = [
-            decode_frames(world, encode_frames(world, part.to(world.device))) for part in frames.split(settings.batch)
-        ]
-        codec.append(torch.cat(parts).cpu())
     real = np.stack([start.frames for start in starts])
     return Replay(
         real[:, CHUNK_FRAMES:],
-        torch.cat(codec, dim=1).numpy(),
+        _through_codec(world, video, settings.batch)[:, CHUNK_FRAMES:],
         from_context,
         from_frame,
         real[:, last],
@@ -133,7 +133,6 @@ def play_held(
 ) -> dict[str, np.ndarray]:
     """Per command the frames (b n h w 3) made from every start's 9 frames while it is held; the same noise for all."""
     video = to_video(torch.from_numpy(np.stack([start.frames[:CHUNK_FRAMES] for start in starts])))
-    contexts = _encode(world, video, settings.batch).repeat(len(commands), 1, 1, 1, 1)
     actions, seeds = [], []
     for command in commands:
         held = read_script(command, world.game.action_space, Scripted(CHUNK_FRAMES * settings.chunks, 0, mouse_deg))
@@ -145,7 +144,7 @@ def play_held(
             )
             actions.append(Actions(keyboard, mouse))
             seeds.append(settings.seed + i)
-    made = play(world, contexts, actions, seeds, settings, "held commands")
+    made = play(world, video.repeat(len(commands), 1, 1, 1, 1), actions, seeds, settings, "held commands")
     return dict(zip(commands, np.split(made, len(commands)), strict=True))
 
 
@@ -157,24 +156,53 @@ def play(
     settings: RolloutSettings,
     what: str,
 ) -> np.ndarray:
-    """Frames (b n h w 3) uint8 of many rollouts, `settings.batch` at a time, with a progress bar over their chunks."""
+    """Frames (b n h w 3) uint8 of many rollouts by the world's own method, `settings.batch` at a time.
+
+    `prompts` are pictures (b 3 h w) in [-1, 1], which come first, or clips (b 3 9 h w), which do not come again;
+    `actions` have a row for every frame of prompt and rollout, n = 9 `settings.chunks`.
+    """
     keyboard, mouse = (
         torch.from_numpy(np.stack(rows)).to(world.device)
         for rows in ([one.keyboard for one in actions], [one.mouse for one in actions])
     )
-    done = []
-    with tqdm(total=len(prompts) * settings.chunks, desc=what, unit="chunk") as progress:
+    method, frames, done = chunk_by_chunk if world.layout == "chunked" else block_by_block, settings.frames, []
+    with tqdm(total=len(prompts) * frames, desc=what, unit="frame") as progress:
         for first in range(0, len(prompts), settings.batch):
-            part = slice(first, first + settings.batch)
-            chunks = []
-            prompt = prompts[part].to(world.device)
-            for chunk in rollout(world, prompt, keyboard[part], mouse[part], seeds[part], settings.steps):
-                chunks.append(chunk.cpu())
-                progress.update(len(chunk))
-            done.append(torch.cat(chunks, dim=1))
+            part, pieces, made = slice(first, first + settings.batch), [], 0
+            rows = keyboard[part], mouse[part]
+            for piece in method(world, prompts[part].to(world.device), rows, seeds[part], settings.steps):
+                pieces.append(piece[:, : frames - made].cpu())
+                made += pieces[-1].shape[1]
+                progress.update(len(piece) * pieces[-1].shape[1])
+            done.append(torch.cat(pieces, dim=1))
     return torch.cat(done).numpy()
 
 
-def _encode(world: WorldModel, video: Tensor, batch: int) -> Tensor:
-    """Latents (b c f h w) of `video` (b 3 n h w), on the CPU."""
-    return torch.cat([encode_frames(world, part.to(world.device)).cpu() for part in video.split(batch)])
+def chunk_by_chunk(
+    world: WorldModel, prompt: Tensor, actions: tuple[Tensor, Tensor], seeds: Sequence[int], steps: int
+) -> Iterator[Tensor]:
+    """What a bidirectional model makes of prompts as in `play`."""
+    start = prompt if prompt.ndim == 4 else encode_frames(world, prompt)
+    return rollout(world, start, *actions, seeds, steps)
+
+
+def block_by_block(
+    world: WorldModel, prompt: Tensor, actions: tuple[Tensor, Tensor], seeds: Sequence[int], steps: int
+) -> Iterator[Tensor]:
+    """What a causal model makes of prompts as in `play`, the last block's surplus too."""
+    temporal = world.codec.config.temporal
+    whole = whole_blocks(actions[0].shape[1], world.block, temporal)
+    rows = [functional.pad(one, (0, 0, 0, whole - one.shape[1]), mode="replicate") for one in actions]
+    known = count_blocks(prompt.shape[2], world.block, temporal, "prompt") if prompt.ndim == 5 else 0
+    return islice(rollout_blocks(world, prompt, (rows[0], rows[1]), seeds, Denoising(steps)), known, None)
+
+
+def _through_codec(world: WorldModel, video: Tensor, batch: int) -> np.ndarray:
+    """`video` (b 3 n h w), n a multiple of 9, encoded and decoded as the world's clips are: (b n h w 3) uint8."""
+    frames, temporal = video.shape[2], world.codec.config.temporal
+    if world.layout == "chunked":
+        clips = rearrange(video, "b c (m n) h w -> (b m) c n h w", n=CHUNK_FRAMES)
+    else:
+        clips = functional.pad(video, (0, 0, 0, 0, 0, -(frames - 1) % temporal), mode="replicate")
+    shown = [decode_frames(world, encode_frames(world, part.to(world.device))).cpu() for part in clips.split(batch)]
+    return rearrange(torch.cat(shown), "(b m) n h w c -> b (m n) h w c", b=len(video))[:, :frames].numpy()

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from configs import load_config
-from data_pipeline.types import GameConfig, Layout
+from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import Codec, codec_hash, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
@@ -45,6 +45,16 @@ class WorldModel:
     @property
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
+
+    @property
+    def layout(self) -> Layout:
+        """Of the clips that the model sees: a causal one streams through the codec without a cut."""
+        return "chunked" if self.dit.config.causal is None else "continuous"
+
+    @property
+    def block(self) -> int:
+        """Latent frames that are made together."""
+        return CHUNK_LATENTS if self.dit.config.causal is None else self.dit.config.causal.block
 
     @property
     def dtype(self) -> torch.dtype:

@@ -17,20 +17,23 @@ from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
 from data_pipeline.types import Actions, Batch
 from data_pipeline.video import probe, write_video
 from model.flow import FlowMatch, FlowMatchConfig
+from model.masks import CausalConfig
 from sampling.__main__ import VERBS
+from sampling.evaluate import loss_of_clips
 from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
 from sampling.scores import (
     Draw,
     action_loss_table,
     action_variants,
-    cut_chunks,
+    cut_chunk,
+    first_latents,
     other_episodes,
     picture_statistics,
     psnr,
     sigma_bins,
     velocity_loss,
 )
-from sampling.world_model import WORLD_FILE, newest_checkpoint, read_world_config
+from sampling.world_model import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 
 FLOW = FlowMatch(FlowMatchConfig())
 
@@ -182,11 +185,15 @@ def test_the_table_weighs_noise_levels_as_training_draws_them_and_pairs_clips() 
     assert table["shuffled"]["standard_error"] == pytest.approx(0.1)  # std 0.1414 / sqrt(2)
 
 
-def test_clips_are_cut_to_whole_chunks_with_their_actions() -> None:
+def test_clips_are_cut_to_chunks_and_to_their_first_latents_with_the_actions_of_their_frames() -> None:
     batch = random_batch()
-    first = cut_chunks(batch, 1)
-    assert first is not None and first.latents.shape[2] == 3 and first.keyboard.shape[1] == 9
-    assert cut_chunks(batch, 3) is None
+    second = cut_chunk(batch, 1)
+    assert torch.equal(second.latents, batch.latents[:, :, 3:]) and torch.equal(second.mouse, batch.mouse[:, 9:])
+    longer = Batch(torch.zeros(4, 8, 9, 4, 6), torch.zeros(4, 33, 4), torch.zeros(4, 33, 2), batch.ids)
+    chunked, continuous = first_latents(longer, 6, "chunked"), first_latents(longer, 6, "continuous")
+    assert chunked is not None and continuous is not None
+    assert (chunked.keyboard.shape[1], continuous.keyboard.shape[1]) == (18, 21) and chunked.latents.shape[2] == 6
+    assert first_latents(batch, 9, "chunked") is None
 
 
 def test_psnr_of_a_known_error() -> None:
@@ -264,9 +271,48 @@ def test_the_same_words_give_the_same_figures(road: Path, judged: Path, tmp_path
     assert {**one, "seconds": 0, "settings": 0} == {**other, "seconds": 0, "settings": 0}
 
 
+@pytest.fixture(scope="module")
+def causal(road: Path, judged: Path) -> tuple[str, ...]:
+    """The words that judge a causal checkpoint on continuous clips of the same recordings, beside the chunked one."""
+    folder = write_checkpoint(road / "causal")
+    said = read_world_config(folder)
+    model = replace(DIT, causal=CausalConfig(block=3, window=6))
+    save_config(replace(said, model=model, layout="continuous"), folder / WORLD_FILE)
+    source, codec, out = (str(road / name) for name in ("recordings", "causal/codec", "continuous"))
+    encode_recordings(EncodeConfig(GAME, source, codec, out, layout="continuous", clip_frames=21, heldout_every=2))
+    return f"checkpoint={folder}", f"manifest={out}/heldout/manifest.json", f"beside=[{judged}/report.json]"
+
+
+def test_a_causal_model_is_judged_by_its_streams_on_the_same_places_beside_the_chunked_one(
+    road: Path, judged: Path, causal: tuple[str, ...]
+) -> None:
+    assert evaluate(road, road / "streamed", *causal) == 0
+    one, other = (json.loads((folder / "report.json").read_text()) for folder in (judged, road / "streamed"))
+    assert (one["method"], other["method"]) == ("chunked", "streaming")
+    assert one["psnr_db"]["repeat_prompt"] == other["psnr_db"]["repeat_prompt"]
+    assert one["psnr_db"]["from_context"] != other["psnr_db"]["from_context"]
+    assert len(other["psnr_db"]["from_context"]["by_frame"]) == 18 and set(one["held"]) == set(other["held"])
+    for kind in ("first_chunk", "next_chunk"):
+        assert {"right", "shuffled", "none"} <= set(other["velocity_loss"][kind])
+    page = (road / "streamed" / "report.html").read_text()
+    assert "Beside other models" in page and 'href="../judged/report.html"' in page
+
+
+def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tuple[str, ...]) -> None:
+    world = load_world(causal[0].partition("=")[2])
+    clips = random_batch(latents=6)
+    clips = Batch(clips.latents, clips.keyboard.repeat(1, 2, 1)[:, :21], clips.mouse.repeat(1, 2, 1)[:, :21], clips.ids)
+    seen: list[Tensor] = []
+    world.dit.register_forward_pre_hook(lambda module, given: seen.append(given[1]))
+    with torch.inference_mode():
+        loss = loss_of_clips(world, clips, random_draw(clips), 4)
+    assert torch.equal(seen[0][:, :3], torch.zeros(4, 3)) and (seen[0][:, 3:] > 0).all() and loss.shape == (4,)
+
+
 @pytest.mark.parametrize(
     ("word", "said"),
     [
+        ("beside=[nowhere.json]", "no report nowhere.json"),
         ("manifest=nowhere.json", "no manifest nowhere.json"),
         ("recordings=nowhere", "no folder of recordings nowhere"),
         ("chunks=9", "use fewer chunks"),

@@ -35,15 +35,17 @@ def road(out) -> subprocess.CompletedProcess[str]:
 
 def test_the_road_ends_with_times_and_the_file_to_open(road, out) -> None:
     lines = road.stdout.strip().splitlines()
-    assert lines[-1] == f"open {out}/report/report.html"
+    assert lines[-1] == f"open {out}/report/streaming/report.html"
     assert [line.split()[0] for line in lines[-12:] if line.startswith(("record", "codec", "encode", "judge", "all"))]
-    assert (out / "report" / "report.html").stat().st_size > 1000
+    assert "../chunked/report.html" in (out / "report" / "streaming" / "report.html").read_text()
+    assert (out / "report" / "chunked" / "report.html").stat().st_size > 1000
 
 
-def test_the_road_makes_a_playable_video_at_the_games_rate(road, out) -> None:
-    info = probe(out / "demo.mp4")
+@pytest.mark.parametrize("name", ["demo", "stream"])
+def test_the_road_makes_playable_videos_at_the_games_rate(road, out, name: str) -> None:
+    info = probe(out / f"{name}.mp4")
     assert (info.frames, info.fps) == (81, 17.5)
-    sheet = Image.open(out / "demo.png")
+    sheet = Image.open(out / f"{name}.png")
     assert sheet.width > 600 and sheet.height > 200
 
 
@@ -53,16 +55,18 @@ def test_the_road_holds_out_whole_episodes(road, out) -> None:
     assert names[0] and names[1] and not names[0] & names[1]
 
 
-def test_the_report_has_every_figure(road, out) -> None:
-    report = json.loads((out / "report" / "report.json").read_text())
+@pytest.mark.parametrize("method", ["chunked", "streaming"])
+def test_the_reports_have_every_figure(road, out, method: str) -> None:
+    report = json.loads((out / "report" / method / "report.json").read_text())
+    assert report["method"] == method
     text = json.dumps(report)
     for word in ("right", "shuffled", "none", "turn_left", "turn_right", "forward", "codec"):
         assert f'"{word}' in text, word
     assert "NaN" not in text
 
 
-def test_both_stages_trained_to_the_end(road, out) -> None:
-    for run in ("base", "world"):
+def test_every_stage_trained_to_the_end(road, out) -> None:
+    for run in ("base", "world", "causal"):
         assert complete_checkpoints(out / run)[-1].name == "step_0000012"
         last = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()][-1]
         assert last["step"] == 12
@@ -71,4 +75,4 @@ def test_both_stages_trained_to_the_end(road, out) -> None:
 def test_a_second_time_reuses_every_stage(road, out) -> None:
     done = run_road(out)
     assert done.returncode == 0
-    assert done.stdout.count("complete, reused") == 7
+    assert done.stdout.count("complete, reused") == 11

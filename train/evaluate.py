@@ -5,10 +5,9 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.stream import Stream
-from data_pipeline.types import Layout
+from data_pipeline.types import CHUNK_LATENTS, Layout
 from model.flow import FlowMatch
-from sampling.chunked import CHUNK_LATENTS
-from sampling.scores import action_variants, cut_chunks, velocity_loss
+from sampling.scores import action_variants, first_latents, velocity_loss
 from train.config import TrainConfig
 from train.engine import Engine
 from train.objectives import make_objective
@@ -40,7 +39,7 @@ class Validation:
         for done in range(self.rounds):
             place = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(place).to(accelerator.device)
-            clips = cut_chunks(batch, 1) if self.known == 1 and not self.forcing else batch
+            clips = first_latents(batch, CHUNK_LATENTS, self.layout) if self.known == 1 and not self.forcing else batch
             assert clips is not None
             draws = make_draws(0, place, place * self.batch, self.batch)
             if self.forcing:

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import Batch
+from data_pipeline.types import CHUNK_LATENTS, Batch
 from model.flow import FlowMatch
-from sampling.chunked import CHUNK_LATENTS
 from sampling.scores import velocity_error
 from train.objectives.base import Base, Figures
 from train.objectives.draws import Draws

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import Batch
+from data_pipeline.types import CHUNK_LATENTS, Batch
 from model.flow import FlowMatch
-from sampling.chunked import CHUNK_LATENTS
-from sampling.scores import cut_chunks, velocity_error
+from sampling.scores import cut_chunk, velocity_error
 from train.objectives.draws import Draws
 
 
@@ -29,8 +28,7 @@ class Base:
     ) -> tuple[Tensor, Figures]:
         """The mean squared velocity error and its parts; `progress` in [0, 1] is unused here."""
         chunks = batch.latents.shape[2] // CHUNK_LATENTS  # each chunk of a clip serves in turn
-        chunk = cut_chunks(batch, 1, first=int(torch.randint(chunks, (1,), generator=draws.shared)))
-        assert chunk is not None
+        chunk = cut_chunk(batch, int(torch.randint(chunks, (1,), generator=draws.shared)))
         draw = draws.draw(chunk.latents, flow)
         error = velocity_error(model, flow, chunk, 1, draw)
         # The given latent is no achievement: it counts for the gradient, not for the figure.
