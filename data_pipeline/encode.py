@@ -23,6 +23,8 @@ from data_pipeline.readers import READERS, find_episodes, read_game_frames, spli
 from data_pipeline.shards import MANIFEST, clip_key, find_fault, index_url, read_index, save_manifest, write_shard
 from data_pipeline.types import CHUNK_FRAMES, Clip, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash, load_codec
+from model.conditioning import MASK_CHANNELS, Unknown
+from model.vision import Vision, VisionTower, image_conditions, load_vision, vision_hash, visual_context
 
 T = TypeVar("T")
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
@@ -43,6 +45,9 @@ class EncodeConfig:
     stride: int = 9  # frames between the starts of two clips
     shard_clips: int = 100  # a shard is closed after the episode that reaches this
     heldout_every: int = 10  # every n-th episode is held out; 0 holds out nothing
+    vision: Vision = "none"  # CLIP tokens of each clip's first frame, for a model with that model.vision
+    vision_weights: str | None = None  # of CLIP's vision tower
+    unknown: Unknown = "zeros"  # grey: each clip carries its first frame's conditioning as the released models have it
     # Runs of frames that the codec encodes at once. Few, so that the next ones are decoded meanwhile; and tensors above
     # 32 MB are given back to the system after every use (glibc), which cost as much time as the encoding.
     batch: int = 4
@@ -54,6 +59,10 @@ class EncodeConfig:
             raise ValueError(f"clip_frames={self.clip_frames}: chunked clips are multiples of {CHUNK_FRAMES} frames")
         if self.layout == "continuous" and self.clip_frames % TEMPORAL != 1:
             raise ValueError(f"clip_frames={self.clip_frames}: continuous clips have 1 + {TEMPORAL}k frames")
+        if (self.vision == "none") != (self.vision_weights is None):
+            raise ValueError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
+        if self.unknown == "grey" and self.layout != "continuous":
+            raise ValueError("unknown=grey is how a causal model is conditioned; it needs layout=continuous")
         for name in ("clip_frames", "stride", "shard_clips", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
@@ -95,6 +104,7 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     """
     start, made = time.perf_counter(), 0
     codec = load_codec(config.codec)
+    tower = load_vision(config.vision_weights) if config.vision_weights else None
     plans = make_plans(config, codec)
     for plan in plans:
         _require_same_plan(plan, storage.join(config.out, plan.split))
@@ -110,7 +120,7 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
                 name = SHARD.format(i)
                 info = _find_complete(storage.join(folder, name))
                 if info is None:
-                    encoded = (clip for episode in episodes for clip in encode_episode(codec, config, episode))
+                    encoded = (clip for episode in episodes for clip in encode_episode(codec, config, episode, tower))
                     info = write_shard(folder, name, _counted(encoded, bar))
                     made += info.clips
                 else:
@@ -147,29 +157,35 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: Sequenc
     if not shards:
         raise ValueError(f"none of the {len(episodes)} {split} episodes has the {config.clip_frames} frames of a clip")
     _require_distinct_keys(shards)
-    settings = {name: value for name, value in to_dict(config).items() if name not in ("source", "out", "batch")}
+    no_facts = ("source", "out", "batch", "vision_weights")
+    settings = {name: value for name, value in to_dict(config).items() if name not in no_facts}
     facts = {
         **settings,
         "codec": codec.config.name,
         "codec_hash": codec_hash(config.codec),
+        "vision_hash": vision_hash(config.vision_weights) if config.vision_weights else None,
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
     return Plan(split, facts, tuple(shards))
 
 
-def encode_episode(codec: Codec, config: EncodeConfig, episode: Episode) -> Iterator[Clip]:
+def encode_episode(
+    codec: Codec, config: EncodeConfig, episode: Episode, tower: VisionTower | None = None
+) -> Iterator[Clip]:
     """The episode's clips in order; each run of frames is encoded once, however many clips share it."""
-    starts = deque(_clip_starts(config, len(episode.actions)))
+    clip_starts = _clip_starts(config, len(episode.actions))
+    starts = deque(clip_starts)
     offsets = range(0, config.clip_frames, config.run_frames)
     wanted = sorted({start + offset for start in starts for offset in offsets})
     runs = cut_runs(read_game_frames(episode, config.game), wanted, config.run_frames)
     latents: dict[int, torch.Tensor] = {}
-    first_frames: dict[int, bytes] = {}
+    first_frames: dict[int, FirstFrame] = {}
     for group in read_ahead(iter(lambda: list(islice(runs, config.batch)), [])):
         encoded = encode_runs(codec, np.stack([frames for _, frames in group]))
         latents.update(zip((start for start, _ in group), encoded, strict=True))
-        first_frames.update((start, _jpeg(frames[0])) for start, frames in group)
+        clips = {start: frames[0] for start, frames in group if start in clip_starts}
+        first_frames.update((start, describe_frame(codec, tower, config, frame)) for start, frame in clips.items())
         while starts and starts[0] + offsets[-1] in latents:
             start = starts.popleft()
             rows = episode.actions[start : start + config.clip_frames]
@@ -177,12 +193,12 @@ def encode_episode(codec: Codec, config: EncodeConfig, episode: Episode) -> Iter
                 latents=torch.cat([latents[start + offset] for offset in offsets], dim=1),
                 keyboard=torch.from_numpy(rows.keyboard),
                 mouse=torch.from_numpy(rows.mouse),
-                first_frame=first_frames[start],
                 episode=episode.id,
                 start=start,
+                **first_frames.pop(start)._asdict(),
             )
         for done in [run for run in latents if not starts or run < starts[0]]:
-            del latents[done], first_frames[done]
+            del latents[done]
 
 
 def read_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -204,11 +220,37 @@ def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -
             yield wanted.popleft(), np.stack(window)
 
 
+class FirstFrame(NamedTuple):
+    """What a clip carries of its first frame; see Clip."""
+
+    first_frame: bytes
+    visual: torch.Tensor | None
+    image_latents: torch.Tensor | None
+
+
+@torch.no_grad()
+def describe_frame(codec: Codec, tower: VisionTower | None, config: EncodeConfig, frame: np.ndarray) -> FirstFrame:
+    """A clip's first frame (h w 3) uint8 as its JPEG and as what the model will be told of it."""
+    visual = image_latents = None
+    if tower is not None or config.unknown == "grey":
+        image = _to_video(frame[None, None])[:, :, 0]
+        tokens = visual_context(tower, image, config.vision)
+        visual = None if tokens is None else tokens[0].bfloat16()
+        if config.unknown == "grey":
+            cond = next(image_conditions(codec, image, 1 + (config.clip_frames - 1) // TEMPORAL))
+            image_latents = cond[0, MASK_CHANNELS:].bfloat16()
+    return FirstFrame(_jpeg(frame), visual, image_latents)
+
+
+def _to_video(frames: np.ndarray) -> torch.Tensor:
+    """(b n h w 3) uint8 -> (b 3 n h w) in [-1, 1]."""
+    return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "b n h w c -> b c n h w")
+
+
 @torch.no_grad()
 def encode_runs(codec: Codec, frames: np.ndarray) -> torch.Tensor:
     """Normalised latents (b c f h w) in bfloat16 of frames (b n h w 3) uint8."""
-    video = torch.from_numpy(frames).float().div_(127.5).sub_(1)
-    return codec.encode(rearrange(video, "b n h w c -> b c n h w")).bfloat16()
+    return codec.encode(_to_video(frames)).bfloat16()
 
 
 def _clip_starts(config: EncodeConfig, frames: int) -> range:
@@ -286,5 +328,7 @@ def _describe(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequence[S
         latent_std=tuple(codec.latent_std.tolist()),
         plan_hash=plan.hash,
         split=plan.split,
+        vision=config.vision,
+        unknown=config.unknown,
         shards=tuple(shards),
     )

@@ -85,6 +85,8 @@ def pack_clip(clip: Clip) -> bytes:
         "mouse": clip.mouse.contiguous(),
         "start": torch.tensor(clip.start),
     }
+    optional = {"visual": clip.visual, "image_latents": clip.image_latents}
+    tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
     return save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
 
 

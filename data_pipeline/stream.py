@@ -52,7 +52,8 @@ class Shards:
         info, entry = self.places[number]
         tensors = self.read(number)
         jpeg = storage.read_range(shard_url(self.manifest_url, info), entry.jpeg_offset, entry.jpeg_size)
-        return Clip(tensors["latents"], tensors["keyboard"], tensors["mouse"], jpeg, entry.episode, entry.start)
+        given = (tensors["latents"], tensors["keyboard"], tensors["mouse"], jpeg, entry.episode, entry.start)
+        return Clip(*given, tensors.get("visual"), tensors.get("image_latents"))
 
     def _open(self, info: ShardInfo) -> list[Entry]:
         """The index of a shard, its size and its number of clips compared with the manifest."""
@@ -137,6 +138,10 @@ class Stream:
             keyboard=rearrange([clip["keyboard"] for clip in clips], "b n k -> b n k"),
             mouse=rearrange([clip["mouse"] for clip in clips], "b n m -> b n m"),
             ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries),
+            visual=torch.stack([clip["visual"] for clip in clips]) if "visual" in clips[0] else None,
+            image_latents=(
+                torch.stack([clip["image_latents"] for clip in clips]) if "image_latents" in clips[0] else None
+            ),
         )
 
     def batches(self, start: int = 0, ahead: int = 4) -> Generator[Batch, None, None]:

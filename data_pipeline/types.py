@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from configs import to_dict
+from model.conditioning import Unknown
+from model.vision import Vision
 
 Layout = Literal["chunked", "continuous"]
 CHUNK_FRAMES = 9  # pixel frames of one chunk of the chunked layout: 1 + 2 x 4
@@ -111,6 +113,8 @@ class Clip:
     first_frame: bytes  # JPEG
     episode: str
     start: int  # pixel frame of the episode at which the clip begins
+    visual: torch.Tensor | None = None  # (m c) bfloat16, CLIP tokens of the first frame
+    image_latents: torch.Tensor | None = None  # (c f h w) bfloat16, of the first frame followed by grey
 
 
 @dataclass(frozen=True)
@@ -121,9 +125,18 @@ class Batch:
     keyboard: torch.Tensor  # (b n k)
     mouse: torch.Tensor  # (b n 2)
     ids: tuple[str, ...]  # "episode:start" of each clip
+    visual: torch.Tensor | None = None  # (b m c), see Clip
+    image_latents: torch.Tensor | None = None  # (b c f h w), see Clip
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.latents.to(device), self.keyboard.to(device), self.mouse.to(device), self.ids)
+        return self._map(lambda tensor: tensor.to(device), self.ids)
+
+    def __getitem__(self, rows: slice) -> "Batch":
+        return self._map(lambda tensor: tensor[rows], self.ids[rows])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor], ids: tuple[str, ...]) -> "Batch":
+        visual, image_latents = (None if one is None else change(one) for one in (self.visual, self.image_latents))
+        return Batch(change(self.latents), change(self.keyboard), change(self.mouse), ids, visual, image_latents)
 
 
 @dataclass(frozen=True)
@@ -152,6 +165,8 @@ class Manifest:
     latent_std: tuple[float, ...]
     plan_hash: str  # over everything that decides what is in the shards
     split: str  # train or heldout
+    vision: Vision = "none"  # CLIP tokens that the clips carry
+    unknown: Unknown = "zeros"  # of the conditioning's latents that are not given; grey: the clips carry it
     shards: tuple[ShardInfo, ...] = field(default_factory=tuple)
 
     @property

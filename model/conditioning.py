@@ -1,9 +1,21 @@
 """What the model is told besides noise, time and actions: which latents are known."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+# What stands for latents that are not given: zeros, or the codec's latents of grey frames (the released models).
+Unknown = Literal["zeros", "grey"]
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
+
+
+def image_condition(latents: Tensor, first: bool = True) -> Tensor:
+    """The conditioning (b 4+c f h w) of the released models from the latents (b c f h w) of an image and grey frames;
+    `first` unless the image came earlier."""
+    mask = torch.zeros_like(latents[:, :1])
+    mask[:, :, :1] = float(first)
+    return torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), latents], dim=1)
 
 
 def condition(latents: Tensor, known: int) -> Tensor:

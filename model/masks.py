@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from model.conditioning import Unknown
+
 
 @dataclass(frozen=True)
 class CausalConfig:
@@ -23,7 +25,7 @@ class CausalConfig:
     positions: Literal["absolute", "relative"] = "absolute"
     context_noise: float = 0.0  # noise level (sigma) at which a finished block enters the cache
     # Conditioning of the latents that are not given: zeros, or the codec's latents of mid-grey frames (official files).
-    unknown: Literal["zeros", "grey"] = "zeros"
+    unknown: Unknown = "zeros"
 
     def __post_init__(self) -> None:
         if self.block < 1 or not 0 <= self.context_noise < 1:

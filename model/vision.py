@@ -13,9 +13,9 @@ from einops import rearrange
 from PIL import Image
 from torch import Size, Tensor, nn
 
-from model.conditioning import MASK_CHANNELS
+from model.conditioning import image_condition
 from model.foreign import load_foreign, read_json
-from model.weights import require_same_tensors
+from model.weights import require_same_tensors, sha256_file
 
 if TYPE_CHECKING:
     from model.codec import Codec
@@ -100,6 +100,12 @@ def load_vision(path: str | Path) -> VisionTower:
     return load_tower(load_foreign(weights), config, str(weights))
 
 
+def vision_hash(path: str | Path) -> str:
+    """Twelve hex digits over the tower's weights file: tokens of one tower mean nothing to another."""
+    path = Path(path)
+    return sha256_file(path / HF_WEIGHTS if path.is_dir() else path)[:12]
+
+
 def load_tower(state: Mapping[str, Tensor], config: TowerConfig, source: str) -> VisionTower:
     """The tower of `config` with the tensors of `state` in the official or in transformers' layout, float32.
 
@@ -137,9 +143,7 @@ def image_conditions(codec: "Codec", image: Tensor, latents: int) -> Iterator[Te
     while True:
         first = state is None
         encoded, state = codec.encode_stream(video, state)
-        mask = torch.zeros_like(encoded[:, :1])
-        mask[:, :, :1] = float(first)
-        yield torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), encoded], dim=1)
+        yield image_condition(encoded, first)
         video = grey
 
 

@@ -31,13 +31,16 @@ def rollout(
             f"rollout: {frames} action rows must be a multiple of {CHUNK_FRAMES}, with as many seeds as rows"
         )
     known = prompt if prompt.ndim == 5 else encode_frames(world, prompt[:, :, None])
+    first = prompt if prompt.ndim == 4 or world.tower is None else first_picture(decode_frames(world, known))
     for chunk in range(known.shape[2] // CHUNK_LATENTS, frames // CHUNK_FRAMES):
         follows = known.shape[2] // CHUNK_LATENTS  # 1 if the chunk before this one is known, 0 at an image
         rows = slice(CHUNK_FRAMES * (chunk - follows), CHUNK_FRAMES * (chunk + 1))
         noise = draw_noise(known, CHUNK_LATENTS * (follows + 1), seeds, chunk)
-        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), steps)
+        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), steps, world.look(first))
         known = latents[:, :, -CHUNK_LATENTS:]
-        yield decode_frames(world, known)
+        frames_made = decode_frames(world, known)
+        first = first_picture(frames_made)
+        yield frames_made
 
 
 def seeded_generator(*key: int) -> torch.Generator:
@@ -56,19 +59,26 @@ def draw_noise(like: Tensor, latents: int, seeds: Sequence[int], chunk: int) -> 
 
 
 @torch.inference_mode()
-def denoise(world: WorldModel, known: Tensor, noise: Tensor, actions: tuple[Tensor, Tensor], steps: int) -> Tensor:
+def denoise(
+    world: WorldModel,
+    known: Tensor,
+    noise: Tensor,
+    actions: tuple[Tensor, Tensor],
+    steps: int,
+    visual: Tensor | None = None,
+) -> Tensor:
     """Clean latents (b c f h w) from `noise` of that shape; the first ones are `known` (b c m h w).
 
     `actions`: keyboard (b n k) and mouse (b n 2) of the frames of all f latents in the chunked layout. As in training,
     the slots of the known latents carry them at the current noise level, with one fixed noise, and the conditioning
-    carries them clean; only the other slots are integrated.
+    carries them clean; only the other slots are integrated. `visual` (b m c) are the tokens of the first known frame.
     """
     count, ends = known.shape[2], latent_ends("chunked", noise.shape[2])
     keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in actions)
     cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
 
     def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        return world.dit(x, timestep, cond, keyboard, mouse)
+        return world.dit(x, timestep, cond, keyboard, mouse, visual)
 
     return integrate(velocity, world.flow, noise, steps, known)
 
@@ -85,6 +95,11 @@ def decode_frames(world: WorldModel, latents: Tensor) -> Tensor:
     with torch.autocast(latents.device.type, torch.bfloat16, enabled=world.dtype == torch.bfloat16):
         video = world.codec.decode(latents)
     return to_uint8(video)
+
+
+def first_picture(frames: Tensor) -> Tensor:
+    """The first of frames (b n h w 3) uint8 as a picture (b 3 h w) in [-1, 1]."""
+    return to_video(frames[:, :1])[:, :, 0]
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class EvaluateConfig:
     weights: Weights = "ema"
     device: str = "cpu"
     precision: Precision = "fp32"  # of the DiT's weights
+    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
 
     def __post_init__(self) -> None:
         if self.reader not in READERS:
@@ -115,7 +116,7 @@ def evaluate(words: list[str]) -> None:
     folders = heldout_episodes(config.recordings, manifest)
     starts = read_starts(folders, config.reader, manifest.game, config.replay)
     held_starts = read_starts(folders, config.reader, manifest.game, config.held)
-    world = load_world(checkpoint, config.weights, config.device, config.precision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     begun = time.perf_counter()
     method = "chunked" if world.layout == "chunked" else "streaming"
     report: Figures = {"checkpoint": str(checkpoint), "method": method, "settings": asdict(config)}
@@ -173,7 +174,7 @@ def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Te
     parts = []
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
-        some = Batch(clips.latents[part], clips.keyboard[part], clips.mouse[part], clips.ids[part]).to(world.device)
+        some = clips[part].to(world.device)
         noise = Draw(sigma[part].to(world.device), draw.noise[part].to(world.device))
         error = velocity_error(world.dit, world.flow, some, known, noise, world.layout)
         parts.append(error[:, given:].mean(dim=1).cpu())

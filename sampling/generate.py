@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -17,7 +18,6 @@ from configs import load_config
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, write_video
 from model.codec import TEMPORAL
-from model.vision import load_vision, visual_context
 from sampling.chunked import rollout, to_video
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.overlay import Overlay, enlarge
@@ -33,6 +33,8 @@ from sampling.world_model import (
     read_world_config,
 )
 
+SHEET_TILES = 36  # pictures of the contact sheet at most
+MEMORY_NOTES = 6  # along a video
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
@@ -76,16 +78,27 @@ def generate(words: list[str]) -> None:
     game = said.game
     actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
-    world = load_world(checkpoint, config.weights, config.device, config.precision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     started = time.perf_counter()
-    out, tiles = Path(config.out), []
-    write_video(out, _drawn_frames(world, prompt, actions, config, tiles), game.fps)
+    out, tiles, resident_mib = Path(config.out), [], []
+    frames = _drawn_frames(world, prompt, actions, config, tiles)
+    write_video(out, _watched(frames, resident_mib, config.frames), game.fps)
     took_s = time.perf_counter() - started
     sheet = out.with_suffix(".png")
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
     write_sheet(sheet, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
+    print(f"resident memory, MiB, along the video: {', '.join(f'{one:.0f}' for one in resident_mib)}")
+
+
+def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int) -> Iterator[np.ndarray]:
+    """The `count` frames; the process's memory is noted now and then: a long video needs no more than a short one."""
+    process, noted = psutil.Process(), set(np.linspace(0, count - 1, MEMORY_NOTES).round().astype(int).tolist())
+    for i, frame in enumerate(frames):
+        if i in noted:
+            resident_mib.append(process.memory_info().rss / 2**20)
+        yield frame
 
 
 def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: Path) -> None:
@@ -96,8 +109,6 @@ def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: Pa
             f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "
             "train one with objective diffusion_forcing"
         )
-    if said.model.vision != "none" and config.method == "chunked":
-        raise ValueError(f"{checkpoint} wants image tokens (vision: {said.model.vision}), which method=chunked has not")
     if causal is not None and config.method == "chunked":
         raise ValueError(f"{checkpoint} was trained causally, block after block; use method=streaming")
     if causal is not None:
@@ -107,10 +118,11 @@ def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: Pa
 def _drawn_frames(
     world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig, tiles: list[Tile]
 ) -> Iterator[np.ndarray]:
-    """The frames of the video as they come; one of each piece, the very first and last among them, goes to `tiles`."""
+    """The frames of the video as they come; about one of each piece, the very first and last among them, or
+    SHEET_TILES of a long video, go to `tiles`."""
     overlay = Overlay(world.game.action_space, *enlarge(prompt[0]).shape[:2])
     count, made = (_chunks if config.method == "chunked" else _blocks)(world, prompt, actions, config)
-    shown = set(np.linspace(0, config.frames - 1, count).round().astype(int).tolist())
+    shown = set(np.linspace(0, config.frames - 1, min(count, SHEET_TILES)).round().astype(int).tolist())
     name, frame = ("chunk" if config.method == "chunked" else "block"), 0
     for piece, pictures in enumerate(tqdm(made, total=count, desc="generate", unit=name), start=1):
         for picture in pictures[0].cpu().numpy()[: config.frames - frame]:
@@ -144,13 +156,10 @@ def _blocks(
     assert causal is not None
     count = count_blocks(config.frames, causal.block, world.codec.config.temporal, "frames")
     start = to_video(torch.from_numpy(prompt)[None]).to(world.device)
-    tower = load_vision(config.vision).to(world.device) if config.vision else None
-    with torch.inference_mode():
-        visual = visual_context(tower, start[:, :, 0], world.dit.config.vision)
     keyboard, mouse = (torch.from_numpy(rows)[None] for rows in (actions.keyboard, actions.mouse))
     denoising = Denoising(config.steps, config.few_steps, config.context_noise)
     start = start if start.shape[2] > 1 else start[:, :, 0]
-    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], denoising, visual)
+    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], denoising)
 
 
 def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Batch, Layout, latent_ends
 from model.actions import action_windows
-from model.conditioning import condition
+from model.conditioning import condition, image_condition
 from model.flow import FlowMatch
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
@@ -30,13 +30,14 @@ def velocity_error(
     """Mean squared velocity error (b f) of every latent frame, the first `known` of which the model is given.
 
     `batch.latents` (b c f h w) in `layout` with the actions of their frames. Known latents are noised like all others
-    in the model's input and clean in its conditioning.
+    in the model's input and clean in its conditioning. Clips with `image_latents` give their first frame so.
     """
     x0 = batch.latents.float()
     ends = latent_ends(layout, x0.shape[2])
     keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in (batch.keyboard, batch.mouse))
     noisy = flow.add_noise(x0, draw.noise, draw.sigma)
-    velocity = dit(noisy, flow.config.train_steps * draw.sigma, condition(x0, known), keyboard, mouse)
+    cond = condition(x0, known) if batch.image_latents is None else image_condition(batch.image_latents.float())
+    velocity = dit(noisy, flow.config.train_steps * draw.sigma, cond, keyboard, mouse, batch.visual)
     error = (velocity.float() - flow.training_target(x0, draw.noise)).square()
     return error.mean(dim=(1, 3, 4))
 
@@ -52,7 +53,8 @@ def cut_chunk(batch: Batch, index: int) -> Batch:
     """The batch cut to one chunk of its chunked clips."""
     latents = slice(CHUNK_LATENTS * index, CHUNK_LATENTS * (index + 1))
     frames = slice(CHUNK_FRAMES * index, CHUNK_FRAMES * (index + 1))
-    return Batch(batch.latents[:, :, latents], batch.keyboard[:, frames], batch.mouse[:, frames], batch.ids)
+    cut = {"latents": batch.latents[:, :, latents], "keyboard": batch.keyboard[:, frames]}
+    return replace(batch, **cut, mouse=batch.mouse[:, frames])
 
 
 def first_latents(batch: Batch, count: int, layout: Layout) -> Batch | None:
@@ -60,7 +62,14 @@ def first_latents(batch: Batch, count: int, layout: Layout) -> Batch | None:
     if batch.latents.shape[2] < count:
         return None
     frames = latent_ends(layout, count)[-1] + 1
-    return Batch(batch.latents[:, :, :count], batch.keyboard[:, :frames], batch.mouse[:, :frames], batch.ids)
+    given = batch.image_latents
+    return replace(
+        batch,
+        latents=batch.latents[:, :, :count],
+        keyboard=batch.keyboard[:, :frames],
+        mouse=batch.mouse[:, :frames],
+        image_latents=None if given is None else given[:, :, :count],
+    )
 
 
 def other_episodes(ids: tuple[str, ...]) -> list[int] | None:

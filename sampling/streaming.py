@@ -41,16 +41,15 @@ class Stream:
         image: Tensor,
         seeds: Sequence[int],
         denoising: Denoising,
-        visual: Tensor | None = None,
     ) -> None:
-        """`image` (b 3 h w) in [-1, 1] is frame 0; `visual` (b m c) its tokens for a model with vision."""
+        """`image` (b 3 h w) in [-1, 1] is frame 0."""
         causal, spatial = world.dit.config.causal, world.codec.config.spatial
         height, width, unit = *image.shape[2:], spatial * world.dit.config.patch_size[1]
         if height % unit or width % unit:
             raise ValueError(f"a picture of {height}x{width} px: both must be multiples of {unit} (codec x patch)")
         if len(seeds) != len(image):
             raise ValueError(f"{len(seeds)} seeds for {len(image)} pictures: give one each")
-        self.cache = world.dit.make_cache(len(image), height // spatial, width // spatial, visual)
+        self.cache = world.dit.make_cache(len(image), height // spatial, width // spatial, world.look(image))
         assert causal is not None  # make_cache refuses a model that is not causal
         self.world, self.seeds, self.denoising, self.causal = world, tuple(seeds), denoising, causal
         self.blocks = 0  # made or taken in so far
@@ -58,7 +57,9 @@ class Stream:
         self._history: tuple[Tensor, Tensor] | None = None  # the newest rows of keyboard and mouse
         self._conditions = _conditions(world, image, causal.unknown, causal.block)
         with torch.inference_mode():
-            self._known: Tensor | None = world.codec.encode(image[:, :, None]).float()
+            # A model told of its prompt by grey conditioning makes even the first latent itself, as upstream does.
+            own = causal.unknown == "grey"
+            self._known: Tensor | None = None if own else world.codec.encode(image[:, :, None]).float()
 
     @property
     def frames_due(self) -> int:
@@ -148,7 +149,6 @@ def rollout_blocks(
     actions: tuple[Tensor, Tensor],
     seeds: Sequence[int],
     denoising: Denoising,
-    visual: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Block after block of (b n h w 3) uint8 frames, n = 9 and then 12 for blocks of three, each as soon as it is made.
 
@@ -157,7 +157,7 @@ def rollout_blocks(
     Raises ValueError before anything is computed if frames and blocks do not fit.
     """
     clip = prompt if prompt.ndim == 5 else None
-    stream = Stream(world, prompt if clip is None else clip[:, :, 0], seeds, denoising, visual)
+    stream = Stream(world, prompt if clip is None else clip[:, :, 0], seeds, denoising)
     keyboard, mouse = actions
     block, temporal = stream.causal.block, world.codec.config.temporal
     count_blocks(keyboard.shape[1], block, temporal, "actions")

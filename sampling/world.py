@@ -5,7 +5,6 @@ import torch
 
 from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame
-from model.vision import VisionTower, visual_context
 from sampling.chunked import to_video
 from sampling.streaming import Denoising, Stream
 from sampling.world_model import WorldModel
@@ -20,19 +19,16 @@ class LiveWorld:
         prompt: np.ndarray,
         seed: int = 0,
         denoising: Denoising | None = None,
-        tower: VisionTower | None = None,
     ) -> None:
-        """`prompt` (h w 3) uint8 is fitted to the game's size; `tower` for a model with vision."""
-        self.world, self.denoising, self.tower = world, denoising or Denoising(), tower
+        """`prompt` (h w 3) uint8 is fitted to the game's size."""
+        self.world, self.denoising = world, denoising or Denoising()
         self.restart(prompt, seed)
 
     def restart(self, prompt: np.ndarray, seed: int = 0) -> None:
         """Begins anew from a picture (h w 3) uint8; everything before is forgotten."""
         picture = fit_frame(prompt, self.world.game.height, self.world.game.width)
         image = to_video(torch.from_numpy(picture)[None, None])[:, :, 0].to(self.world.device)
-        with torch.inference_mode():
-            visual = visual_context(self.tower, image, self.world.dit.config.vision)
-        self.stream = Stream(self.world, image, [seed], self.denoising, visual)
+        self.stream = Stream(self.world, image, [seed], self.denoising)
 
     @property
     def frames_due(self) -> int:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from configs import load_config
 from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import Codec, codec_hash, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
+from model.vision import VisionTower, load_vision, visual_context
 from model.weights import load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
@@ -41,10 +43,16 @@ class WorldModel:
     flow: FlowMatch
     codec: Codec
     game: GameConfig
+    tower: VisionTower | None = None  # of a model with vision
 
     @property
     def device(self) -> torch.device:
         return next(self.dit.parameters()).device
+
+    @torch.inference_mode()
+    def look(self, image: Tensor) -> Tensor | None:
+        """What the model is told of a clip's first frame `image` (b 3 h w) in [-1, 1]: tokens (b m c), or nothing."""
+        return visual_context(self.tower, image, self.dit.config.vision)
 
     @property
     def layout(self) -> Layout:
@@ -88,11 +96,16 @@ def read_world_config(checkpoint: Path) -> WorldModelConfig:
 
 
 def load_world(
-    path: str | Path, weights: Weights = "ema", device: str = "cpu", precision: Precision = "fp32"
+    path: str | Path,
+    weights: Weights = "ema",
+    device: str = "cpu",
+    precision: Precision = "fp32",
+    vision: str | None = None,
 ) -> WorldModel:
     """The world model in a checkpoint or in the newest one of a run folder, ready to sample on `device`.
 
     `precision` bf16 puts the DiT's weights into bfloat16: half the memory, faster where the processor multiplies it.
+    `vision`: weights of CLIP's vision tower, for a model that is shown the prompt through it.
     Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
     """
     checkpoint = newest_checkpoint(path)
@@ -102,6 +115,9 @@ def load_world(
         raise ValueError(f"{checkpoint} was trained on latents of codec {config.codec_hash}; {config.codec} is {found}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={device}, but there is no CUDA device here; use device=cpu")
+    if (config.model.vision == "none") != (vision is None):
+        needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
+        raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
     with torch.device("meta"):
         dit = ActionDiT(config.model)
     load_into(dit, open_weights(checkpoint / f"{weights}.safetensors"))
@@ -110,6 +126,7 @@ def load_world(
         FlowMatch(config.flow),
         load_codec(config.codec).requires_grad_(False).to(device),
         config.game,
+        load_vision(vision).requires_grad_(False).to(device) if vision else None,
     )
 
 

@@ -98,7 +98,7 @@ def test_a_command_that_does_not_parse_is_found() -> None:
         check_command("make dance")
 
 
-def test_every_yaml_of_ours_is_used_by_a_test_or_a_road() -> None:
+def test_every_yaml_of_ours_is_used_by_a_test_a_road_or_the_readme() -> None:
     known = {"games": "game:", "models": "model:", "train": "", "roads": "stages:"}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         text = path.read_text()
@@ -109,4 +109,5 @@ def test_every_yaml_of_ours_is_used_by_a_test_or_a_road() -> None:
             load_config(EncodeConfig, [str(path), "source=x", "codec=x", "out=x"])
         if path.parent.name == "train":
             name = str(path.relative_to(ROOT))
-            assert any(name in command for command in road_commands()), f"no road uses {name}"
+            commands = [*readme_commands(), *road_commands()]
+            assert any(name in command for command in commands), f"no road and no command of the README uses {name}"

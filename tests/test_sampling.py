@@ -5,14 +5,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_world import GAME, SPACE, random_video, write_checkpoint
+from test_vision import STATE, TINY
+from tiny_world import DIT, GAME, SPACE, random_video, write_checkpoint
 from torch import Tensor, nn
 
 from configs.cli import run as run_words
 from data_pipeline.types import ActionSpace
 from data_pipeline.video import probe, read_frames, write_video
+from model.action_dit import ActionDiT
+from model.vision import load_tower
 from sampling.__main__ import VERBS
-from sampling.chunked import decode_frames, denoise, draw_noise, encode_frames, rollout, to_uint8, to_video
+from sampling.chunked import (
+    decode_frames,
+    denoise,
+    draw_noise,
+    encode_frames,
+    first_picture,
+    rollout,
+    to_uint8,
+    to_video,
+)
 from sampling.scripts import Scripted, read_script
 from sampling.world_model import WorldModel, check_same_game, load_world, newest_checkpoint
 
@@ -93,9 +105,7 @@ class Oracle(nn.Module):
         self.x0 = nn.Parameter(x0)
         self.noise = torch.zeros_like(x0)
 
-    def forward(
-        self, x: Tensor, timestep: Tensor, cond: Tensor, keyboard: Tensor | None, mouse: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
         return self.noise - self.x0
 
 
@@ -124,6 +134,18 @@ def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: W
     actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
     denoise(replace(world, dit=Watcher()), x0, noise, actions, 5)  # type: ignore[arg-type]
     assert len(seen) == 5 and max(seen) < 1e-5  # float32
+
+
+def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:
+    config = replace(DIT, vision="pooled", img_dim=TINY.width)
+    dit, tower = ActionDiT(config, torch.Generator().manual_seed(0)).eval(), load_tower(STATE, TINY, "the fixture")
+    shown: list[Tensor] = []
+    tower.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
+    seeing = replace(world, dit=dit, tower=tower)
+    made = play(seeing, chunks=3)
+    assert len(shown) == 3 and torch.equal(shown[0], random_video(1)[:, :, 0])
+    for picture, start in zip(shown[1:], (0, 9), strict=True):
+        assert torch.equal(picture, first_picture(made[:, start:]))
 
 
 def test_bf16_changes_little(run: Path, world: WorldModel) -> None:

@@ -141,6 +141,14 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
         )
     if action and action.enable_mouse and not space.mouse:
         raise ValueError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
+    causal = config.model.causal
+    for name, ours, theirs in (
+        ("vision", config.model.vision, manifest.vision),
+        ("unknown", causal.unknown if causal else "zeros", manifest.unknown),
+    ):
+        if ours != theirs:
+            where = "model.vision" if name == "vision" else "model.causal.unknown"
+            raise ValueError(f"{where}={ours}, but the clips of {config.manifest} were encoded with {name}={theirs}")
     return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
 
 
