@@ -1,5 +1,7 @@
 """A world that answers: actions in, frames out, for as long as somebody plays."""
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import torch
 
@@ -44,3 +46,9 @@ class LiveWorld:
         rows = (torch.from_numpy(one)[None] for one in (actions.keyboard, actions.mouse))
         keyboard, mouse = (one.expand(-1, self.frames_due, -1) if one.shape[1] == 1 else one for one in rows)
         return self.stream.step(keyboard, mouse)[0].cpu().numpy()
+
+    def play(self, act: Callable[[int], Actions]) -> Iterator[np.ndarray]:
+        """Block after block of frames as `step` gives them, without an end; `act(n)` is asked for the actions of the
+        next n frames just before they are made."""
+        while True:
+            yield self.step(act(self.frames_due))

@@ -1,6 +1,7 @@
 """Rollouts of a causal model: blocks of frames, caches filled by one call, a world that answers."""
 
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,16 @@ def test_a_live_world_answers_held_and_single_rows_alike(world: WorldModel) -> N
         full = Actions(held.keyboard.repeat(n, axis=0), held.mouse.repeat(n, axis=0))
         assert frames.shape == (n, 32, 48, 3) and np.array_equal(frames, other.step(full))
     one.restart(picture, seed=3)
-    assert one.frames_due == 9
+    other.restart(picture, seed=3)
+    asked: list[int] = []
+
+    def act(frames: int) -> Actions:
+        asked.append(frames)
+        return held
+
+    for made in islice(one.play(act), 3):
+        assert np.array_equal(made, other.step(held))
+    assert asked == [9, 12, 12]  # each block's actions are asked for when it is made, not earlier
 
 
 def test_a_long_rollout_holds_no_more_memory_than_a_short_one(world: WorldModel) -> None:

@@ -27,7 +27,8 @@ class Base:
         self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
     ) -> tuple[Tensor, Figures]:
         """The mean squared velocity error and its parts; `progress` in [0, 1] is unused here."""
-        chunks = batch.latents.shape[2] // CHUNK_LATENTS  # each chunk of a clip serves in turn
+        # Each chunk of a clip serves in turn; with image tokens the first alone, whose first frame they show.
+        chunks = 1 if batch.visual is not None else batch.latents.shape[2] // CHUNK_LATENTS
         chunk = cut_chunk(batch, int(torch.randint(chunks, (1,), generator=draws.shared)))
         draw = draws.draw(chunk.latents, flow)
         error = velocity_error(model, flow, chunk, 1, draw)
