@@ -26,6 +26,8 @@ from model.layers import (
 from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
 
+CompileMode = Literal["no", "default", "reduce-overhead", "max-autotune"]  # torch.compile's modes
+
 
 @dataclass(frozen=True)
 class ActionDiTConfig:
@@ -257,6 +259,12 @@ class ActionDiT(nn.Module):
             cache.start += f
         patches = self.head(tokens, time).float()
         return rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
+
+    def compile_blocks(self, mode: CompileMode) -> None:
+        """torch.compile, block by block and in place: names of weights stay, and equal blocks compile once."""
+        if mode != "no":
+            for block in self.blocks:
+                block.compile(mode=mode)
 
     @torch.no_grad()
     def make_cache(self, b: int, height: int, width: int, visual: Tensor | None = None) -> KVCache:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from configs import load_config, to_dict
 from configs.files import write_text
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
 from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
@@ -43,7 +43,7 @@ class BenchConfig:
     codec_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
     dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
-    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"  # torch.compile's mode, block by block
+    compile: CompileMode = "no"
     batch: int = 1
     blocks: int = 1  # of `block_latents` latents, in the clip
     block_latents: int = 3
@@ -141,9 +141,7 @@ def make_dit(config: BenchConfig, device: torch.device) -> ActionDiT:
     with device:
         dit = ActionDiT(model, None if counted else torch.Generator(device).manual_seed(0))
     dit = dit.to(DTYPES[config.dtype]).eval()
-    if config.compile != "no" and not counted:
-        for block in dit.blocks:
-            block.compile(mode=config.compile)
+    dit.compile_blocks("no" if counted else config.compile)
     return dit
 
 

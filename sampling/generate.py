@@ -17,6 +17,7 @@ from tqdm import tqdm
 from configs import load_config
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, write_video
+from model.action_dit import CompileMode
 from model.codec import TEMPORAL
 from sampling.chunked import rollout, to_video
 from sampling.contact_sheet import Tile, write_sheet
@@ -53,6 +54,7 @@ class GenerateConfig:
     context_noise: float | None = None  # streaming: noise level of finished blocks in the caches; null: the model's own
     prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
     seed: int = 0
     prompt_frame: int = 0
     mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
@@ -79,6 +81,7 @@ def generate(words: list[str]) -> None:
     actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
+    world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
     out, tiles, resident_mib = Path(config.out), [], []
     frames = _drawn_frames(world, prompt, actions, config, tiles)

@@ -149,3 +149,13 @@ def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
 def test_lengths_that_do_not_fit_together_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CausalConfig(**settings)
+
+
+@torch.no_grad()
+def test_compiled_blocks_stream_the_same_numbers_under_the_same_names() -> None:
+    dit = awake(CAUSAL)
+    given = clip(dit.config, 9)
+    names, eager = list(dit.state_dict()), stream(dit, given)
+    dit.compile_blocks("default")
+    assert list(dit.state_dict()) == names
+    assert torch.allclose(stream(dit, given), eager, atol=1e-5)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from model.action_dit import ActionDiTConfig
+from model.action_dit import ActionDiTConfig, CompileMode
 from model.flow import FlowMatchConfig
 
 
@@ -14,6 +14,7 @@ class EngineConfig:
     name: Literal["deepspeed", "ddp"] = "deepspeed"
     stage: int = 2  # of ZeRO
     precision: Literal["fp32", "bf16"] = "fp32"
+    compile: CompileMode = "no"  # torch.compile of the model's blocks
     timeout_s: float = 600.0  # after which a collective that a peer never joined is an error
 
     def __post_init__(self) -> None:

@@ -72,6 +72,7 @@ def train(words: list[str]) -> None:
     model = ActionDiT(config.model, torch.Generator().manual_seed(config.seed))
     if start_from:
         load_into(model, open_weights(start_from))
+    model.compile_blocks(config.engine.compile)
     engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
     ema = Ema(engine, config.ema_decay)
     start = load_checkpoint(engine, ema, config, resumed).step if resumed else 0
