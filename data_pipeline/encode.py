@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,6 +21,7 @@ from data_pipeline import storage
 from data_pipeline.readers import READERS, find_episodes, read_game_frames, split_episodes
 from data_pipeline.shards import MANIFEST, clip_key, find_fault, index_url, read_index, save_manifest, write_shard
 from data_pipeline.types import CHUNK_FRAMES, Clip, Episode, GameConfig, Layout, Manifest, ShardInfo
+from data_pipeline.video import to_video
 from model.codec import TEMPORAL, Codec, codec_hash, load_codec
 from model.conditioning import MASK_CHANNELS, Unknown
 from model.vision import Vision, VisionTower, image_conditions, load_vision, vision_hash, visual_context
@@ -233,7 +233,7 @@ def describe_frame(codec: Codec, tower: VisionTower | None, config: EncodeConfig
     """A clip's first frame (h w 3) uint8 as its JPEG and as what the model will be told of it."""
     visual = image_latents = None
     if tower is not None or config.unknown == "grey":
-        image = _to_video(frame[None, None])[:, :, 0]
+        image = to_video(torch.from_numpy(frame[None, None]))[:, :, 0]
         tokens = visual_context(tower, image, config.vision)
         visual = None if tokens is None else tokens[0].bfloat16()
         if config.unknown == "grey":
@@ -242,15 +242,10 @@ def describe_frame(codec: Codec, tower: VisionTower | None, config: EncodeConfig
     return FirstFrame(_jpeg(frame), visual, image_latents)
 
 
-def _to_video(frames: np.ndarray) -> torch.Tensor:
-    """(b n h w 3) uint8 -> (b 3 n h w) in [-1, 1]."""
-    return rearrange(torch.from_numpy(frames).float().div_(127.5).sub_(1), "b n h w c -> b c n h w")
-
-
 @torch.no_grad()
 def encode_runs(codec: Codec, frames: np.ndarray) -> torch.Tensor:
     """Normalised latents (b c f h w) in bfloat16 of frames (b n h w 3) uint8."""
-    return codec.encode(_to_video(frames)).bfloat16()
+    return codec.encode(to_video(torch.from_numpy(frames))).bfloat16()
 
 
 def _clip_starts(config: EncodeConfig, frames: int) -> range:

@@ -10,6 +10,8 @@ import av.error
 import cv2
 import numpy as np
 from av.container import InputContainer
+from einops import rearrange
+from torch import Tensor
 
 from configs.files import atomic_path
 
@@ -98,3 +100,8 @@ def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream
 
 def _unreadable(path: str | Path, error: av.error.FFmpegError) -> ValueError:
     return ValueError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video")
+
+
+def to_video(frames: Tensor) -> Tensor:
+    """(b n h w 3) uint8 -> (b 3 n h w) in [-1, 1]."""
+    return rearrange(frames, "b n h w c -> b c n h w").float() / 127.5 - 1

@@ -10,11 +10,14 @@ Unknown = Literal["zeros", "grey"]
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
 
 
-def image_condition(latents: Tensor, first: bool = True) -> Tensor:
-    """The conditioning (b 4+c f h w) of the released models from the latents (b c f h w) of an image and grey frames;
-    `first` unless the image came earlier."""
+def masked(latents: Tensor, known: int) -> Tensor:
+    """(b 4+c f h w): the mask, 1 at the first `known` latent frames, before `latents` (b c f h w) as they are.
+
+    With the latents of an image and grey frames this is the released models' conditioning; `known` is 1, or 0 if the
+    image came earlier.
+    """
     mask = torch.zeros_like(latents[:, :1])
-    mask[:, :, :1] = float(first)
+    mask[:, :, :known] = 1
     return torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), latents], dim=1)
 
 
@@ -26,6 +29,5 @@ def condition(latents: Tensor, known: int) -> Tensor:
     """
     if not 0 <= known <= latents.shape[2]:
         raise ValueError(f"{known} known latent frames in a clip of {latents.shape[2]}")
-    mask = torch.zeros_like(latents[:, :1])
-    mask[:, :, :known] = 1
-    return torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), latents * mask], dim=1)
+    unknown = torch.zeros_like(latents[:, :, known:])
+    return masked(torch.cat([latents[:, :, :known], unknown], dim=2), known)

@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Size, Tensor, nn
 
-from model.conditioning import image_condition
+from model.conditioning import masked
 from model.foreign import load_foreign, read_json
 from model.weights import require_same_tensors, sha256_file
 
@@ -143,7 +143,7 @@ def image_conditions(codec: "Codec", image: Tensor, latents: int) -> Iterator[Te
     while True:
         first = state is None
         encoded, state = codec.encode_stream(video, state)
-        yield image_condition(encoded, first)
+        yield masked(encoded, known=int(first))
         video = grey
 
 

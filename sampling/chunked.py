@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor
 
 from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
+from data_pipeline.video import to_video
 from model.actions import action_windows
 from model.conditioning import condition
 from sampling.denoising import integrate
@@ -105,8 +106,3 @@ def first_picture(frames: Tensor) -> Tensor:
 def to_uint8(video: Tensor) -> Tensor:
     """(b 3 n h w) in [-1, 1] -> (b n h w 3) uint8, rounded."""
     return rearrange(((video.float() + 1) * 127.5).round().to(torch.uint8), "b c n h w -> b n h w c")
-
-
-def to_video(frames: Tensor) -> Tensor:
-    """(b n h w 3) uint8 -> (b 3 n h w) in [-1, 1]."""
-    return rearrange(frames, "b n h w c -> b c n h w").float() / 127.5 - 1

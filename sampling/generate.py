@@ -16,10 +16,10 @@ from tqdm import tqdm
 
 from configs import load_config
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
-from data_pipeline.video import fit_frame, read_frames, write_video
+from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
-from sampling.chunked import rollout, to_video
+from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Batch, Layout, latent_ends
 from model.actions import action_windows
-from model.conditioning import condition, image_condition
+from model.conditioning import condition, masked
 from model.flow import FlowMatch
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
@@ -36,7 +36,7 @@ def velocity_error(
     ends = latent_ends(layout, x0.shape[2])
     keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in (batch.keyboard, batch.mouse))
     noisy = flow.add_noise(x0, draw.noise, draw.sigma)
-    cond = condition(x0, known) if batch.image_latents is None else image_condition(batch.image_latents.float())
+    cond = condition(x0, known) if batch.image_latents is None else masked(batch.image_latents.float(), 1)
     velocity = dit(noisy, flow.config.train_steps * draw.sigma, cond, keyboard, mouse, batch.visual)
     error = (velocity.float() - flow.training_target(x0, draw.noise)).square()
     return error.mean(dim=(1, 3, 4))

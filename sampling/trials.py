@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data_pipeline.readers import READERS, find_episodes, read_game_frames
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig, Manifest
-from sampling.chunked import decode_frames, encode_frames, rollout, to_video
+from data_pipeline.video import to_video
+from sampling.chunked import decode_frames, encode_frames, rollout
 from sampling.motion import EXPECTED
 from sampling.presets import presets
 from sampling.scripts import Scripted, read_script

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from data_pipeline.types import Actions
-from data_pipeline.video import fit_frame
-from sampling.chunked import to_video
+from data_pipeline.video import fit_frame, to_video
 from sampling.streaming import Denoising, Stream
 from sampling.world_model import WorldModel
 

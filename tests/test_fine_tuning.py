@@ -20,14 +20,13 @@ from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.readers import READERS, read_game_frames
 from data_pipeline.stream import Stream, load_manifest, read_clips
 from data_pipeline.types import GameConfig
-from data_pipeline.video import probe
+from data_pipeline.video import probe, to_video
 from model.__main__ import VERBS as MODEL_VERBS
 from model.codec import load_codec
 from model.config import ModelConfig
 from model.vision import image_conditions, load_tower, load_vision
 from model.weights import load_weights
 from sampling.__main__ import VERBS as SAMPLING_VERBS
-from sampling.chunked import to_video
 
 ROOT = Path(__file__).parent.parent
 MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TINY.width}"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from configs.cli import run as run_words
 from data_pipeline.types import ActionSpace
-from data_pipeline.video import probe, read_frames, write_video
+from data_pipeline.video import probe, read_frames, to_video, write_video
 from model.action_dit import ActionDiT
 from model.vision import load_tower
 from sampling.__main__ import VERBS
@@ -23,7 +23,6 @@ from sampling.chunked import (
     first_picture,
     rollout,
     to_uint8,
-    to_video,
 )
 from sampling.scripts import Scripted, read_script
 from sampling.world_model import WorldModel, check_same_game, load_world, newest_checkpoint

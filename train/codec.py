@@ -15,6 +15,7 @@ from tqdm import tqdm
 from configs import load_config, save_config
 from data_pipeline.readers import READERS, find_episodes, read_game_frames, split_episodes
 from data_pipeline.types import CHUNK_FRAMES, GameConfig
+from data_pipeline.video import to_video
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
 from model.weights import save_weights
 
@@ -80,11 +81,6 @@ def read_runs(config: CodecTrainConfig, episodes: list[Path]) -> Tensor:
     if not runs:
         raise ValueError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
     return torch.cat(runs)
-
-
-def to_video(runs: Tensor) -> Tensor:
-    """(m n h w 3) uint8 -> (m 3 n h w) in [-1, 1]."""
-    return rearrange(runs, "m n h w c -> m c n h w").float() / 127.5 - 1
 
 
 def fit_decoder(codec: Codec, clips: Tensor, config: CodecTrainConfig, generator: torch.Generator) -> None:
