@@ -1,5 +1,7 @@
 """A road: stages one after the other, each a command a person could type, each skipped when it is done."""
 
+import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -23,7 +25,7 @@ class Stage:
 
     name: str
     command: str
-    makes: str  # a path that exists afterwards
+    makes: str  # the path that it fills, and no other stage does
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -40,25 +42,29 @@ class RoadConfig:
 
 @dataclass(frozen=True)
 class Stamp:
-    """Written when a stage ended well."""
+    """What a stage was run with, written when it begins and again when it has ended well."""
 
     command: str
-    seconds: float
+    key: str  # of the command, the contents of its YAML files and the stage before
+    seconds: float | None = None  # None: not ended
 
 
 def road(words: list[str]) -> int:
-    """Run the stages of a road; those that are done with the same command are reused."""
+    """Run the stages of a road; those that are done with the same commands and YAML files are reused."""
     config = load_config(RoadConfig, words)
     if config.precision == "auto":
         precision = precision_of_road(Path(config.out) / STAMPS)
         print(f"precision: {precision}, the faster one on this machine")
         config = load_config(RoadConfig, [*words, f"precision={precision}"])
-    lines, behind_is_new = [], False
+    lines, before = [], None
     for i, stage in enumerate(config.stages, 1):
-        stamp = None if behind_is_new else read_stamp(config, stage)
+        path, stamp, key = stamp_path(config, stage), read_stamp(config, stage), key_of(stage, before)
         title = f"[{i}/{len(config.stages)}] {stage.name}"
-        if stamp is None:
+        if stamp is None or stamp.key != key or stamp.seconds is None or not Path(stage.makes).exists():
             print(f"\n{title}: {stage.command}", flush=True)
+            if stamp and stamp.key != key and Path(stage.makes).exists():
+                print(f"{title}: what it made with other settings or inputs is now {set_aside(Path(stage.makes))}")
+            write_text(path, json.dumps(asdict(Stamp(stage.command, key))))
             status, seconds = run_stage(config, stage)
             if status:
                 print(f"{title} failed with status {status}; mend it and run the same command again", file=sys.stderr)
@@ -66,13 +72,14 @@ def road(words: list[str]) -> int:
             if not Path(stage.makes).exists():
                 print(f"{title} ended well but made no {stage.makes}", file=sys.stderr)
                 return 1
-            stamp, behind_is_new = Stamp(stage.command, seconds), True
-            write_text(stamp_path(config, stage), json.dumps(asdict(stamp)))
+            stamp = Stamp(stage.command, key, seconds)
+            write_text(path, json.dumps(asdict(stamp)))
             print(f"{title}: done in {seconds:.0f} s", flush=True)
-            lines.append((stage.name, stamp.seconds, ""))
+            lines.append((stage.name, seconds, ""))
         else:
             print(f"{title}: complete, reused", flush=True)
             lines.append((stage.name, stamp.seconds, "  (earlier, reused)"))
+        before = stamp
     print(f"\n{'stage':<20} {'seconds':>8}")
     for name, seconds, note in [*lines, ("all", sum(seconds for _, seconds, _ in lines), "")]:
         print(f"{name:<20} {seconds:8.1f}{note}")
@@ -99,9 +106,21 @@ def stamp_path(config: RoadConfig, stage: Stage) -> Path:
 
 
 def read_stamp(config: RoadConfig, stage: Stage) -> Stamp | None:
-    """The stamp of a stage that is done with this very command and whose output is there."""
+    """What the stage was last run with, if it ever was."""
     path = stamp_path(config, stage)
-    if not path.is_file() or not Path(stage.makes).exists():
-        return None
-    stamp = Stamp(**json.loads(path.read_text()))
-    return stamp if stamp.command == stage.command else None
+    return Stamp(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def key_of(stage: Stage, before: Stamp | None) -> str:
+    """What decides whether an earlier output is still this stage's: its command, the YAML files that it names, and the
+    run of the stage before (whose seconds tell one run from another)."""
+    files = [Path(word) for word in shlex.split(stage.command) if word.endswith((".yaml", ".yml"))]
+    contents = [path.read_text() for path in files if path.is_file()]
+    return hashlib.sha256(json.dumps([stage.command, contents, before and asdict(before)]).encode()).hexdigest()[:16]
+
+
+def set_aside(path: Path) -> Path:
+    """Renames `path` to the first free `path.1`, `path.2`, ... and returns that."""
+    free = next(other for i in itertools.count(1) if not (other := path.with_name(f"{path.name}.{i}")).exists())
+    path.rename(free)
+    return free

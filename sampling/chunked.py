@@ -11,20 +11,19 @@ from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
 from data_pipeline.video import to_video
 from model.actions import action_windows
 from model.conditioning import condition
-from sampling.denoising import integrate
+from sampling.denoising import Denoising, Rows, Velocity, guide, integrate
 from sampling.world_model import WorldModel
 
 
 def rollout(
-    world: WorldModel, prompt: Tensor, keyboard: Tensor, mouse: Tensor, seeds: Sequence[int], steps: int
+    world: WorldModel, prompt: Tensor, keyboard: Tensor, mouse: Tensor, seeds: Sequence[int], denoising: Denoising
 ) -> Iterator[Tensor]:
     """Chunk after chunk of (b 9 h w 3) uint8 frames that answer the actions, each as soon as it is made.
 
     `prompt` is an image (b 3 h w) in [-1, 1], which becomes the first frame, or the normalised latents (b c 3 h w) of
     a context chunk. `keyboard` (b n k) and `mouse` (b n 2) have one row per frame, n a multiple of 9, and begin with
     the prompt's own: the image is frame 0 of the first chunk, the context's 9 rows come before those of the first
-    chunk. `seeds` (b): a sample's noise depends on its own seed alone, not on its neighbours in the batch. `steps` are
-    the Euler steps of one chunk.
+    chunk. `seeds` (b): a sample's noise depends on its own seed alone, not on its neighbours in the batch.
     """
     frames = keyboard.shape[1]
     if frames % CHUNK_FRAMES or not len(prompt) == len(keyboard) == len(mouse) == len(seeds):
@@ -37,7 +36,7 @@ def rollout(
         follows = known.shape[2] // CHUNK_LATENTS  # 1 if the chunk before this one is known, 0 at an image
         rows = slice(CHUNK_FRAMES * (chunk - follows), CHUNK_FRAMES * (chunk + 1))
         noise = draw_noise(known, CHUNK_LATENTS * (follows + 1), seeds, chunk)
-        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), steps, world.look(first))
+        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), denoising, world.look(first))
         known = latents[:, :, -CHUNK_LATENTS:]
         frames_made = decode_frames(world, known)
         first = first_picture(frames_made)
@@ -64,8 +63,8 @@ def denoise(
     world: WorldModel,
     known: Tensor,
     noise: Tensor,
-    actions: tuple[Tensor, Tensor],
-    steps: int,
+    actions: Rows,
+    denoising: Denoising,
     visual: Tensor | None = None,
 ) -> Tensor:
     """Clean latents (b c f h w) from `noise` of that shape; the first ones are `known` (b c m h w).
@@ -75,13 +74,15 @@ def denoise(
     carries them clean; only the other slots are integrated. `visual` (b m c) are the tokens of the first known frame.
     """
     count, ends = known.shape[2], latent_ends("chunked", noise.shape[2])
-    keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in actions)
     cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
 
-    def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-        return world.dit(x, timestep, cond, keyboard, mouse, visual)
+    def answer(rows: Rows) -> Velocity:
+        keyboard, mouse = (action_windows(one, ends) if one.shape[-1] else None for one in rows)
+        return lambda x, timestep: world.dit(x, timestep, cond, keyboard, mouse, visual)
 
-    return integrate(velocity, world.flow, noise, steps, known)
+    made = actions[0].shape[1] - CHUNK_FRAMES * (count // CHUNK_LATENTS)  # rows of frames that are not known
+    velocity = guide(answer, actions, made, denoising.guidance)
+    return integrate(velocity, world.flow, noise, denoising.steps, known)
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """Noise to clean latents, whatever makes the velocity: Euler steps, or the few steps of a distilled model."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -9,6 +10,48 @@ from torch import Tensor
 from model.flow import FlowMatch
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents x (b c f h w) at timesteps (b), of x's shape
+Rows = tuple[Tensor, Tensor]  # keyboard (b n k) and mouse (b n 2), one row per frame
+
+
+@dataclass(frozen=True)
+class Denoising:
+    """How a chunk or block is made from noise."""
+
+    steps: int = 8  # Euler steps of the ODE
+    few_steps: tuple[int, ...] = ()  # streaming, instead: the list of a few-step model, such as 1000, 666, 333
+    context_noise: float | None = None  # streaming: level of finished blocks in the caches; None: the model's own
+    guidance: float = 1.0  # by actions (`guide`); 1: the model as it is
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or not 0 <= (self.context_noise or 0) < 1 or not 0 < self.guidance < float("inf"):
+            raise ValueError(
+                f"steps {self.steps} must be 1 or more, context_noise {self.context_noise} in [0, 1), guidance "
+                f"{self.guidance} a positive number"
+            )
+
+
+def guide(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
+    """Classifier-free guidance by actions: v_idle + guidance (v - v_idle), as in arXiv 2207.12598.
+
+    v answers `actions`; for v_idle nothing is pressed and the mouse is still in their last `made` rows, the frames
+    that are being made. Above 1 the picture answers more clearly than the model alone would have it, and every step
+    costs two passes.
+    """
+    acted = velocity(actions)
+    if guidance == 1 or not any(rows.shape[-1] for rows in actions):
+        return acted
+    idle = velocity((_released(actions[0], made), _released(actions[1], made)))
+
+    def guided(x: Tensor, timestep: Tensor) -> Tensor:
+        return torch.lerp(idle(x, timestep), acted(x, timestep), guidance)
+
+    return guided
+
+
+def _released(rows: Tensor, made: int) -> Tensor:
+    """Action rows (b n k) with zeros in the last `made`."""
+    before = rows.shape[1] - made
+    return torch.cat([rows[:, :before], torch.zeros_like(rows[:, before:])], dim=1)
 
 
 def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:

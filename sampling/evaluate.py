@@ -20,6 +20,7 @@ from configs.files import write_text
 from data_pipeline.readers import READERS
 from data_pipeline.stream import Stream, load_manifest
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
+from sampling.denoising import Denoising
 from sampling.films import held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import Other, write_page
@@ -73,6 +74,7 @@ class EvaluateConfig:
     held_starts: int = 8  # as starts, for the held commands
     held_chunks: int = 3  # as chunks, for the held commands
     steps: int = 6  # Euler steps per chunk or block
+    guidance: float = 1.0  # by actions, of the rollouts; the velocity loss is of the model as it is
     batch: int = 16  # rollouts or clips computed at once
     seed: int = 0
     mouse_deg: float = 3.0  # degrees per frame of the held turns
@@ -90,11 +92,15 @@ class EvaluateConfig:
 
     @property
     def replay(self) -> RolloutSettings:
-        return RolloutSettings(self.starts, self.chunks, self.steps, self.batch, self.seed)
+        return RolloutSettings(self.starts, self.chunks, self.denoising, self.batch, self.seed)
 
     @property
     def held(self) -> RolloutSettings:
-        return RolloutSettings(self.held_starts, self.held_chunks, self.steps, self.batch, self.seed + 1)
+        return RolloutSettings(self.held_starts, self.held_chunks, self.denoising, self.batch, self.seed + 1)
+
+    @property
+    def denoising(self) -> Denoising:
+        return Denoising(self.steps, guidance=self.guidance)
 
 
 def evaluate(words: list[str]) -> None:

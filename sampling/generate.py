@@ -21,9 +21,10 @@ from model.action_dit import CompileMode
 from model.codec import TEMPORAL
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
+from sampling.denoising import Denoising
 from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script
-from sampling.streaming import Denoising, count_blocks, rollout_blocks
+from sampling.streaming import count_blocks, rollout_blocks
 from sampling.world_model import (
     Precision,
     Weights,
@@ -52,6 +53,7 @@ class GenerateConfig:
     steps: int = 8  # Euler steps per chunk or block
     few_steps: tuple[int, ...] = ()  # streaming: instead of steps the list of a few-step model: [1000,666,333]
     context_noise: float | None = None  # streaming: noise level of finished blocks in the caches; null: the model's own
+    guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
     prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
     compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
@@ -63,12 +65,17 @@ class GenerateConfig:
     precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.steps, self.prompt_frames) < 1 or self.seed < 0 or self.prompt_frame < 0:
-            raise ValueError("frames, steps and prompt_frames must be at least 1, seed and prompt_frame at least 0")
+        if min(self.frames, self.prompt_frames) < 1 or self.seed < 0 or self.prompt_frame < 0:
+            raise ValueError("frames and prompt_frames must be at least 1, seed and prompt_frame at least 0")
+        _ = self.denoising  # checks of its own
         if Path(self.out).suffix.lower() != ".mp4":
             raise ValueError(f"out={self.out} must end in .mp4")
         if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
             raise ValueError("few_steps, context_noise and prompt_frames belong to method=streaming")
+
+    @property
+    def denoising(self) -> Denoising:
+        return Denoising(self.steps, self.few_steps, self.context_noise, self.guidance)
 
 
 def generate(words: list[str]) -> None:
@@ -148,7 +155,7 @@ def _chunks(
         for rows in (actions.keyboard, actions.mouse)
     )
     start = to_video(torch.from_numpy(prompt)[None])[:, :, 0].to(world.device)
-    return count, rollout(world, start, keyboard, mouse, [config.seed], config.steps)
+    return count, rollout(world, start, keyboard, mouse, [config.seed], config.denoising)
 
 
 def _blocks(
@@ -160,9 +167,8 @@ def _blocks(
     count = count_blocks(config.frames, causal.block, world.codec.config.temporal, "frames")
     start = to_video(torch.from_numpy(prompt)[None]).to(world.device)
     keyboard, mouse = (torch.from_numpy(rows)[None] for rows in (actions.keyboard, actions.mouse))
-    denoising = Denoising(config.steps, config.few_steps, config.context_noise)
     start = start if start.shape[2] > 1 else start[:, :, 0]
-    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], denoising)
+    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], config.denoising)
 
 
 def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:

@@ -63,7 +63,9 @@ def write_page(
     comparison = [comparison_section(report, others)] if others else []
     sections = [*comparison, *judgement_sections(report), *(film_section(*film) for film in films)]
     checkpoint = html.escape(report["checkpoint"])
-    parts = [f"<h1>How well does it play?</h1><p class=faint>{checkpoint}</p>"]
+    settings = report["settings"]
+    how = f"rollouts of {settings['steps']} steps per piece, guidance by actions {settings['guidance']:g}"
+    parts = [f"<h1>How well does it play?</h1><p class=faint>{checkpoint}; {how}</p>"]
     for section in sections:
         judge = f"<p class=faint>Evaluator: {html.escape(section.evaluator)}</p>" if section.evaluator else ""
         parts.append(f"<h2>{section.title}</h2><p>{section.sentence}</p>{section.body}{judge}")

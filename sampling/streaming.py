@@ -1,7 +1,6 @@
 """The causal method: block after block, each answering its actions and reading what the caches hold of the past."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,21 +11,8 @@ from model.actions import action_windows
 from model.conditioning import condition
 from model.vision import image_conditions
 from sampling.chunked import seeded_generator, to_uint8
-from sampling.denoising import denoise_in_few_steps, integrate
+from sampling.denoising import Denoising, Rows, Velocity, denoise_in_few_steps, guide, integrate
 from sampling.world_model import WorldModel
-
-
-@dataclass(frozen=True)
-class Denoising:
-    """How a block is made from noise."""
-
-    steps: int = 8  # Euler steps of the ODE
-    few_steps: tuple[int, ...] = ()  # instead: the list of a few-step model, such as 1000, 666, 333
-    context_noise: float | None = None  # noise level at which a finished block enters the caches; None: the model's own
-
-    def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= (self.context_noise or 0) < 1:
-            raise ValueError(f"steps {self.steps} must be 1 or more, context_noise {self.context_noise} in [0, 1)")
 
 
 class Stream:
@@ -73,31 +59,37 @@ class Stream:
 
         Row i was held during frame i's interval, so a block's last row leads to the frame after it.
         """
-        windows = self._windows(keyboard, mouse)
+        rows = self._rows(keyboard, mouse)
         cond, flow = next(self._conditions), self.world.flow
 
-        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            return self.world.dit(x, timestep, cond, *windows, cache=self.cache)
+        def answer(rows: Rows) -> Velocity:
+            windows = self._windows(rows)
+            return lambda x, timestep: self.world.dit(x, timestep, cond, *windows, cache=self.cache)
 
+        # What stands before the very first row is that row again.
+        made = rows[0].shape[1] if self.blocks == 0 else keyboard.shape[1]
+        velocity = guide(answer, rows, made, self.denoising.guidance)
         if self.denoising.few_steps:
             latents = denoise_in_few_steps(velocity, flow, self._noise, self.denoising.few_steps, self._known)
         else:
             latents = integrate(velocity, flow, self._noise(0), self.denoising.steps, self._known)
-        return self._finish(latents, cond, windows)
+        return self._finish(latents, cond, rows)
 
     @torch.inference_mode()
     def take(self, latents: Tensor, keyboard: Tensor, mouse: Tensor) -> Tensor:
         """A block that is known, normalised latents (b c f h w), in place of a made one; its frames as decoded."""
-        windows = self._windows(keyboard, mouse)
-        return self._finish(latents.float(), next(self._conditions), windows)
+        rows = self._rows(keyboard, mouse)
+        return self._finish(latents.float(), next(self._conditions), rows)
 
-    def _finish(self, latents: Tensor, cond: Tensor, windows: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    def _finish(self, latents: Tensor, cond: Tensor, rows: Rows) -> Tensor:
         """One more pass over the finished block, which fills the caches, and its frames."""
-        flow, level = self.world.flow, self.denoising.context_noise
+        windows, flow, level = self._windows(rows), self.world.flow, self.denoising.context_noise
         level = self.causal.context_noise if level is None else level
         sigma = torch.full((len(latents),), level, device=latents.device)
         x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
         self.world.dit(x, flow.config.train_steps * sigma, cond, *windows, cache=self.cache, keep=True)
+        window = 0 if self.world.dit.config.action is None else self.world.dit.config.action.window
+        self._history = rows[0][:, rows[0].shape[1] - window :], rows[1][:, rows[1].shape[1] - window :]
         self.blocks, self._known = self.blocks + 1, None
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.world.dtype == torch.bfloat16):
             video, self._decoder_state = self.world.codec.decode_stream(latents, self._decoder_state)
@@ -110,19 +102,21 @@ class Stream:
         drawn = [torch.randn(shape, generator=seeded_generator(seed, self.blocks, level + 1)) for seed in self.seeds]
         return torch.stack(drawn).to(self.world.device)
 
-    def _windows(self, keyboard: Tensor, mouse: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Windows of the next block from its rows and those before it, of which as many as a window has are kept."""
+    def _rows(self, keyboard: Tensor, mouse: Tensor) -> Rows:
+        """The rows of the next block behind the window's worth of those before it."""
         check_actions(self.world, keyboard, mouse, len(self.seeds), self.frames_due)
+        action, given = self.world.dit.config.action, (keyboard.to(self.world.device), mouse.to(self.world.device))
+        window = 0 if action is None else action.window
+        before = self._history or (given[0][:, :1].expand(-1, window, -1), given[1][:, :1].expand(-1, window, -1))
+        return torch.cat([before[0], given[0]], dim=1), torch.cat([before[1], given[1]], dim=1)
+
+    def _windows(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
+        """Windows of the next block's latents, from what `_rows` gave."""
         action, temporal = self.world.dit.config.action, self.world.codec.config.temporal
         if action is None:
             return None, None
         first = action.window if self.blocks == 0 else action.window + temporal - 1
         ends = [first + end for end in latent_ends("continuous", self.causal.block)]
-        rows = []
-        for i, given in enumerate((keyboard.to(self.world.device), mouse.to(self.world.device))):
-            before = self._history[i] if self._history else given[:, :1].expand(-1, action.window, -1)
-            rows.append(torch.cat([before, given], dim=1))
-        self._history = rows[0][:, -action.window :], rows[1][:, -action.window :]
         return (
             action_windows(rows[0], ends, action.window) if action.enable_keyboard else None,
             action_windows(rows[1], ends, action.window) if action.enable_mouse else None,

@@ -16,10 +16,11 @@ from data_pipeline.readers import READERS, find_episodes, read_game_frames
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig, Manifest
 from data_pipeline.video import to_video
 from sampling.chunked import decode_frames, encode_frames, rollout
+from sampling.denoising import Denoising, Rows
 from sampling.motion import EXPECTED
 from sampling.presets import presets
 from sampling.scripts import Scripted, read_script
-from sampling.streaming import Denoising, count_blocks, rollout_blocks, whole_blocks
+from sampling.streaming import count_blocks, rollout_blocks, whole_blocks
 from sampling.world_model import WorldModel
 
 
@@ -36,11 +37,11 @@ class Start:
 class RolloutSettings:
     """How many rollouts, how long, and how they are computed."""
 
-    starts: int = 8  # places in held-out episodes
-    chunks: int = 6  # of 9 frames, after the context chunk
-    steps: int = 6  # Euler steps per chunk or block
-    batch: int = 16  # rollouts computed at once
-    seed: int = 0  # of the places and, plus the start's number, of the noise
+    starts: int  # places in held-out episodes
+    chunks: int  # of 9 frames, after the context chunk
+    denoising: Denoising
+    batch: int  # rollouts computed at once
+    seed: int  # of the places and, plus the start's number, of the noise
 
     @property
     def frames(self) -> int:
@@ -48,8 +49,8 @@ class RolloutSettings:
         return CHUNK_FRAMES * self.chunks
 
     def __post_init__(self) -> None:
-        if min(self.starts, self.chunks, self.steps, self.batch) < 1 or self.seed < 0:
-            raise ValueError("rollouts: starts, chunks, steps and batch must be at least 1, seed at least 0")
+        if min(self.starts, self.chunks, self.batch) < 1 or self.seed < 0:
+            raise ValueError("rollouts: starts, chunks and batch must be at least 1, seed at least 0")
 
 
 def heldout_episodes(recordings: str | Path, manifest: Manifest) -> list[Path]:
@@ -171,7 +172,7 @@ def play(
         for first in range(0, len(prompts), settings.batch):
             part, pieces, made = slice(first, first + settings.batch), [], 0
             rows = keyboard[part], mouse[part]
-            for piece in method(world, prompts[part].to(world.device), rows, seeds[part], settings.steps):
+            for piece in method(world, prompts[part].to(world.device), rows, seeds[part], settings.denoising):
                 pieces.append(piece[:, : frames - made].cpu())
                 made += pieces[-1].shape[1]
                 progress.update(len(piece) * pieces[-1].shape[1])
@@ -180,22 +181,22 @@ def play(
 
 
 def chunk_by_chunk(
-    world: WorldModel, prompt: Tensor, actions: tuple[Tensor, Tensor], seeds: Sequence[int], steps: int
+    world: WorldModel, prompt: Tensor, actions: Rows, seeds: Sequence[int], denoising: Denoising
 ) -> Iterator[Tensor]:
     """What a bidirectional model makes of prompts as in `play`."""
     start = prompt if prompt.ndim == 4 else encode_frames(world, prompt)
-    return rollout(world, start, *actions, seeds, steps)
+    return rollout(world, start, *actions, seeds, denoising)
 
 
 def block_by_block(
-    world: WorldModel, prompt: Tensor, actions: tuple[Tensor, Tensor], seeds: Sequence[int], steps: int
+    world: WorldModel, prompt: Tensor, actions: Rows, seeds: Sequence[int], denoising: Denoising
 ) -> Iterator[Tensor]:
     """What a causal model makes of prompts as in `play`, the last block's surplus too."""
     temporal = world.codec.config.temporal
     whole = whole_blocks(actions[0].shape[1], world.block, temporal)
     rows = [functional.pad(one, (0, 0, 0, whole - one.shape[1]), mode="replicate") for one in actions]
     known = count_blocks(prompt.shape[2], world.block, temporal, "prompt") if prompt.ndim == 5 else 0
-    return islice(rollout_blocks(world, prompt, (rows[0], rows[1]), seeds, Denoising(steps)), known, None)
+    return islice(rollout_blocks(world, prompt, (rows[0], rows[1]), seeds, denoising), known, None)
 
 
 def _through_codec(world: WorldModel, video: Tensor, batch: int) -> np.ndarray:

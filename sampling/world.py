@@ -7,7 +7,8 @@ import torch
 
 from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame, to_video
-from sampling.streaming import Denoising, Stream
+from sampling.denoising import Denoising
+from sampling.streaming import Stream
 from sampling.world_model import WorldModel
 
 

@@ -236,7 +236,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def evaluate(road: Path, out: Path, *words: str) -> int:
     paths = (f"recordings={road}/recordings", f"manifest={road}/shards/heldout/manifest.json", f"out={out}")
-    small = ("clips=4", "starts=2", "chunks=2", "held_starts=1", "held_chunks=1", "steps=1")
+    small = ("clips=4", "starts=2", "chunks=2", "held_starts=1", "held_chunks=1", "steps=1", "guidance=1.5")
     return run_words("sampling", VERBS, ["evaluate", str(road / "run"), *paths, *small, *words])
 
 

@@ -24,8 +24,11 @@ from sampling.chunked import (
     rollout,
     to_uint8,
 )
+from sampling.denoising import Denoising, Rows, Velocity, guide
 from sampling.scripts import Scripted, read_script
 from sampling.world_model import WorldModel, check_same_game, load_world, newest_checkpoint
+
+TWO = Denoising(steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +49,19 @@ def play(
     chunks: int = 3,
     seeds: tuple[int, ...] = (0,),
     prompt: Tensor | None = None,
+    denoising: Denoising = TWO,
 ) -> Tensor:
     """Frames (b n h w 3) of a rollout in which every sample has the same prompt and script."""
     actions = read_script(script, SPACE, Scripted(9 * chunks))
     keyboard, mouse = (torch.from_numpy(rows).expand(len(seeds), -1, -1) for rows in (actions.keyboard, actions.mouse))
     prompt = random_video(1)[:, :, 0] if prompt is None else prompt
-    made = rollout(world, prompt.expand(len(seeds), *prompt.shape[1:]), keyboard, mouse, seeds, steps=2)
+    made = rollout(world, prompt.expand(len(seeds), *prompt.shape[1:]), keyboard, mouse, seeds, denoising)
     return torch.cat(list(made), dim=1)
 
 
 def test_a_rollout_yields_nine_frames_per_chunk_as_they_come(world: WorldModel) -> None:
     keyboard, mouse = torch.zeros(2, 36, 4), torch.zeros(2, 36, 2)
-    chunks = rollout(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), keyboard, mouse, (0, 1), steps=2)
+    chunks = rollout(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), keyboard, mouse, (0, 1), TWO)
     assert next(chunks).shape == (2, 9, 32, 48, 3)
     rest = list(chunks)
     assert len(rest) == 3 and all(chunk.shape == (2, 9, 32, 48, 3) and chunk.dtype == torch.uint8 for chunk in rest)
@@ -114,7 +118,7 @@ def test_euler_with_the_true_velocity_recovers_the_chunk(world: WorldModel, step
     oracle = Oracle(x0)
     oracle.noise = draw_noise(x0, 6, [0], 1)
     actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
-    found = denoise(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, steps)  # type: ignore[arg-type]
+    found = denoise(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, Denoising(steps))  # type: ignore[arg-type]
     assert torch.equal(found[:, :, :3], x0[:, :, :3])
     assert (found - x0).abs().max() < 1e-4  # float32 sums of `steps` terms of size about 4
 
@@ -131,8 +135,38 @@ def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: W
             return torch.ones_like(x)
 
     actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
-    denoise(replace(world, dit=Watcher()), x0, noise, actions, 5)  # type: ignore[arg-type]
+    denoise(replace(world, dit=Watcher()), x0, noise, actions, Denoising(5))  # type: ignore[arg-type]
     assert len(seen) == 5 and max(seen) < 1e-5  # float32
+
+
+def test_guidance_stretches_what_the_actions_of_the_made_frames_add(world: WorldModel) -> None:
+    known, seen = encode_frames(world, random_video(9, 1)), []
+    noise = draw_noise(known, 6, [0], 1)
+    actions = (torch.rand(1, 18, 4).round(), torch.randn(1, 18, 2))
+    released = tuple(torch.cat([rows[:, :9], torch.zeros_like(rows[:, 9:])], dim=1) for rows in actions)
+    acted, idle = (denoise(world, known, noise, rows, Denoising(1)) for rows in (actions, released))  # type: ignore[arg-type]
+    found = denoise(world, known, noise, actions, Denoising(1, guidance=2.5))
+    assert (found - idle).abs().max() > 1e-3
+    assert (found - (idle + 2.5 * (acted - idle))).abs().max() < 1e-5  # one Euler step is linear; float32
+
+    def answer(rows: Rows) -> Velocity:
+        seen.append(rows)
+        return lambda x, timestep: x
+
+    guide(answer, actions, 9, 1.0)
+    assert len(seen) == 1 and seen[0] is actions  # no second pass that nobody asked for
+
+
+@pytest.mark.parametrize("guidance", [0.0, -1.0, float("nan"), float("inf")])
+def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
+    with pytest.raises(ValueError, match="guidance"):
+        Denoising(guidance=guidance)
+
+
+def test_guidance_leaves_idle_play_alone_and_moves_what_is_held(world: WorldModel) -> None:
+    stretched = replace(TWO, guidance=3.0)
+    assert torch.equal(play(world, "idle", denoising=stretched), play(world, "idle"))
+    assert not torch.equal(play(world, "turn_left", denoising=stretched), play(world, "turn_left"))
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:

@@ -25,8 +25,8 @@ from model.masks import CausalConfig
 from model.weights import load_into
 from sampling.__main__ import VERBS
 from sampling.chunked import to_uint8
-from sampling.denoising import denoise_in_few_steps, integrate
-from sampling.streaming import Denoising, Stream, rollout_blocks
+from sampling.denoising import Denoising, denoise_in_few_steps, integrate
+from sampling.streaming import Stream, rollout_blocks
 from sampling.world import LiveWorld
 from sampling.world_model import WORLD_FILE, WorldModel, read_world_config
 
@@ -150,6 +150,21 @@ def test_context_noise_changes_what_later_blocks_see_and_the_model_carries_its_o
     assert torch.equal(clean[0], noisy[0]) and not torch.equal(clean[1], noisy[1])
     own = make_world(codec_folder, replace(CausalConfig(3, 6), context_noise=0.2))
     assert all(torch.equal(one, other) for one, other in zip(play(own), noisy, strict=True))
+
+
+@pytest.mark.parametrize("denoising", [Denoising(steps=2), FEW])
+def test_guidance_reads_the_caches_twice_and_leaves_idle_play_alone(world: WorldModel, denoising: Denoising) -> None:
+    stretched, idle = replace(denoising, guidance=3.0), (torch.zeros(1, 33, 4), torch.zeros(1, 33, 2))
+    still = [play(world, denoising=one, actions=idle) for one in (denoising, stretched)]
+    assert all(torch.equal(one, other) for one, other in zip(*still, strict=True))
+    acted = [play(world, denoising=one) for one in (denoising, stretched)]
+    assert all(not torch.equal(one, other) for one, other in zip(*acted, strict=True))
+    passes = []
+    hook = world.dit.register_forward_pre_hook(lambda dit, args, kwargs: passes.append(kwargs), with_kwargs=True)
+    play(world, denoising=stretched)
+    hook.remove()
+    made = len(denoising.few_steps) or denoising.steps
+    assert len(passes) == 3 * (2 * made + 1) and sum(one.get("keep", False) for one in passes) == 3
 
 
 def test_unknown_latents_may_be_grey_frames(codec_folder: Path) -> None:
