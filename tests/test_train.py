@@ -167,9 +167,9 @@ def test_training_starts_from_another_runs_weights(words, alone, tmp_path) -> No
 def test_a_truncated_checkpoint_is_refused_by_name(words, alone, tmp_path) -> None:
     folder = tmp_path / newest_checkpoint(alone).name
     subprocess.run(["cp", "-r", str(newest_checkpoint(alone)), str(folder)], check=True)
-    (folder / "trainer" / "ema_0.pt").write_bytes(b"")
+    (folder / "trainer" / "rank_00000.safetensors").write_bytes(b"")
     done = run([*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=4"])
-    assert done.returncode == 2 and "ema_0.pt is missing or truncated" in done.stderr
+    assert done.returncode == 2 and "rank_00000.safetensors is missing or truncated" in done.stderr
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(words, tmp_path) -> None:

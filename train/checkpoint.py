@@ -2,19 +2,26 @@
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from configs import save_config, to_dict
 from configs.files import write_text
+from model.action_dit import ActionDiT
 from model.weights import save_weights
 from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_checkpoints, read_world_config
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
+from train.state import SavedState, save_state
 
 TRAINER = "trainer"  # what only resuming needs
 POSITION = "position.json"
+WEIGHTS = {"model.safetensors": "weight", "ema.safetensors": "ema"}  # files for everyone, and what of the state
 
 
 @dataclass(frozen=True)
@@ -26,39 +33,68 @@ class Position:
     batch: int
     accumulation: int
 
+    @property
+    def clips_per_step(self) -> int:
+        """The global batch: the order of the samples, and what a step is, hang on it."""
+        return self.ranks * self.batch * self.accumulation
+
 
 def step_folder(run: Path, step: int) -> Path:
     return run / f"step_{step:07d}"
 
 
+def state_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
 def save_checkpoint(engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig, position: Position) -> Path:
-    """Writes the checkpoint of `position` and deletes those beyond `keep_last`. All ranks must call."""
-    accelerator = engine.accelerator
+    """Writes the checkpoint of `position` and deletes those beyond `keep_last`. All ranks must call.
+
+    Raises OSError in one line when the disk does not take it; the checkpoint before it stays.
+    """
     folder = step_folder(Path(config.out), position.step)
+    try:
+        _write(folder, engine, ema, config, world, position)
+    except OSError as error:
+        raise OSError(
+            f"cannot write {folder}: {error.strerror or error}; the checkpoint before it is whole: make room on the "
+            "disk and run the same command again"
+        ) from error
+    return folder
+
+
+def _write(
+    folder: Path, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig, position: Position
+) -> None:
+    accelerator = engine.accelerator
     if accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
         (folder / TRAINER).mkdir(parents=True)
     accelerator.wait_for_everyone()
-    engine.save(folder / TRAINER)
-    ema.save(folder / TRAINER / f"ema_{accelerator.process_index}.pt")
-    weights = dict(engine.full_weights())
-    with ema.swapped_in():
-        averages = dict(engine.full_weights())
+    if engine.writes_state:
+        buffers = dict(engine.buffers()) if accelerator.is_main_process else {}
+        path = folder / TRAINER / state_file(accelerator.process_index)
+        save_state(path, engine.fragments(), engine.adam, ema.averages, buffers)
+    accelerator.wait_for_everyone()  # every rank's part is written before they are put together
     if accelerator.is_main_process:
-        save_weights(weights, folder / "model.safetensors", {"step": str(position.step)})
-        save_weights(averages, folder / "ema.safetensors", {"step": str(position.step)})
+        saved, specs = SavedState(sorted((folder / TRAINER).glob("rank_*"))), weight_specs(world)
+        for name, what in WEIGHTS.items():
+            save_weights(saved.whole(what, specs), folder / name, {"step": str(position.step)})
         save_config(config, folder / "config.yaml")
         save_config(world, folder / WORLD_FILE)
         write_text(folder / TRAINER / POSITION, json.dumps(asdict(position)))
-    accelerator.wait_for_everyone()  # every rank's shards are written before the marker is
-    if accelerator.is_main_process:
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
         write_text(folder / COMPLETE, json.dumps({"step": position.step, "bytes": files}, indent=1))
         for old in complete_checkpoints(Path(config.out))[: -config.checkpoint.keep_last]:
             (old / COMPLETE).unlink()  # first, so that a kill here leaves no half of a checkpoint that looks whole
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
-    return folder
+
+
+def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
+    """Names and shapes of the model's weights, on the meta device."""
+    with torch.device("meta"):
+        return ActionDiT(world.model).state_dict()
 
 
 def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
@@ -75,21 +111,39 @@ def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
     return found[-1]
 
 
-def load_checkpoint(engine: Engine, ema: Ema, config: TrainConfig, folder: Path) -> Position:
-    """Restores everything from `folder` and returns where it stands. All ranks must call."""
+def read_position(folder: Path) -> Position:
+    """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
     saved = json.loads((folder / COMPLETE).read_text())
     for name, size in saved["bytes"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
             raise ValueError(f"{path} is missing or truncated; delete {folder} to resume from the checkpoint before it")
-    position = Position(**json.loads((folder / TRAINER / POSITION).read_text()))
-    now = (engine.accelerator.num_processes, config.batch, config.accumulation)
-    if (position.ranks, position.batch, position.accumulation) != now:
+    return Position(**json.loads((folder / TRAINER / POSITION).read_text()))
+
+
+def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: Path) -> TrainConfig:
+    """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`.
+
+    On as many ranks as before they are what `config` says. On others the batch stays, or becomes smaller, and the
+    accumulation follows, so that every step has the very samples that it would have had.
+    Raises ValueError in one line if that cannot be.
+    """
+    if ranks * config.batch * config.accumulation == position.clips_per_step:
+        return config
+    per_rank, rest = divmod(position.clips_per_step, ranks)
+    if rest or ranks == position.ranks:
         raise ValueError(
             f"{folder} was written by {position.ranks} ranks x batch {position.batch} x accumulation "
-            f"{position.accumulation}, this run has {now[0]} x {now[1]} x {now[2]}; use the same, or start a new run "
-            f"with init={folder}"
+            f"{position.accumulation} = {position.clips_per_step} clips per step, which {ranks} x {config.batch} x "
+            f"{config.accumulation} is not{'' if ranks == position.ranks else ' and cannot be'}; use the same, or "
+            f"start a new run with init={folder}"
         )
-    engine.load(folder / TRAINER)
-    ema.load(folder / TRAINER / f"ema_{engine.accelerator.process_index}.pt")
-    return position
+    batch = next(size for size in range(min(config.batch, per_rank), 0, -1) if per_rank % size == 0)
+    return replace(config, batch=batch, accumulation=per_rank // batch)
+
+
+def load_checkpoint(engine: Engine, ema: Ema, folder: Path) -> None:
+    """Restores what the complete checkpoint `folder` holds, whatever engine and ranks wrote it. All ranks must call."""
+    saved = SavedState(sorted((folder / TRAINER).glob("rank_*")))
+    engine.restore(saved)
+    ema.restore(saved)

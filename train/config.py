@@ -11,15 +11,23 @@ from model.flow import FlowMatchConfig
 class EngineConfig:
     """How the model is put on processes."""
 
-    name: Literal["deepspeed", "ddp"] = "deepspeed"
-    stage: int = 2  # of ZeRO
+    name: Literal["deepspeed", "fsdp2", "ddp"] = "deepspeed"
+    stage: int = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
+    offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: CompileMode = "no"  # torch.compile of the model's blocks
     timeout_s: float = 600.0  # after which a collective that a peer never joined is an error
 
     def __post_init__(self) -> None:
-        if self.stage not in (1, 2):
-            raise ValueError(f"engine.stage={self.stage}: ZeRO stages 1 and 2 are supported, use one of them")
+        if self.stage not in (1, 2, 3):
+            raise ValueError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
+        wants = {("deepspeed", "optimizer"): 1, ("deepspeed", "all"): 3, ("fsdp2", "all"): 0}
+        least = 0 if self.offload == "nothing" else wants.get((self.name, self.offload))
+        if least is None or self.stage < least:
+            raise ValueError(
+                f"engine.offload={self.offload} is not for engine.name={self.name} engine.stage={self.stage}; "
+                "optimizer goes with deepspeed, all with deepspeed of stage 3 and with fsdp2"
+            )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from model.codec import codec_hash
 from model.flow import FlowMatch
 from model.weights import load_into, open_weights
 from sampling.world_model import WorldModelConfig, newest_checkpoint, read_world_config
-from train.checkpoint import Position, find_resumable, load_checkpoint, save_checkpoint
+from train.checkpoint import (
+    Position,
+    find_resumable,
+    fit_to_ranks,
+    load_checkpoint,
+    read_position,
+    save_checkpoint,
+)
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, make_engine, start_accelerator
@@ -27,7 +34,7 @@ from train.evaluate import Validation
 from train.log import Interval, Log, StepFigures, describe
 from train.objectives import Objective, check_objective, make_objective
 from train.objectives.draws import make_draws
-from train.optim import learning_rate, make_optimizer
+from train.optim import learning_rate
 
 
 class StopRequest:
@@ -64,23 +71,29 @@ def train(words: list[str]) -> None:
     objective, flow = make_objective(config.objective), FlowMatch(config.flow)
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    resumed, start, asked = find_resumable(Path(config.out), world), 0, config
+    if resumed:
+        position = read_position(resumed)
+        config, start = fit_to_ranks(config, position, ranks, resumed), position.step
     stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
     start_from = initial_weights(config, manifest) if config.init else None
-    resumed = find_resumable(Path(config.out), world)
     stop = StopRequest()
     accelerator = start_accelerator(config)
     model = ActionDiT(config.model, torch.Generator().manual_seed(config.seed))
     if start_from:
         load_into(model, open_weights(start_from))
     model.compile_blocks(config.engine.compile)
-    engine = make_engine(accelerator, model, make_optimizer(model, config.optim), config)
+    engine = make_engine(accelerator, model, config)
     ema = Ema(engine, config.ema_decay)
-    start = load_checkpoint(engine, ema, config, resumed).step if resumed else 0
+    if resumed:
+        load_checkpoint(engine, ema, resumed)
     validation = Validation(config, engine, flow) if config.validation.manifest else None
     run = Run(config, world, objective, flow, engine, ema, stop, validation)
     with closing(Log(config, start, accelerator.is_main_process)) as log:
         if resumed:
             log.say(f"resumed from {resumed} at step {start}")
+        if config != asked:
+            log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
         with closing(stream.batches(start * config.accumulation)) as batches:
             run_steps(run, range(start, config.steps), batches, log)
         if start >= config.steps:
@@ -100,7 +113,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             with interval.waiting():
                 batch = next(batches).to(engine.accelerator.device)
             micro_step = step * config.accumulation + micro
-            draws = make_draws(config.seed, micro_step, (micro_step * ranks + rank) * config.batch, config.batch)
+            draws = make_draws(config.seed, step, (micro_step * ranks + rank) * config.batch, config.batch)
             with engine.accumulate():
                 loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
                 engine.backward(loss)

@@ -18,7 +18,7 @@ class Autoregressive:
 
     context_weight: float = 0.3  # of the context's own loss during the curriculum; the target has the rest
     curriculum: float = 1 / 3  # share of training with the context's loss; afterwards the target alone
-    base_share: float = 0.1  # of micro-steps that train the first chunk from a frame, lest it be forgotten
+    base_share: float = 0.1  # of steps that train the first chunk from a frame, lest it be forgotten
     context_noise: float = 0.0  # largest noise level mixed into the given context, against drift of long rollouts
 
     def loss(

@@ -12,7 +12,7 @@ from sampling.scores import Draw
 
 @dataclass(frozen=True)
 class Draws:
-    """One generator per sample of this rank's batch, and one that all ranks share in this micro-step.
+    """One generator per sample of this rank's batch, and one that all ranks and micro-steps of a step share.
 
     A sample's noise depends on its global index alone, so a run gives the same losses on another number of ranks.
     """
@@ -36,7 +36,7 @@ class Draws:
         return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
 
 
-def make_draws(seed: int, micro_step: int, first_sample: int, batch: int) -> Draws:
-    """The draws of the samples `first_sample` ... of the global order."""
+def make_draws(seed: int, step: int, first_sample: int, batch: int) -> Draws:
+    """The draws of the samples `first_sample` ... of the global order, in optimizer step `step`."""
     samples = tuple(seeded_generator(seed, 0, first_sample + i) for i in range(batch))
-    return Draws(samples, seeded_generator(seed, 1, micro_step))
+    return Draws(samples, seeded_generator(seed, 1, step))

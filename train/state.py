@@ -1,0 +1,122 @@
+"""What a run needs to go on: weights, moments and averages, by parameter, in the runs of numbers that each rank owns.
+
+Every engine cuts the parameters up in its own way, but a cut is always a run of a flattened parameter. Written down as
+(name, start, numbers), one engine's state is every engine's: on as many ranks, on others, under another ZeRO stage.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from model.weights import LazyWeights, open_weights, save_weights
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+STARTS, STEP = "starts", "step"  # in a file's metadata
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """A run of one parameter that this rank optimises, as views: what is written into them is restored."""
+
+    name: str
+    start: int  # in the flattened parameter
+    weight: Tensor  # (n) float32
+    owner: Tensor  # the optimizer's own tensor that holds it: the key of its state
+    offset: int  # of the run in the flattened local part of `owner`
+
+    def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
+        """(n) of the optimizer's state."""
+        whole = optimizer.state[self.owner][key]
+        return local_part(whole).view(-1)[self.offset : self.offset + len(self.weight)]
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor that FSDP2 may have cut."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def adam_steps(optimizer: torch.optim.Optimizer) -> int:
+    """How many steps Adam has made: the exponent of its bias correction."""
+    steps = {int(state["step"]) for state in optimizer.state.values()}
+    assert len(steps) <= 1, steps
+    return steps.pop() if steps else 0
+
+
+def save_state(
+    path: Path,
+    fragments: Iterable[Fragment],
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+) -> None:
+    """This rank's share as one safetensors file; `averages` (n) by the fragments' names, `buffers` whole."""
+    tensors: dict[str, Tensor] = {}
+    starts: dict[str, int] = {}
+    for fragment in fragments:
+        if not len(fragment.weight):  # fewer rows than ranks
+            continue
+        starts[fragment.name] = fragment.start
+        tensors[f"weight/{fragment.name}"] = fragment.weight
+        tensors[f"ema/{fragment.name}"] = averages[fragment.name]
+        if fragment.owner in optimizer.state:
+            tensors |= {f"{key}/{fragment.name}": fragment.moment(optimizer, key) for key in MOMENTS}
+    for name, buffer in buffers.items():
+        starts[name] = 0
+        tensors |= {f"{what}/{name}": buffer.detach().float().flatten() for what in ("weight", "ema")}
+    save_weights(tensors, path, {STARTS: json.dumps(starts), STEP: str(adam_steps(optimizer))})
+
+
+class SavedState:
+    """The files of all ranks together; numbers are read when they are asked for."""
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        """Raises ValueError in one line for files that are no complete state."""
+        self.runs: dict[str, list[tuple[int, LazyWeights]]] = {}
+        self.steps, self.paths = 0, list(paths)
+        for path in self.paths:
+            file = open_weights(path)
+            if STARTS not in file.metadata:
+                raise ValueError(f"{path} holds weights, but no state of a training run")
+            starts = json.loads(file.metadata[STARTS])
+            self.steps = max(self.steps, int(file.metadata[STEP]))
+            for key in file:
+                self.runs.setdefault(key, []).append((starts[key.partition("/")[2]], file))
+
+    def read(self, what: str, name: str, start: int, length: int) -> Tensor:
+        """(length) float32 of `weight`, `ema` or a moment of the flattened parameter `name`."""
+        key, found, filled = f"{what}/{name}", torch.empty(length), 0
+        for begin, file in self.runs.get(key, ()):
+            end = begin + len(file.specs[key])
+            low, high = max(start, begin), min(start + length, end)
+            if low < high:
+                found[low - start : high - start] = file[key][low - begin : high - begin]
+                filled += high - low
+        if filled != length:
+            where = self.paths[0].parent if self.paths else "no file"
+            raise ValueError(f"{where} holds {filled} of {length} numbers of {key}: it is of another model, or damaged")
+        return found
+
+    def whole(self, what: str, specs: Mapping[str, Tensor]) -> LazyWeights:
+        """All tensors of `specs` (shapes by name, on the meta device), each put together when it is asked for."""
+        wanted = {name: torch.empty(spec.shape, device="meta") for name, spec in specs.items()}
+        return LazyWeights(
+            wanted, lambda name: self.read(what, name, 0, wanted[name].numel()).reshape(wanted[name].shape)
+        )
+
+    @torch.no_grad()
+    def restore(self, fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> None:
+        """Writes weights and moments into the fragments' views; the optimizer goes on counting from the saved step."""
+        for fragment in fragments:
+            if self.steps and fragment.owner not in optimizer.state:
+                own = optimizer.state[fragment.owner]
+                own["step"] = torch.tensor(float(self.steps), device=fragment.weight.device)
+                own |= {key: torch.zeros_like(fragment.owner) for key in MOMENTS}
+            span = (fragment.name, fragment.start, len(fragment.weight))
+            fragment.weight.copy_(self.read("weight", *span))
+            for key in MOMENTS if self.steps else ():
+                fragment.moment(optimizer, key).copy_(self.read(key, *span))

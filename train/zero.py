@@ -1,0 +1,70 @@
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer states, gradients and weights cut up over the ranks."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from train.engine import Engine
+from train.state import Fragment
+
+
+class ZeroEngine(Engine):
+    """DeepSpeed steps inside of the last backward, and clips there."""
+
+    @property
+    def zero(self) -> Any:
+        """DeepSpeed's own optimizer, which holds the float32 weights."""
+        return self.optimizer.optimizer
+
+    @property
+    def adam(self) -> torch.optim.Optimizer:
+        return self.zero.optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients:
+            self.grad_norm = float(self.model.get_global_grad_norm())  # type: ignore[operator]
+
+    def fragments(self) -> list[Fragment]:
+        return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
+
+    @property
+    def writes_state(self) -> bool:
+        return True
+
+    def _of_stage_1_or_2(self) -> list[Fragment]:
+        """Each group of parameters is one flat tensor, of which every rank optimises an equal part."""
+        parts = []
+        for name, p in self.module.named_parameters():
+            link = getattr(p, "_hp_mapping", None)
+            if link is None:  # wholly in another rank's part
+                continue
+            owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
+            run, offset = link.lp_fragment_address, link.hp_fragment_address.start
+            parts.append(Fragment(name, run.start, owner.data[offset : offset + run.numel], owner, offset))
+        return parts
+
+    def _of_stage_3(self) -> list[Fragment]:
+        """Each parameter is cut into equal parts, the last one padded."""
+        parts = []
+        for name, p in self.module.named_parameters():
+            if not p.requires_grad:
+                continue
+            group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
+            owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
+            whole: Any = p  # DeepSpeed's fields: `p` itself is empty
+            length = max(0, min(share, whole.ds_numel - start))
+            parts.append(Fragment(name, start, owner.data[offset : offset + length], owner, offset))
+        return parts
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        """The weights that the passes use, in bf16 or float32, from the float32 ones."""
+        if self.config.engine.stage != 3:
+            self.zero.update_lp_params()
+            return
+        for group in range(len(self.zero.fp32_partitioned_groups_flat)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        if self.zero.persistent_parameters:  # small ones, which every rank keeps whole
+            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
