@@ -1,4 +1,4 @@
-# make demo | test | smoke | setup | check. Everything lives in .venv and runs/.
+# make demo | test | test-engines | test-faults | test-multinode | smoke | setup | check. Everything lives in .venv and runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PYTHONWARNINGS := ignore
 
-.PHONY: demo smoke test check setup clean
+.PHONY: demo smoke test test-engines test-faults test-multinode check setup clean
 
 demo: setup
 	@python -m launch road configs/roads/demo.yaml
@@ -22,6 +22,15 @@ smoke: setup
 
 test: check
 	@python -m pytest
+
+test-engines: setup
+	@python -m pytest -m long -s tests/test_engines.py
+
+test-faults: setup
+	@python -m pytest -m long -s tests/test_faults.py
+
+test-multinode: setup
+	@python -m pytest -m long -s tests/test_multinode.py
 
 check: setup
 	@ruff check . && ruff format --check . && pyright

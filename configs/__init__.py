@@ -142,6 +142,15 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(asdict(config))
 
 
+def flat(config: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested settings as one dict of dotted names."""
+    found = {}
+    for key, value in config.items():
+        name = f"{where}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return found
+
+
 def save_config(config: Any, path: str | Path) -> None:
     """Writes the resolved dataclass as YAML that `load_config` reads back to an equal one."""
     write_text(path, yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 
 # torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
 # by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
@@ -15,12 +16,16 @@ Verb = Callable[[list[str]], int | None]
 PERSONS_FAULTS = (ValueError, OSError)
 
 
-def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = None) -> int:
+def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = None, default: str | None = None) -> int:
     """Runs the verb that `words` (default: the command line) begin with and returns the exit status.
+
+    Words that begin with a setting instead, a YAML file or key=value, are those of the verb `default`.
 
     A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
     """
     words = list(sys.argv[1:] if words is None else words)
+    if default and words and (words[0].endswith((".yaml", ".yml")) or "=" in words[0]):
+        words.insert(0, default)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(program, verbs))
         return 0 if words else 2
@@ -38,6 +43,17 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def of_checkpoint(verb: Verb) -> Verb:
+    """The verb with its first word, if it is a bare path, read as `checkpoint=<path>`."""
+
+    @wraps(verb)
+    def with_checkpoint(words: list[str]) -> int | None:
+        bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
+        return verb([f"checkpoint={words[0]}", *words[1:]] if bare else words)
+
+    return with_checkpoint
 
 
 def one_line(error: BaseException) -> str:

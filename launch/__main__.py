@@ -1,10 +1,17 @@
-"""`python -m launch road configs/roads/demo.yaml` runs the whole road."""
+"""`python -m launch configs/machines/X.yaml configs/train/Y.yaml ...` starts a run; `road` the whole road."""
 
 import os
 import sys
 
 from configs.cli import run
 from launch.road import road
+
+
+def _run(words: list[str]) -> int:
+    """Start a run, or write it down for a scheduler: configs/machines/X.yaml configs/train/Y.yaml ... dry_run=true"""
+    from launch.local import launch
+
+    return launch(words)
 
 
 def warm(words: list[str]) -> None:
@@ -23,7 +30,7 @@ def warm(words: list[str]) -> None:
     builder.load(verbose=False)
 
 
-VERBS = {"road": road, "warm": warm}
+VERBS = {"run": _run, "road": road, "warm": warm}
 
 if __name__ == "__main__":
-    sys.exit(run("launch", VERBS))
+    sys.exit(run("launch", VERBS, default="run"))

@@ -3,10 +3,12 @@
 import pytest
 import yaml
 from tiny_recordings import EPISODES, write_recording
-from tiny_world import GAME, write_codec
+from tiny_training import STEPS
+from tiny_world import DIT, GAME, write_codec
 
 from configs import to_dict
 from data_pipeline.encode import EncodeConfig, encode_recordings
+from model.flow import FlowMatchConfig
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,23 @@ def encoded(encode_config):
     """The folder with train/ and heldout/; not to be changed."""
     encode_recordings(encode_config)
     return encode_config.out
+
+
+@pytest.fixture(scope="session")
+def train_words(encoded, codec_folder, tmp_path_factory) -> list[str]:
+    """The settings that all runs here share: a clip norm that bites, a learning rate that moves the weights."""
+    path = tmp_path_factory.mktemp("train") / "tiny.yaml"
+    settings = {
+        "model": {**to_dict(DIT), "checkpoint_every": 1},
+        "flow": to_dict(FlowMatchConfig()),
+        "manifest": f"{encoded}/train/manifest.json",
+        "codec": str(codec_folder),
+        "steps": STEPS,
+        "objective": {"name": "autoregressive", "base_share": 0.3, "context_noise": 0.1},
+        "log_every": 1,
+        "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 4, "clip_norm": 0.05},
+        "checkpoint": {"every": 100, "keep_last": 2},
+        "validation": {"manifest": f"{encoded}/heldout/manifest.json", "every": 4, "clips": 2},
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return [str(path)]

@@ -1,21 +1,18 @@
 """Training: one process and two under ZeRO-2 agree, a stop costs nothing, and what cannot work is refused."""
 
-import json
 import os
 import resource
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from tiny_world import DIT
 
-from configs import to_dict
 from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
@@ -27,61 +24,24 @@ from train.objectives.autoregressive import Autoregressive
 from train.objectives.draws import make_draws
 from train.optim import learning_rate, make_optimizer
 
-STEPS = 8
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu_zero2.yaml",
-          "--main_process_port", "0", "-m", "train"]  # fmt: skip
-ALONE = [sys.executable, "-m", "train"]
-ROOT = Path(__file__).parent.parent
+LAUNCH = launch("cpu_zero2", "-m", "train")
 
 
 @pytest.fixture(scope="module")
-def words(encoded, codec_folder, tmp_path_factory) -> list[str]:
-    """The settings that all runs here share: a clip norm that bites, a learning rate that moves the weights."""
-    path = tmp_path_factory.mktemp("train") / "tiny.yaml"
-    settings = {
-        "model": {**to_dict(DIT), "checkpoint_every": 1},
-        "flow": to_dict(FlowMatchConfig()),
-        "manifest": f"{encoded}/train/manifest.json",
-        "codec": str(codec_folder),
-        "steps": STEPS,
-        "objective": {"name": "autoregressive", "base_share": 0.3, "context_noise": 0.1},
-        "log_every": 1,
-        "optim": {"learning_rate": 1e-2, "warmup_steps": 2, "decay_steps": 4, "clip_norm": 0.05},
-        "checkpoint": {"every": 100, "keep_last": 2},
-        "validation": {"manifest": f"{encoded}/heldout/manifest.json", "every": 4, "clips": 2},
-    }
-    path.write_text(yaml.safe_dump(settings))
-    return [str(path)]
-
-
-def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
-
-
-def read_metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out: Path) -> torch.Tensor:
-    return torch.tensor([[line["loss"], line["grad_norm"]] for line in read_metrics(out) if "loss" in line])
-
-
-@pytest.fixture(scope="module")
-def alone(words, tmp_path_factory) -> Path:
+def alone(train_words, tmp_path_factory) -> Path:
     """One process, batch 4, float32, with wandb's offline writer on."""
     out = tmp_path_factory.mktemp("alone")
-    given = [*words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
+    given = [*train_words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
     done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     return out
 
 
 @pytest.fixture(scope="module")
-def zero2(words, tmp_path_factory) -> Path:
+def zero2(train_words, tmp_path_factory) -> Path:
     """Two processes under ZeRO-2, batch 1 x 2 micro-steps each, float32."""
     out = tmp_path_factory.mktemp("zero2")
-    done = run([*LAUNCH, *words, f"out={out}", "batch=1", "accumulation=2"])
+    done = run([*LAUNCH, *train_words, f"out={out}", "batch=1", "accumulation=2"])
     assert done.returncode == 0, done.stderr
     return out
 
@@ -98,20 +58,19 @@ def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
     assert list(alone.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_micro_steps_of_a_batch_follow_the_same_draws_as_the_whole(words, alone, tmp_path) -> None:
-    # base_share makes the kind of a micro-step random, so whole batch and micro-steps compare without it.
+def test_micro_steps_of_a_batch_follow_the_same_draws_as_the_whole(train_words, alone, tmp_path) -> None:
     out = {}
     for name, batch, accumulation in (("whole", 4, 1), ("parts", 2, 2)):
         out[name] = tmp_path / name
         given = [f"out={out[name]}", "engine.name=ddp", f"batch={batch}", f"accumulation={accumulation}", "steps=3"]
-        done = run([*ALONE, *words, *given, "objective.base_share=0", "validation.every=100"])
+        done = run([*ALONE, *train_words, *given, "validation.every=100"])
         assert done.returncode == 0, done.stderr
     torch.testing.assert_close(losses(out["parts"]), losses(out["whole"]), atol=2e-5, rtol=1e-4)
 
 
-def test_zero2_on_two_processes_gives_the_single_process_losses(words, zero2, tmp_path) -> None:
+def test_zero2_on_two_processes_gives_the_single_process_losses(train_words, zero2, tmp_path) -> None:
     out = tmp_path / "single"
-    done = run([*ALONE, *words, f"out={out}", "engine.name=ddp", "batch=2", "accumulation=2"])
+    done = run([*ALONE, *train_words, f"out={out}", "engine.name=ddp", "batch=2", "accumulation=2"])
     assert done.returncode == 0, done.stderr
     single = losses(out)
     assert (single[:, 1] > 0.05).all(), "every step must exceed the clip norm, or the test says nothing about clipping"
@@ -124,9 +83,9 @@ def test_zero2_on_two_processes_gives_the_single_process_losses(words, zero2, tm
         assert worst < 2e-3, (name, worst)  # Adam turns rounding of near-zero gradients into a part of a step of 1e-2
 
 
-def test_a_stopped_and_resumed_run_ends_with_the_same_weights(words, zero2, tmp_path) -> None:
+def test_a_stopped_and_resumed_run_ends_with_the_same_weights(train_words, zero2, tmp_path) -> None:
     out = tmp_path / "stopped"
-    command = [*LAUNCH, *words, f"out={out}", "batch=1", "accumulation=2"]
+    command = [*LAUNCH, *train_words, f"out={out}", "batch=1", "accumulation=2"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -149,31 +108,31 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(words, zero2, tmp_
     assert [line["loss"] for line in read_metrics(out) if "loss" in line] == wanted
 
 
-def test_a_finished_run_started_again_has_nothing_to_do(words, alone) -> None:
+def test_a_finished_run_started_again_has_nothing_to_do(train_words, alone) -> None:
     before = (alone / "metrics.jsonl").read_text()
-    done = run([*ALONE, *words, f"out={alone}", "engine.name=ddp", "batch=4"])
+    done = run([*ALONE, *train_words, f"out={alone}", "engine.name=ddp", "batch=4"])
     assert done.returncode == 0 and "nothing to do" in done.stdout + done.stderr
     assert (alone / "metrics.jsonl").read_text() == before
 
 
-def test_training_starts_from_another_runs_weights(words, alone, tmp_path) -> None:
+def test_training_starts_from_another_runs_weights(train_words, alone, tmp_path) -> None:
     given = [f"out={tmp_path}", "engine.name=ddp", "batch=2", "steps=1", f"init={alone}", "optim.learning_rate=0"]
-    done = run([*ALONE, *words, *given, "validation.every=100"])
+    done = run([*ALONE, *train_words, *given, "validation.every=100"])
     assert done.returncode == 0, done.stderr
     started, given_weights = (load_weights(newest_checkpoint(f) / "ema.safetensors") for f in (tmp_path, alone))
     assert all(torch.equal(started[key], given_weights[key]) for key in given_weights)
 
 
-def test_a_truncated_checkpoint_is_refused_by_name(words, alone, tmp_path) -> None:
+def test_a_truncated_checkpoint_is_refused_by_name(train_words, alone, tmp_path) -> None:
     folder = tmp_path / newest_checkpoint(alone).name
     subprocess.run(["cp", "-r", str(newest_checkpoint(alone)), str(folder)], check=True)
     (folder / "trainer" / "rank_00000.safetensors").write_bytes(b"")
-    done = run([*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=4"])
+    done = run([*ALONE, *train_words, f"out={tmp_path}", "engine.name=ddp", "batch=4"])
     assert done.returncode == 2 and "rank_00000.safetensors is missing or truncated" in done.stderr
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(words, tmp_path) -> None:
-    command = [*ALONE, *words, f"out={tmp_path}", "engine.name=ddp", "batch=1", "validation.every=100"]
+def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path) -> None:
+    command = [*ALONE, *train_words, f"out={tmp_path}", "engine.name=ddp", "batch=1", "validation.every=100"]
     assert run([*command, "steps=1"]).returncode == 0
     whole = newest_checkpoint(tmp_path)
 
@@ -204,8 +163,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(words, tmp_path) -> None:
         ("engine.name=deepspeed", "accelerate launch"),
     ],
 )
-def test_what_cannot_work_is_one_line_and_leaves_nothing(words, tmp_path, changed: str, said: str) -> None:
-    done = run([*ALONE, *words, f"out={tmp_path / 'run'}", "engine.name=ddp", changed])
+def test_what_cannot_work_is_one_line_and_leaves_nothing(train_words, tmp_path, changed: str, said: str) -> None:
+    done = run([*ALONE, *train_words, f"out={tmp_path / 'run'}", "engine.name=ddp", changed])
     assert done.returncode == 2, done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and said in lines[0], done.stderr

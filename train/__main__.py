@@ -1,11 +1,11 @@
-"""`python -m train file.yaml ... key=value ...` trains; `python -m train codec ...` fits the demo's codec."""
+"""`python -m train file.yaml ... key=value ...` trains; `engine`, `codec` and `consolidate` are verbs of their own."""
 
 import os
 import signal
 import sys
 import time
 
-from configs.cli import PERSONS_FAULTS, run
+from configs.cli import PERSONS_FAULTS, of_checkpoint, run
 
 
 def _train(words: list[str]) -> None:
@@ -29,9 +29,25 @@ def _codec(words: list[str]) -> None:
     train_codec(words)
 
 
-VERBS = {"run": _train, "codec": _codec}
+def _consolidate(words: list[str]) -> None:
+    """One safetensors file in official names from a checkpoint's trainer/ folder: <checkpoint> out=world.safetensors"""
+    from train.checkpoint import consolidate
+
+    consolidate(words)
+
+
+def _engine(words: list[str]) -> None:
+    """Print what a run's engine would be told, without starting it: the same words as for training"""
+    import json
+
+    from configs import load_config
+    from train.config import TrainConfig
+    from train.engine import describe_engine
+
+    print(json.dumps(describe_engine(load_config(TrainConfig, words)), indent=2))
+
+
+VERBS = {"run": _train, "engine": _engine, "codec": _codec, "consolidate": of_checkpoint(_consolidate)}
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    begins_with_settings = bool(given) and (given[0].endswith((".yaml", ".yml")) or "=" in given[0])
-    sys.exit(run("train", VERBS, ["run", *given] if begins_with_settings else given))
+    sys.exit(run("train", VERBS, default="run"))

@@ -1,27 +1,43 @@
 """Checkpoints that are whole or not there: a new folder per step, and the COMPLETE file last."""
 
+import fcntl
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import save_config, to_dict
+from configs import flat, load_config, save_config, to_dict
 from configs.files import write_text
+from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_checkpoints, read_world_config
+from sampling.world_model import (
+    COMPLETE,
+    WORLD_FILE,
+    Weights,
+    WorldModelConfig,
+    complete_checkpoints,
+    newest_checkpoint,
+    read_world_config,
+)
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
 from train.state import SavedState, save_state
 
+FORMAT = 1  # of a checkpoint folder; a reader refuses a higher one
 TRAINER = "trainer"  # what only resuming needs
 POSITION = "position.json"
-WEIGHTS = {"model.safetensors": "weight", "ema.safetensors": "ema"}  # files for everyone, and what of the state
+MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
+WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # files for everyone, and what of the state
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,8 @@ class Position:
     ranks: int
     batch: int
     accumulation: int
+    seed: int  # with the manifest: of the order of the samples
+    manifest: str  # `manifest_digest` of the training shards
 
     @property
     def clips_per_step(self) -> int:
@@ -79,16 +97,42 @@ def _write(
     if accelerator.is_main_process:
         saved, specs = SavedState(sorted((folder / TRAINER).glob("rank_*"))), weight_specs(world)
         for name, what in WEIGHTS.items():
-            save_weights(saved.whole(what, specs), folder / name, {"step": str(position.step)})
+            save_weights(saved.whole(what, specs), folder / f"{name}.safetensors", {"step": str(position.step)})
         save_config(config, folder / "config.yaml")
         save_config(world, folder / WORLD_FILE)
         write_text(folder / TRAINER / POSITION, json.dumps(asdict(position)))
         files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_text(folder / COMPLETE, json.dumps({"step": position.step, "bytes": files}, indent=1))
-        for old in complete_checkpoints(Path(config.out))[: -config.checkpoint.keep_last]:
+        write_text(folder / COMPLETE, json.dumps({"format": FORMAT, "step": position.step, "bytes": files}, indent=1))
+        for old in superseded(complete_checkpoints(Path(config.out)), config):
             (old / COMPLETE).unlink()  # first, so that a kill here leaves no half of a checkpoint that looks whole
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
+
+
+def superseded(found: list[Path], config: TrainConfig) -> list[Path]:
+    """Which of a run's checkpoints, oldest first, need not be kept."""
+    every = config.checkpoint.keep_every
+    old = found[: -config.checkpoint.keep_last]
+    return [folder for folder in old if not every or int(folder.name.rpartition("_")[2]) % every]
+
+
+@contextmanager
+def sole_run(folder: Path) -> Iterator[None]:
+    """Holds the run folder within the block: two runs that write to it would spoil each other's checkpoints.
+
+    Raises ValueError in one line if another live run holds it, OSError if it cannot be written to.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by the run of {file.read()}; choose another out=") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
@@ -102,9 +146,11 @@ def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
     found = complete_checkpoints(run)
     if not found:
         return None
-    there, here = to_dict(read_world_config(found[-1])), to_dict(world)
+    there, here = flat(to_dict(read_world_config(found[-1]))), flat(to_dict(world))
     differing = [
-        f"{part}: {there[part]} != {here[part]}" for part in here if part != "codec" and there[part] != here[part]
+        f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
+        for key in sorted(there.keys() | here.keys())
+        if key not in MAY_DIFFER and there.get(key) != here.get(key)
     ]
     if differing:
         raise ValueError(f"{found[-1]} is of another run ({'; '.join(differing)}); choose another out=")
@@ -114,6 +160,8 @@ def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
 def read_position(folder: Path) -> Position:
     """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
     saved = json.loads((folder / COMPLETE).read_text())
+    if saved.get("format", 0) > FORMAT:
+        raise ValueError(f"{folder} has format {saved['format']}, this Worldloom reads up to {FORMAT}; use a newer one")
     for name, size in saved["bytes"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:
@@ -121,13 +169,24 @@ def read_position(folder: Path) -> Position:
     return Position(**json.loads((folder / TRAINER / POSITION).read_text()))
 
 
-def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: Path) -> TrainConfig:
+def manifest_digest(manifest: Manifest) -> str:
+    """16 hex digits that are others for other shards, wherever they lie."""
+    return hashlib.sha256(json.dumps(to_dict(manifest), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int, folder: Path) -> TrainConfig:
     """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`.
 
     On as many ranks as before they are what `config` says. On others the batch stays, or becomes smaller, and the
     accumulation follows, so that every step has the very samples that it would have had.
     Raises ValueError in one line if that cannot be.
     """
+    if (position.seed, position.manifest) != (config.seed, data):
+        raise ValueError(
+            f"{folder} was trained with seed={position.seed} on the shards {position.manifest}, this run has "
+            f"seed={config.seed} and {config.manifest}, whose shards are {data}; use the same, or start a new run with "
+            f"init={folder}"
+        )
     if ranks * config.batch * config.accumulation == position.clips_per_step:
         return config
     per_rank, rest = divmod(position.clips_per_step, ranks)
@@ -147,3 +206,27 @@ def load_checkpoint(engine: Engine, ema: Ema, folder: Path) -> None:
     saved = SavedState(sorted((folder / TRAINER).glob("rank_*")))
     engine.restore(saved)
     ema.restore(saved)
+
+
+@dataclass(frozen=True)
+class ConsolidateConfig:
+    """`python -m train consolidate <checkpoint>`."""
+
+    checkpoint: str  # a step folder, or a run folder: its newest complete step
+    out: str  # .safetensors
+    weights: Weights = "ema"
+
+    def __post_init__(self) -> None:
+        if not self.out.endswith(".safetensors"):
+            raise ValueError(f"out={self.out} must end in .safetensors")
+
+
+def consolidate(words: list[str]) -> None:
+    """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
+    config = load_config(ConsolidateConfig, words)
+    folder = newest_checkpoint(config.checkpoint)
+    position = read_position(folder)
+    saved = SavedState(sorted((folder / TRAINER).glob("rank_*")))
+    whole = saved.whole(WEIGHTS[config.weights], weight_specs(read_world_config(folder)))
+    save_weights(whole, config.out, {"step": str(position.step)})
+    print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")

@@ -6,6 +6,8 @@ from typing import Any, Literal
 from model.action_dit import ActionDiTConfig, CompileMode
 from model.flow import FlowMatchConfig
 
+STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -16,7 +18,7 @@ class EngineConfig:
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: CompileMode = "no"  # torch.compile of the model's blocks
-    timeout_s: float = 600.0  # after which a collective that a peer never joined is an error
+    timeout_s: float = 600.0  # after which a step, its data, a validation or a save has taken too long: a peer is lost
 
     def __post_init__(self) -> None:
         if self.stage not in (1, 2, 3):
@@ -48,11 +50,13 @@ class CheckpointConfig:
 
     every: int = 500  # steps; the last step and a stop always write one
     keep_last: int = 2
+    keep_every: int = 0  # steps: every checkpoint whose step this divides stays too; 0: none
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1:
+        if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
             raise ValueError(
-                f"checkpoint.every={self.every} and checkpoint.keep_last={self.keep_last} must be 1 or more"
+                f"checkpoint.every={self.every} and checkpoint.keep_last={self.keep_last} must be 1 or more, "
+                f"checkpoint.keep_every={self.keep_every} 0 or more"
             )
 
 
@@ -80,6 +84,7 @@ class TrainConfig:
     init_weights: Literal["ema", "model"] = "ema"
     batch: int = 4  # clips per process and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
+    on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is NaN or infinite on any rank does to the run
     ema_decay: float = 0.995
     seed: int = 0
     workers: int = 1  # loader lanes per process
@@ -95,5 +100,10 @@ class TrainConfig:
         for name in ("steps", "batch", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.on_nonfinite == "skip" and self.accumulation > 1:
+            raise ValueError(
+                f"on_nonfinite=skip cannot take back the earlier micro-steps of accumulation={self.accumulation}; use "
+                "on_nonfinite=stop, or accumulation=1 with a larger batch"
+            )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")

@@ -38,6 +38,31 @@ def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
     }
 
 
+def describe_engine(config: TrainConfig) -> dict[str, Any]:
+    """What the engine of `config` is told, as plain words and numbers."""
+    if config.engine.name == "deepspeed":
+        return {"deepspeed": deepspeed_settings(config)}
+    bf16 = config.engine.precision == "bf16"
+    if config.engine.name == "fsdp2":
+        return {
+            "fsdp2": {
+                "fully_shard": ["each of blocks", "the model"],
+                "param_dtype": "bfloat16" if bf16 else "float32",
+                "reduce_dtype": "float32",
+                "offload": config.engine.offload,
+                "gradient_accumulation_steps": config.accumulation,
+                "gradient_clipping": config.optim.clip_norm,
+            }
+        }
+    return {
+        "ddp": {
+            "autocast": "bfloat16" if bf16 else "no",
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_clipping": config.optim.clip_norm,
+        }
+    }
+
+
 def start_accelerator(config: TrainConfig) -> Accelerator:
     """The Accelerator of `config.engine`; refuses launch forms under which ranks would train unsynchronised."""
     engine, world = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
@@ -155,6 +180,14 @@ class Engine:
             dist.all_reduce(values)
         return values.cpu()
 
+    def gather_objects(self, own: Any) -> list[Any]:
+        """What every rank gives, by rank; the same on each. For rare and small things."""
+        if not dist.is_initialized():
+            return [own]
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, own)
+        return found
+
     def shutdown(self) -> None:
         """Ends the process groups; without it gloo's threads can crash the interpreter at exit."""
         self.accelerator.end_training()
@@ -180,5 +213,6 @@ def _with_timeouts(engine: Engine) -> Engine:
     """DeepSpeed clones the process groups and drops the timeout on the way."""
     if dist.is_initialized():
         for group in list(distributed_c10d._world.pg_map):
-            distributed_c10d._set_pg_timeout(timedelta(seconds=engine.config.engine.timeout_s), group)
+            # A little longer than the watchdog's, which knows better what to say.
+            distributed_c10d._set_pg_timeout(timedelta(seconds=2 * engine.config.engine.timeout_s), group)
     return engine

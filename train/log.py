@@ -34,8 +34,8 @@ class StepFigures:
 
 
 def describe(sums: Tensor) -> dict[str, float]:
-    """`loss` and `loss/sigma_a-b` from sums (2, bins); a bin without a sample is left out."""
-    figures = {"loss": (sums[0].sum() / sums[1].sum()).item()}
+    """`loss` and `loss/sigma_a-b` from sums (2, bins); what no sample stands for is left out."""
+    figures = {"loss": (sums[0].sum() / sums[1].sum()).item()} if sums[1].sum() > 0 else {}
     for i in range(SIGMA_BINS):
         if sums[1, i] > 0:
             low, high = i / SIGMA_BINS, (i + 1) / SIGMA_BINS
@@ -51,7 +51,7 @@ class Interval:
         self.restart()
 
     def restart(self) -> None:
-        self.sums, self.steps, self.waited_s = torch.zeros(2, SIGMA_BINS), 0, 0.0
+        self.sums, self.steps, self.waited_s, self.skipped = torch.zeros(2, SIGMA_BINS), 0, 0.0, 0
         self.began = time.perf_counter()
 
     def add(self, sums: Tensor) -> None:
@@ -81,7 +81,7 @@ class Interval:
         """Losses and speed."""
         took_s = time.perf_counter() - self.began
         speed = {"s/step": took_s / self.steps, "clips/s": self.steps * self.clips_per_step / took_s}
-        return {**describe(self.sums), **speed, "data_wait": self.data_wait}
+        return {**describe(self.sums), **speed, "data_wait": self.data_wait, "skipped_steps": self.skipped}
 
 
 class Log:

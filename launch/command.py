@@ -1,0 +1,44 @@
+"""Machine and words of a run -> the exact `accelerate launch` line. Nothing is started here."""
+
+import shlex
+from collections.abc import Sequence
+
+from launch.machine import MachineConfig
+from train.config import EngineConfig
+
+TRAIN = ("-m", "train")
+
+
+def accelerate_words(
+    machine: MachineConfig, engine: EngineConfig, words: Sequence[str], rank: str | None = None, host: str | None = None
+) -> list[str]:
+    """The argument list of one node. `rank` and `host` are what a scheduler's script puts in their places.
+
+    Accelerate only starts the processes: what DeepSpeed or FSDP2 do comes from the training config (train/engine.py).
+    """
+    given = ["accelerate", "launch", "--num_processes", str(machine.ranks), "--num_machines", str(machine.nodes)]
+    if machine.nodes > 1:
+        given += ["--machine_rank", rank or str(machine.node_rank), "--main_process_ip", host or machine.host]
+    given += ["--main_process_port", str(machine.port)]
+    if engine.name == "deepspeed":
+        # DeepSpeed's own launchers go over ssh; `standard` is torch's, as everywhere else.
+        given += ["--use_deepspeed", *(["--deepspeed_multinode_launcher", "standard"] if machine.nodes > 1 else [])]
+    elif machine.ranks > 1:
+        given += ["--multi_gpu"]  # on a CPU too: Accelerate starts one process otherwise
+    # Stated, because Accelerate's default config file may say something else on one of the nodes.
+    return [*given, "--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, *words]
+
+
+def environment(machine: MachineConfig) -> dict[str, str]:
+    """Of every process."""
+    cpu = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    return {**(cpu if machine.device == "cpu" else {}), "TOKENIZERS_PARALLELISM": "false", **machine.env}
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """The words as a line of shell, which becomes the launcher; those that begin with a dollar are left to the shell.
+
+    The launcher ignores USR1, so that a warning which every process gets reaches those that can save.
+    """
+    quoted = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in words)
+    return f"trap '' USR1; exec {' '.join(quoted)}"

@@ -1,0 +1,88 @@
+"""One run from the command line: checked first, then started here or written down for a scheduler."""
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs import build, flat, merge_words
+from launch.command import accelerate_words, environment
+from launch.kubernetes import kubernetes_text
+from launch.machine import MachineConfig
+from launch.slurm import slurm_script
+from train.config import TrainConfig
+
+OWN = ("machine", "dry_run", "script")  # what the training program does not get
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `python -m launch` was told."""
+
+    machine: MachineConfig
+    train: TrainConfig
+    words: tuple[str, ...]  # those that the training program gets
+    dry_run: bool = False  # only print
+    script: str | None = None  # file for the Slurm script or the Kubernetes manifests; none: they are printed
+
+
+def read_launch(words: Sequence[str]) -> Launch:
+    """Splits the words into the machine's and the run's. Raises ValueError in one line."""
+    merged = merge_words(words)
+    if "machine" not in merged:
+        raise ValueError("no machine: begin with a file of configs/machines")
+    own = {name: merged.pop(name) for name in OWN if name in merged}
+    machine = build(MachineConfig, own["machine"], "machine.")
+    mine = tuple(part for word in words for part in _of_training(word))
+    rest = {name: own[name] for name in ("dry_run", "script") if name in own}
+    return Launch(machine, build(TrainConfig, merged), mine, **rest)
+
+
+def _of_training(word: str) -> list[str]:
+    """What the training program is told of a word: not the launch's own, nor a machine's file but for its settings."""
+    if "=" in word:
+        return [] if word.partition("=")[0].partition(".")[0] in OWN else [word]
+    held = merge_words([word])
+    if "machine" not in held:
+        return [word]
+    others = flat({key: value for key, value in held.items() if key not in OWN})
+    return [_setting(name, value) for name, value in others.items()]
+
+
+def _setting(name: str, value: Any) -> str:
+    """`name=value` that is read as just that: quoted where a bare word would become a number, a bool or nothing."""
+    bare = f"{name}={value}"
+    return bare if flat(merge_words([bare])) == {name: value} else f"{name}={json.dumps(value)}"
+
+
+def launch(words: list[str]) -> int:
+    """Start a run, or write it down for a scheduler: configs/machines/X.yaml configs/train/Y.yaml ... dry_run=true"""
+    given = read_launch(words)
+    from train.loop import check_run  # torch takes a second, and a mistyped word should not
+
+    check_run(given.train, given.machine.ranks)
+    machine = given.machine
+    if machine.kind == "local":
+        line = accelerate_words(machine, given.train.engine, given.words)
+        env = environment(machine)
+        print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(line), flush=True)
+        return 0 if given.dry_run else subprocess.call(line, env={**os.environ, **env})
+    text = (slurm_script if machine.kind == "slurm" else kubernetes_text)(machine, given.train, given.words)
+    if given.script is None or given.dry_run:
+        print(text, end="")
+    else:
+        Path(given.script).write_text(text)
+    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
+    if given.dry_run or given.script is None:
+        return 0
+    print(shlex.join([*command, given.script]))
+    try:
+        return subprocess.call([*command, given.script])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{given.script} is written, but there is no {command[0]} on this machine; submit it where there is one"
+        ) from error

@@ -1,0 +1,258 @@
+"""Every engine gives what one plain process gives, goes on exactly, and goes on as any other engine on other ranks."""
+
+import fcntl
+import itertools
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
+
+from configs import load_config
+from model.weights import load_weights
+from sampling.world_model import complete_checkpoints, newest_checkpoint
+from train.checkpoint import Position, fit_to_ranks, superseded
+from train.config import CheckpointConfig, TrainConfig
+
+ENGINES = {
+    "zero1": ("cpu_zero2", "engine.stage=1"),
+    "zero2": ("cpu_zero2", "engine.stage=2"),
+    "zero3": ("cpu_zero2", "engine.stage=3"),
+    "zero2 offload": ("cpu_zero2", "engine.stage=2", "engine.offload=optimizer"),
+    "zero3 offload": ("cpu_zero2", "engine.stage=3", "engine.offload=all"),
+    "fsdp2": ("cpu_plain", "engine.name=fsdp2"),
+    "ddp": ("cpu_plain", "engine.name=ddp"),
+}
+CLIPS = 4  # of one step, on all ranks together
+SETTINGS = ("checkpoint.every=3", "checkpoint.keep_last=9", "validation.every=100", "optim.learning_rate=1e-3")
+
+# (engine, precision, accumulation, activation checkpointing, ranks)
+Row = tuple[str, str, int, int, int]
+SOME: list[Row] = [
+    ("zero1", "fp32", 1, 0, 2), ("zero3", "fp32", 2, 1, 2), ("zero3", "bf16", 1, 0, 2),
+    ("fsdp2", "fp32", 2, 1, 2), ("fsdp2", "bf16", 2, 0, 2), ("ddp", "fp32", 2, 0, 2),
+]  # fmt: skip
+ALL = list(itertools.product(ENGINES, ("fp32", "bf16"), (1, 2), (0, 1), (1, 2)))
+
+
+def command(engine: str, ranks: int, accumulation: int = 2) -> list[str]:
+    """The program and the words of an engine on so many ranks, always with the same clips per step."""
+    config, *words = ENGINES[engine]
+    by_itself = ranks == 1 and config == "cpu_plain"
+    program = ALONE if by_itself else launch(config, "-m", "train", processes=ranks)
+    return [*program, *words, f"batch={CLIPS // ranks // accumulation}", f"accumulation={accumulation}", *SETTINGS]
+
+
+def train(given: list[str], words: list[str], out: Path, *more: str) -> str:
+    """Runs it to the end; what it printed."""
+    # The words of the YAML file come first, so that those of the command win.
+    place = next(i for i, word in enumerate(given) if word.startswith(("engine.", "batch=")))
+    done = run([*given[:place], *words, *given[place:], f"out={out}", *more])
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def plain(train_words, tmp_path_factory) -> Path:
+    """One process, float32, one micro-step."""
+    out = tmp_path_factory.mktemp("plain")
+    train(command("ddp", ranks=1, accumulation=1), train_words, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(train_words, tmp_path_factory):
+    """Runs of the table, each trained once."""
+    folder, done = tmp_path_factory.mktemp("engines"), {}
+
+    def get(row: Row) -> Path:
+        if row not in done:
+            engine, precision, accumulation, every, ranks = row
+            done[row] = folder / "-".join(map(str, row)).replace(" ", "-")
+            more = f"engine.precision={precision}", f"model.checkpoint_every={every}"
+            train(command(engine, ranks, accumulation), train_words, done[row], *more)
+        return done[row]
+
+    return get
+
+
+def compare(out: Path, plain: Path, precision: str) -> dict[str, float]:
+    """Largest differences of losses, gradient norms and weights; asserts that they are rounding."""
+    mine, wanted = losses(out), losses(plain)
+    assert (wanted[:, 1] > 0.05).all(), "every step must exceed the clip norm, or the test says nothing about clipping"
+    loss, norm = (mine - wanted).abs().amax(dim=0).tolist()
+    found: dict[str, float] = {"loss": loss, "grad_norm": norm}
+    for name in ("model", "ema"):
+        ours, theirs = (load_weights(newest_checkpoint(run) / f"{name}.safetensors") for run in (out, plain))
+        assert ours.keys() == theirs.keys()
+        found[name] = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
+    # Adam turns the rounding of near-zero gradients into a part of a step of 1e-3.
+    limits = {"fp32": (5e-5, 5e-5, 1e-3, 1e-3), "bf16": (2e-2, 2e-2, 1e-2, 1e-2)}[precision]
+    assert all(value <= limit for value, limit in zip(found.values(), limits, strict=True)), found
+    return found
+
+
+@pytest.mark.parametrize("row", SOME, ids=str)
+def test_an_engine_gives_the_single_process_run(trained, plain, row: Row) -> None:
+    compare(trained(row), plain, row[1])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("row", ALL, ids=str)
+def test_every_engine_gives_the_single_process_run(trained, plain, row: Row) -> None:
+    print("\n", row, {name: f"{value:.1e}" for name, value in compare(trained(row), plain, row[1]).items()})
+
+
+def cut_off(out: Path, to: Path, step: int = 3) -> Path:
+    """A copy of a run as it was right after its checkpoint of `step`."""
+    shutil.copytree(out, to)
+    for folder in complete_checkpoints(to):
+        if folder.name != f"step_{step:07d}":
+            shutil.rmtree(folder)
+    return to
+
+
+@pytest.mark.parametrize("row", SOME[1:5], ids=str)
+def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_words, tmp_path, row: Row) -> None:
+    engine, precision, accumulation, every, ranks = row
+    out = cut_off(trained(row), tmp_path / "run")
+    more = f"engine.precision={precision}", f"model.checkpoint_every={every}"
+    assert "at step 3" in train(command(engine, ranks, accumulation), train_words, out, *more)
+    assert torch.equal(losses(out), losses(trained(row)))
+    for name in ("model.safetensors", "ema.safetensors"):
+        resumed, whole = (load_weights(newest_checkpoint(folder) / name) for folder in (out, trained(row)))
+        assert all(torch.equal(resumed[key], whole[key]) for key in whole), name
+
+
+@pytest.mark.parametrize(
+    ("row", "engine", "ranks"),
+    [(SOME[1], "zero2", 1), (SOME[3], "zero3", 2), (SOME[5], "fsdp2", 1)],
+    ids=str,
+)
+def test_a_run_goes_on_as_another_engine_on_other_ranks(
+    trained, plain, train_words, tmp_path, row: Row, engine: str, ranks: int
+) -> None:
+    out = cut_off(trained(row), tmp_path / "run")
+    # As after a preemption: the same words, on whatever is left. The resume itself finds the batch.
+    words = [word for word in command(engine, ranks) if not word.startswith("batch=")] + ["batch=1"]
+    said = train(words, train_words, out)
+    assert "at step 3" in said and ("on 1 ranks the same clips per step" in said) == (ranks == 1)
+    compare(out, plain, "fp32")
+
+
+def test_consolidate_puts_the_parts_of_all_ranks_together(trained, tmp_path) -> None:
+    for row, weights in ((SOME[1], "model"), (SOME[3], "ema")):
+        out = tmp_path / f"{weights}.safetensors"
+        done = run([*ALONE, "consolidate", str(trained(row)), f"out={out}", f"weights={weights}"])
+        assert done.returncode == 0 and "written by 2 ranks" in done.stdout, done.stderr
+        ours, theirs = load_weights(out), load_weights(newest_checkpoint(trained(row)) / f"{weights}.safetensors")
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_state_file_that_is_missing_is_named(trained, tmp_path) -> None:
+    out = cut_off(trained(SOME[1]), tmp_path / "run")
+    (newest_checkpoint(out) / "trainer" / "rank_00001.safetensors").unlink()
+    done = run([*ALONE, "consolidate", str(out), f"out={tmp_path / 'x.safetensors'}"])
+    assert done.returncode == 2 and "rank_00001.safetensors is missing" in done.stderr
+    assert not (tmp_path / "x.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["seed=1"], "seed=0"),
+        (["batch=3"], "clips per step"),
+        (["model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here)"),
+    ],
+)
+def test_another_run_is_not_gone_on_with(plain, train_words, changed: list[str], said: str) -> None:
+    before = sorted(plain.rglob("*"))
+    given = [*ALONE, *train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={plain}", *changed]
+    done = run(given)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+    assert sorted(plain.rglob("*")) == before
+
+
+def test_a_checkpoint_of_a_newer_format_is_refused(plain, train_words, tmp_path) -> None:
+    out = cut_off(plain, tmp_path / "run")
+    complete = newest_checkpoint(out) / "COMPLETE"
+    complete.write_text(json.dumps({**json.loads(complete.read_text()), "format": 99}))
+    done = run([*ALONE, *train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}"])
+    assert done.returncode == 2 and "format 99" in done.stderr, done.stderr
+
+
+def test_a_run_folder_in_use_is_refused(train_words, tmp_path) -> None:
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("process 1 on node7")
+        lock.flush()
+        done = run([*ALONE, *train_words, "engine.name=ddp", "batch=1", f"out={tmp_path}"])
+    assert done.returncode == 2 and "in use by the run of process 1 on node7" in done.stderr, done.stderr
+
+
+def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> None:
+    position = Position(5, ranks=2, batch=2, accumulation=3, seed=0, manifest="x")
+    config = load_config(TrainConfig, [*train_words, "out=x", "batch=2", "accumulation=3"])
+    fitted = {ranks: fit_to_ranks(config, "x", position, ranks, tmp_path) for ranks in (1, 2, 3, 4, 6, 12)}
+    assert {ranks: (one.batch, one.accumulation) for ranks, one in fitted.items()} == {
+        1: (2, 6), 2: (2, 3), 3: (2, 2), 4: (1, 3), 6: (2, 1), 12: (1, 1),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="cannot be"):
+        fit_to_ranks(config, "x", position, 5, tmp_path)
+    with pytest.raises(ValueError, match="shards x"):
+        fit_to_ranks(config, "y", position, 2, tmp_path)
+
+
+def test_old_checkpoints_go_but_for_every_nth(train_words) -> None:
+    found = [Path(f"step_{step:07d}") for step in (10, 20, 30, 40, 50)]
+    config = load_config(TrainConfig, [*train_words, "out=x"])
+    kept = replace(config, checkpoint=CheckpointConfig(keep_last=2, keep_every=20))
+    assert [int(folder.name[5:]) for folder in superseded(found, kept)] == [10, 30]
+    assert superseded(found, replace(config, checkpoint=CheckpointConfig(keep_last=2))) == found[:3]
+
+
+@pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("skip", 0)])
+def test_a_loss_that_is_nan_on_one_rank_stops_all_or_is_skipped(
+    train_words, tmp_path, policy: str, status: int
+) -> None:
+    program = launch("cpu_plain", "tests/spoil_one_rank.py")
+    done = run([*program, *train_words, "engine.name=ddp", "batch=1", f"out={tmp_path}", f"on_nonfinite={policy}",
+                "checkpoint.every=2"])  # fmt: skip
+    said = done.stdout + done.stderr
+    assert done.returncode == status, said[-3000:]
+    if policy == "stop":
+        fault = next(line for line in said.splitlines() if "not finite" in line)
+        assert "step 3" in fault and "rank 1" in fault and "rank 0" not in fault and "episode_" in fault
+        assert newest_checkpoint(tmp_path).name == "step_0000002"
+        return
+    lines = [line for line in read_metrics(tmp_path) if "skipped_steps" in line]
+    assert [line["step"] for line in lines if line["skipped_steps"]] == [4] and len(lines) == STEPS
+    weights = load_weights(newest_checkpoint(tmp_path) / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+
+
+def test_too_little_memory_is_one_line_that_says_what_to_lower(train_words, tmp_path) -> None:
+    given = [*train_words, "engine.name=ddp", "batch=2", f"out={tmp_path}"]
+    done = run([sys.executable, "tests/spoil_one_rank.py", *given], SPOIL="memory", PYTHONPATH=str(ROOT))
+    assert done.returncode == 2 and "lower batch" in done.stderr.splitlines()[-1], done.stderr[-2000:]
+    assert "batch=2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> None:
+    for words, wanted in (
+        (["engine.stage=3", "engine.offload=all"], '"offload_param"'),
+        (["engine.name=fsdp2", "engine.precision=bf16"], '"param_dtype": "bfloat16"'),
+        (["engine.name=ddp", "optim.clip_norm=0.25"], '"gradient_clipping": 0.25'),
+    ):
+        done = run([*ALONE, "engine", *train_words, "out=x", *words])
+        assert done.returncode == 0 and wanted in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("words", [["engine.name=ddp", "engine.offload=all"], ["engine.stage=2", "engine.offload=all"]])
+def test_an_offload_that_an_engine_has_not_is_refused(train_words, words: list[str]) -> None:
+    with pytest.raises(ValueError, match="is not for"):
+        load_config(TrainConfig, [*train_words, "out=x", *words])

@@ -1,0 +1,147 @@
+"""Ranks are killed at random moments, again and again: the run goes on every time and ends as if nothing had been."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from tiny_training import ROOT, launch, losses, run
+
+from model.weights import load_weights
+from sampling.world_model import COMPLETE, newest_checkpoint
+
+COMMAND = [*launch("cpu_zero2", "-m", "train")]
+SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100"]
+MOMENTS = ("training", "saving", "saved")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(train_words, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    done = run([*COMMAND, *train_words, *SETTINGS, f"out={out}"])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def kill_once(command: list[str], out: Path, moment: str, everybody: bool, rng: random.Random) -> bool:
+    """Starts the run and kills -9 one rank or all of it at the moment; whether it was still there to be killed."""
+    known = {folder.name for folder in out.glob("step_*")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    lines = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
+    target = lines + rng.randint(0, 3)
+    while process.poll() is None and time.monotonic() < deadline:
+        new = [folder for folder in out.glob("step_*") if folder.name not in known]
+        if moment == "saving" and any(not (folder / COMPLETE).exists() for folder in new):
+            break
+        if moment == "saved" and any((folder / COMPLETE).exists() for folder in new):
+            break
+        metrics = out / "metrics.jsonl"
+        if moment == "training" and metrics.exists() and len(metrics.read_text().splitlines()) > target:
+            time.sleep(rng.random() * 0.2)
+            break
+        time.sleep(0.001)
+    alive = process.poll() is None
+    if alive:
+        ranks = psutil.Process(process.pid).children()
+        for victim in ranks if everybody else [rng.choice(ranks)] if ranks else []:
+            victim.kill()
+        if everybody:
+            process.kill()
+    process.wait(timeout=120)
+    with_session = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
+    for left in with_session:  # of a launcher that was killed itself
+        left.kill()
+    return alive
+
+
+def _session(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return -1
+
+
+def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kills: int, seed: int) -> list[str]:
+    """What was done; asserts that the run then ends with the uninterrupted one's weights and metrics."""
+    rng, log = random.Random(seed), []
+    for i in range(kills):
+        moment, everybody = MOMENTS[i % len(MOMENTS)], rng.random() < 0.5
+        if kill_once(command, out, moment, everybody, rng):
+            whole = [folder.name for folder in out.glob("step_*") if (folder / COMPLETE).exists()]
+            log.append(f"{'all' if everybody else 'one rank'} while {moment}: complete are {', '.join(sorted(whole))}")
+        else:  # it had come to its end first: begin anew, so that every kill hits something
+            shutil.rmtree(out)
+            out.mkdir()
+    done = run(command)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert torch.equal(losses(out), losses(uninterrupted)), log
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, uninterrupted))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), (name, log)
+    return log
+
+
+def test_a_run_survives_three_kills(train_words, uninterrupted, tmp_path) -> None:
+    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}"]
+    assert kill_again_and_again(command, tmp_path, uninterrupted, kills=3, seed=0)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path) -> None:
+    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}"]
+    log = kill_again_and_again(command, tmp_path, uninterrupted, kills=20, seed=1)
+    print("\n" + "\n".join(log))
+    assert len(log) >= 15
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_warning_to_one_rank_saves_and_ends_all(train_words, uninterrupted, tmp_path, name: str) -> None:
+    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        psutil.Process(process.pid).children()[1].send_signal(signal.Signals[name])
+        assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-2000:]
+    assert "as asked" in (tmp_path / "log").read_text()
+    assert newest_checkpoint(tmp_path).name < "step_0000008"
+    assert run(command).returncode == 0
+    assert torch.equal(losses(tmp_path), losses(uninterrupted))
+
+
+@pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
+def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp_path, name: str) -> None:
+    settings = [*SETTINGS, "steps=2000", "engine.timeout_s=4", "checkpoint.every=1000"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [*COMMAND, *train_words, *settings, f"out={tmp_path}"], cwd=ROOT, stdout=log, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        victim = psutil.Process(process.pid).children()[1]
+        victim.send_signal(signal.Signals[name])
+        began = time.monotonic()
+        while not (tmp_path / "stacks_rank_00000.txt").exists() and time.monotonic() - began < 60:
+            time.sleep(0.1)
+        took_s = time.monotonic() - began
+        if name == "SIGSTOP":
+            victim.kill()  # the launcher would wait for it
+        assert process.wait(timeout=120) == 1
+    said = next(line for line in (tmp_path / "log").read_text().splitlines() if "train run: rank 0 stops" in line)
+    assert "missing: rank 1 (silent for" in said and "in step" in said, said
+    assert "run_steps" in (tmp_path / "stacks_rank_00000.txt").read_text()
+    assert took_s < 30

@@ -1,0 +1,155 @@
+"""Machine and words become the exact command, script or manifests, and a bad run is refused before it is queued."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+from tiny_training import ROOT, run
+
+from configs.cli import run as run_words
+from launch.__main__ import VERBS
+from launch.kubernetes import manifests
+from launch.local import read_launch
+from launch.slurm import slurm_script
+
+MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
+
+
+@pytest.fixture
+def words(train_words, tmp_path) -> list[str]:
+    return [*train_words, f"out={tmp_path / 'run with space'}", "batch=1"]
+
+
+def start(*words: str) -> int:
+    return run_words("launch", VERBS, list(words), default="run")
+
+
+def test_a_local_run_is_one_line_that_can_be_typed(words, capsys) -> None:
+    assert start("configs/machines/laptop.yaml", *words, "dry_run=true") == 0
+    line = shlex.split(capsys.readouterr().out)
+    begin = line.index("accelerate")
+    assert "DS_ACCELERATOR=cpu" in line[:begin]
+    assert line[begin:] == [
+        "accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29500",
+        "--use_deepspeed", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *words,
+    ]  # fmt: skip
+
+
+def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, capsys) -> None:
+    given = ["machine.nodes=2", "machine.host=node0", "machine.node_rank=1", "engine.name=fsdp2", "dry_run=true"]
+    assert start("configs/machines/eight_gpus.yaml", *words, *given) == 0
+    line = capsys.readouterr().out
+    assert "--num_processes 16 --num_machines 2 --machine_rank 1 --main_process_ip node0" in line
+    assert "--multi_gpu" in line and "deepspeed" not in line.partition("-m train")[0]
+    assert " engine.precision=bf16 " in line, "what a machine's file says of the run reaches it"
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2", "ddp"])
+def test_a_local_run_trains(words, engine: str, tmp_path) -> None:
+    given = [*words, f"engine.name={engine}", "steps=1", "validation.every=9", "machine.port=0"]
+    done = run(["python", "-m", "launch", "configs/machines/laptop.yaml", *given])
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "run with space" / "step_0000001" / "COMPLETE").exists()
+
+
+def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> None:
+    given = [
+        "machine.slurm.partition=gpu",
+        "machine.slurm.container=/images/w.sqsh",
+        "machine.slurm.mounts=/data:/data",
+    ]
+    asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
+    text = slurm_script(asked.machine, asked.train, asked.words)
+    path = tmp_path / "job.sh"
+    path.write_text(text)
+    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+    checked = subprocess.run(["shellcheck", "--severity=warning", str(path)], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+    for line in (
+        "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=gpu",
+        "#SBATCH --signal=USR1@180", "#SBATCH --requeue", "#SBATCH --cpus-per-task=64",
+    ):  # fmt: skip
+        assert line in text.splitlines(), text
+    srun = next(line for line in text.splitlines() if line.startswith("srun "))
+    step = shlex.split(srun)
+    assert step[:6] == ["srun", "--kill-on-bad-exit=1", "--container-image", "/images/w.sqsh", "--container-mounts",
+                        "/data:/data"]  # fmt: skip
+    shown = ["bash", "-c", step[-1].replace("exec accelerate", "printf '%s\\n' accelerate")]
+    at = {"SLURM_NODEID": "3", "HEAD": "node17"}
+    node = subprocess.run(shown, capture_output=True, text=True, env=at, check=True).stdout.splitlines()
+    assert node[:8] == ["accelerate", "launch", "--num_processes", "32", "--num_machines", "4", "--machine_rank", "3"]
+    assert node[8:10] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in node
+
+
+def test_the_slurm_script_queues_a_stopped_run_again_and_no_other(words, tmp_path) -> None:
+    asked = read_launch(["configs/machines/slurm.yaml", *words, "machine.slurm.setup=date"])
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, does in (("srun", "exit ${SRUN_STATUS:-0}"), ("scontrol", f'echo "$@" >> {tmp_path}/calls; echo node0')):
+        (tools / name).write_text(f"#!/bin/bash\n{does}\n")
+        (tools / name).chmod(0o755)
+    script = tmp_path / "job.sh"
+    script.write_text(slurm_script(asked.machine, asked.train, asked.words))
+
+    def submit(**env: str) -> tuple[int, bool]:
+        (tmp_path / "calls").unlink(missing_ok=True)
+        given = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-3]", "SLURM_JOB_ID": "7", **env}
+        done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=given, capture_output=True, text=True)
+        return done.returncode, "requeue 7" in (tmp_path / "calls").read_text()
+
+    assert submit() == (0, False)
+    assert submit(SRUN_STATUS="3") == (3, False)
+    out = Path(asked.train.out)
+    out.mkdir()
+    (out / "STOPPED").write_text("step 5\n")
+    assert submit() == (0, True)
+
+
+def test_the_kubernetes_manifests_are_valid(words) -> None:
+    asked = read_launch(["configs/machines/kubernetes.yaml", *words, "machine.env.A=b"])
+    service, job = manifests(asked.machine, asked.train, asked.words)
+    for one in (service, job):
+        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
+    pod = job["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert job["spec"]["completions"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert {"name": "A", "value": "b"} in container["env"]
+    assert "--main_process_ip worldloom-0.worldloom" in container["command"][-1]
+    assert '--machine_rank "$JOB_COMPLETION_INDEX"' in container["command"][-1]
+    assert service["metadata"]["name"] == pod["subdomain"] == "worldloom" and service["spec"]["clusterIP"] == "None"
+
+
+def test_the_pod_tells_its_trainers_and_not_its_launcher() -> None:
+    from launch.kubernetes import _TRAINERS
+
+    pattern = shlex.split(_TRAINERS)[0]
+    lines = "/venv/bin/python3.12 -u -m train a.yaml\n/usr/bin/python /usr/bin/accelerate launch -m train a.yaml\n"
+    found = subprocess.run(["grep", "-E", pattern], input=lines, capture_output=True, text=True).stdout
+    assert found == lines.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
+def test_every_machine_takes_a_run(machine: Path, words, capsys) -> None:
+    assert start(str(machine), *words, "dry_run=true") == 0
+    assert "accelerate launch" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["configs/machines/slurm.yaml", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
+        (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
+        (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
+        (["configs/machines/eight_gpus.yaml", "machine.nodes=2"], "machine.host"),
+        (["configs/machines/eight_gpus.yaml", "machine.processes=0"], "must be 1 or more"),
+        ([], "configs/machines"),
+    ],
+)
+def test_a_bad_run_is_refused_before_anything_is_queued(words, capsys, tmp_path, given: list[str], said: str) -> None:
+    script = tmp_path / "job.sh"
+    assert start(*given[:1], *words, *given[1:], f"script={script}") == 2
+    error = capsys.readouterr().err
+    assert said in error and len(error.splitlines()) == 1
+    assert not script.exists()

@@ -1,0 +1,32 @@
+"""Training runs of a few steps in processes of their own, and reading what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+STEPS = 8
+ROOT = Path(__file__).parent.parent
+ALONE = [sys.executable, "-m", "train"]
+
+
+def launch(config: str, *program: str, processes: int = 2) -> list[str]:
+    """`accelerate launch` of `program` with a file of launch/accelerate."""
+    starter = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"launch/accelerate/{config}.yaml"]
+    return [*starter, "--num_processes", str(processes), "--main_process_port", "0", *program]
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> torch.Tensor:
+    return torch.tensor([[line["loss"], line["grad_norm"]] for line in read_metrics(out) if "loss" in line])
