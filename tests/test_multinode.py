@@ -1,14 +1,15 @@
 """Two nodes on one machine: network namespaces joined by a cable that can be pulled, one process in each."""
 
+import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from tiny_training import ROOT, launch, losses, run
@@ -73,14 +74,13 @@ def nodes() -> Iterator[Nodes]:
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
-def kill_session(process: subprocess.Popen[bytes]) -> None:
+def kill_node(process: subprocess.Popen[bytes]) -> None:
     """All that a node runs, as when its power fails."""
-    for pid in [int(name) for name in os.listdir("/proc") if name.isdigit()]:
-        try:
-            if os.getsid(pid) == process.pid:
-                os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    with contextlib.suppress(psutil.NoSuchProcess):
+        launcher = psutil.Process(process.pid)
+        for one in [launcher, *launcher.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
     process.wait()
 
 
@@ -129,17 +129,17 @@ def test_two_nodes_lose_the_cable_and_then_a_node_and_end_as_if_nothing_had_been
     assert "missing: rank 1" in said[0] and "missing: rank 0" in said[1]
     nodes.cable("up")
     for process in running:
-        kill_session(process)
+        kill_node(process)
 
     running, logs = start("node")
     wait_for_steps(out, 3, running)
-    kill_session(running[1])
+    kill_node(running[1])
     killed = time.monotonic()
     line = wait_for_line(logs[0], "stops in step", 4 * TIMEOUT_S + 30)
     print(f"node 1 killed; node 0 had stopped {time.monotonic() - killed:.1f} s later")
     print(line)
     assert "missing: rank 1" in line
-    kill_session(running[0])
+    kill_node(running[0])
 
     running, logs = start("end")
     for process, log in zip(running, logs, strict=True):
