@@ -52,7 +52,8 @@ def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
         "COMPLETE", "config.yaml", "world.yaml", "model.safetensors", "ema.safetensors", "trainer",
     }  # fmt: skip
     lines = read_metrics(alone)
-    assert {"loss", "grad_norm", "s/step", "clips/s", "data_wait", "learning_rate"} <= lines[0].keys()
+    wanted = {"loss", "grad_norm", "s/step", "clips/s", "data_wait", "learning_rate", "memory_gib", "skipped_steps"}
+    assert wanted <= lines[0].keys() and lines[0]["forward_s/slowest_rank"] >= lines[0]["forward_s/fastest_rank"] > 0
     assert any(key.startswith("loss/sigma_") for key in lines[0])
     assert [line for line in lines if "heldout/right" in line and "heldout/shuffled" in line]
     assert list(alone.glob("wandb/offline-run-*/run-*.wandb"))

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -43,20 +44,39 @@ def describe(sums: Tensor) -> dict[str, float]:
     return figures
 
 
+PER_RANK = ("forward_s", "waited_s", "memory_gib")  # what every rank tells the others of a step
+
+
+def per_rank(rank: int, ranks: int, forward_s: float, waited_s: float) -> Tensor:
+    """(PER_RANK ranks) with this rank's column filled in, to be added up over all."""
+    own = torch.zeros(len(PER_RANK), ranks)
+    own[:, rank] = torch.tensor([forward_s, waited_s, memory_gib()])
+    return own
+
+
+def memory_gib() -> float:
+    """CUDA: most that torch has held; else what the process holds."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+
+
 class Interval:
     """What happened since the last line of metrics.jsonl."""
 
-    def __init__(self, clips_per_step: int) -> None:
-        self.clips_per_step = clips_per_step
+    def __init__(self, clips_per_step: int, ranks: int) -> None:
+        self.clips_per_step, self.ranks = clips_per_step, ranks
         self.restart()
 
     def restart(self) -> None:
         self.sums, self.steps, self.waited_s, self.skipped = torch.zeros(2, SIGMA_BINS), 0, 0.0, 0
+        self.ranks_s, self.memory = torch.zeros(2, self.ranks), 0.0  # forward and waiting
         self.began = time.perf_counter()
 
-    def add(self, sums: Tensor) -> None:
-        """One step's sums (2, bins) over all ranks."""
+    def add(self, sums: Tensor, by_rank: Tensor) -> None:
+        """One step's sums (2, bins) over all ranks, and what `per_rank` gave, added up."""
         self.sums, self.steps = self.sums + sums, self.steps + 1
+        self.ranks_s, self.memory = self.ranks_s + by_rank[:2], max(self.memory, by_rank[2].max().item())
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -78,10 +98,17 @@ class Interval:
         return self.waited_s / (time.perf_counter() - self.began)
 
     def figures(self) -> dict[str, float]:
-        """Losses and speed."""
+        """Losses and speed. Forward passes tell which rank is slow: in backward ones all wait for each other."""
         took_s = time.perf_counter() - self.began
+        forward_s, waited_s = self.ranks_s
+        ranks = {
+            "forward_s/slowest_rank": (forward_s.max() / self.steps).item(),
+            "forward_s/fastest_rank": (forward_s.min() / self.steps).item(),
+            "data_wait/worst_rank": (waited_s.max() / took_s).item(),
+            "memory_gib": self.memory,
+        }
         speed = {"s/step": took_s / self.steps, "clips/s": self.steps * self.clips_per_step / took_s}
-        return {**describe(self.sums), **speed, "data_wait": self.data_wait, "skipped_steps": self.skipped}
+        return {**describe(self.sums), **speed, **ranks, "data_wait": self.data_wait, "skipped_steps": self.skipped}
 
 
 class Log:

@@ -36,7 +36,7 @@ from train.config import STOPPED, TrainConfig
 from train.ema import Ema
 from train.engine import Engine, make_engine, start_accelerator
 from train.evaluate import Validation
-from train.log import Interval, Log, StepFigures, describe
+from train.log import Interval, Log, StepFigures, describe, per_rank
 from train.objectives import Objective, check_objective, make_objective
 from train.objectives.draws import make_draws
 from train.optim import learning_rate
@@ -138,10 +138,10 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
     """Trains `steps`, or until a stop is asked for; figures, validation and checkpoints when they are due."""
     config, engine = run.config, run.engine
     ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
-    interval = Interval(clips_per_step=ranks * config.batch * config.accumulation)
+    interval = Interval(ranks * config.batch * config.accumulation, ranks)
     for step in steps:
         engine.set_learning_rate(rate := learning_rate(config.optim, step, config.steps))
-        figures = StepFigures()
+        figures, forward_s, waited_s = StepFigures(), 0.0, interval.waited_s
         for micro in range(config.accumulation):
             run.watchdog.begins(step, "waiting for data")
             with interval.waiting():
@@ -150,7 +150,9 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             micro_step = step * config.accumulation + micro
             draws = make_draws(config.seed, step, (micro_step * ranks + rank) * config.batch, config.batch)
             with engine.accumulate():
+                began = time.perf_counter()
                 loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
+                forward_s += time.perf_counter() - began
                 if spoiled(run, step, loss, batch):
                     interval.skipped += 1
                     continue
@@ -164,10 +166,12 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
                     f"checkpoint of {config.out} is from before it: lower the learning rate, or look at the clips"
                 )
         # One exchange tells every rank the figures of all and whether any of them was asked to stop.
-        total = engine.sum_over_ranks(torch.cat([figures.sums.flatten(), torch.tensor([float(run.stop.asked)])]))
-        sums, stopping = total[:-1].reshape(2, -1), bool(total[-1] > 0)
+        mine = per_rank(rank, ranks, forward_s, interval.waited_s - waited_s)
+        told = (figures.sums.flatten(), mine.flatten(), torch.tensor([float(run.stop.asked)]))
+        total = engine.sum_over_ranks(torch.cat(told)).split([len(part) for part in told])
+        sums, by_rank, stopping = total[0].reshape(2, -1), total[1].reshape(mine.shape), bool(total[2] > 0)
         done, last = step + 1, step + 1 == config.steps or stopping
-        interval.add(sums)
+        interval.add(sums, by_rank)
         log.advance(describe(sums).get("loss", math.nan), interval.data_wait)
         if done % config.log_every == 0 or last:
             log.write(done, {**interval.figures(), "grad_norm": engine.grad_norm, "learning_rate": rate})
