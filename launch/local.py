@@ -70,7 +70,7 @@ def launch(words: list[str]) -> int:
         line = accelerate_words(machine, given.train.engine, given.words)
         env = environment(machine)
         print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(line), flush=True)
-        return 0 if given.dry_run else subprocess.call(line, env={**os.environ, **env})
+        return 0 if given.dry_run else supervise(line, {**os.environ, **env}, machine.max_restarts)
     text = (slurm_script if machine.kind == "slurm" else kubernetes_text)(machine, given.train, given.words)
     if given.script is None or given.dry_run:
         print(text, end="")
@@ -86,3 +86,14 @@ def launch(words: list[str]) -> int:
         raise FileNotFoundError(
             f"{given.script} is written, but there is no {command[0]} on this machine; submit it where there is one"
         ) from error
+
+
+def supervise(line: Sequence[str], env: dict[str, str], restarts: int) -> int:
+    """The exit status of a run that is started again, at most `restarts` times, when it crashes: it goes on from its
+    newest checkpoint. Not when it ends well, was given something wrong (2) or was interrupted (130)."""
+    for left in reversed(range(restarts + 1)):
+        status = subprocess.call(line, env=env)
+        if status in (0, 2, 130) or not left:
+            break
+        print(f"launch: ended with status {status}; started again, {left - 1} more times if need be", flush=True)
+    return status

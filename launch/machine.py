@@ -46,15 +46,17 @@ class MachineConfig:
     host: str = "127.0.0.1"  # local: where node 0 is reached; Slurm and Kubernetes find it
     port: int = 29500
     grace_s: int = 180  # from the warning to the end: for the step, and for saving
+    max_restarts: int = 0  # after a crash; a Slurm job counts what it was queued again for any reason
     env: dict[str, str] = field(default_factory=dict)
     slurm: SlurmConfig = SlurmConfig()
     kubernetes: KubernetesConfig = KubernetesConfig()
 
     def __post_init__(self) -> None:
-        if self.nodes < 1 or self.processes < 1 or not 0 <= self.node_rank < self.nodes or self.grace_s < 1:
+        least = min(self.nodes, self.processes, self.grace_s, self.max_restarts + 1)
+        if least < 1 or not 0 <= self.node_rank < self.nodes:
             raise ValueError(
                 f"machine: nodes {self.nodes}, processes {self.processes} and grace_s {self.grace_s} must be 1 or "
-                f"more, node_rank {self.node_rank} below nodes"
+                f"more, max_restarts {self.max_restarts} 0 or more, node_rank {self.node_rank} below nodes"
             )
         if self.kind == "local" and self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
             raise ValueError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")

@@ -45,7 +45,8 @@ export HEAD
 # Slurm sends USR1 to all processes of a step: the launcher ignores it, the training processes act on it.
 {step} {shlex.quote(shell_line(run))}
 status=$?
-if [ -e {shlex.quote(f"{config.out}/{STOPPED}")} ]; then
+if [ -e {shlex.quote(f"{config.out}/{STOPPED}")} ] ||
+  {{ [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {machine.max_restarts} ]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

@@ -15,8 +15,9 @@ from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from configs import load_config
 from model.weights import load_weights
 from sampling.world_model import complete_checkpoints, newest_checkpoint
-from train.checkpoint import Position, fit_to_ranks, superseded
+from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
+from train.save import superseded
 
 ENGINES = {
     "zero1": ("cpu_zero2", "engine.stage=1"),
@@ -177,12 +178,13 @@ def test_another_run_is_not_gone_on_with(plain, train_words, changed: list[str],
     assert sorted(plain.rglob("*")) == before
 
 
-def test_a_checkpoint_of_a_newer_format_is_refused(plain, train_words, tmp_path) -> None:
+@pytest.mark.parametrize(("number", "remedy"), [(99, "use a newer one"), (0, "init=")])
+def test_a_checkpoint_of_another_format_is_refused(plain, train_words, tmp_path, number: int, remedy: str) -> None:
     out = cut_off(plain, tmp_path / "run")
     complete = newest_checkpoint(out) / "COMPLETE"
-    complete.write_text(json.dumps({**json.loads(complete.read_text()), "format": 99}))
+    complete.write_text(json.dumps({**json.loads(complete.read_text()), "format": number}))
     done = run([*ALONE, *train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}"])
-    assert done.returncode == 2 and "format 99" in done.stderr, done.stderr
+    assert done.returncode == 2 and f"format {number}" in done.stderr and remedy in done.stderr, done.stderr
 
 
 def test_a_run_folder_in_use_is_refused(train_words, tmp_path) -> None:

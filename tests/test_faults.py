@@ -92,14 +92,15 @@ def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kil
 
 
 def test_a_run_survives_three_kills(train_words, uninterrupted, tmp_path) -> None:
-    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}"]
+    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.background=true"]
     assert kill_again_and_again(command, tmp_path, uninterrupted, kills=3, seed=0)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path) -> None:
-    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}"]
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, background: str) -> None:
+    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", f"checkpoint.background={background}"]
     log = kill_again_and_again(command, tmp_path, uninterrupted, kills=20, seed=1)
     print("\n" + "\n".join(log))
     assert len(log) >= 15

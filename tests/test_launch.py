@@ -1,5 +1,6 @@
 """Machine and words become the exact command, script or manifests, and a bad run is refused before it is queued."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny_training import ROOT, run
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.kubernetes import manifests
-from launch.local import read_launch
+from launch.local import read_launch, supervise
 from launch.slurm import slurm_script
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
@@ -46,12 +47,23 @@ def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, caps
     assert " engine.precision=bf16 " in line, "what a machine's file says of the run reaches it"
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2", "ddp"])
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
 def test_a_local_run_trains(words, engine: str, tmp_path) -> None:
     given = [*words, f"engine.name={engine}", "steps=1", "validation.every=9", "machine.port=0"]
     done = run(["python", "-m", "launch", "configs/machines/laptop.yaml", *given])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run with space" / "step_0000001" / "COMPLETE").exists()
+
+
+def test_a_crashed_run_is_started_again_and_a_wrong_one_is_not(tmp_path) -> None:
+    def crash(status: int, restarts: int) -> tuple[int, int]:
+        (tmp_path / "starts").unlink(missing_ok=True)
+        line = ["bash", "-c", f"echo >> {tmp_path}/starts; test $(wc -l < {tmp_path}/starts) -ge 3 || exit {status}"]
+        return supervise(line, dict(os.environ), restarts), len((tmp_path / "starts").read_text())
+
+    assert crash(1, restarts=5) == (0, 3)
+    assert crash(1, restarts=1) == (1, 2)
+    assert crash(2, restarts=5) == (2, 1)
 
 
 def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> None:
@@ -83,7 +95,7 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
     assert node[8:10] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in node
 
 
-def test_the_slurm_script_queues_a_stopped_run_again_and_no_other(words, tmp_path) -> None:
+def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(words, tmp_path) -> None:
     asked = read_launch(["configs/machines/slurm.yaml", *words, "machine.slurm.setup=date"])
     tools = tmp_path / "bin"
     tools.mkdir()
@@ -100,7 +112,8 @@ def test_the_slurm_script_queues_a_stopped_run_again_and_no_other(words, tmp_pat
         return done.returncode, "requeue 7" in (tmp_path / "calls").read_text()
 
     assert submit() == (0, False)
-    assert submit(SRUN_STATUS="3") == (3, False)
+    assert submit(SRUN_STATUS="3") == (3, True)
+    assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="3") == (3, False)
     out = Path(asked.train.out)
     out.mkdir()
     (out / "STOPPED").write_text("step 5\n")

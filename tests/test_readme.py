@@ -12,6 +12,7 @@ from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import EncodeConfig
 from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
+from launch.local import read_launch
 from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
 from model.bench import BenchConfig
@@ -21,6 +22,7 @@ from sampling.__main__ import VERBS as SAMPLING_VERBS
 from sampling.evaluate import EvaluateConfig
 from sampling.generate import GenerateConfig
 from train.__main__ import VERBS as TRAIN_VERBS
+from train.checkpoint import ConsolidateConfig
 from train.codec import CodecTrainConfig
 from train.config import TrainConfig
 from train.objectives import make_objective
@@ -34,6 +36,8 @@ CONFIGS = {
     ("data_pipeline", "record"): RecordConfig,
     ("data_pipeline", "encode"): EncodeConfig,
     ("train", "codec"): CodecTrainConfig,
+    ("train", "engine"): TrainConfig,
+    ("train", "consolidate"): ConsolidateConfig,
     ("sampling", "generate"): GenerateConfig,
     ("sampling", "evaluate"): EvaluateConfig,
     ("model", "info"): ModelConfig,
@@ -61,20 +65,23 @@ def road_commands() -> list[str]:
 def check_command(command: str) -> None:
     words = shlex.split(command, comments=True)
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.M)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(words[1:]) <= set(targets), command
         return
     if words[0] == "accelerate":
         assert words[:3] == ["accelerate", "launch", "--config_file"], command
-        assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] == "DEEPSPEED"
+        assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] in ("DEEPSPEED", "MULTI_GPU")
         words = ["python", *words[4:]]
     assert words[:2] == ["python", "-m"], command
     program, verb, given = words[2], words[3], words[4:]
     if program == "train" and verb.endswith(".yaml"):
         make_objective(load_config(TrainConfig, [verb, *given]).objective)
         return
+    if program == "launch" and verb.startswith("configs/machines/"):
+        read_launch([verb, *given])
+        return
     assert verb in VERBS[program], command
-    if program == "sampling" or (program, verb) == ("model", "export"):
+    if program == "sampling" or (program, verb) == ("train", "consolidate") or (program, verb) == ("model", "export"):
         given[0] = f"checkpoint={given[0]}"
     if (program, verb) in CONFIGS:
         load_config(CONFIGS[program, verb], given)
@@ -99,7 +106,7 @@ def test_a_command_that_does_not_parse_is_found() -> None:
 
 
 def test_every_yaml_of_ours_is_used_by_a_test_a_road_or_the_readme() -> None:
-    known = {"games": "game:", "models": "model:", "train": "", "roads": "stages:"}
+    known = {"games": "game:", "machines": "machine:", "models": "model:", "train": "", "roads": "stages:"}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         text = path.read_text()
         assert path.parent.name in known and known[path.parent.name] in text, path

@@ -132,8 +132,10 @@ def test_a_truncated_checkpoint_is_refused_by_name(train_words, alone, tmp_path)
     assert done.returncode == 2 and "rank_00000.safetensors is missing or truncated" in done.stderr
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path) -> None:
-    command = [*ALONE, *train_words, f"out={tmp_path}", "engine.name=ddp", "batch=1", "validation.every=100"]
+@pytest.mark.parametrize("background", ["false", "true"])
+def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path, background: str) -> None:
+    settings = ["engine.name=ddp", "batch=1", "validation.every=100", f"checkpoint.background={background}"]
+    command = [*ALONE, *train_words, f"out={tmp_path}", *settings]
     assert run([*command, "steps=1"]).returncode == 0
     whole = newest_checkpoint(tmp_path)
 

@@ -1,27 +1,24 @@
-"""Checkpoints that are whole or not there: a new folder per step, and the COMPLETE file last."""
+"""Checkpoints: what is in their folders, which to go on from, and what must be the same for that."""
 
 import fcntl
 import hashlib
 import json
 import os
-import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from configs import flat, load_config, save_config, to_dict
-from configs.files import write_text
+from configs import flat, load_config, to_dict
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.weights import save_weights
 from sampling.world_model import (
     COMPLETE,
-    WORLD_FILE,
     Weights,
     WorldModelConfig,
     complete_checkpoints,
@@ -31,9 +28,9 @@ from sampling.world_model import (
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
-from train.state import SavedState, save_state
+from train.state import SavedState
 
-FORMAT = 1  # of a checkpoint folder; a reader refuses a higher one
+FORMAT = 1  # of what resuming reads
 TRAINER = "trainer"  # what only resuming needs
 POSITION = "position.json"
 MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
@@ -63,57 +60,6 @@ def step_folder(run: Path, step: int) -> Path:
 
 def state_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def save_checkpoint(engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig, position: Position) -> Path:
-    """Writes the checkpoint of `position` and deletes those beyond `keep_last`. All ranks must call.
-
-    Raises OSError in one line when the disk does not take it; the checkpoint before it stays.
-    """
-    folder = step_folder(Path(config.out), position.step)
-    try:
-        _write(folder, engine, ema, config, world, position)
-    except OSError as error:
-        raise OSError(
-            f"cannot write {folder}: {error.strerror or error}; the checkpoint before it is whole: make room on the "
-            "disk and run the same command again"
-        ) from error
-    return folder
-
-
-def _write(
-    folder: Path, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig, position: Position
-) -> None:
-    accelerator = engine.accelerator
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-        (folder / TRAINER).mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    if engine.writes_state:
-        buffers = dict(engine.buffers()) if accelerator.is_main_process else {}
-        path = folder / TRAINER / state_file(accelerator.process_index)
-        save_state(path, engine.fragments(), engine.adam, ema.averages, buffers)
-    accelerator.wait_for_everyone()  # every rank's part is written before they are put together
-    if accelerator.is_main_process:
-        saved, specs = SavedState(sorted((folder / TRAINER).glob("rank_*"))), weight_specs(world)
-        for name, what in WEIGHTS.items():
-            save_weights(saved.whole(what, specs), folder / f"{name}.safetensors", {"step": str(position.step)})
-        save_config(config, folder / "config.yaml")
-        save_config(world, folder / WORLD_FILE)
-        write_text(folder / TRAINER / POSITION, json.dumps(asdict(position)))
-        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_text(folder / COMPLETE, json.dumps({"format": FORMAT, "step": position.step, "bytes": files}, indent=1))
-        for old in superseded(complete_checkpoints(Path(config.out)), config):
-            (old / COMPLETE).unlink()  # first, so that a kill here leaves no half of a checkpoint that looks whole
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def superseded(found: list[Path], config: TrainConfig) -> list[Path]:
-    """Which of a run's checkpoints, oldest first, need not be kept."""
-    every = config.checkpoint.keep_every
-    old = found[: -config.checkpoint.keep_last]
-    return [folder for folder in old if not every or int(folder.name.rpartition("_")[2]) % every]
 
 
 @contextmanager
@@ -160,8 +106,9 @@ def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
 def read_position(folder: Path) -> Position:
     """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
     saved = json.loads((folder / COMPLETE).read_text())
-    if saved.get("format", 0) > FORMAT:
-        raise ValueError(f"{folder} has format {saved['format']}, this Worldloom reads up to {FORMAT}; use a newer one")
+    if (found := saved.get("format", 0)) != FORMAT:
+        remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
+        raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
     for name, size in saved["bytes"].items():
         path = folder / name
         if not path.is_file() or path.stat().st_size != size:

@@ -50,6 +50,7 @@ class CheckpointConfig:
 
     every: int = 500  # steps; the last step and a stop always write one
     keep_last: int = 2
+    background: bool = False  # write while training goes on, from a copy of this rank's part in the CPU's memory
     keep_every: int = 0  # steps: every checkpoint whose step this divides stays too; 0: none
 
     def __post_init__(self) -> None:

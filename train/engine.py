@@ -153,10 +153,12 @@ class Engine:
         trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
         return [Fragment(name, 0, p.data.view(-1), p, 0) for name, p in trained]
 
+    all_write_state = False  # whether every rank's fragments are its own
+
     @property
     def writes_state(self) -> bool:
-        """Whether this rank's fragments are not another rank's too."""
-        return self.accelerator.is_main_process
+        """Whether this rank's fragments go into a checkpoint."""
+        return self.all_write_state or self.accelerator.is_main_process
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
         """The module's buffers that its weights files carry."""

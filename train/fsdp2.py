@@ -35,6 +35,7 @@ def shard(model: nn.Module, config: TrainConfig) -> nn.Module:
 class Fsdp2Engine(Engine):
     """Gradients are averaged and applied at the last micro-step, all by torch."""
 
+    all_write_state = True
     micro_steps = 0
 
     @property
@@ -76,7 +77,3 @@ class Fsdp2Engine(Engine):
             start = first[0] * p.shape[1:].numel()
             parts.append(Fragment(name, start, local_part(p.data).view(-1), p, 0))
         return parts
-
-    @property
-    def writes_state(self) -> bool:
-        return True

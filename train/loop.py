@@ -29,7 +29,6 @@ from train.checkpoint import (
     load_checkpoint,
     manifest_digest,
     read_position,
-    save_checkpoint,
     sole_run,
 )
 from train.config import STOPPED, TrainConfig
@@ -40,6 +39,7 @@ from train.log import Interval, Log, StepFigures, describe, per_rank
 from train.objectives import Objective, check_objective, make_objective
 from train.objectives.draws import make_draws
 from train.optim import learning_rate
+from train.save import Saver
 from train.watchdog import Watchdog
 
 
@@ -60,7 +60,6 @@ class Run:
     """The parts of one training run, all of them ready."""
 
     config: TrainConfig
-    world: WorldModelConfig
     objective: Objective
     flow: FlowMatch
     engine: Engine
@@ -68,6 +67,7 @@ class Run:
     stop: StopRequest
     data: str  # digest of the manifest
     watchdog: Watchdog
+    saver: Saver
     validation: Validation | None
 
 
@@ -93,8 +93,9 @@ def train(words: list[str]) -> None:
             load_checkpoint(engine, ema, resumed)
         flow = FlowMatch(config.flow)
         validation = Validation(config, engine, flow) if config.validation.manifest else None
+        saver = Saver(engine, ema, config, world)
         watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
-        run = Run(config, world, checked.objective, flow, engine, ema, stop, checked.data, watchdog, validation)
+        run = Run(config, checked.objective, flow, engine, ema, stop, checked.data, watchdog, saver, validation)
         with closing(Log(config, start, accelerator.is_main_process)) as log:
             if resumed:
                 log.say(f"resumed from {resumed} at step {start}")
@@ -184,8 +185,12 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             if done % config.checkpoint.every == 0 or last:
                 began = time.perf_counter()
                 position = Position(done, ranks, config.batch, config.accumulation, config.seed, run.data)
-                folder = save_checkpoint(engine, run.ema, config, run.world, position)
-                log.say(f"step {done}: saved {folder} in {time.perf_counter() - began:.1f} s")
+                folder = run.saver.save(position)
+                run.saver.wait() if last else run.saver.check()
+                going_on = config.checkpoint.background and not last
+                took = f"{time.perf_counter() - began:.1f} s"
+                log.say(f"step {done}: {'saving' if going_on else 'saved'} {folder}, training waited {took}")
+            run.saver.check()
         if stopping:
             if engine.accelerator.is_main_process:
                 write_text(Path(config.out) / STOPPED, f"step {done}\n")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model.weights import LazyWeights, open_weights, save_weights
+from model.weights import LazyWeights, open_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 STARTS, STEP = "starts", "step"  # in a file's metadata
@@ -47,14 +47,13 @@ def adam_steps(optimizer: torch.optim.Optimizer) -> int:
     return steps.pop() if steps else 0
 
 
-def save_state(
-    path: Path,
+def collect_state(
     fragments: Iterable[Fragment],
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
-) -> None:
-    """This rank's share as one safetensors file; `averages` (n) by the fragments' names, `buffers` whole."""
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of this rank's file; `averages` (n) by the fragments' names, `buffers` whole."""
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
     for fragment in fragments:
@@ -68,7 +67,7 @@ def save_state(
     for name, buffer in buffers.items():
         starts[name] = 0
         tensors |= {f"{what}/{name}": buffer.detach().float().flatten() for what in ("weight", "ema")}
-    save_weights(tensors, path, {STARTS: json.dumps(starts), STEP: str(adam_steps(optimizer))})
+    return tensors, {STARTS: json.dumps(starts), STEP: str(adam_steps(optimizer))}
 
 
 class SavedState:

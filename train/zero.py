@@ -12,6 +12,8 @@ from train.state import Fragment
 class ZeroEngine(Engine):
     """DeepSpeed steps inside of the last backward, and clips there."""
 
+    all_write_state = True
+
     @property
     def zero(self) -> Any:
         """DeepSpeed's own optimizer, which holds the float32 weights."""
@@ -28,10 +30,6 @@ class ZeroEngine(Engine):
 
     def fragments(self) -> list[Fragment]:
         return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
-
-    @property
-    def writes_state(self) -> bool:
-        return True
 
     def _of_stage_1_or_2(self) -> list[Fragment]:
         """Each group of parameters is one flat tensor, of which every rank optimises an equal part."""
