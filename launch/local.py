@@ -31,7 +31,9 @@ class Launch:
 
 
 def read_launch(words: Sequence[str]) -> Launch:
-    """Splits the words into the machine's and the run's. Raises ValueError in one line."""
+    """Splits the words into the machine's and the run's. What a machine's file says of the run counts more than the
+    run's own files, and less than the words after them. Raises ValueError in one line."""
+    words = sorted(words, key=lambda word: 2 if "=" in word else int("machine" in merge_words([word])))
     merged = merge_words(words)
     if "machine" not in merged:
         raise ValueError("no machine: begin with a file of configs/machines")

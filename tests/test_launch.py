@@ -44,7 +44,9 @@ def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, caps
     line = capsys.readouterr().out
     assert "--num_processes 16 --num_machines 2 --machine_rank 1 --main_process_ip node0" in line
     assert "--multi_gpu" in line and "deepspeed" not in line.partition("-m train")[0]
-    assert " engine.precision=bf16 " in line, "what a machine's file says of the run reaches it"
+    # What a machine's file says of the run reaches it, after the run's own files and before the words.
+    trained = line.partition("-m train ")[2]
+    assert trained.startswith(f"{words[0]} engine.precision=bf16 ") and trained.rstrip().endswith("engine.name=fsdp2")
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
