@@ -120,7 +120,8 @@ def key_of(stage: Stage, before: Stamp | None) -> str:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames `path` to the first free `path.1`, `path.2`, ... and returns that."""
-    free = next(other for i in itertools.count(1) if not (other := path.with_name(f"{path.name}.{i}")).exists())
+    """Renames `path` to the first free name with a number before its suffix, as demo.1.mp4, and returns that."""
+    others = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(1))
+    free = next(other for other in others if not other.exists())
     path.rename(free)
     return free

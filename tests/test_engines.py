@@ -29,7 +29,9 @@ ENGINES = {
     "ddp": ("cpu_plain", "engine.name=ddp"),
 }
 CLIPS = 4  # of one step, on all ranks together
-SETTINGS = ("checkpoint.every=3", "checkpoint.keep_last=9", "validation.every=100", "optim.learning_rate=1e-3")
+SETTINGS = (
+    "steps=20", "optim.learning_rate=1e-3", "checkpoint.every=3", "checkpoint.keep_last=9", "validation.every=100",
+)  # fmt: skip
 
 # (engine, precision, accumulation, activation checkpointing, ranks)
 Row = tuple[str, str, int, int, int]
