@@ -74,14 +74,17 @@ def _session(pid: int) -> int:
 def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kills: int, seed: int) -> list[str]:
     """What was done; asserts that the run then ends with the uninterrupted one's weights and metrics."""
     rng, log = random.Random(seed), []
-    for i in range(kills):
+    for i in range(3 * kills):
+        if len(log) == kills:
+            break
         moment, everybody = MOMENTS[i % len(MOMENTS)], rng.random() < 0.5
         if kill_once(command, out, moment, everybody, rng):
             whole = [folder.name for folder in out.glob("step_*") if (folder / COMPLETE).exists()]
             log.append(f"{'all' if everybody else 'one rank'} while {moment}: complete are {', '.join(sorted(whole))}")
-        else:  # it had come to its end first: begin anew, so that every kill hits something
+        else:  # it had come to its end first: begin anew
             shutil.rmtree(out)
             out.mkdir()
+    assert len(log) == kills, log
     done = run(command)
     assert done.returncode == 0, done.stderr[-3000:]
     assert torch.equal(losses(out), losses(uninterrupted)), log
@@ -93,7 +96,7 @@ def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kil
 
 def test_a_run_survives_three_kills(train_words, uninterrupted, tmp_path) -> None:
     command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.background=true"]
-    assert kill_again_and_again(command, tmp_path, uninterrupted, kills=3, seed=0)
+    kill_again_and_again(command, tmp_path, uninterrupted, kills=3, seed=0)
 
 
 @pytest.mark.long
@@ -103,7 +106,6 @@ def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, backg
     command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", f"checkpoint.background={background}"]
     log = kill_again_and_again(command, tmp_path, uninterrupted, kills=20, seed=1)
     print("\n" + "\n".join(log))
-    assert len(log) >= 15
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
