@@ -19,12 +19,12 @@ PERSONS_FAULTS = (ValueError, OSError)
 def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = None, default: str | None = None) -> int:
     """Runs the verb that `words` (default: the command line) begin with and returns the exit status.
 
-    Words that begin with a setting instead, a YAML file or key=value, are those of the verb `default`.
+    Words that begin with a setting instead are those of the verb `default`.
 
     A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
     """
     words = list(sys.argv[1:] if words is None else words)
-    if default and words and (words[0].endswith((".yaml", ".yml")) or "=" in words[0]):
+    if default and words and _is_setting(words[0]):
         words.insert(0, default)
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage(program, verbs))
@@ -45,12 +45,17 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
         return 130
 
 
+def _is_setting(word: str) -> bool:
+    """Whether it is a YAML file or key=value, as load_config takes them."""
+    return "=" in word or word.endswith((".yaml", ".yml"))
+
+
 def of_checkpoint(verb: Verb) -> Verb:
     """The verb with its first word, if it is a bare path, read as `checkpoint=<path>`."""
 
     @wraps(verb)
     def with_checkpoint(words: list[str]) -> int | None:
-        bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
+        bare = bool(words) and not _is_setting(words[0])
         return verb([f"checkpoint={words[0]}", *words[1:]] if bare else words)
 
     return with_checkpoint

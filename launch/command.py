@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from launch.machine import MachineConfig
 from train.config import EngineConfig
 
-TRAIN = ("-m", "train")
-
 
 def accelerate_words(
     machine: MachineConfig, engine: EngineConfig, words: Sequence[str], rank: str | None = None, host: str | None = None
@@ -26,7 +24,7 @@ def accelerate_words(
     elif machine.ranks > 1:
         given += ["--multi_gpu"]  # on a CPU too: Accelerate starts one process otherwise
     # Stated, because Accelerate's default config file may say something else on one of the nodes.
-    return [*given, "--mixed_precision", "no", "--dynamo_backend", "no", *TRAIN, *words]
+    return [*given, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *words]
 
 
 def environment(machine: MachineConfig) -> dict[str, str]:

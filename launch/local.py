@@ -6,10 +6,10 @@ import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from configs import build, flat, merge_words
+from configs.files import write_text
 from launch.command import accelerate_words, environment
 from launch.kubernetes import kubernetes_text
 from launch.machine import MachineConfig
@@ -76,11 +76,9 @@ def launch(words: list[str]) -> int:
     text = (slurm_script if machine.kind == "slurm" else kubernetes_text)(machine, given.train, given.words)
     if given.script is None or given.dry_run:
         print(text, end="")
-    else:
-        Path(given.script).write_text(text)
-    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
-    if given.dry_run or given.script is None:
         return 0
+    write_text(given.script, text)
+    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
     print(shlex.join([*command, given.script]))
     try:
         return subprocess.call([*command, given.script])

@@ -88,8 +88,8 @@ class Stream:
         sigma = torch.full((len(latents),), level, device=latents.device)
         x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
         self.world.dit(x, flow.config.train_steps * sigma, cond, *windows, cache=self.cache, keep=True)
-        window = 0 if self.world.dit.config.action is None else self.world.dit.config.action.window
-        self._history = rows[0][:, rows[0].shape[1] - window :], rows[1][:, rows[1].shape[1] - window :]
+        past = rows[0].shape[1] - self._window
+        self._history = rows[0][:, past:], rows[1][:, past:]
         self.blocks, self._known = self.blocks + 1, None
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.world.dtype == torch.bfloat16):
             video, self._decoder_state = self.world.codec.decode_stream(latents, self._decoder_state)
@@ -105,10 +105,15 @@ class Stream:
     def _rows(self, keyboard: Tensor, mouse: Tensor) -> Rows:
         """The rows of the next block behind the window's worth of those before it."""
         check_actions(self.world, keyboard, mouse, len(self.seeds), self.frames_due)
-        action, given = self.world.dit.config.action, (keyboard.to(self.world.device), mouse.to(self.world.device))
-        window = 0 if action is None else action.window
-        before = self._history or (given[0][:, :1].expand(-1, window, -1), given[1][:, :1].expand(-1, window, -1))
+        given = keyboard.to(self.world.device), mouse.to(self.world.device)
+        before = self._history or tuple(rows[:, :1].expand(-1, self._window, -1) for rows in given)
         return torch.cat([before[0], given[0]], dim=1), torch.cat([before[1], given[1]], dim=1)
+
+    @property
+    def _window(self) -> int:
+        """Rows that a latent frame sees."""
+        action = self.world.dit.config.action
+        return 0 if action is None else action.window
 
     def _windows(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
         """Windows of the next block's latents, from what `_rows` gave."""

@@ -77,29 +77,22 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
-    handlers: list[Any] = []
+    backend, handlers = "gloo" if on_cpu else "nccl", list[Any]()
     if world > 1 or engine.name == "deepspeed":
         timeout = timedelta(seconds=engine.timeout_s)
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=timeout))
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
     mixed = "bf16" if engine.precision == "bf16" and engine.name != "fsdp2" else "no"  # FSDP2 casts by itself
-    if engine.name == "deepspeed":
-        accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config)),
-            gradient_accumulation_steps=config.accumulation,
-            mixed_precision=mixed,
-            kwargs_handlers=handlers,
-        )
-        expected = DistributedType.DEEPSPEED
-    else:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            gradient_accumulation_steps=config.accumulation,
-            mixed_precision=mixed,
-            kwargs_handlers=handlers,
-        )
-        expected = None
+    deepspeed = engine.name == "deepspeed"
+    accelerator = Accelerator(
+        cpu=on_cpu and not deepspeed,  # with it, Accelerate drops DeepSpeed without a word
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config)) if deepspeed else None,
+        gradient_accumulation_steps=config.accumulation,
+        mixed_precision=mixed,
+        kwargs_handlers=handlers,
+    )
+    expected = DistributedType.DEEPSPEED if deepspeed else None
     if engine.name == "fsdp2" and not dist.is_initialized():  # one process by itself
-        dist.init_process_group("gloo" if on_cpu else "nccl", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     got = (accelerator.distributed_type, accelerator.num_processes)
     if got[1] != world or (expected and got[0] != expected):
         raise RuntimeError(f"asked for {engine.name} on {world} processes, Accelerate gave {got}")
