@@ -50,20 +50,26 @@ def _is_setting(word: str) -> bool:
     return "=" in word or word.endswith((".yaml", ".yml"))
 
 
-def of_checkpoint(verb: Verb) -> Verb:
-    """The verb with its first word, if it is a bare path, read as `checkpoint=<path>`."""
+def first_is(name: str, verb: Verb) -> Verb:
+    """The verb with its first word, if it is a bare path, read as `<name>=<path>`."""
 
     @wraps(verb)
-    def with_checkpoint(words: list[str]) -> int | None:
+    def with_name(words: list[str]) -> int | None:
         bare = bool(words) and not _is_setting(words[0])
-        return verb([f"checkpoint={words[0]}", *words[1:]] if bare else words)
+        return verb([f"{name}={words[0]}", *words[1:]] if bare else words)
 
-    return with_checkpoint
+    return with_name
 
 
 def one_line(error: BaseException) -> str:
     """An error as one line: what happened, without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equal length as columns, the first one as their titles."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 def usage(program: str, verbs: Mapping[str, Verb]) -> str:

@@ -1,13 +1,17 @@
 """`python -m data_pipeline <verb> file.yaml ... key=value ...`."""
 
 import sys
+from dataclasses import dataclass
 
 from configs import load_config
-from configs.cli import run
-from data_pipeline.encode import EncodeConfig, encode_recordings
+from configs.cli import first_is, run
+from data_pipeline.bench import bench
+from data_pipeline.doctor.examine import doctor
+from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
+from data_pipeline.inspect import inspect
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig, record_episodes
 from data_pipeline.shards import load_manifest, verify_set
-from data_pipeline.stream import summarise
 
 
 def record(words: list[str]) -> None:
@@ -23,38 +27,60 @@ def record(words: list[str]) -> None:
 
 def encode(words: list[str]) -> None:
     """Recordings to verified shards of latents: GAME.yaml source= codec= out=; started again it goes on."""
-    done = encode_recordings(load_config(EncodeConfig, words))
-    rate = f", {done.new_clips / done.seconds:.0f} clips/s" if done.new_clips else ""
-    print(
-        f"encoded {done.clips} clips ({done.new_clips} new) in {done.shards} shards in {done.seconds:.1f} s{rate} "
-        f"-> {', '.join(done.manifests)}"
+    print(_describe(encode_recordings(load_config(EncodeConfig, words))))
+
+
+def repair(words: list[str]) -> None:
+    """Re-read every shard and make anew what is missing or altered: the words of `encode`."""
+    config = load_config(EncodeConfig, words)
+    for fault in drop_faulty(config):
+        print(fault)
+    print(_describe(encode_recordings(config)))
+
+
+def _describe(done: Encoded) -> str:
+    rate, waits = "", ", ".join(f"{what} {share:.0%}" for what, share in done.waits.items())
+    if done.new_clips:
+        clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
+        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {waits}"
+    return (
+        f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "
+        f"{done.seconds:.1f} s{rate} -> {', '.join(done.manifests)}"
     )
 
 
+@dataclass(frozen=True)
+class VerifyConfig:
+    """`python -m data_pipeline verify MANIFEST`."""
+
+    manifest: str
+    sample: int | None = None  # read so many shards, others each time, instead of all of them
+    seed: int | None = None  # of the sample, to have the same again
+
+
 def verify(words: list[str]) -> int:
-    """Re-read every shard of a manifest and compare: verify MANIFEST; exit status 1 if anything is wrong."""
-    url = _one_manifest(words)
-    faults = verify_set(url)
+    """Re-read the shards of a manifest and compare: verify MANIFEST sample=10; exit status 1 if anything is wrong."""
+    config = load_config(VerifyConfig, words)
+    manifest = load_manifest(config.manifest)
+    faults = verify_set(config.manifest, config.sample, config.seed)
     for fault in faults:
         print(fault)
-    manifest = load_manifest(url)
-    print(f"{url}: {len(manifest.shards)} shards, {manifest.clips} clips, {len(faults) or 'no'} faults")
+    read = "" if config.sample is None else f", {min(config.sample, len(manifest.shards))} of them read"
+    print(
+        f"{config.manifest}: {len(manifest.shards)} shards{read}, {manifest.clips} clips, {len(faults) or 'no'} faults"
+    )
     return 1 if faults else 0
 
 
-def inspect(words: list[str]) -> None:
-    """Say in a few lines what a manifest holds: inspect MANIFEST."""
-    for line in summarise(_one_manifest(words)):
-        print(line)
-
-
-def _one_manifest(words: list[str]) -> str:
-    if len(words) != 1:
-        raise ValueError("give the path of one manifest.json and nothing else")
-    return words[0]
-
-
-VERBS = {"record": record, "encode": encode, "verify": verify, "inspect": inspect}
+VERBS = {
+    "record": record,
+    "doctor": doctor,
+    "encode": encode,
+    "verify": first_is("manifest", verify),
+    "repair": repair,
+    "inspect": first_is("manifest", inspect),
+    "bench": first_is("manifest", bench),
+}
 
 if __name__ == "__main__":
     sys.exit(run("data_pipeline", VERBS))

@@ -17,11 +17,13 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import to_dict
+from data_pipeline import storage
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_episode
 from data_pipeline.types import GameConfig
 from data_pipeline.video import fit_frame
 
 TICS_PER_S = 35
+DEAF_TICS = 7  # at an episode's start in which inputs do nothing, in deathmatch.wad and in others
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
 
@@ -133,20 +135,20 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    out, start, made = Path(config.out), time.perf_counter(), 0
+    start, made = time.perf_counter(), 0
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = [i for i, name in enumerate(names) if not _is_complete(out / name, config, i)]
+    todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
     if todo:
         import_vizdoom()
-        out.mkdir(parents=True, exist_ok=True)
         shares = [todo[worker :: config.workers] for worker in range(config.workers)]
         spawn = multiprocessing.get_context("spawn")
         with spawn.Pool(config.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
             jobs = [pool.apply_async(_record_share, (config, share)) for share in shares]
             bar = tqdm(total=len(todo), desc="record", unit="episode", disable=None)
             while not all(job.ready() for job in jobs):
-                time.sleep(0.2)
-                bar.update(sum((out / names[i]).exists() for i in todo) - bar.n)
+                time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
+                there = set(map(storage.name_of, storage.list_folders(config.out)))
+                bar.update(sum(names[i] in there for i in todo) - bar.n)
             bar.close()
             made = sum(job.get() for job in jobs)
     return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
@@ -157,7 +159,7 @@ def _record_share(config: RecordConfig, indices: list[int]) -> int:
     if indices:
         with running_game(config) as game:
             for i in indices:
-                _record_episode(game, config, i, Path(config.out) / f"episode_{i:05d}")
+                _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
     return len(indices)
 
 
@@ -210,6 +212,7 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
     game.new_episode()
     game.send_game_command("god")
     explorer, names, before = Explorer(rng), config.game.action_space.keys, None
+    game.make_action([0] * (len(names) + 2), DEAF_TICS)
     for _ in range(config.frames):
         state = game.get_state()
         position = np.array(state.game_variables[:2])
@@ -235,9 +238,9 @@ def _about(config: RecordConfig, index: int) -> dict[str, Any]:
 
 def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
     """Whether the episode is there; one that was recorded with other settings is refused, not replaced."""
-    if not folder.exists():
-        return False
     path = folder / ABOUT
+    if not path.is_file() and (storage.is_s3(folder) or not folder.exists()):
+        return False
     found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, _about(config, index)
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:

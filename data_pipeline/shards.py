@@ -7,9 +7,11 @@ read by offset.
 
 import hashlib
 import json
+import random
 import re
 import tarfile
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +21,13 @@ from safetensors.torch import load, save
 from webdataset.writer import TarWriter
 
 from configs import build, to_dict
+from configs.files import sha256_file
 from data_pipeline import storage
 from data_pipeline.types import Clip, Manifest, ShardInfo
-from model.weights import sha256_file
 
 MANIFEST = "manifest.json"
+HEADER_BYTES = 4096  # read at once: the header of a clip's safetensors takes a few hundred
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
 
 class Entry(NamedTuple):
@@ -98,6 +102,39 @@ def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
         raise ValueError(f"{url} holds a damaged clip ({error}); run python -m data_pipeline verify") from error
 
 
+def clip_layout(url: str, entry: Entry) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
+    """Dtype, shape and offset in the shard of every tensor of a clip, in the order in which they lie there."""
+    start = storage.read_range(url, entry.offset, min(entry.size, HEADER_BYTES))
+    length = int.from_bytes(start[:8], "little")
+    if length > entry.size - 8:
+        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; run python -m data_pipeline verify")
+    header_bytes = start[8 : 8 + length]
+    if len(header_bytes) < length:
+        header_bytes = storage.read_range(url, entry.offset + 8, length)
+    try:
+        header = json.loads(header_bytes)
+        found = {
+            name: (DTYPES[one["dtype"]], tuple(one["shape"]), entry.offset + 8 + length + one["data_offsets"][0])
+            for name, one in header.items()
+            if name != "__metadata__"
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{url} holds a damaged clip ({error}); run python -m data_pipeline verify") from error
+    return dict(sorted(found.items(), key=lambda item: item[1][2]))
+
+
+def read_clip_into(url: str, entry: Entry, rows: Mapping[str, torch.Tensor]) -> None:
+    """Fills `rows`, by name as in `pack_clip`, with a clip's tensors, copied once. Raises ValueError if they differ."""
+    layout = clip_layout(url, entry)
+    ours = {name: (row.dtype, tuple(row.shape)) for name, row in rows.items()}
+    theirs = {name: (dtype, shape) for name, (dtype, shape, _) in layout.items()}
+    if ours != theirs:
+        raise ValueError(f"{url}: clip {entry.key} has {theirs}, others {ours}; run python -m data_pipeline verify")
+    first = min(offset for _, _, offset in layout.values())
+    buffers = [rows[name].reshape(-1).view(torch.uint8).numpy().data for name in layout]
+    storage.read_into(url, first, buffers)
+
+
 def read_index(url: str) -> tuple[ShardInfo, list[Entry]]:
     """What the index of the shard at `url` says."""
     path = index_url(url)
@@ -113,11 +150,9 @@ def read_index(url: str) -> tuple[ShardInfo, list[Entry]]:
 
 def find_fault(url: str, info: ShardInfo) -> str | None:
     """What is wrong with the shard at `url`, in a few words, or None. Reads all of it."""
-    if not storage.exists(url):
-        return "missing"
-    found = storage.size(url)
-    if found != info.bytes:
-        return f"truncated or grown: {found} bytes, not {info.bytes}"
+    fault = _find_size_fault(url, info)
+    if fault:
+        return fault
     if sha256_of(url) != info.sha256:
         return "altered: its SHA-256 is not the manifest's"
     return None
@@ -152,18 +187,38 @@ def load_manifest(url: str | Path) -> Manifest:
     return manifest
 
 
-def verify_set(url: str | Path) -> list[str]:
-    """A line per fault of the shard set behind the manifest at `url`: missing, truncated, altered, not in the set."""
-    manifest = load_manifest(url)
-    faults = []
-    for info in manifest.shards:
+def verify_set(url: str | Path, sample: int | None = None, seed: int | None = None) -> list[str]:
+    """A line per fault of the set behind the manifest at `url`: shards missing, truncated, altered, strange, twice.
+
+    With `sample`, the bytes of so many shards are read, drawn anew each time unless there is a `seed`; of the others,
+    sizes and indexes are compared.
+    """
+    manifest, faults = load_manifest(url), []
+    count = len(manifest.shards) if sample is None else min(max(0, sample), len(manifest.shards))
+    read = set(random.Random(seed).sample(range(len(manifest.shards)), count))
+    keys: dict[str, str] = {}
+    for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
-        fault = find_fault(shard, info) or _find_index_fault(shard, info)
+        fault = (find_fault(shard, info) if i in read else _find_size_fault(shard, info)) or _find_index_fault(
+            shard, info
+        )
         faults += [f"{shard}: {fault}"] if fault else []
+        for entry in [] if fault else read_index(shard)[1]:
+            first = keys.setdefault(entry.key, shard)
+            faults += [f"{shard}: clip {entry.key} is in {first} too"] if first != shard else []
+    twice = Counter(info.url for info in manifest.shards)
+    faults += [f"{name}: {times} times in the manifest" for name, times in twice.items() if times > 1]
     listed = {shard_url(url, info) for info in manifest.shards}
     beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
     strays = [found for found in beside if found not in listed and "/." not in found]
     return faults + [f"{found}: not in the manifest" for found in strays]
+
+
+def _find_size_fault(url: str, info: ShardInfo) -> str | None:
+    if not storage.exists(url):
+        return "missing"
+    found = storage.size(url)
+    return None if found == info.bytes else f"truncated or grown: {found} bytes, not {info.bytes}"
 
 
 def _find_index_fault(shard: str, info: ShardInfo) -> str | None:

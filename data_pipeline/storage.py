@@ -1,21 +1,28 @@
-"""The one place that opens a url: a local path, or `s3://bucket/key` through boto3, by its rules for credentials."""
+"""The one place that opens a url: a local path, or `s3://bucket/key` (`data_pipeline/s3.py` asks the server)."""
 
+import hashlib
+import io
 import os
-import tempfile
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError, NoCredentialsError
+from configs.files import atomic_path, create_file
+from configs.files import write_text as write_local_text
+from data_pipeline import cache, s3
+from data_pipeline.remote_path import S3Path
+from data_pipeline.s3_errors import bucket_and_key
 
-from configs.files import atomic_path
+BUFFER_BYTES = 4 << 20  # of a file that is read piece by piece from a server
 
-ATTEMPTS = 5  # of one request, and of continuing one body that broke off
-MISSING = ("404", "NoSuchKey", "NoSuchBucket")
-FORBIDDEN = ("401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+def is_s3(url: str | Path) -> bool:
+    """Whether `url` is on a server; a Path is always local, but for one that was a url with its slashes swallowed."""
+    return str(url).startswith("s3:/")
 
 
 def join(folder: str | Path, name: str) -> str:
@@ -29,17 +36,25 @@ def parent(url: str | Path) -> str:
     return folder if slash else "."
 
 
+def name_of(url: str | Path) -> str:
+    """The last part of `url`."""
+    return str(url).rstrip("/").rpartition("/")[2]
+
+
+def path(url: str | Path) -> Path:
+    """`url` as a path for reading: its names, whether it is there, what is in it and its bytes can be asked for."""
+    return cast(Path, S3Path(url)) if is_s3(url) else Path(url)
+
+
 def read_bytes(url: str | Path) -> bytes:
     """The whole of `url`. Raises FileNotFoundError if it is not there."""
-    if _is_s3(url):
-        return _read_s3(str(url), 0, None)
-    return Path(url).read_bytes()
+    return s3.read(str(url)) if is_s3(url) else Path(url).read_bytes()
 
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
     """`length` bytes of `url` from `offset` on. Raises ValueError if it ends before."""
-    if _is_s3(url):
-        found = _read_s3(str(url), offset, length)
+    if is_s3(url):
+        found = s3.read(str(url), offset, length)
     else:
         with open(url, "rb", buffering=0) as file:
             found = os.pread(file.fileno(), length, offset)
@@ -48,127 +63,181 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
     return found
 
 
+def read_into(url: str | Path, offset: int, buffers: Sequence[memoryview]) -> None:
+    """Fills the buffers, one after the other, with what lies at `url` from `offset` on; a local file is copied once.
+
+    Raises ValueError if it ends before.
+    """
+    wanted = sum(len(buffer) for buffer in buffers)
+    if is_s3(url):
+        found = memoryview(read_range(url, offset, wanted))
+        for buffer in buffers:
+            buffer[:], found = found[: len(buffer)], found[len(buffer) :]
+        return
+    with open(url, "rb", buffering=0) as file:
+        got = os.preadv(file.fileno(), buffers, offset)
+    if got != wanted:
+        raise ValueError(f"{url} is truncated: {got} of {wanted} bytes at {offset}; fetch or encode it again")
+
+
+def opened(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
+    """A file for reading, to be closed. From a server come just the bytes that are asked for, `buffer_bytes` of them or
+    more at a time: 1 for somebody who knows what he wants."""
+    return io.BufferedReader(s3.RemoteFile(str(url)), buffer_bytes) if is_s3(url) else open(url, "rb")
+
+
+def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
+    """The file or folder `url` as one on this machine: itself, or a copy, of a folder that of the files whose path in
+    it is `wanted`. Raises FileNotFoundError if `url` is on a server and not there."""
+    return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
+
+
+@contextmanager
+def borrowed(url: str | Path) -> Iterator[Path]:
+    """The file `url` as one on this machine within the block: itself, or a copy that may be deleted afterwards."""
+    if not is_s3(url):
+        yield Path(url)
+        return
+    with cache.borrowed(str(url)) as copy:
+        yield copy
+
+
+def copy_of(url: str, size: int, sha256: str) -> AbstractContextManager[Path]:
+    """A copy on this machine of the file `url` on a server, whose bytes are known; see `cache.copy_of`."""
+    return cache.copy_of(url, size, sha256)
+
+
 def size(url: str | Path) -> int:
     """Bytes of `url`. Raises FileNotFoundError if it is not there."""
-    if not _is_s3(url):
-        return Path(url).stat().st_size
-    bucket, key = _bucket_and_key(str(url))
-    with _named_errors(str(url)):
-        return int(_client().head_object(Bucket=bucket, Key=key)["ContentLength"])
+    return s3.head(str(url)).bytes if is_s3(url) else Path(url).stat().st_size
+
+
+def sha256(url: str | Path) -> str:
+    """The SHA-256 of the bytes at `url` as hex digits; all of them are read."""
+    with opened(url, s3.PART_BYTES) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def exists(url: str | Path) -> bool:
-    """Whether there is a file at `url`."""
-    try:
-        size(url)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    """Whether there is a file at `url`. Raises FileNotFoundError if not even the bucket is there."""
+    return path(url).is_file()
 
 
 def list_files(folder: str | Path) -> list[str]:
     """The urls of the files directly in `folder`, sorted; none if there is no such folder."""
-    if not _is_s3(folder):
+    if not is_s3(folder):
         found = Path(folder).iterdir() if Path(folder).is_dir() else ()
         return sorted(join(folder, path.name) for path in found if path.is_file())
-    bucket, prefix = _bucket_and_key(join(folder, ""))
-    with _named_errors(str(folder)):
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter="/")
-        return sorted(f"s3://{bucket}/{item['Key']}" for page in pages for item in page.get("Contents", ()))
+    return sorted(url for url in _listed(folder) if not url.endswith("/"))
 
 
-def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what a killed writer left in a local folder; to be called while nobody else writes there."""
-    if not _is_s3(folder) and Path(folder).is_dir():
-        for left in Path(folder).glob(".*.tmp.*"):
-            left.unlink()
+def list_folders(folder: str | Path) -> list[str]:
+    """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
+    if not is_s3(folder):
+        found = Path(folder).iterdir() if Path(folder).is_dir() else ()
+        return sorted(join(folder, path.name) for path in found if path.is_dir())
+    return sorted(url.rstrip("/") for url in _listed(folder) if url.endswith("/"))
+
+
+def _listed(folder: str | Path) -> Iterator[str]:
+    bucket, _ = bucket_and_key(join(folder, ""))
+    return (f"s3://{bucket}/{one.key}" for one in s3.list_objects(join(folder, ""), "/"))
+
+
+def list_tree(folder: str | Path) -> dict[str, int]:
+    """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
+    if is_s3(folder):
+        _, prefix = bucket_and_key(join(folder, ""))
+        found = {one.key.removeprefix(prefix): one.bytes for one in s3.list_objects(join(folder, ""))}
+    else:
+        paths = (path for path in Path(folder).rglob("*") if path.is_file())
+        found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    return dict(sorted(found.items()))
 
 
 @contextmanager
 def writing(url: str | Path) -> Iterator[Path]:
     """A local path to write to; what lies there when the block ends well appears at `url`, whole."""
-    if not _is_s3(url):
+    if not is_s3(url):
         with atomic_path(url) as part:
             yield part
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        part = Path(scratch) / str(url).rpartition("/")[2]
-        yield part
-        write_file(part, url)
+    bucket_and_key(str(url))  # a fault of the url, before the work
+    with cache.scratch() as folder:
+        yield folder / name_of(url)
+        write_file(folder / name_of(url), url)
 
 
-def write_file(local: Path, url: str | Path) -> None:
-    """Uploads the file `local` to the s3 `url`; boto3 splits large ones, and takes back the parts if it fails."""
-    from boto3.exceptions import Boto3Error
+@contextmanager
+def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
+    """A local folder to write files into, which appear in the folder `url`; the one called `last` does so after all
+    others, so that its presence means that all are there."""
+    if not is_s3(url):
+        Path(url).mkdir(parents=True, exist_ok=True)
+        yield Path(url)
+        return
+    with cache.scratch() as folder:
+        yield folder
+        remove(join(url, last))  # of what was there before
+        names = sorted(list_tree(folder), key=lambda name: (name == last, name))
+        for name in names:
+            write_file(folder / name, join(url, name))
 
-    bucket, key = _bucket_and_key(str(url))
-    with _named_errors(str(url)):
-        try:
-            _client().upload_file(str(local), bucket, key)
-        except Boto3Error as error:
-            raise OSError(f"cannot upload {url}: {error}") from error
+
+def write_file(file: Path, url: str | Path) -> None:
+    """Copies the file `file` of this machine to `url`, where it appears whole or not at all."""
+    if is_s3(url):
+        s3.upload(file, str(url))
+        return
+    with atomic_path(url) as part:
+        shutil.copyfile(file, part)
 
 
 def write_text(url: str | Path, text: str) -> None:
     """Writes `text` to `url` as UTF-8, whole or not at all."""
-    with writing(url) as part:
-        part.write_text(text, encoding="utf-8")
+    if is_s3(url):
+        s3.put(str(url), text.encode())
+    else:
+        write_local_text(url, text)
 
 
-def _is_s3(url: str | Path) -> bool:
-    return str(url).startswith("s3:/")
+def create(url: str | Path, data: bytes) -> bool:
+    """Writes `data` to `url` unless something is there, and says whether it did: of all who try, one is first.
+
+    `data` must tell this writer from all others. Raises OSError in one line if the server cannot do that.
+    """
+    return s3.create(str(url), data) if is_s3(url) else create_file(url, data)
 
 
-def _bucket_and_key(url: str) -> tuple[str, str]:
-    bucket, _, key = url.removeprefix("s3://").partition("/")
-    if not url.startswith("s3://") or not bucket or not key:
-        raise ValueError(f"{url!r} is no s3 url; write s3://bucket/key")
-    return bucket, key
+def remove(url: str | Path) -> None:
+    """Deletes the file at `url`, if there is one."""
+    if is_s3(url):
+        s3.remove(str(url))
+    else:
+        Path(url).unlink(missing_ok=True)
 
 
-def _client() -> Any:
-    return _client_of_process(os.getpid())
+def remove_folder(folder: str | Path, first: str = "") -> None:
+    """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
+    that looks whole."""
+    if first:
+        remove(join(folder, first))
+    if is_s3(folder):
+        with ThreadPoolExecutor(s3.PARALLEL) as pool:
+            list(pool.map(lambda name: remove(join(folder, name)), list_tree(folder)))
+    elif Path(folder).is_dir():
+        shutil.rmtree(folder)
 
 
-@lru_cache(maxsize=1)
-def _client_of_process(pid: int) -> Any:
-    # One per process, since a client does not survive a fork; boto3 is imported only where s3 is used (0.3 s).
-    import boto3
-    from botocore.config import Config
+def remove_unfinished(folder: str | Path, older_s: float = 0.0, prefix: str = "") -> None:
+    """Deletes what killed writers left in `folder`: temporary files, or uploads that never came to their end.
 
-    return boto3.client("s3", config=Config(retries={"max_attempts": ATTEMPTS, "mode": "standard"}))
-
-
-def _read_s3(url: str, offset: int, length: int | None) -> bytes:
-    bucket, key = _bucket_and_key(url)
-    found = bytearray()
-    for attempt in range(1, ATTEMPTS + 1):
-        start, end = offset + len(found), "" if length is None else offset + length - 1
-        wanted = {"Range": f"bytes={start}-{end}"} if length is not None or start else {}
-        with _named_errors(url):
-            try:
-                body = _client().get_object(Bucket=bucket, Key=key, **wanted)["Body"]
-                for block in body.iter_chunks(1 << 20):
-                    found += block
-                return bytes(found)
-            except (HTTPClientError, IncompleteReadError):
-                # boto3 repeats requests, but not a body that breaks off: go on from where it stopped.
-                if attempt == ATTEMPTS:
-                    raise
-                time.sleep(0.1 * 2**attempt)
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-@contextmanager
-def _named_errors(url: str) -> Iterator[None]:
-    """boto3's errors as the built-in ones that fit, in one line with the url."""
-    try:
-        yield
-    except ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "")
-        kind = FileNotFoundError if code in MISSING else PermissionError if code in FORBIDDEN else OSError
-        raise kind(f"{url}: {error}") from error
-    except NoCredentialsError as error:
-        raise PermissionError(f"{url}: {error}; set AWS_PROFILE or AWS_ACCESS_KEY_ID") from error
-    except BotoCoreError as error:
-        raise OSError(f"{url}: {error}") from error
+    Only of files whose names begin with `prefix`, and only what is older than `older_s`: with 0, nobody else may be
+    writing such files there.
+    """
+    if is_s3(folder):
+        s3.abort_uploads(join(folder, prefix), older_s)
+        return
+    for left in Path(folder).glob(f".{prefix}*.tmp*") if Path(folder).is_dir() else ():
+        if left.is_file() and time.time() - left.stat().st_mtime >= older_s:
+            left.unlink(missing_ok=True)

@@ -1,87 +1,198 @@
-"""Manifest to batches: shuffled over the whole set, exactly resumable, each clip read by its offset.
+"""Manifests to batches: shuffled over all of them, exactly resumable, each clip read by its offset.
 
-The order is a function of (seed, epoch) over all clips. Sample g of the run, counted over all ranks and epochs, is clip
-`order(g // clips)[g % clips]`; micro-step m of rank r takes sample `(m * world + r) * batch` and the `batch - 1` after
-it. So a position is one number, ranks never share a clip within an epoch, every clip comes once per epoch, and the
-order does not depend on the number of ranks or workers. An epoch's end falls where it falls: the batch that reaches it
-goes on with the next epoch's first clips.
+The order is a function of (seed, epoch) over all clips (`data_pipeline/order.py`). Sample g of the run is counted over
+all ranks and epochs; micro-step m of rank r takes sample `(m * world + r) * batch` and the `batch - 1` after it. So a
+position is one number, ranks never share a clip within an epoch, every clip comes once per epoch, and the order does
+not depend on the number of ranks or workers. An epoch's end falls where it falls: the batch that reaches it goes on
+with the next epoch's first clips.
 """
 
+import math
 import threading
-from collections import deque
-from collections.abc import Generator
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 
 from data_pipeline import storage
-from data_pipeline.shards import Entry, find_fault, load_manifest, read_index, shard_url, unpack_clip
-from data_pipeline.types import ActionSpace, Batch, Clip, Manifest, ShardInfo
+from data_pipeline.order import Order
+from data_pipeline.shards import (
+    Entry,
+    clip_layout,
+    find_fault,
+    load_manifest,
+    read_clip_into,
+    read_index,
+    shard_url,
+    unpack_clip,
+)
+from data_pipeline.types import ActionSpace, Batch, Clip, Manifest, ShardInfo, Source
 
-__all__ = ["Shards", "Stream", "load_manifest", "read_clips", "require_action_space", "summarise"]
+__all__ = ["LoaderConfig", "Shards", "Stream", "load_manifest", "read_clips", "require_action_space"]
 
 
 class Shards:
-    """All clips of a set by number, in the manifest's order."""
+    """All clips of one set or several by number, in the order of the manifests."""
 
-    def __init__(self, manifest_url: str | Path, verify: bool = True) -> None:
-        self.manifest_url, self.verify = str(manifest_url), verify
-        self.manifest: Manifest = load_manifest(manifest_url)
-        self.places: list[tuple[ShardInfo, Entry]] = []
-        for info in self.manifest.shards:
-            self.places += [(info, entry) for entry in self._open(info)]
-        self._verified: set[str] = set()
+    def __init__(self, sources: str | Path | Sequence[Source], verify: bool = True, copies: bool = False) -> None:
+        """With `copies`, shards on a server are read from copies on this machine, made when a clip of them is wanted.
+
+        Raises in one line for a set that is not there, is not whole, or is of another kind than the first.
+        """
+        given = [Source(str(sources))] if isinstance(sources, str | Path) else list(sources)
+        self.sources, self.verify, self.copies = given, verify, copies
+        self.manifests = load_manifests(given)
+        self.shards = [
+            (source.path, info)
+            for source, manifest in zip(given, self.manifests, strict=True)
+            for info in manifest.shards
+        ]
+        self.places: list[tuple[int, Entry]] = []  # which shard, and where in it
+        for number, (path, info) in enumerate(self.shards):
+            self.places += [(number, entry) for entry in _open_shard(path, info)]
+        self._verified: set[int] = set()
         self._verifying = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.places)
 
+    @property
+    def manifest(self) -> Manifest:
+        """That of the first set: what all have in common can be asked of it."""
+        return self.manifests[0]
+
     def read(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), start ()."""
-        info, entry = self.places[number]
-        url = self._verified_url(info)
-        return unpack_clip(storage.read_range(url, entry.offset, entry.size), url)
+        shard, entry = self.places[number]
+        with self._opened(shard) as url:
+            return unpack_clip(storage.read_range(url, entry.offset, entry.size), url)
+
+    def layout(self, number: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of a clip's tensors by name."""
+        shard, entry = self.places[number]
+        with self._opened(shard) as url:
+            return {name: (dtype, shape) for name, (dtype, shape, _) in clip_layout(url, entry).items()}
+
+    def read_into(self, number: int, rows: Mapping[str, torch.Tensor]) -> None:
+        """As `read`, into tensors that are there."""
+        shard, entry = self.places[number]
+        with self._opened(shard) as url:
+            read_clip_into(url, entry, rows)
 
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""
-        info, entry = self.places[number]
+        shard, entry = self.places[number]
         tensors = self.read(number)
-        jpeg = storage.read_range(shard_url(self.manifest_url, info), entry.jpeg_offset, entry.jpeg_size)
+        with self._opened(shard) as url:
+            jpeg = storage.read_range(url, entry.jpeg_offset, entry.jpeg_size)
         given = (tensors["latents"], tensors["keyboard"], tensors["mouse"], jpeg, entry.episode, entry.start)
         return Clip(*given, tensors.get("visual"), tensors.get("image_latents"))
 
-    def _open(self, info: ShardInfo) -> list[Entry]:
-        """The index of a shard, its size and its number of clips compared with the manifest."""
-        url = shard_url(self.manifest_url, info)
-        if not storage.exists(url):
-            raise FileNotFoundError(f"shard {url} is missing; run {self._verify_command}")
-        found_bytes = storage.size(url)
-        if found_bytes != info.bytes:
-            raise ValueError(f"shard {url} has {found_bytes} bytes, not {info.bytes}; run {self._verify_command}")
-        found, entries = read_index(url)
-        if found != info or len(entries) != info.clips:
-            raise ValueError(f"the index of shard {url} disagrees with the manifest; run {self._verify_command}")
-        return entries
+    def fetch(self, shard: int) -> None:
+        """Makes the copy of a shard, so that nobody waits for it later."""
+        with self._opened(shard):
+            pass
 
-    def _verified_url(self, info: ShardInfo) -> str:
-        """The shard's url, its SHA-256 compared when it is used for the first time."""
-        url = shard_url(self.manifest_url, info)
+    @contextmanager
+    def _opened(self, shard: int) -> Iterator[str]:
+        """Where the shard can be read within the block; its SHA-256 is compared when it is used for the first time."""
+        path, info = self.shards[shard]
+        url = shard_url(path, info)
+        if self.copies and storage.is_s3(url):
+            with storage.copy_of(url, info.bytes, info.sha256) as copy:  # compares it too
+                yield str(copy)
+            return
         if self.verify:
             with self._verifying:
-                fault = None if url in self._verified else find_fault(url, info)
+                fault = None if shard in self._verified else find_fault(url, info)
                 if fault:
-                    raise ValueError(f"shard {url} is {fault}; run {self._verify_command}")
-                self._verified.add(url)
-        return url
+                    raise ValueError(f"shard {url} is {fault}; run {_verify_command(path)}")
+                self._verified.add(shard)
+        yield url
 
-    @property
-    def _verify_command(self) -> str:
-        return f"python -m data_pipeline verify {self.manifest_url}"
+
+def _open_shard(manifest_url: str, info: ShardInfo) -> list[Entry]:
+    """The index of a shard, its size and its number of clips compared with the manifest."""
+    url, verify = shard_url(manifest_url, info), _verify_command(manifest_url)
+    if not storage.exists(url):
+        raise FileNotFoundError(f"shard {url} is missing; run {verify}")
+    found_bytes = storage.size(url)
+    if found_bytes != info.bytes:
+        raise ValueError(f"shard {url} has {found_bytes} bytes, not {info.bytes}; run {verify}")
+    found, entries = read_index(url)
+    if found != info or len(entries) != info.clips:
+        raise ValueError(f"the index of shard {url} disagrees with the manifest; run {verify}")
+    return entries
+
+
+def _verify_command(manifest_url: str) -> str:
+    return f"python -m data_pipeline verify {manifest_url}"
+
+
+OF_ALL = ("layout", "clip_frames", "clip_latents", "codec_hash", "vision", "unknown")
+
+
+def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
+    """Their manifests. Raises in one line for one that is not there, or is of another kind than the first."""
+    manifests = [load_manifest(source.path) for source in sources]
+    for source, manifest in zip(sources[1:], manifests[1:], strict=True):
+        require_same_kind(manifests[0], sources[0].path, manifest, source.path)
+    return manifests
+
+
+def require_same_kind(
+    manifest: Manifest, url: str, other: Manifest, other_url: str, of_set: Sequence[str] = OF_ALL
+) -> None:
+    """Raises ValueError, naming what differs, unless clips of both sets mean the same and have the same size."""
+    require_action_space(other, manifest.game.action_space, f"those of {url}")
+    of_game = ("fps", "height", "width")
+    facts = [(name, getattr(manifest, name), getattr(other, name)) for name in of_set]
+    facts += [(name, getattr(manifest.game, name), getattr(other.game, name)) for name in of_game]
+    for name, ours, theirs in facts:
+        if ours != theirs:
+            raise ValueError(f"{other_url} has {name} {theirs}, {url} {ours}; they must agree in it; encode both alike")
+
+
+class Memory:
+    """Memory of batches that nobody looks at any more, for the next ones: to ask the system for it anew, page by page,
+    takes as long as the reading."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    def batch(self, b: int, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
+        """Tensors (b ...) for clips of that layout, not yet filled."""
+        return {name: self._take(dtype, (b, *shape)) for name, (dtype, shape) in layout.items()}
+
+    def _take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free[size]
+        memory = free.pop() if free else np.empty(size, np.uint8)
+        seen = memory[:]  # lives as long as a tensor, or a view of one, that lies in it
+        weakref.finalize(seen, free.append, memory)
+        return torch.from_numpy(seen).view(dtype).view(shape)
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How the clips are fetched; only `shuffle_shards` changes their order."""
+
+    # 0: shuffled over everything, clip by clip. n: shards in a random order, shuffled within groups of n; those on a
+    # server are copied to this machine before they are used, and the cache (WORLDLOOM_CACHE_GB) should hold two groups.
+    shuffle_shards: int = 0
+    on_corrupt: Literal["stop", "skip"] = "stop"  # skip: the next clip stands in, and is counted (skipped_clips)
+
+    def __post_init__(self) -> None:
+        if self.shuffle_shards < 0:
+            raise ValueError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
 
 
 class Stream:
@@ -89,60 +200,81 @@ class Stream:
 
     def __init__(
         self,
-        manifest_url: str | Path,
+        sources: str | Path | Sequence[Source],  # manifests
         batch: int,  # clips per rank and micro-step
         seed: int,
         rank: int = 0,
         world: int = 1,
         workers: int = 1,
         *,
+        loader: LoaderConfig = LoaderConfig(),
         verify: bool = True,
         shuffle: bool = True,
     ) -> None:
         if batch < 1 or workers < 0 or not 0 <= rank < world:
             raise ValueError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 or more, "
                              "workers 0 or more, rank below the number of ranks")  # fmt: skip
-        self.shards = Shards(manifest_url, verify)
+        self.shards = Shards(sources, verify, copies=loader.shuffle_shards > 0)
         lanes = world * max(1, workers)
-        shards = self.shards.manifest.shards
-        if len(shards) < lanes:
+        if len(self.shards.shards) < lanes:
             raise ValueError(
-                f"{manifest_url}: {len(shards)} shards for {lanes} loader lanes (ranks x workers); "
-                "write more shards or use fewer workers"
+                f"{self.shards.sources[0].path}: {len(self.shards.shards)} shards for {lanes} loader lanes (ranks x "
+                "workers); write more shards (encode with a smaller shard_clips), or use fewer workers or ranks"
             )
-        self.batch, self.rank, self.world, self.workers = batch, rank, world, workers
-        clips = len(self.shards)
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(clips, seed, epoch) if shuffle else range(clips))
+        self.batch, self.rank, self.world, self.workers, self.loader = batch, rank, world, workers, loader
+        self._memory = Memory()
+        counts = [[info.clips for info in manifest.shards] for manifest in self.shards.manifests]
+        weights = [source.weight for source in self.shards.sources]
+        self.order = Order(counts, weights, seed, loader.shuffle_shards, shuffle)
+        if not self.order.clips_per_epoch:
+            raise ValueError(f"weights {weights}: an epoch of them holds no clip at all; use larger ones")
 
     def __len__(self) -> int:
         """Clips per epoch, over all ranks."""
-        return len(self.shards)
+        return self.order.clips_per_epoch
 
-    def samples(self, micro_step: int) -> list[int]:
-        """The numbers of the clips that this rank takes in `micro_step`."""
-        first = (micro_step * self.world + self.rank) * self.batch
-        return [self.clip_number(g) for g in range(first, first + self.batch)]
-
-    def clip_number(self, sample: int) -> int:
-        """Which clip is sample `sample` of the run."""
-        epoch, place = divmod(sample, len(self))
-        return int(self._order(epoch)[place])
+    def first_sample(self, micro_step: int) -> int:
+        """The first sample that this rank takes in `micro_step`."""
+        return (micro_step * self.world + self.rank) * self.batch
 
     def batch_at(self, micro_step: int) -> Batch:
         """The batch of a micro-step, whatever was read before."""
-        numbers = self.samples(micro_step)
-        clips = [self.shards.read(number) for number in numbers]
+        first = self.first_sample(micro_step)
+        stacked: dict[str, torch.Tensor] = {}
+        numbers, skipped = [], 0
+        for i in range(self.batch):
+            number, missed = self._read(first + i, i, stacked)
+            numbers.append(number)
+            skipped += missed
         entries = [self.shards.places[number][1] for number in numbers]
         return Batch(
-            latents=rearrange([clip["latents"] for clip in clips], "b c f h w -> b c f h w"),
-            keyboard=rearrange([clip["keyboard"] for clip in clips], "b n k -> b n k"),
-            mouse=rearrange([clip["mouse"] for clip in clips], "b n m -> b n m"),
+            latents=stacked["latents"],
+            keyboard=stacked["keyboard"],
+            mouse=stacked["mouse"],
             ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries),
-            visual=torch.stack([clip["visual"] for clip in clips]) if "visual" in clips[0] else None,
-            image_latents=(
-                torch.stack([clip["image_latents"] for clip in clips]) if "image_latents" in clips[0] else None
-            ),
+            visual=stacked.get("visual"),
+            image_latents=stacked.get("image_latents"),
+            skipped=skipped,
         )
+
+    def _read(self, sample: int, row: int, stacked: dict[str, torch.Tensor]) -> tuple[int, int]:
+        """Reads a clip into a row of the batch, which the first one makes; gives its number, and how many clips before
+        it had to be skipped.
+
+        What cannot be read is tried once more, since a disk or a copy may be at fault for a moment.
+        """
+        for skipped in range(len(self)):
+            number = self.order.clip(sample + skipped)
+            for last in (False, True):
+                try:
+                    if not stacked:
+                        stacked.update(self._memory.batch(self.batch, self.shards.layout(number)))
+                    self.shards.read_into(number, {name: tensor[row] for name, tensor in stacked.items()})
+                    return number, skipped
+                except (ValueError, OSError):
+                    if last and self.loader.on_corrupt == "stop":
+                        raise
+        raise ValueError(f"no clip of {self.shards.sources[0].path} can be read; run python -m data_pipeline verify")
 
     def batches(self, start: int = 0, ahead: int = 4) -> Generator[Batch, None, None]:
         """Batches from micro-step `start` on, without end; up to `ahead` of them are read before they are asked for.
@@ -152,23 +284,47 @@ class Stream:
         if not self.workers:
             yield from map(self.batch_at, count(start))
             return
-        with ThreadPoolExecutor(self.workers, thread_name_prefix="stream") as pool:
-            steps = count(start)
+        threads = self.workers + (1 if self.loader.shuffle_shards else 0)
+        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
+            steps, fetching = count(start), Fetching(self, pool)
             waiting: deque[Future[Batch]] = deque(pool.submit(self.batch_at, step) for step in islice(steps, ahead))
             try:
                 for step in steps:
+                    fetching.at(self.first_sample(step))
                     batch = waiting.popleft().result()
                     waiting.append(pool.submit(self.batch_at, step))
                     yield batch
             finally:
+                fetching.stopped = True
                 pool.shutdown(wait=False, cancel_futures=True)
 
 
-def epoch_order(clips: int, seed: int, epoch: int) -> np.ndarray:
-    """The numbers 0 ... clips - 1 in the shuffled order of an epoch."""
-    # Sorting raw words of a bit generator: NumPy promises those for good, but not what Generator.permutation gives.
-    words = np.random.PCG64(np.random.SeedSequence((seed, epoch))).random_raw(clips)
-    return np.argsort(words, kind="stable")
+class Fetching:
+    """Copies the shards of the group after the one in use to this machine, one after the other."""
+
+    def __init__(self, stream: Stream, pool: ThreadPoolExecutor) -> None:
+        self.stream, self.pool, self.stopped = stream, pool, False
+        self._group: tuple[int, int] | None = None
+        self._done: Future[None] | None = None
+
+    def at(self, sample: int) -> None:
+        """Says that reading has come to `sample`."""
+        if not self.stream.loader.shuffle_shards or (self._done and not self._done.done()):
+            return
+        group = self.stream.order.group(sample)
+        if group != self._group:
+            self._group = group
+            self._done = self.pool.submit(self._fetch_after, *group)
+
+    def _fetch_after(self, epoch: int, group: int) -> None:
+        order = self.stream.order
+        for shard in order.shards_of(epoch, group + 1) or order.shards_of(epoch + 1, 0):
+            if self.stopped:
+                return
+            try:
+                self.stream.shards.fetch(shard)
+            except (ValueError, OSError):
+                continue  # whoever needs a clip of it will say so
 
 
 def read_clips(manifest_url: str | Path, limit: int | None = None) -> list[Clip]:
@@ -184,27 +340,3 @@ def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> 
         raise ValueError(
             f"the clips have the action space {own.describe()}, {whose} {space.describe()}; they must match"
         )
-
-
-def summarise(manifest_url: str | Path, looked_at: int = 256) -> list[str]:
-    """Lines that say what a set holds; the shares of the keys are over `looked_at` clips spread over all of it."""
-    shards = Shards(manifest_url, verify=False)
-    manifest, space = shards.manifest, shards.manifest.game.action_space
-    numbers = np.unique(np.linspace(0, len(shards) - 1, looked_at).astype(int))
-    clips = [shards.read(int(number)) for number in numbers]
-    keyboard = torch.cat([clip["keyboard"] for clip in clips])
-    megabytes = sum(info.bytes for info in manifest.shards) / 1e6
-    game = manifest.game
-    split = f"{manifest.split}, {manifest.clips} clips"
-    shares = ", ".join(f"{key} {share:.0%}" for key, share in zip(space.keys, keyboard.mean(0).tolist(), strict=True))
-    lines = [
-        f"{manifest_url}: {split} in {len(manifest.shards)} shards, {megabytes:.1f} MB",
-        f"game {game.name!r}, {game.width}x{game.height} px, {game.fps:g} fps, action space {space.describe()}",
-        f"{manifest.layout} clips of {manifest.clip_frames} frames = {manifest.clip_latents} latents, "
-        f"codec {manifest.codec} {manifest.codec_hash}, plan {manifest.plan_hash}",
-        f"keys held: {shares}, none {(keyboard.sum(1) == 0).float().mean().item():.0%}",
-    ]
-    if space.mouse:
-        pitch, yaw = (torch.cat([clip["mouse"] for clip in clips]) * space.mouse_unit_deg).std(0).tolist()
-        lines.append(f"mouse: standard deviation of pitch {pitch:.2f}, yaw {yaw:.2f} degrees per frame")
-    return lines

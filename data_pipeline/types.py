@@ -49,6 +49,24 @@ class ActionSpace:
 
 
 @dataclass(frozen=True)
+class InputConfig:
+    """How recordings differ from the game: their rate, and what formats of others call its actions."""
+
+    fps: float | None = None  # of the recordings, if it is more than the game's: they are resampled
+
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key of the action space: inputs, any holds it
+    others: Literal["refuse", "drop"] = "refuse"  # what becomes of inputs that hold no key
+    pitch_deg: float = 0.0  # degrees up per recorded unit of the mouse's y; a pixel, counted downwards: below 0
+    yaw_deg: float = 0.0  # degrees right per recorded unit of the mouse's x
+    axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
+    camera: str | None = None  # LeRobot: which video, where there are several
+
+    def __post_init__(self) -> None:
+        if self.axes and len(self.axes) != 2:
+            raise ValueError(f"game.inputs.axes must name two components, the mouse's y and x, not {list(self.axes)}")
+
+
+@dataclass(frozen=True)
 class GameConfig:
     """What is true of a game and of every clip cut from it."""
 
@@ -57,10 +75,22 @@ class GameConfig:
     fps: float  # frames per second of recordings and of everything generated
     height: int  # px, a multiple of 16
     width: int  # px, a multiple of 16
+    inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
+        if self.inputs.fps is not None and self.inputs.fps < self.fps:
+            raise ValueError(
+                f"{self.name}: inputs.fps={self.inputs.fps:g} must be at least the game's {self.fps:g}: frames can be "
+                "left out, not invented"
+            )
         if self.height % 16 or self.width % 16:
             raise ValueError(f"{self.name}: {self.height}x{self.width} px must be multiples of 16 (codec 8 x patch 2)")
+        differing = set(self.inputs.keys) ^ set(self.action_space.keys) if self.inputs.keys else set()
+        if differing:
+            raise ValueError(
+                f"{self.name}: inputs.keys must name every key of the action space and no other; "
+                f"{', '.join(sorted(differing))} stands on one side only ([] is a key that nothing holds)"
+            )
 
 
 @dataclass(frozen=True)
@@ -118,6 +148,18 @@ class Clip:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A shard set that is mixed with others."""
+
+    path: str  # of its manifest
+    weight: float = 1.0  # how often each of its clips comes per epoch
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight={self.weight} of {self.path} must be a positive number")
+
+
+@dataclass(frozen=True)
 class Batch:
     """Clips of one rank, stacked."""
 
@@ -127,6 +169,7 @@ class Batch:
     ids: tuple[str, ...]  # "episode:start" of each clip
     visual: torch.Tensor | None = None  # (b m c), see Clip
     image_latents: torch.Tensor | None = None  # (b c f h w), see Clip
+    skipped: int = 0  # clips that could not be read, for which others stand in
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device), self.ids)
@@ -136,7 +179,8 @@ class Batch:
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], ids: tuple[str, ...]) -> "Batch":
         visual, image_latents = (None if one is None else change(one) for one in (self.visual, self.image_latents))
-        return Batch(change(self.latents), change(self.keyboard), change(self.mouse), ids, visual, image_latents)
+        own = change(self.latents), change(self.keyboard), change(self.mouse)
+        return Batch(*own, ids, visual, image_latents, self.skipped)
 
 
 @dataclass(frozen=True)

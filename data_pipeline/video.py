@@ -1,7 +1,9 @@
 """Video files: frames in, frames out, and what a file says about itself. PyAV, exact and without system libraries."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +11,15 @@ import av
 import av.error
 import cv2
 import numpy as np
+import torch
 from av.container import InputContainer
+from av.video.reformatter import VideoReformatter
 from einops import rearrange
 from torch import Tensor
 
-from configs.files import atomic_path
+from data_pipeline import storage
+
+PROBE_BYTES = 256 << 10  # of a video on a server that is only asked what it is
 
 
 class VideoInfo(NamedTuple):
@@ -28,7 +34,7 @@ class VideoInfo(NamedTuple):
 def probe(path: str | Path) -> VideoInfo:
     """Frames per second, number of frames and size in pixels; counted packet by packet where the file does not say."""
     try:
-        with av.open(str(_existing(path))) as container:
+        with _opened(path, PROBE_BYTES) as container:
             stream = _video_stream(container, path)
             frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
             return VideoInfo(float(stream.average_rate or 0), frames, stream.height, stream.width)
@@ -36,20 +42,37 @@ def probe(path: str | Path) -> VideoInfo:
         raise _unreadable(path, error) from error
 
 
-def read_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """Every frame in order, (h w 3) uint8 RGB. A file that ends early or cannot be decoded raises ValueError."""
-    count = 0
+def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
+    """Frames `start` to before `stop` (default: all) in order, (h w 3) uint8 RGB, the same as when all are decoded.
+
+    A file that ends early or cannot be decoded raises ValueError.
+    """
+    count = start
     try:
-        with av.open(str(_existing(path))) as container:
+        with _opened(path) as container:
             stream = _video_stream(container, path)
-            for frame in container.decode(stream):
-                yield frame.to_ndarray(format="rgb24")
+            stream.thread_type = "AUTO"  # frames in parallel: 2,050 against 990 frames/s of 160 x 96 on two cores
+            wanted = islice(_decode_from(container, stream, start), None if stop is None else stop - start)
+            convert = VideoReformatter()  # one for all: each frame's own would set up the conversion anew
+            for frame in wanted:
+                yield convert.reformat(frame, format="rgb24").to_ndarray()
                 count += 1
-            promised = stream.frames
+            promised = stream.frames if stop is None else stop
     except av.error.FFmpegError as error:
         raise _unreadable(path, error) from error
-    if count == 0 or count < promised:
+    if count == start or count < promised:
         raise ValueError(f"{path} is truncated: {count} of {promised} frames can be decoded; copy or record it again")
+
+
+def frame_times(path: str | Path) -> np.ndarray:
+    """When each frame is shown, (n) seconds in ascending order, as the file says it; nothing is decoded."""
+    try:
+        with _opened(path) as container:
+            stream = _video_stream(container, path)
+            shown = sorted(packet.pts for packet in _read_packets(container, stream))
+            return np.array(shown, dtype=np.float64) * float(stream.time_base or 0)
+    except av.error.FFmpegError as error:
+        raise _unreadable(path, error) from error
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
@@ -62,7 +85,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, crf:
     # not written (two outcomes under different MALLOC_PERTURB_; one without, for 5 % more bytes).
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "bf": "0"}
     # The file is opened by Python, not by FFmpeg, so that a full disk is an OSError here and not a short file.
-    with atomic_path(path) as part, open(part, "wb") as file, av.open(file, "w", format="mp4") as container:
+    with storage.writing(path) as part, open(part, "wb") as file, av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.pix_fmt = "yuv420p"
         stream.gop_size = max(1, round(fps))
@@ -86,10 +109,17 @@ def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(covered[top : top + height, left : left + width])
 
 
-def _existing(path: str | Path) -> str | Path:
-    if not Path(path).is_file():
+@contextmanager
+def _opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterator[InputContainer]:
+    """The file, wherever it lies; from a server come `buffer_bytes` at a time."""
+    if not storage.path(path).is_file():
         raise FileNotFoundError(f"no video {path}")
-    return path
+    if not storage.is_s3(path):
+        with av.open(str(path)) as container:
+            yield container
+        return
+    with storage.opened(path, buffer_bytes) as file, av.open(file, "r") as container:
+        yield container
 
 
 def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
@@ -98,8 +128,50 @@ def _video_stream(container: InputContainer, path: str | Path) -> av.VideoStream
     return container.streams.video[0]
 
 
+class _Packet(NamedTuple):
+    pts: int  # when its frame is shown, in the stream's units
+    dts: int  # where it stands in the file
+    key: bool
+
+
+def _read_packets(container: InputContainer, stream: av.VideoStream) -> list[_Packet]:
+    """One per frame in the order of the file, without those that an edit list hides."""
+    packets = []
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            if packet.pts is None:
+                raise ValueError(f"{container.name} does not say when its frames are shown; convert it to mp4")
+            dts = packet.pts if packet.dts is None else packet.dts  # Matroska, which seeks by pts, leaves some out
+            packets.append(_Packet(packet.pts, dts, packet.is_keyframe))
+    return packets
+
+
+def _decode_from(container: InputContainer, stream: av.VideoStream, start: int) -> Iterator[av.VideoFrame]:
+    """Decoded frames from number `start` on, reached from the last key frame that is shown no later."""
+    if start == 0:
+        yield from container.decode(stream)
+        return
+    packets = _read_packets(container, stream)
+    if start >= len(packets):
+        return
+    first = sorted(packet.pts for packet in packets)[start]
+    # What stands behind a key frame in the file may be shown before it, so pts chooses the key frame and dts finds it.
+    keys = [packet.dts for packet in packets if packet.key and packet.pts <= first]
+    container.seek(max(keys, default=packets[0].dts), stream=stream)
+    frames = (frame for frame in container.decode(stream) if frame.pts is not None and frame.pts >= first)
+    for i, frame in enumerate(frames):
+        if i == 0 and frame.pts != first:
+            raise ValueError(f"frame {start} of {container.name} cannot be reached alone; convert it to H.264 mp4")
+        yield frame
+
+
 def _unreadable(path: str | Path, error: av.error.FFmpegError) -> ValueError:
     return ValueError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video")
+
+
+def to_uint8(video: Tensor) -> Tensor:
+    """(b 3 n h w) in [-1, 1] -> (b n h w 3) uint8, rounded."""
+    return rearrange(((video.float() + 1) * 127.5).round().to(torch.uint8), "b c n h w -> b n h w c")
 
 
 def to_video(frames: Tensor) -> Tensor:

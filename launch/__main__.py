@@ -30,7 +30,22 @@ def warm(words: list[str]) -> None:
     builder.load(verbose=False)
 
 
-VERBS = {"run": _run, "road": road, "warm": warm}
+def _doctor(words: list[str]) -> int:
+    """Examine every node before a run: configs/machines/X.yaml shared=FOLDER bucket=s3://... timeout_s= megabytes="""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what is lost is said here, in one line instead of a stack
+    from launch.doctor import doctor
+
+    return doctor(words)
+
+
+def _links(words: list[str]) -> int:
+    """What the doctor starts on every rank: how fast ranks talk to each other, how far apart clocks are."""
+    from launch.links import links
+
+    return links(words)
+
+
+VERBS = {"run": _run, "doctor": _doctor, "links": _links, "road": road, "warm": warm}
 
 if __name__ == "__main__":
     sys.exit(run("launch", VERBS, default="run"))

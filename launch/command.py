@@ -1,14 +1,32 @@
 """Machine and words of a run -> the exact `accelerate launch` line. Nothing is started here."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from launch.machine import MachineConfig
 from train.config import EngineConfig
 
+TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a scheduler is to run on every node."""
+
+    name: str  # of the job
+    line: Callable[[str, str], list[str]]  # of a node's number and node 0's host, or of `$` and a variable
+    out: str | None = None  # folder of a run that is queued again when it was stopped; none: it runs once
+    most_s: float = 0.0  # the longest that what runs once takes
+
 
 def accelerate_words(
-    machine: MachineConfig, engine: EngineConfig, words: Sequence[str], rank: str | None = None, host: str | None = None
+    machine: MachineConfig,
+    engine: EngineConfig,
+    words: Sequence[str],
+    rank: str | None = None,
+    host: str | None = None,
+    program: Sequence[str] = ("train",),
 ) -> list[str]:
     """The argument list of one node. `rank` and `host` are what a scheduler's script puts in their places.
 
@@ -24,7 +42,7 @@ def accelerate_words(
     elif machine.ranks > 1:
         given += ["--multi_gpu"]  # on a CPU too: Accelerate starts one process otherwise
     # Stated, because Accelerate's default config file may say something else on one of the nodes.
-    return [*given, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *words]
+    return [*given, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", *program, *words]
 
 
 def environment(machine: MachineConfig) -> dict[str, str]:

@@ -1,20 +1,18 @@
 """An indexed Job with a headless Service: one pod per node, which find the first by its name."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
-from launch.command import accelerate_words, environment, shell_line
+from launch.command import TRAINERS, Task, environment, shell_line
 from launch.machine import MachineConfig
-from train.config import TrainConfig
 
 PORT = "rendezvous"
 
 
-def manifests(machine: MachineConfig, config: TrainConfig, words: Sequence[str]) -> list[dict[str, Any]]:
-    """Service and Job. A pod that ends badly is started anew, and the run goes on from its newest checkpoint."""
-    kube, labels = machine.kubernetes, {"app": machine.name}
-    meta = {"name": machine.name, "namespace": kube.namespace, "labels": labels}
+def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
+    """Service and Job. A training pod that ends badly is started anew, and goes on from the run's newest checkpoint."""
+    kube, labels = machine.kubernetes, {"app": task.name}
+    meta = {"name": task.name, "namespace": kube.namespace, "labels": labels}
     service = {
         "apiVersion": "v1",
         "kind": "Service",
@@ -26,26 +24,25 @@ def manifests(machine: MachineConfig, config: TrainConfig, words: Sequence[str])
             "ports": [{"name": PORT, "port": machine.port}],
         },
     }
-    host = f"{machine.name}-0.{machine.name}"
-    run = accelerate_words(machine, config.engine, words, rank="$JOB_COMPLETION_INDEX", host=host)
+    run = task.line("$JOB_COMPLETION_INDEX", f"{task.name}-0.{task.name}")
     container = {
-        "name": "train",
+        "name": "main",
         "image": kube.image,
         "command": ["bash", "-c", shell_line(run)],
         "env": [{"name": name, "value": value} for name, value in environment(machine).items()],
         "ports": [{"containerPort": machine.port, "name": PORT}],
         "resources": {"limits": _limits(machine), "requests": _limits(machine)},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
-        # The training processes are told first, and save; then the pod ends. All of it within the grace period.
-        "lifecycle": {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}},
     }
+    if task.out:  # the training processes are told first, and save; then the pod ends, within the grace period
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
     volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kube.shared_memory}}]
     if kube.volume_claim:
         container["volumeMounts"].append({"name": "data", "mountPath": kube.mount})
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": kube.volume_claim}})
     pod = {
-        "subdomain": machine.name,
-        "restartPolicy": "OnFailure",
+        "subdomain": task.name,
+        "restartPolicy": "OnFailure" if task.out else "Never",
         "terminationGracePeriodSeconds": machine.grace_s,
         "containers": [container],
         "volumes": volumes,
@@ -58,15 +55,14 @@ def manifests(machine: MachineConfig, config: TrainConfig, words: Sequence[str])
             "completionMode": "Indexed",
             "completions": machine.nodes,
             "parallelism": machine.nodes,
-            "backoffLimit": 100,
+            "backoffLimit": 100 if task.out else 0,
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
     return [service, job]
 
 
-_TRAINERS = "'^[^ ]*python[^ ]* (-[a-z]+ )*-m train'"  # not the launcher, whose line ends like theirs
-_WAIT_FOR_SAVE = f"pkill -USR1 -f {_TRAINERS}; while pgrep -f {_TRAINERS} > /dev/null; do sleep 1; done"
+_WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
 
 
 def _limits(machine: MachineConfig) -> dict[str, str]:
@@ -75,6 +71,6 @@ def _limits(machine: MachineConfig) -> dict[str, str]:
     return gpus | {name: value for name, value in (("cpu", kube.cpu), ("memory", kube.memory)) if value}
 
 
-def kubernetes_text(machine: MachineConfig, config: TrainConfig, words: Sequence[str]) -> str:
+def kubernetes_text(machine: MachineConfig, task: Task) -> str:
     """For `kubectl apply -f`: JSON, which is YAML too, one document after the other."""
-    return "\n---\n".join(json.dumps(one, indent=2) for one in manifests(machine, config, words)) + "\n"
+    return "\n---\n".join(json.dumps(one, indent=2) for one in manifests(machine, task)) + "\n"

@@ -2,18 +2,23 @@
 
 import json
 import os
+import re
 import shlex
+import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from types import FrameType
 from typing import Any
 
+import psutil
+
 from configs import build, flat, merge_words
-from configs.files import write_text
-from launch.command import accelerate_words, environment
-from launch.kubernetes import kubernetes_text
+from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
-from launch.slurm import slurm_script
+from launch.submit import submit
 from train.config import TrainConfig
 
 OWN = ("machine", "dry_run", "script")  # what the training program does not get
@@ -73,27 +78,56 @@ def launch(words: list[str]) -> int:
         env = environment(machine)
         print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(line), flush=True)
         return 0 if given.dry_run else supervise(line, {**os.environ, **env}, machine.max_restarts)
-    text = (slurm_script if machine.kind == "slurm" else kubernetes_text)(machine, given.train, given.words)
-    if given.script is None or given.dry_run:
-        print(text, end="")
-        return 0
-    write_text(given.script, text)
-    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
-    print(shlex.join([*command, given.script]))
-    try:
-        return subprocess.call([*command, given.script])
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{given.script} is written, but there is no {command[0]} on this machine; submit it where there is one"
-        ) from error
+    return submit(machine, train_task(given), given.script, given.dry_run)
+
+
+def train_task(given: Launch) -> Task:
+    """The run, for a scheduler."""
+    line = partial(accelerate_words, given.machine, given.train.engine, given.words)
+    return Task(given.machine.name, line, out=given.train.out)
 
 
 def supervise(line: Sequence[str], env: dict[str, str], restarts: int) -> int:
     """The exit status of a run that is started again, at most `restarts` times, when it crashes: it goes on from its
-    newest checkpoint. Not when it ends well, was given something wrong (2) or was interrupted (130)."""
+    newest checkpoint. Not when it ends well, was given something wrong (2), was interrupted (130) or asked to stop."""
     for left in reversed(range(restarts + 1)):
-        status = subprocess.call(line, env=env)
-        if status in (0, 2, 130) or not left:
+        process = subprocess.Popen(line, env=env)
+        with passing_on(process) as asked:
+            try:
+                status = process.wait()
+            except KeyboardInterrupt:
+                process.wait()  # it got the same Ctrl-C, and saves
+                status = 130
+        if status in (0, 2, 130) or not left or asked:
             break
         print(f"launch: ended with status {status}; started again, {left - 1} more times if need be", flush=True)
     return status
+
+
+@contextmanager
+def passing_on(process: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Within the block SIGTERM and SIGUSR1 reach the training processes, which save, and not their launcher, which
+    would kill them after half a minute. Gives the signals that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        trainers = [one for one in psutil.Process(process.pid).children(recursive=True) if _is_trainer(one)]
+        for one in trainers:
+            with suppress(psutil.NoSuchProcess):
+                one.send_signal(signal.SIGUSR1)
+        if not trainers:
+            process.terminate()  # it has not come that far
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_trainer(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return re.match(TRAINERS, " ".join(process.cmdline())) is not None
+    return False

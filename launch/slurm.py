@@ -1,21 +1,23 @@
-"""A batch script: one task per node, saving when Slurm warns, and queued again until the run is at its end."""
+"""A batch script: one task per node; a training run saves when Slurm warns, and is queued again until it is done."""
 
+import math
 import shlex
-from collections.abc import Sequence
 
-from launch.command import accelerate_words, environment, shell_line
+from data_pipeline.cache import run_folder_in_shell
+from data_pipeline.storage import is_s3
+from launch.command import Task, environment, shell_line
 from launch.machine import MachineConfig
-from train.config import STOPPED, TrainConfig
+from train.config import STOPPED
 
 
-def slurm_script(machine: MachineConfig, config: TrainConfig, words: Sequence[str]) -> str:
+def slurm_script(machine: MachineConfig, task: Task) -> str:
     """The text for `sbatch`."""
     slurm = machine.slurm
     options = {
-        "job-name": machine.name,
+        "job-name": task.name,
         "nodes": machine.nodes,
         "ntasks-per-node": 1,
-        "time": slurm.time,
+        "time": slurm.time if task.out else math.ceil(task.most_s / 60),
         "output": f"{slurm.logs}/%x_%j.log",
         "open-mode": "append",
         "gpus-per-node": machine.processes if machine.device == "cuda" else None,
@@ -23,31 +25,46 @@ def slurm_script(machine: MachineConfig, config: TrainConfig, words: Sequence[st
         "mem": slurm.memory,
         "partition": slurm.partition,
         "account": slurm.account,
-        "signal": f"USR1@{machine.grace_s}",
+        "signal": f"USR1@{machine.grace_s}" if task.out else None,
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    lines.append("#SBATCH --requeue" if task.out else "#SBATCH --no-requeue")
     container = ["--container-image", slurm.container] if slurm.container else []
     container += ["--container-mounts", slurm.mounts] if slurm.mounts else []
-    step = shlex.join(["srun", "--kill-on-bad-exit=1", *container, "bash", "-c"])
-    run = accelerate_words(machine, config.engine, words, rank="$SLURM_NODEID", host="$HEAD")
+    # A training run without one of its nodes is none; what runs once is to say what it has found on the others.
+    step = shlex.join(["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *container, "bash", "-c"])
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(machine).items())
     return f"""#!/bin/bash
 {chr(10).join(lines)}
-#SBATCH --requeue
-# Rendered by: python -m launch; sbatch this file. USR1 comes {machine.grace_s} s before the end of the time: every rank
-# finishes its step, the run is saved, and the job goes back into the queue.
+# Rendered by: python -m launch. Slurm opens the log first: mkdir -p {shlex.quote(slurm.logs)}, then sbatch this file.
+{_SAVING.format(grace_s=machine.grace_s) if task.out else ""}
 set -uo pipefail
-mkdir -p {shlex.quote(slurm.logs)}
 {exports}
 HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
 {slurm.setup}
-# Slurm sends USR1 to all processes of a step: the launcher ignores it, the training processes act on it.
-{step} {shlex.quote(shell_line(run))}
+{_STAY if task.out else ""}
+{step} {shlex.quote(shell_line(task.line("$SLURM_NODEID", "$HEAD")))}
 status=$?
-if [ -e {shlex.quote(f"{config.out}/{STOPPED}")} ] ||
-  {{ [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {machine.max_restarts} ]; }}; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+{_again(task.out, machine.max_restarts) if task.out else ""}
 exit "$status"
 """.replace("\n\n", "\n")
+
+
+_SAVING = """\
+# USR1 comes {grace_s} s before the end of the time: every rank finishes its step, the run is saved, and the job goes
+# back into the queue. Slurm sends it to all processes of a step: the launcher ignores it, the trainers act on it."""
+
+
+# At the end of the time Slurm sends TERM to this shell too. If the warning came while the processes were starting, who
+# ignore it, they save only now, and the shell must live to put the job back (seen with Slurm 22.05).
+_STAY = "trap : TERM"
+
+
+def _again(out: str, restarts: int) -> str:
+    stopped = f"{run_folder_in_shell(out)}/{STOPPED}" if is_s3(out) else shlex.quote(f"{out}/{STOPPED}")
+    return f"""\
+if [ -e {stopped} ] ||
+  {{ [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi"""

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from configs import build, load_config, merge_words, save_config
 from configs.cli import run
 from configs.files import write_text
+from data_pipeline import storage
 from model.action_dit import ActionDiT
 from model.bench import bench
 from model.codec import codec_hash
@@ -110,42 +111,44 @@ def import_official(words: list[str]) -> None:
     missing = [name for name in ("model", "game", "codec", "out") if name not in values]
     if missing:
         raise ValueError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
-    out = Path(str(values.pop("out")))
-    if (out / COMPLETE).exists():
+    out, given, codec = str(values.pop("out")), storage.local(words[0]), storage.local(values["codec"])
+    if storage.exists(storage.join(out, COMPLETE)):
         raise ValueError(f"{out} is a checkpoint already; choose another out=")
-    told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(values["codec"])}
+    told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
     world = build(WorldModelConfig, told)
     action, keys = world.model.action, world.game.action_space.keys
     if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
         raise ValueError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
-    weights, origin = read_official(words[0], world.model)
-    save_weights(weights, out / "model.safetensors", asdict(origin))
-    (out / "ema.safetensors").unlink(missing_ok=True)
-    os.link(out / "model.safetensors", out / "ema.safetensors")  # no second copy: files are replaced, never changed
-    save_config(world, out / WORLD_FILE)
-    save_config(origin, out / "config.yaml")
-    sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-    write_text(out / COMPLETE, json.dumps({"step": 0, "bytes": sizes}, indent=1))
+    weights, origin = read_official(given, world.model)
+    origin = replace(origin, source=words[0].rstrip("/") + origin.source.removeprefix(str(given)))
+    with storage.writing_folder(out, last=COMPLETE) as folder:
+        save_weights(weights, folder / "model.safetensors", asdict(origin))
+        (folder / "ema.safetensors").unlink(missing_ok=True)
+        os.link(folder / "model.safetensors", folder / "ema.safetensors")  # no copy: files are replaced, never changed
+        save_config(world, folder / WORLD_FILE)
+        save_config(origin, folder / "config.yaml")
+        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+        write_text(folder / COMPLETE, json.dumps({"step": 0, "bytes": sizes}, indent=1))
     stored = sum(spec.nbytes for spec in weights.specs.values())
     print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {origin.layout} names, from {origin.source}")
 
 
 def export(words: list[str]) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
-    from sampling.world_model import newest_checkpoint, read_world_config
+    from sampling.world_model import find_checkpoint, read_world_config
 
     bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
     config = load_config(ExportConfig, [f"checkpoint={words[0]}", *words[1:]] if bare else words)
-    checkpoint = newest_checkpoint(config.checkpoint)
-    model = read_world_config(checkpoint).model
-    file, out = checkpoint / f"{config.weights}.safetensors", Path(config.out)
-    weights = open_weights(file)
-    check_variant(model, weights.specs, {}, str(file))
+    checkpoint = find_checkpoint(config.checkpoint)
+    model, file = read_world_config(checkpoint).model, storage.join(checkpoint, f"{config.weights}.safetensors")
+    weights = open_weights(storage.local(file))
+    check_variant(model, weights.specs, {}, file)
     given = exported(weights, config)
-    save_weights(given, out / WEIGHTS_NAME)
     described = diffusers_json(model) if config.format == "diffusers" else official_json(model)
-    write_text(out / "config.json", json.dumps(described, indent=1))
-    print(f"{out / WEIGHTS_NAME}: {len(given)} tensors, the first {next(iter(given))}")
+    with storage.writing_folder(config.out, last="config.json") as folder:
+        save_weights(given, folder / WEIGHTS_NAME)
+        write_text(folder / "config.json", json.dumps(described, indent=1))
+    print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(given)} tensors, the first {next(iter(given))}")
     if config.format == "diffusers" and (scales := unused_scales(weights)):
         print(
             f"note: {scales} RMS scales of the action modules are not 1; the FastVideo port applies them, this code not"

@@ -3,6 +3,8 @@
 Parameter names and shapes are those of the official checkpoints, so files need no conversion.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -11,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.actions import ActionConfig, ActionModule, action_rotation
+from model.actions import ActionConfig, ActionModule, StoredScale, action_rotation
 from model.attention import attend
 from model.kv_cache import NO_PAST, KVCache, LayerPast, LayerWindows, Past, Window, attend_along_time
 from model.layers import (
@@ -26,6 +28,8 @@ from model.layers import (
 from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
 
+# What surrounds the turn of a part, given with its name, of a model that is initialised.
+Present = Callable[[tuple[str, nn.Module]], AbstractContextManager[object]]
 CompileMode = Literal["no", "default", "reduce-overhead", "max-autotune"]  # torch.compile's modes
 
 
@@ -189,24 +193,29 @@ class ActionDiT(nn.Module):
         self.head = Head(config)
         self.initialise(generator)
 
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The layers with their names, block by block."""
+        for name, child in self.named_children():
+            if child is self.blocks:
+                yield from ((f"{name}.{i}", block) for i, block in enumerate(self.blocks))
+            else:
+                yield name, child
+
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Upstream's start: Xavier, N(0, 0.02) in the time embedding, zeros where an output is added or leaves."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
-                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            if isinstance(module, Block | Head):
-                nn.init.normal_(module.modulation, std=self.config.dim**-0.5, generator=generator)
-        for module in self.modules():
-            if isinstance(module, ActionModule):
-                module.scale_inputs()
-        for name, parameter in self.named_parameters():
-            if name in ("time_embedding.0.weight", "time_embedding.2.weight"):
-                nn.init.normal_(parameter, std=0.02, generator=generator)
-            if name.endswith(("head.head.weight", "proj_mouse.weight", "proj_keyboard.weight")):
-                nn.init.zeros_(parameter)
+    def initialise(self, generator: torch.Generator | None = None, present: Present = nullcontext) -> None:
+        """Upstream's start: Xavier, N(0, 0.02) in the time embedding, zeros where an output is added or leaves.
+
+        Part after part, each within `present((name, part))`: there it may have memory that it has not before and
+        after. The time embedding has a second turn, in which all of it is set: its numbers are drawn last.
+        """
+        for name, part in self.parts():
+            with present((name, part)):
+                initialise_part(name, part, generator)
+        with present(("time_embedding", self.time_embedding)):
+            for layer in self.time_embedding:
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02, generator=generator)
+                    nn.init.zeros_(layer.bias)
 
     def forward(
         self,
@@ -367,3 +376,24 @@ class ActionDiT(nn.Module):
             expected = (f, action.window, channels) if action and channels else None
             if expected != tuple(windows.shape[1:]):
                 raise ValueError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
+
+
+def initialise_part(name: str, part: nn.Module, generator: torch.Generator | None) -> None:
+    """The start of the part `name` of an ActionDiT; everything in it is set."""
+    for module in part.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if isinstance(module, Block | Head):
+            nn.init.normal_(module.modulation, std=module.modulation.shape[-1] ** -0.5, generator=generator)
+        if isinstance(module, RMSNorm | StoredScale):
+            nn.init.ones_(module.weight)
+        if isinstance(module, nn.LayerNorm):
+            module.reset_parameters()
+    for module in part.modules():
+        if isinstance(module, ActionModule):
+            module.scale_inputs()
+    for key, parameter in part.named_parameters():
+        if f"{name}.{key}".endswith(("head.head.weight", "proj_mouse.weight", "proj_keyboard.weight")):
+            nn.init.zeros_(parameter)

@@ -73,6 +73,8 @@ def action_windows(actions: Tensor, ends: Sequence[int], window: int = 12) -> Te
 class StoredScale(nn.Module):
     """An RMS scale that official files carry and upstream never applies: kept, so that files round-trip."""
 
+    weight: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("weight", torch.ones(channels))

@@ -3,34 +3,30 @@
 import json
 import os
 import platform
-import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from configs import load_config, to_dict
 from configs.files import write_text
 from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
 from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
+from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
+from model.memory import peak_gib, reset_peak
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
 
-Run = Callable[[], object]
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODEC_DTYPES = DTYPES | {"fp16": torch.float16}
-IMAGE_TOKENS = {"tokens": 257, "pooled": 1}  # by ActionDiTConfig.vision
-RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 begins the peak of resident memory anew
 
 
 @dataclass(frozen=True)
@@ -114,49 +110,40 @@ def bench(words: list[str]) -> None:
 
 def measure_all(config: BenchConfig) -> Iterator[Measured]:
     """The rows, one after the other, of one model and one codec with random weights (or the codec at a path)."""
-    device, meta = torch.device(config.device), torch.device("meta")
-    dit, costs = make_dit(config, device), make_dit(config, meta)
+    dit, costs = make_dit(config), counted_dit(config.model)
+    on_device, on_meta = (inputs_for(config, config.latents, model) for model in (dit, costs))
     for train in (False, True):
         what = "forward + backward" if train else "forward"
-        yield measured(what, clip_pass(config, dit, train), config, count_flops(clip_pass(config, costs, train)))
+        yield measured(what, clip_pass(dit, on_device, train), config, count_flops(clip_pass(costs, on_meta, train)))
     dit, costs = dit.requires_grad_(False), costs.requires_grad_(False)
     codec = bench_codec(config) if config.codec else None
     if config.streams:
         flops = count_flops(cached_pass(config, costs))
         yield measured("cached pass", cached_pass(config, dit), config, flops)
     if codec:
-        on_meta = codec_passes(config, deepcopy(codec).to(meta))
+        passes = codec_passes(config, deepcopy(codec).to(META))
         for what, (run, frames) in codec_passes(config, codec).items():
-            yield measured(what, run, config, count_flops(on_meta[what][0]), frames)
+            yield measured(what, run, config, count_flops(passes[what][0]), frames)
     if codec and config.streams:
         what = f"stream, {config.steps} + 1 passes"
         run, frames = stream_block(config, dit, codec)
-        yield measured(what, run, config, count_flops(stream_block(config, costs, deepcopy(codec).to(meta))[0]), frames)
+        yield measured(what, run, config, count_flops(stream_block(config, costs, deepcopy(codec).to(META))[0]), frames)
 
 
-def make_dit(config: BenchConfig, device: torch.device) -> ActionDiT:
-    """The model with random weights on `device`; the one on the meta device is for counting alone."""
-    counted = device.type == "meta"
-    model = replace(config.model, attention="sdpa", checkpoint_every=0) if counted else config.model
+def make_dit(config: BenchConfig) -> ActionDiT:
+    """The model with random weights on the bench's device."""
+    device = torch.device(config.device)
     with device:
-        dit = ActionDiT(model, None if counted else torch.Generator(device).manual_seed(0))
+        dit = ActionDiT(config.model, torch.Generator(device).manual_seed(0))
     dit = dit.to(DTYPES[config.dtype]).eval()
-    dit.compile_blocks("no" if counted else config.compile)
+    dit.compile_blocks(config.compile)
     return dit
 
 
-def clip_pass(config: BenchConfig, dit: ActionDiT, train: bool) -> Run:
-    """One pass over a random clip; with its backward pass if `train`."""
-    given = random_inputs(config, config.latents, device_of(dit))
-
-    def run() -> None:
-        with torch.set_grad_enabled(train):
-            velocity = dit(**given)
-            if train:
-                velocity.square().mean().backward()
-                dit.zero_grad(set_to_none=True)
-
-    return run
+def inputs_for(config: BenchConfig, f: int, dit: ActionDiT) -> dict[str, Tensor]:
+    """Random inputs of a forward pass over `f` latents of the bench's size, where `dit` is."""
+    h, w = config.height // SPATIAL, config.width // SPATIAL
+    return random_inputs(config.model, config.batch, f, h, w, dit.head.head.weight.device)
 
 
 @torch.no_grad()
@@ -189,31 +176,11 @@ def full_cache(config: BenchConfig, dit: ActionDiT) -> tuple[dict[str, Tensor], 
     """Random inputs of one block, and a cache whose windows are full."""
     causal = config.model.causal
     assert causal is not None and causal.window is not None
-    given = random_inputs(config, causal.block, device_of(dit))
+    given = inputs_for(config, causal.block, dit)
     cache = dit.make_cache(config.batch, *given["x"].shape[3:], visual=given.pop("visual", None))
     while cache.start < causal.window:
         dit(**given, cache=cache, keep=True)
     return given, cache
-
-
-def random_inputs(config: BenchConfig, f: int, device: torch.device) -> dict[str, Tensor]:
-    """Random inputs of a forward pass over `f` latents; a causal model has a time per frame."""
-    model, b = config.model, config.batch
-    h, w = config.height // SPATIAL, config.width // SPATIAL
-    with device:
-        given = {
-            "x": torch.randn(b, model.out_dim, f, h, w),
-            "timestep": 1000 * (torch.rand(b, f) if model.causal else torch.rand(b)),
-            "cond": torch.randn(b, model.in_dim - model.out_dim, f, h, w),
-        }
-        action = model.action
-        if action and action.enable_keyboard:
-            given["keyboard"] = torch.randn(b, f, action.window, action.keyboard_dim_in)
-        if action and action.enable_mouse:
-            given["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
-        if model.vision != "none":
-            given["visual"] = torch.randn(b, IMAGE_TOKENS[model.vision], model.img_dim)
-    return given
 
 
 def bench_codec(config: BenchConfig) -> Codec:
@@ -251,18 +218,6 @@ def codec_passes(config: BenchConfig, codec: Codec) -> dict[str, tuple[Run, int]
     return {what: (torch.no_grad()(run), frames) for what, (run, frames) in runs.items()}
 
 
-def count_flops(run: Run) -> int:
-    """FLOPs of one run on the meta device: a multiply-add is two, and attention counts without its mask."""
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def device_of(dit: ActionDiT) -> torch.device:
-    """Where the model is."""
-    return next(dit.parameters()).device
-
-
 def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int | None = None) -> Measured:
     """Warm-up and `repeats` runs of `run`, which costs `flops` and gives `frames`; one row."""
     for _ in range(config.warmup):
@@ -282,25 +237,6 @@ def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int |
     speed = frames / median if frames else None
     peak = peak_gib(config.device)
     return Measured(what, median, min(wall), max(wall), statistics.median(cpu), peak, tflop, speed, mfu)
-
-
-def reset_peak(device: str) -> None:
-    """Begins the peak of memory anew, after everything that runs has ended; where the system cannot, it goes on."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(RESET_PEAK, os.W_OK):
-        RESET_PEAK.write_text("5")
-
-
-def peak_gib(device: str) -> float:
-    """The peak of memory since `reset_peak`, in GiB."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)  # kB
-    return (int(peak) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
 
 
 def environment(device: str) -> dict[str, Any]:

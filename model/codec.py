@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import load_config
+from configs.files import sha256_file
 from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
-from model.weights import load_into, load_weights, sha256_file
+from model.weights import load_into, load_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first

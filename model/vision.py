@@ -13,9 +13,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Size, Tensor, nn
 
+from configs.files import sha256_file
 from model.conditioning import masked
 from model.foreign import load_foreign, read_json
-from model.weights import require_same_tensors, sha256_file
+from model.weights import require_same_tensors
 
 if TYPE_CHECKING:
     from model.codec import Codec

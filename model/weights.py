@@ -1,13 +1,14 @@
 """Weights in and out: safetensors files that appear whole or not at all, read and written one tensor at a time."""
 
-import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from configs.files import atomic_path
@@ -85,6 +86,11 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     return dict(open_weights(path))
 
 
+def read_weights(where: str | Path, opened: Callable[[str | Path], BufferedReader]) -> LazyWeights:
+    """As open_weights of the safetensors file `where`, which `opened` opens for every read, wherever it lies."""
+    return _open_file(where, opened)
+
+
 def open_weights(path: str | Path) -> LazyWeights:
     """The tensors of a safetensors file or of the shards that an `*.index.json` names, each read when asked for.
 
@@ -140,24 +146,13 @@ def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Ten
         raise ValueError(f"{what}: {found}")
 
 
-def sha256_file(path: str | Path, chunk_mb: int = 4) -> str:
-    """The SHA-256 of a file as hex digits, read in chunks."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(chunk_mb << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _opened(path: str | Path) -> BufferedReader:
+    return open(path, "rb")
 
 
-def _open_file(path: Path) -> LazyWeights:
-    try:
-        with safe_open(path, "pt"):  # checks the header against the file's size
-            pass
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no complete safetensors file: {error}") from error
-    with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(begin - 8))
+def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] = _opened) -> LazyWeights:
+    with opened(path) as file:
+        begin, header = _read_header(path, file)
     metadata = header.pop("__metadata__", {})
     unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
     if unknown:
@@ -166,16 +161,36 @@ def _open_file(path: Path) -> LazyWeights:
         name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()
     }
 
+    spans = {name: entry["data_offsets"] for name, entry in header.items()}
+    misfits = [name for name, (start, end) in spans.items() if end - start != specs[name].nbytes]
+    if misfits:
+        raise ValueError(f"{path} is damaged: sizes and places of its tensors do not agree: {_some(misfits)}")
+
     def read(name: str) -> Tensor:
         # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
         tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype, device="cpu")
-        with open(path, "rb") as file:
-            file.seek(begin + header[name]["data_offsets"][0])
+        with opened(path) as file:
+            file.seek(begin + spans[name][0])
             if file.readinto(_bytes(tensor)) != tensor.nbytes:
                 raise ValueError(f"{path} ends within {name}; it changed while it was read")
         return tensor
 
     return LazyWeights(specs, read, metadata)
+
+
+def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, dict[str, Any]]:
+    """Where the tensors begin in a safetensors file, and what its header says; ValueError unless all is there."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = 8 + int.from_bytes(file.read(8), "little")
+    try:
+        header: dict[str, Any] = json.loads(file.read(begin - 8) if begin <= size else b"")
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is no complete safetensors file: its header cannot be read") from error
+    if begin + max(ends, default=0) != size:
+        raise ValueError(f"{path} is no complete safetensors file: it has {size} bytes, which is not what it tells of")
+    return begin, header
 
 
 def _open_shards(index: Path) -> LazyWeights:

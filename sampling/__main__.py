@@ -2,11 +2,11 @@
 
 import sys
 
-from configs.cli import of_checkpoint, run
+from configs.cli import first_is, run
 from sampling.evaluate import evaluate
 from sampling.generate import generate
 
-VERBS = {"generate": of_checkpoint(generate), "evaluate": of_checkpoint(evaluate)}
+VERBS = {"generate": first_is("checkpoint", generate), "evaluate": first_is("checkpoint", evaluate)}
 
 if __name__ == "__main__":
     sys.exit(run("sampling", VERBS))

@@ -4,11 +4,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
-from data_pipeline.video import to_video
+from data_pipeline.video import to_uint8, to_video
 from model.actions import action_windows
 from model.conditioning import condition
 from sampling.denoising import Denoising, Rows, Velocity, guide, integrate
@@ -102,8 +101,3 @@ def decode_frames(world: WorldModel, latents: Tensor) -> Tensor:
 def first_picture(frames: Tensor) -> Tensor:
     """The first of frames (b n h w 3) uint8 as a picture (b 3 h w) in [-1, 1]."""
     return to_video(frames[:, :1])[:, :, 0]
-
-
-def to_uint8(video: Tensor) -> Tensor:
-    """(b 3 n h w) in [-1, 1] -> (b n h w 3) uint8, rounded."""
-    return rearrange(((video.float() + 1) * 127.5).round().to(torch.uint8), "b c n h w -> b n h w c")

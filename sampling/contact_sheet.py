@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from configs.files import atomic_path
+from data_pipeline import storage
 
 PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
 TILE_WIDTH = 400  # px of one picture, unless another is asked for
@@ -56,7 +56,7 @@ def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int =
 def write_sheet(path: Path, tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> None:
     """Writes the sheet as a PNG, atomically."""
     sheet = draw_sheet(tiles, title, columns, width)
-    with atomic_path(path) as part:
+    with storage.writing(path) as part:
         sheet.save(part)
 
 

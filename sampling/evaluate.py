@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config
-from configs.files import write_text
-from data_pipeline.readers import READERS
+from data_pipeline import storage
+from data_pipeline.readers import Reader
 from data_pipeline.stream import Stream, load_manifest
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.denoising import Denoising
@@ -50,8 +49,8 @@ from sampling.world_model import (
     Weights,
     WorldModel,
     check_same_game,
+    find_checkpoint,
     load_world,
-    newest_checkpoint,
     read_world_config,
 )
 
@@ -67,7 +66,7 @@ class EvaluateConfig:
     manifest: str  # of the held-out shards
     out: str  # folder of report.json, report.html, the videos and sheets
     beside: tuple[str, ...] = ()  # report.json of other models on the same recordings: the page shows theirs too
-    reader: str = "worldloom"
+    reader: Reader = "worldloom"  # format of the recordings
     clips: int = 24  # held-out clips of the velocity loss
     starts: int = 8  # places in held-out episodes from which rollouts begin
     chunks: int = 6  # of 9 frames per rollout along the recorded actions
@@ -84,8 +83,6 @@ class EvaluateConfig:
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
 
     def __post_init__(self) -> None:
-        if self.reader not in READERS:
-            raise ValueError(f"no reader {self.reader!r}; there are: {', '.join(READERS)}")
         if self.clips < 1:
             raise ValueError(f"clips={self.clips} must be at least 1")
         _ = self.replay, self.held  # checks of their own
@@ -106,7 +103,7 @@ class EvaluateConfig:
 def evaluate(words: list[str]) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
     config = load_config(EvaluateConfig, words)
-    checkpoint, manifest = newest_checkpoint(config.checkpoint), load_manifest(config.manifest)
+    checkpoint, manifest = find_checkpoint(config.checkpoint), load_manifest(config.manifest)
     trained = read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
     if manifest.codec_hash != trained.codec_hash:
@@ -119,13 +116,13 @@ def evaluate(words: list[str]) -> None:
             f"{config.manifest} holds {manifest.layout} clips, {checkpoint} was trained on {trained.layout} ones"
         )
     others = [read_other(path, config.out) for path in config.beside]
-    folders = heldout_episodes(config.recordings, manifest)
-    starts = read_starts(folders, config.reader, manifest.game, config.replay)
-    held_starts = read_starts(folders, config.reader, manifest.game, config.held)
+    episodes = heldout_episodes(config.recordings, config.reader, manifest)
+    starts = read_starts(episodes, manifest.game, config.replay)
+    held_starts = read_starts(episodes, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     begun = time.perf_counter()
     method = "chunked" if world.layout == "chunked" else "streaming"
-    report: Figures = {"checkpoint": str(checkpoint), "method": method, "settings": asdict(config)}
+    report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
     report["evaluator"] = EVALUATOR
     report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))
     replay = play_replay(world, starts, config.replay)
@@ -134,10 +131,10 @@ def evaluate(words: list[str]) -> None:
     report["held"] = judge_held(held, [*starts, *held_starts], world.game)
     films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
     for film in films:
-        write_film(Path(config.out), film, world.game)
+        write_film(storage.path(config.out), film, world.game)
     report["seconds"] = round(time.perf_counter() - begun, 1)
-    page = Path(config.out) / "report.html"
-    write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
+    page = storage.path(config.out) / "report.html"
+    storage.write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     write_page(page, report, [(film.name, film.title, film.sentence) for film in films], others)
     print("\n".join(summarise(report)))
     print(f"evaluated in {report['seconds']:.0f} s; open {page}")
@@ -189,10 +186,13 @@ def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Te
 
 def read_other(path: str, out: str) -> Other:
     """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`."""
-    if not Path(path).is_file():
+    report = storage.path(path)
+    if not report.is_file():
         raise FileNotFoundError(f"no report {path}; beside= takes a report.json that evaluate wrote")
+    page = str(report.with_suffix(".html"))
     try:
-        return Other(os.path.relpath(Path(path).with_suffix(".html"), out), json.loads(Path(path).read_text()))
+        beside = storage.is_s3(page) == storage.is_s3(out)
+        return Other(os.path.relpath(page, out) if beside else page, json.loads(report.read_text(encoding="utf-8")))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no report of evaluate ({error})") from error
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import write_video
 from sampling.contact_sheet import Tile, draw_sheet, write_sheet
-from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script
 from sampling.trials import Replay, Start
 
@@ -21,7 +21,7 @@ HELD_FILM_WIDTH = 320  # px of one picture of the video with four columns
 
 @dataclass(frozen=True)
 class Take:
-    """One rollout or recording with its actions, the given chunk first."""
+    """One rollout or recording with its actions, what was given first."""
 
     label: str
     frames: np.ndarray  # (n h w 3) uint8
@@ -38,6 +38,7 @@ class Film:
     takes: Sequence[Take]
     columns: int
     width: int  # px of one picture of the video
+    given: int = CHUNK_FRAMES  # frames at the beginning that were not made
 
 
 def replay_film(starts: Sequence[Start], replay: Replay) -> Film:
@@ -70,14 +71,14 @@ def write_film(out: Path, film: Film, game: GameConfig) -> None:
     write_video(out / f"{film.name}.mp4", _film_frames(film, game), game.fps, crf=20)
     last_frames = range(CHUNK_FRAMES - 1, len(film.takes[0].frames), CHUNK_FRAMES)
     overlay = _overlay(film, game, SHEET_WIDTH)
-    tiles = [_tile(take, frame, overlay, game.fps) for take in film.takes for frame in last_frames]
+    tiles = [_tile(film, take, frame, overlay, game.fps) for take in film.takes for frame in last_frames]
     write_sheet(out / f"{film.name}.png", tiles, film.title, len(last_frames), SHEET_WIDTH)
 
 
 def _film_frames(film: Film, game: GameConfig) -> Iterator[np.ndarray]:
     overlay = _overlay(film, game, film.width)
-    for frame in tqdm(range(len(film.takes[0].frames)), desc=f"film {film.name}", unit="frame"):
-        tiles = [_tile(take, frame, overlay, game.fps) for take in film.takes]
+    for frame in tqdm(range(len(film.takes[0].frames)), desc=f"film {film.name}", unit="frame", disable=None):
+        tiles = [_tile(film, take, frame, overlay, game.fps) for take in film.takes]
         yield np.asarray(draw_sheet(tiles, film.title, film.columns, film.width))
 
 
@@ -85,8 +86,8 @@ def _overlay(film: Film, game: GameConfig, width: int) -> Overlay:
     return Overlay(game.action_space, *enlarge(film.takes[0].frames[0], width).shape[:2])
 
 
-def _tile(take: Take, frame: int, overlay: Overlay, fps: float) -> Tile:
+def _tile(film: Film, take: Take, frame: int, overlay: Overlay, fps: float) -> Tile:
     picture = enlarge(take.frames[frame], overlay.width)
     drawn = overlay.draw(picture, take.actions.keyboard[frame], take.actions.mouse[frame])
-    after = frame - CHUNK_FRAMES + 1
+    after = frame - film.given + 1
     return Tile(drawn, take.label, "given" if after <= 0 else f"+{after / fps:.1f} s")

@@ -15,6 +15,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs import load_config
+from data_pipeline import storage
+from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
@@ -22,7 +24,6 @@ from model.codec import TEMPORAL
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
-from sampling.overlay import Overlay, enlarge
 from sampling.scripts import Scripted, read_script
 from sampling.streaming import count_blocks, rollout_blocks
 from sampling.world_model import (
@@ -30,8 +31,8 @@ from sampling.world_model import (
     Weights,
     WorldModel,
     WorldModelConfig,
+    find_checkpoint,
     load_world,
-    newest_checkpoint,
     read_world_config,
 )
 
@@ -81,7 +82,7 @@ class GenerateConfig:
 def generate(words: list[str]) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
     config = load_config(GenerateConfig, words)
-    checkpoint = newest_checkpoint(config.checkpoint)
+    checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
     game = said.game
@@ -90,7 +91,7 @@ def generate(words: list[str]) -> None:
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
-    out, tiles, resident_mib = Path(config.out), [], []
+    out, tiles, resident_mib = storage.path(config.out), [], []
     frames = _drawn_frames(world, prompt, actions, config, tiles)
     write_video(out, _watched(frames, resident_mib, config.frames), game.fps)
     took_s = time.perf_counter() - started
@@ -111,7 +112,7 @@ def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int
         yield frame
 
 
-def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: Path) -> None:
+def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if the model of `checkpoint` cannot be sampled as asked."""
     causal = said.model.causal
     if causal is None and config.method == "streaming":
@@ -174,7 +175,7 @@ def _blocks(
 def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:
     """Pictures (n h w 3) uint8 of the game's size: the image `path`, or `count` frames of the video `path` from number
     `frame` on."""
-    if not Path(path).is_file():
+    if not storage.path(path).is_file():
         raise FileNotFoundError(f"no prompt {path}; give an image or a video")
     if Path(path).suffix.lower() in VIDEO_SUFFIXES:
         pictures = [fit_frame(one, game.height, game.width) for one in islice(read_frames(path), frame, frame + count)]
@@ -186,7 +187,7 @@ def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.n
     if count != 1:
         raise ValueError(f"prompt_frames={count} needs a video as the prompt, not {path}")
     try:
-        with Image.open(path) as image:
+        with storage.opened(path) as file, Image.open(file) as image:
             picture = np.array(image.convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on a broken PNG
         raise ValueError(f"the prompt {path} is no image that can be read ({error})") from error

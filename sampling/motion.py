@@ -7,21 +7,11 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
+from data_pipeline.motion import EXPECTED
 from data_pipeline.types import CHUNK_FRAMES, Actions, ActionSpace
 
 EVALUATOR = f"OpenCV {cv2.__version__} Farneback flow, mean over a chunk's {CHUNK_FRAMES - 1} frame pairs"
 TURNING_DEG = 1.0  # degrees per frame from which a chunk's mean yaw counts as a commanded turn
-
-# Which way the picture moves under a held command: to the right (px > 0) when the view turns or steps left, apart
-# (divergence > 0) when it walks forward.
-EXPECTED = {
-    "turn_left": ("right_px", 1),
-    "turn_right": ("right_px", -1),
-    "left": ("right_px", 1),
-    "right": ("right_px", -1),
-    "forward": ("divergence", 1),
-    "back": ("divergence", -1),
-}
 
 
 @dataclass(frozen=True)

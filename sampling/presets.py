@@ -9,6 +9,7 @@ from itertools import product
 
 import numpy as np
 
+from data_pipeline.overlay import lit_caps
 from data_pipeline.types import Actions, ActionSpace
 
 SEGMENT_FRAMES = 12  # how long one preset is held (Matrix-Game 2.0's sampler)
@@ -149,18 +150,6 @@ def cursor_path(mouse: np.ndarray) -> np.ndarray:
     moves = mouse[:, ::-1].astype(np.float32) * np.array(CURSOR_PX_PER_UNIT, np.float32)
     start = np.array([CURSOR_START_PX], np.float32)
     return np.cumsum(np.concatenate([start, moves]), axis=0, dtype=np.float32)[1:]  # upstream's sum is fp32 too
-
-
-def lit_caps(action_space: ActionSpace, actions: Actions) -> dict[str, np.ndarray]:
-    """For each cap that an overlay draws whether it is lit (n), in the order of the keys; the cap `""` is not drawn.
-
-    Where W is a key and neither A nor D is, and there is a mouse, the two show its yaw: it steers, as in gta_drive.
-    """
-    labels = action_space.caps or action_space.keys
-    lit = {label: actions.keyboard[:, i] > 0.5 for i, label in enumerate(labels) if label}
-    if "W" in lit and not {"A", "D"} & lit.keys() and action_space.mouse:
-        lit |= {"A": actions.mouse[:, 1] < 0, "D": actions.mouse[:, 1] > 0}
-    return lit
 
 
 def lit_keys(game: str, actions: Actions) -> np.ndarray:

@@ -16,7 +16,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from configs.files import write_text
+from data_pipeline import storage
 
 COLOURS = {
     "right": "#2f6fde", "shuffled": "#e0663c", "none": "#8a8f9c", "real": "#2d2f36", "codec": "#8a8f9c",
@@ -70,7 +70,7 @@ def write_page(
         judge = f"<p class=faint>Evaluator: {html.escape(section.evaluator)}</p>" if section.evaluator else ""
         parts.append(f"<h2>{section.title}</h2><p>{section.sentence}</p>{section.body}{judge}")
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{checkpoint}</title><style>{STYLE}</style>"
-    write_text(path, page + "\n".join(parts) + "</html>\n")
+    storage.write_text(path, page + "\n".join(parts) + "</html>\n")
 
 
 def judgement_sections(report: dict[str, Any]) -> list[Section]:

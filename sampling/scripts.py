@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline import storage
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions, ActionSpace
 from sampling.presets import MOUSE_DEG, SEGMENT_FRAMES, hold, preset_actions, presets, random_table
@@ -31,7 +32,7 @@ def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> A
     the other (`forward+turn_left:36,idle:12`, from the beginning again until the frames are filled); a CSV file in the
     format of a recording's actions.csv; a JSON file with a list of such words.
     """
-    path = Path(script)
+    path = storage.path(script)
     if path.suffix.lower() == ".csv":
         return _read_csv(path, action_space, scripted.frames)
     if path.suffix.lower() == ".json":

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.types import latent_ends
+from data_pipeline.video import to_uint8
 from model.actions import action_windows
 from model.conditioning import condition
 from model.vision import image_conditions
-from sampling.chunked import seeded_generator, to_uint8
+from sampling.chunked import seeded_generator
 from sampling.denoising import Denoising, Rows, Velocity, denoise_in_few_steps, guide, integrate
 from sampling.world_model import WorldModel
 

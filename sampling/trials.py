@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from data_pipeline.readers import READERS, find_episodes, read_game_frames
-from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig, Manifest
+from data_pipeline.motion import EXPECTED
+from data_pipeline.readers import Reader, find_recordings, read_game_frames, recording_of
+from data_pipeline.types import CHUNK_FRAMES, Actions, Episode, GameConfig, Manifest
 from data_pipeline.video import to_video
 from sampling.chunked import decode_frames, encode_frames, rollout
 from sampling.denoising import Denoising, Rows
-from sampling.motion import EXPECTED
 from sampling.presets import presets
 from sampling.scripts import Scripted, read_script
 from sampling.streaming import count_blocks, rollout_blocks, whole_blocks
@@ -53,26 +53,29 @@ class RolloutSettings:
             raise ValueError("rollouts: starts, chunks and batch must be at least 1, seed at least 0")
 
 
-def heldout_episodes(recordings: str | Path, manifest: Manifest) -> list[Path]:
-    """The episode folders that the manifest's shards were made of."""
+def heldout_episodes(recordings: str | Path, reader: Reader, manifest: Manifest) -> list[Episode]:
+    """The episodes that the manifest's shards were made of."""
     listed = {episode for info in manifest.shards for episode in info.episodes}
-    folders = [folder for folder in find_episodes(recordings) if folder.name in listed]
-    if not folders:
+    names = listed | {recording_of(episode) for episode in listed}
+    found = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
+    episodes = [episode for recording in found for episode in recording.read(manifest.game) if episode.id in listed]
+    if not episodes:
         raise ValueError(f"{recordings} holds none of the manifest's {len(listed)} episodes, such as {min(listed)}")
-    return folders
+    return episodes
 
 
-def read_starts(folders: Sequence[Path], reader: str, game: GameConfig, settings: RolloutSettings) -> list[Start]:
+def read_starts(episodes: Sequence[Episode], game: GameConfig, settings: RolloutSettings) -> list[Start]:
     """`settings.starts` places, spread over the episodes in an order and at frames drawn by the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     length, starts = CHUNK_FRAMES * (1 + settings.chunks), []
-    order = [folders[i] for i in torch.randperm(len(folders), generator=generator).tolist()]
+    long = [episode for episode in episodes if len(episode.actions) >= length]
+    if not long:
+        most = max(len(episode.actions) for episode in episodes)
+        raise ValueError(f"no held-out episode has more than {most} frames, {length} are needed; use fewer chunks")
+    order = [long[i] for i in torch.randperm(len(long), generator=generator).tolist()]
     for i in tqdm(range(settings.starts), desc="read held-out episodes", unit="start"):
-        episode = READERS[reader](order[i % len(order)], game)
-        room = len(episode.actions) - length
-        if room < 0:
-            raise ValueError(f"{episode.id} has {len(episode.actions)} frames, {length} are needed; use fewer chunks")
-        first = int(torch.randint(room + 1, (), generator=generator))
+        episode = order[i % len(order)]
+        first = int(torch.randint(len(episode.actions) - length + 1, (), generator=generator))
         frames = np.stack(list(islice(read_game_frames(episode, game), first, first + length)))
         starts.append(Start(f"{episode.id}, frame {first}", frames, episode.actions[first : first + length]))
     return starts

@@ -1,13 +1,16 @@
-"""A trained world model on disk: which checkpoints of a run are whole, what they are, and loading one to sample."""
+"""A trained world model on disk or in a bucket: which checkpoints are whole, what they are, loading one to sample."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from configs import load_config
+from data_pipeline import storage
 from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import Codec, codec_hash, load_codec
@@ -31,7 +34,7 @@ class WorldModelConfig:
     flow: FlowMatchConfig
     game: GameConfig
     layout: Layout  # of the clips it was trained on
-    codec: str  # folder of the codec; absolute, or relative to where training was started
+    codec: str  # folder of the codec: a url, absolute, or relative to where training was started
     codec_hash: str  # of its weights, first 12 hex digits
 
 
@@ -70,29 +73,47 @@ class WorldModel:
         return next(self.dit.parameters()).dtype
 
 
+def complete_steps(run: str | Path) -> list[str]:
+    """The names of the checkpoint folders of a run, which may be an s3:// url, that were written to the end; oldest
+    first."""
+    if storage.is_s3(run):
+        whole = [name.removesuffix(f"/{COMPLETE}") for name in storage.list_tree(run) if name.endswith(f"/{COMPLETE}")]
+        return sorted(name for name in whole if fnmatch(name, STEP_FOLDERS) and "/" not in name)
+    return sorted(folder.name for folder in Path(run).glob(STEP_FOLDERS) if (folder / COMPLETE).is_file())
+
+
 def complete_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run that were written to the end, oldest first."""
-    return sorted(folder for folder in Path(run).glob(STEP_FOLDERS) if (folder / COMPLETE).is_file())
+    """The checkpoint folders of a run on this machine that were written to the end, oldest first."""
+    return [Path(run) / name for name in complete_steps(run)]
 
 
-def newest_checkpoint(path: str | Path) -> Path:
-    """`path` itself if it is a complete checkpoint, else the newest complete one of the run folder `path`."""
-    path = Path(path)
-    if (path / COMPLETE).is_file():
-        return path
-    if not path.is_dir():
-        raise FileNotFoundError(f"no checkpoint {path}; give a run folder or one of its {STEP_FOLDERS} folders")
-    if (path / WORLD_FILE).is_file() or path.match(STEP_FOLDERS):
-        raise ValueError(f"{path} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
-    found = complete_checkpoints(path)
+def find_checkpoint(path: str | Path) -> str:
+    """The url of `path` itself if it is a complete checkpoint, else of the newest complete one of the run `path`."""
+    url = str(path).rstrip("/")
+    if storage.exists(storage.join(url, COMPLETE)):
+        return url
+    if not storage.is_s3(url) and not Path(url).is_dir():
+        raise FileNotFoundError(f"no checkpoint {url}; give a run folder or one of its {STEP_FOLDERS} folders")
+    if fnmatch(storage.name_of(url), STEP_FOLDERS) or storage.exists(storage.join(url, WORLD_FILE)):
+        raise ValueError(f"{url} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
+    found = complete_steps(url)
     if not found:
-        raise FileNotFoundError(f"no complete checkpoint in {path} ({STEP_FOLDERS}/{COMPLETE}); train first")
-    return found[-1]
+        raise FileNotFoundError(f"no complete checkpoint in {url} ({STEP_FOLDERS}/{COMPLETE}); train first")
+    return storage.join(url, found[-1])
 
 
-def read_world_config(checkpoint: Path) -> WorldModelConfig:
-    """What the complete checkpoint folder `checkpoint` says about itself."""
-    return load_config(WorldModelConfig, [str(checkpoint / WORLD_FILE)])
+def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
+    """What `find_checkpoint` finds, on this machine: of an s3:// url a copy without what only resuming needs, and with
+    no other weights than `weights` if that is given."""
+    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)}
+    return storage.local(
+        find_checkpoint(path), lambda name: "/" not in name and (name in files or not name.endswith(".safetensors"))
+    )
+
+
+def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
+    """What the complete checkpoint `checkpoint` says about itself."""
+    return load_config(WorldModelConfig, [str(storage.local(storage.join(checkpoint, WORLD_FILE)))])
 
 
 def load_world(
@@ -108,9 +129,10 @@ def load_world(
     `vision`: weights of CLIP's vision tower, for a model that is shown the prompt through it.
     Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
     """
-    checkpoint = newest_checkpoint(path)
+    checkpoint = newest_checkpoint(path, weights)
     config = read_world_config(checkpoint)
-    found = codec_hash(config.codec) if Path(config.codec).exists() else "missing"
+    codec = storage.local(config.codec)
+    found = codec_hash(codec) if codec.exists() else "missing"
     if found != config.codec_hash:
         raise ValueError(f"{checkpoint} was trained on latents of codec {config.codec_hash}; {config.codec} is {found}")
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -118,15 +140,22 @@ def load_world(
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
         raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
+    return make_world(config, open_weights(checkpoint / f"{weights}.safetensors"), device, precision, vision)
+
+
+def make_world(
+    config: WorldModelConfig, weights: Mapping[str, Tensor], device: str, precision: Precision, vision: str | None
+) -> WorldModel:
+    """The world model of `config` with `weights`, as of `load_world`."""
     with torch.device("meta"):
         dit = ActionDiT(config.model)
-    load_into(dit, open_weights(checkpoint / f"{weights}.safetensors"))
+    load_into(dit, weights)
     return WorldModel(
         dit.eval().requires_grad_(False).to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         FlowMatch(config.flow),
-        load_codec(config.codec).requires_grad_(False).to(device),
+        load_codec(storage.local(config.codec)).requires_grad_(False).to(device),
         config.game,
-        load_vision(vision).requires_grad_(False).to(device) if vision else None,
+        load_vision(storage.local(vision)).requires_grad_(False).to(device) if vision else None,
     )
 
 

@@ -1,14 +1,58 @@
 """Tiny real objects that many tests share: a game, recordings of it, a codec, shards."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
+import s3_server
 import yaml
+from fault_proxy import FaultProxy
 from tiny_recordings import EPISODES, write_recording
-from tiny_training import STEPS
+from tiny_training import ALONE, STEPS, run
 from tiny_world import DIT, GAME, write_codec
 
 from configs import to_dict
-from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline import s3_client
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from model.flow import FlowMatchConfig
+
+BUCKET = "worlds"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if s3_server.missing_programs():
+        terminalreporter.write_line(f"S3: moto, an emulator; for the tests with a real server: {s3_server.INSTALL}")
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory):
+    """An S3 server with the bucket `worlds`, started for the first test that asks for it; also a place for caches."""
+    cache = tmp_path_factory.mktemp("s3-cache")
+    missing = s3_server.missing_programs()
+    server = s3_server.Moto() if missing else s3_server.Ceph(tmp_path_factory.mktemp("ceph"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLDLOOM_CACHE", str(cache))
+        for name, value in s3_server.environment(server.url).items():
+            patch.setenv(name, value)
+        s3_client.client().create_bucket(Bucket=BUCKET)
+        yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket_folder(s3, tmp_path):
+    """The url of a folder of the test's own, with a space and an umlaut in it."""
+    return f"s3://{BUCKET}/größe 1/{hashlib.sha256(bytes(tmp_path)).hexdigest()[:12]}"
+
+
+@pytest.fixture
+def proxy(s3, monkeypatch):
+    """A proxy in front of the server, through which everything in this test goes."""
+    proxy = FaultProxy(s3.port)
+    monkeypatch.setenv("S3_ENDPOINT_URL", proxy.url)
+    yield proxy
+    proxy.stop()
 
 
 @pytest.fixture(scope="session")
@@ -73,3 +117,13 @@ def train_words(encoded, codec_folder, tmp_path_factory) -> list[str]:
     }
     path.write_text(yaml.safe_dump(settings))
     return [str(path)]
+
+
+@pytest.fixture(scope="session")
+def alone(train_words, tmp_path_factory) -> Path:
+    """The folder of a run on one process, batch 4, float32, with wandb's offline writer on; not to be changed."""
+    out = tmp_path_factory.mktemp("alone")
+    given = [*train_words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
+    done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    return out

@@ -1,7 +1,9 @@
-"""The training program with a loss that is NaN on rank 1 in step 3, or SPOIL=memory: too large for this machine."""
+"""The training program with a loss that is NaN on rank SPOIL_RANK in step 3, in micro-step SPOIL_MICRO alone if it is
+given; or with SPOIL=memory: too large for this machine."""
 
 import os
 import sys
+from collections import Counter
 
 import torch
 
@@ -10,15 +12,20 @@ from train import loop
 from train.objectives.autoregressive import Autoregressive
 
 whole_loss = Autoregressive.loss
+micro_steps = Counter()
 
 
 def loss(self, model, flow, batch, progress, draws):
     value, figures = whole_loss(self, model, flow, batch, progress, draws)
-    if round(progress * 8) != 3:
+    micro_steps[progress] += 1
+    if round(progress * 8) != 3 or os.environ.get("SPOIL_MICRO", str(micro_steps[progress])) != str(
+        micro_steps[progress]
+    ):
         return value, figures
     if os.environ.get("SPOIL") == "memory":
         value = value + torch.empty(1 << 55).sum()
-    return (value * float("nan") if os.environ["RANK"] == "1" else value), figures
+    spoilt = os.environ.get("RANK", "0") == os.environ.get("SPOIL_RANK", "1")
+    return (value * float("nan") if spoilt else value), figures
 
 
 if __name__ == "__main__":

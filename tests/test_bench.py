@@ -10,15 +10,16 @@ import torch
 from configs import load_config
 from configs.cli import run
 from model.__main__ import VERBS
-from model.bench import BenchConfig, clip_pass, count_flops, make_dit, measure_all
+from model.bench import BenchConfig, inputs_for, measure_all
+from model.cost import clip_pass, count_flops, counted_dit, training_flops
 
 SMOKE = str(Path(__file__).parent.parent / "configs" / "models" / "smoke.yaml")
 TINY = [SMOKE, "height=32", "width=48", "repeats=2"]
-META = torch.device("meta")
 
 
 def flops(config: BenchConfig, train: bool = False) -> int:
-    return count_flops(clip_pass(config, make_dit(config, META), train))
+    dit = counted_dit(config.model)
+    return count_flops(clip_pass(dit, inputs_for(config, config.latents, dit), train))
 
 
 def test_flops_are_those_of_the_matrices() -> None:
@@ -33,9 +34,10 @@ def test_flops_are_those_of_the_matrices() -> None:
 
 def test_a_backward_pass_costs_about_two_forward_passes_and_recomputing_counts_once() -> None:
     config = load_config(BenchConfig, TINY)
-    assert flops(config, train=True) == pytest.approx(3 * flops(config), rel=0.1)
-    recomputing = replace(config, model=replace(config.model, checkpoint_every=1))
-    assert flops(recomputing, train=True) == flops(config, train=True)
+    both = training_flops(config.model, 1, config.latents, config.height // 8, config.width // 8)
+    assert both == flops(config, train=True) == pytest.approx(3 * flops(config), rel=0.1)
+    recomputing = replace(config.model, checkpoint_every=1)
+    assert training_flops(recomputing, 1, config.latents, config.height // 8, config.width // 8) == both
 
 
 def test_rows_and_environment_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

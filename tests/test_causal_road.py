@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_world import DIT
 
 from configs import to_dict
-from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.video import probe
 from model.flow import FlowMatchConfig
 from model.masks import CausalConfig

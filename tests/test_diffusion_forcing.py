@@ -13,7 +13,7 @@ from model.action_dit import ActionDiT
 from model.conditioning import condition
 from model.flow import FlowMatch, FlowMatchConfig
 from model.masks import CausalConfig
-from train.log import StepFigures
+from train.figures import Scale, StepFigures, describe
 from train.objectives import check_objective, make_objective
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
@@ -65,13 +65,16 @@ def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
     timestep, cond = seen[0]
     assert torch.equal(timestep, 1000 * draw.sigma) and torch.equal(cond, condition(batch.latents, 1))
     weight = FLOW.schedule(1000, training=True).training_weight(timestep)
-    by_hand = figures.loss.reshape(2, 8) * weight[:, 1:]
+    by_hand = figures.loss * weight[:, 1:]
     flat, _ = replace(objective, weighted=False).loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
     first = 18 * loss - by_hand.sum(), 18 * flat - figures.loss.sum()  # of the given frames
     assert torch.all(torch.stack(first) > 0) and not torch.isclose(loss, flat)
-    sums = StepFigures()
-    sums.add(figures)
-    assert sums.sums[1].sum() == 16  # the given frame counts in no figure
+    sums = StepFigures(Scale(CAUSAL, ranks=1, clips_per_step=2, latents=9, block=3, peak_tflops=None))
+    sums.add(figures, 0)
+    said = describe(sums.sums, block=3)
+    assert said["loss"] == pytest.approx(figures.loss.mean().item())
+    places = [figures.loss[:, part].mean().item() for part in (slice(0, 2), slice(2, 5), slice(5, 8))]
+    assert [said[f"loss/block_{i}"] for i in range(3)] == pytest.approx(places)  # the given frame counts in none
 
 
 def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
@@ -94,7 +97,8 @@ def test_no_block_learns_from_the_future(backend: str) -> None:
     later = batch.latents.detach().clone()
     later[:, :, 6:] += 1
     _, changed = DiffusionForcing().loss(dit, FLOW, replace(batch, latents=later), 0.0, make_draws(0, 0, 0, 1))
-    assert torch.equal(figures.loss[:5], changed.loss[:5]) and not torch.equal(figures.loss[5:], changed.loss[5:])
+    ours, theirs = figures.loss[0], changed.loss[0]
+    assert torch.equal(ours[:5], theirs[:5]) and not torch.equal(ours[5:], theirs[5:])
     assert latents.requires_grad
 
 

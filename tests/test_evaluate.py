@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from configs import save_config
 from configs.cli import run as run_words
-from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
 from data_pipeline.types import Actions, Batch
 from data_pipeline.video import probe, write_video
@@ -318,7 +319,7 @@ def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tu
         ("chunks=9", "use fewer chunks"),
         ("stepz=9", "did you mean 'steps'"),
         ("starts=0", "must be at least 1"),
-        ("reader=obs", "no reader 'obs'"),
+        ("reader=obs", "reader must be one of worldloom"),
     ],
 )
 def test_bad_input_is_one_line_with_status_2(

@@ -17,7 +17,8 @@ from test_vision import STATE, TINY, hf_state
 from configs import load_config
 from configs.cli import run as run_words
 from data_pipeline.__main__ import VERBS as DATA_VERBS
-from data_pipeline.readers import READERS, read_game_frames
+from data_pipeline.readers import read_game_frames
+from data_pipeline.readers.worldloom import read_episode
 from data_pipeline.stream import Stream, load_manifest, read_clips
 from data_pipeline.types import GameConfig
 from data_pipeline.video import probe, to_video
@@ -145,7 +146,7 @@ def test_the_stored_conditioning_is_the_one_that_a_rollout_has(
 ) -> None:
     clip = read_clips(clips / "train" / "manifest.json", 1)[0]
     codec, tower = load_codec(foreign / "wan"), load_vision(foreign / "clip")
-    frames = read_game_frames(READERS["worldloom"](recordings / clip.episode, game), game)
+    frames = read_game_frames(read_episode(recordings / clip.episode, game), game)
     frame = torch.from_numpy(next(islice(frames, clip.start, None)))
     image = to_video(frame[None, None])[:, :, 0]
     with torch.no_grad():

@@ -3,17 +3,22 @@
 import os
 import shlex
 import subprocess
+import time
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from tiny_training import ROOT, run
 
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
+from launch.command import TRAINERS, accelerate_words
 from launch.kubernetes import manifests
-from launch.local import read_launch, supervise
+from launch.local import read_launch, supervise, train_task
+from launch.machine import MachineConfig
 from launch.slurm import slurm_script
+from train.config import EngineConfig
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 
@@ -49,9 +54,8 @@ def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, caps
     assert trained.startswith(f"{words[0]} engine.precision=bf16 ") and trained.rstrip().endswith("engine.name=fsdp2")
 
 
-@pytest.mark.parametrize("engine", ["deepspeed", "fsdp2"])
-def test_a_local_run_trains(words, engine: str, tmp_path) -> None:
-    given = [*words, f"engine.name={engine}", "steps=1", "validation.every=9", "machine.port=0"]
+def test_a_local_run_trains(words, tmp_path) -> None:
+    given = [*words, "steps=1", "validation.every=9", "machine.port=0"]
     done = run(["python", "-m", "launch", "configs/machines/laptop.yaml", *given])
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "run with space" / "step_0000001" / "COMPLETE").exists()
@@ -68,6 +72,18 @@ def test_a_crashed_run_is_started_again_and_a_wrong_one_is_not(tmp_path) -> None
     assert crash(2, restarts=5) == (2, 1)
 
 
+def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_save(words, tmp_path) -> None:
+    out, settings = tmp_path / "run with space", ["steps=100000", "engine.name=fsdp2", "machine.port=0"]
+    line = ["python", "-m", "launch", "configs/machines/laptop.yaml", *words, *settings, "validation.every=100000"]
+    process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and not (out / "metrics.jsonl").exists():
+        time.sleep(0.1)
+    process.terminate()
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "as asked" in said, said[-2000:]
+    assert (out / "STOPPED").exists() and [path.name for path in out.glob("step_*/COMPLETE")]
+
+
 def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> None:
     given = [
         "machine.slurm.partition=gpu",
@@ -75,7 +91,7 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
         "machine.slurm.mounts=/data:/data",
     ]
     asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
-    text = slurm_script(asked.machine, asked.train, asked.words)
+    text = slurm_script(asked.machine, train_task(asked))
     path = tmp_path / "job.sh"
     path.write_text(text)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
@@ -101,11 +117,14 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     asked = read_launch(["configs/machines/slurm.yaml", *words, "machine.slurm.setup=date"])
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, does in (("srun", "exit ${SRUN_STATUS:-0}"), ("scontrol", f'echo "$@" >> {tmp_path}/calls; echo node0')):
+    for name, does in (
+        ("srun", 'eval "$SRUN_DOES"; exit ${SRUN_STATUS:-0}'),
+        ("scontrol", f'echo "$@" >> {tmp_path}/calls; echo node0'),
+    ):
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)
     script = tmp_path / "job.sh"
-    script.write_text(slurm_script(asked.machine, asked.train, asked.words))
+    script.write_text(slurm_script(asked.machine, train_task(asked)))
 
     def submit(**env: str) -> tuple[int, bool]:
         (tmp_path / "calls").unlink(missing_ok=True)
@@ -116,6 +135,7 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit() == (0, False)
     assert submit(SRUN_STATUS="3") == (3, True)
     assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="3") == (3, False)
+    assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
     out = Path(asked.train.out)
     out.mkdir()
     (out / "STOPPED").write_text("step 5\n")
@@ -124,7 +144,7 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
 
 def test_the_kubernetes_manifests_are_valid(words) -> None:
     asked = read_launch(["configs/machines/kubernetes.yaml", *words, "machine.env.A=b"])
-    service, job = manifests(asked.machine, asked.train, asked.words)
+    service, job = manifests(asked.machine, train_task(asked))
     for one in (service, job):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
     pod = job["spec"]["template"]["spec"]
@@ -137,12 +157,33 @@ def test_the_kubernetes_manifests_are_valid(words) -> None:
 
 
 def test_the_pod_tells_its_trainers_and_not_its_launcher() -> None:
-    from launch.kubernetes import _TRAINERS
-
-    pattern = shlex.split(_TRAINERS)[0]
     lines = "/venv/bin/python3.12 -u -m train a.yaml\n/usr/bin/python /usr/bin/accelerate launch -m train a.yaml\n"
-    found = subprocess.run(["grep", "-E", pattern], input=lines, capture_output=True, text=True).stdout
+    found = subprocess.run(["grep", "-E", TRAINERS], input=lines, capture_output=True, text=True).stdout
     assert found == lines.splitlines(keepends=True)[0]
+
+
+FILES = {
+    "cpu_zero2": (MachineConfig(processes=2, device="cpu"), EngineConfig()),
+    "cpu_plain": (MachineConfig(processes=2, device="cpu"), EngineConfig(name="fsdp2")),
+    "1gpu": (MachineConfig(), EngineConfig(name="ddp")),
+    "8gpu_zero2": (MachineConfig(processes=8), EngineConfig()),
+    "multi_node_zero3": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), EngineConfig(stage=3)),
+    "multi_node_fsdp2": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), EngineConfig(name="fsdp2")),
+}
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "launch/accelerate").iterdir()))
+def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: str) -> None:
+    machine, engine = FILES[name]
+    node = ["--machine_rank", "1", "--main_process_ip", "node0"] if machine.nodes > 1 else []
+    file = ["--config_file", str(ROOT / f"launch/accelerate/{name}.yaml"), *node, "-m", "train", "a.yaml"]
+    line = accelerate_words(machine, engine, ["a.yaml"])[2:]
+    found, wanted = (vars(_validate_launch_command(launch_command_parser().parse_args(one))[0]) for one in (file, line))
+    parts = ["use_deepspeed", "multi_gpu", "use_fsdp", "cpu", "num_processes", "num_machines", "machine_rank"]
+    parts += ["main_process_ip", "deepspeed_multinode_launcher", "module", "training_script", "training_script_args"]
+    # What is not given is nothing: rank 0, no host, no such engine.
+    assert {part: found[part] or 0 for part in parts} == {part: wanted[part] or 0 for part in parts}
+    assert found["main_process_port"] in (None, wanted["main_process_port"])  # 29500 is Accelerate's own
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from configs import load_config
 from configs.cli import run
+from configs.files import sha256_file
 from model.__main__ import info
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.actions import action_windows
 from model.config import ModelConfig
-from model.weights import load_into, load_weights, save_weights, sha256_file
+from model.weights import load_into, load_weights, save_weights
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 TINY = load_config(ModelConfig, [str(MODELS / "smoke.yaml")]).model

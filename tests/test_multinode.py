@@ -1,7 +1,9 @@
 """Two nodes on one machine: network namespaces joined by a cable that can be pulled, one process in each."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -43,12 +45,17 @@ class Nodes:
 
     def start(self, node: int, words: list[str], log: Path) -> subprocess.Popen[bytes]:
         machine = MachineConfig(nodes=2, processes=1, device="cpu", node_rank=node, host="node0", port=29517)
-        line = accelerate_words(machine, EngineConfig(), words)
-        inside = ["ip", "netns", "exec", self.names[node], "unshare", "-u", "sh", "-c",
-                  f'hostname node{node}; exec "$@"', "sh", *line]  # fmt: skip
-        env = {**os.environ, **environment(machine), "OMP_NUM_THREADS": "1"}
+        return self.inside(node, accelerate_words(machine, EngineConfig(), words), log, environment(machine))
+
+    def inside(
+        self, node: int, line: list[str], log: Path, env: dict[str, str], first: str = ""
+    ) -> subprocess.Popen[bytes]:
+        """`line` on that node, with a name and mounts of its own; `first` is a line of shell that runs before."""
+        shell = ["unshare", "-u", "-m", "sh", "-ec", f'hostname node{node}; {first} exec "$@"', "sh"]
+        inside = ["ip", "netns", "exec", self.names[node], *shell, *line]
+        given = {**os.environ, "OMP_NUM_THREADS": "1", **env}
         with open(log, "ab") as file:
-            return subprocess.Popen(inside, cwd=ROOT, stdout=file, stderr=file, env=env, start_new_session=True)
+            return subprocess.Popen(inside, cwd=ROOT, stdout=file, stderr=file, env=given, start_new_session=True)
 
     def cable(self, state: str) -> None:
         sh(f"ip -n {self.names[1]} link set {self.names[1]} {state}")
@@ -150,3 +157,114 @@ def test_two_nodes_lose_the_cable_and_then_a_node_and_end_as_if_nothing_had_been
     for name in ("model.safetensors", "ema.safetensors"):
         ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, whole))
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+# The doctor, on the same two nodes.
+
+
+def start_doctor(
+    nodes: Nodes, folder: Path, *words: str, first: str = "", env: dict[str, str] | None = None
+) -> tuple[list[subprocess.Popen[bytes]], list[Path]]:
+    """The doctor on both nodes and what they say; `first` and `env` are planted on node 1."""
+    line = [
+        "python",
+        "-m",
+        "launch",
+        "doctor",
+        "configs/machines/laptop.yaml",
+        "machine.processes=1",
+        "machine.nodes=2",
+    ]
+    line += ["machine.host=node0", "machine.port=29517", "timeout_s=15", f"shared={folder / 'shared'}", *words]
+    (folder / "shared").mkdir()
+    logs = [folder / f"node{node}.log" for node in range(2)]
+    running = [
+        nodes.inside(0, [*line, "machine.node_rank=0"], logs[0], {}),
+        nodes.inside(1, [*line, "machine.node_rank=1"], logs[1], env or {}, first),
+    ]
+    return running, logs
+
+
+def end_of(running: list[subprocess.Popen[bytes]], logs: list[Path]) -> tuple[tuple[int, int], str]:
+    """Exit statuses of both nodes and what node 0 has said."""
+    status = (running[0].wait(timeout=240), running[1].wait(timeout=240))
+    print("\n" + logs[0].read_text() + "node 1 says: " + logs[1].read_text())
+    return status, logs[0].read_text()
+
+
+# Not what is tested, and another machine may have less.
+LOOSE = ["limits.latency_ms=50", "limits.mb_per_s=0", "limits.disk_gib=1"]
+
+
+def problems(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("problem: ")]
+
+
+def test_the_doctor_finds_nothing_where_nothing_is_wrong(nodes: Nodes, tmp_path) -> None:
+    words = [f"report={tmp_path / 'report.json'}", *LOOSE]
+    status, said = end_of(*start_doctor(nodes, tmp_path, *words))
+    assert status == (0, 0) and problems(said) == [] and "no problem found" in said, said
+    report = json.loads((tmp_path / "report.json").read_text())
+    (clock,), (link,) = report["ranks"][0]["clocks"], report["ranks"][0]["links"]
+    assert abs(clock["ahead_s"]) <= clock["round_trip_s"]  # both nodes read the very same clock
+    assert link["there_mb_per_s"] > 0 and link["back_mb_per_s"] > 0 and 0 < link["latency_ms"] < 50
+    assert [one["address"] for one in report["nodes"]] == ["10.77.0.1", "10.77.0.2"]
+    assert list((tmp_path / "shared").iterdir()) == []  # what was written for the trial is gone
+
+
+def test_the_doctor_names_all_that_is_wrong_with_a_node(nodes: Nodes, tmp_path) -> None:
+    """Another version, another and nearly full file system under the shared folder's path, a slow way out."""
+    stub = tmp_path / "stub" / "webdataset-0.1.dist-info"
+    stub.mkdir(parents=True)
+    (stub / "METADATA").write_text("Metadata-Version: 2.1\nName: webdataset\nVersion: 0.1\n")
+    sh(f"tc -n {nodes.names[1]} qdisc add dev {nodes.names[1]} root tbf rate 80mbit burst 64kb latency 100ms")
+    mount = f"mount -t tmpfs -o size=8m none {tmp_path}/shared;"
+    planted = start_doctor(
+        nodes, tmp_path, *LOOSE, "limits.mb_per_s=100", first=mount, env={"PYTHONPATH": str(stub.parent)}
+    )
+    status, said = end_of(*planted)
+    found = problems(said)
+    assert status == (1, 0) and len(found) == 5, said
+    assert found[0].startswith("problem: node 1 (node1): webdataset 0.1, but 1 of 2 nodes have ")
+    assert found[1].startswith("problem: node 1 (node1): 0.01 GiB free where runs are written to, 1 are wanted")
+    assert found[2].startswith("problem: node 0 (node0): cannot read what node 1 (node1) wrote to ")
+    assert found[3].startswith("problem: node 1 (node1): cannot read what node 0 (node0) wrote to ")
+    slow = re.match(
+        r"problem: node 0 \(node0\) - node 1 \(node1\): (\d+) MB/s on the way back, 100 are wanted", found[4]
+    )
+    assert slow and 5 <= int(slow[1]) <= 11, found[4]  # 80 Mbit/s are 10 MB/s
+
+
+def test_the_doctor_names_ports_that_are_closed(nodes: Nodes, tmp_path) -> None:
+    for ports in ("1024-29516", "29518-65534"):
+        sh(f"ip -n {nodes.names[1]} rule add ipproto tcp dport {ports} blackhole")
+    status, said = end_of(*start_doctor(nodes, tmp_path))
+    assert status == (1, 0)
+    assert "problem: node 0 (node0): no connection to node 1 (node1): " in said
+    assert "problem: node 1 (node1): no connection to node 0 (node0): " in said
+    assert "links: were not measured: not all nodes reach each other" in said
+
+
+def test_the_doctor_does_not_wait_for_ever_for_a_node_that_is_cut_off(nodes: Nodes, tmp_path) -> None:
+    nodes.cable("down")
+    status, said = end_of(*start_doctor(nodes, tmp_path))
+    assert status == (1, 1)
+    assert "problem: node 1: did not come within 15 s" in said
+    assert "node0:29517 of node 0 was not reached within 15 s" in (tmp_path / "node1.log").read_text()
+
+
+def test_the_doctor_ends_when_the_cable_is_pulled_while_it_measures(nodes: Nodes, tmp_path) -> None:
+    sh(f"tc -n {nodes.names[1]} qdisc add dev {nodes.names[1]} root tbf rate 1mbit burst 64kb latency 100ms")
+    running, logs = start_doctor(nodes, tmp_path)
+    wait_for_line(logs[0], "accelerate launch", 60)
+    ours = f"ip netns exec {nodes.names[0]} ss -Htn state established dst 10.77.0.2 and not sport = :29517"
+    deadline = time.monotonic() + 60
+    while not subprocess.run(ours.split(), capture_output=True, text=True).stdout:  # gloo's connection
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    nodes.cable("down")  # the first transfer, of 250 kB at 125 kB/s, has begun
+    status, said = end_of(running, logs)
+    assert status == (1, 1)
+    assert "problem: node 1 (node1): rank 1 has said nothing more" in said
+    assert re.search(r"problem: node 0 \(node0\): rank 0: .* failed: Timed out waiting 15000ms", said)
+    assert "problem: node 1: " in logs[1].read_text()

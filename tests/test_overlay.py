@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from data_pipeline.overlay import Overlay, cap_boxes, enlarge
 from data_pipeline.types import ActionSpace
 from sampling.contact_sheet import Tile, draw_sheet
-from sampling.overlay import Overlay, cap_boxes, enlarge
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"))
 RUNNER = ActionSpace("runner", ("jump", "slide", "turn_left", "turn_right"), mouse=False)

@@ -8,11 +8,11 @@ import pytest
 
 from configs import load_config
 from configs.files import write_text
+from data_pipeline.overlay import Overlay, lit_caps
 from data_pipeline.types import Actions, ActionSpace, GameConfig
 from model.config import ModelConfig
 from model.fixtures import read_fixtures
-from sampling.overlay import Overlay
-from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, lit_caps, preset_actions, presets, random_table
+from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, preset_actions, presets, random_table
 from sampling.scripts import Scripted, read_script
 from sampling.world_model import WorldModelConfig
 

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from tiny_recordings import FRAMES, draw_frames, write_recording
 
-from data_pipeline.readers import find_episodes, read_game_frames, split_episodes
-from data_pipeline.readers.worldloom import read_actions, read_episode
-from data_pipeline.video import fit_frame, probe, read_frames, write_video
+from data_pipeline.readers import read_game_frames, recording_of, split_episodes
+from data_pipeline.readers.recording import find_spans
+from data_pipeline.readers.worldloom import find_episodes, read_actions, read_episode
+from data_pipeline.video import fit_frame, frame_times, probe, read_frames, write_video
 
 
 def test_a_recording_is_read_back(game, recordings):
@@ -80,7 +81,7 @@ FAULTS = {
     "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
     "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:]]), "line 4: frame must count"),
     "no rows at all": (lambda f: (f / "actions.csv").write_text(""), "columns must be frame,forward"),
-    "no actions": (lambda f: (f / "actions.csv").unlink(), "no action file"),
+    "no actions": (lambda f: (f / "actions.csv").unlink(), "no file"),
     "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
     "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
     "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
@@ -145,6 +146,54 @@ def test_another_size_is_resized_and_cropped_at_the_centre(game, tmp_path):
 def test_a_video_knows_its_rate_and_size(recordings, game):
     info = probe(recordings / "episode_00000" / "video.mp4")
     assert (info.fps, info.frames, info.height, info.width) == (game.fps, FRAMES, game.height, game.width)
+
+
+def encode_video(path, codec, options, frames=40):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=20, options=options)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 12
+        for i in range(frames):
+            picture = np.full((64, 64, 3), 6 * i, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("plain.mp4", "libx264", {"bf": "0"}),
+        ("reordered.mp4", "libx264", {"bf": "3", "x264-params": "open-gop=1:keyint=12:scenecut=0"}),
+        ("open.mp4", "libx265", {"x265-params": "open-gop=1:bframes=4:keyint=12:log-level=none"}),
+        ("matroska.mkv", "libx264", {"bf": "3"}),
+        ("av1.mp4", "libsvtav1", {"preset": "12"}),
+    ],
+)
+def test_a_span_of_a_video_is_what_decoding_all_of_it_gives(name, codec, options, tmp_path):
+    """Whatever order the frames are stored in, and wherever the key frames are."""
+    encode_video(tmp_path / name, codec, options)
+    whole = list(read_frames(tmp_path / name))
+    assert len(whole) == 40
+    for start in range(40):
+        span = list(read_frames(tmp_path / name, start, min(start + 3, 40)))
+        np.testing.assert_array_equal(span, whole[start : start + 3])
+    np.testing.assert_allclose(frame_times(tmp_path / name), np.arange(40) / 20, atol=1e-3)
+    with pytest.raises(ValueError, match=f"{name} is truncated: 40 of 43"):
+        list(read_frames(tmp_path / name, 38, 43))
+
+
+def test_a_video_without_times_is_read_whole_or_refused(tmp_path):
+    encode_video(tmp_path / "bare.h264", "libx264", {})
+    assert len(list(read_frames(tmp_path / "bare.h264"))) == 40
+    with pytest.raises(ValueError, match=r"bare.h264 does not say when its frames are shown; convert it to mp4"):
+        list(read_frames(tmp_path / "bare.h264", 5, 9))
+
+
+def test_frames_of_one_recording_are_kept_apart_where_they_do_not_follow():
+    keep = np.array([1, 1, 0, 1, 1, 1, 0, 0, 1], dtype=bool)
+    jumps = np.array([1, 0, 0, 0, 0, 1, 0, 1, 0], dtype=bool)
+    assert find_spans(keep, jumps) == [(0, 2), (3, 5), (5, 6), (8, 9)]
+    assert find_spans(~keep[2:3], jumps[:1]) == [(0, 1)] and find_spans(keep[:0], jumps[:0]) == []
+    assert (recording_of("a-f000123"), recording_of("a"), recording_of("a-f12")) == ("a", "a", "a-f12")
 
 
 def test_a_video_is_written_whole_or_not_at_all(tmp_path):

@@ -9,9 +9,10 @@ import yaml
 
 from configs import load_config
 from data_pipeline.__main__ import VERBS as DATA_VERBS
-from data_pipeline.encode import EncodeConfig
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
+from launch.doctor import read_doctor
 from launch.local import read_launch
 from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
@@ -79,6 +80,9 @@ def check_command(command: str) -> None:
         return
     if program == "launch" and verb.startswith("configs/machines/"):
         read_launch([verb, *given])
+        return
+    if program == "launch" and verb == "doctor":
+        read_doctor(given)
         return
     assert verb in VERBS[program], command
     if program == "sampling" or (program, verb) == ("train", "consolidate") or (program, verb) == ("model", "export"):

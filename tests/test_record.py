@@ -10,8 +10,8 @@ import pytest
 from configs import load_config
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.readers import find_episodes, read_game_frames
-from data_pipeline.readers.worldloom import read_episode
+from data_pipeline.readers import read_game_frames
+from data_pipeline.readers.worldloom import find_episodes, read_episode
 from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, running_game
 
 DOOM = "configs/games/doom.yaml"

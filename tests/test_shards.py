@@ -23,11 +23,13 @@ from webdataset.compat import WebDataset
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.encode import cut_runs, encode_recordings
+from data_pipeline.clips import cut_runs
+from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
 from data_pipeline.shards import load_manifest, verify_set
 from data_pipeline.stream import read_clips
+from data_pipeline.video import probe
 from model.codec import load_codec
 
 
@@ -106,44 +108,8 @@ def test_encoding_again_and_elsewhere_gives_the_same_bytes(encode_config, encode
     assert files(encoded) == files(tmp_path) == before
 
 
-DIES = """
-import dataclasses, os, signal, sys
-from data_pipeline import readers
-from data_pipeline.__main__ import VERBS
-from configs.cli import run
-
-read = readers.READERS["worldloom"]
-
-class Dying:
-    def __init__(self, episode):
-        self.episode = episode
-    def __getattr__(self, name):
-        return getattr(self.episode, name)
-    def frames(self):
-        for i, frame in enumerate(self.episode.frames()):
-            if self.episode.id == "episode_00003" and i == 27:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield frame
-
-readers.READERS["worldloom"] = lambda folder, game: Dying(read(folder, game))
-run("data_pipeline", VERBS, sys.argv[1:])
-"""
-
-
-def test_killed_and_started_again_it_ends_with_the_same_bytes(encode_config, encoded, game_yaml, tmp_path):
-    """Killed (SIGKILL) in the middle of the third shard, after two are complete."""
-    config = into(encode_config, tmp_path / "out")
-    command = [sys.executable, "-c", DIES, *words(config, game_yaml)]
-    killed = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = sorted(path.name for path in (tmp_path / "out" / "train").iterdir())
-    assert "shard-000001.index.json" in left and "shard-000002.tar" not in left and "manifest.json" not in left
-    assert encode_recordings(config).new_clips == 12 - 4
-    assert files(tmp_path / "out") == files(encoded)
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "index"])
-def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encoded, tmp_path, capsys):
+def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encoded, game_yaml, tmp_path, capsys):
     shutil.copytree(encoded, tmp_path / "out")
     shard, manifest = tmp_path / "out" / "train" / "shard-000001.tar", str(tmp_path / "out" / "train" / "manifest.json")
     data = bytearray(shard.read_bytes())
@@ -159,7 +125,9 @@ def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encode
     assert run("data_pipeline", VERBS, ["verify", manifest]) == 1
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "shard-000001" in said[0] and "1 faults" in said[1]
-    assert encode_recordings(into(encode_config, tmp_path / "out")).new_clips == 2
+    assert run("data_pipeline", VERBS, ["repair", *words(into(encode_config, tmp_path / "out"), game_yaml)[1:]]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "shard-000001" in said[0] and "12 clips (2 by this worker)" in said[1]
     assert files(tmp_path / "out") == files(encoded)
 
 
@@ -214,7 +182,7 @@ FAULTS = {
     "mistyped key": (["strid=4"], "did you mean 'stride'"),
     "no source": (["source=nowhere"], "no folder of recordings nowhere"),
     "no codec": (["codec=nowhere"], "no codec in nowhere"),
-    "no such reader": (["reader=vpt"], "no reader 'vpt'"),
+    "no such reader": (["reader=obs"], "reader must be one of worldloom, frames"),
     "frames that are no chunks": (["clip_frames=16"], "multiples of 9"),
     "frames that are no latents": (["layout=continuous", "clip_frames=16"], "1 + 4k frames"),
     "clips longer than the episodes": (["clip_frames=90"], "none of the 4 train episodes"),
@@ -289,3 +257,59 @@ def test_a_manifest_says_what_is_wrong_with_it(encoded, tmp_path):
     os.unlink(path)
     with pytest.raises(FileNotFoundError, match="no manifest"):
         load_manifest(path)
+
+
+def test_a_sample_reads_so_many_shards_and_compares_the_sizes_of_all(encoded, tmp_path, capsys):
+    shutil.copytree(encoded, tmp_path / "out")
+    manifest = str(tmp_path / "out/train/manifest.json")
+    for shard in (tmp_path / "out/train").glob("*.tar"):
+        data = bytearray(shard.read_bytes())
+        data[3000] ^= 1
+        shard.write_bytes(data)
+    assert len(verify_set(manifest, sample=3, seed=1)) == 3 and len(verify_set(manifest)) == 4
+    assert verify_set(manifest, sample=3, seed=1) == verify_set(manifest, sample=3, seed=1)
+    assert run("data_pipeline", VERBS, ["verify", manifest, "sample=0"]) == 0
+    assert "4 shards, 0 of them read" in capsys.readouterr().out
+    (tmp_path / "out/train/shard-000001.tar").write_bytes(b"short")
+    assert "truncated or grown" in verify_set(manifest, sample=0)[0]
+
+
+def test_clips_and_shards_that_are_there_twice_are_reported(encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    url = tmp_path / "out/train/manifest.json"
+    for name in ("shard-000000.tar", "shard-000000.index.json"):
+        shutil.copy(url.with_name(name), url.with_name(name.replace("0000.", "0007.")))
+    index = url.with_name("shard-000007.index.json")
+    index.write_text(index.read_text().replace("shard-000000", "shard-000007"))
+    loaded = json.loads(url.read_text())
+    copy = {**loaded["shards"][0], "url": "shard-000007.tar"}
+    url.write_text(json.dumps({**loaded, "shards": [*loaded["shards"], copy, loaded["shards"][3]]}))
+    faults = verify_set(url)
+    assert len(faults) == 3 and "2 times in the manifest" in faults[2]
+    assert all("shard-000007.tar: clip" in fault and "shard-000000.tar too" in fault for fault in faults[:2])
+
+
+def test_a_page_shows_pictures_actions_and_clips(encoded, encode_config, tmp_path, capsys):
+    manifest, out = f"{encoded}/train/manifest.json", tmp_path / "page"
+    words = ["inspect", manifest, f"out={out}", f"codec={encode_config.codec}", "videos=2", "pictures=3"]
+    assert run("data_pipeline", VERBS, words) == 0
+    page = (out / "index.html").read_text()
+    assert page.count("<video") == 2 and page.count("data:image/jpeg;base64,") == 3
+    assert all(f"<b>{key}</b>" in page for key in encode_config.game.action_space.keys)
+    assert all(probe(video).frames == 18 for video in sorted(out.glob("*.mp4")))
+    assert f"{out}/index.html" in capsys.readouterr().out
+    shutil.copytree(encode_config.codec, tmp_path / "codec")
+    weights = tmp_path / "codec" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
+    assert run("data_pipeline", VERBS, ["inspect", manifest, f"out={out}", f"codec={tmp_path}/codec"]) == 2
+    assert "the set was encoded by" in capsys.readouterr().err
+
+
+def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
+    words = ["bench", f"{encoded}/train/manifest.json", "batch=2", "repeats=1", "workers=[0,1]"]
+    assert run("data_pipeline", VERBS, words) == 0
+    said = capsys.readouterr().out
+    rows = ("bare bytes, in order", "stream, 0 workers", "stream, 1 workers", "mapped safetensors")
+    assert all(row in said for row in rows) and "8 of 8 clips" in said
+    assert run("data_pipeline", VERBS, [*words[:2], "batch=9"]) == 2
+    assert "fewer than batch=9" in capsys.readouterr().err

@@ -1,50 +1,28 @@
 """Storage: the same calls on a local folder and on a server that speaks S3."""
 
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_server import missing_programs
+from tiny_training import ROOT
 
-from data_pipeline import storage
-from data_pipeline.encode import encode_recordings
-from data_pipeline.shards import verify_set
-from data_pipeline.stream import Stream
+from data_pipeline import cache, s3, storage
 
-
-def point_boto3_at(monkeypatch, port):
-    for name, value in {
-        "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    storage._client_of_process.cache_clear()
-
-
-@pytest.fixture
-def s3(monkeypatch, tmp_path):
-    """The url of a folder on an S3 server, in a bucket of its own: moto keeps them as long as the process lives."""
-    bucket = f"worlds-{hashlib.sha256(bytes(tmp_path)).hexdigest()[:12]}"
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    point_boto3_at(monkeypatch, server.get_host_and_port()[1])
-    boto3.client("s3").create_bucket(Bucket=bucket)
-    yield f"s3://{bucket}/some folder"
-    server.stop()
-    storage._client_of_process.cache_clear()
+MANY = 1005  # objects: a server lists a thousand at a time
 
 
 @pytest.fixture(params=["local", "s3"])
 def folder(request, tmp_path):
-    return str(tmp_path / "some folder") if request.param == "local" else request.getfixturevalue("s3")
+    return str(tmp_path / "some folder") if request.param == "local" else request.getfixturevalue("bucket_folder")
 
 
 def test_what_is_written_is_read_whole_and_in_ranges(folder):
-    url = storage.join(folder, "a ü.txt")
+    url = storage.join(folder, "a ü+%.txt")
     assert not storage.exists(url) and storage.list_files(folder) == []
     storage.write_text(url, "0123456789")
     storage.write_text(storage.join(folder, "deeper/b.txt"), "")
@@ -52,14 +30,38 @@ def test_what_is_written_is_read_whole_and_in_ranges(folder):
     assert storage.read_bytes(url) == b"0123456789" and storage.read_range(url, 3, 4) == b"3456"
     assert storage.read_bytes(storage.join(folder, "deeper/b.txt")) == b""
     assert storage.list_files(folder) == [url]
-    assert storage.parent(url) == folder
+    assert storage.list_folders(folder) == [storage.join(folder, "deeper")]
+    assert storage.list_tree(folder) == {"a ü+%.txt": 10, "deeper/b.txt": 0}
+    assert storage.parent(url) == folder and storage.name_of(url) == "a ü+%.txt"
+    assert storage.local(url).read_text() == "0123456789"
+    assert (storage.local(folder) / "deeper" / "b.txt").is_file()
+    storage.remove(url)
+    storage.remove(url)
+    storage.remove_folder(folder)
+    assert storage.list_tree(folder) == {} and not storage.exists(url)
+
+
+def test_an_opened_file_reads_and_seeks_like_any_other(folder):
+    url, data = storage.join(folder, "a.bin"), os.urandom(100_000)
+    with storage.writing(url) as part:
+        part.write_bytes(data)
+    for buffer_bytes in (1, 4096, storage.BUFFER_BYTES):
+        with storage.opened(url, buffer_bytes) as file:
+            assert file.read(10) == data[:10] and file.read(10) == data[10:20]
+            file.seek(-7, os.SEEK_END)
+            assert file.read() == data[-7:] and file.read() == b""
+            file.seek(50_000)
+            memory = bytearray(20_000)
+            assert file.readinto(memory) == 20_000 and memory == data[50_000:70_000]
+    assert storage.sha256(url) == hashlib.sha256(data).hexdigest()
 
 
 def test_a_range_beyond_the_end_and_a_missing_file_are_named(folder):
     url = storage.join(folder, "a.txt")
     storage.write_text(url, "0123456789")
-    with pytest.raises(ValueError, match=r"a.txt is truncated"):
-        storage.read_range(url, 8, 4)
+    for offset in (8, 10, 12):
+        with pytest.raises(ValueError, match=r"a.txt is truncated"):
+            storage.read_range(url, offset, 4)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         storage.read_bytes(storage.join(folder, "nowhere"))
 
@@ -72,56 +74,148 @@ def test_a_write_that_fails_leaves_nothing(folder):
     assert storage.list_files(folder) == []
 
 
-def test_a_bucket_that_is_not_there_and_a_url_without_a_key_are_one_line(s3):
-    with pytest.raises(FileNotFoundError, match="s3://nowhere/a"):
-        storage.read_bytes("s3://nowhere/a")
-    with pytest.raises(OSError, match="s3://nowhere/a"):
-        storage.write_text("s3://nowhere/a", "text")
-    with pytest.raises(ValueError, match="s3://bucket/key"):
-        storage.read_bytes("s3://nowhere")
+def test_the_last_file_of_a_folder_comes_last(bucket_folder, proxy):
+    for _ in range(2):  # over what is there already, too
+        proxy.requests.clear()
+        with storage.writing_folder(bucket_folder, last="COMPLETE") as folder:
+            for name in ("COMPLETE", "a.txt", "z.txt"):
+                (folder / name).write_text(name)
+        changes = [one for one in proxy.requests if one.startswith(("PUT", "DELETE"))]
+        assert [one.rpartition("/")[2] for one in changes] == ["COMPLETE", "a.txt", "z.txt", "COMPLETE"]
+        assert changes[0].startswith("DELETE")
 
 
-def test_shards_can_be_written_to_and_read_from_s3(s3, encode_config, encoded):
-    """Everything as on disk, and the manifest byte for byte."""
-    encode_recordings(type(encode_config)(**{**vars(encode_config), "out": s3}))
-    url, local = f"{s3}/train/manifest.json", f"{encoded}/train/manifest.json"
-    assert storage.read_bytes(url) == storage.read_bytes(local)
-    assert verify_set(url) == []
-    found, wanted = (Stream(one, 2, seed=0).batch_at(3) for one in (url, local))
-    assert found.ids == wanted.ids and found.latents.equal(wanted.latents)
+def test_of_many_who_create_a_file_one_is_first(folder):
+    url = storage.join(folder, "claim")
+    with ThreadPoolExecutor(4) as pool:
+        firsts = list(pool.map(lambda i: storage.create(url, f"worker {i}".encode()), range(4)))
+    assert firsts.count(True) == 1
+    assert storage.read_bytes(url) == f"worker {firsts.index(True)}".encode()
+    assert storage.list_files(folder) == [url]
 
 
-class BreaksOff(BaseHTTPRequestHandler):
-    """Serves 10 bytes, but hangs up after 4 until it has been asked `failures` times."""
-
-    data, asked, failures = b"0123456789", 0, 1
-    ranges: tuple[str, ...] = ()
-
-    def do_GET(self):
-        cls = type(self)
-        cls.asked += 1
-        cls.ranges = (*cls.ranges, self.headers.get("Range", ""))
-        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
-        rest = self.data[start:]
-        self.send_response(206 if "Range" in self.headers else 200)
-        self.send_header("Content-Length", str(len(rest)))
-        self.end_headers()
-        self.wfile.write(rest[:4] if cls.asked <= cls.failures else rest)
-
-    def log_message(self, format, *args):
-        pass
+def test_a_large_file_goes_in_parts_and_comes_back_the_same(bucket_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    url, data = storage.join(bucket_folder, "large.bin"), os.urandom((12 << 20) + 1)
+    (tmp_path / "large.bin").write_bytes(data)
+    storage.write_file(tmp_path / "large.bin", url)
+    assert s3.head(url).etag.strip('"').endswith("-3")
+    assert storage.read_bytes(url) == data and storage.local(url).read_bytes() == data
+    assert storage.local(url) == storage.local(url)
 
 
-def test_a_body_that_breaks_off_is_continued_where_it_stopped(monkeypatch):
-    handler = type("Handler", (BreaksOff,), {})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    point_boto3_at(monkeypatch, server.server_port)
-    assert storage.read_bytes("s3://worlds/a") == b"0123456789"
-    assert handler.ranges == ("", "bytes=4-")
-    handler.failures = 1000
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
-    with pytest.raises(OSError, match="s3://worlds/a"):
-        storage.read_bytes("s3://worlds/a")
-    server.shutdown()
-    storage._client_of_process.cache_clear()
+def test_a_copy_follows_what_changes_in_the_bucket(bucket_folder):
+    url = storage.join(bucket_folder, "deeper/a.txt")
+    storage.write_text(url, "old")
+    assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "old"
+    storage.write_text(url, "new")
+    assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "new"
+
+
+def test_copies_stay_within_their_limit_but_those_in_use(bucket_folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path))
+    monkeypatch.setenv("WORLDLOOM_CACHE_GB", "0.000025")
+    copies = {}
+    for name in "abc":
+        storage.write_text(storage.join(bucket_folder, name), name * 10_000)
+        copies[name] = storage.local(storage.join(bucket_folder, name))
+    assert all(copy.is_file() for copy in copies.values())  # this process may be reading them
+    for lock in cache._held.values():
+        lock.close()
+    cache._held.clear()
+    storage.write_text(storage.join(bucket_folder, "d"), "d" * 10_000)
+    assert storage.local(storage.join(bucket_folder, "d")).is_file()
+    assert [name for name, copy in copies.items() if copy.is_file()] == ["c"]
+
+
+def test_what_a_killed_process_left_on_its_way_up_is_deleted(s3, tmp_path):
+    command = [
+        sys.executable, "-c",
+        "import os; from data_pipeline import cache\nwith cache.scratch() as folder:\n"
+        "    (folder / 'a').write_bytes(b'a'); print(folder, flush=True); os.kill(os.getpid(), 9)",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "WORLDLOOM_CACHE": str(tmp_path)}
+    )
+    left = Path(done.stdout.strip())
+    assert (left / "a").is_file()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLDLOOM_CACHE", str(tmp_path))
+        cache._scratch_of.cache_clear()
+        with cache.scratch():
+            assert not left.exists()
+    cache._scratch_of.cache_clear()
+
+
+def test_more_than_a_thousand_keys_are_listed(bucket_folder):
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    client = s3.client()
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda i: client.put_object(Bucket=bucket, Key=f"{prefix}{i:05d} ü"), range(MANY)))
+    found = storage.list_files(bucket_folder)
+    assert found == [storage.join(bucket_folder, f"{i:05d} ü") for i in range(MANY)]
+    assert len(storage.list_tree(bucket_folder)) == MANY
+
+
+def test_unfinished_uploads_are_aborted_and_nothing_else(bucket_folder):
+    client, (bucket, prefix) = s3.client(), s3.bucket_and_key(storage.join(bucket_folder, ""))
+    storage.write_text(storage.join(bucket_folder, "whole.txt"), "text")
+    uploads = {}
+    for key in (f"{prefix}a b", f"{prefix}deeper/ü", f"{prefix.rstrip('/')}-beside"):
+        uploads[key] = client.create_multipart_upload(Bucket=bucket, Key=key)["UploadId"]
+        client.upload_part(Bucket=bucket, Key=key, UploadId=uploads[key], PartNumber=1, Body=b"part")
+    if not missing_programs():  # moto says of every upload that it began in 2010
+        storage.remove_unfinished(bucket_folder, older_s=3600)
+        assert len(unfinished_uploads(bucket, prefix)) == 2
+    storage.remove_unfinished(bucket_folder)
+    assert unfinished_uploads(bucket, prefix) == []
+    assert unfinished_uploads(bucket, prefix.rstrip("/")) == [f"{prefix.rstrip('/')}-beside"]
+    assert storage.list_tree(bucket_folder) == {"whole.txt": 4}
+
+
+def unfinished_uploads(bucket: str, prefix: str) -> list[str]:
+    answer = s3.client().list_multipart_uploads(Bucket=bucket, Prefix=prefix)
+    return [one["Key"] for one in answer.get("Uploads", ())]
+
+
+def test_temporary_files_of_a_killed_writer_are_deleted(tmp_path):
+    for name in (".a.1-ab.tmp.json", ".COMPLETE.1-ab.tmp", "a.json"):
+        (tmp_path / name).write_text("")
+    storage.remove_unfinished(tmp_path, older_s=3600)
+    assert len(storage.list_files(tmp_path)) == 3
+    storage.remove_unfinished(tmp_path)
+    assert storage.list_files(tmp_path) == [str(tmp_path / "a.json")]
+
+
+@pytest.mark.long
+def test_a_transfer_takes_no_more_memory_than_its_parts(bucket_folder, tmp_path):
+    """A file of 30 parts, 8 of which may be on their way."""
+    part_bytes = 5 << 20
+    with open(tmp_path / "large.bin", "wb") as file:
+        file.truncate(30 * part_bytes)
+    program = (
+        "import resource, sys; from pathlib import Path; from data_pipeline import s3, storage\n"
+        f"s3.PART_BYTES = {part_bytes}; s3.client()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "storage.write_file(Path(sys.argv[1]), sys.argv[2]); storage.local(sys.argv[2])\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "large.bin"), storage.join(bucket_folder, "large.bin")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) < s3.PARALLEL * part_bytes + (30 << 20)
+
+
+def test_processes_share_one_copy(bucket_folder, proxy):
+    """Two that ask at the same moment, while a third that has it goes on living."""
+    url = storage.join(bucket_folder, "shared.bin")
+    storage.write_text(url, "x" * 1000)
+    program = f"from data_pipeline import storage; print(storage.local({url!r}), flush=True); input()"
+    command = [sys.executable, "-c", program]
+    readers = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    found = {reader.stdout.readline().strip() for reader in readers if reader.stdout}
+    assert found == {str(storage.local(url))} and storage.local(url).read_text() == "x" * 1000
+    assert len([one for one in proxy.requests if one.startswith("GET") and "shared.bin" in one]) == 1
+    for reader in readers:
+        reader.communicate("")

@@ -10,8 +10,9 @@ from itertools import islice
 import pytest
 import torch
 
+from data_pipeline.order import Order
 from data_pipeline.shards import load_manifest
-from data_pipeline.stream import Stream, epoch_order, read_clips, require_action_space
+from data_pipeline.stream import Stream, read_clips, require_action_space
 
 CLIPS = 8  # of the training set
 
@@ -63,14 +64,45 @@ def test_the_order_is_another_in_another_epoch_and_with_another_seed(manifest):
 
 def test_the_order_stays_what_it_is():
     """Written down, so that no version of NumPy can change it unnoticed: a run could not be resumed."""
-    assert epoch_order(8, seed=0, epoch=0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
-    assert epoch_order(8, seed=0, epoch=1).tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
+    order = Order([[2, 2, 2, 2]], [1.0], seed=0, shuffle_shards=0, shuffle=True)
+    assert order.epoch(0).clips.tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert order.epoch(1).clips.tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
 
 
 def test_a_batch_may_span_the_end_of_an_epoch(manifest):
     ids = [name for step in range(8) for name in Stream(manifest, 3, seed=2).batch_at(step).ids]
     assert sorted(ids[:8]) == sorted(ids[8:16]) == sorted(ids[16:24])
     assert len(set(ids[:8])) == CLIPS
+
+
+def cut_manifest(encoded, tmp_path, shards):
+    """The training set's first shards, of two clips each."""
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    url = tmp_path / "train" / "manifest.json"
+    loaded = json.loads(url.read_text())
+    url.write_text(json.dumps({**loaded, "shards": loaded["shards"][:shards]}))
+    return url
+
+
+@pytest.mark.parametrize(
+    ("shards", "world", "batch"),
+    [
+        (4, 2, 3),  # an epoch of 8 clips that steps of 6 do not divide
+        (4, 4, 3),  # steps of 12: more than all clips
+        (2, 2, 1),  # a clip per rank and shard
+        (1, 1, 5),  # steps that hold two epochs and more
+    ],
+)
+def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(encoded, tmp_path, shards, world, batch):
+    url, clips = cut_manifest(encoded, tmp_path, shards), 2 * shards
+    ranks = [Stream(url, batch, seed=4, rank=rank, world=world) for rank in range(world)]
+    steps = 3 * clips  # so that epochs end as steps do, in the end
+    dealt = [[stream.batch_at(step).ids for stream in ranks] for step in range(steps)]
+    assert all(len(ids) == batch for step in dealt for ids in step)  # no rank without data, ever
+    order = [name for step in dealt for ids in step for name in ids]
+    epochs = [order[first : first + clips] for first in range(0, len(order), clips)]
+    assert len(epochs) == 3 * world * batch and all(set(epoch) == set(epochs[0]) for epoch in epochs)
+    assert all(len(set(epoch)) == clips for epoch in epochs)
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -143,9 +175,12 @@ def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(encode
 def test_fewer_shards_than_loader_lanes_is_refused(manifest):
     Stream(manifest, 1, seed=0, world=2, workers=2)
     with pytest.raises(
-        ValueError, match=r"4 shards for 6 loader lanes \(ranks x workers\); write more shards or use fewer"
+        ValueError,
+        match=r"4 shards for 6 loader lanes \(ranks x workers\); write more shards .* fewer workers or ranks",
     ):
         Stream(manifest, 1, seed=0, world=2, workers=3)
+    with pytest.raises(ValueError, match="4 shards for 5 loader lanes"):  # a rank that would have none of its own
+        Stream(manifest, 1, seed=0, world=5, workers=0)
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path):

@@ -1,7 +1,9 @@
 """Training: one process and two under ZeRO-2 agree, a stop costs nothing, and what cannot work is refused."""
 
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -25,16 +27,6 @@ from train.objectives.draws import make_draws
 from train.optim import learning_rate, make_optimizer
 
 LAUNCH = launch("cpu_zero2", "-m", "train")
-
-
-@pytest.fixture(scope="module")
-def alone(train_words, tmp_path_factory) -> Path:
-    """One process, batch 4, float32, with wandb's offline writer on."""
-    out = tmp_path_factory.mktemp("alone")
-    given = [*train_words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
-    done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
-    assert done.returncode == 0, done.stderr
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +74,20 @@ def test_zero2_on_two_processes_gives_the_single_process_losses(train_words, zer
         assert ours.keys() == theirs.keys()
         worst = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
         assert worst < 2e-3, (name, worst)  # Adam turns rounding of near-zero gradients into a part of a step of 1e-2
+
+
+def test_a_step_may_take_more_clips_than_there_are(train_words, encoded, tmp_path) -> None:
+    shutil.copytree(f"{encoded}/train", tmp_path / "few")
+    url = tmp_path / "few" / "manifest.json"
+    manifest = json.loads(url.read_text())
+    url.write_text(json.dumps({**manifest, "shards": manifest["shards"][:2]}))  # 4 clips, for steps of 2 ranks x 3
+    given = [f"manifest={url}", "steps=3", "validation.every=100"]
+    done = run([*LAUNCH, *train_words, *given, f"out={tmp_path / 'two'}", "batch=3"])
+    assert done.returncode == 0, done.stderr
+    done = run([*ALONE, *train_words, *given, f"out={tmp_path / 'one'}", "engine.name=ddp", "batch=6"])
+    assert done.returncode == 0, done.stderr
+    # float32 sums in another order
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), atol=5e-5, rtol=5e-4)
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_same_weights(train_words, zero2, tmp_path) -> None:

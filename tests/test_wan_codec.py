@@ -13,7 +13,8 @@ import yaml
 from safetensors.torch import save_file
 
 from configs import to_dict
-from data_pipeline.encode import EncodeConfig, encode_recordings
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
 from model.codec import PatchCodec, codec_hash, load_codec
 from model.fixtures import read_fixtures, run_fixture

@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 
-from configs.cli import PERSONS_FAULTS, of_checkpoint, run
+from configs.cli import PERSONS_FAULTS, first_is, run
 
 
 def _train(words: list[str]) -> None:
@@ -47,7 +47,7 @@ def _engine(words: list[str]) -> None:
     print(json.dumps(describe_engine(load_config(TrainConfig, words)), indent=2))
 
 
-VERBS = {"run": _train, "engine": _engine, "codec": _codec, "consolidate": of_checkpoint(_consolidate)}
+VERBS = {"run": _train, "engine": _engine, "codec": _codec, "consolidate": first_is("checkpoint", _consolidate)}
 
 if __name__ == "__main__":
     sys.exit(run("train", VERBS, default="run"))

@@ -1,19 +1,18 @@
 """Checkpoints: what is in their folders, which to go on from, and what must be the same for that."""
 
-import fcntl
 import hashlib
 import json
-import os
-import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from configs import flat, load_config, to_dict
+from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.weights import save_weights
@@ -21,8 +20,8 @@ from sampling.world_model import (
     COMPLETE,
     Weights,
     WorldModelConfig,
-    complete_checkpoints,
-    newest_checkpoint,
+    complete_steps,
+    find_checkpoint,
     read_world_config,
 )
 from train.config import TrainConfig
@@ -46,7 +45,7 @@ class Position:
     batch: int
     accumulation: int
     seed: int  # with the manifest: of the order of the samples
-    manifest: str  # `manifest_digest` of the training shards
+    manifest: str  # `data_digest` of the training shards
 
     @property
     def clips_per_step(self) -> int:
@@ -54,31 +53,12 @@ class Position:
         return self.ranks * self.batch * self.accumulation
 
 
-def step_folder(run: Path, step: int) -> Path:
-    return run / f"step_{step:07d}"
+def step_folder(run: str | Path, step: int) -> str:
+    return storage.join(run, f"step_{step:07d}")
 
 
 def state_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-@contextmanager
-def sole_run(folder: Path) -> Iterator[None]:
-    """Holds the run folder within the block: two runs that write to it would spoil each other's checkpoints.
-
-    Raises ValueError in one line if another live run holds it, OSError if it cannot be written to.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(f"{folder} is in use by the run of {file.read()}; choose another out=") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
@@ -87,41 +67,53 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
         return ActionDiT(world.model).state_dict()
 
 
-def find_resumable(run: Path, world: WorldModelConfig) -> Path | None:
+def find_resumable(run: str | Path, world: WorldModelConfig) -> str | None:
     """The newest complete checkpoint of `run`, or None; raises if it is of another model, flow, game or codec."""
-    found = complete_checkpoints(run)
+    found = complete_steps(run)
     if not found:
         return None
-    there, here = flat(to_dict(read_world_config(found[-1]))), flat(to_dict(world))
+    newest = storage.join(run, found[-1])
+    there, here = flat(to_dict(read_world_config(newest))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in sorted(there.keys() | here.keys())
         if key not in MAY_DIFFER and there.get(key) != here.get(key)
     ]
     if differing:
-        raise ValueError(f"{found[-1]} is of another run ({'; '.join(differing)}); choose another out=")
-    return found[-1]
+        raise ValueError(f"{newest} is of another run ({'; '.join(differing)}); choose another out=")
+    return newest
 
 
-def read_position(folder: Path) -> Position:
+def read_position(folder: str | Path) -> Position:
     """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
-    saved = json.loads((folder / COMPLETE).read_text())
+    saved = json.loads(storage.read_bytes(storage.join(folder, COMPLETE)))
     if (found := saved.get("format", 0)) != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
         raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
+    there = storage.list_tree(folder)
     for name, size in saved["bytes"].items():
-        path = folder / name
-        if not path.is_file() or path.stat().st_size != size:
+        if there.get(name) != size:
+            path = storage.join(folder, name)
             raise ValueError(f"{path} is missing or truncated; delete {folder} to resume from the checkpoint before it")
-    return Position(**json.loads((folder / TRAINER / POSITION).read_text()))
+    return Position(**json.loads(storage.read_bytes(storage.join(folder, f"{TRAINER}/{POSITION}"))))
 
 
-def manifest_digest(manifest: Manifest) -> str:
-    """16 hex digits that are others for other shards, wherever they lie."""
-    return hashlib.sha256(json.dumps(to_dict(manifest), sort_keys=True).encode()).hexdigest()[:16]
+def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:
+    """What all ranks wrote into the complete checkpoint `folder`; `copies` as of SavedState."""
+    names = [storage.name_of(url) for url in storage.list_files(storage.join(folder, TRAINER))]
+    parts = [name for name in names if fnmatch(name, "rank_*.safetensors")]
+    return SavedState([storage.join(folder, f"{TRAINER}/{name}") for name in parts], copies)
 
 
-def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int, folder: Path) -> TrainConfig:
+def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
+    """16 hex digits that are others for other shards, wherever they lie, and for another order or mixture of them."""
+    mixture = [[source.weight for source in config.sources], config.loader.shuffle_shards]
+    alone = [[1.0], 0]
+    told = [to_dict(manifest) for manifest in manifests] + ([] if mixture == alone else [mixture])
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
     """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`.
 
     On as many ranks as before they are what `config` says. On others the batch stays, or becomes smaller, and the
@@ -131,8 +123,8 @@ def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int,
     if (position.seed, position.manifest) != (config.seed, data):
         raise ValueError(
             f"{folder} was trained with seed={position.seed} on the shards {position.manifest}, this run has "
-            f"seed={config.seed} and {config.manifest}, whose shards are {data}; use the same, or start a new run with "
-            f"init={folder}"
+            f"seed={config.seed} and {config.sources[0].path}, whose shards are {data}; use the same, or start anew "
+            f"with init={folder}"
         )
     if ranks * config.batch * config.accumulation == position.clips_per_step:
         return config
@@ -148,11 +140,13 @@ def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int,
     return replace(config, batch=batch, accumulation=per_rank // batch)
 
 
-def load_checkpoint(engine: Engine, ema: Ema, folder: Path) -> None:
-    """Restores what the complete checkpoint `folder` holds, whatever engine and ranks wrote it. All ranks must call."""
-    saved = SavedState(sorted((folder / TRAINER).glob("rank_*")))
-    engine.restore(saved)
-    ema.restore(saved)
+def load_checkpoint(engine: Engine, ema: Ema, folder: str | Path) -> None:
+    """Restores what the complete checkpoint `folder` holds, whatever engine and ranks wrote it. All ranks must call;
+    each reads what it needs of it."""
+    with ExitStack() as copies:
+        saved = state_of(folder, copies)
+        engine.restore(saved)
+        ema.restore(saved)
 
 
 @dataclass(frozen=True)
@@ -171,9 +165,9 @@ class ConsolidateConfig:
 def consolidate(words: list[str]) -> None:
     """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
     config = load_config(ConsolidateConfig, words)
-    folder = newest_checkpoint(config.checkpoint)
-    position = read_position(folder)
-    saved = SavedState(sorted((folder / TRAINER).glob("rank_*")))
+    folder = find_checkpoint(config.checkpoint)
+    position, saved = read_position(folder), state_of(folder)
     whole = saved.whole(WEIGHTS[config.weights], weight_specs(read_world_config(folder)))
-    save_weights(whole, config.out, {"step": str(position.step)})
+    with storage.writing(config.out) as part:
+        save_weights(whole, part, {"step": str(position.step)})
     print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")

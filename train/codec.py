@@ -3,7 +3,7 @@
 import math
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config, save_config
-from data_pipeline.readers import READERS, find_episodes, read_game_frames, split_episodes
+from data_pipeline import storage
+from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
 from data_pipeline.types import CHUNK_FRAMES, GameConfig
 from data_pipeline.video import to_video
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
@@ -30,10 +31,11 @@ class CodecTrainConfig:
     source: str  # folder of recordings
     out: str  # the codec's folder
     codec: CodecConfig = field(default_factory=CodecConfig)
-    reader: str = "worldloom"
+    reader: Reader = "worldloom"  # format of the recordings
     heldout_every: int = 10  # every n-th episode is never trained on
     episodes: int = 120  # recordings held in memory
     heldout_episodes: int = 12  # recordings that PSNR is measured on
+    recording_frames: int = 900  # of each recording, from its start, since they are held in memory
     steps: int = 1500
     batch: int = 4  # runs of 9 frames
     learning_rate: float = 2e-3
@@ -42,8 +44,8 @@ class CodecTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reader not in READERS:
-            raise ValueError(f"no reader {self.reader!r}; there are: {', '.join(READERS)}")
+        if self.recording_frames < CHUNK_FRAMES:
+            raise ValueError(f"recording_frames={self.recording_frames} must be {CHUNK_FRAMES} or more")
 
 
 def train_codec(words: list[str]) -> None:
@@ -51,8 +53,7 @@ def train_codec(words: list[str]) -> None:
     config = load_config(CodecTrainConfig, words)
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
-    episodes = find_episodes(config.source)
-    fitting, heldout = split_episodes(episodes, config.heldout_every)
+    fitting, heldout = split_episodes(find_recordings(config.reader, config.source), config.heldout_every)
     clips = read_runs(config, fitting[: config.episodes])
     heldout_clips = read_runs(config, heldout[: config.heldout_episodes])
     torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
@@ -62,22 +63,24 @@ def train_codec(words: list[str]) -> None:
     print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {len(heldout_clips)} held-out runs of 9 frames")
     fit_decoder(codec, clips, config, generator)
     db = psnr(codec, heldout_clips)
-    folder = Path(config.out)
-    save_config(config.codec, folder / CONFIG_FILE)
-    save_weights(
-        codec.state_dict(), folder / WEIGHTS_FILE, {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
-    )
+    with storage.writing_folder(config.out, last=WEIGHTS_FILE) as folder:
+        save_config(config.codec, folder / CONFIG_FILE)
+        judged = {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
+        save_weights(codec.state_dict(), folder / WEIGHTS_FILE, judged)
     print(f"codec: {db:.2f} dB on held-out episodes (PCA alone {linear_db:.2f}), {time.perf_counter() - started:.0f} s")
 
 
-def read_runs(config: CodecTrainConfig, episodes: list[Path]) -> Tensor:
-    """Runs of 9 frames (m 9 h w 3) uint8, cut one after the other from `episodes`."""
+def read_runs(config: CodecTrainConfig, recordings: list[Recording]) -> Tensor:
+    """Runs of 9 frames (m 9 h w 3) uint8, cut one after the other from the episodes of `recordings`."""
     runs = []
-    for folder in tqdm(episodes, desc="read recordings", unit="episode"):
-        episode = READERS[config.reader](folder, config.game)
-        frames = np.stack(list(read_game_frames(episode, config.game)))
-        whole = len(frames) // CHUNK_FRAMES * CHUNK_FRAMES
-        runs.append(rearrange(torch.from_numpy(frames[:whole]), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
+    for recording in tqdm(recordings, desc="read recordings", unit="recording"):
+        room = config.recording_frames
+        for episode in recording.read(config.game):
+            whole = min(room, len(episode.actions)) // CHUNK_FRAMES * CHUNK_FRAMES
+            if whole:
+                frames = np.stack(list(islice(read_game_frames(episode, config.game), whole)))
+                runs.append(rearrange(torch.from_numpy(frames), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
+            room -= whole
     if not runs:
         raise ValueError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
     return torch.cat(runs)

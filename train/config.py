@@ -1,10 +1,14 @@
 """What a training run is told: one frozen dataclass, read from YAML files and key=value words."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_pipeline.stream import LoaderConfig
+from data_pipeline.types import CHUNK_FRAMES, Source
 from model.action_dit import ActionDiTConfig, CompileMode
 from model.flow import FlowMatchConfig
+from sampling.denoising import Denoising
 
 STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
 
@@ -16,6 +20,7 @@ class EngineConfig:
     name: Literal["deepspeed", "fsdp2", "ddp"] = "deepspeed"
     stage: int = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
+    build: Literal["whole", "sharded"] = "whole"  # sharded: part by part, no process ever holding the whole model
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: CompileMode = "no"  # torch.compile of the model's blocks
     timeout_s: float = 600.0  # after which a step, its data, a validation or a save has taken too long: a peer is lost
@@ -29,6 +34,11 @@ class EngineConfig:
             raise ValueError(
                 f"engine.offload={self.offload} is not for engine.name={self.name} engine.stage={self.stage}; "
                 "optimizer goes with deepspeed, all with deepspeed of stage 3 and with fsdp2"
+            )
+        if self.build == "sharded" and self.name != "fsdp2" and (self.name, self.stage) != ("deepspeed", 3):
+            raise ValueError(
+                f"engine.build=sharded is not for engine.name={self.name} engine.stage={self.stage}, which hold the "
+                "whole model on every process; use engine.stage=3 of deepspeed, or engine.name=fsdp2"
             )
 
 
@@ -48,6 +58,7 @@ class OptimConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
+    folder: str | None = None  # an s3:// url that gets them, and copies of the run's other files; as `out` itself does
     every: int = 500  # steps; the last step and a stop always write one
     keep_last: int = 2
     background: bool = False  # write while training goes on, from a copy of this rank's part in the CPU's memory
@@ -62,12 +73,59 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class VideosConfig:
+    """Videos by the averaged weights, from held-out pictures, with the same actions and the same noise every time."""
+
+    every: int = 0  # steps, and the last one; 0: none
+    prompts: int = 2  # held-out clips, spread over the set, whose first frames begin a video each
+    actions: tuple[str, ...] = ("random",)  # scripts as of sampling generate, side by side in each video
+    frames: int = 54  # at the game's rate, the prompt included
+    steps: int = 4  # Euler steps per chunk or block
+    few_steps: tuple[int, ...] = ()  # instead of steps the list of a few-step model: [1000,666,333]
+    guidance: float = 1.0  # by actions
+    seed: int = 0  # of `random` and of the noise
+    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+
+    def __post_init__(self) -> None:
+        if min(self.every, self.seed) < 0 or self.prompts < 1 or self.frames < CHUNK_FRAMES or not self.actions:
+            raise ValueError(
+                f"validation.videos: every {self.every} and seed {self.seed} must be 0 or more, prompts {self.prompts} "
+                f"1 or more, frames {self.frames} {CHUNK_FRAMES} or more, actions {list(self.actions)} hold a script"
+            )
+        _ = self.denoising  # checks of its own
+
+    @property
+    def denoising(self) -> Denoising:
+        return Denoising(self.steps, self.few_steps, guidance=self.guidance)
+
+
+@dataclass(frozen=True)
 class ValidationConfig:
-    """Held-out velocity loss during training, with the right actions and with shuffled ones."""
+    """Held-out velocity loss during training, with the right actions and with shuffled ones; and videos."""
 
     manifest: str | None = None
     every: int = 250  # steps
     clips: int = 32
+    videos: VideosConfig = VideosConfig()
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.clips < 1:
+            raise ValueError(f"validation.every={self.every} and validation.clips={self.clips} must be 1 or more")
+        if self.videos.every and self.manifest is None:
+            raise ValueError("validation.videos begins with held-out pictures: give validation.manifest=")
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, for chrome://tracing or ui.perfetto.dev."""
+
+    start: int = 10  # the steps before it: the first ones of a process are slower than those that follow
+    steps: int = 0  # 0: none
+    every_rank: bool = False  # else of rank 0
+
+    def __post_init__(self) -> None:
+        if self.start < 0 or self.steps < 0:
+            raise ValueError(f"profile.start={self.start} and profile.steps={self.steps} must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -76,11 +134,12 @@ class TrainConfig:
 
     model: ActionDiTConfig
     flow: FlowMatchConfig
-    manifest: str  # of the training shards
     codec: str  # folder of the codec that made them
-    out: str  # run folder: metrics.jsonl and the checkpoints
+    out: str  # run folder, or its s3:// url: metrics.jsonl and the checkpoints
     steps: int
     objective: dict[str, Any]  # name: and the fields of that objective
+    manifest: str | None = None  # of the training shards
+    manifests: tuple[Source, ...] = ()  # instead of `manifest`: [{path: ..., weight: 2.0}, ...] are mixed
     init: str | None = None  # checkpoint or run folder whose weights training starts from
     init_weights: Literal["ema", "model"] = "ema"
     batch: int = 4  # clips per process and micro-step
@@ -89,22 +148,42 @@ class TrainConfig:
     ema_decay: float = 0.995
     seed: int = 0
     workers: int = 1  # loader lanes per process
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     log_every: int = 10  # steps between lines of metrics.jsonl
     wandb: bool = False  # WANDB_MODE=offline works without an account
     wandb_project: str = "worldloom"
+    tensorboard: bool = False  # events in the run folder; needs the package
+    peak_tflops: float | None = None  # of one device, dense, at engine.precision, as its maker states it; gives `mfu`
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
+    profile: ProfileConfig = ProfileConfig()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The shard sets to train on."""
+        return self.manifests or (Source(str(self.manifest)),)
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or url of the run's checkpoints."""
+        return self.checkpoint.folder or self.out
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "accumulation", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.on_nonfinite == "skip" and self.accumulation > 1:
+        if (self.manifest is None) == (not self.manifests):
             raise ValueError(
-                f"on_nonfinite=skip cannot take back the earlier micro-steps of accumulation={self.accumulation}; use "
-                "on_nonfinite=stop, or accumulation=1 with a larger batch"
+                "give the training shards: manifest=..., or manifests: [{path: ..., weight: ...}], not both"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops={self.peak_tflops} must be a positive number, or left out")
+        if self.profile.steps and self.profile.start + self.profile.steps > self.steps:
+            raise ValueError(
+                f"profile.start={self.profile.start} and profile.steps={self.profile.steps} end after the run's "
+                f"{self.steps} steps; begin earlier"
+            )

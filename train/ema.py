@@ -1,5 +1,7 @@
 """Exponential moving average of the weights, sharded as the optimizer is."""
 
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,22 @@ class Ema:
         weights = {part.name: part.weight for part in self.engine.fragments()}
         averages = [self.averages[name] for name in weights]
         torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)
+
+    @torch.no_grad()
+    def whole(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """The averages of all ranks put together, and the model's buffers: names and float32 tensors on the CPU, one
+        after the other in the order of `specs`, the model's state on the meta device. All ranks must go through it."""
+        own = {part.name: part for part in self.engine.fragments()} if self.engine.writes_state else {}
+        buffers = dict(self.engine.buffers())
+        for name, spec in specs.items():
+            if name in buffers:
+                yield name, buffers[name].float().cpu()
+                continue
+            flat = torch.zeros(spec.numel())
+            if name in own:
+                start = own[name].start
+                flat[start : start + len(own[name].weight)] = self.averages[name]
+            yield name, self.engine.sum_over_ranks(flat).reshape(spec.shape)
 
     def restore(self, saved: SavedState) -> None:
         """The averages of a saved run, in the parts that this rank has now."""

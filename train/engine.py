@@ -1,8 +1,9 @@
 """TrainConfig -> Accelerator, DeepSpeed's settings in one function, and the few calls that differ between engines."""
 
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -108,7 +109,7 @@ class Engine:
     model: nn.Module
     optimizer: Any
     config: TrainConfig
-    grad_norm: float = 0.0
+    grad_norm: float = 0.0  # of the newest step that was applied, before clipping
 
     @property
     def module(self) -> nn.Module:
@@ -131,15 +132,22 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-    def backward(self, loss: Tensor) -> None:
-        """Gradients of one micro-step; at the last one they are clipped and applied, and `grad_norm` is set."""
+    def backward(self, loss: Tensor, apply: bool = True) -> bool:
+        """Gradients of one micro-step. At the last one they are clipped and applied, and `grad_norm` is set; but if
+        their norm is not finite, or without `apply`, all of the step's are dropped. Whether they were not dropped."""
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
-            return
+            return True
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.grad_norm = float(norm) if norm is not None else 0.0
-        self.optimizer.step()
+        return self._step(float(norm) if norm is not None else 0.0, apply)
+
+    def _step(self, norm: float, apply: bool) -> bool:
+        """Applies the clipped gradients, whose norm was `norm`, or drops them."""
+        if applied := apply and math.isfinite(norm):
+            self.grad_norm = norm
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        return applied
 
     def fragments(self) -> list[Fragment]:
         """What this rank optimises, in float32, and answers for in a checkpoint: here the whole, on every rank."""
@@ -163,9 +171,21 @@ class Engine:
         saved.restore(self.fragments(), self.adam)
         for name, buffer in self.buffers():
             buffer.copy_(saved.read("weight", name, 0, buffer.numel()).reshape(buffer.shape))
-        self._refresh()
+        self.refresh()
 
-    def _refresh(self) -> None:
+    @torch.no_grad()
+    def fill(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes this rank's runs of some whole parameters, and whole buffers; `refresh` must follow in the end."""
+        own = {part.name: part for part in self.fragments()}
+        buffers = dict(self.buffers())
+        for name, whole in weights.items():
+            if name in buffers:
+                buffers[name].copy_(whole)
+            elif name in own:
+                part = own[name]
+                part.weight.copy_(whole.flatten()[part.start : part.start + len(part.weight)])
+
+    def refresh(self) -> None:
         """After new numbers in the fragments: whatever the engine keeps beside them."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -190,15 +210,20 @@ class Engine:
 
 
 def make_engine(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
-    """Prepares model and optimizer; the loader is never prepared, since Accelerate would read it on rank 0 alone."""
+    """Prepares model and optimizer; the loader is never prepared, since Accelerate would read it on rank 0 alone.
+
+    A model on the meta device gets memory for this rank's part alone, without numbers: `fill` must follow.
+    """
     from train.fsdp2 import Fsdp2Engine, shard  # these two build on this module
-    from train.zero import ZeroEngine
+    from train.zero import ZeroEngine, cut_up
 
     if config.engine.name == "fsdp2":
-        model = shard(model.to(accelerator.device), config)
+        model = shard(model, config, accelerator.device)
         return _with_timeouts(Fsdp2Engine(accelerator, model, make_optimizer(model, config.optim), config))
     if config.engine.name == "ddp" and accelerator.num_processes == 1:
         model = model.to(accelerator.device)
+    if next(model.parameters()).is_meta:
+        cut_up(model, config, accelerator.device)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
     kind = ZeroEngine if config.engine.name == "deepspeed" else Engine
     return _with_timeouts(kind(accelerator, model, optimizer, config))

@@ -17,10 +17,14 @@ from train.engine import Engine
 from train.state import Fragment, local_part
 
 
-def shard(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Every block by itself, and the rest: float32 weights cut along their first axis over all ranks."""
+def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    """Every block by itself, and the rest: float32 weights cut along their first axis over all ranks, on `device`.
+
+    A model on the meta device gets memory for this rank's part alone, without numbers.
+    """
     assert isinstance(model, ActionDiT)
-    device = next(model.parameters()).device
+    if not (meta := next(model.parameters()).is_meta):
+        model.to(device)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # The model casts its inputs itself: times and angles stay float32.
     bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -29,6 +33,8 @@ def shard(model: nn.Module, config: TrainConfig) -> nn.Module:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    if meta:
+        model.to_empty(device="cpu" if config.engine.offload == "all" else device)
     return model
 
 
@@ -58,14 +64,12 @@ class Fsdp2Engine(Engine):
         """Whether this micro-step is the last of its step."""
         return self.micro_steps % self.config.accumulation == 0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, apply: bool = True) -> bool:
         (loss / self.config.accumulation).backward()
         if not self.steps_now:
-            return
+            return True
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        self.grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        return self._step(float(norm.full_tensor() if isinstance(norm, DTensor) else norm), apply)
 
     def fragments(self) -> list[Fragment]:
         assert isinstance(self.model, FSDPModule)

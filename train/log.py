@@ -1,114 +1,29 @@
-"""The one writer of figures: metrics.jsonl, the progress line, and wandb when asked."""
+"""The one writer of figures: metrics.jsonl, the progress line, and wandb and TensorBoard when asked."""
 
 import json
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-from torch import Tensor
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from configs.files import write_text
-from sampling.scores import SIGMA_BINS
 from train.config import TrainConfig
-from train.objectives.base import Figures
 
 METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"  # folder in the run folder
 
 
-class StepFigures:
-    """What a step's micro-steps said, as sums that can be added over ranks."""
-
-    def __init__(self) -> None:
-        self.sums = torch.zeros(2, SIGMA_BINS)  # losses, samples
-
-    def add(self, figures: Figures) -> None:
-        index = (figures.sigma.cpu() * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
-        self.sums[0].index_add_(0, index, figures.loss.cpu().float())
-        self.sums[1].index_add_(0, index, torch.ones(len(index)))
-
-
-def describe(sums: Tensor) -> dict[str, float]:
-    """`loss` and `loss/sigma_a-b` from sums (2, bins); what no sample stands for is left out."""
-    figures = {"loss": (sums[0].sum() / sums[1].sum()).item()} if sums[1].sum() > 0 else {}
-    for i in range(SIGMA_BINS):
-        if sums[1, i] > 0:
-            low, high = i / SIGMA_BINS, (i + 1) / SIGMA_BINS
-            figures[f"loss/sigma_{low:.2f}-{high:.2f}"] = (sums[0, i] / sums[1, i]).item()
-    return figures
-
-
-PER_RANK = ("forward_s", "waited_s", "memory_gib")  # what every rank tells the others of a step
-
-
-def per_rank(rank: int, ranks: int, forward_s: float, waited_s: float) -> Tensor:
-    """(PER_RANK ranks) with this rank's column filled in, to be added up over all."""
-    own = torch.zeros(len(PER_RANK), ranks)
-    own[:, rank] = torch.tensor([forward_s, waited_s, memory_gib()])
-    return own
-
-
-def memory_gib() -> float:
-    """CUDA: most that torch has held; else what the process holds."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return psutil.Process().memory_info().rss / 2**30
-
-
-class Interval:
-    """What happened since the last line of metrics.jsonl."""
-
-    def __init__(self, clips_per_step: int, ranks: int) -> None:
-        self.clips_per_step, self.ranks = clips_per_step, ranks
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums, self.steps, self.waited_s, self.skipped = torch.zeros(2, SIGMA_BINS), 0, 0.0, 0
-        self.ranks_s, self.memory = torch.zeros(2, self.ranks), 0.0  # forward and waiting
-        self.began = time.perf_counter()
-
-    def add(self, sums: Tensor, by_rank: Tensor) -> None:
-        """One step's sums (2, bins) over all ranks, and what `per_rank` gave, added up."""
-        self.sums, self.steps = self.sums + sums, self.steps + 1
-        self.ranks_s, self.memory = self.ranks_s + by_rank[:2], max(self.memory, by_rank[2].max().item())
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the block as waiting for data."""
-        before = time.perf_counter()
-        yield
-        self.waited_s += time.perf_counter() - before
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Does not count the block at all: validation and checkpoints have lines of their own."""
-        before = time.perf_counter()
-        yield
-        self.began += time.perf_counter() - before
-
-    @property
-    def data_wait(self) -> float:
-        """The share of the time that was spent waiting for data, in [0, 1]."""
-        return self.waited_s / (time.perf_counter() - self.began)
-
-    def figures(self) -> dict[str, float]:
-        """Losses and speed. Forward passes tell which rank is slow: in backward ones all wait for each other."""
-        took_s = time.perf_counter() - self.began
-        forward_s, waited_s = self.ranks_s
-        ranks = {
-            "forward_s/slowest_rank": (forward_s.max() / self.steps).item(),
-            "forward_s/fastest_rank": (forward_s.min() / self.steps).item(),
-            "data_wait/worst_rank": (waited_s.max() / took_s).item(),
-            "memory_gib": self.memory,
-        }
-        speed = {"s/step": took_s / self.steps, "clips/s": self.steps * self.clips_per_step / took_s}
-        return {**describe(self.sums), **speed, **ranks, "data_wait": self.data_wait, "skipped_steps": self.skipped}
+def require_tensorboard() -> None:
+    """Raises ValueError in one line if the package is not installed."""
+    found = find_spec("tensorboard")
+    if found is None or found.origin is None:  # none, or a folder of that name
+        raise ValueError("tensorboard=true needs a package that is not installed: pip install '.[tensorboard]'")
 
 
 class Log:
@@ -120,6 +35,7 @@ class Log:
             total=config.steps, initial=start, desc=config.objective["name"], unit="step", disable=not main
         )
         self.wandb: Any = None
+        self.board: Any = None
         if not main:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,19 +52,47 @@ class Log:
                 config=asdict(config),
                 mode=os.environ.get("WANDB_MODE", "online"),  # type: ignore[arg-type]
             )
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # not there without its package
+
+            self.board = SummaryWriter(self.path.with_name(TENSORBOARD), purge_step=start + 1)
 
     def advance(self, loss: float, data_wait: float) -> None:
         self.progress.set_postfix_str(f"loss {loss:.4f}, data wait {data_wait:.1%}", refresh=False)
         self.progress.update()
 
-    def write(self, step: int, figures: dict[str, float]) -> None:
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
         """One line of metrics.jsonl, `step` being the number of optimizer steps done."""
         if not self.main:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **figures}) + "\n")
+        self._append(step, figures)
         if self.wandb is not None:
-            self.wandb.log(figures, step=step)
+            self.wandb.log(dict(figures), step=step)
+        if self.board is not None:
+            for name, value in figures.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()  # so that a run that is killed has said as much here as in metrics.jsonl
+
+    def show(self, step: int, videos: Mapping[str, Path]) -> None:
+        """Videos by name, each with its contact sheet beside it (.png): their paths go to metrics.jsonl, they
+        themselves to wandb, and their sheets to TensorBoard, which plays no mp4."""
+        if not self.main or not videos:
+            return
+        named = {f"video/{name}": path for name, path in videos.items()}
+        self._append(step, {name: str(path.relative_to(self.path.parent)) for name, path in named.items()})
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Video(path) for name, path in named.items()}, step=step)
+        if self.board is not None:
+            for name, path in named.items():
+                with Image.open(path.with_suffix(".png")) as sheet:
+                    self.board.add_image(name, np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
+            self.board.flush()
+
+    def _append(self, step: int, entries: Mapping[str, float | str]) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **entries}) + "\n")
 
     def say(self, text: str) -> None:
         """One line for a person, above the progress line."""
@@ -159,6 +103,8 @@ class Log:
         self.progress.close()
         if self.wandb is not None:
             self.wandb.finish()
+        if self.board is not None:
+            self.board.close()
 
 
 def _step_of(line: str) -> float:

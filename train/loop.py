@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,31 +15,27 @@ from torch import Tensor
 
 from configs import load_config
 from configs.files import write_text
-from data_pipeline.stream import Stream, load_manifest, require_action_space
-from data_pipeline.types import Batch, Manifest
-from model.action_dit import ActionDiT
-from model.codec import codec_hash
+from data_pipeline import storage
+from data_pipeline.stream import Stream
+from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from model.weights import load_into, open_weights
-from sampling.world_model import WorldModelConfig, newest_checkpoint, read_world_config
-from train.checkpoint import (
-    Position,
-    find_resumable,
-    fit_to_ranks,
-    load_checkpoint,
-    manifest_digest,
-    read_position,
-    sole_run,
-)
+from sampling.world_model import WorldModelConfig
+from train.build import build_engine
+from train.check import check_run
+from train.checkpoint import Position, load_checkpoint
 from train.config import STOPPED, TrainConfig
 from train.ema import Ema
-from train.engine import Engine, make_engine, start_accelerator
+from train.engine import Engine, start_accelerator
 from train.evaluate import Validation
-from train.log import Interval, Log, StepFigures, describe, per_rank
-from train.objectives import Objective, check_objective, make_objective
+from train.figures import Interval, Scale, StepFigures, describe, per_rank
+from train.log import Log, require_tensorboard
+from train.objectives import Objective, figure_block
 from train.objectives.draws import make_draws
 from train.optim import learning_rate
+from train.profiler import Profiler
+from train.run_folder import sole_run, with_local_out
 from train.save import Saver
+from train.videos import Videos, averaged_world
 from train.watchdog import Watchdog
 
 
@@ -65,131 +61,88 @@ class Run:
     engine: Engine
     ema: Ema
     stop: StopRequest
+    world: WorldModelConfig
     data: str  # digest of the manifest
+    scale: Scale
     watchdog: Watchdog
     saver: Saver
+    profiler: Profiler
     validation: Validation | None
+    videos: Videos | None
 
 
 def train(words: list[str]) -> None:
     """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint."""
-    asked = load_config(TrainConfig, words)
+    asked = with_local_out(load_config(TrainConfig, words))
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
+    if asked.tensorboard:
+        require_tensorboard()
     config, world, resumed, start = checked.config, checked.world, checked.resumed, checked.start
-    stream = Stream(config.manifest, config.batch, config.seed, rank, ranks, config.workers)
+    stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    with sole_run(Path(config.out)) if rank == 0 else nullcontext():
-        if rank == 0:
-            (Path(config.out) / STOPPED).unlink(missing_ok=True)
-        model = ActionDiT(config.model, torch.Generator().manual_seed(config.seed))
-        if checked.init:
-            load_into(model, open_weights(checked.init))
-        model.compile_blocks(config.engine.compile)
-        engine = make_engine(accelerator, model, config)
+    with sole_run(config) if rank == 0 else nullcontext():
+        engine = build_engine(accelerator, config, storage.local(checked.init) if checked.init else None)
         ema = Ema(engine, config.ema_decay)
         if resumed:
             load_checkpoint(engine, ema, resumed)
-        flow = FlowMatch(config.flow)
-        validation = Validation(config, engine, flow) if config.validation.manifest else None
-        saver = Saver(engine, ema, config, world)
-        watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
-        run = Run(config, checked.objective, flow, engine, ema, stop, checked.data, watchdog, saver, validation)
+        flow, objective = FlowMatch(config.flow), checked.objective
+        clips, places = ranks * config.batch * config.accumulation, checked.manifest.clip_latents
+        run = Run(
+            config, objective, flow, engine, ema, stop, world, checked.data,
+            Scale(config.model, ranks, clips, places, figure_block(objective), config.peak_tflops),
+            Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s),
+            Saver(engine, ema, config, world),
+            Profiler(config, rank),
+            Validation(config, engine, flow) if config.validation.manifest else None,
+            Videos(config, world) if config.validation.videos.every else None,
+        )  # fmt: skip
         with closing(Log(config, start, accelerator.is_main_process)) as log:
             if resumed:
                 log.say(f"resumed from {resumed} at step {start}")
             if config != asked:
                 log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
-            with closing(stream.batches(start * config.accumulation)) as batches, watchdog.watching(), memory(config):
+            batches = stream.batches(start * config.accumulation)
+            with closing(batches), run.watchdog.watching(), memory(config):
                 run_steps(run, range(start, config.steps), batches, log)
             if start >= config.steps:
                 log.say(f"nothing to do: {resumed} has all {config.steps} steps")
         engine.shutdown()
 
 
-@dataclass(frozen=True)
-class CheckedRun:
-    """A run whose parts belong together, before any process group is there."""
-
-    config: TrainConfig  # with the batch and accumulation that the ranks need
-    world: WorldModelConfig
-    objective: Objective
-    data: str  # digest of the manifest
-    init: Path | None  # weights to start from
-    resumed: Path | None  # checkpoint to go on from
-    start: int  # step
-
-
-def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
-    """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
-    manifest = load_manifest(config.manifest)
-    world = describe_world(config, manifest)
-    objective, data = make_objective(config.objective), manifest_digest(manifest)
-    check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
-    resumed, start = find_resumable(Path(config.out), world), 0
-    if resumed:
-        position = read_position(resumed)
-        config, start = fit_to_ranks(config, data, position, ranks, resumed), position.step
-    init = initial_weights(config, manifest) if config.init else None
-    return CheckedRun(config, world, objective, data, init, resumed, start)
-
-
 def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> None:
     """Trains `steps`, or until a stop is asked for; figures, validation and checkpoints when they are due."""
-    config, engine = run.config, run.engine
+    config, engine, interval = run.config, run.engine, Interval(run.scale)
     ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
-    interval = Interval(ranks * config.batch * config.accumulation, ranks)
     for step in steps:
         engine.set_learning_rate(rate := learning_rate(config.optim, step, config.steps))
-        figures, forward_s, waited_s = StepFigures(), 0.0, interval.waited_s
-        for micro in range(config.accumulation):
-            run.watchdog.begins(step, "waiting for data")
-            with interval.waiting():
-                batch = next(batches).to(engine.accelerator.device)
-            run.watchdog.begins(step, "computing")
-            micro_step = step * config.accumulation + micro
-            draws = make_draws(config.seed, step, (micro_step * ranks + rank) * config.batch, config.batch)
-            with engine.accumulate():
-                began = time.perf_counter()
-                loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
-                forward_s += time.perf_counter() - began
-                if spoiled(run, step, loss, batch):
-                    interval.skipped += 1
-                    continue
-                engine.backward(loss)
-            figures.add(part)
-        if figures.sums[1].any():  # else the step was skipped
+        run.profiler.begins(step)
+        figures, waited_s = StepFigures(run.scale), interval.waited_s
+        forward_s, applied = compute_step(run, step, batches, figures, interval)
+        if applied:
             run.ema.update(step)
-            if not math.isfinite(engine.grad_norm):
-                raise ValueError(
-                    f"step {step}: the gradient's norm is {engine.grad_norm}, and the weights are spoiled; the newest "
-                    f"checkpoint of {config.out} is from before it: lower the learning rate, or look at the clips"
-                )
+        else:
+            interval.skipped += 1
+            figures.sums.zero_()  # its losses count as little as its gradients
         # One exchange tells every rank the figures of all and whether any of them was asked to stop.
         mine = per_rank(rank, ranks, forward_s, interval.waited_s - waited_s)
-        told = (figures.sums.flatten(), mine.flatten(), torch.tensor([float(run.stop.asked)]))
-        total = engine.sum_over_ranks(torch.cat(told)).split([len(part) for part in told])
-        sums, by_rank, stopping = total[0].reshape(2, -1), total[1].reshape(mine.shape), bool(total[2] > 0)
+        told = (figures.sums, figures.work, mine, torch.tensor([float(run.stop.asked)]))
+        sums, work, by_rank, asked = sum_all_over_ranks(engine, told)
+        with interval.paused():
+            if trace := run.profiler.ends(step):
+                log.say(f"step {step + 1}: traced into {trace}")
+        stopping = bool(asked > 0)
         done, last = step + 1, step + 1 == config.steps or stopping
-        interval.add(sums, by_rank)
-        log.advance(describe(sums).get("loss", math.nan), interval.data_wait)
+        interval.add(sums, work, by_rank)
+        log.advance(describe(sums, run.scale.block).get("loss", math.nan), interval.data_wait)
         if done % config.log_every == 0 or last:
             log.write(done, {**interval.figures(), "grad_norm": engine.grad_norm, "learning_rate": rate})
             interval.restart()
         with interval.paused():
-            run.watchdog.begins(step, "validating or saving")
-            if run.validation and (done % config.validation.every == 0 or done == config.steps):
-                log.write(done, found := run.validation.measure())
-                log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+            validate(run, done, log)
             if done % config.checkpoint.every == 0 or last:
-                began = time.perf_counter()
-                position = Position(done, ranks, config.batch, config.accumulation, config.seed, run.data)
-                folder = run.saver.save(position)
-                run.saver.wait() if last else run.saver.check()
-                going_on = config.checkpoint.background and not last
-                took = f"{time.perf_counter() - began:.1f} s"
-                log.say(f"step {done}: {'saving' if going_on else 'saved'} {folder}, training waited {took}")
+                save(run, done, last, log)
             run.saver.check()
         if stopping:
             if engine.accelerator.is_main_process:
@@ -198,25 +151,43 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             return
 
 
-@contextmanager
-def memory(config: TrainConfig) -> Iterator[None]:
-    """Within the block, memory that is not there is a ValueError of one line: what was asked for, what to lower."""
-    try:
-        yield
-    except RuntimeError as error:
-        said = str(error).splitlines()[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said:
-            raise
+def compute_step(
+    run: Run, step: int, batches: Iterator[Batch], figures: StepFigures, interval: Interval
+) -> tuple[float, bool]:
+    """The micro-steps of a step, what they say being added to `figures`: seconds in forward passes, and whether the
+    gradients were applied. A loss or a gradient that is not finite on any rank drops all of the step, on all of them.
+
+    Raises ValueError in one line, on every rank, if it is to stop the run instead: nothing of it reached the weights.
+    """
+    config, engine, forward_s, fine, applied = run.config, run.engine, 0.0, True, True
+    ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
+    for micro in range(config.accumulation):
+        run.watchdog.begins(step, "waiting for data")
+        with interval.waiting():
+            batch = next(batches).to(engine.accelerator.device)
+        run.watchdog.begins(step, "computing")
+        micro_step = step * config.accumulation + micro
+        draws = make_draws(config.seed, step, (micro_step * ranks + rank) * config.batch, config.batch)
+        with engine.accumulate():
+            began = time.perf_counter()
+            loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
+            forward_s += time.perf_counter() - began
+            fine = not spoiled(run, step, loss, batch) and fine
+            applied = engine.backward(loss, apply=fine)
+        figures.add(part, batch.skipped)
+    if fine and not applied and config.on_nonfinite == "stop":
         raise ValueError(
-            f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {said}; lower batch and "
-            "raise accumulation by as much, or try model.checkpoint_every=1, engine.stage=3, engine.offload=optimizer"
-        ) from error
+            f"step {step}: the gradient is not finite, though the loss is; nothing of it has reached the weights, and "
+            f"the newest checkpoint of {config.out} is from before it: lower the learning rate, look at the clips, or "
+            "say on_nonfinite=skip"
+        )
+    return forward_s, applied
 
 
 def spoiled(run: Run, step: int, loss: Tensor, batch: Batch) -> bool:
     """Whether the loss is NaN or infinite on any rank, so that this step is to be skipped on all of them.
 
-    Raises ValueError in one line, on every rank, if that is to stop the run: nothing of it has reached the weights.
+    Raises ValueError in one line, on every rank, if that is to stop the run.
     """
     ranks, rank = run.engine.accelerator.num_processes, run.engine.accelerator.process_index
     flags = torch.zeros(ranks)
@@ -232,33 +203,49 @@ def spoiled(run: Run, step: int, loss: Tensor, batch: Batch) -> bool:
     return bool(bad)
 
 
-def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
-    """What the sampler will need; raises if manifest, codec and model do not belong together."""
-    space, action = manifest.game.action_space, config.model.action
-    found = codec_hash(config.codec)
-    if found != manifest.codec_hash:
-        raise ValueError(f"{config.manifest} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
-    if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
+def sum_all_over_ranks(engine: Engine, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Each of `parts` added up over all ranks, in one exchange."""
+    total = engine.sum_over_ranks(torch.cat([part.flatten() for part in parts]))
+    summed = total.split([part.numel() for part in parts])
+    return [one.reshape(part.shape) for one, part in zip(summed, parts, strict=True)]
+
+
+def validate(run: Run, done: int, log: Log) -> None:
+    """Held-out losses and videos after `done` steps, if they are due."""
+    config, last = run.config.validation, done == run.config.steps
+    if run.validation and (done % config.every == 0 or last):
+        run.watchdog.begins(done - 1, "validating")
+        log.write(done, found := run.validation.measure())
+        log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+    if run.videos and (done % config.videos.every == 0 or last):
+        began = time.perf_counter()
+        with run.watchdog.main_alone(done - 1, "making videos") as alive:
+            world = averaged_world(run.config, run.world, run.engine, run.ema)
+            if world is not None:
+                log.show(done, run.videos.make(world, done, alive))
+        log.say(f"step {done}: videos in {run.videos.folder}, training waited {time.perf_counter() - began:.1f} s")
+
+
+def save(run: Run, done: int, last: bool, log: Log) -> None:
+    """A checkpoint after `done` steps, with what it cost."""
+    config, ranks, began = run.config, run.engine.accelerator.num_processes, time.perf_counter()
+    run.watchdog.begins(done - 1, "saving")
+    folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
+    run.saver.wait() if last else run.saver.check()
+    took = f"{time.perf_counter() - began:.1f} s"
+    log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
+
+
+@contextmanager
+def memory(config: TrainConfig) -> Iterator[None]:
+    """Within the block, memory that is not there is a ValueError of one line: what was asked for, what to lower."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said:
+            raise
         raise ValueError(
-            f"model.action.keyboard_dim_in={action.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
-            f"({', '.join(space.keys)})"
-        )
-    if action and action.enable_mouse and not space.mouse:
-        raise ValueError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
-    causal = config.model.causal
-    for name, ours, theirs in (
-        ("vision", config.model.vision, manifest.vision),
-        ("unknown", causal.unknown if causal else "zeros", manifest.unknown),
-    ):
-        if ours != theirs:
-            where = "model.vision" if name == "vision" else "model.causal.unknown"
-            raise ValueError(f"{where}={ours}, but the clips of {config.manifest} were encoded with {name}={theirs}")
-    return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
-
-
-def initial_weights(config: TrainConfig, manifest: Manifest) -> Path:
-    """The weights file that `config.init` names; raises if it is of another model or action space."""
-    assert config.init
-    checkpoint = newest_checkpoint(config.init)
-    require_action_space(manifest, read_world_config(checkpoint).game.action_space, str(checkpoint))
-    return checkpoint / f"{config.init_weights}.safetensors"
+            f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {said}; lower batch and "
+            "raise accumulation by as much, or try model.checkpoint_every=1, engine.stage=3, engine.offload=optimizer"
+        ) from error

@@ -1,19 +1,23 @@
 """Writing checkpoints: every rank its part, the main process what everyone reads, COMPLETE last."""
 
 import json
-import shutil
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
+from tqdm import tqdm
 
 from configs import save_config
-from configs.files import write_text
+from configs.cli import one_line
+from data_pipeline import cache, storage
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_checkpoints
+from sampling.world_model import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps
 from train.checkpoint import (
     FORMAT,
     POSITION,
@@ -24,14 +28,16 @@ from train.checkpoint import (
     step_folder,
     weight_specs,
 )
-from train.config import TrainConfig
+from train.config import CheckpointConfig, TrainConfig
 from train.ema import Ema
 from train.engine import Engine
-from train.state import SavedState, collect_state
+from train.run_folder import as_asked, push
+from train.state import SavedState, checksums, collect_state
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time; with `checkpoint.background` while training goes on.
+    """Writes the checkpoints of one run, one at a time: into its folder, with `checkpoint.background` while training
+    goes on; or to its s3:// url, where the upload always is in the background.
 
     No process group is used but for the folder: the parts of all ranks are there when their files are, since a file
     gets its name when it is whole.
@@ -39,40 +45,77 @@ class Saver:
 
     def __init__(self, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig) -> None:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
+        self.remote = storage.is_s3(config.checkpoints)
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
 
-    def save(self, position: Position) -> Path:
+    @property
+    def saving(self) -> bool:
+        """Whether something is being written while training goes on."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def save(self, position: Position) -> str:
         """Writes, or begins to write, the checkpoint of `position`; deletes those that are superseded. All ranks must
-        call. Raises OSError in one line when a disk does not take one; the checkpoint before it stays."""
-        self.wait()
-        folder = step_folder(Path(self.config.out), position.step)
+        call. The checkpoint before it stays until it is whole.
+
+        Raises OSError in one line when a disk does not take one. A server that does not is another matter: that is
+        said on stderr, and the next checkpoint is another try.
+        """
+        self._join()
+        self.check()
+        self._error = None
+        folder = step_folder(self.config.checkpoints, position.step)
         if self.engine.accelerator.is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)  # of a save that was killed
-            (folder / TRAINER).mkdir(parents=True)
+            storage.remove_folder(folder, COMPLETE)  # of a save that was killed, or failed
         self.engine.accelerator.wait_for_everyone()
-        tensors, metadata = self._collect()
+        collected = self._collect()
         if self.config.checkpoint.background:
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-            given = (folder, position, tensors, metadata)
-            self._thread = threading.Thread(target=self._write_aside, args=given, name="save")
-            self._thread.start()
+            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in collected[0].items()}
+            self._aside(folder, lambda: self._complete(folder, position, *self._stage(folder, tensors, collected[1])))
+        elif self.remote:
+            staged: list[tuple[Path, ExitStack]] = []
+            self._try(folder, lambda: staged.append(self._stage(folder, *collected)))
+            if staged:
+                self._aside(folder, partial(self._complete, folder, position, *staged[0]))
         else:
-            self._write(folder, position, tensors, metadata)
+            self._try(folder, lambda: self._complete(folder, position, *self._stage(folder, *collected)))
+            self.check()
             self.engine.accelerator.wait_for_everyone()
         return folder
 
     def check(self) -> None:
-        """Raises the OSError of a save in the background, if it had one."""
-        if self._error is not None:
+        """Raises the OSError of a save onto a disk, if it had one."""
+        if self._error is not None and not self.remote:
             raise self._error
 
     def wait(self) -> None:
-        """Until nothing is being written any more; raises as `check`."""
+        """Until nothing is being written any more. Raises OSError in one line if the last save had one."""
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        self.check()
+
+    def _aside(self, folder: str, work: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._try, args=(folder, work), name="save")
+        self._thread.start()
+
+    def _try(self, folder: str, work: Callable[[], None]) -> None:
+        """Does the work, and keeps the OSError that it may raise."""
+        try:
+            work()
+        except OSError as error:
+            remedy = "the server may be back later" if self.remote else "make room on the disk"
+            self._error = OSError(
+                f"cannot write {folder}: {error.strerror or one_line(error)}; the checkpoint before it is whole: "
+                f"{remedy}, and the same command goes on from there"
+            )
+            self._error.__cause__ = error
+            if self.remote:  # by any rank, at once: the run goes on
+                tqdm.write(f"train run: rank {self.engine.accelerator.process_index}: {self._error}", file=sys.stderr)
 
     def _collect(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
         """This rank's part; nothing where another rank has the same."""
@@ -82,53 +125,60 @@ class Saver:
         buffers = dict(self.engine.buffers()) if main else {}
         return collect_state(self.engine.fragments(), self.engine.adam, self.ema.averages, buffers)
 
-    def _write_aside(
-        self, folder: Path, position: Position, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        try:
-            self._write(folder, position, tensors, metadata)
-        except OSError as error:
-            self._error = error
-
-    def _write(
-        self, folder: Path, position: Position, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-    ) -> None:
-        accelerator = self.engine.accelerator
-        try:
+    def _stage(self, folder: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Path, ExitStack]:
+        """Writes this rank's part to this machine's disk: where it is then, until the stack is closed."""
+        name = state_file(self.engine.accelerator.process_index)
+        with ExitStack() as stack:
+            place = stack.enter_context(cache.scratch()) if self.remote else Path(folder) / TRAINER
             if self.engine.writes_state:
-                save_weights(tensors, folder / TRAINER / state_file(accelerator.process_index), metadata)
-            if accelerator.is_main_process:
-                self._finish(folder, position)
-        except OSError as error:
-            raise OSError(
-                f"cannot write {folder}: {error.strerror or error}; the checkpoint before it is whole: make room on "
-                "the disk and run the same command again"
-            ) from error
+                save_weights(tensors, place / name, {**metadata, **checksums(tensors)})
+            return place / name, stack.pop_all()
 
-    def _finish(self, folder: Path, position: Position) -> None:
+    def _complete(self, folder: str, position: Position, part: Path, staged: ExitStack) -> None:
+        """Brings this rank's part to where it belongs; the main process adds the rest."""
+        with staged:
+            if self.remote and self.engine.writes_state:
+                storage.write_file(part, storage.join(folder, f"{TRAINER}/{part.name}"))
+            if self.engine.accelerator.is_main_process:
+                self._finish(folder, position, part)
+
+    def _finish(self, folder: str, position: Position, own: Path) -> None:
         """What the main process writes, when the parts of all ranks are there."""
-        ranks = range(position.ranks) if self.engine.all_write_state else range(1)
-        parts = [folder / TRAINER / state_file(rank) for rank in ranks]
+        parts = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
+        self._wait_for(parts, storage.join(folder, TRAINER))
+        where = {name: storage.join(folder, f"{TRAINER}/{name}") for name in parts} | {own.name: own}
+        saved, specs = SavedState(where[name] for name in parts), weight_specs(self.world)
+        for name, what in WEIGHTS.items():
+            with storage.writing(storage.join(folder, f"{name}.safetensors")) as file:
+                save_weights(saved.whole(what, specs), file, {"step": str(position.step)})
+        for name, config in (("config.yaml", as_asked(self.config)), (WORLD_FILE, self.world)):
+            with storage.writing(storage.join(folder, name)) as file:
+                save_config(config, file)
+        storage.write_text(storage.join(folder, f"{TRAINER}/{POSITION}"), json.dumps(asdict(position)))
+        push(Path(self.config.out), self.config.checkpoints)
+        told = {"format": FORMAT, "step": position.step, "bytes": storage.list_tree(folder)}
+        storage.write_text(storage.join(folder, COMPLETE), json.dumps(told, indent=1))
+        for name in self._superseded():
+            # COMPLETE first, so that a kill here leaves no half of a checkpoint that looks whole.
+            storage.remove_folder(storage.join(self.config.checkpoints, name), COMPLETE)
+
+    def _wait_for(self, parts: list[str], folder: str) -> None:
         deadline = time.monotonic() + self.config.engine.timeout_s
-        while missing := [path.name for path in parts if not path.exists()]:
+        while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(folder)}):
             if time.monotonic() > deadline:
                 raise OSError(f"{', '.join(missing)} did not come in {self.config.engine.timeout_s:.0f} s")
-            time.sleep(0.01)
-        saved, specs = SavedState(parts), weight_specs(self.world)
-        for name, what in WEIGHTS.items():
-            save_weights(saved.whole(what, specs), folder / f"{name}.safetensors", {"step": str(position.step)})
-        save_config(self.config, folder / "config.yaml")
-        save_config(self.world, folder / WORLD_FILE)
-        write_text(folder / TRAINER / POSITION, json.dumps(asdict(position)))
-        files = {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
-        write_text(folder / COMPLETE, json.dumps({"format": FORMAT, "step": position.step, "bytes": files}, indent=1))
-        for old in superseded(complete_checkpoints(Path(self.config.out)), self.config):
-            (old / COMPLETE).unlink()  # first, so that a kill here leaves no half of a checkpoint that looks whole
-            shutil.rmtree(old)
+            time.sleep(0.5 if self.remote else 0.01)
+
+    def _superseded(self) -> list[str]:
+        """Which of the run's checkpoints need not be kept, and which were never finished."""
+        run, whole = self.config.checkpoints, complete_steps(self.config.checkpoints)
+        unfinished = [name for name in map(storage.name_of, storage.list_folders(run)) if name not in whole]
+        return superseded(whole, self.config.checkpoint) + [
+            name for name in unfinished if name.startswith(STEP_FOLDERS.rstrip("*"))
+        ]
 
 
-def superseded(found: list[Path], config: TrainConfig) -> list[Path]:
-    """Which of a run's checkpoints, oldest first, need not be kept."""
-    every = config.checkpoint.keep_every
-    old = found[: -config.checkpoint.keep_last]
-    return [folder for folder in old if not every or int(folder.name.rpartition("_")[2]) % every]
+def superseded(whole: list[str], config: CheckpointConfig) -> list[str]:
+    """Which of a run's complete checkpoints, oldest first, need not be kept."""
+    old = whole[: -config.keep_last]
+    return [name for name in old if not config.keep_every or int(name.rpartition("_")[2]) % config.keep_every]

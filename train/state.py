@@ -5,18 +5,22 @@ Every engine cuts the parameters up in its own way, but a cut is always a run of
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from model.weights import LazyWeights, open_weights
+from data_pipeline import storage
+from model.weights import LazyWeights, open_weights, read_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
-STARTS, STEP = "starts", "step"  # in a file's metadata
+STARTS, STEP, CHECKSUMS = "starts", "step", "crc32"  # in a file's metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,21 +74,37 @@ def collect_state(
     return tensors, {STARTS: json.dumps(starts), STEP: str(adam_steps(optimizer))}
 
 
-class SavedState:
-    """The files of all ranks together; numbers are read when they are asked for."""
+def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata that tells altered numbers from those that were written."""
+    return {CHECKSUMS: json.dumps({name: _crc32(tensor) for name, tensor in tensors.items()})}
 
-    def __init__(self, paths: Iterable[Path]) -> None:
+
+def _crc32(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+class SavedState:
+    """The files of all ranks together, on disk or in a bucket; numbers are read when they are asked for.
+
+    From a bucket each tensor is a request of its own; or, where `copies` is given, a file of which anything is asked is
+    copied to this machine until `copies` is closed.
+    """
+
+    def __init__(self, paths: Iterable[str | Path], copies: ExitStack | None = None) -> None:
         """Raises ValueError in one line for files that are no complete state."""
         self.runs: dict[str, list[tuple[int, LazyWeights]]] = {}
         self.steps, self.paths = 0, list(paths)
         for path in self.paths:
-            file = open_weights(path)
+            file = read_weights(path, partial(storage.opened, buffer_bytes=1))
             if STARTS not in file.metadata:
                 raise ValueError(f"{path} holds weights, but no state of a training run")
             starts = json.loads(file.metadata[STARTS])
             self.steps = max(self.steps, int(file.metadata[STEP]))
+            if copies is not None and storage.is_s3(path):
+                file = replace(file, read=_reading_copy(path, copies))
+            compared = _compared(file, path)
             for key in file:
-                self.runs.setdefault(key, []).append((starts[key.partition("/")[2]], file))
+                self.runs.setdefault(key, []).append((starts[key.partition("/")[2]], compared))
 
     def read(self, what: str, name: str, start: int, length: int) -> Tensor:
         """(length) float32 of `weight`, `ema` or a moment of the flattened parameter `name`."""
@@ -96,7 +116,7 @@ class SavedState:
                 found[low - start : high - start] = file[key][low - begin : high - begin]
                 filled += high - low
         if filled != length:
-            where = self.paths[0].parent if self.paths else "no file"
+            where = storage.parent(self.paths[0]) if self.paths else "no file"
             raise ValueError(f"{where} holds {filled} of {length} numbers of {key}: it is of another model, or damaged")
         return found
 
@@ -119,3 +139,28 @@ class SavedState:
             fragment.weight.copy_(self.read("weight", *span))
             for key in MOMENTS if self.steps else ():
                 fragment.moment(optimizer, key).copy_(self.read(key, *span))
+
+
+def _reading_copy(path: str | Path, copies: ExitStack) -> Callable[[str], Tensor]:
+    copied: list[LazyWeights] = []
+
+    def read(name: str) -> Tensor:
+        if not copied:
+            copied.append(open_weights(copies.enter_context(storage.borrowed(path))))
+        return copied[0].read(name)
+
+    return read
+
+
+def _compared(file: LazyWeights, path: str | Path) -> LazyWeights:
+    """The tensors of a rank's file; reading one whose numbers are not those that were written raises ValueError."""
+    expected = json.loads(file.metadata.get(CHECKSUMS, "{}"))
+
+    def read(name: str) -> Tensor:
+        tensor = file.read(name)
+        found = _crc32(tensor)
+        if expected.get(name, found) != found:
+            raise ValueError(f"{path} is damaged in {name}; delete its checkpoint to resume from the one before it")
+        return tensor
+
+    return replace(file, read=read)

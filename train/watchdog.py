@@ -55,6 +55,23 @@ class Watchdog:
         finally:
             self._done.set()
 
+    @contextmanager
+    def main_alone(self, step: int, doing: str) -> Iterator[Callable[[], None]]:
+        """Within the block rank 0 may work by itself for longer than a step may take, and the others wait at its end.
+        It gives what rank 0 is to call after every piece of the work, since each of these has the limit to itself."""
+        self.begins(step, doing)
+        yield lambda: self.begins(step, doing)
+        if self.store is None:
+            return
+        key = f"worldloom/{doing}/{step}"
+        if self.rank == 0:
+            self.store.set(key, "done")
+        while not self.store.check([key]):
+            self.begins(step, f"waiting for rank 0, which is {doing},")
+            if gone := self.silent():
+                self._end(gone, f"waited for rank 0, which was {doing}")
+            time.sleep(BEAT_S)
+
     def _ask(self, question: Callable[[], list[str]]) -> list[str]:
         """The answer, or that the store gives none: a machine that is cut off answers nothing, and refuses nothing."""
         answer: list[list[str]] = []

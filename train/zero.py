@@ -1,12 +1,32 @@
 """DeepSpeed ZeRO 1, 2 and 3: optimizer states, gradients and weights cut up over the ranks."""
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from train.engine import Engine
+from model.action_dit import ActionDiT
+from model.memory import give_back
+from train.config import TrainConfig
+from train.engine import Engine, deepspeed_settings
 from train.state import Fragment
+
+
+def cut_up(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Gives the parts of a `model` on the meta device memory, one after the other, and cuts each up over the ranks at
+    once. What the memory holds means nothing."""
+    from deepspeed.runtime.zero.partition_parameters import Init  # costs a second, and prints
+
+    assert isinstance(model, ActionDiT)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    model.to(dtype)
+    for _, part in model.parts():
+        part.to_empty(device=device)
+        for tensor in (*part.parameters(), *part.buffers()):
+            tensor.detach().zero_()
+        Init(module=part, config_dict_or_path=deepspeed_settings(config), dtype=dtype)
+        give_back()
 
 
 class ZeroEngine(Engine):
@@ -23,10 +43,16 @@ class ZeroEngine(Engine):
     def adam(self) -> torch.optim.Optimizer:
         return self.zero.optimizer
 
-    def backward(self, loss: Tensor) -> None:
-        self.accelerator.backward(loss)
-        if self.accelerator.sync_gradients:
-            self.grad_norm = float(self.model.get_global_grad_norm())  # type: ignore[operator]
+    def backward(self, loss: Tensor, apply: bool = True) -> bool:
+        # DeepSpeed drops a step whose gradients' norm is not finite, and no other: what is to be dropped becomes NaN.
+        self.accelerator.backward(loss if apply else loss * math.nan)
+        if not self.accelerator.sync_gradients:
+            return True
+        if self.zero.overflow:
+            return False
+        assert apply, "DeepSpeed applied gradients that are NaN"
+        self.grad_norm = float(self.model.get_global_grad_norm())  # type: ignore[operator]
+        return True
 
     def fragments(self) -> list[Fragment]:
         return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
@@ -57,11 +83,12 @@ class ZeroEngine(Engine):
         return parts
 
     @torch.no_grad()
-    def _refresh(self) -> None:
+    def refresh(self) -> None:
         """The weights that the passes use, in bf16 or float32, from the float32 ones."""
         if self.config.engine.stage != 3:
             self.zero.update_lp_params()
             return
+        self.zero._partition_all_parameters()  # whole ones would stay as they are
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:  # small ones, which every rank keeps whole

@@ -1,29 +1,54 @@
-"""Recording formats by name: each reader turns a folder and the game's config into an Episode."""
+"""Recording formats by name: each finds the recordings of a source and reads them into episodes of a game."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from data_pipeline.readers.worldloom import find_episodes, read_episode
+from data_pipeline.readers import csgo, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
+from data_pipeline.readers.recording import Recording, recording_of
+from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
 from data_pipeline.video import fit_frame
 
-__all__ = ["READERS", "find_episodes", "read_game_frames", "split_episodes"]
+__all__ = ["READERS", "Reader", "Recording", "find_recordings", "read_game_frames", "recording_of", "split_episodes"]
 
 T = TypeVar("T")
+Reader = Literal["worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control"]
 
-READERS: dict[str, Callable[[Path, GameConfig], Episode]] = {"worldloom": read_episode}
+READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
+    "worldloom": worldloom.find_recordings,
+    "frames": frames.find_recordings,
+    "vpt": vpt.find_recordings,
+    "gf_minecraft": gf_minecraft.find_recordings,
+    "csgo": csgo.find_recordings,
+    "lerobot": lerobot.find_recordings,
+    "owl_control": owl_control.find_recordings,
+}
 
 
-def split_episodes(episodes: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:
-    """Episodes to train on and episodes held out: every `heldout_every`-th is held out, none if it is 0."""
+def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
+    """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate."""
+    return [one._replace(read=partial(_read_at_rate, one)) for one in READERS[reader](source)]
+
+
+def _read_at_rate(recording: Recording, game: GameConfig) -> Sequence[Episode]:
+    if game.inputs.fps is None or game.inputs.fps == game.fps:
+        return recording.read(game)
+    recorded = recording.read(replace(game, fps=game.inputs.fps))
+    return [ResampledEpisode(episode, game.fps) for episode in recorded]
+
+
+def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:
+    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0."""
     if heldout_every < 0 or heldout_every == 1:
         raise ValueError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
-    heldout = [heldout_every > 0 and i % heldout_every == heldout_every - 1 for i in range(len(episodes))]
-    train = [episode for episode, held in zip(episodes, heldout, strict=True) if not held]
-    return train, [episode for episode, held in zip(episodes, heldout, strict=True) if held]
+    heldout = [heldout_every > 0 and i % heldout_every == heldout_every - 1 for i in range(len(recordings))]
+    train = [recording for recording, held in zip(recordings, heldout, strict=True) if not held]
+    return train, [recording for recording, held in zip(recordings, heldout, strict=True) if held]
 
 
 def read_game_frames(episode: Episode, game: GameConfig) -> Iterator[np.ndarray]:

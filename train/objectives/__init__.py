@@ -38,3 +38,8 @@ def check_objective(objective: Objective, model: ActionDiTConfig, layout: Layout
             f"objective.block={forcing.block}, model.causal.block={causal.block}, clips of {clip_latents} latents: the "
             "two must be equal and divide the clips"
         )
+
+
+def figure_block(objective: Objective) -> int:
+    """How many latents one figure of loss by place stands for: those that share a noise level of their own."""
+    return objective.block if isinstance(objective, DiffusionForcing) else 1

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data_pipeline.types import CHUNK_LATENTS, Batch
 from model.flow import FlowMatch
 from sampling.scores import velocity_error
-from train.objectives.base import Base, Figures
+from train.objectives.base import Base, Figures, figures_after
 from train.objectives.draws import Draws
 
 
@@ -34,7 +34,7 @@ class Autoregressive:
         loss = target.mean()
         if progress < self.curriculum:
             loss = self.context_weight * context + (1 - self.context_weight) * loss
-        return loss, Figures(target.mean(dim=1).detach(), draw.sigma)
+        return loss, figures_after(CHUNK_LATENTS, error, draw)
 
     def _noised_context(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Tensor:
         if not self.context_noise:

@@ -7,16 +7,25 @@ from torch import Tensor, nn
 
 from data_pipeline.types import CHUNK_LATENTS, Batch
 from model.flow import FlowMatch
-from sampling.scores import cut_chunk, velocity_error
+from sampling.scores import Draw, cut_chunk, velocity_error
 from train.objectives.draws import Draws
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Per sample, detached: what the loss was made of."""
+    """What the loss was made of, detached: the latent frames that the objective is after."""
 
-    loss: Tensor  # (b) velocity error of the latents the objective is after
-    sigma: Tensor  # (b)
+    loss: Tensor  # (b m) velocity error
+    sigma: Tensor  # (b m)
+    first: int  # place of the first of the m in the sequence
+    sequence: torch.Size  # (b c f h w) of the latents that the model was given
+
+
+def figures_after(known: int, error: Tensor, draw: Draw) -> Figures:
+    """Figures of velocity errors (b f). The first `known` latents are given, and no achievement: they may count for the
+    gradient, but not for the figures."""
+    sigma = draw.sigma if draw.sigma.ndim == 2 else draw.sigma[:, None].expand_as(error)
+    return Figures(error[:, known:].detach(), sigma[:, known:], known, draw.noise.shape)
 
 
 @dataclass(frozen=True)
@@ -32,5 +41,4 @@ class Base:
         chunk = cut_chunk(batch, int(torch.randint(chunks, (1,), generator=draws.shared)))
         draw = draws.draw(chunk.latents, flow)
         error = velocity_error(model, flow, chunk, 1, draw)
-        # The given latent is no achievement: it counts for the gradient, not for the figure.
-        return error.mean(), Figures(error[:, 1:].mean(dim=1).detach(), draw.sigma)
+        return error.mean(), figures_after(1, error, draw)

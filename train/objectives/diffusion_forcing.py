@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from sampling.scores import Draw, velocity_error
-from train.objectives.base import Figures
+from train.objectives.base import Figures, figures_after
 from train.objectives.draws import Draws
 
 
@@ -43,8 +43,7 @@ class DiffusionForcing:
         if self.weighted:
             schedule = flow.schedule(flow.config.train_steps, training=True)
             weight = schedule.training_weight(flow.config.train_steps * draw.sigma)
-        # The given latent is no achievement: it counts for the gradient, not for the figure.
-        return (error * weight).mean(), Figures(error[:, 1:].detach().flatten(), draw.sigma[:, 1:].flatten())
+        return (error * weight).mean(), figures_after(1, error, draw)
 
     def draw(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Draw:
         """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w); each sample's from its own

@@ -8,7 +8,6 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from data_pipeline.types import Actions, ActionSpace
-from sampling.presets import lit_caps
 
 MIN_WIDTH = 640  # px; smaller pictures are enlarged before anything is drawn, so that the letters stay sharp
 SUPERSAMPLING = 4  # sprites are drawn this much larger and averaged down: smooth edges without a font file
@@ -17,6 +16,18 @@ CROSS = {"W": (0, 1), "A": (1, 0), "S": (1, 1), "D": (1, 2)}  # (row, column) of
 WHITE, INK, DARK, AMBER = (250, 250, 252), (22, 24, 30), (14, 16, 22), (255, 190, 50)
 DARK_ALPHA, RIM_ALPHA, SHADOW_ALPHA = 140, 150, 90  # of 255
 HALF_GAUGE_DEG = 2.5  # degrees per frame at which the stick reaches about half of the gauge's radius
+
+
+def lit_caps(action_space: ActionSpace, actions: Actions) -> dict[str, np.ndarray]:
+    """For each cap that an overlay draws whether it is lit (n), in the order of the keys; the cap `""` is not drawn.
+
+    Where W is a key and neither A nor D is, and there is a mouse, the two show its yaw: it steers, as in gta_drive.
+    """
+    labels = action_space.caps or action_space.keys
+    lit = {label: actions.keyboard[:, i] > 0.5 for i, label in enumerate(labels) if label}
+    if "W" in lit and not {"A", "D"} & lit.keys() and action_space.mouse:
+        lit |= {"A": actions.mouse[:, 1] < 0, "D": actions.mouse[:, 1] > 0}
+    return lit
 
 
 @dataclass(frozen=True)

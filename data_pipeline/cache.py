@@ -1,0 +1,223 @@
+"""What of a bucket lies on this machine for a while: copies that are read, and files on their way up.
+
+All of it is in one folder, `$WORLDLOOM_CACHE` (`~/.cache/worldloom` if that is not set). Copies are kept from run to
+run up to `$WORLDLOOM_CACHE_GB` (50), the longest unused going first; those that a living process reads stay.
+"""
+
+import atexit
+import fcntl
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import IO
+
+from configs.files import sha256_file
+from data_pipeline import s3
+from data_pipeline.s3_errors import MissingBucket, bucket_and_key
+
+DEFAULT_GB = 50.0
+
+_held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
+
+
+def root() -> Path:
+    """The folder of everything here, made if it is not there."""
+    told = os.environ.get("WORLDLOOM_CACHE")
+    folder = Path(told).absolute() if told else Path.home() / ".cache" / "worldloom"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"cannot write to {folder}: {error.strerror}; set WORLDLOOM_CACHE to a folder with room"
+        ) from error
+    return folder
+
+
+def run_folder(url: str) -> Path:
+    """Where the run at the s3 `url` keeps on this machine what it appends to."""
+    return root() / "runs" / url.removeprefix("s3://").rstrip("/")
+
+
+def run_folder_in_shell(url: str) -> str:
+    """The same in the words of a shell on another machine."""
+    place = shlex.quote(url.removeprefix("s3://").rstrip("/"))
+    return f'"${{WORLDLOOM_CACHE:-$HOME/.cache/worldloom}}"/runs/{place}'
+
+
+def limit_bytes() -> int:
+    """How much the copies may take."""
+    told = os.environ.get("WORLDLOOM_CACHE_GB", str(DEFAULT_GB))
+    try:
+        return int(float(told) * 1e9)
+    except ValueError as error:
+        raise ValueError(f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes") from error
+
+
+def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
+    """The file, or the folder with everything in it, that lies at the s3 `url`, on this machine; of a folder only the
+    files whose path in it is `wanted`.
+
+    It is as it was at the time of the call: what has changed in the bucket is fetched again. Several processes share
+    one copy, and it stays until this one ends. Raises FileNotFoundError if nothing is there.
+    """
+    url = url.rstrip("/")
+    name, found = url.rpartition("/")[2], _find(url)
+    below = {place: it for place, it in found.items() if not place or wanted(place[1:])}
+    told = json.dumps([url, sorted(below.items())])
+    folder = root() / "copies" / hashlib.sha256(told.encode()).hexdigest()[:16]
+    if folder not in _held:
+
+        def fetch(part: Path) -> None:
+            for place in below:
+                path = part / f"{name}{place}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                s3.download(url + place, path)
+
+        lock = _open_lock(folder)
+        _fill(folder, lock, sum(size for size, _ in below.values()), fetch)
+        _held[folder] = lock
+    return folder / name
+
+
+@contextmanager
+def borrowed(url: str) -> Iterator[Path]:
+    """The file that lies at the s3 `url`, on this machine within the block."""
+    found = s3.head(url)
+    with _copied(url, found.sha256 or found.etag, found.bytes, lambda copy: None) as copy:
+        yield copy
+
+
+@contextmanager
+def copy_of(url: str, size: int, sha256: str) -> Iterator[Path]:
+    """As `borrowed`, of a file of which size and SHA-256 are known: nothing is asked of the server where the copy is
+    there already. Raises ValueError in one line for other bytes."""
+
+    def compare(copy: Path) -> None:
+        if sha256_file(copy) != sha256:
+            raise ValueError(f"{url} is altered: its SHA-256 is not the manifest's; verify the set")
+
+    with _copied(url, sha256, size, compare) as copy:
+        yield copy
+
+
+@contextmanager
+def _copied(url: str, version: str, size: int, check: Callable[[Path], None]) -> Iterator[Path]:
+    folder = root() / "copies" / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
+    name = url.rpartition("/")[2]
+
+    def fetch(part: Path) -> None:
+        s3.download(url, part / name)
+        check(part / name)
+
+    with _open_lock(folder) as lock:
+        _fill(folder, lock, size, fetch)
+        yield folder / name
+
+
+def _fill(folder: Path, lock: IO[str], size: int, fetch: Callable[[Path], None]) -> None:
+    """Leaves `folder` with what `fetch` puts there, unless it is there already, and `lock` held: as long as it is, the
+    folder stays. Of several processes that want it, one fetches."""
+    while True:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        if folder.is_dir():
+            os.utime(lock.fileno())
+            return
+        fcntl.flock(lock, fcntl.LOCK_EX)  # by way of no lock at all: another may have fetched it meanwhile
+        if not folder.is_dir():
+            _make_room(size)
+            with _filling(folder) as part:
+                fetch(part)
+
+
+@contextmanager
+def _filling(folder: Path) -> Iterator[Path]:
+    """A path for a folder that gets the name `folder` when the block ends well, and is deleted when it does not."""
+    part = folder.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+    part.mkdir()
+    try:
+        yield part
+        part.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _find(url: str) -> dict[str, tuple[int, str]]:
+    """Size and ETag of the object `url`, or of all in the folder `url`, by what follows `url` in their names."""
+    try:
+        found = s3.head(url)
+        return {"": (found.bytes, found.etag)}
+    except MissingBucket:
+        raise
+    except FileNotFoundError:
+        prefix = bucket_and_key(f"{url}/")[1]
+        below = {f"/{it.key.removeprefix(prefix)}": (it.bytes, it.etag) for it in s3.list_objects(f"{url}/")}
+        if not below:
+            raise
+        return below
+
+
+def _open_lock(folder: Path) -> IO[str]:
+    folder.parent.mkdir(exist_ok=True)
+    return open(folder.with_suffix(".lock"), "a", encoding="utf-8")
+
+
+def _make_room(needed: int) -> None:
+    """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit."""
+    with open(root() / "copies" / ".lock", "a") as one_at_a_time:
+        fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        copies = [lock.with_suffix("") for lock in (root() / "copies").glob("?*.lock")]
+        taken = {folder: _bytes_of(folder) for folder in copies if folder.is_dir()}
+        over = sum(taken.values()) + needed - limit_bytes()
+        for folder in sorted(taken, key=lambda folder: folder.with_suffix(".lock").stat().st_mtime):
+            if over <= 0:
+                return
+            with _open_lock(folder) as lock, suppress(BlockingIOError):  # somebody reads it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+                over -= taken[folder]
+
+
+def _bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """An empty folder for a file on its way up; it is gone afterwards, or at the next use if this process is killed."""
+    with tempfile.TemporaryDirectory(dir=_scratch_of(os.getpid())) as folder:
+        yield Path(folder)
+
+
+@lru_cache(maxsize=1)
+def _scratch_of(pid: int) -> Path:
+    """This process's own folder; those of processes that were killed are deleted: nobody holds their locks."""
+    every = root() / "scratch"
+    every.mkdir(exist_ok=True)
+    with open(every / ".lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for other in every.glob("*/"):
+            with open(other / ".lock", "a") as held:
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                shutil.rmtree(other)
+        own = Path(tempfile.mkdtemp(prefix=f"{pid}.", dir=every))
+        held = open(own / ".lock", "a")  # noqa: SIM115  # until the process ends
+        fcntl.flock(held, fcntl.LOCK_EX)
+    atexit.register(_forget, own, pid, held)
+    return own
+
+
+def _forget(folder: Path, pid: int, held: IO[str]) -> None:
+    if os.getpid() == pid:  # not in a fork of the process that made it
+        shutil.rmtree(folder, ignore_errors=True)
+        held.close()

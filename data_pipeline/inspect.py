@@ -1,0 +1,192 @@
+"""What a shard set holds: a few lines of text, and a page with pictures, actions and a few clips as video."""
+
+import base64
+import html
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from configs import load_config
+from data_pipeline import storage
+from data_pipeline.overlay import Overlay, enlarge
+from data_pipeline.stream import Shards
+from data_pipeline.types import CHUNK_LATENTS, Clip, Manifest
+from data_pipeline.video import to_uint8, write_video
+from model.codec import Codec, codec_hash, load_codec
+
+BINS = 41  # of the mouse's histograms
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #22252c; max-width: 1060px; margin: 40px auto; padding: 0 20px; }
+h2 { font-size: 19px; margin: 36px 0 8px; } .faint { color: #767b88; font-size: 13px; }
+figure { display: inline-block; margin: 0 8px 12px 0; } figcaption { font-size: 12px; color: #767b88; }
+img, video { border-radius: 6px; display: block; } .row { display: flex; align-items: center; gap: 10px; }
+.row b { width: 130px; font-weight: 500; } .row i { background: #2f6fde; height: 12px; border-radius: 3px; }
+.bars { display: flex; align-items: flex-end; height: 90px; gap: 1px; }
+.bars i { background: #2f6fde; width: 14px; min-height: 1px; }
+"""
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """`python -m data_pipeline inspect MANIFEST`."""
+
+    manifest: str
+    out: str | None = None  # folder that gets index.html and the videos
+    codec: str | None = None  # the one that encoded the set: to show clips as video
+    videos: int = 4  # clips as video
+    pictures: int = 24  # first frames
+    looked_at: int = 256  # clips, spread over all of the set, whose actions are counted
+
+    def __post_init__(self) -> None:
+        if min(self.videos, self.pictures) < 0 or self.looked_at < 1:
+            raise ValueError(
+                f"videos={self.videos} and pictures={self.pictures} must be 0 or more, looked_at={self.looked_at} "
+                "1 or more"
+            )
+
+
+def inspect(words: list[str]) -> None:
+    """Say what a manifest holds, and write a page: inspect MANIFEST out=FOLDER codec=runs/my/codec"""
+    config = load_config(InspectConfig, words)
+    shards = Shards(config.manifest, verify=False)
+    actions = read_actions(shards, config.looked_at)
+    for line in summarise(config.manifest, shards, actions):
+        print(line)
+    if config.out is not None:
+        print(write_page(config, shards, actions))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The actions of some clips, one row per frame."""
+
+    keyboard: torch.Tensor  # (n k)
+    mouse_deg: torch.Tensor  # (n 2) pitch and yaw; (n 0) without a mouse
+
+
+def read_actions(shards: Shards, looked_at: int) -> Counted:
+    """Those of `looked_at` clips spread over all of the set."""
+    clips = [shards.read(number) for number in spread(shards, looked_at)]
+    keyboard, mouse = (torch.cat([clip[name] for clip in clips]) for name in ("keyboard", "mouse"))
+    return Counted(keyboard, mouse * shards.manifest.game.action_space.mouse_unit_deg)
+
+
+def spread(shards: Shards, wanted: int) -> list[int]:
+    """Up to `wanted` numbers of clips from the first to the last."""
+    return np.unique(np.linspace(0, len(shards) - 1, wanted).astype(int)).tolist() if wanted else []
+
+
+def summarise(url: str, shards: Shards, actions: Counted) -> list[str]:
+    """Lines that say what the set at `url` holds."""
+    manifest, game, space = shards.manifest, shards.manifest.game, shards.manifest.game.action_space
+    megabytes = sum(info.bytes for info in manifest.shards) / 1e6
+    shares = ", ".join(f"{key} {share:.0%}" for key, share in key_shares(manifest, actions).items())
+    per_episode = list(Counter(entry.episode for _, entry in shards.places).values())
+    lines = [
+        f"{url}: {manifest.split}, {manifest.clips} clips in {len(manifest.shards)} shards, {megabytes:.1f} MB",
+        f"game {game.name!r}, {game.width}x{game.height} px, {game.fps:g} fps, action space {space.describe()}",
+        f"{manifest.layout} clips of {manifest.clip_frames} frames = {manifest.clip_latents} latents, "
+        f"{manifest.clip_frames / game.fps:.1f} s, codec {manifest.codec} {manifest.codec_hash}, "
+        f"plan {manifest.plan_hash}",
+        f"{len(per_episode)} episodes of {min(per_episode)} to {max(per_episode)} clips",
+        f"keys held: {shares}",
+    ]
+    if space.mouse:
+        pitch, yaw = actions.mouse_deg.std(0).tolist()
+        lines.append(f"mouse: standard deviation of pitch {pitch:.2f}, yaw {yaw:.2f} degrees per frame")
+    return lines
+
+
+def key_shares(manifest: Manifest, actions: Counted) -> dict[str, float]:
+    """In which share of the frames each key is held, and none."""
+    found = dict(zip(manifest.game.action_space.keys, actions.keyboard.mean(0).tolist(), strict=True))
+    return {**found, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
+
+
+def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
+    """Writes `index.html` and the videos into `config.out`; its url.
+
+    Raises ValueError in one line for another codec than the set's.
+    """
+    assert config.out is not None
+    manifest, parts = shards.manifest, list[str]()
+    codec = open_codec(config.codec, manifest) if config.codec is not None else None
+    lines = [html.escape(line) for line in summarise(config.manifest, shards, actions)]
+    parts.append("<p>" + "<br>".join(lines) + "</p><h2>Keys held</h2>")
+    parts += [
+        f'<div class="row"><b>{html.escape(key)}</b><i style="width: {400 * share:.0f}px"></i>{share:.1%}</div>'
+        for key, share in key_shares(manifest, actions).items()
+    ]
+    parts += [histogram(f"{axis} per frame", column) for axis, column in zip(
+        ("pitch", "yaw"), actions.mouse_deg.T, strict=False)]  # fmt: skip
+    lengths = Counter(Counter(entry.episode for _, entry in shards.places).values())
+    parts.append("<h2>Clips per episode</h2>")
+    parts += [
+        f'<div class="row"><b>{clips} clips</b><i style="width: {400 * episodes / max(lengths.values()):.0f}px"></i>'
+        f"{episodes} episodes</div>"
+        for clips, episodes in sorted(lengths.items())
+    ]
+    if codec is not None:
+        parts.append('<h2>Clips</h2><p class="faint">Decoded from the latents, with the actions drawn onto them.</p>')
+        parts += list(write_videos(config.out, codec, shards, spread(shards, config.videos)))
+    parts.append("<h2>First frames</h2>")
+    parts += [picture(shards.clip(number)) for number in spread(shards, config.pictures)]
+    title = f"{manifest.game.name}, {manifest.split}"
+    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
+    url = storage.join(config.out, "index.html")
+    storage.write_text(url, page + "\n".join(parts) + "\n")
+    return url
+
+
+def open_codec(path: str, manifest: Manifest) -> Codec:
+    """The codec at `path`, if it is the one that encoded the set."""
+    here = storage.local(path)
+    if (found := codec_hash(here)) != manifest.codec_hash:
+        raise ValueError(f"codec={path} is {found}, the set was encoded by {manifest.codec_hash}; name that one")
+    return load_codec(here)
+
+
+def histogram(title: str, values: torch.Tensor) -> str:
+    """Bars of how often values (n) in degrees come, as HTML; the middle 99 % of them."""
+    bound = max(float(values.abs().quantile(0.995)), 1e-3)
+    counts = torch.histc(values, BINS, -bound, bound)
+    bars = "".join(f'<i style="height: {90 * count / counts.max():.0f}px"></i>' for count in counts.tolist())
+    still = (values == 0).float().mean()
+    note = f"from {-bound:.2f} to {bound:.2f} degrees; exactly 0 in {still:.0%} of the frames"
+    return f'<h2>{title}</h2><div class="bars">{bars}</div><p class="faint">{note}</p>'
+
+
+def picture(clip: Clip) -> str:
+    """A clip's first frame, as HTML."""
+    data = base64.b64encode(clip.first_frame).decode()
+    name = html.escape(f"{clip.episode}, frame {clip.start}")
+    return f'<figure><img src="data:image/jpeg;base64,{data}" height="96"><figcaption>{name}</figcaption></figure>'
+
+
+def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[str]:
+    """Writes each clip as mp4 with its actions drawn onto it; gives the HTML that shows it."""
+    game = shards.manifest.game
+    for number in numbers:
+        clip = shards.clip(number)
+        name = f"clip_{number:06d}.mp4"
+        frames = [enlarge(frame) for frame in decode_clip(codec, clip, shards.manifest)]
+        overlay = Overlay(game.action_space, *frames[0].shape[:2])
+        actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
+        with storage.writing(storage.join(out, name)) as path:
+            write_video(Path(path), (overlay.draw(*shown) for shown in actions), game.fps)
+        title = html.escape(f"{clip.episode}, frame {clip.start}")
+        yield f'<figure><video src="{name}" controls loop width="320"></video><figcaption>{title}</figcaption></figure>'
+
+
+@torch.no_grad()
+def decode_clip(codec: Codec, clip: Clip, manifest: Manifest) -> np.ndarray:
+    """The frames (n h w 3) uint8 of a clip; chunks are decoded each by itself, as they were encoded."""
+    length = CHUNK_LATENTS if manifest.layout == "chunked" else manifest.clip_latents
+    chunks = rearrange(clip.latents.float(), "c (k f) h w -> k c f h w", f=length)
+    video = torch.cat([codec.decode(chunk[None]) for chunk in chunks], dim=2)
+    return to_uint8(video.clamp(-1, 1))[0].numpy()

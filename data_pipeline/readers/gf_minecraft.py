@@ -1,0 +1,111 @@
+"""GameFactory's GF-Minecraft: `video/<name>.mp4` and `metadata/<name>.json` (seed_*_part_*) in one folder, 16 fps.
+
+`actions` in the json has entries "0", "1", ...: `ws` (0 nothing, 1 forward, 2 back), `ad` (1 left, 2 right), `scs` (1
+jump, 2 sneak, 3 sprint), `pitch_delta` and `yaw_delta` (x 15 degrees), and a pose. The dataset's description says that
+entry 0 is to be ignored, which is so if an entry is the action that led to its frame: nothing led to frame 0. So entry
+i leads from frame i - 1 to frame i, and action i is entry i + 1. What led on from the last frame is known only if there
+is one entry more than frames; else the last frame is left out.
+
+The json can contradict: where entries have `yaw`, it must change towards entry i by 15 x yaw_delta of entry i, and a
+file where it goes by that of a neighbour is refused. Keys have the names of those that Minecraft binds: w, s, a, d,
+space, left_shift, left_control. Minecraft's pitch grows downwards, here it grows upwards; its yaw grows to the right.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.readers.keys import bind_keys, mouse_rows
+from data_pipeline.readers.recording import (
+    Recording,
+    VideoEpisode,
+    cut_video,
+    find_pairs,
+    list_folders,
+    probe_video,
+    read_json,
+    read_number,
+)
+from data_pipeline.types import Actions, GameConfig
+
+DEG_PER_DELTA = 15.0
+CHOICES = {"ws": ("", "w", "s"), "ad": ("", "a", "d"), "scs": ("", "space", "left_shift", "left_control")}
+KEYS = [name for names in CHOICES.values() for name in names if name]
+SAME_DEG = 0.5  # a yaw that changes by this much more or less than its delta agrees with it
+
+
+def find_recordings(source: str | Path) -> list[Recording]:
+    """The pairs of `metadata/` and `video/` (or `videos/`) in `source`, by name."""
+    folders = {path.name: path for path in list_folders(source)}
+    videos = folders.get("video") or folders.get("videos")
+    if videos is None or "metadata" not in folders:
+        raise ValueError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
+    pairs = find_pairs(videos, folders["metadata"], ".json")
+    return [Recording(video.stem, partial(read_pair, video, log)) for video, log in pairs]
+
+
+def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
+    """The one episode of a pair.
+
+    Raises ValueError in one line: entries and frames that do not go together, an entry that is damaged, another fps,
+    actions that are shifted against the poses.
+    """
+    keys = bind_keys(game, KEYS, "GF-Minecraft recordings")
+    info, entries = probe_video(video, game), read_entries(log)
+    if len(entries) - info.frames not in (0, 1):
+        raise ValueError(
+            f"{log} has {len(entries)} entries, {video} has {info.frames} frames; there must be one entry per frame, "
+            "or one more"
+        )
+    keyboard, degrees = [], np.zeros((len(entries), 2))
+    for i, entry in enumerate(entries):
+        where = f"{log} entry {i}"
+        pitch, yaw = (read_number(entry.get(name), f"{where}: {name}") for name in ("pitch_delta", "yaw_delta"))
+        degrees[i] = -DEG_PER_DELTA * pitch, DEG_PER_DELTA * yaw
+        keyboard.append(keys.row([name for name in (_choice(entry, axis, where) for axis in CHOICES) if name], where))
+    check_poses(log, entries, degrees[:, 1])
+    actions = Actions(np.stack(keyboard)[1:], mouse_rows(game, degrees[1:]))
+    return cut_video(video.stem, video, info, game, actions, [(0, len(actions))])
+
+
+def read_entries(log: Path) -> list[dict[str, Any]]:
+    """The entries 0, 1, 2, ... of `actions`. Raises ValueError if one is left out."""
+    found = read_json(log).get("actions")
+    if not isinstance(found, dict) or len(found) < 2:
+        raise ValueError(f"{log} must hold actions, an object with the entries 0, 1, 2, ...")
+    entries = [entry for i in range(len(found)) if isinstance(entry := found.get(str(i)), dict)]
+    if len(entries) < len(found):
+        missing = next(i for i in range(len(found)) if not isinstance(found.get(str(i)), dict))
+        raise ValueError(f"{log} has {len(found)} entries, but no entry {missing}")
+    return entries
+
+
+def check_poses(log: Path, entries: list[dict[str, Any]], yaw_deg: np.ndarray) -> None:
+    """Raises ValueError if the `yaw` of `entries` goes by the `yaw_deg` (n) of the entries before or after them."""
+    if any("yaw" not in entry for entry in entries):
+        return
+    yaw = np.array([read_number(entry["yaw"], f"{log} entry {i}: yaw") for i, entry in enumerate(entries)])
+    agreeing = {shift: _agreement(np.diff(yaw), yaw_deg, shift) for shift in (0, -1, 1)}
+    best = max(agreeing, key=lambda shift: agreeing[shift])
+    if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
+        raise ValueError(
+            f"{log}: yaw changes by the yaw_delta of the entry {'before' if best < 0 else 'after'} in "
+            f"{agreeing[best]:.0%} of the turns, by its own in {agreeing[0]:.0%}; the actions are shifted by one frame"
+        )
+
+
+def _agreement(turned: np.ndarray, yaw_deg: np.ndarray, shift: int) -> float:
+    """The share of turns `turned` (n - 1), the i-th leads to entry i + 1, that are the delta `shift` entries later."""
+    places = np.arange(2, len(yaw_deg) - 1)  # without those that have no neighbour, and without entry 0
+    places = places[np.abs(turned[places - 1]) > SAME_DEG]
+    off = (turned[places - 1] - yaw_deg[places + shift] + 180) % 360 - 180
+    return float(np.mean(np.abs(off) < SAME_DEG)) if len(places) else 0.0
+
+
+def _choice(entry: dict[str, Any], axis: str, where: str) -> str:
+    names, value = CHOICES[axis], read_number(entry.get(axis), f"{where}: {axis}")
+    if value not in range(len(names)):
+        raise ValueError(f"{where}: {axis} must be 0 to {len(names) - 1}, not {value:g}")
+    return names[int(value)]

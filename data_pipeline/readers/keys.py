@@ -1,0 +1,77 @@
+"""What recordings call keys and mouse buttons, and which key of the action space each of them holds."""
+
+import difflib
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipeline.types import GameConfig
+
+MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", "mouse_4", "mouse_5")
+# One name for a key whatever format it comes from: those of Minecraft and GLFW, with _ for the dot.
+NAMED_KEYS = (
+    *("space", "enter", "tab", "escape", "backspace", "insert", "delete", "home", "end", "page_up", "page_down"),
+    *("up", "down", "left", "right", "caps_lock", "num_lock", "scroll_lock", "print_screen", "pause", "menu"),
+    *(f"{side}_{key}" for side in ("left", "right") for key in ("shift", "control", "alt", "win")),
+    *("apostrophe", "comma", "minus", "period", "slash", "semicolon", "equal", "grave_accent", "backslash"),
+    *("left_bracket", "right_bracket", "world_1", "world_2"),
+    *(f"keypad_{key}" for key in ("add", "decimal", "divide", "enter", "equal", "multiply", "subtract", *range(10))),
+    *(f"f{i}" for i in range(1, 26)),
+)
+INPUTS = frozenset((*"abcdefghijklmnopqrstuvwxyz0123456789", *NAMED_KEYS, *MOUSE_BUTTONS))
+
+
+@dataclass(frozen=True)
+class KeyMap:
+    """Names of inputs to places in the keyboard vector."""
+
+    game: GameConfig
+    places: dict[str, list[int]]  # of each input that holds something
+
+    def row(self, held: Iterable[str], where: str) -> np.ndarray:
+        """The keyboard vector (k) of 0 and 1 while the inputs `held` are; `where` names file and row in errors."""
+        vector = np.zeros(len(self.game.action_space.keys), dtype=np.float32)
+        for name in held:
+            if name in self.places:
+                vector[self.places[name]] = 1
+            elif self.game.inputs.others == "refuse":
+                raise ValueError(
+                    f"{where}: {name!r} holds no key of {self.game.name!r}; bind it in game.inputs.keys or set "
+                    "game.inputs.others=drop"
+                )
+        return vector
+
+
+def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> KeyMap:
+    """The game's bindings; without any, a key is held by the input of its own name.
+
+    Raises ValueError for an input that is not in `known`, which is what the recordings `where` can hold.
+    """
+    bound = game.inputs.keys or {key: (key,) for key in game.action_space.keys}
+    places: dict[str, list[int]] = {}
+    for key, inputs in bound.items():
+        for name in inputs:
+            if known is not None and name not in known:
+                near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
+                raise ValueError(
+                    f"game.inputs.keys.{key}: {where} have no input {name!r}, but {', '.join(near)}; "
+                    "[] is a key that nothing holds"
+                )
+            places.setdefault(name, []).append(game.action_space.keys.index(key))
+    return KeyMap(game, places)
+
+
+def require_mouse_scale(game: GameConfig, where: str) -> None:
+    """Raises ValueError if the mouse counts, but not how many degrees one recorded unit is."""
+    if game.action_space.mouse and not (game.inputs.pitch_deg and game.inputs.yaw_deg):
+        raise ValueError(
+            f"{where} count the mouse in units of their own: set game.inputs.pitch_deg and game.inputs.yaw_deg, the "
+            "degrees up and right of one unit (of a pixel: pitch_deg < 0, since y counts downwards)"
+        )
+
+
+def mouse_rows(game: GameConfig, degrees: np.ndarray) -> np.ndarray:
+    """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse."""
+    rows = degrees if game.action_space.mouse else degrees[:, :0]
+    return (rows / game.action_space.mouse_unit_deg).astype(np.float32)

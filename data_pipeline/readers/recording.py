@@ -1,0 +1,192 @@
+"""What readers share: a recording, an episode that is a span of a video's frames, how files are found and read."""
+
+import csv
+import importlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline import storage
+from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
+from data_pipeline.video import VideoInfo, probe, read_frames
+
+RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
+
+
+class Recording(NamedTuple):
+    """One recording of a source; held-out recordings are chosen whole, since its episodes resemble each other."""
+
+    name: str
+    read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+
+
+@dataclass(frozen=True)
+class VideoEpisode:
+    """Frames `first` to `first` + n of a video with their n actions; frames are decoded when asked for."""
+
+    id: str
+    video: Path
+    first: int
+    fps: float
+    height: int  # px, as recorded
+    width: int  # px
+    action_space: ActionSpace
+    actions: Actions
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """Every frame in order, (h w 3) uint8 RGB, as recorded."""
+        return read_frames(self.video, self.first, self.first + len(self.actions))
+
+
+def probe_video(video: Path, game: GameConfig) -> VideoInfo:
+    """What the video says about itself. Raises ValueError for another rate than the game's."""
+    info = probe(video)
+    check_rate(video, info.fps, game)
+    return info
+
+
+def check_rate(video: Path, fps: float, game: GameConfig) -> None:
+    """Raises ValueError for another rate than the game's."""
+    if abs(fps / game.fps - 1) > RATE_TOLERANCE:
+        raise ValueError(
+            f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; set game.fps, or game.inputs.fps to "
+            "leave frames out"
+        )
+
+
+def cut_video(
+    name: str, video: Path, info: VideoInfo, game: GameConfig, actions: Actions, spans: Sequence[tuple[int, int]]
+) -> list[VideoEpisode]:
+    """One episode per span of frames: first, one past the last. `actions` has a row for each frame up to the last span.
+
+    Where a recording was cut, an episode is called `<name>-f<its first frame, six digits>`.
+    """
+    episodes = []
+    for first, end in spans:
+        part = name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
+        size = info.height, info.width
+        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, actions[first:end]))
+    return episodes
+
+
+def recording_of(episode: str) -> str:
+    """The name of the recording that the episode with this id was cut from."""
+    return re.sub(r"-f\d{6,}$", "", episode)
+
+
+def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
+    """First and one past the last index of each run of frames to `keep` (n) bool.
+
+    Where `jumps` (n) bool is true, a frame does not follow the one before it, and another run begins.
+    """
+    begins = keep & (~np.roll(keep, 1) | jumps)
+    ends = keep & (~np.roll(keep, -1) | np.roll(jumps, -1))
+    begins[:1], ends[-1:] = keep[:1], keep[-1:]
+    return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
+
+
+def find_pairs(videos: Path, logs: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """Each mp4 in `videos` with the log of its name in `logs`. Raises ValueError for one without the other."""
+    by_name = {path.stem: path for path in list_files(videos, ".mp4")}
+    logs_by_name = {path.stem: path for path in list_files(logs, suffix)}
+    alone = [*(by_name.keys() ^ logs_by_name.keys())]
+    if alone:
+        path = by_name.get(min(alone)) or logs_by_name[min(alone)]
+        raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
+    if not by_name:
+        raise ValueError(f"{videos} holds no .mp4 with a {suffix} each")
+    return [(by_name[name], logs_by_name[name]) for name in sorted(by_name)]
+
+
+def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
+    """Raises ValueError if a log has not one row per frame: then nobody knows which row belongs to which frame."""
+    if rows != info.frames:
+        raise ValueError(f"{log} has {rows} rows, {video} has {info.frames} frames; there must be one row per frame")
+
+
+def list_folders(source: str | Path) -> list[Path]:
+    """The folders directly in `source`, by name. Names that begin with a dot are unfinished ones."""
+    return [path for path in _list(source) if path.is_dir()]
+
+
+def list_files(source: str | Path, *suffixes: str) -> list[Path]:
+    """The files directly in `source` whose names end in one of `suffixes`, by name."""
+    return [path for path in _list(source) if path.name.lower().endswith(suffixes) and path.is_file()]
+
+
+def _list(source: str | Path) -> list[Path]:
+    source = storage.path(source)
+    if not source.is_dir():
+        raise FileNotFoundError(f"no folder of recordings {source}")
+    return sorted(path for path in source.iterdir() if not path.name.startswith("."))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    return parse_json(read_text(path), str(path))
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """The object that `text` is; `where` names it in errors."""
+    loaded = parse_json_value(text, where)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{where} must hold an object")
+    return loaded
+
+
+def parse_json_value(text: str, where: str) -> Any:
+    """Whatever the JSON `text` is."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {error}") from error
+
+
+def read_text(path: Path) -> str:
+    """A file's text."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from error
+
+
+def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the rows of a table, each row with its line's number in the file; empty lines are left out."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        rows = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.line_num}: {error}") from error
+    for line, row in rows:
+        if len(row) != len(header):
+            raise ValueError(f"{path} line {line}: {len(row)} cells, the header has {len(header)}")
+    return header, rows
+
+
+def read_number(value: Any, where: str) -> float:
+    """A finite number, given as one or as its text; `where` names it in errors."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or isinstance(value, bool):
+        raise ValueError(f"{where} is {value!r}, which is no number")
+    return number
+
+
+def import_extra(module: str, what: str) -> Any:
+    """An optional package; raises ValueError with what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(f"{what} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error

@@ -1,0 +1,108 @@
+"""OpenAI's VPT contractor recordings of Minecraft: pairs `<name>.mp4` and `<name>.jsonl` in one folder, 20 Hz.
+
+Line i of the jsonl is what the player did at the tick whose picture is frame i, so it is action i and leads to frame
+i + 1: VPT's own loader reads one frame and one line at a time and pairs them as observation and action
+(openai/Video-Pre-Training, data_loader.py). Of a line these are used:
+
+`mouse.dx`, `mouse.dy`: degrees = pixels x 360 / 2400 (its CAMERA_SCALER), x to the right and y downwards; here pitch,
+that comes first, is positive upwards. They stay fractions: VPT's own loader cut them to whole degrees (its issue 54).
+`mouse.buttons` 0, 1, 2: `mouse_left`, `mouse_right`, `mouse_middle`. In early recordings the left one is stuck from the
+first line on until it is pressed anew (same loader); until then it does not count.
+`keyboard.keys`: `key.keyboard.left.shift` is `left_shift`, and so on.
+`isGuiOpen`: then the mouse moves a pointer, not the view; these frames are left out, so that an episode ends there and
+another begins behind. The same where `tick` leaves some out.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_pipeline import storage
+from data_pipeline.readers.keys import INPUTS, MOUSE_BUTTONS, bind_keys, mouse_rows
+from data_pipeline.readers.recording import (
+    Recording,
+    VideoEpisode,
+    check_rows,
+    cut_video,
+    find_pairs,
+    find_spans,
+    parse_json,
+    probe_video,
+    read_number,
+    read_text,
+)
+from data_pipeline.types import Actions, GameConfig
+
+DEG_PER_PX = 360 / 2400
+KEY_PREFIX = "key.keyboard."
+
+
+class Tick(NamedTuple):
+    """One line."""
+
+    where: str  # file and line
+    inputs: list[str]  # held
+    mouse_deg: tuple[float, float]  # pitch up, yaw right
+    gui: bool
+    number: int  # of the game's tick, counted where it is not given
+
+
+def find_recordings(source: str | Path) -> list[Recording]:
+    """The pairs directly in `source`, by name."""
+    pairs = find_pairs(storage.path(source), storage.path(source), ".jsonl")
+    return [Recording(video.stem, partial(read_pair, video, log)) for video, log in pairs]
+
+
+def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
+    """The episodes between open GUIs.
+
+    Raises ValueError in one line: lines and frames that are not as many, another fps, a line that is damaged or out of
+    order, a key that the game does not have (`inputs.others: drop` leaves those out).
+    """
+    keys = bind_keys(game, INPUTS, "VPT recordings")
+    info, ticks = probe_video(video, game), list(read_ticks(log))
+    check_rows(log, len(ticks), video, info)
+    keyboard = [keys.row(() if tick.gui else tick.inputs, tick.where) for tick in ticks]
+    actions = Actions(np.stack(keyboard), mouse_rows(game, np.array([tick.mouse_deg for tick in ticks])))
+    numbers = np.array([tick.number for tick in ticks])
+    keep, jumps = ~np.array([tick.gui for tick in ticks]), np.diff(numbers, prepend=numbers[0] - 1) != 1
+    return cut_video(video.stem, video, info, game, actions, find_spans(keep, jumps))
+
+
+def read_ticks(log: Path) -> Iterator[Tick]:
+    """The lines of a jsonl. Raises ValueError for a damaged one and for ticks out of order."""
+    attack_stuck, number = False, -1
+    for i, line in enumerate(read_text(log).rstrip("\n").split("\n")):  # splitlines would cut within what was typed
+        where = f"{log} line {i + 1}"
+        tick = parse_json(line, where)
+        mouse, keyboard, gui = (tick.get(name) for name in ("mouse", "keyboard", "isGuiOpen"))
+        if not isinstance(mouse, dict) or not isinstance(keyboard, dict) or not isinstance(gui, bool):
+            raise ValueError(f"{where} lacks mouse, keyboard or isGuiOpen")
+        after, number = number, int(read_number(tick.get("tick", number + 1), f"{where}: tick"))
+        if number <= after and i:
+            raise ValueError(f"{where}: tick {number} after {after}; the lines are out of order")
+        buttons, new_buttons = (read_list(mouse, name, where) for name in ("buttons", "newButtons"))
+        attack_stuck = new_buttons == [0] if i == 0 else attack_stuck and 0 not in new_buttons
+        held = [
+            MOUSE_BUTTONS[button] if button in range(len(MOUSE_BUTTONS)) else f"mouse_{button}" for button in buttons
+        ]
+        held = [name for name in held if not (attack_stuck and name == MOUSE_BUTTONS[0])]
+        held += [name_key(key) for key in read_list(keyboard, "keys", where)]
+        dx, dy = (read_number(mouse.get(name), f"{where}: mouse.{name}") for name in ("dx", "dy"))
+        yield Tick(where, held, (-dy * DEG_PER_PX, dx * DEG_PER_PX), gui, number)
+
+
+def read_list(part: dict[str, Any], name: str, where: str) -> list[Any]:
+    """A list of a line."""
+    found = part.get(name)
+    if not isinstance(found, list):
+        raise ValueError(f"{where}: {name} must be a list, not {found!r}")
+    return found
+
+
+def name_key(key: Any) -> str:
+    """`key.keyboard.left.shift` -> `left_shift`."""
+    return str(key).removeprefix(KEY_PREFIX).replace(".", "_")

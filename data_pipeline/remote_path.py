@@ -1,0 +1,44 @@
+"""An s3:// url that can be asked what a Path is asked: readers of recordings need not know where their files lie."""
+
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+
+from data_pipeline import s3
+from data_pipeline.s3_errors import MissingBucket, bucket_and_key
+
+
+class S3Path(PurePosixPath):
+    """`s3://bucket/key`; its parts, names and suffixes are a path's own."""
+
+    def __str__(self) -> str:
+        return "s3://" + "/".join(self.parts[1:])
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def is_file(self) -> bool:
+        """Whether there is an object. Raises FileNotFoundError if not even the bucket is there."""
+        try:
+            s3.head(str(self))
+        except MissingBucket:
+            raise
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        """Whether there are objects in it."""
+        return next(s3.list_objects(f"{self}/"), None) is not None
+
+    def iterdir(self) -> Iterator["S3Path"]:
+        """The files and folders directly in it."""
+        prefix = bucket_and_key(f"{self}/")[1]
+        for found in s3.list_objects(f"{self}/", "/"):
+            if found.key != prefix:  # an object that some programs make for a folder
+                yield self / found.key.removeprefix(prefix).rstrip("/")
+
+    def read_bytes(self) -> bytes:
+        return s3.read(str(self))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)

@@ -1,0 +1,225 @@
+"""Whether the machines of a run can bear it, found out on every node before anything is queued."""
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+
+import psutil
+
+from configs import build, merge_words, to_dict
+from configs.cli import one_line
+from configs.files import write_text
+from data_pipeline.storage import is_s3
+from launch.command import Task, accelerate_words, environment
+from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
+from launch.links import RankReport
+from launch.machine import MachineConfig
+from launch.meeting import Meeting, meet
+from launch.mesh import Door, Hello, door_name, knock
+from launch.node import address, inspect_node
+from launch.places import Trial
+from launch.submit import submit
+from launch.tables import examination_text
+from launch.timed import Doing, within
+from train.config import EngineConfig, TrainConfig
+
+STARTING_S = 120.0  # that the processes may take to start, besides timeout_s
+ENDING_S = 10.0  # that the launcher may take to end
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """What `python -m launch doctor` is told."""
+
+    machine: MachineConfig
+    engine: EngineConfig = field(default_factory=EngineConfig)  # a machine's file may say it
+    shared: str | None = None  # folder that all nodes share
+    bucket: str | None = None  # s3://bucket or s3://bucket/folder
+    timeout_s: float = 60.0  # for a node to come, for its report, and for all transfers together
+    megabytes: float = 64.0  # 1e6 bytes, sent between two ranks at most
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    report: str | None = None  # file for all findings, as JSON
+    dry_run: bool = False  # only print what would be started
+    script: str | None = None  # file for the Slurm script or the Kubernetes manifests; none: they are printed
+
+    def __post_init__(self) -> None:
+        if self.timeout_s < 5 or self.megabytes <= 0:
+            raise ValueError(f"timeout_s={self.timeout_s:g} must be 5 or more, megabytes={self.megabytes:g} above 0")
+        if self.bucket and not is_s3(self.bucket):
+            raise ValueError(f"bucket={self.bucket} must begin with s3://; a folder is given as shared=")
+        if self.machine.kind == "local" and self.script:
+            raise ValueError("script= is for machines of kind slurm and kubernetes; leave it out")
+
+    @property
+    def places(self) -> list[str]:
+        return [place for place in (self.shared, self.bucket) if place]
+
+    @property
+    def most_s(self) -> float:
+        """The longest that it may take: to meet, to report, to start and to measure, to end."""
+        return 3 * self.timeout_s + STARTING_S + ENDING_S
+
+
+def read_doctor(words: Sequence[str]) -> DoctorConfig:
+    """The doctor's settings; those that only a run has are passed over, since a machine's file may hold them."""
+    merged = merge_words(words)
+    if "machine" not in merged:
+        raise ValueError("no machine: begin with a file of configs/machines")
+    of_runs = {one.name for one in fields(TrainConfig)} - {one.name for one in fields(DoctorConfig)}
+    return build(DoctorConfig, {name: value for name, value in merged.items() if name not in of_runs})
+
+
+def doctor(words: list[str]) -> int:
+    """Examine every node before a run: configs/machines/X.yaml shared=FOLDER bucket=s3://... timeout_s= megabytes="""
+    config = read_doctor(words)
+    if config.machine.kind == "local":
+        return _here(config)
+    return submit(config.machine, doctor_task(config, words), config.script, config.dry_run)
+
+
+def doctor_task(config: DoctorConfig, words: Sequence[str]) -> Task:
+    """For a scheduler: every node runs the doctor of a local machine, told which of them it is."""
+    mine = [word for word in words if word.partition("=")[0] not in ("script", "dry_run")]
+
+    def line(rank: str, host: str) -> list[str]:
+        # A variable of the node's environment is put in by the config itself, on the node.
+        where = [f"machine.node_rank=${{oc.decode:{_variable(rank)}}}", f"machine.host={_variable(host)}"]
+        return ["python", "-m", "launch", "doctor", *mine, "machine.kind=local", *where]
+
+    return Task(f"{config.machine.name}-doctor", line, most_s=config.most_s)
+
+
+def _variable(text: str) -> str:
+    return f"${{oc.env:{text[1:]}}}" if text.startswith("$") else text
+
+
+def _here(config: DoctorConfig) -> int:
+    machine = config.machine
+    if config.dry_run:
+        print(shlex.join(links_line(config, "REPORT")))
+        return 0
+    os.environ.update(environment(machine))  # interfaces, credentials: what the run's processes would have
+    try:
+        found = _examine(config, meet(machine, config.timeout_s))
+    except (ConnectionError, RuntimeError) as error:  # the first node is not there, or no longer
+        print(f"problem: node {machine.node_rank}: {one_line(error)}", flush=True)
+        return 1
+    if found is None:
+        print(f"node {machine.node_rank}: examined; the table is node 0's", flush=True)
+        return 0
+    if config.report:
+        write_text(config.report, json.dumps(to_dict(found), indent=2))
+    problems = find_problems(found, machine, config.limits)
+    print(examination_text(found, machine) + "\n")
+    for problem in problems:
+        print(f"problem: {problem}")
+    places = {"shared=FOLDER": config.shared, "bucket=s3://...": config.bucket}
+    left_out = [name for name, given in places.items() if not given]
+    count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "no problem found"
+    print(count + (f"; not looked at: give {' and '.join(left_out)}" if left_out else ""))
+    return 1 if problems else 0
+
+
+def _examine(config: DoctorConfig, meeting: Meeting) -> Examination | None:
+    """All findings on the first node, none on the others."""
+    node, limit_s = meeting.node, config.timeout_s
+    door = Door(door_name(node))
+    own = Hello(socket.gethostname(), address(os.environ), door.port)
+    meeting.tell("hello", to_dict(own))
+    if node == 0:
+        here = list(meeting.hear("hello", range(meeting.nodes), limit_s))
+        plan = meeting.decide("plan", {"nodes": here, "token": uuid.uuid4().hex[:12]})
+    else:
+        plan = meeting.learn("plan", 2 * limit_s)
+        if node not in plan["nodes"]:
+            raise ConnectionError(f"came {limit_s:g} s or more after node 0; start all at once, or raise timeout_s")
+    trial = Trial(plan["token"], tuple(plan["nodes"]), limit_s)
+    report, error = within(limit_s, partial(_look_around, config, meeting, own, trial))
+    meeting.tell("report", {"report": report and to_dict(report), "error": error})
+    found = _hear_reports(config, meeting, trial) if node == 0 else None
+    if found:
+        go = meeting.decide("go", not found.unmeasured and config.machine.ranks > 1)
+    else:
+        go = meeting.learn("go", 2 * limit_s)
+    for place in config.places if report else ():
+        trial.clear(place, node)
+    door.close()
+    meeting.leave(trial.nodes)
+    if not go:
+        return found
+    ranks, why = _measure(config)
+    if not found and (errors := [why, *(one.error for one in ranks)]) != [""] * len(errors):
+        raise ConnectionError("; ".join(filter(None, errors)))
+    return found and replace(found, ranks=ranks, unmeasured=why)
+
+
+def _look_around(config: DoctorConfig, meeting: Meeting, own: Hello, trial: Trial, doing: Doing) -> NodeReport:
+    """This node, and what it sees of the others."""
+    doing.name = "looking at GPUs, memory and disks"
+    facts = inspect_node(config.shared)
+    doing.name = "opening connections to the other nodes"
+    hellos = meeting.hear("hello", trial.nodes, 0)
+    unreached = knock({node: Hello(**said) for node, said in hellos.items() if node != meeting.node})
+    places = tuple(trial.of(url, meeting, doing) for url in config.places)
+    return NodeReport(meeting.node, own.host, own.address, facts, places, unreached)
+
+
+def _hear_reports(config: DoctorConfig, meeting: Meeting, trial: Trial) -> Examination:
+    said = meeting.hear("report", trial.nodes, config.timeout_s)
+    reports = [build(NodeReport, one["report"]) for one in said.values() if one["report"]]
+    lost = {str(node): one["error"] for node, one in said.items() if not one["report"]}
+    for node in range(meeting.nodes):
+        if node not in said:
+            what = "came, but was not heard of again" if node in trial.nodes else "did not come"
+            lost[str(node)] = f"{what} within {config.timeout_s:g} s"
+    return Examination(tuple(reports), lost, (), obstacle(reports, lost, config.machine))
+
+
+def links_line(config: DoctorConfig, report: str) -> list[str]:
+    """The exact line that would start a run on this node, with the measurement in the run's place."""
+    machine = config.machine
+    words = [f"report={report}", f"device={machine.device}", f"megabytes={config.megabytes}"]
+    words += [f"timeout_s={config.timeout_s}"]
+    return accelerate_words(machine, config.engine, words, program=("launch", "links"))
+
+
+def _measure(config: DoctorConfig) -> tuple[tuple[RankReport, ...], str]:
+    """What the ranks say (on the first node all of them), or why they say nothing."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "links.json"
+        line = links_line(config, str(report))
+        print(shlex.join(line), flush=True)
+        # Launchers that do not end at the same moment complain of each other at length, after all is done.
+        process = subprocess.Popen(line, start_new_session=True, env={**os.environ, "LOGLEVEL": "CRITICAL"})
+        deadline = time.monotonic() + config.timeout_s + STARTING_S
+        try:
+            while not report.exists() and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if report.exists():
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(ENDING_S)
+                return tuple(build(RankReport, one) for one in json.loads(report.read_text())), ""
+            how = "did not end" if process.poll() is None else f"ended with status {process.returncode}, see above"
+        finally:
+            _end(process)
+    return (), f"accelerate launch gave nothing and {how}"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With all that it has started."""
+    if process.poll() is None:
+        for one in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)  # not for ever: a process that waits for a dead file system cannot be killed

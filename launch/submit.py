@@ -1,0 +1,31 @@
+"""A task on a cluster: written down for its scheduler, and handed over."""
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from configs.files import write_text
+from launch.command import Task
+from launch.kubernetes import kubernetes_text
+from launch.machine import MachineConfig
+from launch.slurm import slurm_script
+
+
+def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool) -> int:
+    """Writes the Slurm script or the Kubernetes manifests to `script` and submits that; without `script`, or with
+    `dry_run`, prints them."""
+    text = (slurm_script if machine.kind == "slurm" else kubernetes_text)(machine, task)
+    if script is None or dry_run:
+        print(text, end="")
+        return 0
+    write_text(script, text)
+    if machine.kind == "slurm":
+        Path(machine.slurm.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
+    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
+    print(shlex.join([*command, script]))
+    try:
+        return subprocess.call([*command, script])
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{script} is written, but there is no {command[0]} on this machine; submit it where there is one"
+        ) from error

@@ -1,0 +1,68 @@
+"""What a pass costs, counted on the meta device: nothing is computed and nothing is held."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.action_dit import ActionDiT, ActionDiTConfig
+
+Run = Callable[[], object]
+
+META = torch.device("meta")
+IMAGE_TOKENS = {"tokens": 257, "pooled": 1}  # by ActionDiTConfig.vision
+
+
+def count_flops(run: Run) -> int:
+    """FLOPs of one run on the meta device: a multiply-add is two, and attention counts without its mask."""
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def training_flops(model: ActionDiTConfig, b: int, f: int, h: int, w: int) -> int:
+    """FLOPs of one forward and backward pass over `b` clips of `f` latents of `h` x `w` rows and columns.
+
+    What checkpointing computes again is not counted: these are the FLOPs that the model needs.
+    """
+    dit = counted_dit(model)
+    return count_flops(clip_pass(dit, random_inputs(model, b, f, h, w, META), train=True))
+
+
+def counted_dit(model: ActionDiTConfig) -> ActionDiT:
+    """The model on the meta device, with an attention that FlopCounterMode knows and nothing computed twice."""
+    with META:
+        return ActionDiT(replace(model, attention="sdpa", checkpoint_every=0)).eval()
+
+
+def clip_pass(dit: ActionDiT, given: dict[str, Tensor], train: bool) -> Run:
+    """One pass over a clip, `given` being the model's inputs; with its backward pass if `train`."""
+
+    def run() -> None:
+        with torch.set_grad_enabled(train):
+            velocity = dit(**given)
+            if train:
+                velocity.square().mean().backward()
+                dit.zero_grad(set_to_none=True)
+
+    return run
+
+
+def random_inputs(model: ActionDiTConfig, b: int, f: int, h: int, w: int, device: torch.device) -> dict[str, Tensor]:
+    """Random inputs of a pass over `b` clips of `f` latents of `h` x `w`; a causal model has a time per frame."""
+    with device:
+        given = {
+            "x": torch.randn(b, model.out_dim, f, h, w),
+            "timestep": 1000 * (torch.rand(b, f) if model.causal else torch.rand(b)),
+            "cond": torch.randn(b, model.in_dim - model.out_dim, f, h, w),
+        }
+        action = model.action
+        if action and action.enable_keyboard:
+            given["keyboard"] = torch.randn(b, f, action.window, action.keyboard_dim_in)
+        if action and action.enable_mouse:
+            given["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
+        if model.vision != "none":
+            given["visual"] = torch.randn(b, IMAGE_TOKENS[model.vision], model.img_dim)
+    return given

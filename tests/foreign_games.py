@@ -1,0 +1,87 @@
+"""For each foreign format a folder of recordings, the game's YAML that reads it, and what a picture then shows."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from foreign_recordings import (
+    INPUTS,
+    LEVEL_DEG,
+    draw_gf_play,
+    draw_play,
+    owl_rows,
+    read_picture,
+    write_csgo,
+    write_frames,
+    write_gf,
+    write_lerobot,
+    write_owl,
+    write_vpt,
+)
+
+from configs import load_config
+from data_pipeline.readers import Reader, find_recordings
+from data_pipeline.types import Episode, GameConfig
+from train.codec import CodecTrainConfig
+
+GAMES = Path(__file__).parent.parent / "configs" / "games"
+PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo"}
+WASD = {"forward": ["w"], "back": ["s"], "left": ["a"], "right": ["d"]}
+OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the formats that have no game of their own
+    "frames": (20, {"keys": WASD}),
+    "lerobot": (20, {"keys": WASD, "axes": ["look_down", "look_right"], "pitch_deg": -3, "yaw_deg": 3}),
+    "owl_control": (60, {"keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05}),
+}
+# VPT's frames are kept between GUIs in 12 to 14 and in 16, and cut where ticks are left out before 30.
+VPT_SPANS = [(0, 12), (15, 16), (17, 30), (30, 40)]
+LENGTHS = {  # of the episodes of each format
+    "frames": [30],
+    "vpt": [*(end - first for first, end in VPT_SPANS), 30],
+    "gf_minecraft": [29],  # what led on from the last frame is not known
+    "csgo": [30],
+    "lerobot": [31, 25, 28],
+    "owl_control": [40],
+}
+
+
+def write_all(root: Path) -> dict[str, Path]:
+    """A folder of recordings per format."""
+    write_frames(root / "frames" / "one", draw_play(30, 4, mouse=False), INPUTS["frames"], 20.0)
+    write_vpt(root / "vpt", "player-20220101", draw_play(40, 9), gui=(12, 13, 14, 16), skipped_at=30)
+    write_vpt(root / "vpt", "player-20220102", draw_play(30, 9, seed=1))
+    write_gf(root / "gf_minecraft", "seed_1_part_1", draw_gf_play(30))
+    write_csgo(root / "csgo" / "hdf5_dm_july2021_1.hdf5", draw_play(30, 13))
+    write_lerobot(root / "lerobot", [draw_play(frames, 4, seed=frames) for frames in LENGTHS["lerobot"]])
+    write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
+    return {path.name: path for path in root.iterdir()}
+
+
+def words(reader: str, folder: Path, *more: str) -> list[str]:
+    """The game's YAML, made small; one is written into `folder` for a format without a preset."""
+    if reader in PRESETS:
+        return [str(GAMES / f"{PRESETS[reader]}.yaml"), "game.height=64", "game.width=112", *more]
+    fps, inputs = OWN[reader]
+    space = {"name": "own", "keys": list(inputs["keys"]), "mouse": reader != "frames", "mouse_unit_deg": 10.0}
+    game = {"name": "own", "fps": fps, "height": 64, "width": 112, "action_space": space, "inputs": inputs}
+    path = folder / f"{reader}.yaml"
+    path.write_text(yaml.safe_dump({"reader": reader, "game": game}))
+    return [str(path), *more]
+
+
+def load_game(reader: str, folder: Path, *more: str) -> GameConfig:
+    return load_config(CodecTrainConfig, [*words(reader, folder, *more), "source=x", "out=x"]).game
+
+
+def read_all(reader: Reader, source: Path, game: GameConfig) -> list[Episode]:
+    return [episode for recording in find_recordings(reader, source) for episode in recording.read(game)]
+
+
+def show(reader: str, game: GameConfig, picture: np.ndarray) -> tuple[list[float], list[float]]:
+    """The keyboard and mouse vectors that a picture shows."""
+    inputs = INPUTS[reader]
+    play = read_picture(picture, len(inputs))
+    held = {name for name, down in zip(inputs, play.keyboard, strict=True) if down}
+    keyboard = [float(not held.isdisjoint(game.inputs.keys[key])) for key in game.action_space.keys]
+    degrees = LEVEL_DEG[reader][[0, 1], play.levels + 2] if game.action_space.mouse else np.zeros(0)
+    return keyboard, (degrees / game.action_space.mouse_unit_deg).tolist()

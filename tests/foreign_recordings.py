@@ -1,0 +1,241 @@
+"""Recordings in the formats of others, written from their public descriptions; every picture shows its own action.
+
+Frame i carries, in grey cells, what is held from frame i to frame i + 1: a cell per key, one for pitch, one for yaw. So
+a test can compare picture and action of every frame, whatever way the pictures took.
+"""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data_pipeline.video import write_video
+
+FRAMES, HEIGHT, WIDTH = 30, 64, 112
+LEVELS = 5  # of the mouse, -2 to 2
+# The inputs in the order of a picture's cells.
+WASD = ["w", "a", "s", "d"]
+INPUTS = {
+    "frames": WASD,
+    "vpt": ["w", "s", "a", "d", "space", "left_shift", "left_control", "mouse_left", "mouse_right"],
+    "gf_minecraft": ["w", "s", "a", "d", "space", "left_shift", "left_control"],
+    "csgo": [*WASD, "space", "left_control", "left_shift", "1", "2", "3", "r", "mouse_left", "mouse_right"],
+    "lerobot": WASD,
+    "owl_control": [*WASD, "mouse_left"],
+}
+# Degrees (pitch, yaw) of the levels: 20 px x 360 / 2400; 0.2 x 15; 60 px x 0.05; bins of 10 and 50 or 60 px x 0.055.
+THREES = np.array([[-6, -3, 0, 3, 6], [-6, -3, 0, 3, 6]])
+LEVEL_DEG = {
+    **dict.fromkeys(("frames", "vpt", "gf_minecraft", "lerobot", "owl_control"), THREES),
+    "csgo": 0.055 * np.array([[-50, -10, 0, 10, 50], [-60, -10, 0, 10, 60]]),
+}
+
+
+class Play(NamedTuple):
+    """What is held in each frame's interval."""
+
+    keyboard: np.ndarray  # (n k) 0 or 1
+    levels: np.ndarray  # (n 2) -2 to 2: pitch up, yaw right
+
+
+def draw_play(frames: int, keys: int, seed: int = 0, mouse: bool = True) -> Play:
+    """Anything may change from frame to frame, so that one frame of shift shows."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(-2, 3, (frames, 2)) if mouse else np.zeros((frames, 2), dtype=int)
+    return Play(rng.integers(0, 2, (frames, keys)), levels)
+
+
+def paint(play: Play, height: int = HEIGHT, width: int = WIDTH) -> np.ndarray:
+    """Pictures (n h w 3) uint8."""
+    values = np.concatenate([200 * play.keyboard + 28, 50 * (play.levels + 2) + 28], axis=1)
+    pictures = np.full((len(values), height, width, 3), 128, dtype=np.uint8)
+    for cell in range(values.shape[1]):
+        rows, columns = _cell(cell, values.shape[1], height, width, 0.1)
+        pictures[:, rows, columns] = values[:, cell, None, None, None]
+    return pictures
+
+
+def read_picture(picture: np.ndarray, keys: int) -> Play:
+    """What a picture (h w 3) shows, one row."""
+    spots = [_cell(cell, keys + 2, picture.shape[0], picture.shape[1], 0.35) for cell in range(keys + 2)]
+    values = (np.array([picture[spot].astype(float).mean() for spot in spots]) - 28) / 200
+    return Play(values[:keys].round().astype(int), (4 * values[keys:]).round().astype(int) - 2)
+
+
+def _cell(cell: int, cells: int, height: int, width: int, margin: float) -> tuple[slice, slice]:
+    """Two rows of cells in the middle of the picture, where a crop leaves them."""
+    columns = -(-cells // 2)
+    h, w = height / 2, 0.8 * width / columns
+    top, left = h * (cell % 2), 0.1 * width + w * (cell // 2)
+    return slice(round(top + margin * h), round(top + (1 - margin) * h)), slice(
+        round(left + margin * w), round(left + (1 - margin) * w)
+    )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def write_frames(folder: Path, play: Play, keys: Sequence[str], fps: float, first: int = 1) -> None:
+    """Pictures numbered from `first` on and `input.csv`."""
+    (folder / "frames").mkdir(parents=True)
+    for i, picture in enumerate(paint(play)):
+        Image.fromarray(picture).save(folder / "frames" / f"shot-{first + i:05d}.png")
+    rows = [
+        (key, f"{100 + (i + 0.3) / fps:.4f}", first + i)
+        for i, held in enumerate(play.keyboard)
+        for key, down in zip(keys, held, strict=True)
+        if down
+    ]
+    write_lines(folder / "input.csv", ["key,time,frame", *(f"{key},{time},{frame}" for key, time, frame in rows)])
+
+
+def vpt_line(held: Iterable[str], level: Iterable[int], tick: int, gui: bool = False) -> dict[str, Any]:
+    """A line of a contractor recording; `held` are key names and mouse button numbers."""
+    held, (pitch, yaw) = list(held), level
+    buttons = [int(name) for name in held if name.isdigit()]
+    return {
+        "mouse": {"x": 640.0, "y": 360.0, "dx": 20.0 * yaw, "dy": -20.0 * pitch, "buttons": buttons, "newButtons": []},
+        "keyboard": {"keys": [name for name in held if not name.isdigit()], "newKeys": [], "chars": ""},
+        "isGuiOpen": gui,
+        "isGuiInventory": gui,
+        "hotbar": 0,
+        "yaw": 12.5,
+        "pitch": 3.0,
+        "tick": tick,
+        "milli": 1649575088006 + 50 * tick,
+        "stats": {},
+    }
+
+
+VPT_KEYS = [f"key.keyboard.{key}" for key in ("w", "s", "a", "d", "space", "left.shift", "left.control")] + ["0", "1"]
+
+
+def write_vpt(folder: Path, name: str, play: Play, gui: Iterable[int] = (), skipped_at: int | None = None) -> None:
+    """An mp4 and its jsonl. In the frames `gui` a GUI is open; before `skipped_at` the recorder left out ten ticks."""
+    lines = []
+    for i, (held, level) in enumerate(zip(play.keyboard, play.levels, strict=True)):
+        tick = i + (10 if skipped_at is not None and i >= skipped_at else 0)
+        names = [name for name, down in zip(VPT_KEYS, held, strict=True) if down]
+        lines.append(json.dumps(vpt_line(names, level, tick, i in set(gui))))
+    write_lines(folder / f"{name}.jsonl", lines)
+    write_video(folder / f"{name}.mp4", paint(play), 20.0)
+
+
+def draw_gf_play(frames: int, seed: int = 0) -> Play:
+    """w, s, a, d, space, left_shift, left_control as the three enumerations allow them."""
+    rng = np.random.default_rng(seed)
+    parts = [np.eye(count + 1, dtype=int)[rng.integers(0, count + 1, frames)][:, 1:] for count in (2, 2, 3)]
+    return Play(np.concatenate(parts, axis=1), rng.integers(-2, 3, (frames, 2)))
+
+
+def gf_entries(play: Play) -> list[dict[str, Any]]:
+    """Entry i + 1 is action i, with the pose after it; entry 0 is nonsense."""
+    entries = [{"ws": 1, "ad": 2, "scs": 3, "pitch": 0.0, "yaw": 0.0, "pitch_delta": 4.0, "yaw_delta": -4.0}]
+    for keys, (pitch, yaw) in zip(play.keyboard, play.levels, strict=True):
+        ws, ad, scs = (int(part @ np.arange(1, 1 + len(part))) for part in np.split(keys, [2, 4]))
+        pose = {"pitch": entries[-1]["pitch"] - 3.0 * pitch, "yaw": (entries[-1]["yaw"] + 3.0 * yaw + 180) % 360 - 180}
+        deltas = {"pitch_delta": -0.2 * pitch, "yaw_delta": 0.2 * yaw}
+        entries.append({"ws": ws, "ad": ad, "scs": scs, **pose, **deltas, "pos": [0.0, 64.0, 0.0]})
+    return entries
+
+
+def write_gf(folder: Path, name: str, play: Play, entries: list[dict[str, Any]] | None = None) -> None:
+    """`video/` and `metadata/`, with one entry per frame: the last frame's action is not known."""
+    entries = gf_entries(play)[:-1] if entries is None else entries
+    write_video(folder / "video" / f"{name}.mp4", paint(play), 16.0)
+    facts = {"biome": "plains", "actions": {str(i): entry for i, entry in enumerate(entries)}}
+    write_lines(folder / "metadata" / f"{name}.json", [json.dumps(facts)])
+
+
+def write_csgo(path: Path, play: Play, extra: dict[str, Any] | None = None) -> None:
+    """An HDF5 file of 150 x 280 px, BGR; keys in the order of the dataset."""
+    import h5py
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = paint(play, 150, 280)
+    pictures[:, :4] = (255, 0, 0)  # a red line, to tell RGB from BGR
+    xs, ys = {-2: 5, -1: 8, 0: 11, 1: 14, 2: 17}, {2: 2, 1: 4, 0: 7, -1: 10, -2: 12}
+    with h5py.File(path, "w") as file:
+        for i, (picture, held, (pitch, yaw)) in enumerate(zip(pictures, play.keyboard, play.levels, strict=True)):
+            row = np.concatenate([held, np.eye(23)[xs[yaw]], np.eye(15)[ys[pitch]]])
+            file[f"frame_{i}_x"], file[f"frame_{i}_y"] = picture[:, :, ::-1], row
+            file[f"frame_{i}_xaux"], file[f"frame_{i}_helperarr"] = np.zeros(54), np.zeros(2)
+        for name, value in (extra or {}).items():
+            file[name] = value
+
+
+def write_lerobot(root: Path, plays: Sequence[Play], fps: float = 20.0) -> None:
+    """Two episodes in the first parquet file and mp4, the others in the second; a row group per episode."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {
+        "observation.images.screen": {"dtype": "video", "shape": [HEIGHT, WIDTH, 3], "names": ["height", "width", "c"]},
+        "action": {"dtype": "float32", "shape": [6], "names": {"motors": [*WASD, "look_down", "look_right"]}},
+        **{name: {"dtype": "int64", "shape": [1], "names": None} for name in ("frame_index", "episode_index")},
+    }
+    path = "chunk-{chunk_index:03d}/file-{file_index:03d}"
+    info = {"codebase_version": "v3.0", "fps": fps, "features": features, "total_episodes": len(plays)}
+    info |= {"data_path": f"data/{path}.parquet", "video_path": f"videos/{{video_key}}/{path}.mp4"}
+    write_lines(root / "meta" / "info.json", [json.dumps(info)])
+    abouts = []
+    for number, part in enumerate((plays[:2], plays[2:])):
+        places, tables, first = {"chunk_index": 0, "file_index": number}, [], 0
+        for index, play in enumerate(part, start=2 * number):
+            n, vectors = len(play.levels), np.concatenate([play.keyboard, play.levels * (-1, 1)], axis=1)
+            columns = {
+                "action": pa.array(vectors.tolist(), pa.list_(pa.float32())),
+                "timestamp": pa.array(np.arange(n) / fps, pa.float32()),
+                "frame_index": np.arange(n),
+                "episode_index": np.full(n, index),
+                "index": first + np.arange(n),
+            }
+            tables.append(pa.table(columns))
+            times = {"from_timestamp": first / fps, "to_timestamp": (first + n) / fps}
+            videos = {f"videos/observation.images.screen/{name}": value for name, value in (places | times).items()}
+            data = {f"data/{name}": value for name, value in places.items()}
+            abouts.append({"episode_index": index, "length": n, **data, **videos, "stats/action/max": [1.0]})
+            first += n
+        file = root / f"data/{path}.parquet".format(**places)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with pq.ParquetWriter(file, tables[0].schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+        video = root / "videos" / "observation.images.screen" / f"{path}.mp4".format(**places)
+        write_video(video, np.concatenate([paint(play) for play in part]), fps)
+    (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(abouts), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+
+
+Row = tuple[float, str, Any]  # of an owl-control log: seconds, type, arguments
+
+
+def owl_rows(play: Play, fps: float = 60.0, start: float = 1760000000.5) -> list[Row]:
+    """The log begins 0.7 s before the video; keys change a tenth into an interval, the mouse moves thrice in it."""
+    rows: list[Row] = [(start - 0.7, "START", {"keyboard": [], "mouse": []}), (start, "VIDEO_START", [])]
+    before = np.zeros(play.keyboard.shape[1])
+    for i, (held, (pitch, yaw)) in enumerate(zip(play.keyboard, play.levels, strict=True)):
+        for key in np.flatnonzero(held != before):
+            name = INPUTS["owl_control"][key]
+            kind, code = ("KEYBOARD", ord(name.upper())) if name in WASD else ("MOUSE_BUTTON", 1)
+            rows.append((start + (i + 0.1) / fps, kind, [code, bool(held[key])]))
+        rows += [(start + (i + at) / fps, "MOUSE_MOVE", [20 * int(yaw), -20 * int(pitch)]) for at in (0.2, 0.5, 0.9)]
+        before = held
+    end = start + len(play.levels) / fps
+    return [*rows, (end + 0.001, "VIDEO_END", []), (end + 0.3, "END", {"keyboard": [], "mouse": []})]
+
+
+def write_owl(folder: Path, play: Play, rows: Iterable[Row]) -> None:
+    """A folder with mp4, log and metadata."""
+    write_video(folder / "recording.mp4", paint(play), 60.0)
+    with open(folder / "inputs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["timestamp", "event_type", "event_args"])
+        writer.writerows((f"{time:.6f}", kind, json.dumps(args)) for time, kind, args in rows)
+    write_lines(folder / "metadata.json", [json.dumps({"game_exe": "game.exe"})])

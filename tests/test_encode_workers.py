@@ -1,0 +1,241 @@
+"""Many workers on one shard set: killed anywhere, taken over, started again in other numbers, with the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs import to_dict
+from data_pipeline.claims import Claims, process_start
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig, make_plans
+from data_pipeline.resample import ResampledEpisode
+from data_pipeline.types import Actions, InputConfig
+from model.codec import load_codec
+
+# Runs the command line and kills itself at the n-th call of one function, before or after it did its work.
+DIES = """
+import os, signal, sys
+from importlib import import_module
+from configs.cli import run
+
+module, function, call, when = sys.argv[1].split(":")
+owner = import_module(module)
+*path, name = function.split(".")
+for part in path:
+    owner = getattr(owner, part)
+original, calls = getattr(owner, name), []
+
+def dying(*given, **named):
+    calls.append(1)
+    last = len(calls) == int(call)
+    if last and when == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    result = original(*given, **named)
+    if last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+
+setattr(owner, name, dying)
+from data_pipeline.__main__ import VERBS
+sys.exit(run("data_pipeline", VERBS, sys.argv[2:]))
+"""
+
+MOMENTS = {
+    "reading frames": "data_pipeline.readers:fit_frame:20:before",
+    "encoding": "data_pipeline.clips:Encoder.latents:2:before",
+    "claiming": "data_pipeline.claims:storage.create:2:after",
+    "writing a shard": "data_pipeline.shards:pack_clip:3:after",
+    "between shard and index": "data_pipeline.shards:index_url:2:before",
+    "index written": "data_pipeline.claims:Claims.release:1:before",
+    "before the manifest": "data_pipeline.encode:save_manifest:1:before",
+    "between the manifests": "data_pipeline.encode:save_manifest:1:after",
+}
+
+
+def words(config: EncodeConfig, game_yaml: str) -> list[str]:
+    settings = {key: value for key, value in to_dict(config).items() if key != "game" and value is not None}
+    return ["encode", game_yaml, *(f"{key}={value}" for key, value in settings.items())]
+
+
+def files(folder: str | Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+def start(command: list[str], workers: int, rank: int) -> subprocess.Popen[str]:
+    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start_workers(config: EncodeConfig, game_yaml: str, workers: int, dying: dict[int, str]) -> list[int]:
+    """The exit statuses of `workers` processes, of which some die at a moment; the first has a claim when the others
+    are started, which else might leave it nothing to do."""
+    plain = [sys.executable, "-m", "data_pipeline", *words(config, game_yaml)]
+    started: list[subprocess.Popen[str]] = []
+    for rank in range(workers):
+        moment = dying.get(rank)
+        line = [sys.executable, "-c", DIES, MOMENTS[moment], *words(config, game_yaml)] if moment else plain
+        started.append(start(line, workers, rank))
+        while dying and rank == 0 and started[0].poll() is None and not list(Path(config.out, "claims").glob("*")):
+            time.sleep(0.005)
+    return [worker.wait(timeout=120) for worker in started]
+
+
+def into(config: EncodeConfig, out: Path) -> EncodeConfig:
+    return replace(config, out=str(out))
+
+
+def claim(folder: Path, unit: str, told: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / f"{unit}.claim").write_text(told)
+
+
+def test_a_unit_belongs_to_one_worker_until_it_is_released(tmp_path):
+    one, other = Claims(tmp_path, stale_s=60), Claims(tmp_path, stale_s=60)
+    assert one.take("a") and not other.take("a") and other.take("b")
+    one.release("a")
+    assert other.take("a") and not one.take("a")
+    one.release("a")  # not its own: stays
+    assert (tmp_path / "a.claim").exists()
+
+
+def test_of_many_that_ask_at_once_one_gets_the_unit(tmp_path):
+    rivals, got = [Claims(tmp_path, stale_s=60) for _ in range(8)], []
+    threads = [threading.Thread(target=lambda c=c: got.append(c.take("a"))) for c in rivals]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(got) == [False] * 7 + [True]
+
+
+def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
+    code = "import sys; from data_pipeline.claims import Claims; assert Claims(sys.argv[1], 60).take('a')"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    assert Claims(tmp_path, stale_s=60).take("a")
+
+
+def test_the_claim_of_another_machine_is_taken_over_when_it_is_no_longer_renewed(tmp_path):
+    now = [0.0]
+    told = '{{"host": "elsewhere", "pid": 1, "started": "5", "token": "x", "beats": {}}}'
+    claims = Claims(tmp_path, stale_s=60, clock=lambda: now[0])
+    claim(tmp_path, "a", told.format(1))
+    assert not claims.take("a")
+    now[0] = 50
+    claim(tmp_path, "a", told.format(2))  # it lives
+    assert not claims.take("a")
+    now[0] = 105
+    assert not claims.take("a")
+    now[0] = 111
+    assert claims.take("a")
+
+
+def test_a_claim_that_cannot_be_read_runs_out_too(tmp_path):
+    now = [0.0]
+    claims = Claims(tmp_path, stale_s=60, clock=lambda: now[0])
+    claim(tmp_path, "a", "half a li")
+    assert not claims.take("a")
+    now[0] = 61
+    assert claims.take("a")
+
+
+def test_claims_are_renewed_and_given_back(tmp_path):
+    claims = Claims(tmp_path, stale_s=60)
+    with claims.renewed():
+        assert claims.take("a")
+        before = (tmp_path / "a.claim").read_bytes()
+        claims.renew()
+        assert (tmp_path / "a.claim").read_bytes() != before
+    assert not (tmp_path / "a.claim").exists()
+
+
+def test_a_process_knows_whether_another_one_lives():
+    assert process_start(os.getpid()) == process_start(os.getpid()) is not None
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert process_start(gone.pid) is None
+
+
+def test_two_workers_share_the_shards_and_leave_the_bytes_of_one(encode_config, encoded, tmp_path):
+    """Two at once in this process, each with a thread of its own."""
+    config, made = into(encode_config, tmp_path), []
+    threads = [threading.Thread(target=lambda: made.append(encode_recordings(config).new_clips)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(made) == 12 and files(tmp_path) == files(encoded)
+
+
+@pytest.mark.parametrize("moment", ["encoding", "between shard and index"])
+def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config, encoded, game_yaml, tmp_path):
+    config = into(encode_config, tmp_path)
+    assert start_workers(config, game_yaml, 2, {0: moment}) == [-signal.SIGKILL, 0]
+    assert files(tmp_path) == files(encoded)
+
+
+def test_all_killed_in_the_middle_and_one_started_again(encode_config, encoded, game_yaml, tmp_path):
+    config = into(encode_config, tmp_path)
+    killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "claiming"})
+    assert killed == [-signal.SIGKILL] * 2
+    assert files(tmp_path) != files(encoded)
+    encode_recordings(config)
+    assert files(tmp_path) == files(encoded)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
+def test_killed_anywhere_and_started_again_in_other_numbers(
+    moment, before, after, encode_config, encoded, game_yaml, tmp_path
+):
+    """`make test-encode`. The first worker dies at the moment; the others a little later or earlier, all of them."""
+    config = into(encode_config, tmp_path)
+    rest = {rank: "claiming" for rank in range(1, before)}
+    assert set(start_workers(config, game_yaml, before, {0: moment, **rest})) <= {-signal.SIGKILL, 0}
+    assert start_workers(config, game_yaml, after, {}) == [0] * after
+    same = files(tmp_path) == files(encoded)
+    print(f"| {moment} | {before} -> {after} | {'identical' if same else 'DIFFERENT'} |")
+    assert same
+
+
+class Recorded:
+    """An episode whose frames carry their number."""
+
+    def __init__(self, frames: int, fps: float) -> None:
+        self.id, self.fps, self.height, self.width, self.action_space = "e", fps, 1, 1, None
+        self.actions = Actions(np.eye(frames, 2, dtype=np.float32), np.ones((frames, 2), np.float32))
+
+    def frames(self):
+        return (np.full((1, 1, 3), i, np.uint8) for i in range(len(self.actions)))
+
+
+@pytest.mark.parametrize(
+    ("recorded", "fps", "kept"),
+    [(60, 20, [0, 3, 6]), (60, 16, [0, 3, 7]), (20, 20, list(range(12))), (30, 17.5, [0, 1, 3, 5, 6, 8])],
+)
+def test_a_resampled_episode_keeps_frames_and_everything_that_was_done(recorded, fps, kept):
+    episode = ResampledEpisode(Recorded(12, recorded), fps)  # type: ignore[arg-type]
+    numbers = [int(frame[0, 0, 0]) for frame in episode.frames()]
+    assert numbers[: len(kept)] == kept and len(numbers) == len(episode.actions)
+    spans = np.diff([*numbers, numbers[-1] + int(episode.actions.mouse[-1, 0])])
+    np.testing.assert_array_equal(episode.actions.mouse[:, 0], spans)  # one degree per recorded frame adds up
+    assert episode.actions.keyboard[0, 0] == 1 and episode.actions.keyboard[1:, 0].max() == 0
+    assert episode.actions.keyboard[:, 1].sum() == 1  # held in recorded frame 1 alone, and not lost
+
+
+def test_recordings_of_another_rate_are_encoded_at_the_games(encode_config, tmp_path):
+    game = replace(encode_config.game, fps=encode_config.game.fps / 2, inputs=InputConfig(fps=encode_config.game.fps))
+    config = replace(encode_config, game=game, out=str(tmp_path), clip_frames=9, stride=3)
+    plans = make_plans(config, load_codec(config.codec))
+    assert {len(episode.actions) for shard in plans[0].shards for episode in shard} == {15}
+    assert encode_recordings(config).clips == 18
+    with pytest.raises(ValueError, match="frames can be left out, not invented"):
+        replace(game, inputs=InputConfig(fps=1.0))

@@ -1,0 +1,201 @@
+"""What is wrong with a foreign recording is one line that names file and row."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from foreign_games import load_game, read_all, words, write_all
+
+from configs.cli import run
+from data_pipeline.__main__ import VERBS
+from data_pipeline.readers import Reader
+
+Damage = Callable[[Path], Any]
+
+
+class Fault(NamedTuple):
+    reader: Reader
+    damage: Damage | None
+    said: str
+    words: tuple[str, ...] = ()
+
+
+def lines(name: str, change: Callable[[list[str]], list[str]]) -> Damage:
+    """A text file whose lines are changed."""
+
+    def damage(folder: Path) -> None:
+        changed = change((folder / name).read_text().splitlines())
+        (folder / name).write_text("".join(f"{line}\n" for line in changed))
+
+    return damage
+
+
+def entry(name: str, change: Callable[[dict[str, Any]], Any], line: int = 0) -> Damage:
+    """A line that is a JSON object, which `change` changes in place."""
+
+    def edit(found: list[str]) -> list[str]:
+        loaded = json.loads(found[line])
+        change(loaded)
+        return [*found[:line], json.dumps(loaded), *found[line + 1 :]]
+
+    return lines(name, edit)
+
+
+def rows(name: str, change: Callable[[list[dict[str, Any]]], list[dict[str, Any]]]) -> Damage:
+    """A parquet file whose rows are changed."""
+    return lambda folder: pq.write_table(
+        pa.Table.from_pylist(change(pq.read_table(folder / name).to_pylist())), folder / name
+    )
+
+
+def array(name: str, value: Any) -> Damage:
+    """An array of the HDF5 file that is another one, or none."""
+
+    def damage(folder: Path) -> None:
+        with h5py.File(folder / "hdf5_dm_july2021_1.hdf5", "a") as file:
+            del file[name]
+            if value is not None:
+                file[name] = value
+
+    return damage
+
+
+def half(name: str) -> Damage:
+    """A file that was cut off."""
+    return lambda folder: (folder / name).write_bytes(
+        (folder / name).read_bytes()[: (folder / name).stat().st_size // 2]
+    )
+
+
+def gone(name: str) -> Damage:
+    return lambda folder: (folder / name).unlink()
+
+
+def shifted(by: int) -> Damage:
+    """Poses that go by the deltas of a neighbour."""
+
+    def change(facts: dict[str, Any]) -> None:
+        entries = list(facts["actions"].values())
+        yaws = [one["yaw"] for one in entries]
+        for i, one in enumerate(entries):
+            one["yaw"] = yaws[(i + by) % len(yaws)]
+
+    return entry(GF, change)
+
+
+LOG, VPT, GF, OWL = "one/input.csv", "player-20220102", "metadata/seed_1_part_1.json", "one/inputs.csv"
+INFO, DATA, ABOUT = "meta/info.json", "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
+SCREEN = "videos/observation.images.screen/chunk-000/file-000.mp4"
+FROM = "videos/observation.images.screen/from_timestamp"
+
+FAULTS = {
+    "a picture left out": Fault("frames", gone("one/frames/shot-00007.png"), "frame 7 has no picture"),
+    "a picture cut off": Fault("frames", half("one/frames/shot-00007.png"), "shot-00007.png .*truncated"),
+    "a row of no picture": Fault("frames", lines(LOG, lambda r: [*r, "w,101.55,31"]), "no picture of frame 31"),
+    "a key of no use": Fault("frames", lines(LOG, lambda r: [r[0], "q,100,1", *r[1:]]), "line 2: 'q' holds no key"),
+    "rows out of order": Fault("frames", lines(LOG, lambda r: [r[0], *r[:0:-1]]), "line .* must ascend"),
+    "a word for a time": Fault("frames", lines(LOG, lambda r: [r[0], "w,x,1", *r[1:]]), "line 2: time is 'x'"),
+    "a log that drifts": Fault("frames", None, "line .* too few at 22 fps; set game.fps", ("game.fps=22",)),
+    "other columns": Fault("frames", lines(LOG, lambda r: ["key,frame,time", *r[1:]]), "must be key,time,frame"),
+    "a mouse that is not there": Fault("frames", None, "hold no mouse", ("game.action_space.mouse=true",)),
+    "a line left out": Fault("vpt", lines(f"{VPT}.jsonl", lambda r: r[1:]), "29 rows, .*mp4 has 30 frames"),
+    "a damaged line": Fault("vpt", lines(f"{VPT}.jsonl", lambda r: [*r[:4], "{", *r[5:]]), "line 5 is not valid JSON"),
+    "a line without mouse": Fault("vpt", entry(f"{VPT}.jsonl", lambda r: r.pop("mouse"), 3), "line 4 lacks mouse"),
+    "ticks out of order": Fault("vpt", lines(f"{VPT}.jsonl", lambda r: r[::-1]), "line 2: tick 28 after 29"),
+    "keys not dropped": Fault(
+        "vpt", None, "line .*'mouse_right' holds no key", ("game.inputs.others=refuse", "game.inputs.keys.use=[]")
+    ),
+    "a mistyped input": Fault("vpt", None, "no input 'spacebar', but .*space", ("game.inputs.keys.jump=[spacebar]",)),
+    "keys not bound": Fault("vpt", None, "dig, forward, .*one side", ("game.action_space={keys: [dig], caps: []}",)),
+    "another rate": Fault("vpt", None, "mp4 runs at 20 fps, the game .* at 30", ("game.fps=30",)),
+    "a video cut off": Fault("vpt", half(f"{VPT}.mp4"), "mp4 .*truncated"),
+    "a video alone": Fault("vpt", gone(f"{VPT}.jsonl"), f"{VPT}.mp4 stands alone"),
+    "an entry left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("7")), "29 entries, but no"),
+    "an entry too few": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("29")), "29 entries, .* 30"),
+    "an unknown choice": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].update(ws=3)), "entry 5: ws must"),
+    "a delta left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].pop("yaw_delta")), "5: yaw_d"),
+    "actions a frame late": Fault("gf_minecraft", shifted(1), "entry after in 100%.* shifted by one frame"),
+    "actions a frame early": Fault("gf_minecraft", shifted(-1), "entry before in 100%.* shifted by one frame"),
+    "HDF5 cut off": Fault("csgo", half("hdf5_dm_july2021_1.hdf5"), "truncated or no HDF5"),
+    "a frame left out": Fault("csgo", array("frame_9_x", None), "29 pictures, but no frame_9_x"),
+    "two bins": Fault("csgo", array("frame_9_y", np.eye(51)[[20, 30, 44]].sum(axis=0)), "9_y has 2 bins"),
+    "a short row": Fault("csgo", array("frame_9_y", np.zeros(50)), "frame_9_y must be 51 values"),
+    "text for numbers": Fault("csgo", array("frame_9_y", "cos\nsystem"), "frame_9_y is .* no numbers"),
+    "a smaller picture": Fault("csgo", array("frame_9_x", np.zeros((8, 8, 3), np.uint8)), "frame_9_x has another size"),
+    "a picture that is none": Fault("csgo", array("frame_9_x", np.zeros((8, 8))), "frame_9_x is float64"),
+    "another rate than 16": Fault("csgo", None, "16 fps, the game 'csgo' has 20", ("game.fps=20",)),
+    "a mouse without scale": Fault("csgo", None, "set game.inputs.pitch_deg", ("game.inputs.yaw_deg=0",)),
+    "a row left out": Fault("lerobot", rows(DATA, lambda r: r[:5] + r[6:]), "must have the rows .* 0 to 30"),
+    "an older version": Fault("lerobot", entry(INFO, lambda r: r.update(codebase_version="v2.1")), "of version v2.1"),
+    "a path of another kind": Fault("lerobot", entry(INFO, lambda r: r.update(data_path="{x}")), "do not go together"),
+    "a component of no use": Fault("lerobot", None, "episode 0: a holds no key", ("game.inputs.keys.left=[]",)),
+    "half a key": Fault("lerobot", rows(DATA, lambda r: [{**r[0], "action": [0.5] * 6}, *r[1:]]), "frame 0: . is 0.5"),
+    "a hole in an action": Fault("lerobot", rows(DATA, lambda r: [{**r[0], "action": [1.0] * 5}, *r[1:]]), "not 6"),
+    "pictures between": Fault("lerobot", rows(ABOUT, lambda r: [{**r[0], FROM: 0.026}, *r[1:]]), "should be sh"),
+    "pictures left out": Fault("lerobot", rows(ABOUT, lambda r: [{**r[0], FROM: 2.0}, *r[1:]]), "truncated"),
+    "another camera": Fault("lerobot", None, "there are: observation.images.screen", ("game.inputs.camera=front",)),
+    "mistyped axes": Fault("lerobot", None, "axes must name", ("game.inputs.axes=[look_up,look_right]",)),
+    "a dataset's video cut off": Fault("lerobot", half(SCREEN), "file-000.mp4 .*truncated"),
+    "a parquet cut off": Fault("lerobot", half(DATA), "cannot read .*file-000.parquet"),
+    "events out of order": Fault("owl_control", lines(OWL, lambda r: [*r[:6], r[1], *r[6:]]), "line 7: timestamp"),
+    "arguments left out": Fault("owl_control", lines(OWL, lambda r: [r[0], "1,KEYBOARD,[87]", *r[1:]]), "line 2: KEYB"),
+    "a cell too few": Fault("owl_control", lines(OWL, lambda r: [*r[:3], "1760000000.5,FOCUS"]), "line 4: 2 cells"),
+    "no beginning": Fault("owl_control", lines(OWL, lambda r: [i for i in r if "START" not in i]), "no VIDEO_START"),
+    "a log that goes on": Fault("owl_control", lines(OWL, lambda r: [*r[:-2], "1760000009,VIDEO_END,[]"]), "7.8 s be"),
+    "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one mp4, not 0"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder per format; not to be changed."""
+    return write_all(tmp_path_factory.mktemp("foreign"))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_one_line_that_names_what_is_wrong(name: str, sources: dict[str, Path], tmp_path: Path) -> None:
+    fault, folder = FAULTS[name], tmp_path / "source"
+    shutil.copytree(sources[fault.reader], folder)
+    if fault.damage:
+        fault.damage(folder)
+    with pytest.raises((ValueError, FileNotFoundError), match=fault.said) as error:
+        for episode in read_all(fault.reader, folder, load_game(fault.reader, tmp_path, *fault.words)):
+            list(episode.frames())
+    assert "\n" not in str(error.value)
+    assert str(folder) in str(error.value) or "game.inputs" in str(error.value) or "inputs.keys" in str(error.value)
+
+
+def test_encode_stops_before_it_writes_with_one_line_and_status_2(
+    sources: dict[str, Path], codec_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "source"
+    shutil.copytree(sources["vpt"], folder)
+    lines(f"{VPT}.jsonl", lambda found: found[:-1])(folder)
+    paths = [f"source={folder}", f"codec={codec_folder}", f"out={tmp_path}/out"]
+    assert run("data_pipeline", VERBS, ["encode", *words("vpt", tmp_path), *paths, "heldout_every=0"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "29 rows" in said and f"{folder}/{VPT}.jsonl" in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("reader", "module"), [("csgo", "h5py"), ("lerobot", "pyarrow.parquet")])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    reader: Reader, module: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ValueError, match=rf"need {module.split('.')[0]}: pip install 'worldloom\[readers\]'"):
+        read_all(reader, sources[reader], load_game(reader, tmp_path))
+
+
+@pytest.mark.parametrize("reader", ["frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control"])
+def test_a_folder_of_something_else_is_refused(reader: Reader, tmp_path: Path) -> None:
+    (tmp_path / "else").mkdir()
+    with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "else")):
+        read_all(reader, tmp_path / "else", load_game(reader, tmp_path))

@@ -1,0 +1,230 @@
+"""Recordings in the formats of others: every frame has the action that its own picture shows."""
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from foreign_games import LENGTHS, VPT_SPANS, load_game, read_all, show, words, write_all
+from foreign_recordings import (
+    INPUTS,
+    draw_gf_play,
+    draw_play,
+    gf_entries,
+    owl_rows,
+    paint,
+    write_csgo,
+    write_frames,
+    write_gf,
+    write_owl,
+    write_vpt,
+)
+from PIL import Image
+
+from configs import load_config
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
+from data_pipeline.readers import READERS, Reader, find_recordings, read_game_frames
+from data_pipeline.readers.owl_control import Press, intervals_held
+from data_pipeline.shards import load_manifest
+from data_pipeline.stream import read_clips
+from data_pipeline.types import Episode, GameConfig
+from sampling.trials import heldout_episodes
+from train.codec import CodecTrainConfig, read_runs
+
+FOREIGN = [reader for reader in READERS if reader != "worldloom"]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder per format; not to be changed."""
+    return write_all(tmp_path_factory.mktemp("foreign"))
+
+
+def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:
+    """Every frame shows the action that it is given."""
+    for episode in episodes:
+        frames = list(read_game_frames(episode, game))
+        for frame, keyboard, mouse in zip(frames, episode.actions.keyboard, episode.actions.mouse, strict=True):
+            shown = show(reader, game, frame)
+            assert keyboard.tolist() == shown[0]
+            np.testing.assert_allclose(mouse, shown[1], atol=1e-5)
+
+
+@pytest.mark.parametrize("reader", FOREIGN)
+def test_every_frame_shows_the_action_that_it_is_given(
+    reader: Reader, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    game = load_game(reader, tmp_path)
+    episodes = read_all(reader, sources[reader], game)
+    assert [len(episode.actions) for episode in episodes] == LENGTHS[reader]
+    assert len({episode.id for episode in episodes}) == len(episodes)
+    require_agreement(reader, game, episodes)
+
+
+@pytest.mark.parametrize("reader", FOREIGN)
+def test_encoded_clips_have_the_actions_of_their_pictures(
+    reader: Reader, sources: dict[str, Path], codec_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["clip_frames=9", "stride=1", "heldout_every=0", f"source={sources[reader]}", f"out={tmp_path}/out"]
+    config = load_config(EncodeConfig, [*words(reader, tmp_path), f"codec={codec_folder}", *settings])
+    encode_recordings(config)
+    clips = read_clips(tmp_path / "out" / "train" / "manifest.json")
+    assert len(clips) == sum(max(0, frames - 8) for frames in LENGTHS[reader])
+    episodes = {episode.id: episode for episode in read_all(reader, sources[reader], config.game)}
+    for clip in clips:
+        keyboard, mouse = show(reader, config.game, np.asarray(Image.open(io.BytesIO(clip.first_frame))))
+        assert clip.keyboard[0].tolist() == keyboard
+        np.testing.assert_allclose(clip.mouse[0], mouse, atol=1e-5)
+        rows = episodes[clip.episode].actions[clip.start : clip.start + 9]
+        np.testing.assert_array_equal(clip.keyboard, rows.keyboard)
+        np.testing.assert_array_equal(clip.mouse, rows.mouse)
+
+
+@pytest.mark.parametrize("reader", FOREIGN)
+def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(
+    reader: Reader, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    more = ["recording_frames=20", f"source={sources[reader]}", f"out={tmp_path}"]
+    config = load_config(CodecTrainConfig, [*words(reader, tmp_path), *more])
+    recordings = find_recordings(reader, sources[reader])
+    assert read_runs(config, recordings).shape == (2 * len(recordings), 9, 64, 112, 3)
+
+
+def test_the_parts_of_one_recording_are_held_out_together_and_found_again(
+    sources: dict[str, Path], codec_folder: Path, tmp_path: Path
+) -> None:
+    settings = ["clip_frames=9", "heldout_every=2", f"source={sources['vpt']}", f"out={tmp_path}/out"]
+    encode_recordings(load_config(EncodeConfig, [*words("vpt", tmp_path), f"codec={codec_folder}", *settings]))
+    train, heldout = (load_manifest(tmp_path / "out" / split / "manifest.json") for split in ("train", "heldout"))
+    listed = [episode for shard in train.shards for episode in shard.episodes]
+    assert listed == [f"player-20220101-f{first:06d}" for first, end in VPT_SPANS if end - first >= 9]
+    assert [episode.id for episode in heldout_episodes(sources["vpt"], "vpt", train)] == listed
+    assert [episode.id for episode in heldout_episodes(sources["vpt"], "vpt", heldout)] == ["player-20220102"]
+
+
+def test_vpt_s_attack_button_counts_only_after_it_is_pressed_anew(tmp_path: Path) -> None:
+    """Stuck from the first line on, as in early recordings: pressed at 0, still listed at 1 to 3, pressed anew at 4."""
+    play = draw_play(6, 9)
+    play.keyboard[:, 7] = 1
+    write_vpt(tmp_path, "old", play)
+    lines = [json.loads(line) for line in (tmp_path / "old.jsonl").read_text().splitlines()]
+    lines[0]["mouse"]["newButtons"] = lines[4]["mouse"]["newButtons"] = [0]
+    (tmp_path / "old.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    game = load_game("vpt", tmp_path)
+    (episode,) = read_all("vpt", tmp_path, game)
+    attack = game.action_space.keys.index("attack")
+    assert episode.actions.keyboard[:, attack].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+def test_vpt_s_mouse_keeps_fractions_of_a_degree(tmp_path: Path) -> None:
+    write_vpt(tmp_path, "slow", draw_play(3, 9))
+    lines = [json.loads(line) for line in (tmp_path / "slow.jsonl").read_text().splitlines()]
+    lines[1]["mouse"].update(dx=1.0, dy=2.0)
+    (tmp_path / "slow.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (episode,) = read_all("vpt", tmp_path, load_game("vpt", tmp_path))
+    np.testing.assert_allclose(10.0 * episode.actions.mouse[1], [-0.3, 0.15], atol=1e-6)  # up, right, in degrees
+
+
+def test_gf_minecraft_s_last_frame_is_kept_if_an_entry_tells_what_was_held_there(tmp_path: Path) -> None:
+    play = draw_gf_play(20)
+    write_gf(tmp_path, "seed_1_part_1", play, gf_entries(play))
+    game = load_game("gf_minecraft", tmp_path)
+    episodes = read_all("gf_minecraft", tmp_path, game)
+    assert [len(episode.actions) for episode in episodes] == [20]
+    require_agreement("gf_minecraft", game, episodes)
+
+
+def test_csgo_s_pictures_come_as_rgb(sources: dict[str, Path], tmp_path: Path) -> None:
+    (episode,) = read_all("csgo", sources["csgo"], load_game("csgo", tmp_path))
+    assert next(iter(episode.frames()))[0, 0].tolist() == [255, 0, 0]  # the fixture draws a red line and stores BGR
+
+
+class Bomb:
+    """What unpickles into a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., None], tuple[Path]]:
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_ever_opened(tmp_path: Path) -> None:
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    play = draw_play(10, 13)
+    write_csgo(tmp_path / "csgo" / "a.hdf5", play, {"frame_0_meta": np.void(bomb)})
+    (tmp_path / "csgo" / "a.npy").write_bytes(bomb)
+    (tmp_path / "csgo" / "a.pkl").write_bytes(bomb)
+    game = load_game("csgo", tmp_path)
+    require_agreement("csgo", game, read_all("csgo", tmp_path / "csgo", game))
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "exploded").exists()  # it would have
+
+
+def test_a_frame_without_a_row_holds_nothing_and_numbers_may_begin_anywhere(tmp_path: Path) -> None:
+    play = draw_play(12, 4, mouse=False)
+    play.keyboard[3:6] = 0
+    write_frames(tmp_path / "one", play, INPUTS["frames"], 20.0, first=500)
+    game = load_game("frames", tmp_path)
+    episodes = read_all("frames", tmp_path / "one", game)  # the folder itself is one recording
+    assert [len(episode.actions) for episode in episodes] == [12]
+    require_agreement("frames", game, episodes)
+
+
+def test_a_press_counts_in_the_frames_that_it_fills_by_half_or_in_its_longest() -> None:
+    edges = np.arange(6.0)  # frames 0 to 4 of one second each
+    for down, up, expected in [
+        (0.0, 2.0, [0, 1]),
+        (0.4, 2.6, [0, 1, 2]),
+        (0.6, 2.4, [1]),
+        (1.3, 1.4, [1]),  # a tap
+        (0.7, 1.4, [1]),  # a tap over an edge
+        (1.0, 1.0, [1]),
+        (-3.0, 0.7, [0]),
+        (4.2, 9.0, [4]),
+        (-2.0, -1.0, []),
+        (5.0, 6.0, []),
+    ]:
+        assert intervals_held(Press("", "w", down, up), edges).tolist() == expected, (down, up)
+
+
+def test_owl_control_leaves_out_what_was_not_logged(tmp_path: Path) -> None:
+    """Focus is lost in frame 10 and comes back in 14; the log ends in frame 35 of 40; `d` is held at the start."""
+    play = draw_play(40, 5)
+    play.keyboard[:9, 3], play.keyboard[10:15] = 1, 0
+    rows = owl_rows(play)
+    begin, press = rows[1][0], next(row for row in rows if row[1:] == ("KEYBOARD", [ord("D"), True]))
+    logged = [row for row in rows[1:] if row != press and row[0] < begin + 35.5 / 60]
+    logged += [(begin + 10.5 / 60, "UNFOCUS", []), (begin + 14.5 / 60, "FOCUS", []), (begin + 35.5 / 60, "END", {})]
+    start = (rows[0][0], "START", {"keyboard": [ord("D")], "mouse": []})
+    write_owl(tmp_path / "one", play, [start, *sorted(logged, key=lambda row: row[0])])
+    game = load_game("owl_control", tmp_path)
+    episodes = read_all("owl_control", tmp_path / "one", game)
+    assert [(episode.id, len(episode.actions)) for episode in episodes] == [("one-f000000", 10), ("one-f000015", 20)]
+    require_agreement("owl_control", game, episodes)
+
+
+def test_owl_control_follows_the_times_of_the_video_and_cuts_at_its_gaps(tmp_path: Path) -> None:
+    """The capture left out 7 frames behind frame 19: later pictures come 7 / 60 s later than their number says."""
+    play = draw_play(47, 5)
+    write_owl(tmp_path / "one", play, owl_rows(play))
+    pictures = np.delete(paint(play), np.arange(20, 27), axis=0)
+    times = np.delete(np.arange(47), np.arange(20, 27))
+    with av.open(str(tmp_path / "one" / "recording.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=60)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        for picture, time in zip(pictures, times, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = int(time)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    game = load_game("owl_control", tmp_path)
+    episodes = read_all("owl_control", tmp_path, game)
+    assert [len(episode.actions) for episode in episodes] == [20, 20]
+    require_agreement("owl_control", game, episodes)

@@ -1,0 +1,173 @@
+"""The order of mixed and grouped sets, and what the stream does with shards that cannot be read."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from configs.cli import run
+from data_pipeline.encode import encode_recordings
+from data_pipeline.order import Order
+from data_pipeline.shards import load_manifest
+from data_pipeline.stream import LoaderConfig, Stream
+from data_pipeline.types import Source
+from train.__main__ import VERBS
+
+
+def order(shards, weights=None, seed=0, shuffle_shards=0):
+    return Order(shards, weights or [1.0] * len(shards), seed, shuffle_shards, shuffle=True)
+
+
+@pytest.mark.parametrize("shuffle_shards", [0, 1, 2, 3, 100])
+def test_every_clip_comes_once_per_epoch_in_groups_too(shuffle_shards):
+    found = order([[3, 1, 4], [1, 5]], seed=7, shuffle_shards=shuffle_shards)
+    epochs = [found.epoch(e).clips.tolist() for e in range(4)]
+    assert all(sorted(epoch) == list(range(14)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_a_group_needs_no_more_shards_than_asked_for_and_uses_them_up():
+    shards = [5] * 10
+    found = order([shards], shuffle_shards=3)
+    epoch = found.epoch(2)
+    shard_of = np.repeat(np.arange(10), 5)
+    used = [shard_of[epoch.clips[epoch.groups == group]] for group in range(4)]
+    assert [len(set(group.tolist())) for group in used] == [3, 3, 3, 1]
+    assert (np.diff(epoch.groups) >= 0).all() and sorted({s for g in used for s in g.tolist()}) == list(range(10))
+    assert found.shards_of(2, 1) == list(dict.fromkeys(used[1].tolist())) and found.shards_of(2, 4) == []
+    assert any((np.diff(group) != 0).sum() > 3 for group in used), "clips of a group's shards come mixed"
+
+
+def test_a_weight_is_how_often_a_clip_comes_per_epoch():
+    found = order([[10], [20], [8]], weights=[1.0, 2.0, 0.25], seed=3)
+    assert found.clips_per_epoch == len(found.epoch(0).clips) == 10 + 40 + 2
+    for epoch in range(3):
+        times = Counter(found.epoch(epoch).clips.tolist())
+        assert all(times[clip] == 1 for clip in range(10)) and all(times[clip] == 2 for clip in range(10, 30))
+    seldom = [clip for epoch in range(4) for clip in found.epoch(epoch).clips.tolist() if clip >= 30]
+    assert sorted(seldom) == list(range(30, 38)), "each once in four epochs"
+
+
+def test_odd_weights_use_all_clips_equally_often_in_the_long_run():
+    found = order([[7]], weights=[1.3], seed=1)
+    times = Counter(clip for epoch in range(70) for clip in found.epoch(epoch).clips.tolist())
+    assert set(times.values()) == {70 * 9 // 7}
+
+
+def test_groups_and_weights_give_an_order_that_is_a_function_of_seed_and_epoch():
+    one, same, other = (order([[6, 6], [9]], [1.0, 0.5], seed, 2) for seed in (4, 4, 5))
+    assert [one.epoch(e).clips.tolist() for e in (5, 0)] == [same.epoch(e).clips.tolist() for e in (5, 0)]
+    assert one.epoch(1).clips.tolist() != other.epoch(1).clips.tolist()
+    assert [one.clip(g) for g in range(len(one.epoch(0).clips), 2 * one.clips_per_epoch)] == one.epoch(1).clips.tolist()
+
+
+@pytest.fixture(scope="module")
+def two_sets(encoded):
+    """Training and held-out clips as two sets that are mixed, the second with each clip twice per epoch."""
+    return [Source(f"{encoded}/train/manifest.json"), Source(f"{encoded}/heldout/manifest.json", weight=2.0)]
+
+
+def names(sources, world=1, workers=0, start=0, stop=12, **loader):
+    """The run's samples from micro-step `start` of 2 / `world` clips on, put together over all ranks."""
+    streams = [Stream(sources, 2 // world, 5, r, world, workers, loader=LoaderConfig(**loader)) for r in range(world)]
+    ranks = [stream.batches(start) for stream in streams]
+    found = [name for _ in range(start, stop) for batches in ranks for name in next(batches).ids]
+    for batches in ranks:
+        batches.close()
+    return found
+
+
+@pytest.mark.parametrize("shuffle_shards", [0, 2])
+def test_mixed_sets_resume_at_any_step_with_other_ranks_and_workers(two_sets, shuffle_shards):
+    whole = names(two_sets, shuffle_shards=shuffle_shards)
+    times = Counter(whole[:16])
+    manifest = load_manifest(two_sets[1].path)
+    heldout = {episode for info in manifest.shards for episode in info.episodes}
+    assert all(count == (2 if name.partition(":")[0] in heldout else 1) for name, count in times.items())
+    for world, workers in [(1, 1), (1, 2), (2, 0), (2, 2)]:
+        for start in (0, 3, 8):
+            found = names(two_sets, world, workers, start, shuffle_shards=shuffle_shards)
+            assert found == whole[2 * start :], (world, workers, start)
+
+
+def test_sets_of_another_kind_are_not_mixed(two_sets, encode_config, tmp_path):
+    other = dataclasses.replace(encode_config, out=str(tmp_path), layout="continuous", clip_frames=21)
+    encode_recordings(other)
+    with pytest.raises(ValueError, match=r"has layout continuous, .* chunked; they must agree"):
+        Stream([*two_sets, Source(f"{tmp_path}/train/manifest.json")], 1, seed=0)
+    with pytest.raises(ValueError, match="must be a positive number"):
+        Source("manifest.json", weight=0)
+    with pytest.raises(ValueError, match="an epoch of them holds no clip"):
+        Stream([dataclasses.replace(source, weight=1e-9) for source in two_sets], 1, seed=0)
+
+
+@pytest.fixture
+def damaged(encoded, tmp_path):
+    """A copy of the training set with one damaged shard of its four: two clips of eight."""
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    shard = tmp_path / "train" / "shard-000002.tar"
+    data = bytearray(shard.read_bytes())
+    data[3000] ^= 1
+    shard.write_bytes(data)
+    return tmp_path / "train" / "manifest.json"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_clips_of_a_corrupt_shard_are_skipped_and_counted_if_asked(damaged, workers):
+    loader = LoaderConfig(on_corrupt="skip")
+    batches = list(islice(Stream(damaged, 2, seed=0, workers=workers, loader=loader).batches(), 4))
+    bad = {episode for episode in load_manifest(damaged).shards[2].episodes}
+    assert sum(batch.skipped for batch in batches) >= 2
+    assert not any(name.partition(":")[0] in bad for batch in batches for name in batch.ids)
+    assert all(len(batch.ids) == 2 and torch.isfinite(batch.latents.float()).all() for batch in batches)
+
+
+def test_a_set_of_which_nothing_can_be_read_stops_even_then(damaged):
+    for shard in damaged.parent.glob("*.tar"):
+        shard.write_bytes(b"x" * shard.stat().st_size)
+    with pytest.raises(ValueError, match=r"no clip of .* can be read; run python -m data_pipeline verify"):
+        Stream(damaged, 2, seed=0, loader=LoaderConfig(on_corrupt="skip")).batch_at(0)
+
+
+def test_a_shard_that_is_gone_in_the_middle_stops_with_its_name(encoded, tmp_path):
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    batches = Stream(tmp_path / "train" / "manifest.json", 2, seed=0, workers=0).batches()
+    next(batches)
+    for shard in (tmp_path / "train").glob("*.tar"):
+        shard.unlink()
+    with pytest.raises((ValueError, FileNotFoundError), match=r"shard-00000\d.tar"):
+        list(islice(batches, 8))
+
+
+def test_training_takes_several_sets_with_weights_and_refuses_another_mixture_on_resume(
+    train_words, encoded, tmp_path, capsys
+):
+    sets = [
+        {"path": f"{encoded}/{split}/manifest.json", "weight": weight}
+        for split, weight in (("train", 1), ("heldout", 2))
+    ]
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text(yaml.safe_dump({"manifest": None, "manifests": sets}))
+    words = [*train_words, str(mixed), f"out={tmp_path / 'run'}", "steps=2", "batch=2", "engine.name=ddp"]
+    assert run("train", VERBS, words, default="run") == 0
+    sets[1]["weight"] = 3
+    mixed.write_text(yaml.safe_dump({"manifest": None, "manifests": sets}))
+    assert run("train", VERBS, [*words, "steps=3"], default="run") == 2
+    assert "use the same, or start anew with" in capsys.readouterr().err
+    mixed.write_text(yaml.safe_dump({"manifests": sets}))
+    assert run("train", VERBS, words, default="run") == 2
+    assert "not both" in capsys.readouterr().err
+
+
+def test_training_counts_the_clips_that_it_skips(train_words, damaged, tmp_path):
+    words = [*train_words, f"manifest={damaged}", f"out={tmp_path / 'run'}", "steps=4", "batch=2", "engine.name=ddp"]
+    assert run("train", VERBS, [*words, "loader.on_corrupt=skip"], default="run") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(line.get("skipped_clips", 0) for line in lines) >= 2
+    assert run("train", VERBS, [*words[:-4], f"out={tmp_path / 'stops'}", *words[-3:]], default="run") == 2

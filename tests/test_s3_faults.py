@@ -1,0 +1,267 @@
+"""What a server, a network or a person can do wrong to storage, and what then is said or survived."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import s3_server
+from fault_proxy import Fault
+from test_storage import unfinished_uploads
+from tiny_training import ROOT
+
+from configs.cli import run
+from data_pipeline import s3, s3_client, storage
+from data_pipeline.__main__ import VERBS
+
+
+@pytest.fixture
+def few_attempts(monkeypatch):
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 3)
+    monkeypatch.setattr(s3_client, "LONGEST_PAUSE_S", 0.1)
+    s3_client._client.cache_clear()
+    yield
+    s3_client._client.cache_clear()
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+
+
+def write(url: str, data: bytes) -> None:
+    with storage.writing(url) as part:
+        part.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["busy", "broken", "dropped", "lost"])
+def test_requests_that_fail_for_a_while_are_repeated(bucket_folder, proxy, kind) -> None:
+    url = storage.join(bucket_folder, "a.txt")
+    for method in ("PUT", "HEAD", "GET"):
+        proxy.add(Fault(kind, f"^{method} ", times=1))
+    write(url, b"0123456789")
+    assert storage.read_bytes(url) == b"0123456789" and storage.read_range(url, 3, 4) == b"3456"
+    assert all(fault.met == 1 for fault in proxy.faults)
+
+
+@pytest.mark.parametrize("kind", ["busy", "broken", "dropped"])
+def test_requests_that_fail_for_good_are_one_line(bucket_folder, proxy, few_attempts, kind) -> None:
+    url = storage.join(bucket_folder, "a.txt")
+    fault = proxy.add(Fault(kind, "a.txt"))
+    for action in (storage.read_bytes, storage.size, lambda url: storage.write_text(url, "text")):
+        fault.met = 0
+        with pytest.raises(OSError, match=r"a\.txt: ") as said:
+            action(url)
+        assert "\n" not in str(said.value) and s3_server.SECRET_KEY not in str(said.value)
+        assert fault.met == s3_client.ATTEMPTS
+
+
+def test_a_body_that_breaks_off_is_continued_where_it_stopped(bucket_folder, proxy) -> None:
+    url, data = storage.join(bucket_folder, "a.bin"), os.urandom(1 << 20)
+    write(url, data)
+    fault = proxy.add(Fault("cut", "^GET ", times=4))
+    assert storage.read_bytes(url) == data and fault.met == 4
+    fault.met = 0
+    assert storage.read_range(url, 1000, 500_000) == data[1000:501_000] and fault.met == 4
+
+
+def test_a_body_that_never_goes_on_is_one_line(bucket_folder, proxy, few_attempts) -> None:
+    url = storage.join(bucket_folder, "a.bin")
+    write(url, b"a")  # half of it is nothing
+    proxy.add(Fault("cut", "^GET "))
+    with pytest.raises(OSError, match=r"a\.bin: "):
+        storage.read_bytes(url)
+
+
+def test_bytes_that_change_on_their_way_are_noticed(bucket_folder, proxy, few_attempts, small_parts) -> None:
+    for name, data in (("small", b"0123456789"), ("large", os.urandom(11 << 20))):
+        url = storage.join(bucket_folder, name)
+        write(url, data)
+        fault = proxy.add(Fault("altered", f"^GET .*{name}", times=1))
+        assert storage.read_bytes(url) == data and fault.met == 1
+        fault.met = 0
+        assert storage.local(url).read_bytes() == data and fault.met == 1
+        fault.times = 10**9
+        with pytest.raises(OSError, match=f"{name}.*(damaged|checksum)"):
+            storage.read_bytes(url)
+        storage.remove(url)
+        write(url, data[::-1])
+        with pytest.raises(OSError, match=f"{name} is damaged, or changes while it is read"):
+            storage.local(url)
+        fault.met = fault.times
+
+
+def test_a_server_that_stops_speaking_is_asked_again(bucket_folder, proxy, monkeypatch, few_attempts) -> None:
+    monkeypatch.setattr(s3_client, "SILENT_S", 0.5)
+    url = storage.join(bucket_folder, "a.txt")
+    storage.write_text(url, "text")
+    slow = proxy.add(Fault("slow", "^GET ", times=1, seconds=0.2))
+    silent = proxy.add(Fault("slow", "^GET ", times=1, seconds=3))
+    assert storage.read_bytes(url) == b"text" and (slow.met, silent.met) == (1, 0)
+    began = time.monotonic()
+    assert storage.read_bytes(url) == b"text" and silent.met == 1
+    assert time.monotonic() - began < 5
+
+
+def test_a_writer_whose_answer_was_lost_is_still_the_first(bucket_folder, proxy) -> None:
+    url = storage.join(bucket_folder, "claim")
+    storage.create(storage.join(bucket_folder, "other"), b"")  # asks what the server can do
+    lost = proxy.add(Fault("lost", "^PUT .*claim", times=1))
+    assert storage.create(url, b"worker 1") and lost.met == 1
+    assert not storage.create(url, b"worker 2") and storage.read_bytes(url) == b"worker 1"
+
+
+def test_a_server_without_conditional_writes_is_refused(bucket_folder, proxy, few_attempts) -> None:
+    proxy.add(Fault("not offered", "^PUT "))
+    with pytest.raises(OSError, match="cannot write a file only if it is not there"):
+        storage.create(storage.join(bucket_folder, "claim"), b"worker 1")
+
+
+class TakesEverything(BaseHTTPRequestHandler):
+    """A server that overwrites whatever it is told on which condition."""
+
+    def _answer(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_PUT = do_DELETE = _answer
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_a_server_that_ignores_conditions_is_refused(s3, monkeypatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), TakesEverything)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    with pytest.raises(OSError, match="cannot write a file only if it is not there"):
+        storage.create("s3://worlds/runs/claim", b"worker 1")
+    server.shutdown()
+
+
+def said_by_command(capsys, *words: str) -> str:
+    """The one line with which `python -m data_pipeline` ends, with status 2."""
+    assert run("data_pipeline", VERBS, words) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and s3_server.SECRET_KEY not in line, line
+    return line
+
+
+def test_wrong_or_no_credentials_are_one_clear_line(s3, bucket_folder, monkeypatch, capsys, tmp_path) -> None:
+    manifest = f"{bucket_folder}/manifest.json"
+    if isinstance(s3, s3_server.Ceph):  # moto takes every credential
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "not-the-secret")
+        line = said_by_command(capsys, "verify", manifest)
+        assert f"{manifest}: the server refuses" in line and "AWS_SECRET_ACCESS_KEY" in line and wrong not in line
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    assert "Unable to locate credentials; set AWS_PROFILE" in said_by_command(capsys, "verify", manifest)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    assert "(nobody) could not be found; set AWS_PROFILE" in said_by_command(capsys, "verify", manifest)
+
+
+def test_a_bucket_that_does_not_exist_is_one_clear_line(s3, capsys) -> None:
+    assert "there is no bucket 'nowhere'" in said_by_command(capsys, "verify", "s3://nowhere/manifest.json")
+    url = "s3://nowhere/a"
+    for action in (storage.read_bytes, storage.exists, storage.list_files, storage.local, storage.remove_unfinished):
+        with pytest.raises(FileNotFoundError, match="there is no bucket 'nowhere'"):
+            action(url)
+    with pytest.raises(FileNotFoundError, match="there is no bucket 'nowhere'"):
+        storage.write_text(url, "text")
+
+
+def test_a_url_that_is_none_is_one_clear_line() -> None:
+    for url in ("s3://", "s3:/bucket/key", "s3:///key", "s3://bucket"):
+        with pytest.raises(ValueError, match="write s3://bucket/key"):
+            storage.read_bytes(url)
+    with pytest.raises(ValueError, match="holds no credentials") as said:
+        storage.read_bytes("s3://user:password@bucket/key")
+    assert "password" not in str(said.value)
+
+
+def test_a_server_that_is_not_there_is_one_line_without_what_is_secret(s3, monkeypatch, few_attempts) -> None:
+    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:password@127.0.0.1:{s3_server.free_port()}")
+    with pytest.raises(OSError, match=r"does not answer .*S3_ENDPOINT_URL") as said:
+        storage.read_bytes("s3://worlds/a")
+    assert "password" not in str(said.value)
+
+
+def start_later(server: s3_server.Ceph | s3_server.Moto) -> None:
+    """Half a second without a server."""
+    time.sleep(0.5)
+    server.start_gateway()
+
+
+def test_an_upload_survives_a_server_that_is_killed_and_restarted(s3, bucket_folder, proxy, small_parts) -> None:
+    url, data = storage.join(bucket_folder, "large.bin"), os.urandom(32 << 20)
+    held = proxy.add(Fault("held", "^PUT .*partNumber=5", times=1))
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write, url, data)
+        while not held.met:
+            time.sleep(0.01)
+        s3.kill_gateway()
+        held.released.set()  # the part is forwarded to a server that is not there any more
+        start_later(s3)
+        writing.result(timeout=120)
+    assert storage.sha256(url) == hashlib.sha256(data).hexdigest()
+    assert unfinished_uploads(*s3_parts(bucket_folder)) == []
+
+
+def test_a_read_survives_a_server_that_is_killed_and_restarted(s3, bucket_folder) -> None:
+    url, data = storage.join(bucket_folder, "large.bin"), os.urandom(48 << 20)
+    write(url, data)
+    with ThreadPoolExecutor(1) as pool, storage.opened(url) as file:
+        reading = pool.submit(storage.read_bytes, url)
+        time.sleep(0.05)
+        s3.kill_gateway()
+        start_later(s3)
+        assert reading.result(timeout=120) == data
+        assert file.read(10 << 20) == data[: 10 << 20]
+        s3.kill_gateway()
+        reading = pool.submit(file.read)
+        start_later(s3)
+        assert reading.result(timeout=120) == data[10 << 20 :]
+
+
+def s3_parts(folder: str) -> tuple[str, str]:
+    return s3.bucket_and_key(storage.join(folder, ""))
+
+
+def test_an_upload_that_fails_takes_its_parts_back(bucket_folder, proxy, few_attempts, small_parts) -> None:
+    url = storage.join(bucket_folder, "large.bin")
+    proxy.add(Fault("broken", "^PUT .*partNumber=3"))
+    with pytest.raises(OSError, match=r"large\.bin: .*InternalError"):
+        write(url, bytes(16 << 20))
+    assert unfinished_uploads(*s3_parts(bucket_folder)) == [] and not storage.exists(url)
+
+
+def test_a_writer_that_is_killed_leaves_no_half_file_and_no_parts(bucket_folder, proxy) -> None:
+    url = storage.join(bucket_folder, "large.bin")
+    storage.write_text(url, "as it was")
+    held = proxy.add(Fault("held", "^PUT .*partNumber=3", times=1))
+    program = (
+        "import sys; from data_pipeline import s3, storage\n"
+        "s3.PART_BYTES = 5 << 20\n"
+        "with storage.writing(sys.argv[1]) as part: part.write_bytes(bytes(32 << 20))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, url], cwd=ROOT)
+    while not held.met:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    held.released.set()
+    assert storage.read_bytes(url) == b"as it was"
+    assert len(unfinished_uploads(*s3_parts(bucket_folder))) == 1
+    storage.remove_unfinished(bucket_folder)
+    assert unfinished_uploads(*s3_parts(bucket_folder)) == []
+    assert storage.list_tree(bucket_folder) == {"large.bin": len("as it was")}

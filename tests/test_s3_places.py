@@ -1,0 +1,172 @@
+"""Everything that takes a path takes an s3:// url, and makes the same of it."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from foreign_games import load_game, read_all, write_all
+from test_official import SMALL, model_command, model_of, random_state, same_bits, yamls
+from tiny_recordings import draw_frames, write_recording
+from tiny_world import GAME, write_checkpoint
+
+from configs import save_config, to_dict
+from configs.cli import run
+from configs.files import write_text
+from data_pipeline import storage
+from data_pipeline.encode import encode_recordings
+from data_pipeline.readers import READERS, find_recordings
+from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
+from data_pipeline.shards import verify_set
+from data_pipeline.stream import Stream
+from model.official import WEIGHTS_NAME
+from model.weights import load_weights, save_weights
+from sampling.__main__ import VERBS
+from sampling.world_model import COMPLETE, WORLD_FILE, newest_checkpoint, read_world_config
+from train.codec import train_codec
+
+
+def put(folder: Path, url: str) -> str:
+    """Copies a folder of this machine to the bucket; returns the url."""
+    for name in storage.list_tree(folder):
+        storage.write_file(folder / name, storage.join(url, name))
+    return url
+
+
+@pytest.fixture(scope="module")
+def bucket(s3, tmp_path_factory, recordings, codec_folder) -> str:
+    """The tiny recordings and their codec, and a checkpoint that names it, in a bucket."""
+    url = "s3://worlds/every place"
+    put(recordings, f"{url}/recordings")
+    put(codec_folder, f"{url}/codec")
+    checkpoint = write_checkpoint(tmp_path_factory.mktemp("run"))
+    world = replace(read_world_config(checkpoint), codec=f"{url}/codec")
+    save_config(world, checkpoint / WORLD_FILE)
+    put(checkpoint, f"{url}/run/{checkpoint.name}")
+    return url
+
+
+@pytest.fixture(autouse=True)
+def nothing_here_is_called_s3(tmp_path, monkeypatch) -> Iterator[None]:
+    """A url taken for a path would leave a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert not (tmp_path / "s3:").exists()
+
+
+def test_recordings_and_a_codec_in_a_bucket_give_the_same_shards(bucket, encode_config, encoded) -> None:
+    places = {"source": f"{bucket}/recordings", "codec": f"{bucket}/codec", "out": f"{bucket}/latents"}
+    encode_recordings(replace(encode_config, **places))
+    for split in ("train", "heldout"):
+        ours, theirs = f"{bucket}/latents/{split}", f"{encoded}/{split}"
+        assert storage.read_bytes(f"{ours}/manifest.json") == storage.read_bytes(f"{theirs}/manifest.json")
+        assert verify_set(f"{ours}/manifest.json") == []
+    one, other = (Stream(f"{out}/train/manifest.json", 2, seed=0).batch_at(3) for out in (f"{bucket}/latents", encoded))
+    assert one.ids == other.ids and one.latents.equal(other.latents)
+
+
+@pytest.mark.long
+def test_every_reader_reads_the_same_from_a_bucket(bucket, tmp_path) -> None:
+    sources = write_all(tmp_path / "foreign")
+    assert sources.keys() | {"worldloom"} == READERS.keys()
+    for reader, source in sources.items():
+        game = load_game(reader, tmp_path)
+        url = put(source, f"{bucket}/foreign/{reader}")
+        ours, theirs = (read_all(reader, place, game) for place in (url, source))  # type: ignore[arg-type]
+        assert [episode.id for episode in ours] == [episode.id for episode in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert np.array_equal(one.actions.keyboard, other.actions.keyboard)
+            assert all(np.array_equal(*pair) for pair in zip(one.frames(), other.frames(), strict=True)), reader
+
+
+def test_an_episode_in_a_bucket_is_written_with_what_tells_of_it_last(bucket, proxy) -> None:
+    frames, keyboard, mouse_deg = draw_frames(GAME, 9, seed=1)
+    write_episode(f"{bucket}/new/episode_00000", describe_episode(GAME, 9), frames, keyboard, mouse_deg)
+    puts = [one.rpartition("/")[2] for one in proxy.requests if one.startswith("PUT")]
+    assert puts[-1] == ABOUT and len(puts) == 3
+    (recording,) = find_recordings("worldloom", f"{bucket}/new")
+    (episode,) = recording.read(GAME)
+    assert np.array_equal(episode.actions.keyboard, keyboard) and len(list(episode.frames())) == 9
+
+
+@pytest.mark.long
+def test_a_codec_is_fitted_from_and_to_a_bucket(bucket, tmp_path, recordings) -> None:
+    (tmp_path / "codec.yaml").write_text(yaml.safe_dump({"game": to_dict(GAME), "codec": {"width": 8}, "steps": 1}))
+    for source, out in ((recordings, tmp_path / "here"), (f"{bucket}/recordings", f"{bucket}/fitted")):
+        words = [f"source={source}", f"out={out}", "heldout_every=3", "batch=1"]
+        train_codec([str(tmp_path / "codec.yaml"), *words])
+    here, there = (
+        load_weights(storage.local(out) / "model.safetensors") for out in (tmp_path / "here", f"{bucket}/fitted")
+    )
+    assert all(torch.equal(here[name], there[name]) for name in here)
+
+
+def test_a_checkpoint_in_a_bucket_plays_the_same_prompt_and_script(bucket, tmp_path, recordings) -> None:
+    checkpoint = newest_checkpoint(f"{bucket}/run")
+    assert sorted(path.name for path in checkpoint.iterdir()) == [
+        COMPLETE, "ema.safetensors", "model.safetensors", WORLD_FILE,
+    ]  # fmt: skip
+    write_actions(tmp_path / "actions.csv", GAME.action_space, *draw_frames(GAME, 9, seed=3)[1:])
+    storage.write_file(tmp_path / "actions.csv", f"{bucket}/actions.csv")
+    made = []
+    for place, prompts, out in ((checkpoint, recordings, tmp_path), (f"{bucket}/run", f"{bucket}/recordings", bucket)):
+        script = tmp_path if place == checkpoint else bucket
+        words = [
+            f"prompt={prompts}/episode_00000/video.mp4", f"actions={script}/actions.csv", "frames=9", "steps=1",
+            f"out={out}/made/demo.mp4",
+        ]  # fmt: skip
+        assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
+        made.append([storage.read_bytes(f"{out}/made/demo{suffix}") for suffix in (".mp4", ".png")])
+        storage.write_file(storage.local(f"{out}/made/demo.png"), f"{out}/prompt.png")
+        words[0] = f"prompt={out}/prompt.png"
+        assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
+    assert made[0][0] == made[1][0]
+
+
+@pytest.mark.long
+def test_a_checkpoint_in_a_bucket_is_judged_alike(bucket, tmp_path, recordings, encoded) -> None:
+    few = ["starts=1", "chunks=1", "held_starts=1", "held_chunks=1", "steps=1", "clips=2"]
+    here, there = newest_checkpoint(f"{bucket}/run"), f"{bucket}/run"
+    words = [f"recordings={recordings}", f"manifest={encoded}/heldout/manifest.json", f"out={tmp_path}/report"]
+    assert run("sampling", VERBS, ["evaluate", str(here), *words, *few]) == 0
+    put(Path(encoded) / "heldout", f"{bucket}/heldout")
+    put(tmp_path / "report", f"{bucket}/other")
+    words = [f"recordings={bucket}/recordings", f"manifest={bucket}/heldout/manifest.json", f"out={bucket}/report"]
+    beside = f"beside=[{bucket}/other/report.json]"
+    assert run("sampling", VERBS, ["evaluate", there, *words, *few, beside]) == 0
+    ours, theirs = (json.loads(storage.read_bytes(f"{out}/report/report.json")) for out in (bucket, tmp_path))
+    same = {"seconds": 0, "settings": 0, "checkpoint": 0}
+    assert {**ours, **same} == {**theirs, **same} and ours["checkpoint"].startswith(there)
+    assert b'href="../other/report.html"' in storage.read_bytes(f"{bucket}/report/report.html")
+    assert storage.exists(f"{bucket}/report/held.mp4")
+
+
+def test_official_files_are_imported_from_and_exported_to_a_bucket(bucket, tmp_path) -> None:
+    given = random_state(model_of("universal", *SMALL))
+    with storage.writing(f"{bucket}/official.safetensors") as file:
+        save_weights(given, file)
+    words = [*yamls("universal"), *SMALL, f"codec={bucket}/codec", f"out={bucket}/imported"]
+    assert model_command("import", f"{bucket}/official.safetensors", *words) == 0
+    assert f"source: {bucket}/official" in storage.read_bytes(f"{bucket}/imported/config.yaml").decode()
+    assert model_command("export", f"{bucket}/imported", "format=official", f"out={bucket}/back") == 0
+    assert same_bits(load_weights(storage.local(f"{bucket}/back/{WEIGHTS_NAME}")), given)
+    assert model_command("import", f"{bucket}/back", *words[:-1], f"out={bucket}/again") == 0
+
+
+def test_what_cannot_be_written_to_a_bucket_says_so(tmp_path) -> None:
+    with pytest.raises(ValueError, match="only written to a folder of this machine"):
+        write_text("s3://worlds/report.json", "{}")
+
+
+def test_a_recording_that_is_not_there_is_one_line(s3, tmp_path) -> None:
+    write_recording(tmp_path / "episode_00000", GAME)
+    with pytest.raises(FileNotFoundError, match="no folder of recordings s3://worlds/nowhere"):
+        find_recordings("worldloom", "s3://worlds/nowhere")
+    storage.write_text("s3://worlds/broken/episode_00000/actions.csv", "")
+    (recording,) = find_recordings("worldloom", "s3://worlds/broken")
+    with pytest.raises(FileNotFoundError, match=r"no s3://worlds/broken/episode_00000/episode\.json"):
+        recording.read(GAME)

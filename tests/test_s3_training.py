@@ -1,0 +1,163 @@
+"""Training with its run folder in a bucket: what is saved, lost, refused and resumed there."""
+
+import os
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fault_proxy import Fault
+from test_storage import unfinished_uploads
+from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
+
+from configs import load_config
+from data_pipeline import s3, storage
+from data_pipeline.claims import Claims
+from model.weights import load_weights
+from sampling.world_model import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
+from train import run_folder
+from train.checkpoint import consolidate
+from train.config import STOPPED, TrainConfig
+from train.run_folder import pull, push, sole_run, with_local_out
+
+SETTINGS = ["checkpoint.every=2", "engine.name=ddp"]  # else as the run `alone` on a disk
+
+
+def assert_same_end(url: str, alone: Path, folder: Path) -> None:
+    """The run at `url` has the weights and figures of the other, bit for bit."""
+    pull(folder, url)
+    assert torch.equal(losses(folder), losses(alone))
+    for name in ("model", "ema"):
+        ours, theirs = (newest_checkpoint(out) / f"{name}.safetensors" for out in (url, alone))
+        ours, theirs = load_weights(ours), load_weights(theirs)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
+def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
+    train_words, alone, bucket_folder, proxy, tmp_path
+) -> None:
+    """On a machine whose disk is empty; and a checkpoint that the server refuses leaves those before it whole."""
+    command = [*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"]
+    held = proxy.add(Fault("held", "^PUT .*step_0000004/ema.safetensors", times=1))
+    with open(tmp_path / "log", "w") as log:
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, env=env)
+        while not held.met and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    held.released.set()
+    assert held.met, (tmp_path / "log").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]  # no folder of the url's name
+    assert complete_steps(bucket_folder) == ["step_0000002"]
+    assert "step_0000004/model.safetensors" in storage.list_tree(bucket_folder)
+
+    refused = proxy.add(Fault("refused", "^PUT .*step_0000006/trainer/rank_00000", times=1))
+    done = run(command, WORLDLOOM_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0 and refused.met == 1, done.stderr
+    assert f"resumed from {bucket_folder}/step_0000002 at step 2" in done.stdout
+    (said,) = [line for line in done.stderr.splitlines() if "cannot write" in line]
+    assert f"cannot write {bucket_folder}/step_0000006: " in said and "the checkpoint before it is whole" in said
+    assert_same_end(bucket_folder, alone, tmp_path)
+    assert complete_steps(bucket_folder) == ["step_0000004", "step_0000008"]
+    left = storage.list_tree(bucket_folder)
+    assert not [name for name in left if name.startswith("step_") and name[:12] not in ("step_0000004", "step_0000008")]
+    assert not [name for name in left if name.endswith(".claim")] and "metrics.jsonl" in left
+    assert unfinished_uploads(*s3.bucket_and_key(f"{bucket_folder}/")) == []
+    assert not list((tmp_path / "cache" / "scratch").glob("*/*"))
+
+    newest = find_checkpoint(bucket_folder)
+    words = [str(storage.local(storage.join(newest, "config.yaml")))]
+    assert load_config(TrainConfig, words).out == bucket_folder
+    assert read_world_config(newest) == read_world_config(newest_checkpoint(alone))
+    consolidate([f"checkpoint={bucket_folder}", f"out={bucket_folder}/world.safetensors"])
+    whole, ema = (
+        load_weights(storage.local(url)) for url in (f"{bucket_folder}/world.safetensors", f"{newest}/ema.safetensors")
+    )
+    assert all(torch.equal(whole[name], ema[name]) for name in ema)
+
+
+@pytest.mark.long
+def test_a_last_checkpoint_that_cannot_be_uploaded_is_an_error(
+    train_words, alone, bucket_folder, proxy, tmp_path
+) -> None:
+    """Of the others it is only said."""
+    refused = proxy.add(Fault("refused", "^PUT .*step_000000[48]/trainer/rank_00000", times=2))
+    done = run([*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"])
+    assert done.returncode == 2 and refused.met == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if "cannot write" in line]
+    assert f"cannot write {bucket_folder}/step_0000004: " in said[0] and "step_0000008: " in said[-1]
+    assert said[-1].startswith("train run: cannot write") and "the checkpoint before it is whole" in said[-1]
+    assert complete_steps(bucket_folder) == ["step_0000002", "step_0000006"]
+    done = run([*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"])
+    assert done.returncode == 0 and "step_0000006 at step 6" in done.stdout, done.stderr
+    assert_same_end(bucket_folder, alone, tmp_path)
+
+
+@pytest.mark.long
+def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_folder, tmp_path) -> None:
+    """Machines that share nothing but the bucket: two processes, then one, then two."""
+    for processes, steps in ((2, 4), (1, 6), (2, 8)):
+        settings = ["engine.name=deepspeed", f"batch={4 // processes}", f"steps={steps}", f"out={bucket_folder}"]
+        command = [*launch("cpu_zero2", "-m", "train", processes=processes), *train_words, *SETTINGS, *settings]
+        done = run(command, WORLDLOOM_CACHE=str(tmp_path / str(steps)))
+        assert done.returncode == 0, done.stderr
+    pull(tmp_path, bucket_folder)
+    assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == list(range(1, 9))
+
+
+@pytest.fixture
+def config(train_words, bucket_folder) -> TrainConfig:
+    return with_local_out(load_config(TrainConfig, [*train_words, f"out={bucket_folder}"]))
+
+
+def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(run_folder, "STALE_S", 0.5)
+    elsewhere = replace(config, out=str(tmp_path / "another machine"))
+    with sole_run(config):
+        with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
+            pass
+        with (
+            pytest.raises(ValueError, match=r"is in use by another run, which says so in run\.claim"),
+            sole_run(elsewhere),
+        ):
+            pass
+    with sole_run(elsewhere):
+        pass
+
+
+def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
+    monkeypatch.setattr(run_folder, "STALE_S", 0.5)
+    killed = Claims(config.checkpoints, 0.5)
+    assert killed.take(run_folder.CLAIM)
+    words = storage.read_bytes(f"{config.checkpoints}/run.claim").decode()
+    storage.write_text(f"{config.checkpoints}/run.claim", words.replace('"host": "', '"host": "other-'))
+    with sole_run(config):
+        assert storage.exists(f"{config.checkpoints}/run.claim")
+    assert not storage.exists(f"{config.checkpoints}/run.claim")
+
+
+def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> None:
+    proxy.add(Fault("not offered", r"^PUT .*(claim|\.probe)"))
+    with sole_run(config):
+        (Path(config.out) / "metrics.jsonl").write_text("{}\n")
+    assert storage.read_bytes(f"{config.checkpoints}/metrics.jsonl") == b"{}\n"
+
+
+def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
+    folder, url = Path(config.out), config.checkpoints
+    (folder / "videos").mkdir()
+    for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", STOPPED):
+        (folder / name).write_text(name)
+    push(folder, url)
+    assert storage.list_tree(url) == {"STOPPED": 7, "metrics.jsonl": 13, "videos/a b.mp4": 14}
+    proxy.requests.clear()
+    push(folder, url)
+    assert proxy.requests == []
+    (folder / "metrics.jsonl").write_text("longer than it was")
+    push(folder, url)
+    assert storage.size(f"{url}/metrics.jsonl") == 18
+    with sole_run(config):
+        assert not storage.exists(f"{url}/{STOPPED}") and not (folder / STOPPED).exists()

@@ -1,0 +1,249 @@
+"""What a run shows of itself: figures that add up over ranks, the same in every writer; videos, traces; waiting."""
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_training import ALONE, ROOT, STEPS, read_metrics, run
+from tiny_world import DIT
+
+from configs import load_config
+from data_pipeline.types import CHUNK_LATENTS
+from data_pipeline.video import probe, read_frames
+from model.cost import training_flops
+from model.weights import load_weights
+from sampling.world_model import load_world, newest_checkpoint, read_world_config
+from train.check import check_run
+from train.config import TrainConfig
+from train.figures import Interval, Scale, StepFigures, describe, per_rank
+from train.log import require_tensorboard
+from train.objectives.base import Figures
+from train.profiler import Profiler
+from train.videos import Videos
+
+SCALE = Scale(DIT, ranks=2, clips_per_step=4, latents=6, block=1, peak_tflops=0.5)
+SEEN = [
+    "wandb=true", "tensorboard=true", "peak_tflops=0.001", "profile={start: 2, steps: 2}",
+    "validation.videos={every: 3, actions: [random, turn_left], frames: 20, steps: 2}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seen(train_words, tmp_path_factory) -> Path:
+    """A run with every writer, videos and a trace."""
+    out = tmp_path_factory.mktemp("seen")
+    done = run([*ALONE, *train_words, "engine.name=ddp", "batch=2", f"out={out}", *SEEN], WANDB_MODE="offline")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def figures(clips: int, first: int, m: int, seed: int) -> Figures:
+    drawn = torch.rand(2, clips, m, generator=torch.Generator().manual_seed(seed))
+    return Figures(drawn[0], drawn[1], first, torch.Size((clips, 16, first + m, 4, 6)))
+
+
+def test_figures_of_two_ranks_add_up_to_those_of_one() -> None:
+    whole, halves = figures(4, CHUNK_LATENTS, 3, seed=0), [StepFigures(SCALE), StepFigures(SCALE)]
+    alone = StepFigures(SCALE)
+    alone.add(whole, 0)
+    for part, half in zip((slice(0, 2), slice(2, 4)), halves, strict=True):
+        half.add(Figures(whole.loss[part], whole.sigma[part], whole.first, torch.Size((2, *whole.sequence[1:]))), 0)
+    added = describe(halves[0].sums + halves[1].sums, block=1)
+    assert added == pytest.approx(describe(alone.sums, block=1)) and torch.equal(
+        halves[0].work + halves[1].work, alone.work
+    )
+    assert added["loss"] == pytest.approx(whole.loss.mean().item())
+    assert {name for name in added if "latent" in name} == {"loss/latent_3", "loss/latent_4", "loss/latent_5"}
+    assert added["loss/latent_4"] == pytest.approx(whole.loss[:, 1].mean().item())
+
+
+def test_a_clip_counts_once_however_many_latents_it_is_judged_by() -> None:
+    short, long = figures(2, 1, 2, seed=1), figures(2, 3, 3, seed=2)
+    both = StepFigures(SCALE)
+    both.add(short, 0)
+    both.add(long, 0)
+    means = (short.loss.mean() + long.loss.mean()).item() / 2
+    assert describe(both.sums, block=1)["loss"] == pytest.approx(means)
+
+
+def test_a_figure_over_nothing_is_left_out() -> None:
+    assert describe(StepFigures(SCALE).sums, block=1) == {}
+    low = StepFigures(SCALE)
+    low.add(Figures(torch.ones(1, 1), torch.zeros(1, 1), 2, torch.Size((1, 16, 3, 4, 6))), 0)
+    assert describe(low.sums, block=3).keys() == {"loss", "loss/sigma_0.00-0.25", "loss/block_0"}
+
+
+def test_tokens_and_flops_are_those_of_the_passes() -> None:
+    step = StepFigures(SCALE)
+    step.add(figures(2, 3, 3, seed=0), 0)  # 2 clips of 6 latents of 4 x 6, in patches of 2 x 2
+    assert step.work[:2].tolist() == [2 * 6 * 2 * 3, pytest.approx(training_flops(DIT, 2, 6, 4, 6))]
+    interval = Interval(SCALE)
+    interval.add(step.sums, step.work, per_rank(0, 2, 0.1, 0.0))
+    said = interval.figures()
+    # Of the same time: FLOPs per token times tokens per second, over what two devices could do.
+    per_token = training_flops(DIT, 2, 6, 4, 6) / 72
+    assert said["mfu"] == pytest.approx(said["tokens/s"] * per_token / (2 * 0.5e12))
+    silent = Interval(replace(SCALE, peak_tflops=None))
+    silent.add(step.sums, step.work, per_rank(0, 2, 0.1, 0.0))
+    assert "mfu" not in silent.figures() and "tokens/s" in silent.figures()
+
+
+def test_every_writer_is_told_every_figure(seen) -> None:
+    lines = read_metrics(seen)
+    figures = [
+        (line["step"], name, value)
+        for line in lines
+        for name, value in line.items()
+        if name != "step" and not name.startswith("video/")
+    ]
+    assert all(math.isfinite(value) for _, _, value in figures)
+    wanted = {"loss/latent_3", "loss/latent_5", "tokens/s", "mfu", "heldout/right", "grad_norm", "skipped_steps"}
+    assert wanted <= {name for _, name, _ in figures}
+    board = EventAccumulator(str(seen / "tensorboard")).Reload()
+    told = {(event.step, name): event.value for name in board.Tags()["scalars"] for event in board.Scalars(name)}
+    assert told == {(step, name): pytest.approx(value, rel=1e-6) for step, name, value in figures}
+    (file,) = seen.glob("wandb/offline-run-*/run-*.wandb")
+    assert all(name.encode() in file.read_bytes() for _, name, _ in figures)
+
+
+def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, train_words) -> None:
+    shown = [line for line in read_metrics(seen) if any(name.startswith("video/") for name in line)]
+    assert [line["step"] for line in shown] == [3, 6, 8]
+    names = [name for name in shown[-1] if name != "step"]
+    assert len(names) == 2 and all("step_0000008" in shown[-1][name] for name in names)
+    board = EventAccumulator(str(seen / "tensorboard")).Reload()
+    assert all([event.step for event in board.Images(name)] == [3, 6, 8] for name in names)
+    assert len(list(seen.glob("wandb/offline-run-*/files/media/videos/video/*.mp4"))) == 6
+    info = probe(seen / shown[-1][names[0]])
+    assert (info.frames, info.fps) == (20, 17.5)
+    # The last ones again, from the checkpoint that was written right after them.
+    checkpoint, pieces = newest_checkpoint(seen), list[None]()
+    config = load_config(TrainConfig, [*train_words, *SEEN, f"out={seen / 'again'}"])
+    videos = Videos(config, read_world_config(checkpoint))
+    again = videos.make(load_world(checkpoint), STEPS, lambda: pieces.append(None))
+    assert len(pieces) == 2 * 3  # chunks of nine frames
+    for name, path in again.items():
+        assert path.read_bytes() == (seen / shown[-1][f"video/{name}"]).read_bytes()
+    left, right = (np.stack(list(read_frames(path)))[1:] for path in again.values())
+    assert not np.array_equal(left, right)
+
+
+def test_training_does_not_notice_that_it_is_watched(seen, train_words, tmp_path) -> None:
+    done = run([*ALONE, *train_words, "engine.name=ddp", "batch=2", f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    trained = {"loss", "grad_norm", "heldout/right"}
+    ours, theirs = (
+        [{name: line[name] for name in trained & line.keys()} for line in read_metrics(out) if trained & line.keys()]
+        for out in (seen, tmp_path)
+    )
+    assert ours == theirs
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_weights(newest_checkpoint(out) / name) for out in (seen, tmp_path))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_trace_holds_the_steps_that_were_asked_for(seen) -> None:
+    (path,) = (seen / "profile").iterdir()
+    assert path.name == "steps_0000003-0000004_rank_00000.json.gz"
+    with gzip.open(path) as file:
+        events = json.load(file)["traceEvents"]
+    names = [str(event.get("name")) for event in events]
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#0", "ProfilerStep#1"}
+    assert names.count("Optimizer.step#AdamW.step") == 2 and any("addmm" in name for name in names)
+
+
+def test_a_run_that_ends_within_the_traced_steps_leaves_no_file(train_words, tmp_path) -> None:
+    config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "profile={start: 0, steps: 2}"])
+    profiler = Profiler(config, rank=0)
+    profiler.begins(0)
+    assert profiler.ends(0) is None and not list(tmp_path.iterdir())
+    profiler.begins(1)
+    assert profiler.ends(1) == next((tmp_path / "profile").iterdir())
+
+
+def test_tensorboard_that_is_not_installed_is_said_in_one_line(monkeypatch) -> None:
+    require_tensorboard()
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ValueError, match="pip install"):
+        require_tensorboard()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["validation.videos.actions=[sideways]"], "no key or preset 'sideways'"),
+        (["validation.videos.actions=[forward:x]"], "after the colon comes a number of frames"),
+        (["validation.videos.actions=[moves.csv]"], "moves.csv"),
+        (["validation.videos.actions=[]"], "hold a script"),
+        (["validation.videos.prompts=99"], "there are 4 held-out clips"),
+        (["validation.videos.frames=3"], "frames 3"),
+        (["validation.videos.steps=0"], "steps 0"),
+        (["validation.videos.few_steps=[1000]"], "belongs to causal models"),
+        (["validation.videos.vision=clip.pth"], "leave out validation.videos.vision"),
+        (["validation.videos.evry=3"], "did you mean 'validation.videos.every'"),
+        (["validation.manifest=null"], "give validation.manifest"),
+        (["validation.manifest=nowhere.json"], "nowhere.json"),
+        (["profile={start: 7, steps: 2}"], "end after the run's 8 steps"),
+        (["peak_tflops=0"], "positive number"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused_before_training(train_words, tmp_path, words: list[str], said: str) -> None:
+    with pytest.raises((ValueError, OSError), match=said) as error:
+        check_run(
+            load_config(TrainConfig, [*train_words, f"out={tmp_path}", "validation.videos.every=4", *words]), ranks=1
+        )
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_held_out_clips_of_another_kind_are_refused(train_words, encoded, tmp_path) -> None:
+    manifest = json.loads(Path(f"{encoded}/heldout/manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "codec_hash": "0" * 12}))
+    words = [*train_words, f"out={tmp_path / 'run'}", f"validation.manifest={tmp_path / 'manifest.json'}"]
+    with pytest.raises(ValueError, match=r"has codec_hash 000000000000.*encode both"):
+        check_run(load_config(TrainConfig, words), ranks=1)
+
+
+WAIT = """
+import sys, time
+from pathlib import Path
+import torch.distributed as dist
+from train.watchdog import Watchdog
+
+rank, folder, dies = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "dies"
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+watchdog = Watchdog(folder, rank, 2, limit_s=3.0)
+with watchdog.watching():
+    dist.barrier()
+    with watchdog.main_alone(0, "making videos") as alive:
+        for _ in range(4 if rank == 0 else 0):
+            time.sleep(1.2)
+            alive()
+            if dies:
+                sys.exit(5)
+print("together again", flush=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["lives", "dies"])
+def test_others_wait_for_rank_0_longer_than_a_step_may_take_but_not_for_a_dead_one(tmp_path, ending: str) -> None:
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", WAIT, str(rank), str(tmp_path), ending],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=60) for process in ranks]
+    if ending == "lives":
+        assert all("together again" in out for out, _ in said), said
+    else:
+        assert [process.returncode for process in ranks] == [5, 1]
+        assert "missing: rank 0 (silent" in said[1][1] and "making videos" in said[1][1], said

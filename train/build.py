@@ -1,0 +1,62 @@
+"""A run's engine with the weights that it starts from, whether the model is built whole or part by part."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from model.action_dit import ActionDiT
+from model.memory import give_back
+from model.weights import load_into, open_weights, require_same_tensors
+from train.config import TrainConfig
+from train.engine import Engine, make_engine
+
+META = torch.device("meta")
+
+
+def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | None) -> Engine:
+    """The engine of `config` with random weights by its seed, or with those of the file `init`.
+
+    With engine.build=sharded the model has no memory until it is cut up, and then takes its numbers part by part.
+    """
+    if (config.engine.name, config.engine.offload, accelerator.device.type) == ("fsdp2", "all", "cpu"):
+        raise ValueError("engine.offload=all of fsdp2 needs an accelerator; on a CPU all is there: leave it out")
+    sharded, generator = config.engine.build == "sharded", torch.Generator().manual_seed(config.seed)
+    with META if sharded else nullcontext():
+        model = ActionDiT(config.model, None if sharded else generator)
+    specs = {name: tensor.to(META) for name, tensor in model.state_dict().items()} if sharded and init else {}
+    if init and not sharded:
+        load_into(model, open_weights(init))
+    model.compile_blocks(config.engine.compile)
+    engine = make_engine(accelerator, model, config)
+    if sharded and init:
+        weights = open_weights(init)
+        require_same_tensors(specs, weights.specs, "these weights are of another model")
+        for name in weights:
+            engine.fill({name: weights[name]})
+        engine.refresh()
+    elif sharded:
+        fill_at_random(engine, config, generator)
+    return engine
+
+
+def fill_at_random(engine: Engine, config: TrainConfig, generator: torch.Generator) -> None:
+    """The numbers that the whole model would have been built with."""
+
+    @contextmanager
+    def present(named: tuple[str, nn.Module]) -> Iterator[None]:
+        """Memory on the CPU, of which the engine takes this rank's share."""
+        name, part = named
+        part.to_empty(device="cpu")
+        yield
+        engine.fill({f"{name}.{key}": tensor for key, tensor in part.state_dict().items()})
+        part.to(META)
+        give_back()
+
+    with META:
+        template = ActionDiT(config.model)
+    template.initialise(generator, present)
+    engine.refresh()

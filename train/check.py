@@ -1,0 +1,82 @@
+"""What can be found wrong with a run before anything of it is started."""
+
+from dataclasses import dataclass
+
+from data_pipeline import storage
+from data_pipeline.stream import load_manifest, load_manifests, require_action_space, require_same_kind
+from data_pipeline.types import Manifest
+from model.codec import codec_hash
+from sampling.world_model import WorldModelConfig, find_checkpoint, read_world_config
+from train.checkpoint import data_digest, find_resumable, fit_to_ranks, read_position
+from train.config import TrainConfig
+from train.objectives import Objective, check_objective, make_objective
+from train.videos import check_videos
+
+HELDOUT = ("layout", "codec_hash", "vision", "unknown")  # what held-out clips have in common with the others
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run whose parts belong together, before any process group is there."""
+
+    config: TrainConfig  # with the batch and accumulation that the ranks need
+    manifest: Manifest  # of the first set; what they have in common can be asked of it
+    world: WorldModelConfig
+    objective: Objective
+    data: str  # digest of the training shards and of how they are mixed
+    init: str | None  # weights to start from
+    resumed: str | None  # checkpoint to go on from
+    start: int  # step
+
+
+def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
+    """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
+    manifests = load_manifests(config.sources)
+    manifest = manifests[0]
+    world = describe_world(config, manifest)
+    objective, data = make_objective(config.objective), data_digest(manifests, config)
+    check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
+    if config.validation.manifest:
+        heldout = load_manifest(config.validation.manifest)
+        require_same_kind(manifest, config.sources[0].path, heldout, config.validation.manifest, of_set=HELDOUT)
+        if config.validation.videos.every:
+            check_videos(config.validation.videos, heldout.clips, world)
+    resumed, start = find_resumable(config.checkpoints, world), 0
+    if resumed:
+        position = read_position(resumed)
+        config, start = fit_to_ranks(config, data, position, ranks, resumed), position.step
+    init = initial_weights(config, manifest) if config.init else None
+    return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
+
+
+def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
+    """What the sampler will need; raises if manifest, codec and model do not belong together."""
+    space, action = manifest.game.action_space, config.model.action
+    found = codec_hash(storage.local(config.codec))
+    if found != manifest.codec_hash:
+        raise ValueError(f"{config.sources[0].path} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
+    if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
+        raise ValueError(
+            f"model.action.keyboard_dim_in={action.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
+            f"({', '.join(space.keys)})"
+        )
+    if action and action.enable_mouse and not space.mouse:
+        raise ValueError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
+    causal = config.model.causal
+    for name, ours, theirs in (
+        ("vision", config.model.vision, manifest.vision),
+        ("unknown", causal.unknown if causal else "zeros", manifest.unknown),
+    ):
+        if ours != theirs:
+            where = "model.vision" if name == "vision" else "model.causal.unknown"
+            clips = f"the clips of {config.sources[0].path}"
+            raise ValueError(f"{where}={ours}, but {clips} were encoded with {name}={theirs}")
+    return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
+
+
+def initial_weights(config: TrainConfig, manifest: Manifest) -> str:
+    """The weights file that `config.init` names; raises if it is of another model or action space."""
+    assert config.init
+    checkpoint = find_checkpoint(config.init)
+    require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
+    return storage.join(checkpoint, f"{config.init_weights}.safetensors")

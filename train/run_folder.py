@@ -1,0 +1,118 @@
+"""The folder of a run: whose it is while the run lives, and its two places if `out` is an s3:// url.
+
+Such a run works in a folder of this machine, whose files can be appended to and locked. Checkpoints go straight to the
+url; everything else in the folder is copied there before each of them, and at the end.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from configs.files import write_text
+from data_pipeline import cache, storage
+from data_pipeline.claims import Claims
+from data_pipeline.s3_errors import NotOffered
+from train.config import STOPPED, TrainConfig
+from train.log import METRICS
+
+PUSHED = ".pushed.json"  # which files were copied, as they were then
+CLAIM, STALE_S = "run", 30.0  # of a run at a url; after so long without a renewal its machine is gone
+
+
+def with_local_out(config: TrainConfig) -> TrainConfig:
+    """The config with an `out` on this machine, a folder that is made; if it was an s3:// url, that becomes
+    `checkpoint.folder`."""
+    if not storage.is_s3(config.out):
+        return config
+    url = config.out.rstrip("/")
+    folder = cache.run_folder(url)
+    folder.mkdir(parents=True, exist_ok=True)
+    return replace(config, out=str(folder), checkpoint=replace(config.checkpoint, folder=url))
+
+
+def as_asked(config: TrainConfig) -> TrainConfig:
+    """The opposite of `with_local_out`, for whoever reads the config on another machine."""
+    return replace(config, out=config.checkpoints, checkpoint=replace(config.checkpoint, folder=None))
+
+
+@contextmanager
+def sole_run(config: TrainConfig) -> Iterator[None]:
+    """Holds the run's folder, and its url if it has one, within the block: two runs that write to the same place would
+    spoil each other's checkpoints. What killed ones left unfinished at the url is deleted.
+
+    Raises ValueError in one line if another live run holds them, OSError if they cannot be written to.
+    """
+    folder, url = Path(config.out), config.checkpoints
+    with _locked(folder), _claimed(url) if storage.is_s3(url) else nullcontext():
+        if storage.is_s3(url):
+            storage.remove_unfinished(url)
+            storage.remove(storage.join(url, STOPPED))
+            pull(folder, url)
+        (folder / STOPPED).unlink(missing_ok=True)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):  # what went wrong first is what counts
+                push(folder, url)
+            raise
+        push(folder, url)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by the run of {file.read()}; choose another out=") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _claimed(url: str) -> Iterator[None]:
+    """Runs on other machines are told by a file that this one renews, where the server can create one; a run that was
+    killed on another machine is waited for until its file is stale."""
+    claims, deadline = Claims(url, STALE_S), time.monotonic() + 1.5 * STALE_S
+    try:
+        while not claims.take(CLAIM):
+            if time.monotonic() > deadline:
+                raise ValueError(f"{url} is in use by another run, which says so in {CLAIM}.claim; choose another out=")
+            time.sleep(1)
+    except NotOffered:
+        yield
+        return
+    with claims.renewed():
+        yield
+
+
+def pull(folder: Path, url: str) -> None:
+    """The run's figures so far, if it ever ran: those at the url are of all up to its newest checkpoint."""
+    with suppress(FileNotFoundError):
+        write_text(folder / METRICS, storage.read_bytes(storage.join(url, METRICS)).decode())
+
+
+def push(folder: Path, url: str) -> None:
+    """Copies what is in the folder and has changed since the last time to an s3:// url; nothing whose name begins with
+    a dot."""
+    if not storage.is_s3(url):
+        return
+    pushed: dict[str, int] = json.loads((folder / PUSHED).read_text()) if (folder / PUSHED).is_file() else {}
+    for path in sorted(folder.rglob("[!.]*")):
+        name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
+        if path.is_file() and pushed.get(name) != changed:
+            with storage.writing(storage.join(url, name)) as part:
+                shutil.copyfile(path, part)  # it may grow meanwhile
+            pushed[name] = changed
+    write_text(folder / PUSHED, json.dumps(pushed))
