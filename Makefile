@@ -1,4 +1,4 @@
-# make demo | test | test-engines | test-faults | test-multinode | test-docker | test-s3 | smoke | setup | check. Everything lives in .venv and runs/.
+# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode: see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PYTHONWARNINGS := ignore
 
-.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 check setup clean
+.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode check setup clean
 
 demo: setup
 	@python -m launch road configs/roads/demo.yaml
@@ -38,6 +38,9 @@ test-docker: setup
 # Starts Ceph's S3 gateway and stops it (without Ceph an emulator); the short ones of these are part of `make test`.
 test-s3: setup
 	@python -m pytest -m "" tests/test_storage.py tests/test_s3_faults.py tests/test_s3_places.py tests/test_s3_training.py
+
+test-encode: setup
+	@python -m pytest -m long -s tests/test_encode_workers.py
 
 check: setup
 	@ruff check . && ruff format --check . && pyright

@@ -38,6 +38,13 @@ def _doctor(words: list[str]) -> int:
     return doctor(words)
 
 
+def _plan(words: list[str]) -> int:
+    """What a run will hold and compute, and whether it fits: configs/machines/X.yaml configs/train/Y.yaml memory_gib="""
+    from launch.plan import plan
+
+    return plan(words)
+
+
 def _links(words: list[str]) -> int:
     """What the doctor starts on every rank: how fast ranks talk to each other, how far apart clocks are."""
     from launch.links import links
@@ -45,7 +52,7 @@ def _links(words: list[str]) -> int:
     return links(words)
 
 
-VERBS = {"run": _run, "doctor": _doctor, "links": _links, "road": road, "warm": warm}
+VERBS = {"run": _run, "doctor": _doctor, "plan": _plan, "links": _links, "road": road, "warm": warm}
 
 if __name__ == "__main__":
     sys.exit(run("launch", VERBS, default="run"))
