@@ -1,4 +1,4 @@
-# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode: see README.md.
+# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode, -doctor, -plan: see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PYTHONWARNINGS := ignore
 
-.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode check setup clean
+.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan check setup clean
 
 demo: setup
 	@python -m launch road configs/roads/demo.yaml
@@ -41,6 +41,12 @@ test-s3: setup
 
 test-encode: setup
 	@python -m pytest -m long -s tests/test_encode_workers.py
+
+test-doctor: setup
+	@python -m pytest -m long -s tests/test_recordings_doctor.py
+
+test-plan: setup
+	@python -m pytest -m long -s tests/test_plan.py
 
 check: setup
 	@ruff check . && ruff format --check . && pyright

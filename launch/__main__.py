@@ -39,7 +39,7 @@ def _doctor(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    """What a run will hold and compute, and whether it fits: configs/machines/X.yaml configs/train/Y.yaml memory_gib="""
+    """What a run holds and computes, and whether it fits: configs/machines/X.yaml configs/train/Y.yaml memory_gib="""
     from launch.plan import plan
 
     return plan(words)

