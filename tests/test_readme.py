@@ -9,6 +9,10 @@ import yaml
 
 from configs import load_config
 from data_pipeline.__main__ import VERBS as DATA_VERBS
+from data_pipeline.__main__ import VerifyConfig
+from data_pipeline.bench import BenchConfig as LoadBenchConfig
+from data_pipeline.doctor.examine import DoctorConfig
+from data_pipeline.inspect import InspectConfig
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
@@ -37,6 +41,11 @@ VERBS = {
 CONFIGS = {
     ("data_pipeline", "record"): RecordConfig,
     ("data_pipeline", "encode"): EncodeConfig,
+    ("data_pipeline", "repair"): EncodeConfig,
+    ("data_pipeline", "doctor"): DoctorConfig,
+    ("data_pipeline", "inspect"): InspectConfig,
+    ("data_pipeline", "verify"): VerifyConfig,
+    ("data_pipeline", "bench"): LoadBenchConfig,
     ("train", "codec"): CodecTrainConfig,
     ("train", "engine"): TrainConfig,
     ("train", "consolidate"): ConsolidateConfig,
@@ -56,7 +65,8 @@ def at_the_root(monkeypatch):
 
 
 def readme_commands() -> list[str]:
-    lines = (ROOT / "README.md").read_text().splitlines()
+    pages = (ROOT / "README.md", ROOT / "docs" / "data.md")
+    lines = [line for page in pages for line in page.read_text().splitlines()]
     return [line.strip() for line in lines if re.match(r"    (make|python|accelerate) ", line)]
 
 
@@ -73,7 +83,7 @@ def check_command(command: str) -> None:
     if words[0] == "accelerate":
         assert words[:3] == ["accelerate", "launch", "--config_file"], command
         assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] in ("DEEPSPEED", "MULTI_GPU")
-        words = ["python", *words[4:]]
+        words = ["python", *words[words.index("-m") :]]
     assert words[:2] == ["python", "-m"], command
     program, verb, given = words[2], words[3], words[4:]
     if program == "train" and verb.endswith(".yaml"):
@@ -91,10 +101,12 @@ def check_command(command: str) -> None:
     assert verb in VERBS[program], command
     if program == "sampling" or (program, verb) == ("train", "consolidate") or (program, verb) == ("model", "export"):
         given[0] = f"checkpoint={given[0]}"
+    if program == "data_pipeline" and verb in ("inspect", "verify", "bench"):
+        given[0] = f"manifest={given[0]}"
     if (program, verb) in CONFIGS:
         load_config(CONFIGS[program, verb], given)
     else:
-        assert (program, verb) in {("data_pipeline", "verify"), ("model", "parity"), ("model", "import")}, command
+        assert (program, verb) in {("model", "parity"), ("model", "import")}, command
 
 
 def test_the_readme_has_commands() -> None:
