@@ -20,8 +20,9 @@ demo: setup
 smoke: setup
 	@python -m launch road configs/roads/smoke.yaml
 
+# Two files of tests at a time; most of them wait for processes that they started.
 test: check
-	@python -m pytest
+	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 test-engines: setup
 	@python -m pytest -m long -s tests/test_engines.py
