@@ -2,9 +2,11 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from configs import load_config
 from data_pipeline import storage
 from data_pipeline.shards import shard_url
-from data_pipeline.stream import LoaderConfig, Shards, Stream
+from data_pipeline.stream import AHEAD, LoaderConfig, Shards, Stream, allocate
 
 BLOCK = 1 << 20  # bytes of one read of the bare bytes
 
@@ -53,48 +55,71 @@ def bench(words: list[str]) -> None:
     print(
         f"{config.manifest}: {clips} of {len(shards)} clips of {bytes_per_clip / 1e6:.2f} MB, batches of {config.batch}"
     )
-    print(f"{'':28} {'clips/s':>9} {'MB/s':>9} {'of bare bytes':>14}")
-    bare = 0.0
-    for name, speed in measured(config, shards, clips):
-        bare = bare or speed * bytes_per_clip
-        print(f"{name:28} {speed:9.0f} {speed * bytes_per_clip / 1e6:9.0f} {speed * bytes_per_clip / bare:14.0%}")
+    speeds = dict(measured(config, shards, clips))
+    print(f"{'':28} {'clips/s':>9} {'MB/s':>9} {'of one MB':>10} {'of memory':>10}")
+    one, memory = list(speeds.values())[:2]
+    for name, speed in speeds.items():
+        rates = f"{speed:9.0f} {speed * bytes_per_clip / 1e6:9.0f}"
+        print(f"{name:28} {rates} {speed / one:10.0%} {speed / memory:10.0%}")
 
 
 def measured(config: BenchConfig, shards: Shards, clips: int) -> Iterator[tuple[str, float]]:
     """Name and clips per second of each row: the median of `repeats` runs, which take turns."""
     streams = {n: Stream(config.manifest, config.batch, 0, workers=n, loader=config.loader) for n in config.workers}
+    one, many = [buffer(BLOCK)], [buffer(BLOCK) for _ in range(buffers_held(config, shards))]
     with TemporaryDirectory() as scratch:
-        rows: dict[str, Callable[[], None]] = {"bare bytes, in order": lambda: read_bare(shards, clips)}
-        rows |= {f"stream, {n} workers": lambda n=n: read_stream(streams[n], clips) for n in config.workers}
+        rows: dict[str, Callable[[], float]] = {
+            "bare bytes, into one MB": lambda: timed(read_bare, shards, clips, one),
+            "bare bytes, into memory": lambda: timed(read_bare, shards, clips, many),
+        }
+        rows |= {f"stream, {n} workers": lambda n=n: time_stream(streams[n], clips) for n in config.workers}
         mapped = write_mapped(shards, clips, Path(scratch) / "clips.safetensors")
-        rows["mapped safetensors, stacked"] = lambda: read_mapped(mapped, clips, config.batch)
+        rows["mapped safetensors, stacked"] = lambda: timed(read_mapped, mapped, clips, config.batch)
         times: dict[str, list[float]] = {name: [] for name in rows}
         for run in rows.values():
             run()  # warms the page cache, and compares the shards' SHA-256
         for _ in range(config.repeats):
             for name, run in rows.items():
-                began = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - began)
+                times[name].append(run())
     return ((name, clips / statistics.median(taken)) for name, taken in times.items())
 
 
-def read_bare(shards: Shards, clips: int) -> None:
-    """The bytes of the first `clips` clips' shards, as far as they hold these clips, in order, into one buffer."""
+def timed(run: Callable[..., object], *given: object) -> float:
+    """Seconds of a call."""
+    began = time.perf_counter()
+    run(*given)
+    return time.perf_counter() - began
+
+
+def buffer(size: int) -> memoryview:
+    """Memory as the stream's batches have it."""
+    return allocate(size).data
+
+
+def buffers_held(config: BenchConfig, shards: Shards) -> int:
+    """How many blocks take as much memory as the batches between a stream and who trains on them."""
+    in_batch = config.batch * max(entry.size for _, entry in shards.places)
+    return -(-in_batch * (AHEAD + 1) // BLOCK)
+
+
+def read_bare(shards: Shards, clips: int, buffers: Sequence[memoryview]) -> None:
+    """The bytes of the first `clips` clips' shards, as far as they hold these, in order, into the buffers in turn.
+
+    With one buffer they end where the next ones do, in the processor's cache; with many in memory, as a batch must.
+    """
     left = sum(entry.size for _, entry in shards.places[:clips])
-    buffer = memoryview(bytearray(BLOCK))
+    turns = cycle(buffers)
     for path, info in shards.shards:
-        with storage.opened(shard_url(path, info), BLOCK) as file:
-            while left > 0 and (read := file.readinto(buffer)):
+        with storage.opened(shard_url(path, info)) as file:
+            while left > 0 and (read := file.readinto(next(turns))):
                 left -= read
 
 
-def read_stream(stream: Stream, clips: int) -> None:
-    """The first `clips` clips of the stream."""
-    batches = stream.batches()
-    for _ in islice(batches, clips // stream.batch):
-        pass
-    batches.close()
+def time_stream(stream: Stream, clips: int) -> float:
+    """Seconds of the stream's next `clips` clips, when those that it had read ahead are used up."""
+    with closing(stream.batches()) as batches:
+        deque(islice(batches, 2 * AHEAD), maxlen=0)
+        return timed(lambda: deque(islice(batches, clips // stream.batch), maxlen=0))
 
 
 def write_mapped(shards: Shards, clips: int, path: Path) -> Path:

@@ -6,6 +6,7 @@ read by offset.
 """
 
 import hashlib
+import io
 import json
 import random
 import re
@@ -26,7 +27,8 @@ from data_pipeline import storage
 from data_pipeline.types import Clip, Manifest, ShardInfo
 
 MANIFEST = "manifest.json"
-HEADER_BYTES = 4096  # read at once: the header of a clip's safetensors takes a few hundred
+VERIFY = "python -m data_pipeline verify"
+ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
 
@@ -91,7 +93,11 @@ def pack_clip(clip: Clip) -> bytes:
     }
     optional = {"visual": clip.visual, "image_latents": clip.image_latents}
     tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
-    return save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
+    packed = save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
+    length = int.from_bytes(packed[:8], "little")
+    latents = json.loads(packed[8 : 8 + length])["latents"]["data_offsets"][0]
+    blanks = -(8 + length + latents) % ALIGNMENT  # a tar's members begin at multiples of 512; a header may end in them
+    return (length + blanks).to_bytes(8, "little") + packed[8 : 8 + length] + b" " * blanks + packed[8 + length :]
 
 
 def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
@@ -99,40 +105,45 @@ def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); run python -m data_pipeline verify") from error
+        raise ValueError(f"{url} holds a damaged clip ({error}); run {VERIFY}") from error
 
 
-def clip_layout(url: str, entry: Entry) -> dict[str, tuple[torch.dtype, tuple[int, ...], int]]:
-    """Dtype, shape and offset in the shard of every tensor of a clip, in the order in which they lie there."""
-    start = storage.read_range(url, entry.offset, min(entry.size, HEADER_BYTES))
-    length = int.from_bytes(start[:8], "little")
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a clip's tensors, as they lie there
+
+
+def clip_layout(url: str, entry: Entry) -> Layout:
+    """What the tensors of a clip are."""
+    with storage.opened(url, entry.size) as file:
+        return _read_layout(file, url, entry)[0]
+
+
+def read_clip_into(url: str, entry: Entry, layout: Layout, rows: Mapping[str, memoryview]) -> None:
+    """Fills `rows`, bytes by name, with a clip's tensors; of a local file each is copied once.
+
+    Raises ValueError if the clip is damaged or has another layout.
+    """
+    with storage.opened(url, entry.size) as file:
+        found, first = _read_layout(file, url, entry)
+        if found != layout:
+            raise ValueError(f"{url}: clip {entry.key} has {found}, others {layout}; run {VERIFY}")
+        file.seek(first)
+        for name in found:
+            if (got := file.readinto(rows[name])) != len(rows[name]):
+                raise ValueError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; run {VERIFY}")
+
+
+def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layout, int]:
+    """The clip's layout, and where in the shard its tensors begin; they lie there one after the other."""
+    file.seek(entry.offset)
+    length = int.from_bytes(file.read(8), "little")
     if length > entry.size - 8:
-        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; run python -m data_pipeline verify")
-    header_bytes = start[8 : 8 + length]
-    if len(header_bytes) < length:
-        header_bytes = storage.read_range(url, entry.offset + 8, length)
+        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; run {VERIFY}")
     try:
-        header = json.loads(header_bytes)
-        found = {
-            name: (DTYPES[one["dtype"]], tuple(one["shape"]), entry.offset + 8 + length + one["data_offsets"][0])
-            for name, one in header.items()
-            if name != "__metadata__"
-        }
+        header = {name: one for name, one in json.loads(file.read(length)).items() if name != "__metadata__"}
+        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+        return {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}, entry.offset + 8 + length
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); run python -m data_pipeline verify") from error
-    return dict(sorted(found.items(), key=lambda item: item[1][2]))
-
-
-def read_clip_into(url: str, entry: Entry, rows: Mapping[str, torch.Tensor]) -> None:
-    """Fills `rows`, by name as in `pack_clip`, with a clip's tensors, copied once. Raises ValueError if they differ."""
-    layout = clip_layout(url, entry)
-    ours = {name: (row.dtype, tuple(row.shape)) for name, row in rows.items()}
-    theirs = {name: (dtype, shape) for name, (dtype, shape, _) in layout.items()}
-    if ours != theirs:
-        raise ValueError(f"{url}: clip {entry.key} has {theirs}, others {ours}; run python -m data_pipeline verify")
-    first = min(offset for _, _, offset in layout.values())
-    buffers = [rows[name].reshape(-1).view(torch.uint8).numpy().data for name in layout]
-    storage.read_into(url, first, buffers)
+        raise ValueError(f"{url} holds a damaged clip ({error}); run {VERIFY}") from error
 
 
 def read_index(url: str) -> tuple[ShardInfo, list[Entry]]:

@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -61,23 +61,6 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
     if len(found) != length:
         raise ValueError(f"{url} is truncated: {len(found)} of {length} bytes at {offset}; fetch or encode it again")
     return found
-
-
-def read_into(url: str | Path, offset: int, buffers: Sequence[memoryview]) -> None:
-    """Fills the buffers, one after the other, with what lies at `url` from `offset` on; a local file is copied once.
-
-    Raises ValueError if it ends before.
-    """
-    wanted = sum(len(buffer) for buffer in buffers)
-    if is_s3(url):
-        found = memoryview(read_range(url, offset, wanted))
-        for buffer in buffers:
-            buffer[:], found = found[: len(buffer)], found[len(buffer) :]
-        return
-    with open(url, "rb", buffering=0) as file:
-        got = os.preadv(file.fileno(), buffers, offset)
-    if got != wanted:
-        raise ValueError(f"{url} is truncated: {got} of {wanted} bytes at {offset}; fetch or encode it again")
 
 
 def opened(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:

@@ -8,15 +8,17 @@ with the next epoch's first clips.
 """
 
 import math
+import mmap
 import threading
 import weakref
-from collections import defaultdict, deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Literal
 
 import numpy as np
@@ -25,7 +27,9 @@ import torch
 from data_pipeline import storage
 from data_pipeline.order import Order
 from data_pipeline.shards import (
+    ALIGNMENT,
     Entry,
+    Layout,
     clip_layout,
     find_fault,
     load_manifest,
@@ -75,17 +79,17 @@ class Shards:
         with self._opened(shard) as url:
             return unpack_clip(storage.read_range(url, entry.offset, entry.size), url)
 
-    def layout(self, number: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def layout(self, number: int) -> Layout:
         """Dtype and shape of a clip's tensors by name."""
         shard, entry = self.places[number]
         with self._opened(shard) as url:
-            return {name: (dtype, shape) for name, (dtype, shape, _) in clip_layout(url, entry).items()}
+            return clip_layout(url, entry)
 
-    def read_into(self, number: int, rows: Mapping[str, torch.Tensor]) -> None:
-        """As `read`, into tensors that are there."""
+    def read_into(self, number: int, layout: Layout, rows: Mapping[str, memoryview]) -> None:
+        """As `read`, into bytes that are there; the clip must have that layout."""
         shard, entry = self.places[number]
         with self._opened(shard) as url:
-            read_clip_into(url, entry, rows)
+            read_clip_into(url, entry, layout, rows)
 
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""
@@ -161,6 +165,10 @@ def require_same_kind(
             raise ValueError(f"{other_url} has {name} {theirs}, {url} {ours}; they must agree in it; encode both alike")
 
 
+AHEAD = 4  # batches
+LARGE_PAGE = 1 << 21  # bytes
+
+
 class Memory:
     """Memory of batches that nobody looks at any more, for the next ones: to ask the system for it anew, page by page,
     takes as long as the reading."""
@@ -168,17 +176,48 @@ class Memory:
     def __init__(self) -> None:
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
 
-    def batch(self, b: int, layout: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, torch.Tensor]:
-        """Tensors (b ...) for clips of that layout, not yet filled."""
-        return {name: self._take(dtype, (b, *shape)) for name, (dtype, shape) in layout.items()}
-
-    def _take(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-        size = math.prod(shape) * dtype.itemsize
-        free = self._free[size]
-        memory = free.pop() if free else np.empty(size, np.uint8)
-        seen = memory[:]  # lives as long as a tensor, or a view of one, that lies in it
+    def take(self, b: int, size: int) -> np.ndarray:
+        """(b size) bytes, not yet filled; they come back when no tensor, and no view of one, lies in them any more."""
+        free = self._free[b * size]
+        memory = free.pop() if free else allocate(b * size)
+        seen = memory.reshape(b, size)
         weakref.finalize(seen, free.append, memory)
-        return torch.from_numpy(seen).view(dtype).view(shape)
+        return seen
+
+
+class Filling:
+    """A batch that is being filled, row by row, with clips of one layout."""
+
+    def __init__(self, layout: Layout, b: int, memory: Memory) -> None:
+        self.layout = layout
+        self.bytes = {
+            name: memory.take(b, math.prod(shape) * dtype.itemsize) for name, (dtype, shape) in layout.items()
+        }
+
+    def row(self, i: int) -> dict[str, memoryview]:
+        """The bytes of row `i` by tensor."""
+        return {name: rows[i].data for name, rows in self.bytes.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """(b ...) by name."""
+        return {
+            name: torch.from_numpy(self.bytes[name]).view(dtype).view(-1, *shape)
+            for name, (dtype, shape) in self.layout.items()
+        }
+
+
+def allocate(size: int) -> np.ndarray:
+    """(size) bytes from a multiple of 64 on, in large pages where the system has them: both make filling faster."""
+    boundary = LARGE_PAGE if size >= LARGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE") else ALIGNMENT
+    if boundary == LARGE_PAGE:
+        area = mmap.mmap(-1, size + boundary, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        with suppress(OSError):  # a kernel without them
+            area.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(area, np.uint8)
+    else:
+        memory = np.empty(size + boundary, np.uint8)
+    start = -memory.ctypes.data % boundary
+    return memory[start : start + size]
 
 
 @dataclass(frozen=True)
@@ -240,12 +279,13 @@ class Stream:
     def batch_at(self, micro_step: int) -> Batch:
         """The batch of a micro-step, whatever was read before."""
         first = self.first_sample(micro_step)
-        stacked: dict[str, torch.Tensor] = {}
+        filling: Filling | None = None
         numbers, skipped = [], 0
         for i in range(self.batch):
-            number, missed = self._read(first + i, i, stacked)
+            number, missed, filling = self._read(first + i, i, filling)
             numbers.append(number)
             skipped += missed
+        stacked = filling.tensors() if filling else {}
         entries = [self.shards.places[number][1] for number in numbers]
         return Batch(
             latents=stacked["latents"],
@@ -257,9 +297,9 @@ class Stream:
             skipped=skipped,
         )
 
-    def _read(self, sample: int, row: int, stacked: dict[str, torch.Tensor]) -> tuple[int, int]:
-        """Reads a clip into a row of the batch, which the first one makes; gives its number, and how many clips before
-        it had to be skipped.
+    def _read(self, sample: int, row: int, filling: Filling | None) -> tuple[int, int, Filling]:
+        """Reads a clip into a row of the batch, which the first one makes; gives its number, how many clips before it
+        had to be skipped, and the batch.
 
         What cannot be read is tried once more, since a disk or a copy may be at fault for a moment.
         """
@@ -267,16 +307,15 @@ class Stream:
             number = self.order.clip(sample + skipped)
             for last in (False, True):
                 try:
-                    if not stacked:
-                        stacked.update(self._memory.batch(self.batch, self.shards.layout(number)))
-                    self.shards.read_into(number, {name: tensor[row] for name, tensor in stacked.items()})
-                    return number, skipped
+                    filling = filling or Filling(self.shards.layout(number), self.batch, self._memory)
+                    self.shards.read_into(number, filling.layout, filling.row(row))
+                    return number, skipped, filling
                 except (ValueError, OSError):
                     if last and self.loader.on_corrupt == "stop":
                         raise
         raise ValueError(f"no clip of {self.shards.sources[0].path} can be read; run python -m data_pipeline verify")
 
-    def batches(self, start: int = 0, ahead: int = 4) -> Generator[Batch, None, None]:
+    def batches(self, start: int = 0, ahead: int = AHEAD) -> Generator[Batch, None, None]:
         """Batches from micro-step `start` on, without end; up to `ahead` of them are read before they are asked for.
 
         What goes wrong while reading is raised when that batch is asked for. Closing the iterator ends the threads.
@@ -284,28 +323,70 @@ class Stream:
         if not self.workers:
             yield from map(self.batch_at, count(start))
             return
-        threads = self.workers + (1 if self.loader.shuffle_shards else 0)
-        with ThreadPoolExecutor(threads, thread_name_prefix="stream") as pool:
-            steps, fetching = count(start), Fetching(self, pool)
-            waiting: deque[Future[Batch]] = deque(pool.submit(self.batch_at, step) for step in islice(steps, ahead))
+        lanes = range(start, start + self.workers)
+        readers = [Reader(self.batch_at, count(lane, self.workers), -(-ahead // self.workers)) for lane in lanes]
+        with Fetching(self) as fetching:
             try:
-                for step in steps:
+                for step in count(start):
                     fetching.at(self.first_sample(step))
-                    batch = waiting.popleft().result()
-                    waiting.append(pool.submit(self.batch_at, step))
-                    yield batch
+                    yield readers[(step - start) % self.workers].next()
             finally:
-                fetching.stopped = True
-                pool.shutdown(wait=False, cancel_futures=True)
+                for reader in readers:
+                    reader.close()
+
+
+class Reader:
+    """A thread that makes every so many a batch, up to `ahead` of them before they are asked for.
+
+    A queue and a count of free places cost less per batch than a pool of threads and its futures do.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], steps: Iterator[int], ahead: int) -> None:
+        self._room, self._made, self._closed = threading.Semaphore(ahead), SimpleQueue[Batch | Exception](), False
+        self._thread = threading.Thread(target=self._run, args=(make, steps), name="stream", daemon=True)
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], Batch], steps: Iterator[int]) -> None:
+        for step in steps:
+            self._room.acquire()
+            if self._closed:
+                return
+            try:
+                self._made.put(make(step))  # held by nobody else: its memory is free when the reader of it is done
+            except Exception as error:  # noqa: BLE001 - raised where the batch is asked for
+                self._made.put(error)
+                return
+
+    def next(self) -> Batch:
+        """The next one; raises what went wrong in making it."""
+        made = self._made.get()
+        if isinstance(made, Exception):
+            raise made
+        self._room.release()
+        return made
+
+    def close(self) -> None:
+        """Ends the thread; waits for what it is at."""
+        self._closed = True
+        self._room.release()
+        self._thread.join()
 
 
 class Fetching:
     """Copies the shards of the group after the one in use to this machine, one after the other."""
 
-    def __init__(self, stream: Stream, pool: ThreadPoolExecutor) -> None:
-        self.stream, self.pool, self.stopped = stream, pool, False
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self._pool, self._closed = ThreadPoolExecutor(1, thread_name_prefix="fetching"), False
         self._group: tuple[int, int] | None = None
         self._done: Future[None] | None = None
+
+    def __enter__(self) -> "Fetching":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._pool.shutdown()
 
     def at(self, sample: int) -> None:
         """Says that reading has come to `sample`."""
@@ -314,12 +395,12 @@ class Fetching:
         group = self.stream.order.group(sample)
         if group != self._group:
             self._group = group
-            self._done = self.pool.submit(self._fetch_after, *group)
+            self._done = self._pool.submit(self._fetch_after, *group)
 
     def _fetch_after(self, epoch: int, group: int) -> None:
         order = self.stream.order
         for shard in order.shards_of(epoch, group + 1) or order.shards_of(epoch + 1, 0):
-            if self.stopped:
+            if self._closed:
                 return
             try:
                 self.stream.shards.fetch(shard)

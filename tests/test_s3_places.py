@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +20,12 @@ from configs import save_config, to_dict
 from configs.cli import run
 from configs.files import write_text
 from data_pipeline import storage
+from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import READERS, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
 from data_pipeline.shards import verify_set
-from data_pipeline.stream import Stream
+from data_pipeline.stream import LoaderConfig, Stream
 from model.official import WEIGHTS_NAME
 from model.weights import load_weights, save_weights
 from sampling.__main__ import VERBS
@@ -67,6 +70,37 @@ def test_recordings_and_a_codec_in_a_bucket_give_the_same_shards(bucket, encode_
         assert verify_set(f"{ours}/manifest.json") == []
     one, other = (Stream(f"{out}/train/manifest.json", 2, seed=0).batch_at(3) for out in (f"{bucket}/latents", encoded))
     assert one.ids == other.ids and one.latents.equal(other.latents)
+
+
+@pytest.fixture(scope="module")
+def remote_set(s3, encoded) -> str:
+    """The training set in a bucket."""
+    return f"{put(Path(encoded) / 'train', 's3://worlds/read here')}/manifest.json"
+
+
+@pytest.mark.parametrize("shuffle_shards", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_set_in_a_bucket_is_read_in_the_same_order(shuffle_shards, workers, remote_set, encoded) -> None:
+    loader = LoaderConfig(shuffle_shards)
+    here = Stream(f"{encoded}/train/manifest.json", 3, seed=1, workers=0, loader=loader)
+    with closing(Stream(remote_set, 3, seed=1, workers=workers, loader=loader).batches(2)) as there:
+        for step, batch in zip(range(2, 8), there, strict=False):
+            ours = here.batch_at(step)
+            assert batch.ids == ours.ids and batch.latents.equal(ours.latents) and batch.mouse.equal(ours.mouse)
+
+
+def test_shards_that_are_copied_are_asked_for_once(remote_set, proxy) -> None:
+    stream = Stream(remote_set, 4, seed=1, workers=1, loader=LoaderConfig(shuffle_shards=2))
+    proxy.requests.clear()
+    with closing(stream.batches()) as batches:
+        assert len({name for batch in islice(batches, 6) for name in batch.ids}) == len(stream)
+    gets = [one for one in proxy.requests if one.startswith("GET") and one.endswith(".tar")]
+    assert len(gets) <= len(stream.shards.shards), gets
+
+
+def test_the_bench_reads_a_set_in_a_bucket(remote_set, capsys) -> None:
+    assert run("data_pipeline", DATA_VERBS, ["bench", remote_set, "batch=2", "repeats=1", "workers=[0,1]"]) == 0
+    assert capsys.readouterr().out.count("%") >= 10
 
 
 @pytest.mark.long

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from data_pipeline.clips import cut_runs
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.shards import load_manifest, verify_set
+from data_pipeline.shards import ALIGNMENT, load_manifest, verify_set
 from data_pipeline.stream import read_clips
 from data_pipeline.video import probe
 from model.codec import load_codec
@@ -72,6 +73,18 @@ def test_a_clip_holds_the_latents_actions_and_first_frame_of_its_frames(encode_c
     np.testing.assert_array_equal(clip.mouse, episode.actions.mouse[9:27])
     picture = np.asarray(Image.open(io.BytesIO(clip.first_frame))).astype(float)
     assert np.abs(picture - list(episode.frames())[9]).mean() < 3
+
+
+def test_latents_begin_where_they_are_copied_fast(encoded):
+    (path, *_) = sorted(Path(encoded).glob("train/*.tar"))
+    with tarfile.open(path) as tar:
+        members = [one for one in tar if one.name.endswith(".safetensors")]
+        assert members
+        for member in members:
+            packed = tar.extractfile(member).read()
+            length = int.from_bytes(packed[:8], "little")
+            header = json.loads(packed[8 : 8 + length])
+            assert (member.offset_data + 8 + length + header["latents"]["data_offsets"][0]) % ALIGNMENT == 0
 
 
 def test_continuous_clips_are_encoded_whole(encode_config, tmp_path):
@@ -309,7 +322,7 @@ def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
     words = ["bench", f"{encoded}/train/manifest.json", "batch=2", "repeats=1", "workers=[0,1]"]
     assert run("data_pipeline", VERBS, words) == 0
     said = capsys.readouterr().out
-    rows = ("bare bytes, in order", "stream, 0 workers", "stream, 1 workers", "mapped safetensors")
+    rows = ("into one MB", "into memory", "stream, 0 workers", "stream, 1 workers", "mapped safetensors")
     assert all(row in said for row in rows) and "8 of 8 clips" in said
     assert run("data_pipeline", VERBS, [*words[:2], "batch=9"]) == 2
     assert "fewer than batch=9" in capsys.readouterr().err
