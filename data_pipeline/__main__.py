@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from configs import load_config
 from configs.cli import first_is, run
 from data_pipeline.bench import bench
+from data_pipeline.bench_encode import bench_encode
 from data_pipeline.doctor.examine import doctor
 from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
 from data_pipeline.inspect import inspect
@@ -80,6 +81,7 @@ VERBS = {
     "repair": repair,
     "inspect": first_is("manifest", inspect),
     "bench": first_is("manifest", bench),
+    "bench-encode": bench_encode,
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from foreign_recordings import (
 from PIL import Image
 
 from configs import load_config
+from configs.cli import run
+from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import READERS, Reader, find_recordings, read_game_frames
@@ -142,6 +144,13 @@ def test_gf_minecraft_s_last_frame_is_kept_if_an_entry_tells_what_was_held_there
 def test_csgo_s_pictures_come_as_rgb(sources: dict[str, Path], tmp_path: Path) -> None:
     (episode,) = read_all("csgo", sources["csgo"], load_game("csgo", tmp_path))
     assert next(iter(episode.frames()))[0, 0].tolist() == [255, 0, 0]  # the fixture draws a red line and stores BGR
+
+
+@pytest.mark.parametrize("reader", FOREIGN)
+def test_the_doctor_says_that_a_second_of_play_is_too_little_to_tell(reader, sources, tmp_path, capsys) -> None:
+    assert run("data_pipeline", VERBS, ["doctor", *words(reader, tmp_path), f"source={sources[reader]}"]) == 0
+    said = capsys.readouterr().out
+    assert "note: whether inputs and pictures go together cannot be told" in said and "no problems" in said
 
 
 class Bomb:

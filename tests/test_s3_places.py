@@ -117,6 +117,15 @@ def test_every_reader_reads_the_same_from_a_bucket(bucket, tmp_path) -> None:
             assert all(np.array_equal(*pair) for pair in zip(one.frames(), other.frames(), strict=True)), reader
 
 
+def test_recordings_in_a_bucket_are_examined_alike(bucket, recordings, game_yaml, tmp_path) -> None:
+    reports = []
+    for source, out in ((recordings, tmp_path), (f"{bucket}/recordings", bucket)):
+        words = ["doctor", game_yaml, f"source={source}", f"out={out}/report.json"]
+        assert run("data_pipeline", DATA_VERBS, words) == 0
+        reports.append(json.loads(storage.read_bytes(f"{out}/report.json")))
+    assert reports[0] == reports[1] and reports[0]["recordings"]
+
+
 def test_an_episode_in_a_bucket_is_written_with_what_tells_of_it_last(bucket, proxy) -> None:
     frames, keyboard, mouse_deg = draw_frames(GAME, 9, seed=1)
     write_episode(f"{bucket}/new/episode_00000", describe_episode(GAME, 9), frames, keyboard, mouse_deg)

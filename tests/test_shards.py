@@ -81,7 +81,7 @@ def test_latents_begin_where_they_are_copied_fast(encoded):
         members = [one for one in tar if one.name.endswith(".safetensors")]
         assert members
         for member in members:
-            packed = tar.extractfile(member).read()
+            packed = path.read_bytes()[member.offset_data :]
             length = int.from_bytes(packed[:8], "little")
             header = json.loads(packed[8 : 8 + length])
             assert (member.offset_data + 8 + length + header["latents"]["data_offsets"][0]) % ALIGNMENT == 0
@@ -326,3 +326,13 @@ def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
     assert all(row in said for row in rows) and "8 of 8 clips" in said
     assert run("data_pipeline", VERBS, [*words[:2], "batch=9"]) == 2
     assert "fewer than batch=9" in capsys.readouterr().err
+
+
+def test_encoding_is_compared_with_its_codec_alone(encode_config, game_yaml, tmp_path, capsys):
+    words = ["bench-encode", str(game_yaml), f"source={encode_config.source}", f"codec={encode_config.codec}"]
+    words += [f"out={tmp_path / 'latents'}", "shard_clips=2", "heldout_every=3"]
+    assert run("data_pipeline", VERBS, words) == 0
+    said = capsys.readouterr().out
+    assert "codec alone" in said and "of 12 clips, in memory" in said and "(12 clips; waited for frames" in said
+    assert run("data_pipeline", VERBS, words) == 2
+    assert "holds the whole set already" in capsys.readouterr().err

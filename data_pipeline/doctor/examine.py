@@ -62,6 +62,11 @@ def examine(config: DoctorConfig) -> Report:
     case = Case(long_enough, config.game, config.reader)
     diagnosis = diagnose(case, config.fov_deg) if long_enough else None
     findings += diagnosis.findings if diagnosis else []
+    untold = diagnosis is None or diagnosis.timing.shift.whole.status == "unknown"
+    if untold and not any(one.harmful for one in findings):
+        names = tuple(one.name for one in signals)
+        fault = "whether inputs and pictures go together cannot be told from so little"
+        findings.append(Finding("untold", names, fault, "examine longer recordings or more of them", harmful=False))
     return Report(tuple(one.name for one in recordings), diagnosis, findings)
 
 

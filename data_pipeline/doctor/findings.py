@@ -9,7 +9,7 @@ from data_pipeline.readers import Reader
 from data_pipeline.types import GameConfig
 
 Fault = Literal[
-    "unreadable", "short", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
+    "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
     "still picture", "constant inputs", "dead input", "no effect", "swapped keys", "copy",
 ]  # fmt: skip
 NAMED = 6  # recordings; of more their number is said
