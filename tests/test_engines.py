@@ -119,6 +119,14 @@ def cut_off(out: Path, to: Path, step: int = 3) -> Path:
     return to
 
 
+def require_equal_bits(out: Path, whole: Path) -> None:
+    """Metrics, weights and their average."""
+    assert torch.equal(losses(out), losses(whole))
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+
+
 def check_videos_of(checkpoint: Path, config: TrainConfig) -> None:
     """Asserts that a run's last videos are those of its last averaged weights."""
     world = load_world(checkpoint, precision=config.engine.precision)
@@ -141,14 +149,22 @@ def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_
         "profile={start: 5, steps: 1, every_rank: true}",
     ]
     assert "at step 3" in train(command(engine, ranks, accumulation), train_words, out, *words)
-    assert torch.equal(losses(out), losses(trained(row)))
+    require_equal_bits(out, trained(row))
     assert len(list((out / "profile").iterdir())) == ranks
-    for name in ("model.safetensors", "ema.safetensors"):
-        resumed, whole = (load_weights(newest_checkpoint(folder) / name) for folder in (out, trained(row)))
-        assert all(torch.equal(resumed[key], whole[key]) for key in whole), name
     if row != SOME[2]:  # DeepSpeed's ZeRO-3 replaces torch's linear by one that rounds otherwise in bf16
         given = [*train_words, *ENGINES[engine][1:], *words, f"out={tmp_path / 'again'}"]
         check_videos_of(newest_checkpoint(out), load_config(TrainConfig, given))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("engine", "precision", "ranks"), itertools.product(ENGINES, ("fp32", "bf16"), (1, 2)))
+def test_every_engine_goes_on_bit_for_bit(trained, train_words, tmp_path, engine, precision, ranks) -> None:
+    whole = trained((engine, precision, 2, 0, ranks))
+    out = cut_off(whole, tmp_path / "run")
+    more = f"engine.precision={precision}", "model.checkpoint_every=0"
+    assert "at step 3" in train(command(engine, ranks), train_words, out, *more)
+    require_equal_bits(out, whole)
+    print(f"\n {engine}, {precision}, {ranks} ranks: 3 -> 20 steps, equal bits")
 
 
 @pytest.mark.parametrize(("engine", "precision"), [("zero3", "bf16"), ("fsdp2", "fp32")])
@@ -176,11 +192,29 @@ def test_a_run_goes_on_as_another_engine_on_other_ranks(
     trained, plain, train_words, tmp_path, row: Row, engine: str, ranks: int
 ) -> None:
     out = cut_off(trained(row), tmp_path / "run")
-    # As after a preemption: the same words, on whatever is left. The resume itself finds the batch.
-    words = [word for word in command(engine, ranks) if not word.startswith("batch=")] + ["batch=1"]
-    said = train(words, train_words, out)
+    said = train(on_what_is_left(engine, ranks), train_words, out)
     assert "at step 3" in said and ("on 1 ranks the same clips per step" in said) == (ranks == 1)
     compare(out, plain, "fp32")
+
+
+def on_what_is_left(engine: str, ranks: int) -> list[str]:
+    """As after a preemption: the same words on so many ranks. The resume itself finds the batch."""
+    return [word for word in command(engine, ranks) if not word.startswith("batch=")] + ["batch=1"]
+
+
+ACROSS = [("zero1", "zero3"), ("zero2", "zero3"), ("zero3", "zero2"), ("zero2", "fsdp2"), ("fsdp2", "zero2")]
+ACROSS += [("zero3", "fsdp2"), ("fsdp2", "zero3"), ("zero2 offload", "zero3 offload"), ("ddp", "fsdp2")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("engine", "other"), [*zip(ENGINES, ENGINES, strict=True), *ACROSS])
+def test_a_run_goes_from_two_ranks_to_one_and_back(trained, plain, train_words, tmp_path, engine, other) -> None:
+    one = cut_off(trained((engine, "fp32", 2, 0, 2)), tmp_path / "one")
+    assert "at step 3" in train(on_what_is_left(other, 1), train_words, one)
+    back = cut_off(one, tmp_path / "back", step=12)
+    assert "at step 12" in train(on_what_is_left(engine, 2), train_words, back)
+    found = {name: f"{value:.1e}" for name, value in compare(back, plain, "fp32").items()}
+    print(f"\n {engine} on 2 -> {other} on 1 -> {engine} on 2 ranks: {found}")
 
 
 def test_consolidate_puts_the_parts_of_all_ranks_together(trained, tmp_path) -> None:
