@@ -173,6 +173,10 @@ def _make_room(needed: int) -> None:
     """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit."""
     with open(root() / "copies" / ".lock", "a") as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
+        for part in (root() / "copies").glob("*.part"):
+            with _open_lock(part) as lock, suppress(BlockingIOError):  # somebody fills it
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(part)  # of a process that was killed
         copies = [lock.with_suffix("") for lock in (root() / "copies").glob("?*.lock")]
         taken = {folder: _bytes_of(folder) for folder in copies if folder.is_dir()}
         over = sum(taken.values()) + needed - limit_bytes()
@@ -181,7 +185,8 @@ def _make_room(needed: int) -> None:
                 return
             with _open_lock(folder) as lock, suppress(BlockingIOError):  # somebody reads it
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                folder.rename(folder.with_suffix(".part"))  # killed in the middle, it is no copy any more
+                shutil.rmtree(folder.with_suffix(".part"))
                 over -= taken[folder]
 
 
@@ -219,5 +224,7 @@ def _scratch_of(pid: int) -> Path:
 
 def _forget(folder: Path, pid: int, held: IO[str]) -> None:
     if os.getpid() == pid:  # not in a fork of the process that made it
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(FileNotFoundError), open(folder.parent / ".lock", "a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # or a process that looks for killed ones would find half of it
+            shutil.rmtree(folder, ignore_errors=True)
         held.close()

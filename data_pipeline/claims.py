@@ -11,7 +11,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from data_pipeline import storage
@@ -23,6 +24,17 @@ def process_start(pid: int) -> str | None:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         return None
+
+
+@cache
+def this_machine() -> str:
+    """Its name, and what tells it from others of that name, containers too: within it a process id is one process."""
+    about = [socket.gethostname()]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        path = Path(place)
+        with suppress(OSError):  # not Linux
+            about.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
+    return " ".join(about)
 
 
 class Claims:
@@ -97,7 +109,7 @@ class Claims:
 
     def _words(self) -> bytes:
         pid = os.getpid()
-        told = {"host": socket.gethostname(), "pid": pid, "started": process_start(pid), "token": self._token}
+        told = {"host": this_machine(), "pid": pid, "started": process_start(pid), "token": self._token}
         return json.dumps({**told, "beats": self._beats}).encode()
 
     def _left_behind(self, unit: str, said: bytes) -> bool:
@@ -110,6 +122,6 @@ class Claims:
             host, pid, started = (told[name] for name in ("host", "pid", "started"))
         except (ValueError, KeyError, TypeError):
             return now - since >= self.stale_s
-        if host == socket.gethostname() and started is not None:
+        if host == this_machine() and started is not None:
             return process_start(pid) != started
         return now - since >= self.stale_s

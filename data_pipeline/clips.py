@@ -74,13 +74,16 @@ def cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator[
 
     def runs() -> Iterator[Run]:
         for i, episode in enumerate(episodes):
-            starts = clip_starts(config, len(episode.actions))
-            wanted = sorted({start + offset for start in starts for offset in _offsets(config)})
-            frames = read_game_frames(episode, config.game)
+            wanted, frames = run_starts(config, len(episode.actions)), read_game_frames(episode, config.game)
             yield from (Run(i, *run) for run in cut_runs(frames, wanted, config.run_frames))
 
     every = runs()
     return iter(lambda: list(islice(every, config.batch)), [])
+
+
+def run_starts(config: EncodeConfig, frames: int) -> list[int]:
+    """Where the runs begin that the clips of an episode of so many frames need; clips share them."""
+    return sorted({start + offset for start in clip_starts(config, frames) for offset in _offsets(config)})
 
 
 def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -> Iterator[tuple[int, np.ndarray]]:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -19,7 +20,6 @@ from data_pipeline.clips import Encoder, Run, cut_episodes, encode_clips, read_a
 from data_pipeline.plan import (
     PLAN,
     SHARD,
-    SHARD_PREFIX,
     EncodeConfig,
     Plan,
     count_clips,
@@ -116,8 +116,10 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
         infos = [unit.complete() for unit in units if unit.folder == folders[plan.split]]
         assert all(infos), "every shard was made, by this worker or another"
         manifests.append(storage.join(folders[plan.split], MANIFEST))
-        save_manifest(describe_set(config, encoder.codec, plan, [info for info in infos if info]), manifests[-1])
-        storage.remove_unfinished(folders[plan.split], prefix=SHARD_PREFIX)  # of killed workers; none writes any more
+        with _unless_there(manifests[-1]):
+            save_manifest(describe_set(config, encoder.codec, plan, [info for info in infos if info]), manifests[-1])
+    for folder in folders.values():
+        storage.remove_unfinished(folder)  # of killed workers; those that still write what is there find it there
     claims.clear()
     took = time.perf_counter() - worker.clock.start
     waits = worker.clock.shares()
@@ -211,7 +213,11 @@ class Worker:
         self.clock.spent["writing"] += time.perf_counter() - began
 
     def _write(self, unit: Unit, clips: list[Clip]) -> None:
-        self.bytes += write_shard(unit.folder, unit.name, clips).bytes
+        try:
+            self.bytes += write_shard(unit.folder, unit.name, clips).bytes
+        except OSError:
+            if not unit.complete():  # else another made it too, found all there, and swept up
+                raise
         self.claims.release(unit.key)
 
     def _runs(self, units: Sequence[Unit], bar: tqdm) -> Iterator[tuple[Unit, list[Run]]]:
@@ -254,8 +260,20 @@ def _units(config: EncodeConfig, plan: Plan, folder: str) -> list[Unit]:
 def _settle_plan(plan: Plan, folder: str) -> None:
     """Writes the plan, or finds that another worker's is the same."""
     url = storage.join(folder, PLAN)
-    if not storage.exists(url) and not storage.create(url, (json.dumps(plan.facts, indent=1) + "\n").encode()):
+    if not storage.exists(url):
+        with _unless_there(url):
+            storage.create(url, (json.dumps(plan.facts, indent=1) + "\n").encode())
         require_same_plan(plan, folder)
+
+
+@contextmanager
+def _unless_there(url: str) -> Iterator[None]:
+    """Writing what every worker writes alike: if another one swept the temporary file away, it had put all there."""
+    try:
+        yield
+    except OSError:
+        if not storage.exists(url):
+            raise
 
 
 def _place(name: str, alone: int) -> int:

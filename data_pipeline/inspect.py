@@ -14,7 +14,7 @@ from einops import rearrange
 from configs import load_config
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
-from data_pipeline.stream import Shards
+from data_pipeline.shard_set import Shards
 from data_pipeline.types import CHUNK_LATENTS, Clip, Manifest
 from data_pipeline.video import to_uint8, write_video
 from model.codec import Codec, codec_hash, load_codec

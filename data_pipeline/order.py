@@ -31,8 +31,8 @@ class Order:
         sizes = [sum(counts) for counts in shards]
         self._sets = list(zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), weights, strict=True))
         self._shard_of = np.repeat(np.arange(sum(map(len, shards))), [count for counts in shards for count in counts])
-        self._dues = [round(size * weight) for size, _, weight in self._sets]
-        self.clips_per_epoch = sum(self._dues)
+        self.dues = [round(size * weight) for size, _, weight in self._sets]
+        self.clips_per_epoch = sum(self.dues)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def clip(self, sample: int) -> int:
@@ -69,7 +69,7 @@ class Order:
         size, first, weight = self._sets[i]
         if weight == 1:
             return first + np.arange(size)
-        due = self._dues[i]
+        due = self.dues[i]
         rounds = range(epoch * due // size, -(-(epoch + 1) * due // size)) if due else range(0)
         whole = [shuffled(size, self.seed, one, i + 1 + SHARDS) for one in rounds]
         skipped = epoch * due - (rounds.start * size if due else 0)

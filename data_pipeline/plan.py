@@ -17,8 +17,7 @@ from model.codec import TEMPORAL, Codec, codec_hash
 from model.conditioning import Unknown
 from model.vision import Vision, vision_hash
 
-PLAN, SHARD_PREFIX = "plan.json", "shard-"
-SHARD = SHARD_PREFIX + "{:06d}.tar"
+PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
 
 
 @dataclass(frozen=True)
@@ -149,7 +148,10 @@ def require_same_plan(plan: Plan, folder: str) -> None:
     url = storage.join(folder, PLAN)
     if not storage.exists(url):
         return
-    found = json.loads(storage.read_bytes(url))
+    try:
+        found = dict(json.loads(storage.read_bytes(url)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{url} is no plan ({error}); delete it, or {folder}, and run the command again") from error
     for name in plan.facts:
         if found.get(name) != plan.facts[name]:
             change = _name_change(found.get(name), plan.facts[name])

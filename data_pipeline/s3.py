@@ -289,4 +289,12 @@ def abort_uploads(folder: str, older_s: float) -> None:
         for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
                 if (datetime.now(UTC) - one["Initiated"]).total_seconds() >= older_s:
-                    client().abort_multipart_upload(Bucket=bucket, Key=one["Key"], UploadId=one["UploadId"])
+                    _abort(bucket, one["Key"], one["UploadId"])
+
+
+def _abort(bucket: str, key: str, upload: str) -> None:
+    try:
+        client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
+    except ClientError as error:
+        if error_code(error) != "NoSuchUpload":  # it has come to its end meanwhile
+            raise

@@ -5,9 +5,9 @@ A shard is a webdataset-compatible tar with two members per clip: `<key>.safeten
 read by offset.
 """
 
-import hashlib
 import io
 import json
+import math
 import random
 import re
 import tarfile
@@ -27,7 +27,7 @@ from data_pipeline import storage
 from data_pipeline.types import Clip, Manifest, ShardInfo
 
 MANIFEST = "manifest.json"
-VERIFY = "python -m data_pipeline verify"
+VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
 ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
@@ -105,7 +105,7 @@ def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
     try:
         return load(data)
     except SafetensorError as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); run {VERIFY}") from error
+        raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
 
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a clip's tensors, as they lie there
@@ -125,11 +125,11 @@ def read_clip_into(url: str, entry: Entry, layout: Layout, rows: Mapping[str, me
     with storage.opened(url, entry.size) as file:
         found, first = _read_layout(file, url, entry)
         if found != layout:
-            raise ValueError(f"{url}: clip {entry.key} has {found}, others {layout}; run {VERIFY}")
+            raise ValueError(f"{url}: clip {entry.key} has {found}, others {layout}; {VERIFY}")
         file.seek(first)
         for name in found:
             if (got := file.readinto(rows[name])) != len(rows[name]):
-                raise ValueError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; run {VERIFY}")
+                raise ValueError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
 
 
 def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layout, int]:
@@ -137,44 +137,60 @@ def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layou
     file.seek(entry.offset)
     length = int.from_bytes(file.read(8), "little")
     if length > entry.size - 8:
-        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; run {VERIFY}")
+        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; {VERIFY}")
     try:
         header = {name: one for name, one in json.loads(file.read(length)).items() if name != "__metadata__"}
-        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
-        return {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}, entry.offset + 8 + length
+        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        layout = {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}
+        told = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); run {VERIFY}") from error
+        raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
+    if told != entry.size - 8 - length:
+        raise ValueError(f"{url} holds a damaged clip ({told} bytes in {entry.size}); {VERIFY}")
+    return layout, entry.offset + 8 + length
 
 
 def read_index(url: str) -> tuple[ShardInfo, list[Entry]]:
     """What the index of the shard at `url` says."""
     path = index_url(url)
-    if not storage.exists(path):
-        raise FileNotFoundError(f"{path} is missing; run the same encode command again")
     try:
         loaded = json.loads(storage.read_bytes(path))
         info = build(ShardInfo, loaded["shard"], f"{path}: shard.")
         return info, [Entry(*entry) for entry in loaded["clips"]]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing; run the same encode command again") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no shard index; delete it and run the same encode command again") from error
 
 
+def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
+    """The index of the shard at `url`, and what is wrong with its size or its index, in a few words, if anything is."""
+    fault = _find_size_fault(url, info)
+    if fault:
+        return [], fault
+    try:
+        found, entries = read_index(url)
+    except (FileNotFoundError, ValueError) as error:
+        return [], str(error)
+    if found != info or len(entries) != info.clips:
+        return [], f"{index_url(url)} is of another shard; delete it and run the same encode command again"
+    return entries, None
+
+
 def find_fault(url: str, info: ShardInfo) -> str | None:
-    """What is wrong with the shard at `url`, in a few words, or None. Reads all of it."""
+    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it."""
     fault = _find_size_fault(url, info)
     if fault:
         return fault
-    if sha256_of(url) != info.sha256:
-        return "altered: its SHA-256 is not the manifest's"
-    return None
+    return None if storage.sha256(url) == info.sha256 else "altered: its SHA-256 is not the manifest's"
 
 
-def sha256_of(url: str) -> str:
-    """The SHA-256 of what lies at `url`, read in pieces."""
-    digest, total = hashlib.sha256(), storage.size(url)
-    for offset in range(0, total, 8 << 20):
-        digest.update(storage.read_range(url, offset, min(8 << 20, total - offset)))
-    return digest.hexdigest()
+def _find_size_fault(url: str, info: ShardInfo) -> str | None:
+    try:
+        found = storage.size(url)
+    except FileNotFoundError:
+        return "missing"
+    return None if found == info.bytes else f"truncated or grown: {found} bytes, not {info.bytes}"
 
 
 def save_manifest(manifest: Manifest, url: str | Path) -> None:
@@ -210,11 +226,10 @@ def verify_set(url: str | Path, sample: int | None = None, seed: int | None = No
     keys: dict[str, str] = {}
     for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
-        fault = (find_fault(shard, info) if i in read else _find_size_fault(shard, info)) or _find_index_fault(
-            shard, info
-        )
+        entries, fault = compare_shard(shard, info)
+        fault = fault or (find_fault(shard, info) if i in read else None)
         faults += [f"{shard}: {fault}"] if fault else []
-        for entry in [] if fault else read_index(shard)[1]:
+        for entry in [] if fault else entries:
             first = keys.setdefault(entry.key, shard)
             faults += [f"{shard}: clip {entry.key} is in {first} too"] if first != shard else []
     twice = Counter(info.url for info in manifest.shards)
@@ -223,19 +238,3 @@ def verify_set(url: str | Path, sample: int | None = None, seed: int | None = No
     beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
     strays = [found for found in beside if found not in listed and "/." not in found]
     return faults + [f"{found}: not in the manifest" for found in strays]
-
-
-def _find_size_fault(url: str, info: ShardInfo) -> str | None:
-    if not storage.exists(url):
-        return "missing"
-    found = storage.size(url)
-    return None if found == info.bytes else f"truncated or grown: {found} bytes, not {info.bytes}"
-
-
-def _find_index_fault(shard: str, info: ShardInfo) -> str | None:
-    try:
-        found, entries = read_index(shard)
-    except (FileNotFoundError, ValueError) as error:
-        return str(error)
-    same = found == info and len(entries) == info.clips
-    return None if same else f"{index_url(shard)} is of another shard; delete it and run the same encode command again"

@@ -212,15 +212,14 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
         shutil.rmtree(folder)
 
 
-def remove_unfinished(folder: str | Path, older_s: float = 0.0, prefix: str = "") -> None:
+def remove_unfinished(folder: str | Path, older_s: float = 0.0) -> None:
     """Deletes what killed writers left in `folder`: temporary files, or uploads that never came to their end.
 
-    Only of files whose names begin with `prefix`, and only what is older than `older_s`: with 0, nobody else may be
-    writing such files there.
+    Only what is older than `older_s`: with 0, somebody else who is writing there now gets an OSError.
     """
     if is_s3(folder):
-        s3.abort_uploads(join(folder, prefix), older_s)
+        s3.abort_uploads(join(folder, ""), older_s)
         return
-    for left in Path(folder).glob(f".{prefix}*.tmp*") if Path(folder).is_dir() else ():
+    for left in Path(folder).glob(".*.tmp*") if Path(folder).is_dir() else ():
         if left.is_file() and time.time() - left.stat().st_mtime >= older_s:
             left.unlink(missing_ok=True)

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from configs import load_config
 from data_pipeline import storage
 from data_pipeline.readers import Reader
-from data_pipeline.stream import Stream, load_manifest
+from data_pipeline.shards import load_manifest
+from data_pipeline.stream import Stream
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.denoising import Denoising
 from sampling.films import held_film, replay_film, write_film

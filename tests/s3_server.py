@@ -1,19 +1,21 @@
 """A real S3 server on loopback: Ceph's monitor, one storage daemon and its S3 gateway, in a folder of their own.
 
-Where Ceph is not installed, moto, an emulator from PyPI, stands in. By hand: `python tests/s3_server.py` starts Ceph,
-says what to export, and ends it at Ctrl-C.
+Where Ceph is not installed, moto, an emulator from PyPI, stands in. By hand: `python tests/s3_server.py` starts either,
+makes the bucket `demo`, says what to export, and ends it at Ctrl-C.
 """
 
 import ctypes
+import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 import uuid
 from pathlib import Path
+
+from data_pipeline import s3_client
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common"
@@ -203,12 +205,16 @@ def environment(url: str) -> dict[str, str]:
 
 
 def main() -> None:
-    if missing := missing_programs():
-        sys.exit(f"{', '.join(missing)} not found; as root: {INSTALL}")
-    server = Ceph(Path(tempfile.mkdtemp(prefix="ceph-")))
+    missing = missing_programs()
+    server = Moto() if missing else Ceph(Path(tempfile.mkdtemp(prefix="ceph-")))
     try:
-        print(*(f"export {name}={value}" for name, value in environment(server.url).items()), sep="\n", flush=True)
-        server.gateway.wait()
+        if missing:
+            print(f"# an emulator, which forgets everything when it ends; for Ceph, as root: {INSTALL}")
+        exported = environment(server.url)
+        os.environ.update(exported)
+        s3_client.client().create_bucket(Bucket="demo")
+        print(*(f"export {name}={value}" for name, value in exported.items()), sep="\n", flush=True)
+        signal.pause()
     except KeyboardInterrupt:
         pass
     finally:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from configs import to_dict
+from data_pipeline import storage
 from data_pipeline.claims import Claims, process_start
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig, make_plans
@@ -20,44 +22,74 @@ from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Actions, InputConfig
 from model.codec import load_codec
 
-# Runs the command line and kills itself at the n-th call of one function, before or after it did its work.
+# Runs the command line and kills itself at the n-th call of one function, before or after it did its work; with two,
+# at the n-th call of the second one since the first was called.
 DIES = """
 import os, signal, sys
 from importlib import import_module
 from configs.cli import run
 
-module, function, call, when = sys.argv[1].split(":")
-owner = import_module(module)
-*path, name = function.split(".")
-for part in path:
-    owner = getattr(owner, part)
-original, calls = getattr(owner, name), []
+def replace(name, make):
+    module, _, path = name.partition(":")
+    owner = import_module(module)
+    *path, name = path.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, name, make(getattr(owner, name)))
 
-def dying(*given, **named):
-    calls.append(1)
-    last = len(calls) == int(call)
-    if last and when == "before":
-        os.kill(os.getpid(), signal.SIGKILL)
-    result = original(*given, **named)
-    if last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return result
+*first, place, call, when = sys.argv[1].split("|")
+begun, calls = [] if first else [1], []
 
-setattr(owner, name, dying)
+def beginning(original):
+    def begins(*given, **named):
+        begun.append(1)
+        return original(*given, **named)
+    return begins
+
+def dying(original):
+    def dies(*given, **named):
+        calls.extend(begun[:1])
+        last = bool(begun) and len(calls) == int(call)
+        if last and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*given, **named)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    return dies
+
+for name in first:
+    replace(name, beginning)
+replace(place, dying)
 from data_pipeline.__main__ import VERBS
 sys.exit(run("data_pipeline", VERBS, sys.argv[2:]))
 """
 
 MOMENTS = {
-    "reading frames": "data_pipeline.readers:fit_frame:20:before",
-    "encoding": "data_pipeline.clips:Encoder.latents:2:before",
-    "claiming": "data_pipeline.claims:storage.create:2:after",
-    "writing a shard": "data_pipeline.shards:pack_clip:3:after",
-    "between shard and index": "data_pipeline.shards:index_url:2:before",
-    "index written": "data_pipeline.claims:Claims.release:1:before",
-    "before the manifest": "data_pipeline.encode:save_manifest:1:before",
-    "between the manifests": "data_pipeline.encode:save_manifest:1:after",
+    "reading frames": "data_pipeline.readers:fit_frame|20|before",
+    "encoding": "data_pipeline.clips:Encoder.latents|2|before",
+    "claiming": "data_pipeline.claims:Claims.take|2|after",
+    "writing a shard": "data_pipeline.shards:pack_clip|3|after",
+    "between shard and index": "data_pipeline.encode:write_shard|data_pipeline.shards:storage.write_text|1|before",
+    "index written": "data_pipeline.claims:Claims.release|1|before",
+    "before the manifest": "data_pipeline.encode:save_manifest|1|before",
+    "writing the manifest": "data_pipeline.encode:save_manifest|configs.files:os.replace|1|before",
+    "between the manifests": "data_pipeline.encode:save_manifest|1|after",
 }
+# What a worker alone must have left when it was killed there.
+LEFT = {
+    "claiming": lambda names: sum(name.endswith(".claim") for name in names) == 2 and not shards(names, ".tar"),
+    "writing a shard": lambda names: shards(names, ".tar") == 1 and any("/.shard-000001" in name for name in names),
+    "between shard and index": lambda names: shards(names, ".tar") == 1 and not shards(names, ".index.json"),
+    "index written": lambda names: shards(names, ".tar") == shards(names, ".index.json") == 1,
+    "before the manifest": lambda names: shards(names, ".tar") == 6 and not any("manifest" in name for name in names),
+    "writing the manifest": lambda names: any("/.manifest" in name and ".tmp" in name for name in names),
+    "between the manifests": lambda names: [name for name in names if "manifest" in name] == ["train/manifest.json"],
+}
+
+
+def shards(names: Iterable[str], suffix: str) -> int:
+    return sum(name.endswith(suffix) and "/." not in name for name in names)
 
 
 def words(config: EncodeConfig, game_yaml: str) -> list[str]:
@@ -174,6 +206,16 @@ def test_two_workers_share_the_shards_and_leave_the_bytes_of_one(encode_config, 
     assert sum(made) == 12 and files(tmp_path) == files(encoded)
 
 
+@pytest.mark.parametrize("moment", LEFT)
+def test_a_worker_is_killed_at_the_moment_that_is_named(moment, encode_config, encoded, game_yaml, tmp_path):
+    config = into(encode_config, tmp_path)
+    assert start_workers(config, game_yaml, 1, {0: moment}) == [-signal.SIGKILL]
+    left = files(tmp_path)
+    assert LEFT[moment](left), sorted(left)
+    encode_recordings(config)
+    assert files(tmp_path) == files(encoded)
+
+
 @pytest.mark.parametrize("moment", ["encoding", "between shard and index"])
 def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config, encoded, game_yaml, tmp_path):
     config = into(encode_config, tmp_path)
@@ -199,11 +241,23 @@ def test_killed_anywhere_and_started_again_in_other_numbers(
     """`make test-encode`. The first worker dies at the moment; the others a little later or earlier, all of them."""
     config = into(encode_config, tmp_path)
     rest = {rank: "claiming" for rank in range(1, before)}
-    assert set(start_workers(config, game_yaml, before, {0: moment, **rest})) <= {-signal.SIGKILL, 0}
+    first, *others = start_workers(config, game_yaml, before, {0: moment, **rest})
+    assert first == -signal.SIGKILL and set(others) <= {-signal.SIGKILL, 0}
     assert start_workers(config, game_yaml, after, {}) == [0] * after
     same = files(tmp_path) == files(encoded)
     print(f"| {moment} | {before} -> {after} | {'identical' if same else 'DIFFERENT'} |")
     assert same
+
+
+def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_config, encoded, game_yaml, bucket_folder):
+    for name in storage.list_tree(recordings):
+        storage.write_file(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
+    config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
+    one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words(config, game_yaml)], workers=2, rank=0)
+    other = start([sys.executable, "-m", "data_pipeline", *words(config, game_yaml)], workers=2, rank=1)
+    assert (one.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
+    theirs = files(encoded)
+    assert {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)} == theirs
 
 
 class Recorded:

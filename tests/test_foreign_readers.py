@@ -9,6 +9,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 from foreign_games import LENGTHS, VPT_SPANS, load_game, read_all, show, words, write_all
 from foreign_recordings import (
     INPUTS,
@@ -32,8 +33,9 @@ from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import READERS, Reader, find_recordings, read_game_frames
 from data_pipeline.readers.owl_control import Press, intervals_held
+from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
-from data_pipeline.stream import read_clips
+from data_pipeline.stream import Stream
 from data_pipeline.types import Episode, GameConfig
 from sampling.trials import heldout_episodes
 from train.codec import CodecTrainConfig, read_runs
@@ -77,6 +79,9 @@ def test_encoded_clips_have_the_actions_of_their_pictures(
     encode_recordings(config)
     clips = read_clips(tmp_path / "out" / "train" / "manifest.json")
     assert len(clips) == sum(max(0, frames - 8) for frames in LENGTHS[reader])
+    batch = Stream(tmp_path / "out" / "train" / "manifest.json", 2, seed=0, shuffle=False).batch_at(0)
+    for name in ("latents", "keyboard", "mouse"):
+        assert getattr(batch, name).equal(torch.stack([getattr(clip, name) for clip in clips[:2]]))
     episodes = {episode.id: episode for episode in read_all(reader, sources[reader], config.game)}
     for clip in clips:
         keyboard, mouse = show(reader, config.game, np.asarray(Image.open(io.BytesIO(clip.first_frame))))

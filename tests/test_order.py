@@ -103,8 +103,8 @@ def test_sets_of_another_kind_are_not_mixed(two_sets, encode_config, tmp_path):
         Stream([*two_sets, Source(f"{tmp_path}/train/manifest.json")], 1, seed=0)
     with pytest.raises(ValueError, match="must be a positive number"):
         Source("manifest.json", weight=0)
-    with pytest.raises(ValueError, match="an epoch of them holds no clip"):
-        Stream([dataclasses.replace(source, weight=1e-9) for source in two_sets], 1, seed=0)
+    with pytest.raises(ValueError, match=r"weight 0.01 of .*heldout.*: no clip of it would ever come"):
+        Stream([two_sets[0], dataclasses.replace(two_sets[1], weight=0.01)], 1, seed=0)
 
 
 @pytest.fixture
@@ -128,10 +128,22 @@ def test_clips_of_a_corrupt_shard_are_skipped_and_counted_if_asked(damaged, work
     assert all(len(batch.ids) == 2 and torch.isfinite(batch.latents.float()).all() for batch in batches)
 
 
+def test_a_shard_that_is_gone_is_skipped_when_the_run_goes_on_too(damaged):
+    (damaged.parent / "shard-000002.tar").unlink()
+    (damaged.parent / "shard-000001.index.json").unlink()
+    loader = LoaderConfig(on_corrupt="skip")
+    batches = list(islice(Stream(damaged, 2, seed=0, workers=1, loader=loader).batches(2), 4))
+    bad = {episode for info in load_manifest(damaged).shards[1:3] for episode in info.episodes}
+    assert sum(batch.skipped for batch in batches) >= 4
+    assert not any(name.partition(":")[0] in bad for batch in batches for name in batch.ids)
+    with pytest.raises(ValueError, match=r"shard-00000[12].tar"):
+        Stream(damaged, 2, seed=0)
+
+
 def test_a_set_of_which_nothing_can_be_read_stops_even_then(damaged):
     for shard in damaged.parent.glob("*.tar"):
         shard.write_bytes(b"x" * shard.stat().st_size)
-    with pytest.raises(ValueError, match=r"no clip of .* can be read; run python -m data_pipeline verify"):
+    with pytest.raises(ValueError, match=r"no clip of .* can be read, the last one because: shard .* altered"):
         Stream(damaged, 2, seed=0, loader=LoaderConfig(on_corrupt="skip")).batch_at(0)
 
 

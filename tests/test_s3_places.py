@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from fault_proxy import Fault
 from foreign_games import load_game, read_all, write_all
 from test_official import SMALL, model_command, model_of, random_state, same_bits, yamls
 from tiny_recordings import draw_frames, write_recording
@@ -96,6 +97,27 @@ def test_shards_that_are_copied_are_asked_for_once(remote_set, proxy) -> None:
         assert len({name for batch in islice(batches, 6) for name in batch.ids}) == len(stream)
     gets = [one for one in proxy.requests if one.startswith("GET") and one.endswith(".tar")]
     assert len(gets) <= len(stream.shards.shards), gets
+
+
+def test_a_read_that_fails_once_is_tried_again_and_a_refusal_is_no_corruption(remote_set, proxy) -> None:
+    stream = Stream(remote_set, 2, seed=1, loader=LoaderConfig(on_corrupt="skip"))
+    once = proxy.add(Fault("refused", r"^GET .*\.tar", times=1))
+    assert stream.batch_at(0).skipped == 0 and once.met == 1
+    always = proxy.add(Fault("refused", r"^GET .*\.tar"))
+    with pytest.raises(PermissionError, match=r"shard-00000\d.tar: the server refuses"):
+        stream.batch_at(3)
+    assert always.met == 2
+
+
+def test_other_bytes_under_a_shards_name_are_found_when_it_is_copied(s3, encoded) -> None:
+    url = put(Path(encoded) / "train", "s3://worlds/changed")
+    data = bytearray(storage.read_bytes(f"{url}/shard-000001.tar"))
+    data[3000] ^= 1
+    with storage.writing(f"{url}/shard-000001.tar") as part:
+        part.write_bytes(data)
+    stream = Stream(f"{url}/manifest.json", 8, seed=1, loader=LoaderConfig(shuffle_shards=2))
+    with pytest.raises(ValueError, match=r"shard-000001.tar is altered"):
+        stream.batch_at(0)
 
 
 def test_the_bench_reads_a_set_in_a_bucket(remote_set, capsys) -> None:

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from data_pipeline import storage
-from data_pipeline.stream import load_manifest, load_manifests, require_action_space, require_same_kind
+from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
+from data_pipeline.shards import load_manifest
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
 from sampling.world_model import WorldModelConfig, find_checkpoint, read_world_config

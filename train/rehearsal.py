@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from data_pipeline.stream import load_manifest
+from data_pipeline.shards import load_manifest
 from data_pipeline.types import Batch, Layout, latent_ends
 from model.action_dit import ActionDiTConfig
 from model.codec import SPATIAL

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from data_pipeline import storage
+from data_pipeline.shard_set import Shards
 from data_pipeline.shards import clip_key
-from data_pipeline.stream import Shards
 from data_pipeline.types import CHUNK_FRAMES, Actions
 from data_pipeline.video import to_video
 from sampling.films import HELD_FILM_WIDTH, Film, Take, write_film

@@ -158,13 +158,14 @@ def _whole_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mouse_deg: np.ndarray) -> None:
-    """Writes keyboard (n k) of 0 and 1 and mouse (n 2) in degrees as `actions.csv`."""
+    """Writes keyboard (n k) of 0 and 1 and mouse (n 2) in degrees, if there is one, as `actions.csv`."""
     columns = [*space.keys, *(MOUSE_COLUMNS if space.mouse else ())]
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["frame", *columns])
         for i, (keys, degrees) in enumerate(zip(keyboard, mouse_deg, strict=True)):
-            writer.writerow([i, *(int(key) for key in keys), *(f"{value:.4f}" for value in degrees)])
+            moved = (f"{value:.4f}" for value in degrees) if space.mouse else ()
+            writer.writerow([i, *(int(key) for key in keys), *moved])
 
 
 def _check_table(path: Path, lines: Sequence[int], table: np.ndarray, header: list[str], space: ActionSpace) -> None:
