@@ -49,16 +49,6 @@ def late(frames: int) -> Spoil:
     return spoil
 
 
-def drifting(share: float) -> Spoil:
-    """Rows by a clock that is so much faster than the pictures'."""
-
-    def spoil(tape: Tape, _: Tape) -> Tape:
-        rows = (np.arange(len(tape.frames)) * (1 - share)).round().astype(int)
-        return Tape(tape.frames, tape.keyboard[rows], tape.mouse_deg[rows])
-
-    return spoil
-
-
 def turning(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
     """Another mouse."""
     return lambda tape, _: Tape(tape.frames, tape.keyboard, change(tape.mouse_deg))

@@ -53,10 +53,8 @@ def test_what_is_planted_in_all_recordings_is_found_and_nothing_else(name, clean
     assert max(len(finding.recordings) for finding in harmful) >= len(spoilt) - 1
     frames = re.fullmatch(r"inputs (\d) (late|early)", name)
     if frames:
-        assert (
-            harmful[0].what.startswith(f"inputs are {frames[1]} frames {frames[2]}")
-            and (harmful[0].confidence or 0) > 0.9
-        )
+        assert harmful[0].what.startswith(f"inputs are {frames[1]} frames {frames[2]}")
+        assert (harmful[0].confidence or 0) > 0.9
 
 
 def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_examined(clean, tmp_path, capsys):
