@@ -37,6 +37,16 @@ class LoaderConfig:
             raise ValueError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
 
 
+def require_lanes(shards: int, world: int, workers: int, whose: str) -> None:
+    """Raises ValueError in one line if there are fewer shards than loader lanes."""
+    lanes = world * max(1, workers)
+    if shards < lanes:
+        raise ValueError(
+            f"{whose}: {shards} shards for {lanes} loader lanes (ranks x workers); write more shards (encode with a "
+            "smaller shard_clips), or use fewer workers or ranks"
+        )
+
+
 class Stream:
     """Batches of one rank; `workers` threads read ahead, none with 0."""
 
@@ -57,12 +67,7 @@ class Stream:
             raise ValueError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 or more, "
                              "workers 0 or more, rank below the number of ranks")  # fmt: skip
         self.shards = Shards(sources, verify, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
-        lanes = world * max(1, workers)
-        if len(self.shards.shards) < lanes:
-            raise ValueError(
-                f"{self.shards.sources[0].path}: {len(self.shards.shards)} shards for {lanes} loader lanes (ranks x "
-                "workers); write more shards (encode with a smaller shard_clips), or use fewer workers or ranks"
-            )
+        require_lanes(len(self.shards.shards), world, workers, self.shards.sources[0].path)
         self.batch, self.rank, self.world, self.workers, self.loader = batch, rank, world, workers, loader
         self._memory = Memory()
         self._layout: Layout | None = None  # of all clips

@@ -69,7 +69,7 @@ def _setting(name: str, value: Any) -> str:
 def launch(words: list[str]) -> int:
     """Start a run, or write it down for a scheduler: configs/machines/X.yaml configs/train/Y.yaml ... dry_run=true"""
     given = read_launch(words)
-    from train.loop import check_run  # torch takes a second, and a mistyped word should not
+    from train.check import check_run  # torch takes a second, and a mistyped word should not
 
     check_run(given.train, given.machine.ranks)
     machine = given.machine

@@ -44,10 +44,10 @@ def test_a_local_run_is_one_line_that_can_be_typed(words, capsys) -> None:
 
 
 def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, capsys) -> None:
-    given = ["machine.nodes=2", "machine.host=node0", "machine.node_rank=1", "engine.name=fsdp2", "dry_run=true"]
-    assert start("configs/machines/eight_gpus.yaml", *words, *given) == 0
+    given = ["machine.nodes=2", "machine.processes=2", "machine.host=node0", "machine.node_rank=1", "engine.name=fsdp2"]
+    assert start("configs/machines/eight_gpus.yaml", *words, *given, "dry_run=true") == 0
     line = capsys.readouterr().out
-    assert "--num_processes 16 --num_machines 2 --machine_rank 1 --main_process_ip node0" in line
+    assert "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip node0" in line
     assert "--multi_gpu" in line and "deepspeed" not in line.partition("-m train")[0]
     # What a machine's file says of the run reaches it, after the run's own files and before the words.
     trained = line.partition("-m train ")[2]
@@ -188,7 +188,7 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
 def test_every_machine_takes_a_run(machine: Path, words, capsys) -> None:
-    assert start(str(machine), *words, "dry_run=true") == 0
+    assert start(str(machine), *words, "machine.processes=1", "dry_run=true") == 0
     assert "accelerate launch" in capsys.readouterr().out
 
 
@@ -198,6 +198,7 @@ def test_every_machine_takes_a_run(machine: Path, words, capsys) -> None:
         (["configs/machines/slurm.yaml", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
         (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
         (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
+        (["configs/machines/slurm.yaml"], "4 shards for 32 loader lanes"),
         (["configs/machines/eight_gpus.yaml", "machine.nodes=2"], "machine.host"),
         (["configs/machines/eight_gpus.yaml", "machine.processes=0"], "must be 1 or more"),
         ([], "configs/machines"),

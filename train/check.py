@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
+from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
 from sampling.world_model import WorldModelConfig, find_checkpoint, read_world_config
-from train.checkpoint import data_digest, find_resumable, fit_to_ranks, read_position
+from train.checkpoint import data_digest, find_resumable, fit_to_ranks, read_position, require_whole
 from train.config import TrainConfig
 from train.objectives import Objective, check_objective, make_objective
 from train.videos import check_videos
@@ -34,6 +35,7 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
+    require_lanes(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
     world = describe_world(config, manifest)
     objective, data = make_objective(config.objective), data_digest(manifests, config)
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
@@ -79,5 +81,6 @@ def initial_weights(config: TrainConfig, manifest: Manifest) -> str:
     """The weights file that `config.init` names; raises if it is of another model or action space."""
     assert config.init
     checkpoint = find_checkpoint(config.init)
+    require_whole(checkpoint)
     require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
     return storage.join(checkpoint, f"{config.init_weights}.safetensors")

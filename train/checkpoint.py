@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from configs import flat, load_config, to_dict
+from configs.cli import one_line
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
@@ -73,6 +74,7 @@ def find_resumable(run: str | Path, world: WorldModelConfig) -> str | None:
     if not found:
         return None
     newest = storage.join(run, found[-1])
+    require_resumable(newest)
     there, here = flat(to_dict(read_world_config(newest))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
@@ -84,17 +86,33 @@ def find_resumable(run: str | Path, world: WorldModelConfig) -> str | None:
     return newest
 
 
-def read_position(folder: str | Path) -> Position:
-    """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
-    saved = json.loads(storage.read_bytes(storage.join(folder, COMPLETE)))
-    if (found := saved.get("format", 0)) != FORMAT:
+def require_whole(folder: str | Path) -> int:
+    """The format of the checkpoint `folder`; 0 if it is none that a run goes on from. Raises ValueError in one line if
+    a file of it is missing or cut."""
+    place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
+    try:
+        saved = dict(json.loads(storage.read_bytes(place)))
+        sizes = dict(saved.get("bytes", {}))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{place} is damaged ({one_line(error)}); {remedy}") from error
+    there = storage.list_tree(folder)
+    for name, size in sizes.items():
+        if there.get(name) != size:
+            raise ValueError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
+    return int(saved.get("format", 0))
+
+
+def require_resumable(folder: str | Path) -> None:
+    """Raises ValueError in one line unless a run can go on from the checkpoint `folder`."""
+    found = require_whole(folder)
+    if found != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
         raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
-    there = storage.list_tree(folder)
-    for name, size in saved["bytes"].items():
-        if there.get(name) != size:
-            path = storage.join(folder, name)
-            raise ValueError(f"{path} is missing or truncated; delete {folder} to resume from the checkpoint before it")
+
+
+def read_position(folder: str | Path) -> Position:
+    """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
+    require_resumable(folder)
     return Position(**json.loads(storage.read_bytes(storage.join(folder, f"{TRAINER}/{POSITION}"))))
 
 

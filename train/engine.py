@@ -94,6 +94,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     expected = DistributedType.DEEPSPEED if deepspeed else None
     if engine.name == "fsdp2" and not dist.is_initialized():  # one process by itself
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    _set_timeouts(config)
     got = (accelerator.distributed_type, accelerator.num_processes)
     if got[1] != world or (expected and got[0] != expected):
         raise RuntimeError(f"asked for {engine.name} on {world} processes, Accelerate gave {got}")
@@ -195,18 +196,19 @@ class Engine:
             dist.all_reduce(values)
         return values.cpu()
 
-    def gather_objects(self, own: Any) -> list[Any]:
-        """What every rank gives, by rank; the same on each. For rare and small things."""
-        if not dist.is_initialized():
-            return [own]
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, own)
-        return found
-
     def shutdown(self) -> None:
         """Ends the process groups; without it gloo's threads can crash the interpreter at exit."""
         self.accelerator.end_training()
         time.sleep(0.2)
+
+
+def gather_objects(own: Any) -> list[Any]:
+    """What every rank gives, by rank; the same on each. For rare and small things."""
+    if not dist.is_initialized():
+        return [own]
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return found
 
 
 def make_engine(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
@@ -219,20 +221,19 @@ def make_engine(accelerator: Accelerator, model: nn.Module, config: TrainConfig)
 
     if config.engine.name == "fsdp2":
         model = shard(model, config, accelerator.device)
-        return _with_timeouts(Fsdp2Engine(accelerator, model, make_optimizer(model, config.optim), config))
+        return Fsdp2Engine(accelerator, model, make_optimizer(model, config.optim), config)
     if config.engine.name == "ddp" and accelerator.num_processes == 1:
         model = model.to(accelerator.device)
     if next(model.parameters()).is_meta:
         cut_up(model, config, accelerator.device)
     model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
+    _set_timeouts(config)
     kind = ZeroEngine if config.engine.name == "deepspeed" else Engine
-    return _with_timeouts(kind(accelerator, model, optimizer, config))
+    return kind(accelerator, model, optimizer, config)
 
 
-def _with_timeouts(engine: Engine) -> Engine:
-    """DeepSpeed clones the process groups and drops the timeout on the way."""
-    if dist.is_initialized():
-        for group in list(distributed_c10d._world.pg_map):
-            # A little longer than the watchdog's, which knows better what to say.
-            distributed_c10d._set_pg_timeout(timedelta(seconds=2 * engine.config.engine.timeout_s), group)
-    return engine
+def _set_timeouts(config: TrainConfig) -> None:
+    """Of all process groups: DeepSpeed clones them and drops the timeout on the way."""
+    for group in list(distributed_c10d._world.pg_map):
+        # A little longer than the watchdog's, which knows better what to say.
+        distributed_c10d._set_pg_timeout(timedelta(seconds=2 * config.engine.timeout_s), group)

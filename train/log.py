@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -12,10 +13,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from configs.cli import one_line
 from configs.files import write_text
 from train.config import TrainConfig
 
-METRICS = "metrics.jsonl"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"
 TENSORBOARD = "tensorboard"  # folder in the run folder
 
 
@@ -44,14 +46,23 @@ class Log:
             write_text(self.path, "".join(f"{line}\n" for line in kept))
         if config.wandb:
             import wandb  # costs a second, and asks for an account unless WANDB_MODE=offline
+            from wandb.errors import Error as WandbError
 
-            self.wandb = wandb.init(
-                project=config.wandb_project,
-                name=Path(config.out).name,
-                dir=config.out,
-                config=asdict(config),
-                mode=os.environ.get("WANDB_MODE", "online"),  # type: ignore[arg-type]
-            )
+            place = self.path.with_name(WANDB_ID)  # a run that goes on after a preemption is the same one there
+            if not place.exists():
+                write_text(place, secrets.token_hex(8))
+            try:
+                self.wandb = wandb.init(
+                    project=config.wandb_project,
+                    name=Path(config.out).name,
+                    id=place.read_text(),
+                    resume="allow",
+                    dir=config.out,
+                    config=asdict(config),
+                    mode=os.environ.get("WANDB_MODE", "online"),  # type: ignore[arg-type]
+                )
+            except WandbError as error:
+                raise ValueError(f"wandb=true: {one_line(error)}; or set WANDB_MODE=offline") from error
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # not there without its package
 

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from configs import load_config
+from configs.cli import PERSONS_FAULTS, one_line
 from configs.files import write_text
 from data_pipeline import storage
 from data_pipeline.stream import Stream
@@ -25,7 +26,7 @@ from train.check import check_run
 from train.checkpoint import Position, load_checkpoint
 from train.config import STOPPED, TrainConfig
 from train.ema import Ema
-from train.engine import Engine, start_accelerator
+from train.engine import Engine, gather_objects, start_accelerator
 from train.evaluate import Validation
 from train.figures import Interval, Scale, StepFigures, describe, per_rank
 from train.log import Log, require_tensorboard
@@ -40,12 +41,19 @@ from train.watchdog import Watchdog
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns."""
+    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns.
+
+    SIGTERM ends a process that is still starting: there is nothing to save, and a rank that it waits for may be gone.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._ask)
+
+    def starts(self) -> None:
+        """From now on there is something to save."""
+        signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
@@ -82,17 +90,20 @@ def train(words: list[str]) -> None:
     stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    with sole_run(config) if rank == 0 else nullcontext():
+    watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
+    with watchdog.watching(), memory(config), run_folder(config, rank):
+        watchdog.begins(start, "building the model")
         engine = build_engine(accelerator, config, storage.local(checked.init) if checked.init else None)
         ema = Ema(engine, config.ema_decay)
         if resumed:
+            watchdog.begins(start, "loading the checkpoint")
             load_checkpoint(engine, ema, resumed)
         flow, objective = FlowMatch(config.flow), checked.objective
         clips, places = ranks * config.batch * config.accumulation, checked.manifest.clip_latents
         run = Run(
             config, objective, flow, engine, ema, stop, world, checked.data,
             Scale(config.model, ranks, clips, places, figure_block(objective), config.peak_tflops),
-            Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s),
+            watchdog,
             Saver(engine, ema, config, world),
             Profiler(config, rank),
             Validation(config, engine, flow) if config.validation.manifest else None,
@@ -103,12 +114,28 @@ def train(words: list[str]) -> None:
                 log.say(f"resumed from {resumed} at step {start}")
             if config != asked:
                 log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
-            batches = stream.batches(start * config.accumulation)
-            with closing(batches), run.watchdog.watching(), memory(config):
+            stop.starts()
+            with closing(stream.batches(start * config.accumulation)) as batches:
                 run_steps(run, range(start, config.steps), batches, log)
             if start >= config.steps:
                 log.say(f"nothing to do: {resumed} has all {config.steps} steps")
-        engine.shutdown()
+    engine.shutdown()
+
+
+@contextmanager
+def run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
+    """Holds the run's folder within the block, on rank 0. All ranks must call; if it cannot be had, each of them raises
+    ValueError in one line."""
+    with ExitStack() as held:
+        refused = ""
+        if rank == 0:
+            try:
+                held.enter_context(sole_run(config))
+            except PERSONS_FAULTS as error:
+                refused = one_line(error)
+        if refused := gather_objects(refused)[0]:
+            raise ValueError(refused)
+        yield
 
 
 def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> None:
@@ -140,7 +167,8 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             log.write(done, {**interval.figures(), "grad_norm": engine.grad_norm, "learning_rate": rate})
             interval.restart()
         with interval.paused():
-            validate(run, done, log)
+            if not stopping or done == config.steps:  # else the save comes first: the grace may be short
+                validate(run, done, log)
             if done % config.checkpoint.every == 0 or last:
                 save(run, done, last, log)
             run.saver.check()
@@ -171,8 +199,9 @@ def compute_step(
         with engine.accumulate():
             began = time.perf_counter()
             loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, draws)
+            finite = bool(torch.isfinite(loss))  # waits for an accelerator, but for no other rank
             forward_s += time.perf_counter() - began
-            fine = not spoiled(run, step, loss, batch) and fine
+            fine = not spoiled(run, step, finite, batch) and fine
             applied = engine.backward(loss, apply=fine)
         figures.add(part, batch.skipped)
     if fine and not applied and config.on_nonfinite == "stop":
@@ -184,17 +213,18 @@ def compute_step(
     return forward_s, applied
 
 
-def spoiled(run: Run, step: int, loss: Tensor, batch: Batch) -> bool:
-    """Whether the loss is NaN or infinite on any rank, so that this step is to be skipped on all of them.
+def spoiled(run: Run, step: int, finite: bool, batch: Batch) -> bool:
+    """Whether the loss is NaN or infinite (not `finite`) on any rank, so that this step is to be skipped on all of
+    them.
 
     Raises ValueError in one line, on every rank, if that is to stop the run.
     """
     ranks, rank = run.engine.accelerator.num_processes, run.engine.accelerator.process_index
     flags = torch.zeros(ranks)
-    flags[rank] = float(not torch.isfinite(loss))
+    flags[rank] = float(not finite)
     bad = run.engine.sum_over_ranks(flags).nonzero().flatten().tolist()
     if bad and run.config.on_nonfinite == "stop":
-        clips = run.engine.gather_objects(list(batch.ids))
+        clips = gather_objects(list(batch.ids))
         where = "; ".join(f"rank {one}: {', '.join(clips[one])}" for one in bad)
         raise ValueError(
             f"step {step}: the loss is not finite on {where}; the newest checkpoint of {run.config.out} is from before "
@@ -245,7 +275,9 @@ def memory(config: TrainConfig) -> Iterator[None]:
         said = str(error).splitlines()[0]
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in said:
             raise
+        more = {"deepspeed": "engine.stage=3, engine.offload=optimizer", "ddp": "engine.name=deepspeed engine.stage=3"}
+        words = ", ".join(["model.checkpoint_every=1", more.get(config.engine.name, "more processes")])
         raise ValueError(
             f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {said}; lower batch and "
-            "raise accumulation by as much, or try model.checkpoint_every=1, engine.stage=3, engine.offload=optimizer"
+            f"raise accumulation by as much, or try {words}"
         ) from error

@@ -20,7 +20,7 @@ from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
 from train.config import STOPPED, TrainConfig
-from train.log import METRICS
+from train.log import METRICS, WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, as they were then
 CLAIM, STALE_S = "run", 30.0  # of a run at a url; after so long without a renewal its machine is gone
@@ -67,8 +67,12 @@ def sole_run(config: TrainConfig) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise OSError(f"cannot write to the run folder {folder}: {error.strerror}; choose another out=") from error
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -98,9 +102,11 @@ def _claimed(url: str) -> Iterator[None]:
 
 
 def pull(folder: Path, url: str) -> None:
-    """The run's figures so far, if it ever ran: those at the url are of all up to its newest checkpoint."""
-    with suppress(FileNotFoundError):
-        write_text(folder / METRICS, storage.read_bytes(storage.join(url, METRICS)).decode())
+    """The run's figures so far, and its name at wandb, if it ever ran: those at the url are of all up to its newest
+    checkpoint."""
+    for name in (METRICS, WANDB_ID):
+        with suppress(FileNotFoundError):
+            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode())
 
 
 def push(folder: Path, url: str) -> None:

@@ -1,5 +1,6 @@
 """Writing checkpoints: every rank its part, the main process what everyone reads, COMPLETE last."""
 
+import errno
 import json
 import sys
 import threading
@@ -47,7 +48,7 @@ class Saver:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
         self.remote = storage.is_s3(config.checkpoints)
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
 
     @property
     def saving(self) -> bool:
@@ -84,12 +85,12 @@ class Saver:
         return folder
 
     def check(self) -> None:
-        """Raises the OSError of a save onto a disk, if it had one."""
-        if self._error is not None and not self.remote:
+        """Raises the error of a save, if it had one; not that of a server that takes none, which has been said."""
+        if self._error is not None and not (self.remote and isinstance(self._error, OSError)):
             raise self._error
 
     def wait(self) -> None:
-        """Until nothing is being written any more. Raises OSError in one line if the last save had one."""
+        """Until nothing is being written any more. Raises the error of the last save, if it had one."""
         self._join()
         if self._error is not None:
             raise self._error
@@ -104,11 +105,12 @@ class Saver:
         self._thread.start()
 
     def _try(self, folder: str, work: Callable[[], None]) -> None:
-        """Does the work, and keeps the OSError that it may raise."""
+        """Does the work, and keeps the error that it may raise: in a thread, nobody else would see it."""
         try:
             work()
         except OSError as error:
-            remedy = "the server may be back later" if self.remote else "make room on the disk"
+            full = not self.remote or error.errno == errno.ENOSPC
+            remedy = "make room on the disk" if full else "the server may be back later"
             self._error = OSError(
                 f"cannot write {folder}: {error.strerror or one_line(error)}; the checkpoint before it is whole: "
                 f"{remedy}, and the same command goes on from there"
@@ -116,6 +118,8 @@ class Saver:
             self._error.__cause__ = error
             if self.remote:  # by any rank, at once: the run goes on
                 tqdm.write(f"train run: rank {self.engine.accelerator.process_index}: {self._error}", file=sys.stderr)
+        except BaseException as error:  # noqa: BLE001 - raised by `check` and `wait`
+            self._error = error
 
     def _collect(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
         """This rank's part; nothing where another rank has the same."""

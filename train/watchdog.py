@@ -9,27 +9,36 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 BEAT_S = 0.5  # between two signs of life of a rank
 SILENT_S = 6 * BEAT_S  # after which a rank counts as gone
+NO_ANSWER = "rank 0's machine, which keeps the store, does not answer"
 STACKS = "stacks_rank_{rank:05d}.txt"  # in the run folder
 
 
-class Watchdog:
-    """A thread that tells the other ranks that this one lives, and ends it when a step takes longer than `limit_s`.
+T = TypeVar("T")
 
-    Signs of life go through the store of the process group: (time, step, what the rank is doing).
+
+class Watchdog:
+    """A thread that tells the other ranks that this one lives, and one that ends it when something takes longer than
+    `limit_s`.
+
+    Signs of life go through the store of the process group: (how many so far, step, what the rank is doing). Whether a
+    rank still gives them is seen by this one's own clock. The store may answer nothing at all, if the machine that
+    keeps it is cut off: only threads that nobody waits for ask it.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, limit_s: float) -> None:
         self.folder, self.rank, self.ranks, self.limit_s = folder, rank, ranks, limit_s
         self.store = distributed_c10d._get_default_store() if dist.is_initialized() else None
         self.doing, self.step, self.since = "starting", -1, time.monotonic()
+        self._beats = 0
+        self._seen: dict[int, tuple[str, float]] = {}  # of each rank, its newest sign, and since when it is the newest
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begins(self, step: int, doing: str) -> None:
         """This rank now does `doing` for `step`; the clock starts anew."""
@@ -42,13 +51,12 @@ class Watchdog:
         if self.store is None:
             yield
             return
-        self._live()
-        self._thread.start()
+        for work in (self._live, self._watch):
+            threading.Thread(target=work, name="watchdog", daemon=True).start()
         try:
             yield
         except RuntimeError as error:
-            time.sleep(SILENT_S)  # until a peer that is gone has been silent for long enough
-            gone = self._ask(self.silent)
+            gone = self._find_silent()
             if not gone:
                 raise
             self._end(gone, f"a collective failed ({str(error).splitlines()[0][:120]})", traceback.format_exc())
@@ -66,15 +74,17 @@ class Watchdog:
         key = f"worldloom/{doing}/{step}"
         if self.rank == 0:
             self.store.set(key, "done")
-        while not self.store.check([key]):
+        while not (done := self._ask(lambda: self.store is None or self.store.check([key]))):
             self.begins(step, f"waiting for rank 0, which is {doing},")
-            if gone := self.silent():
+            gone = [NO_ANSWER] if done is None else self._ask(self.silent)
+            if gone:
                 self._end(gone, f"waited for rank 0, which was {doing}")
             time.sleep(BEAT_S)
 
-    def _ask(self, question: Callable[[], list[str]]) -> list[str]:
-        """The answer, or that the store gives none: a machine that is cut off answers nothing, and refuses nothing."""
-        answer: list[list[str]] = []
+    def _ask(self, question: Callable[[], T]) -> T | None:
+        """The answer, or None if the store gives none: a machine that is cut off answers nothing, and refuses
+        nothing."""
+        answer: list[T] = []
 
         def ask() -> None:
             with suppress(RuntimeError):
@@ -83,36 +93,49 @@ class Watchdog:
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(SILENT_S)
-        return answer[0] if answer else ["rank 0's machine, which keeps the store, does not answer"]
+        return answer[0] if answer else None
+
+    def _find_silent(self) -> list[str]:
+        """Ranks that give no sign of life now; looks for as long as it takes to tell."""
+        found = self._ask(self.silent)
+        if found is not None:
+            time.sleep(SILENT_S + BEAT_S)
+            found = self._ask(self.silent)
+        return [NO_ANSWER] if found is None else found
 
     def silent(self) -> list[str]:
-        """Ranks without a sign of life, with what they did last; the clocks of all machines must agree to seconds."""
-        now, found = time.time(), []
+        """Ranks that have given no new sign of life for so long as this was asked again and again, with what they did
+        last."""
+        now, found = time.monotonic(), []
         for rank in range(self.ranks):
             if rank == self.rank:
                 continue
-            key = f"worldloom/{rank}"
-            if not (self.store and self.store.check([key])):
-                found.append(f"rank {rank} (never heard of)")
-                continue
-            at, step, doing = self.store.get(key).decode().split(" ", 2)
-            if now - float(at) > SILENT_S:
-                found.append(f"rank {rank} (silent for {now - float(at):.0f} s; it was {doing} in step {step})")
+            if not (self.store and self.store.check([f"worldloom/{rank}"])):
+                sign = "0 -1 never heard of"
+            else:
+                sign = self.store.get(f"worldloom/{rank}").decode()
+            newest, since = self._seen.get(rank, ("", now))
+            if sign != newest:
+                self._seen[rank], since = (sign, now), now
+            if now - since >= SILENT_S:
+                _, step, doing = sign.split(" ", 2)
+                found.append(f"rank {rank} (silent for {now - since:.0f} s; it was {doing} in step {step})")
         return found
 
     def _live(self) -> None:
-        assert self.store is not None
-        self.store.set(f"worldloom/{self.rank}", f"{time.time()} {self.step} {self.doing}")
+        while not self._done.is_set():
+            self._beats += 1
+            with suppress(RuntimeError):  # the store is gone: the next collective, or the clock, will tell
+                assert self.store is not None
+                self.store.set(f"worldloom/{self.rank}", f"{self._beats} {self.step} {self.doing}")
+            self._done.wait(BEAT_S)
 
     def _watch(self) -> None:
         while not self._done.wait(BEAT_S):
             late = time.monotonic() - self.since
             if late > self.limit_s:
-                self._end(self._ask(self.silent) or self._ask(self._others), f"{self.doing} has taken {late:.0f} s")
-            try:
-                self._live()
-            except RuntimeError:  # the store is gone: the next collective, or the clock, will tell
-                self._done.wait(self.limit_s / 10)
+                missing = self._find_silent() or self._ask(self._others) or [NO_ANSWER]
+                self._end(missing, f"{self.doing} has taken {late:.0f} s")
 
     def _others(self) -> list[str]:
         """Ranks that are alive and do something else than this one, which waits for them."""
