@@ -1,10 +1,12 @@
 """An indexed Job with a headless Service: one pod per node, which find the first by its name."""
 
 import json
+import shlex
 from typing import Any
 
 from launch.command import TRAINERS, Task, environment, shell_line
 from launch.machine import MachineConfig
+from train.config import ASKED, ENDED
 
 PORT = "rendezvous"
 
@@ -28,7 +30,7 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
     container = {
         "name": "main",
         "image": kube.image,
-        "command": ["bash", "-c", shell_line(run)],
+        "command": ["bash", "-c", _GOING_ON.format(run=shell_line(run)) if task.out else shell_line(run)],
         "env": [{"name": name, "value": value} for name, value in environment(machine).items()],
         "ports": [{"containerPort": machine.port, "name": PORT}],
         "resources": {"limits": _limits(machine), "requests": _limits(machine)},
@@ -62,6 +64,13 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
     return [service, job]
 
 
+# A pod that ends with 0 counts as done, even if its node was drained: then the run is to go on somewhere else.
+_GOING_ON = f"""\
+{ENDED}=$(mktemp); export {ENDED}
+({{run}})
+status=$?
+[ "$(cat "${ENDED}")" = {shlex.quote(ASKED)} ] && exit 75
+exit "$status\""""
 _WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -19,7 +21,7 @@ from configs import build, flat, merge_words
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
 from launch.submit import submit
-from train.config import TrainConfig
+from train.config import ENDED, FAULT, TrainConfig
 
 OWN = ("machine", "dry_run", "script")  # what the training program does not get
 
@@ -91,13 +93,17 @@ def supervise(line: Sequence[str], env: dict[str, str], restarts: int) -> int:
     """The exit status of a run that is started again, at most `restarts` times, when it crashes: it goes on from its
     newest checkpoint. Not when it ends well, was given something wrong (2), was interrupted (130) or asked to stop."""
     for left in reversed(range(restarts + 1)):
-        process = subprocess.Popen(line, env=env)
-        with passing_on(process) as asked:
-            try:
-                status = process.wait()
-            except KeyboardInterrupt:
-                process.wait()  # it got the same Ctrl-C, and saves
-                status = 130
+        with TemporaryDirectory() as folder:
+            ended = Path(folder, "ended")
+            process = subprocess.Popen(line, env={**env, ENDED: str(ended)})
+            with passing_on(process) as asked:
+                try:
+                    status = process.wait()
+                except KeyboardInterrupt:
+                    process.wait()  # it got the same Ctrl-C, and saves
+                    status = 130
+            if ended.exists() and ended.read_text() == FAULT:
+                status = 2
         if status in (0, 2, 130) or not left or asked:
             break
         print(f"launch: ended with status {status}; started again, {left - 1} more times if need be", flush=True)

@@ -44,6 +44,7 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
 {slurm.setup}
 {_STAY if task.out else ""}
+{f"rm -f {_stopped(task.out)}  # of the time before: it is to say how this one ends" if task.out else ""}
 {step} {shlex.quote(shell_line(task.line("$SLURM_NODEID", "$HEAD")))}
 status=$?
 {_again(task.out, machine.max_restarts) if task.out else ""}
@@ -61,10 +62,14 @@ _SAVING = """\
 _STAY = "trap : TERM"
 
 
+def _stopped(out: str) -> str:
+    """The place of the file that says that a run was asked to stop, for a shell."""
+    return f"{run_folder_in_shell(out)}/{STOPPED}" if is_s3(out) else shlex.quote(f"{out}/{STOPPED}")
+
+
 def _again(out: str, restarts: int) -> str:
-    stopped = f"{run_folder_in_shell(out)}/{STOPPED}" if is_s3(out) else shlex.quote(f"{out}/{STOPPED}")
     return f"""\
-if [ -e {stopped} ] ||
+if [ -e {_stopped(out)} ] ||
   {{ [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi"""

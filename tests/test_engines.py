@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,9 @@ def compare(out: Path, plain: Path, precision: str) -> dict[str, float]:
         ours, theirs = (load_weights(newest_checkpoint(run) / f"{name}.safetensors") for run in (out, plain))
         assert ours.keys() == theirs.keys()
         found[name] = max((ours[key] - theirs[key]).abs().max().item() for key in ours)
-    # Adam turns the rounding of near-zero gradients into a part of a step of 1e-3.
-    limits = {"fp32": (5e-5, 5e-5, 1e-3, 1e-3), "bf16": (2e-2, 2e-2, 1e-2, 1e-2)}[precision]
+    # Adam turns the rounding of near-zero gradients into a part of a step of 1e-3. A run that does not clip is off by
+    # 2.2e-4 in the loss.
+    limits = {"fp32": (2e-6, 2e-6, 2e-5, 2e-5), "bf16": (1.5e-4, 1e-3, 1e-2, 1e-2)}[precision]
     assert all(value <= limit for value, limit in zip(found.values(), limits, strict=True)), found
     return found
 
@@ -266,6 +268,42 @@ def test_a_run_folder_in_use_is_refused(train_words, tmp_path) -> None:
         lock.flush()
         done = run([*ALONE, *train_words, "engine.name=ddp", "batch=1", f"out={tmp_path}"])
     assert done.returncode == 2 and "in use by the run of process 1 on node7" in done.stderr, done.stderr
+
+
+def test_a_run_folder_in_use_is_refused_on_all_ranks_at_once(train_words, tmp_path) -> None:
+    with open(tmp_path / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        began = time.monotonic()
+        done = run([*command("fsdp2", 2), *train_words, f"out={tmp_path}"])
+    assert done.returncode == 1 and done.stderr.count("is in use by the run of") == 1, done.stderr
+    assert "gloo" not in done.stderr and time.monotonic() - began < 60  # else the launcher kills after 30 s of waiting
+
+
+def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:
+    words = ["engine.name=ddp", "steps=12", "checkpoint.every=1", "checkpoint.keep_last=12", "validation.every=99"]
+    done = run([*ALONE, *train_words, *words, "ema_decay=0.5", "optim.learning_rate=1e-2", f"out={tmp_path}"])
+    assert done.returncode == 0, done.stderr
+    steps = [tmp_path / f"step_{step:07d}" for step in range(1, 13)]
+    weights = [load_weights(step / "model.safetensors") for step in steps]
+    averages = [load_weights(step / "ema.safetensors") for step in steps]
+    for number in range(1, 12):
+        decay = min(0.5, (1 + number) / (10 + number))  # 0.18 ... 0.5 after step 8
+        for name, now in averages[number].items():
+            wanted = decay * averages[number - 1][name] + (1 - decay) * weights[number][name]
+            torch.testing.assert_close(now, wanted, rtol=0, atol=1e-6)
+    moved = max((averages[-1][name] - weights[-1][name]).abs().max().item() for name in weights[-1])
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("damage", ["COMPLETE", "world.yaml", "config.yaml", "model.safetensors"])
+def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train_words, tmp_path, damage) -> None:
+    out = cut_off(plain, tmp_path / "run")
+    place = newest_checkpoint(out) / damage
+    place.write_bytes(place.read_bytes()[: -place.stat().st_size // 2])
+    for words in ([f"out={out}"], [f"out={tmp_path / 'new'}", f"init={newest_checkpoint(out)}"]):
+        done = run([*ALONE, *train_words, "engine.name=ddp", "batch=4", *words])
+        assert done.returncode == 2 and f"{place} is " in done.stderr, done.stderr
+        assert len([line for line in done.stderr.splitlines() if line]) == 1
 
 
 def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> None:

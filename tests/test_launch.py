@@ -72,6 +72,28 @@ def test_a_crashed_run_is_started_again_and_a_wrong_one_is_not(tmp_path) -> None
     assert crash(2, restarts=5) == (2, 1)
 
 
+def test_a_run_that_was_told_something_wrong_is_not_started_again_though_the_launcher_ends_with_1(
+    words, tmp_path, capfd
+) -> None:
+    (tmp_path / "run with space").write_text("a file")
+    given = [*words, "machine.port=0", "machine.max_restarts=3", "engine.name=fsdp2"]
+    assert start("configs/machines/laptop.yaml", *given) == 2
+    said = capfd.readouterr()
+    assert said.err.count("cannot write to the run folder") == 1 and "choose another out=" in said.err
+    assert "started again" not in said.out
+
+
+@pytest.mark.parametrize(("says", "status", "ends"), [("asked to stop", 0, 75), ("fault", 1, 1), ("", 0, 0)])
+def test_a_pod_whose_run_was_asked_to_stop_does_not_count_as_done(words, tmp_path, says, status, ends) -> None:
+    asked = read_launch(["configs/machines/kubernetes.yaml", *words])
+    job = manifests(asked.machine, train_task(asked))[1]
+    (tmp_path / "accelerate").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
+    (tmp_path / "accelerate").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "0"}
+    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert subprocess.run(command, env=env).returncode == ends
+
+
 def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_save(words, tmp_path) -> None:
     out, settings = tmp_path / "run with space", ["steps=100000", "engine.name=fsdp2", "machine.port=0"]
     line = ["python", "-m", "launch", "configs/machines/laptop.yaml", *words, *settings, "validation.every=100000"]
@@ -138,8 +160,9 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
     out = Path(asked.train.out)
     out.mkdir()
-    (out / "STOPPED").write_text("step 5\n")
-    assert submit() == (0, True)
+    (out / "STOPPED").write_text("step 5\n")  # of the time before
+    assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="57") == (3, False)
+    assert submit(SRUN_DOES=f"touch {shlex.quote(f'{out}/STOPPED')}") == (0, True)
 
 
 def test_the_kubernetes_manifests_are_valid(words) -> None:

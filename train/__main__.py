@@ -4,22 +4,35 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, first_is, run
 
 
 def _train(words: list[str]) -> None:
     """Train a world model on latent shards (the default: a word that is no verb begins its settings)."""
+    from train.config import ASKED, FAULT
     from train.loop import train
 
     try:
-        train(words)
+        if train(words):
+            _say_how_it_ended(ASKED)
     except PERSONS_FAULTS:
+        _say_how_it_ended(FAULT)
         # Every rank meets the same fault: rank 0 says it, and the launcher ends the others while they wait here.
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         raise
+
+
+def _say_how_it_ended(how: str) -> None:
+    """To whoever started the run: `accelerate launch` ends with 1 or 0 whatever its processes end with."""
+    from train.config import ENDED
+
+    place = os.environ.get(ENDED)
+    if place and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(place).write_text(how)
 
 
 def _codec(words: list[str]) -> None:

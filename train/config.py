@@ -10,6 +10,8 @@ from model.action_dit import ActionDiTConfig, CompileMode
 from model.flow import FlowMatchConfig
 from sampling.denoising import Denoising
 
+ENDED = "WORLDLOOM_ENDED"  # environment: the file that says how a run ended, for whoever started it through a launcher
+FAULT, ASKED = "fault", "asked to stop"  # what it says: a person has to mend something; the run is to go on
 STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
 
 

@@ -79,8 +79,9 @@ class Run:
     videos: Videos | None
 
 
-def train(words: list[str]) -> None:
-    """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint."""
+def train(words: list[str]) -> bool:
+    """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint. Whether it was
+    asked to stop before it was done."""
     asked = with_local_out(load_config(TrainConfig, words))
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
@@ -116,10 +117,11 @@ def train(words: list[str]) -> None:
                 log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
             stop.starts()
             with closing(stream.batches(start * config.accumulation)) as batches:
-                run_steps(run, range(start, config.steps), batches, log)
+                stopped = run_steps(run, range(start, config.steps), batches, log)
             if start >= config.steps:
                 log.say(f"nothing to do: {resumed} has all {config.steps} steps")
     engine.shutdown()
+    return stopped
 
 
 @contextmanager
@@ -138,8 +140,9 @@ def run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
         yield
 
 
-def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> None:
-    """Trains `steps`, or until a stop is asked for; figures, validation and checkpoints when they are due."""
+def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> bool:
+    """Trains `steps`, or until a stop is asked for, and says whether one was; figures, validation and checkpoints when
+    they are due."""
     config, engine, interval = run.config, run.engine, Interval(run.scale)
     ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
     for step in steps:
@@ -176,7 +179,8 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> Non
             if engine.accelerator.is_main_process:
                 write_text(Path(config.out) / STOPPED, f"step {done}\n")
             log.say(f"stopped at step {done} of {config.steps} as asked; the same command goes on from here")
-            return
+            return True
+    return False
 
 
 def compute_step(
