@@ -30,9 +30,9 @@ def bench_encode(words: list[str]) -> None:
     runs = sum(len(run_starts(config, len(one.actions))) for plan in plans for shard in plan.shards for one in shard)
     share, clips_s = runs / done.seconds / alone, done.new_clips / done.seconds
     waits = ", ".join(f"{what} {share:.0%}" for what, share in done.waits.items())
-    print(f"codec alone  {alone * config.run_frames:8.0f} frames/s (in memory, before and after)")
-    print(f"encode       {share * alone * config.run_frames:8.0f} frames/s, {share:.0%} of it")
-    print(f"{done.new_clips} clips, {clips_s:.1f} clips/s; the codec waited for {waits}")
+    print(f"codec alone  {alone * config.run_frames:8.4g} frames/s (in memory, before and after)")
+    print(f"encode       {share * alone * config.run_frames:8.4g} frames/s, {share:.0%} of it")
+    print(f"{done.new_clips} clips, {clips_s:.3g} clips/s; the codec waited for {waits}")
 
 
 def hold_frames(config: EncodeConfig, plans: Sequence[Plan]) -> list[np.ndarray]:
