@@ -5,6 +5,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -106,6 +107,23 @@ def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, backg
     command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", f"checkpoint.background={background}"]
     log = kill_again_and_again(command, tmp_path, uninterrupted, kills=20, seed=1)
     print("\n" + "\n".join(log))
+
+
+@pytest.mark.long
+def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, uninterrupted, tmp_path) -> None:
+    words = [*train_words, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *words], cwd=ROOT, stdout=log, stderr=log,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        while process.poll() is None and not list(tmp_path.glob("run/step_*/COMPLETE")):
+            time.sleep(0.01)
+        trainers = [one for one in psutil.Process(process.pid).children(recursive=True) if "-m" in one.cmdline()[:3]]
+        random.choice(trainers).kill()
+        assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
+    assert (tmp_path / "log").read_text().count("started again") == 1
+    assert torch.equal(losses(tmp_path / "run"), losses(uninterrupted))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])

@@ -7,11 +7,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs import flat, load_config, to_dict
+from configs import flat, load_config, merge_words, to_dict
 from configs.cli import one_line
 from data_pipeline import storage
 from data_pipeline.types import Manifest
@@ -131,19 +132,32 @@ def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def fit_to_ranks(config: TrainConfig, data: str, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
+def require_same_data(config: TrainConfig, data: str, position: Position, folder: str | Path) -> None:
+    """Raises ValueError, naming what differs, unless the samples of `config`, whose shards have the digest `data`, are
+    those that the saved run would have had."""
+    if (position.seed, position.manifest) == (config.seed, data):
+        return
+    saved = merge_words([str(storage.local(storage.join(folder, "config.yaml")))])
+    there, here = _data_settings(saved), _data_settings(to_dict(config))
+    differing = [f"{name}={there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
+    what = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
+    raise ValueError(f"{folder} was trained on other samples: {what}; use the same, or start anew with init={folder}")
+
+
+def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the order of the samples hangs on, by the words of a config."""
+    sets = {one["path"]: one["weight"] for one in config.get("manifests") or ()} or config.get("manifest")
+    groups = config.get("loader", {}).get("shuffle_shards", 0)
+    return {"seed": config["seed"], "manifest": sets, "loader.shuffle_shards": groups}
+
+
+def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
     """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`.
 
     On as many ranks as before they are what `config` says. On others the batch stays, or becomes smaller, and the
     accumulation follows, so that every step has the very samples that it would have had.
     Raises ValueError in one line if that cannot be.
     """
-    if (position.seed, position.manifest) != (config.seed, data):
-        raise ValueError(
-            f"{folder} was trained with seed={position.seed} on the shards {position.manifest}, this run has "
-            f"seed={config.seed} and {config.sources[0].path}, whose shards are {data}; use the same, or start anew "
-            f"with init={folder}"
-        )
     if ranks * config.batch * config.accumulation == position.clips_per_step:
         return config
     per_rank, rest = divmod(position.clips_per_step, ranks)
