@@ -41,6 +41,7 @@ VERBS = {
 CONFIGS = {
     ("data_pipeline", "record"): RecordConfig,
     ("data_pipeline", "encode"): EncodeConfig,
+    ("data_pipeline", "bench-encode"): EncodeConfig,
     ("data_pipeline", "repair"): EncodeConfig,
     ("data_pipeline", "doctor"): DoctorConfig,
     ("data_pipeline", "inspect"): InspectConfig,
