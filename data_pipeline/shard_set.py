@@ -49,13 +49,13 @@ class Shards:
         self._whole: set[int] = set()
         self._looking = [threading.Lock() for _ in self.shards]
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            looked_at = pool.map(lambda shard: compare_shard(shard_url(shard[0], shard[1]), shard[1]), self.shards)
+            looked_at = pool.map(lambda one: compare_shard(shard_url(*one), one[1]), self.shards)
             for number, (entries, fault) in enumerate(looked_at):
                 if fault and not faults:
                     raise self._error(number, fault)
                 self._faults[number] = [fault] * TRIES if fault else []
-                found = [Entry("?", self.shards[number][1].url, 0, 0, 0, 0, 0)] * self.shards[number][1].clips
-                self.places += [(number, entry) for entry in (found if fault else entries)]
+                unknown = [Entry("?", "?", 0, 0, 0, 0, 0)] * self.shards[number][1].clips  # they keep their numbers
+                self.places += [(number, entry) for entry in (unknown if fault else entries)]
 
     def __len__(self) -> int:
         return len(self.places)

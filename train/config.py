@@ -25,7 +25,7 @@ class EngineConfig:
     build: Literal["whole", "sharded"] = "whole"  # sharded: part by part, no process ever holding the whole model
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: CompileMode = "no"  # torch.compile of the model's blocks
-    # After which building the model, loading, a step, its data, a validation or a save has taken too long: a peer is lost.
+    # After which building, loading, a step, its data, a validation or a save has taken too long: a peer is lost.
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
