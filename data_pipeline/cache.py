@@ -9,9 +9,11 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shlex
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -125,11 +127,16 @@ def _fill(folder: Path, lock: IO[str], size: int, fetch: Callable[[Path], None])
     """Leaves `folder` with what `fetch` puts there, unless it is there already, and `lock` held: as long as it is, the
     folder stays. Of several processes that want it, one fetches."""
     while True:
-        fcntl.flock(lock, fcntl.LOCK_SH)
+        fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another one fetches
         if folder.is_dir():
             os.utime(lock.fileno())
             return
-        fcntl.flock(lock, fcntl.LOCK_EX)  # by way of no lock at all: another may have fetched it meanwhile
+        try:  # without waiting: whoever has fetched it since then keeps its lock as long as it lives
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            time.sleep(random.uniform(0.01, 0.1))
+            continue
         if not folder.is_dir():
             _make_room(size)
             with _filling(folder) as part:

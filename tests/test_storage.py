@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -219,3 +220,28 @@ def test_processes_share_one_copy(bucket_folder, proxy):
     assert len([one for one in proxy.requests if one.startswith("GET") and "shared.bin" in one]) == 1
     for reader in readers:
         reader.communicate("")
+
+
+def test_of_many_that_want_a_copy_at_once_one_fetches_it_and_nobody_waits_for_ever(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path))
+    fetched: list[Path] = []
+
+    def fetch(part: Path) -> None:
+        fetched.append(part)
+        (part / "a").write_text("a")
+
+    for round_ in range(20):
+        folder, all_have_it = tmp_path / "copies" / f"{round_}", threading.Barrier(6)
+
+        def want(folder: Path = folder, all_have_it: threading.Barrier = all_have_it) -> None:
+            with cache._open_lock(folder) as lock:
+                cache._fill(folder, lock, 1, fetch)
+                all_have_it.wait(timeout=20)  # each holds its lock until then, as a process does until it ends
+
+        threads = [threading.Thread(target=want, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=25)
+        assert not any(thread.is_alive() for thread in threads) and not all_have_it.broken
+    assert len(fetched) == 20
