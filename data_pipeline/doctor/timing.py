@@ -37,22 +37,24 @@ def time_recordings(recordings: Sequence[RecordingSignals], clock: Clock) -> Tim
     for recording in recordings:
         rates = rates_for(recording.frames)
         measured = measure_products(recording.episodes, clock, rates)
-        judged.append(_judge(measured, clock, rates))
+        judged.append(judge(measured, clock, rates))
         products.append(measured[: len(clock.shifts)])
         usual = measured[: len(RATES) * len(clock.shifts)]
         summed = [reduce(Products.__add__, [*summed, usual])]
-    shift, rate = _judge(summed[0], clock, RATES)
+    shift, rate = judge(summed[0], clock, RATES)
     if rate.status == "fault":  # then a shift is only what fits best for a while
         judged = [(UNKNOWN if one.status == "fault" else one, other) for one, other in judged]
     shifts, own_rates = (list(part) for part in zip(*judged, strict=True))
     return Timing(spread(shift, shifts, near=1), spread(rate, own_rates, near=0.1), products)
 
 
-def _judge(products: Products, clock: Clock, rates: Sequence[float]) -> tuple[Verdict, Verdict]:
+def judge(products: Products, clock: Clock, rates: Sequence[float]) -> tuple[Verdict, Verdict]:
     """What is said of the shift and of the rate."""
     found = align(products, clock, rates)
     rate = decide(found.rate_evidence, clock.odds * RATE_ODDS, found.rate)
     if rate.status == "fault":
         return UNKNOWN, rate
-    shift = decide(found.evidence, clock.odds * SHIFT_ODDS, found.late, found.confidence)
+    # What a wrong rate explains better still counts against a shift: at half the rate one fits best for a while.
+    evidence = min(found.evidence, max(found.evidence - max(found.rate_evidence, 0.0), 0.0))
+    shift = decide(evidence, clock.odds * SHIFT_ODDS, found.late, found.confidence)
     return shift, UNKNOWN if shift.status == "unknown" else Verdict("fine")
