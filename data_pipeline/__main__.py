@@ -8,7 +8,7 @@ from configs.cli import first_is, run
 from data_pipeline.bench import bench
 from data_pipeline.bench_encode import bench_encode
 from data_pipeline.doctor.examine import doctor
-from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
+from data_pipeline.encode import Encoded, drop_faulty, encode_recordings, list_waits
 from data_pipeline.inspect import inspect
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig, record_episodes
@@ -40,10 +40,10 @@ def repair(words: list[str]) -> None:
 
 
 def _describe(done: Encoded) -> str:
-    rate, waits = "", ", ".join(f"{what} {share:.0%}" for what, share in done.waits.items())
+    rate = ""
     if done.new_clips:
         clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
-        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {waits}"
+        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {list_waits(done.waits)}"
     return (
         f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "
         f"{done.seconds:.1f} s{rate} -> {', '.join(done.manifests)}"

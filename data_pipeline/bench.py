@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -57,7 +57,7 @@ def bench(words: list[str]) -> None:
     print(
         f"{config.manifest}: {clips} of {len(shards)} clips of {bytes_per_clip / 1e6:.2f} MB, batches of {config.batch}"
     )
-    speeds = dict(measured(config, shards, clips))
+    speeds = measure_speeds(config, shards, clips)
     print(f"{'':28} {'clips/s':>9} {'MB/s':>9} {'of one MB':>10} {'of memory':>10}")
     one, memory = list(speeds.values())[:2]
     for name, speed in speeds.items():
@@ -65,8 +65,8 @@ def bench(words: list[str]) -> None:
         print(f"{name:28} {rates} {speed / one:10.0%} {speed / memory:10.0%}")
 
 
-def measured(config: BenchConfig, shards: Shards, clips: int) -> Iterator[tuple[str, float]]:
-    """Name and clips per second of each row: the median of `repeats` runs, which take turns."""
+def measure_speeds(config: BenchConfig, shards: Shards, clips: int) -> dict[str, float]:
+    """Clips per second of each row: the median of `repeats` runs, which take turns."""
     streams = {
         n: Stream(config.manifest, config.batch, 0, workers=n, loader=config.loader, verify=False)
         for n in config.workers
@@ -86,7 +86,7 @@ def measured(config: BenchConfig, shards: Shards, clips: int) -> Iterator[tuple[
         for _ in range(config.repeats):
             for name, run in rows.items():
                 times[name].append(run())
-    return ((name, clips / statistics.median(taken)) for name, taken in times.items())
+    return {name: clips / statistics.median(taken) for name, taken in times.items()}
 
 
 def timed(run: Callable[..., object], *given: object) -> float:

@@ -1,6 +1,5 @@
 """How fast `encode` is beside its codec alone on frames that are in memory, in one run."""
 
-import time
 from collections.abc import Sequence
 from itertools import chain
 
@@ -8,8 +7,9 @@ import numpy as np
 
 from configs import load_config
 from data_pipeline import storage
+from data_pipeline.bench import timed
 from data_pipeline.clips import Encoder, cut_episodes, run_starts
-from data_pipeline.encode import encode_recordings, load_encoder
+from data_pipeline.encode import encode_recordings, list_waits, load_encoder
 from data_pipeline.plan import PLAN, EncodeConfig, Plan, make_plans
 
 HELD_BYTES = 1 << 30  # of frames in memory, about
@@ -23,16 +23,15 @@ def bench_encode(words: list[str]) -> None:
     if any(storage.exists(storage.join(config.out, f"{plan.split}/{PLAN}")) for plan in plans):
         raise ValueError(f"{config.out} holds shards already; give a folder that is not there (out=...)")
     batches = hold_frames(config, plans)
-    time_codec(encoder, batches)  # warms up
-    before = time_codec(encoder, batches)
+    encode_held(encoder, batches)  # warms up
+    before = timed(encode_held, encoder, batches)
     done = encode_recordings(config)
-    alone = sum(map(len, batches)) / ((before + time_codec(encoder, batches)) / 2)
+    alone = sum(map(len, batches)) / ((before + timed(encode_held, encoder, batches)) / 2)
     runs = sum(len(run_starts(config, len(one.actions))) for plan in plans for shard in plan.shards for one in shard)
     share, clips_s = runs / done.seconds / alone, done.new_clips / done.seconds
-    waits = ", ".join(f"{what} {share:.0%}" for what, share in done.waits.items())
     print(f"codec alone  {alone * config.run_frames:8.4g} frames/s (in memory, before and after)")
     print(f"encode       {share * alone * config.run_frames:8.4g} frames/s, {share:.0%} of it")
-    print(f"{done.new_clips} clips, {clips_s:.3g} clips/s; the codec waited for {waits}")
+    print(f"{done.new_clips} clips, {clips_s:.3g} clips/s; the codec waited for {list_waits(done.waits)}")
 
 
 def hold_frames(config: EncodeConfig, plans: Sequence[Plan]) -> list[np.ndarray]:
@@ -46,9 +45,7 @@ def hold_frames(config: EncodeConfig, plans: Sequence[Plan]) -> list[np.ndarray]
     return batches
 
 
-def time_codec(encoder: Encoder, batches: list[np.ndarray]) -> float:
-    """Seconds in which the codec encodes them."""
-    began = time.perf_counter()
+def encode_held(encoder: Encoder, batches: list[np.ndarray]) -> None:
+    """The codec alone."""
     for batch in batches:
         encoder.latents(batch)  # on the host again: nothing is left on the way
-    return time.perf_counter() - began

@@ -4,10 +4,11 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -92,6 +93,11 @@ class Clock:
         return {what: seconds / elapsed for what, seconds in self.spent.items()}
 
 
+def list_waits(shares: Mapping[str, float]) -> str:
+    """Shares of the time that the codec waited for something, in words."""
+    return ", ".join(f"{what} {share:.0%}" for what, share in shares.items())
+
+
 def encode_recordings(config: EncodeConfig) -> Encoded:
     """Makes the shards that are not there yet, beside any number of other workers, then each set's manifest.
 
@@ -116,7 +122,7 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
         infos = [unit.complete() for unit in units if unit.folder == folders[plan.split]]
         assert all(infos), "every shard was made, by this worker or another"
         manifests.append(storage.join(folders[plan.split], MANIFEST))
-        with _unless_there(manifests[-1]):
+        with _unless_there(partial(storage.exists, manifests[-1])):
             save_manifest(describe_set(config, encoder.codec, plan, [info for info in infos if info]), manifests[-1])
     for folder in folders.values():
         storage.remove_unfinished(folder)  # of killed workers; those that still write what is there find it there
@@ -201,9 +207,8 @@ class Worker:
             clips.append(clip)
             bar.update()
         self.clips += len(clips)
-        waits = ", ".join(f"{what} {share:.0%}" for what, share in self.clock.shares().items())
         written = self.bytes / 1e6 / (time.perf_counter() - self.clock.start)
-        bar.set_postfix_str(f"{written:.1f} MB/s, waits for {waits}")
+        bar.set_postfix_str(f"{written:.1f} MB/s, waits for {list_waits(self.clock.shares())}")
         return unit, clips
 
     def _finish(self, writing: Future[None] | None) -> None:
@@ -213,11 +218,8 @@ class Worker:
         self.clock.spent["writing"] += time.perf_counter() - began
 
     def _write(self, unit: Unit, clips: list[Clip]) -> None:
-        try:
+        with _unless_there(unit.complete):
             self.bytes += write_shard(unit.folder, unit.name, clips).bytes
-        except OSError:
-            if not unit.complete():  # else another made it too, found all there, and swept up
-                raise
         self.claims.release(unit.key)
 
     def _runs(self, units: Sequence[Unit], bar: tqdm) -> Iterator[tuple[Unit, list[Run]]]:
@@ -261,18 +263,18 @@ def _settle_plan(plan: Plan, folder: str) -> None:
     """Writes the plan, or finds that another worker's is the same."""
     url = storage.join(folder, PLAN)
     if not storage.exists(url):
-        with _unless_there(url):
+        with _unless_there(partial(storage.exists, url)):
             storage.create(url, (json.dumps(plan.facts, indent=1) + "\n").encode())
         require_same_plan(plan, folder)
 
 
 @contextmanager
-def _unless_there(url: str) -> Iterator[None]:
+def _unless_there(there: Callable[[], object]) -> Iterator[None]:
     """Writing what every worker writes alike: if another one swept the temporary file away, it had put all there."""
     try:
         yield
     except OSError:
-        if not storage.exists(url):
+        if not there():
             raise
 
 

@@ -45,8 +45,12 @@ class Eye:
             1 + cv2.GaussianBlur(cv2.Sobel(before, cv2.CV_32F, *axis) ** 2, (0, 0), 2) for axis in ((1, 0), (0, 1))
         )
         right, down = np.average(flow[..., 0], weights=upright), np.average(flow[..., 1], weights=level)
-        divergence = np.gradient(flow[..., 0], axis=1) + np.gradient(flow[..., 1], axis=0)
-        return Look(float(right), float(down), float(divergence.mean()), float(cv2.absdiff(before, after).mean()))
+        return Look(float(right), float(down), divergence(flow), float(cv2.absdiff(before, after).mean()))
+
+
+def divergence(flow: np.ndarray) -> float:
+    """How fast a picture moves apart: the mean over a flow (h w 2) in px, right and down; > 0 if it does."""
+    return float((np.gradient(flow[..., 0], axis=1) + np.gradient(flow[..., 1], axis=0)).mean())
 
 
 def shrink(frame: np.ndarray) -> np.ndarray:

@@ -179,9 +179,10 @@ def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
 
 def find_fault(url: str, info: ShardInfo) -> str | None:
     """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it."""
-    fault = _find_size_fault(url, info)
-    if fault:
-        return fault
+    return _find_size_fault(url, info) or _find_altered(url, info)
+
+
+def _find_altered(url: str, info: ShardInfo) -> str | None:
     return None if storage.sha256(url) == info.sha256 else "altered: its SHA-256 is not the manifest's"
 
 
@@ -227,7 +228,7 @@ def verify_set(url: str | Path, sample: int | None = None, seed: int | None = No
     for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
         entries, fault = compare_shard(shard, info)
-        fault = fault or (find_fault(shard, info) if i in read else None)
+        fault = fault or (_find_altered(shard, info) if i in read else None)
         faults += [f"{shard}: {fault}"] if fault else []
         for entry in [] if fault else entries:
             first = keys.setdefault(entry.key, shard)

@@ -7,7 +7,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
-from data_pipeline.motion import EXPECTED
+from data_pipeline.motion import EXPECTED, divergence
 from data_pipeline.types import CHUNK_FRAMES, Actions, ActionSpace
 
 EVALUATOR = f"OpenCV {cv2.__version__} Farneback flow, mean over a chunk's {CHUNK_FRAMES - 1} frame pairs"
@@ -40,8 +40,7 @@ def _pair_motion(before: np.ndarray, after: np.ndarray) -> tuple[float, float]:
     start = np.zeros((*before.shape, 2), np.float32)
     # pyramid 0.5 x 3 levels, window 15 px, 3 iterations, polynomial of 5 px with sigma 1.2: OpenCV's own example
     flow = cv2.calcOpticalFlowFarneback(before, after, start, 0.5, 3, 15, 3, 5, 1.2, 0)
-    divergence = np.gradient(flow[..., 0], axis=1) + np.gradient(flow[..., 1], axis=0)
-    return float(flow[..., 0].mean()), float(divergence.mean())
+    return float(flow[..., 0].mean()), divergence(flow)
 
 
 def share_obeyed(command: str, measured: Sequence[Motion]) -> float:

@@ -9,7 +9,7 @@ from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
 from sampling.world_model import WorldModelConfig, find_checkpoint, read_world_config
-from train.checkpoint import data_digest, find_resumable, fit_to_ranks, read_position, require_same_data, require_whole
+from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
 from train.objectives import Objective, check_objective, make_objective
 from train.videos import check_videos
@@ -44,9 +44,9 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         require_same_kind(manifest, config.sources[0].path, heldout, config.validation.manifest, of_set=HELDOUT)
         if config.validation.videos.every:
             check_videos(config.validation.videos, heldout.clips, world)
-    resumed, start = find_resumable(config.checkpoints, world), 0
-    if resumed:
-        position = read_position(resumed)
+    resumed, start = None, 0
+    if found := find_resumable(config.checkpoints, world):
+        resumed, position = found
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
     init = initial_weights(config, manifest) if config.init else None

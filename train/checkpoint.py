@@ -69,13 +69,14 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
         return ActionDiT(world.model).state_dict()
 
 
-def find_resumable(run: str | Path, world: WorldModelConfig) -> str | None:
-    """The newest complete checkpoint of `run`, or None; raises if it is of another model, flow, game or codec."""
+def find_resumable(run: str | Path, world: WorldModelConfig) -> tuple[str, Position] | None:
+    """The newest complete checkpoint of `run` and where it stands, or None. Raises ValueError in one line if it is
+    damaged, or of another model, flow, game or codec."""
     found = complete_steps(run)
     if not found:
         return None
     newest = storage.join(run, found[-1])
-    require_resumable(newest)
+    position = read_position(newest)
     there, here = flat(to_dict(read_world_config(newest))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
@@ -84,7 +85,7 @@ def find_resumable(run: str | Path, world: WorldModelConfig) -> str | None:
     ]
     if differing:
         raise ValueError(f"{newest} is of another run ({'; '.join(differing)}); choose another out=")
-    return newest
+    return newest, position
 
 
 def require_whole(folder: str | Path) -> int:
@@ -103,17 +104,12 @@ def require_whole(folder: str | Path) -> int:
     return int(saved.get("format", 0))
 
 
-def require_resumable(folder: str | Path) -> None:
-    """Raises ValueError in one line unless a run can go on from the checkpoint `folder`."""
+def read_position(folder: str | Path) -> Position:
+    """Where the complete checkpoint `folder` stands. Raises ValueError in one line unless a run can go on from it."""
     found = require_whole(folder)
     if found != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
         raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
-
-
-def read_position(folder: str | Path) -> Position:
-    """Where the complete checkpoint `folder` stands. Raises ValueError in one line if a file is missing or cut."""
-    require_resumable(folder)
     return Position(**json.loads(storage.read_bytes(storage.join(folder, f"{TRAINER}/{POSITION}"))))
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from configs import load_config
-from configs.cli import PERSONS_FAULTS, one_line
 from configs.files import write_text
 from data_pipeline import storage
 from data_pipeline.stream import Stream
@@ -34,7 +33,7 @@ from train.objectives import Objective, figure_block
 from train.objectives.draws import make_draws
 from train.optim import learning_rate
 from train.profiler import Profiler
-from train.run_folder import sole_run, with_local_out
+from train.run_folder import held_run_folder, with_local_out
 from train.save import Saver
 from train.videos import Videos, averaged_world
 from train.watchdog import Watchdog
@@ -92,7 +91,7 @@ def train(words: list[str]) -> bool:
     stop = StopRequest()
     accelerator = start_accelerator(config)
     watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
-    with watchdog.watching(), memory(config), run_folder(config, rank):
+    with watchdog.watching(), memory(config), held_run_folder(config, rank):
         watchdog.begins(start, "building the model")
         engine = build_engine(accelerator, config, storage.local(checked.init) if checked.init else None)
         ema = Ema(engine, config.ema_decay)
@@ -122,22 +121,6 @@ def train(words: list[str]) -> bool:
                 log.say(f"nothing to do: {resumed} has all {config.steps} steps")
     engine.shutdown()
     return stopped
-
-
-@contextmanager
-def run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
-    """Holds the run's folder within the block, on rank 0. All ranks must call; if it cannot be had, each of them raises
-    ValueError in one line."""
-    with ExitStack() as held:
-        refused = ""
-        if rank == 0:
-            try:
-                held.enter_context(sole_run(config))
-            except PERSONS_FAULTS as error:
-                refused = one_line(error)
-        if refused := gather_objects(refused)[0]:
-            raise ValueError(refused)
-        yield
 
 
 def run_steps(run: Run, steps: range, batches: Iterator[Batch], log: Log) -> bool:

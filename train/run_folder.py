@@ -11,15 +11,17 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from configs.cli import PERSONS_FAULTS, one_line
 from configs.files import write_text
 from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
 from train.config import STOPPED, TrainConfig
+from train.engine import gather_objects
 from train.log import METRICS, WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, as they were then
@@ -63,6 +65,22 @@ def sole_run(config: TrainConfig) -> Iterator[None]:
                 push(folder, url)
             raise
         push(folder, url)
+
+
+@contextmanager
+def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
+    """Holds the run's folder within the block, on rank 0. All ranks must call; if it cannot be had, each of them raises
+    ValueError in one line."""
+    with ExitStack() as held:
+        refused = ""
+        if rank == 0:
+            try:
+                held.enter_context(sole_run(config))
+            except PERSONS_FAULTS as error:
+                refused = one_line(error)
+        if refused := gather_objects(refused)[0]:
+            raise ValueError(refused)
+        yield
 
 
 @contextmanager

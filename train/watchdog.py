@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,6 @@ class Watchdog:
         self.folder, self.rank, self.ranks, self.limit_s = folder, rank, ranks, limit_s
         self.store = distributed_c10d._get_default_store() if dist.is_initialized() else None
         self.doing, self.step, self.since = "starting", -1, time.monotonic()
-        self._beats = 0
         self._seen: dict[int, tuple[str, float]] = {}  # of each rank, its newest sign, and since when it is the newest
         self._done = threading.Event()
 
@@ -123,11 +123,12 @@ class Watchdog:
         return found
 
     def _live(self) -> None:
-        while not self._done.is_set():
-            self._beats += 1
+        for beat in count(1):
+            if self._done.is_set():
+                return
             with suppress(RuntimeError):  # the store is gone: the next collective, or the clock, will tell
                 assert self.store is not None
-                self.store.set(f"worldloom/{self.rank}", f"{self._beats} {self.step} {self.doing}")
+                self.store.set(f"worldloom/{self.rank}", f"{beat} {self.step} {self.doing}")
             self._done.wait(BEAT_S)
 
     def _watch(self) -> None:
