@@ -8,6 +8,8 @@ import signal
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,15 +144,25 @@ def record_episodes(config: RecordConfig) -> Recorded:
         import_vizdoom()
         shares = [todo[worker :: config.workers] for worker in range(config.workers)]
         spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(config.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            jobs = [pool.apply_async(_record_share, (config, share)) for share in shares]
-            bar = tqdm(total=len(todo), desc="record", unit="episode", disable=None)
-            while not all(job.ready() for job in jobs):
-                time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
-                there = set(map(storage.name_of, storage.list_folders(config.out)))
-                bar.update(sum(names[i] in there for i in todo) - bar.n)
-            bar.close()
-            made = sum(job.get() for job in jobs)
+        with (
+            ProcessPoolExecutor(config.workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
+            tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
+        ):
+            try:
+                jobs = [pool.submit(_record_share, config, share) for share in shares]
+                playing = set(jobs)
+                while playing:
+                    done, playing = wait(jobs, 2.0 if storage.is_s3(config.out) else 0.2, FIRST_EXCEPTION)
+                    there = set(map(storage.name_of, storage.list_folders(config.out)))
+                    bar.update(sum(names[i] in there for i in todo) - bar.n)
+                    made = sum(job.result() for job in done)
+            except BaseException as error:
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
+                if isinstance(error, BrokenProcessPool):
+                    fault = "a process that played was killed (out of memory?); run the same command again to go on"
+                    raise ChildProcessError(fault) from error
+                raise
     return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
 
 

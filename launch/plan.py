@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from multiprocessing import get_context
 from typing import TypeVar
@@ -91,7 +92,11 @@ class Planner:
 def apart(task: Callable[..., T], *given: TrainConfig | ClipSize | int | bool) -> T:
     """`task(*given)` in a process of its own, which a rehearsal leaves changed, and whose peak is measured."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_mute) as pool:
-        return pool.submit(task, *given).result()
+        try:
+            return pool.submit(task, *given).result()
+        except BrokenProcessPool as error:
+            fault = "the rehearsal was killed (out of memory?); plan on a machine with more, or for a smaller model"
+            raise ChildProcessError(fault) from error
 
 
 def _mute() -> None:

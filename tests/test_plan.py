@@ -64,6 +64,11 @@ def test_checkpointing_lowers_activations_and_nothing_that_the_model_computes() 
     assert again.flops == kept.flops
 
 
+def test_a_rehearsal_that_is_killed_is_told_of_in_one_line() -> None:
+    with pytest.raises(ChildProcessError, match="the rehearsal was killed"):
+        apart(os._exit, 9)
+
+
 def test_the_work_of_a_step_grows_with_its_clips() -> None:
     one, larger = rehearsed("engine.name=ddp"), rehearsed("engine.name=ddp", "batch=16")
     assert larger.tokens == 8 * one.tokens and larger.flops == 8 * one.flops

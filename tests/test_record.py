@@ -3,6 +3,9 @@
 import hashlib
 import json
 import sys
+import threading
+import time
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -116,3 +119,18 @@ def test_without_vizdoom_one_line_says_what_to_install(tmp_path, capsys, monkeyp
     assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}/out", "episodes=1"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "pip install 'worldloom[demo]'" in said[0]
+
+
+def test_of_a_process_that_is_killed_one_line_tells_and_no_other_goes_on(tmp_path, capsys):
+    def kill_one():
+        while not active_children():
+            time.sleep(0.01)
+        active_children()[0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=50", "workers=2"]) == 2
+    killer.join()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "was killed" in said[0] and "run the same command again" in said[0]
+    assert not active_children()
