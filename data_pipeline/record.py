@@ -2,16 +2,17 @@
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
+import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,42 +138,46 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    start, made = time.perf_counter(), 0
-    names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
+    start = time.perf_counter()
+    folders = [storage.path(config.out) / f"episode_{i:05d}" for i in range(config.episodes)]
+    todo = [i for i, folder in enumerate(folders) if not _is_complete(folder, config, i)]
     if todo:
-        import_vizdoom()
-        shares = [todo[worker :: config.workers] for worker in range(config.workers)]
-        spawn = multiprocessing.get_context("spawn")
+        left, stop = iter(todo), threading.Event()
         with (
-            ProcessPoolExecutor(config.workers, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool,
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
+            ThreadPoolExecutor(config.workers, thread_name_prefix="play") as pool,  # each game is a process of its own
         ):
+            games = [pool.submit(_record_some, config, folders, left, bar, stop) for _ in range(config.workers)]
             try:
-                jobs = [pool.submit(_record_share, config, share) for share in shares]
-                playing = set(jobs)
-                while playing:
-                    done, playing = wait(jobs, 2.0 if storage.is_s3(config.out) else 0.2, FIRST_EXCEPTION)
-                    there = set(map(storage.name_of, storage.list_folders(config.out)))
-                    bar.update(sum(names[i] in there for i in todo) - bar.n)
-                    made = sum(job.result() for job in done)
-            except BaseException as error:
-                for worker in multiprocessing.active_children():
-                    worker.terminate()
-                if isinstance(error, BrokenProcessPool):
-                    fault = "a process that played was killed (out of memory?); run the same command again to go on"
-                    raise ChildProcessError(fault) from error
-                raise
-    return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
+                with _sigterm_raised():
+                    for game in as_completed(games):
+                        game.result()
+            finally:
+                stop.set()
+    return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
 
 
-def _record_share(config: RecordConfig, indices: list[int]) -> int:
-    """Plays the episodes `indices` in one game; returns how many."""
-    if indices:
-        with running_game(config) as game:
-            for i in indices:
-                _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
-    return len(indices)
+def _record_some(
+    config: RecordConfig, folders: Sequence[Path], left: Iterator[int], bar: tqdm, stop: threading.Event
+) -> None:
+    """Plays episodes in one game until none is `left`; other games take theirs from it too."""
+    with running_game(config) as game:
+        for i in left:
+            steps = list(takewhile(lambda _: not stop.is_set(), play(game, config, i)))
+            if stop.is_set():
+                return
+            _write_episode(steps, config, i, folders[i])
+            bar.update()
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Ends the program by an exception, within the block, when it is asked to end: games end with their thread only."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def import_vizdoom() -> Any:
@@ -213,6 +218,9 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         try:
             game.init()
             yield game
+        except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
+            fault = f"a game ended by itself: {error} Was it killed, or out of memory? Run the same command to go on"
+            raise ChildProcessError(fault) from error
         finally:
             game.close()
 
@@ -236,8 +244,7 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
         before = position
 
 
-def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
-    steps = list(play(game, config, index))
+def _write_episode(steps: Sequence[Step], config: RecordConfig, index: int, folder: Path) -> None:
     frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
     keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
     write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)

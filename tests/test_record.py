@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import os
+import signal
 import sys
 import threading
 import time
-from multiprocessing import active_children
 
 import numpy as np
+import psutil
 import pytest
 
 from configs import load_config
@@ -121,16 +123,36 @@ def test_without_vizdoom_one_line_says_what_to_install(tmp_path, capsys, monkeyp
     assert len(said) == 1 and "pip install 'worldloom[demo]'" in said[0]
 
 
-def test_of_a_process_that_is_killed_one_line_tells_and_no_other_goes_on(tmp_path, capsys):
-    def kill_one():
-        while not active_children():
-            time.sleep(0.01)
-        active_children()[0].kill()
+def games():
+    return [child for child in psutil.Process().children(recursive=True) if child.name() == "vizdoom"]
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=50", "workers=2"]) == 2
+
+def when_playing(out, act):
+    """A thread that calls `act` with the games when they have written a few episodes."""
+
+    def watch():
+        while len(list(out.glob("episode_*"))) < 4:
+            time.sleep(0.01)
+        act(games())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_of_a_game_that_is_killed_one_line_tells_and_no_other_goes_on(tmp_path, capsys):
+    killer = when_playing(tmp_path, lambda found: found[0].kill())
+    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=500", "workers=2"]) == 2
     killer.join()
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "was killed" in said[0] and "run the same command again" in said[0]
-    assert not active_children()
+    assert len(said) == 1 and "a game ended by itself" in said[0] and "Run the same command to go on" in said[0]
+    assert not games()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_ends_its_games(number, tmp_path):
+    asker = when_playing(tmp_path, lambda _: os.kill(os.getpid(), number))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        record_episodes(make_config(tmp_path, "episodes=500", "workers=2"))
+    asker.join()
+    assert not games() and not list(tmp_path.glob(".*"))
