@@ -147,7 +147,10 @@ def record_episodes(config: RecordConfig) -> Recorded:
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
             ThreadPoolExecutor(config.workers, thread_name_prefix="play") as pool,  # each game is a process of its own
         ):
-            games = [pool.submit(_record_some, config, folders, left, bar, stop) for _ in range(config.workers)]
+            games = [
+                pool.submit(_record_some, config, folders, left, bar, stop)
+                for _ in range(min(config.workers, len(todo)))
+            ]
             try:
                 with _sigterm_raised():
                     for game in as_completed(games):
