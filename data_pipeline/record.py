@@ -218,6 +218,8 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y, vizdoom.GameVariable.ANGLE)
         game.set_available_game_variables(list(variables))
         game.add_game_args("-nomonsters +viz_nocheat 0")
+        # Where the game wants to write; if it cannot make it, or another game does just then, this program crashes.
+        Path("_vizdoom").mkdir(exist_ok=True)
         try:
             game.init()
             yield game

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -156,3 +157,18 @@ def test_asked_to_end_it_ends_its_games(number, tmp_path):
         record_episodes(make_config(tmp_path, "episodes=500", "workers=2"))
     asker.join()
     assert not games() and not list(tmp_path.glob(".*"))
+
+
+def test_a_working_folder_that_the_game_cannot_write_into_is_one_line(tmp_path, capsys, monkeypatch):
+    doom = Path(DOOM).resolve()
+    monkeypatch.chdir(tmp_path)
+    Path("_vizdoom").touch()
+    assert run("data_pipeline", VERBS, ["record", str(doom), "out=recordings", "episodes=1"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "_vizdoom" in said[0]
+
+
+def test_games_start_together_in_a_folder_where_none_ran(tmp_path, monkeypatch):
+    config = make_config(tmp_path / "recordings", "workers=2")
+    monkeypatch.chdir(tmp_path)
+    assert record_episodes(config).made == 2
