@@ -6,13 +6,14 @@ from typing import Any
 
 from launch.command import TRAINERS, Task, environment, shell_line
 from launch.machine import MachineConfig
-from train.config import ASKED, ENDED
+from train.config import ASKED, ENDED, FAULT
 
 PORT = "rendezvous"
 
 
 def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
-    """Service and Job. A training pod that ends badly is started anew, and goes on from the run's newest checkpoint."""
+    """Service and Job. A training pod that ends badly is made anew, and goes on from the run's newest checkpoint; if a
+    person has to mend something, the Job fails."""
     kube, labels = machine.kubernetes, {"app": task.name}
     meta = {"name": task.name, "namespace": kube.namespace, "labels": labels}
     service = {
@@ -44,7 +45,7 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
         volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": kube.volume_claim}})
     pod = {
         "subdomain": task.name,
-        "restartPolicy": "OnFailure" if task.out else "Never",
+        "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
         "terminationGracePeriodSeconds": machine.grace_s,
         "containers": [container],
         "volumes": volumes,
@@ -58,6 +59,7 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
             "completions": machine.nodes,
             "parallelism": machine.nodes,
             "backoffLimit": 100 if task.out else 0,
+            **({"podFailurePolicy": {"rules": _RULES}} if task.out else {}),
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
     }
@@ -70,7 +72,12 @@ _GOING_ON = f"""\
 ({{run}})
 status=$?
 [ "$(cat "${ENDED}")" = {shlex.quote(ASKED)} ] && exit 75
+[ "$(cat "${ENDED}")" = {FAULT} ] && exit 2
 exit "$status\""""
+_RULES = [
+    {"action": "FailJob", "onExitCodes": {"containerName": "main", "operator": "In", "values": [2]}},
+    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained, not counted
+]
 _WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from configs import build, flat, merge_words
+from data_pipeline.storage import is_s3
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
 from launch.submit import submit
@@ -84,7 +85,12 @@ def launch(words: list[str]) -> int:
 
 
 def train_task(given: Launch) -> Task:
-    """The run, for a scheduler."""
+    """The run, for a scheduler. Raises ValueError in one line if what it writes would go with a pod."""
+    kube, run = given.machine.kubernetes, given.train.checkpoints
+    kept = is_s3(run) or (kube.volume_claim is not None and Path(run).is_relative_to(kube.mount))
+    if given.machine.kind == "kubernetes" and not kept:
+        where = f"under {kube.mount}" if kube.volume_claim else "there after machine.kubernetes.volume_claim= is given"
+        raise ValueError(f"out={run} ends with its pod: a place that stays is {where}, or an s3:// url")
     line = partial(accelerate_words, given.machine, given.train.engine, given.words)
     return Task(given.machine.name, line, out=given.train.out)
 

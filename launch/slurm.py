@@ -7,7 +7,7 @@ from data_pipeline.cache import run_folder_in_shell
 from data_pipeline.storage import is_s3
 from launch.command import Task, environment, shell_line
 from launch.machine import MachineConfig
-from train.config import STOPPED
+from train.config import ENDED, FAULT, STOPPED
 
 
 def slurm_script(machine: MachineConfig, task: Task) -> str:
@@ -44,7 +44,7 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
 {slurm.setup}
 {_STAY if task.out else ""}
-{f"rm -f {_stopped(task.out)}  # of the time before: it is to say how this one ends" if task.out else ""}
+{_before(task.out, slurm.logs) if task.out else ""}
 {step} {shlex.quote(shell_line(task.line("$SLURM_NODEID", "$HEAD")))}
 status=$?
 {_again(task.out, machine.max_restarts) if task.out else ""}
@@ -67,9 +67,18 @@ def _stopped(out: str) -> str:
     return f"{run_folder_in_shell(out)}/{STOPPED}" if is_s3(out) else shlex.quote(f"{out}/{STOPPED}")
 
 
+def _before(out: str, logs: str) -> str:
+    return f"""\
+{ENDED}="$PWD"/{shlex.quote(logs)}/ended_"$SLURM_JOB_ID"
+export {ENDED}
+rm -f {_stopped(out)} "${ENDED}"  # of the time before: they are to say how this one ends"""
+
+
 def _again(out: str, restarts: int) -> str:
     return f"""\
+ended=$(cat "${ENDED}" 2> /dev/null)
+rm -f "${ENDED}"
 if [ -e {_stopped(out)} ] ||
-  {{ [ "$status" -ne 0 ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
+  {{ [ "$status" -ne 0 ] && [ "$ended" != {FAULT} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi"""

@@ -15,6 +15,8 @@ from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from configs import load_config
 from model.weights import load_weights
 from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
+from train import check
+from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
 from train.save import superseded
@@ -278,6 +280,32 @@ def test_a_run_folder_in_use_is_refused_on_all_ranks_at_once(train_words, tmp_pa
         done = run([*command("fsdp2", 2), *train_words, f"out={tmp_path}"])
     assert done.returncode == 1 and done.stderr.count("is in use by the run of") == 1, done.stderr
     assert "gloo" not in done.stderr and time.monotonic() - began < 60  # else the launcher kills after 30 s of waiting
+
+
+def test_a_checkpoint_that_is_seen_only_when_the_folder_is_held_is_gone_on_with(plain, train_words, tmp_path) -> None:
+    out = cut_off(plain, tmp_path / "run")
+    words = [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}"]
+    asked = load_config(TrainConfig, words)
+    before = check_run(asked, ranks=1)
+    assert before.start == 3 and agree(asked, before, ranks=1) is before
+    newest = newest_checkpoint(plain)
+    shutil.copytree(newest, out / newest.name)
+    after = agree(asked, before, ranks=1)
+    assert after.resumed == str(out / newest.name) and after.start == int(newest.name[-7:]) > 3
+
+
+def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monkeypatch) -> None:
+    asked = load_config(TrainConfig, [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={plain}"])
+    monkeypatch.setattr(check, "SEEN_S", 1)
+    monkeypatch.setattr(check, "gather_objects", lambda own: [own, (None, None)])
+    with pytest.raises(ValueError, match=r"not the same on all nodes \(rank 0: .*step_0000\d+, rank 1: none\)"):
+        agree(asked, check_run(asked, ranks=1), ranks=1)
+
+
+@pytest.mark.parametrize("word", ["optim.clip_norm=0", "optim.warmup_steps=-1", "engine.timeout_s=0"])
+def test_a_setting_that_would_do_something_else_is_refused(train_words, tmp_path, word: str) -> None:
+    with pytest.raises(ValueError, match=word.replace("optim.", "")):
+        load_config(TrainConfig, [*train_words, f"out={tmp_path}", word])
 
 
 def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:

@@ -83,15 +83,19 @@ def test_a_run_that_was_told_something_wrong_is_not_started_again_though_the_lau
     assert "started again" not in said.out
 
 
-@pytest.mark.parametrize(("says", "status", "ends"), [("asked to stop", 0, 75), ("fault", 1, 1), ("", 0, 0)])
-def test_a_pod_whose_run_was_asked_to_stop_does_not_count_as_done(words, tmp_path, says, status, ends) -> None:
-    asked = read_launch(["configs/machines/kubernetes.yaml", *words])
+@pytest.mark.parametrize(
+    ("says", "status", "ends"), [("asked to stop", 0, 75), ("fault", 1, 2), ("", 1, 1), ("", 0, 0)]
+)
+def test_a_pod_says_how_its_run_ended_and_a_fault_fails_the_job(words, tmp_path, says, status, ends) -> None:
+    asked = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
     job = manifests(asked.machine, train_task(asked))[1]
     (tmp_path / "accelerate").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
     (tmp_path / "accelerate").chmod(0o755)
     env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "0"}
     command = job["spec"]["template"]["spec"]["containers"][0]["command"]
     assert subprocess.run(command, env=env).returncode == ends
+    rule = job["spec"]["podFailurePolicy"]["rules"][0]
+    assert rule["action"] == "FailJob" and (ends in rule["onExitCodes"]["values"]) == (says == "fault")
 
 
 def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_save(words, tmp_path) -> None:
@@ -157,6 +161,10 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit() == (0, False)
     assert submit(SRUN_STATUS="3") == (3, True)
     assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="3") == (3, False)
+    fault = 'printf fault > "$WORLDLOOM_ENDED"'
+    (tmp_path / asked.machine.slurm.logs).mkdir(parents=True)  # as Slurm must have it
+    assert submit(SRUN_STATUS="1", SRUN_DOES=fault) == (1, False)
+    assert not list((tmp_path / asked.machine.slurm.logs).iterdir())
     assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
     out = Path(asked.train.out)
     out.mkdir()
@@ -165,8 +173,10 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit(SRUN_DOES=f"touch {shlex.quote(f'{out}/STOPPED')}") == (0, True)
 
 
-def test_the_kubernetes_manifests_are_valid(words) -> None:
-    asked = read_launch(["configs/machines/kubernetes.yaml", *words, "machine.env.A=b"])
+def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
+    asked = read_launch(
+        ["configs/machines/kubernetes.yaml", *words, "machine.env.A=b", f"machine.kubernetes.mount={tmp_path}"]
+    )
     service, job = manifests(asked.machine, train_task(asked))
     for one in (service, job):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
@@ -210,8 +220,9 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
-def test_every_machine_takes_a_run(machine: Path, words, capsys) -> None:
-    assert start(str(machine), *words, "machine.processes=1", "dry_run=true") == 0
+def test_every_machine_takes_a_run(machine: Path, words, tmp_path, capsys) -> None:
+    given = [f"machine.kubernetes.mount={tmp_path}", "machine.processes=1", "dry_run=true"]
+    assert start(str(machine), *words, *given) == 0
     assert "accelerate launch" in capsys.readouterr().out
 
 
@@ -222,6 +233,7 @@ def test_every_machine_takes_a_run(machine: Path, words, capsys) -> None:
         (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
         (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
         (["configs/machines/slurm.yaml"], "4 shards for 32 loader lanes"),
+        (["configs/machines/kubernetes.yaml", "machine.processes=1"], "a place that stays is under /data"),
         (["configs/machines/eight_gpus.yaml", "machine.nodes=2"], "machine.host"),
         (["configs/machines/eight_gpus.yaml", "machine.processes=0"], "must be 1 or more"),
         ([], "configs/machines"),

@@ -18,6 +18,7 @@ from data_pipeline.claims import Claims
 from model.weights import load_weights
 from sampling.world_model import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
 from train import run_folder
+from train.check import check_run
 from train.checkpoint import consolidate
 from train.config import STOPPED, TrainConfig
 from train.run_folder import pull, push, sole_run, with_local_out
@@ -54,7 +55,7 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     assert complete_steps(bucket_folder) == ["step_0000002"]
     assert "step_0000004/model.safetensors" in storage.list_tree(bucket_folder)
 
-    refused = proxy.add(Fault("refused", "^PUT .*step_0000006/trainer/rank_00000", times=1))
+    refused = proxy.add(Fault("refused", "^DELETE .*step_0000006/COMPLETE", times=1))  # before anything is written
     done = run(command, WORLDLOOM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0 and refused.met == 1, done.stderr
     assert f"resumed from {bucket_folder}/step_0000002 at step 2" in done.stdout
@@ -146,10 +147,17 @@ def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> 
     assert storage.read_bytes(f"{config.checkpoints}/metrics.jsonl") == b"{}\n"
 
 
+def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
+    words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
+    with pytest.raises(ValueError, match=r"step_0000008 is there, and s3://.* holds no checkpoint; copy .* to it"):
+        check_run(load_config(TrainConfig, words), ranks=1)
+
+
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
     folder, url = Path(config.out), config.checkpoints
     (folder / "videos").mkdir()
-    for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", STOPPED):
+    (folder / "step_0000010").mkdir()
+    for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", STOPPED, "step_0000010/COMPLETE"):
         (folder / name).write_text(name)
     push(folder, url)
     assert storage.list_tree(url) == {"STOPPED": 7, "metrics.jsonl": 13, "videos/a b.mp4": 14}

@@ -240,7 +240,9 @@ print("together again", flush=True)
 def test_others_wait_for_rank_0_longer_than_a_step_may_take_but_not_for_a_dead_one(tmp_path, ending: str) -> None:
     # The store outlives rank 0, as one that the launcher keeps; or is in it, as on a machine that stops altogether.
     meeting = f"tcp://127.0.0.1:{free_port()}" if ending == "freezes" else f"file://{tmp_path}/meeting"
-    given = [str(tmp_path), ending, meeting]
+    (tmp_path / "file").touch()
+    nowhere = tmp_path / "file" / "run"  # what cannot be written there keeps nobody alive
+    given = [str(nowhere if ending == "dies" else tmp_path), ending, meeting]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", WAIT, str(rank), *given],

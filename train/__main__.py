@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, first_is, run
@@ -30,9 +31,9 @@ def _say_how_it_ended(how: str) -> None:
     """To whoever started the run: `accelerate launch` ends with 1 or 0 whatever its processes end with."""
     from train.config import ENDED
 
-    place = os.environ.get(ENDED)
-    if place and os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(place).write_text(how)
+    with suppress(OSError):  # a container may not have the place
+        if place := os.environ.get(ENDED):
+            Path(place).write_text(how)
 
 
 def _codec(words: list[str]) -> None:

@@ -1,5 +1,6 @@
 """What can be found wrong with a run before anything of it is started."""
 
+import time
 from dataclasses import dataclass
 
 from data_pipeline import storage
@@ -8,12 +9,14 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
-from sampling.world_model import WorldModelConfig, find_checkpoint, read_world_config
+from sampling.world_model import WorldModelConfig, complete_steps, find_checkpoint, read_world_config
 from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
+from train.engine import gather_objects
 from train.objectives import Objective, check_objective, make_objective
 from train.videos import check_videos
 
+SEEN_S = 30  # in which what one machine has written is seen on all others
 HELDOUT = ("layout", "codec_hash", "vision", "unknown")  # what held-out clips have in common with the others
 
 
@@ -49,8 +52,29 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         resumed, position = found
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
+    elif storage.is_s3(config.checkpoints) and (steps := complete_steps(config.out)):
+        there = f"{storage.join(config.out, steps[-1])} is there, and {config.checkpoints} holds no checkpoint"
+        raise ValueError(f"{there}; copy {config.out} to it to go on, or choose another out=")
     init = initial_weights(config, manifest) if config.init else None
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
+
+
+def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
+    """What `check_run` finds when the run's folder is held: a run before may have saved since, and a file of one
+    machine may be seen later on others. All ranks must call. Raises ValueError in one line on all of them if they do
+    not come to see the same newest checkpoint."""
+    for _ in range(SEEN_S):
+        newest = [storage.join(asked.checkpoints, name) for name in complete_steps(asked.checkpoints)[-1:]]
+        found = gather_objects((checked.resumed, newest[0] if newest else None))
+        if {resumed for resumed, _ in found} == {found[0][1]}:
+            return checked
+        time.sleep(1)
+        again = check_run(asked, ranks)
+        if again.config != checked.config:
+            raise ValueError(f"{asked.checkpoints} has been gone on with by other settings; start again")
+        checked = again
+    told = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(found))
+    raise ValueError(f"{asked.checkpoints} is not the same on all nodes ({told}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:

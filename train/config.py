@@ -29,6 +29,8 @@ class EngineConfig:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        if not self.timeout_s > 0:
+            raise ValueError(f"engine.timeout_s={self.timeout_s} must be a positive number of seconds")
         if self.stage not in (1, 2, 3):
             raise ValueError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
         wants = {("deepspeed", "optimizer"): 1, ("deepspeed", "all"): 3, ("fsdp2", "all"): 0}
@@ -55,6 +57,15 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01  # of matrices only
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down
+
+    def __post_init__(self) -> None:
+        if not 0 < self.learning_rate < math.inf or min(self.warmup_steps, self.decay_steps, self.weight_decay) < 0:
+            raise ValueError(
+                f"optim.learning_rate={self.learning_rate} must be positive; warmup_steps={self.warmup_steps}, "
+                f"decay_steps={self.decay_steps} and weight_decay={self.weight_decay} must be 0 or more"
+            )
+        if not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm={self.clip_norm} must be positive; a large number clips nothing: 1e9")
 
 
 @dataclass(frozen=True)

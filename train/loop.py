@@ -21,7 +21,7 @@ from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from sampling.world_model import WorldModelConfig
 from train.build import build_engine
-from train.check import check_run
+from train.check import agree, check_run
 from train.checkpoint import Position, load_checkpoint
 from train.config import STOPPED, TrainConfig
 from train.ema import Ema
@@ -86,12 +86,14 @@ def train(words: list[str]) -> bool:
     checked = check_run(asked, ranks)
     if asked.tensorboard:
         require_tensorboard()
-    config, world, resumed, start = checked.config, checked.world, checked.resumed, checked.start
+    config, world, start = checked.config, checked.world, checked.start
     stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
     watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
     with watchdog.watching(), memory(config), held_run_folder(config, rank):
+        checked = agree(asked, checked, ranks)
+        resumed, start = checked.resumed, checked.start
         watchdog.begins(start, "building the model")
         engine = build_engine(accelerator, config, storage.local(checked.init) if checked.init else None)
         ema = Ema(engine, config.ema_decay)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, one_line
@@ -20,6 +21,7 @@ from configs.files import write_text
 from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
+from sampling.world_model import STEP_FOLDERS
 from train.config import STOPPED, TrainConfig
 from train.engine import gather_objects
 from train.log import METRICS, WANDB_ID
@@ -135,7 +137,8 @@ def push(folder: Path, url: str) -> None:
     pushed: dict[str, int] = json.loads((folder / PUSHED).read_text()) if (folder / PUSHED).is_file() else {}
     for path in sorted(folder.rglob("[!.]*")):
         name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
-        if path.is_file() and pushed.get(name) != changed:
+        checkpoint = fnmatch(name, f"{STEP_FOLDERS}/*")  # of a time when the run was here alone
+        if path.is_file() and not checkpoint and pushed.get(name) != changed:
             with storage.writing(storage.join(url, name)) as part:
                 shutil.copyfile(path, part)  # it may grow meanwhile
             pushed[name] = changed

@@ -31,7 +31,7 @@ from train.checkpoint import (
 )
 from train.config import CheckpointConfig, TrainConfig
 from train.ema import Ema
-from train.engine import Engine
+from train.engine import Engine, gather_objects
 from train.run_folder import as_asked, push
 from train.state import SavedState, checksums, collect_state
 
@@ -66,9 +66,11 @@ class Saver:
         self.check()
         self._error = None
         folder = step_folder(self.config.checkpoints, position.step)
-        if self.engine.accelerator.is_main_process:
-            storage.remove_folder(folder, COMPLETE)  # of a save that was killed, or failed
-        self.engine.accelerator.wait_for_everyone()
+        if self.engine.accelerator.is_main_process:  # what a save that was killed, or failed, has left
+            self._try(folder, lambda: storage.remove_folder(folder, COMPLETE))
+        if not all(gather_objects(self._error is None)):
+            self.check()
+            return folder
         collected = self._collect()
         if self.config.checkpoint.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in collected[0].items()}
@@ -101,7 +103,14 @@ class Saver:
             self._thread = None
 
     def _aside(self, folder: str, work: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=self._try, args=(folder, work), name="save")
+        began = time.perf_counter()
+
+        def do() -> None:
+            self._try(folder, work)
+            if self._error is None and self.engine.accelerator.is_main_process:
+                tqdm.write(f"{folder}: written beside the training, in {time.perf_counter() - began:.1f} s")
+
+        self._thread = threading.Thread(target=do, name="save")
         self._thread.start()
 
     def _try(self, folder: str, work: Callable[[], None]) -> None:
@@ -162,15 +171,19 @@ class Saver:
         push(Path(self.config.out), self.config.checkpoints)
         told = {"format": FORMAT, "step": position.step, "bytes": storage.list_tree(folder)}
         storage.write_text(storage.join(folder, COMPLETE), json.dumps(told, indent=1))
-        for name in self._superseded():
-            # COMPLETE first, so that a kill here leaves no half of a checkpoint that looks whole.
-            storage.remove_folder(storage.join(self.config.checkpoints, name), COMPLETE)
+        for place in (storage.join(self.config.checkpoints, name) for name in self._superseded()):
+            try:
+                storage.remove_folder(place, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
+            except OSError as error:  # the new checkpoint is there
+                tqdm.write(f"train run: cannot delete {place}: {one_line(error)}", file=sys.stderr)
 
     def _wait_for(self, parts: list[str], folder: str) -> None:
-        deadline = time.monotonic() + self.config.engine.timeout_s
+        # Twice: where nothing else goes on, the watchdog then has named who is gone.
+        patience = 2 * self.config.engine.timeout_s
+        deadline = time.monotonic() + patience
         while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(folder)}):
             if time.monotonic() > deadline:
-                raise OSError(f"{', '.join(missing)} did not come in {self.config.engine.timeout_s:.0f} s")
+                raise OSError(f"{', '.join(missing)} did not come in {patience:.0f} s")
             time.sleep(0.5 if self.remote else 0.01)
 
     def _superseded(self) -> list[str]:

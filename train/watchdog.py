@@ -17,6 +17,7 @@ from torch.distributed import distributed_c10d
 
 BEAT_S = 0.5  # between two signs of life of a rank
 SILENT_S = 6 * BEAT_S  # after which a rank counts as gone
+WAITING_S = 30.0  # the same while rank 0 works alone, which may take it hours, or engine.timeout_s if that is less
 NO_ANSWER = "rank 0's machine, which keeps the store, does not answer"
 STACKS = "stacks_rank_{rank:05d}.txt"  # in the run folder
 
@@ -74,9 +75,14 @@ class Watchdog:
         key = f"worldloom/{doing}/{step}"
         if self.rank == 0:
             self.store.set(key, "done")
+        patience, heard = min(WAITING_S, self.limit_s), time.monotonic()
         while not (done := self._ask(lambda: self.store is None or self.store.check([key]))):
             self.begins(step, f"waiting for rank 0, which is {doing},")
-            gone = [NO_ANSWER] if done is None else self._ask(self.silent)
+            if done is not None:
+                heard = time.monotonic()
+            gone = self._ask(lambda: self.silent(patience))
+            if time.monotonic() - heard >= patience:
+                gone = [NO_ANSWER]
             if gone:
                 self._end(gone, f"waited for rank 0, which was {doing}")
             time.sleep(BEAT_S)
@@ -103,9 +109,9 @@ class Watchdog:
             found = self._ask(self.silent)
         return [NO_ANSWER] if found is None else found
 
-    def silent(self) -> list[str]:
-        """Ranks that have given no new sign of life for so long as this was asked again and again, with what they did
-        last."""
+    def silent(self, for_s: float = SILENT_S) -> list[str]:
+        """Ranks that have given no new sign of life for `for_s`, in which this was asked again and again, with what
+        they did last."""
         now, found = time.monotonic(), []
         for rank in range(self.ranks):
             if rank == self.rank:
@@ -117,7 +123,7 @@ class Watchdog:
             newest, since = self._seen.get(rank, ("", now))
             if sign != newest:
                 self._seen[rank], since = (sign, now), now
-            if now - since >= SILENT_S:
+            if now - since >= for_s:
                 _, step, doing = sign.split(" ", 2)
                 found.append(f"rank {rank} (silent for {now - since:.0f} s; it was {doing} in step {step})")
         return found
@@ -149,15 +155,27 @@ class Watchdog:
         return found or ["nobody: all ranks do the same"]
 
     def _end(self, missing: list[str], why: str, error: str = "") -> None:
+        """Ends this process, whether or not its words and stacks can be written."""
         path = self.folder / STACKS.format(rank=self.rank)
+        try:
+            print(
+                f"train run: rank {self.rank} stops in step {self.step}: {why}; missing: {', '.join(missing)}; stacks "
+                f"in {path}; the same command goes on from the newest checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            # In a thread that is not waited for: what hangs may be the very disk of the run folder.
+            writing = threading.Thread(target=_write_stacks, args=(path, error), daemon=True)
+            writing.start()
+            writing.join(SILENT_S)
+        finally:
+            os._exit(1)
+
+
+def _write_stacks(path: Path, error: str) -> None:
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             file.write(error)
             file.flush()  # what follows goes past Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
-        print(
-            f"train run: rank {self.rank} stops in step {self.step}: {why}; missing: {', '.join(missing)}; stacks in "
-            f"{path}; the same command goes on from the newest checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
