@@ -11,7 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configs import load_config
@@ -130,7 +130,13 @@ def time_stream(stream: Stream, clips: int) -> float:
 def write_mapped(shards: Shards, clips: int, path: Path) -> Path:
     """One safetensors file with the latents and actions of the first `clips` clips."""
     found = {f"{i}.{name}": tensor for i in range(clips) for name, tensor in shards.read(i).items()}
-    save_file(found, path)
+    try:
+        save_file(found, path)
+    except SafetensorError as error:
+        raise OSError(
+            f"cannot write {clips} clips to {path.parent}: {error}; set TMPDIR to a folder with room, or a smaller "
+            "megabytes="
+        ) from error
     return path
 
 

@@ -5,6 +5,7 @@ run up to `$WORLDLOOM_CACHE_GB` (50), the longest unused going first; those that
 """
 
 import atexit
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +26,8 @@ from data_pipeline import s3
 from data_pipeline.s3_errors import MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
+TRIES = 1000  # to have a spoilt copy for oneself: about a minute
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
 
@@ -74,6 +77,9 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
     below = {place: it for place, it in found.items() if not place or wanted(place[1:])}
     told = json.dumps([url, sorted(below.items())])
     folder = root() / "copies" / hashlib.sha256(told.encode()).hexdigest()[:16]
+    sizes = {f"{name}{place}": size for place, (size, _) in below.items()}
+    if folder in _held and not _is_whole(folder, sizes):
+        _held.pop(folder).close()  # else this process would wait for itself
     if folder not in _held:
 
         def fetch(part: Path) -> None:
@@ -83,7 +89,7 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
                 s3.download(url + place, path)
 
         lock = _open_lock(folder)
-        _fill(folder, lock, sum(size for size, _ in below.values()), fetch)
+        _fill(url, folder, lock, sizes, fetch)
         _held[folder] = lock
     return folder / name
 
@@ -119,16 +125,16 @@ def _copied(url: str, version: str, size: int, check: Callable[[Path], None]) ->
         check(part / name)
 
     with _open_lock(folder) as lock:
-        _fill(folder, lock, size, fetch)
+        _fill(url, folder, lock, {name: size}, fetch)
         yield folder / name
 
 
-def _fill(folder: Path, lock: IO[str], size: int, fetch: Callable[[Path], None]) -> None:
-    """Leaves `folder` with what `fetch` puts there, unless it is there already, and `lock` held: as long as it is, the
-    folder stays. Of several processes that want it, one fetches."""
-    while True:
+def _fill(url: str, folder: Path, lock: IO[str], sizes: Mapping[str, int], fetch: Callable[[Path], None]) -> None:
+    """Leaves `folder` with the files that `fetch` puts there, of these `sizes`, unless all are there already, and
+    `lock` held: as long as it is, the folder stays. Of several processes that want it, one fetches."""
+    for _ in range(TRIES):
         fcntl.flock(lock, fcntl.LOCK_SH)  # waits while another one fetches
-        if folder.is_dir():
+        if _is_whole(folder, sizes):
             os.utime(lock.fileno())
             return
         try:  # without waiting: whoever has fetched it since then keeps its lock as long as it lives
@@ -137,10 +143,38 @@ def _fill(folder: Path, lock: IO[str], size: int, fetch: Callable[[Path], None])
             fcntl.flock(lock, fcntl.LOCK_UN)
             time.sleep(random.uniform(0.01, 0.1))
             continue
-        if not folder.is_dir():
-            _make_room(size)
-            with _filling(folder) as part:
+        if not _is_whole(folder, sizes):
+            shutil.rmtree(folder, ignore_errors=True)  # spoilt: by who cleans disks, or a machine that lost its power
+            _make_room(sum(sizes.values()))
+            with _room_for(url, sum(sizes.values())), _filling(folder) as part:
                 fetch(part)
+                if not _is_whole(part, sizes):
+                    raise OSError(f"{url} was changed while it was copied; run the command again")
+    raise OSError(
+        f"{folder}, the copy of {url}, is damaged, and another process holds it; end that one, or set WORLDLOOM_CACHE "
+        "to another folder"
+    )
+
+
+def _is_whole(folder: Path, sizes: Mapping[str, int]) -> bool:
+    try:
+        return folder.is_dir() and all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def _room_for(url: str, size: int) -> Iterator[None]:
+    """Says what was too large for which disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise OSError(
+            f"no room in {root()} for a copy of {url} ({size} bytes): {error.strerror}; set WORLDLOOM_CACHE to a "
+            "folder with room, or make some"
+        ) from error
 
 
 @contextmanager
@@ -151,6 +185,10 @@ def _filling(folder: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())  # a machine that stops then leaves no empty file under the good name
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -165,7 +203,8 @@ def _find(url: str) -> dict[str, tuple[int, str]]:
         raise
     except FileNotFoundError:
         prefix = bucket_and_key(f"{url}/")[1]
-        below = {f"/{it.key.removeprefix(prefix)}": (it.bytes, it.etag) for it in s3.list_objects(f"{url}/")}
+        files = (it for it in s3.list_objects(f"{url}/") if not it.key.endswith("/"))  # not what stands for a folder
+        below = {f"/{it.key.removeprefix(prefix)}": (it.bytes, it.etag) for it in files}
         if not below:
             raise
         return below
@@ -177,7 +216,8 @@ def _open_lock(folder: Path) -> IO[str]:
 
 
 def _make_room(needed: int) -> None:
-    """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit."""
+    """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit and
+    what the disk has free."""
     with open(root() / "copies" / ".lock", "a") as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         for part in (root() / "copies").glob("*.part"):
@@ -186,7 +226,7 @@ def _make_room(needed: int) -> None:
                 shutil.rmtree(part)  # of a process that was killed
         copies = [lock.with_suffix("") for lock in (root() / "copies").glob("?*.lock")]
         taken = {folder: _bytes_of(folder) for folder in copies if folder.is_dir()}
-        over = sum(taken.values()) + needed - limit_bytes()
+        over = max(sum(taken.values()) + needed - limit_bytes(), needed - shutil.disk_usage(root()).free)
         for folder in sorted(taken, key=lambda folder: folder.with_suffix(".lock").stat().st_mtime):
             if over <= 0:
                 return

@@ -19,11 +19,12 @@ from data_pipeline import storage
 
 
 def process_start(pid: int) -> str | None:
-    """When the process began, in ticks of its machine; None if there is no such process, or nobody can tell here."""
+    """When the process began, in ticks of its machine; None if it has ended, or nobody can tell here."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if state in "ZX" else facts[18]  # Z, X: it has ended, but its parent has not asked for its status
 
 
 @cache

@@ -64,10 +64,11 @@ class Unit:
 
     def complete(self) -> ShardInfo | None:
         """What its index says if shard and index are there in full length; their bytes are `verify`'s business."""
-        if not storage.exists(index_url(self.url)):
+        try:
+            info, _ = read_index(self.url)
+            return info if storage.size(self.url) == info.bytes else None
+        except FileNotFoundError:
             return None
-        info, _ = read_index(self.url)
-        return info if storage.exists(self.url) and storage.size(self.url) == info.bytes else None
 
 
 class Clock:
@@ -116,14 +117,13 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     claims = Claims(storage.join(config.out, "claims"), config.stale_s)
     with claims.renewed():
         worker = Worker(config, encoder, claims, sum(unit.clips for unit in units))
-        worker.make(units)
+        infos = worker.make_all(units)
     manifests = []
     for plan in plans:
-        infos = [unit.complete() for unit in units if unit.folder == folders[plan.split]]
-        assert all(infos), "every shard was made, by this worker or another"
+        of_set = [info for unit, info in zip(units, infos, strict=True) if unit.folder == folders[plan.split]]
         manifests.append(storage.join(folders[plan.split], MANIFEST))
         with _unless_there(partial(storage.exists, manifests[-1])):
-            save_manifest(describe_set(config, encoder.codec, plan, [info for info in infos if info]), manifests[-1])
+            save_manifest(describe_set(config, encoder.codec, plan, of_set), manifests[-1])
     for folder in folders.values():
         storage.remove_unfinished(folder)  # of killed workers; those that still write what is there find it there
     claims.clear()
@@ -158,7 +158,7 @@ def _find_fault(unit: Unit) -> str | None:
         return str(error)
     if info.url != unit.name or len(entries) != unit.clips:
         return "its index is of another shard"
-    return find_fault(unit.url, info)
+    return find_fault(unit.url, info, entries)
 
 
 def load_encoder(config: EncodeConfig) -> Encoder:
@@ -180,8 +180,17 @@ class Worker:
         self.clock, self.clips, self.bytes = Clock(), 0, 0
         self._stop = threading.Event()
 
+    def make_all(self, units: Sequence[Unit]) -> list[ShardInfo]:
+        """What all units' indexes say, when all are there at once: another worker's `repair` may delete some anew."""
+        while True:
+            self.make(units)
+            found = [unit.complete() for unit in units]
+            if all(found):
+                return [info for info in found if info]
+
     def make(self, units: Sequence[Unit]) -> None:
-        """Returns when every unit is there, whoever made it. Raises what goes wrong with one of this worker's."""
+        """Returns when every unit was there once, whoever made it. Raises what goes wrong with one of this worker's."""
+        self._stop.clear()
         quiet = _place("LOCAL_RANK", 0) > 0 or None  # None: shown on a terminal
         bar = tqdm(total=self.total, desc="encode", unit="clip", smoothing=0.1, disable=quiet)
         runs = read_ahead(self._runs(units, bar))

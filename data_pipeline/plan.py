@@ -11,7 +11,7 @@ from tqdm import tqdm
 from configs import to_dict
 from data_pipeline import storage
 from data_pipeline.readers import Reader, find_recordings, split_episodes
-from data_pipeline.shards import clip_key
+from data_pipeline.shards import INDEX, clip_key
 from data_pipeline.types import CHUNK_FRAMES, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash
 from model.conditioning import Unknown
@@ -145,13 +145,17 @@ def _require_distinct_keys(shards: Sequence[Sequence[Episode]]) -> None:
 
 
 def require_same_plan(plan: Plan, folder: str) -> None:
+    """Raises ValueError in one line if the folder holds another plan, or shards and nothing that says of which one."""
     url = storage.join(folder, PLAN)
     if not storage.exists(url):
-        return
+        if not any(name.endswith(INDEX) for name in storage.list_files(folder)):
+            return
+        if not storage.exists(url):  # even now: a worker that has just begun writes its plan before its first shard
+            raise ValueError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
     try:
         found = dict(json.loads(storage.read_bytes(url)))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{url} is no plan ({error}); delete it, or {folder}, and run the command again") from error
+        raise ValueError(f"{url} is no plan ({error}); delete {folder} or give another out=") from error
     for name in plan.facts:
         if found.get(name) != plan.facts[name]:
             change = _name_change(found.get(name), plan.facts[name])

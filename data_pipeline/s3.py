@@ -5,6 +5,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property, lru_cache
@@ -29,6 +30,7 @@ from data_pipeline.s3_errors import (
 
 PART_BYTES, PARALLEL = 16 << 20, 8  # of a large file's transfer: so many parts at a time, and no more in memory
 SHA256 = "sha256"  # the name under which an object's metadata holds the digest of its bytes
+ABANDONED_S = 86400.0  # an upload in parts that was begun so long ago and is not done is a killed writer's
 DOWNLOADS = 3  # of a file whose bytes are not what they should be
 PAST_THE_END = ("416", "InvalidRange")
 TAKEN = ("412", "PreconditionFailed")
@@ -190,6 +192,8 @@ def upload(local: Path, url: str) -> None:
     if size <= PART_BYTES:
         put(url, local.read_bytes())
         return
+    with suppress(OSError):  # not everybody who may write may list; then they stay
+        abort_uploads(url, ABANDONED_S)
     with named_errors(url):
         try:
             more = {"Metadata": {SHA256: digest}}
@@ -282,13 +286,14 @@ def list_objects(folder: str, delimiter: str = "") -> Iterator[Listed]:
             yield from (Listed(one["Key"], one["Size"], one["ETag"]) for one in page.get("Contents", ()))
 
 
-def abort_uploads(folder: str, older_s: float) -> None:
-    """Ends the uploads below `folder` that were begun more than `older_s` ago and never came to their end."""
-    bucket, prefix = bucket_and_key(folder)
-    with named_errors(folder):
+def abort_uploads(url: str, older_s: float) -> None:
+    """Ends unfinished uploads begun more than `older_s` ago: those to `url`, or below it if it ends in `/`."""
+    bucket, prefix = bucket_and_key(url)
+    with named_errors(url):
         for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
-                if (datetime.now(UTC) - one["Initiated"]).total_seconds() >= older_s:
+                meant = url.endswith("/") or one["Key"] == prefix
+                if meant and (datetime.now(UTC) - one["Initiated"]).total_seconds() >= older_s:
                     _abort(bucket, one["Key"], one["UploadId"])
 
 

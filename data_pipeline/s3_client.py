@@ -11,7 +11,7 @@ from typing import Any
 
 from botocore.exceptions import SSLError
 
-from data_pipeline.s3_errors import NO_ANSWER
+from data_pipeline.s3_errors import NO_ANSWER, code_of
 
 ATTEMPTS = 10  # of one request, and of going on with a body that breaks off without progress: about half a minute
 FIRST_ATTEMPTS = 3  # of a server that has never answered: its address may be wrong
@@ -19,6 +19,8 @@ LONGEST_PAUSE_S = 10.0
 SILENT_S = 60.0  # after which a server that says nothing more is asked again
 CONNECTIONS = 32  # at a time
 FOR_A_WHILE = (429, 500, 502, 503, 504)  # HTTP status: throttled, or broken
+# Of answers with the status 400: a body that came too slowly, or not as it was sent, and servers that throttle so.
+AGAIN = ("RequestTimeout", "BadDigest", "Throttling", "ThrottlingException")
 
 
 def client() -> Any:
@@ -53,12 +55,12 @@ class Retries:
         self.answered = False
 
     def __call__(self, response: Any, attempts: int, caught_exception: Any, **_: Any) -> float | None:
-        """Seconds to wait, or None; `response` is HTTP's and what was read of it, if there is any."""
+        """Seconds to wait, or None; `response` is HTTP's and what its body says, if there is any."""
         self.answered = self.answered or response is not None
         if response is None:
             fails = isinstance(caught_exception, NO_ANSWER) and not isinstance(caught_exception, SSLError)
         else:
-            fails = response[0].status_code in FOR_A_WHILE
+            fails = response[0].status_code in FOR_A_WHILE or code_of(response[1]) in AGAIN
         if not fails or attempts >= (ATTEMPTS if self.answered else FIRST_ATTEMPTS):
             return None
         return pause_s(attempts)

@@ -1,8 +1,9 @@
 """boto3's errors as the built-in ones that fit, in one line: what is wrong with which url, and what to do."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from botocore.exceptions import (
     BotoCoreError,
@@ -57,7 +58,12 @@ def bucket_and_key(url: str) -> tuple[str, str]:
 
 def error_code(error: ClientError) -> str:
     """What the server calls it: a name, or for answers without a body the HTTP status."""
-    return str(error.response.get("Error", {}).get("Code", ""))
+    return code_of(error.response)
+
+
+def code_of(answer: Mapping[str, Any]) -> str:
+    """The same of an answer, as boto3 gives it."""
+    return str(answer.get("Error", {}).get("Code", ""))
 
 
 def clean(error: BaseException) -> str:

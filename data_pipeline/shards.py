@@ -5,6 +5,7 @@ A shard is a webdataset-compatible tar with two members per clip: `<key>.safeten
 read by offset.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -12,9 +13,9 @@ import random
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -26,8 +27,9 @@ from configs.files import sha256_file
 from data_pipeline import storage
 from data_pipeline.types import Clip, Manifest, ShardInfo
 
-MANIFEST = "manifest.json"
+MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
+BLOCK_BYTES = 1 << 18  # hashed at a time, as hashlib does; tarfile copies what is left of a block for each member
 ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
@@ -56,7 +58,7 @@ def shard_url(manifest: str | Path, info: ShardInfo) -> str:
 
 def index_url(url: str) -> str:
     """Where the index of the shard at `url` lies."""
-    return url.removesuffix(".tar") + ".index.json"
+    return url.removesuffix(".tar") + INDEX
 
 
 def write_shard(folder: str | Path, name: str, clips: Iterable[Clip]) -> ShardInfo:
@@ -177,13 +179,59 @@ def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
     return entries, None
 
 
-def find_fault(url: str, info: ShardInfo) -> str | None:
-    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it."""
-    return _find_size_fault(url, info) or _find_altered(url, info)
+def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry] | None = None) -> str | None:
+    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it.
+
+    With its index's `entries`, they are compared with what lies in it too.
+    """
+    return _find_size_fault(url, info) or _find_altered(url, info, entries)
 
 
-def _find_altered(url: str, info: ShardInfo) -> str | None:
-    return None if storage.sha256(url) == info.sha256 else "altered: its SHA-256 is not the manifest's"
+def _find_altered(url: str, info: ShardInfo, entries: Sequence[Entry] | None) -> str | None:
+    with storage.opened(url) as file:
+        read = _Hashed(file)
+        members = None if entries is None else _list_members(read)
+        while read.read(BLOCK_BYTES):
+            pass
+    if read.digest.hexdigest() != info.sha256:
+        return "altered: its SHA-256 is not the manifest's"
+    for i, entry in enumerate(entries or ()):
+        if members is None or _parts_of(entry, info) != members[2 * i : 2 * i + 2]:
+            return f"{index_url(url)} says of clip {i} what is not so; delete it and run the same encode command again"
+    return None
+
+
+class _Hashed:
+    """A file that is read once from its beginning to its end, and the SHA-256 of what was read."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def read(self, size: int) -> bytes:
+        data = self.file.read(size)
+        self.digest.update(data)
+        return data
+
+
+def _list_members(file: _Hashed) -> list[tuple[str, int, int]] | None:
+    """Name, offset and size of what lies in a tar, in its order; None if it is no tar."""
+    try:
+        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|", bufsize=BLOCK_BYTES) as tar:
+            return [(member.name, member.offset_data, member.size) for member in tar]
+    except tarfile.TarError:
+        return None
+
+
+def _parts_of(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]] | None:
+    """What must lie in the shard if the entry is right; None if it is not."""
+    if entry.episode not in info.episodes or not isinstance(entry.start, int):
+        return None
+    if entry.key != clip_key(entry.episode, entry.start):
+        return None
+    return [
+        (f"{entry.key}.jpg", entry.jpeg_offset, entry.jpeg_size),
+        (f"{entry.key}.safetensors", entry.offset, entry.size),
+    ]
 
 
 def _find_size_fault(url: str, info: ShardInfo) -> str | None:
@@ -228,7 +276,7 @@ def verify_set(url: str | Path, sample: int | None = None, seed: int | None = No
     for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
         entries, fault = compare_shard(shard, info)
-        fault = fault or (_find_altered(shard, info) if i in read else None)
+        fault = fault or (_find_altered(shard, info, entries) if i in read else None)
         faults += [f"{shard}: {fault}"] if fault else []
         for entry in [] if fault else entries:
             first = keys.setdefault(entry.key, shard)
@@ -237,5 +285,5 @@ def verify_set(url: str | Path, sample: int | None = None, seed: int | None = No
     faults += [f"{name}: {times} times in the manifest" for name, times in twice.items() if times > 1]
     listed = {shard_url(url, info) for info in manifest.shards}
     beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
-    strays = [found for found in beside if found not in listed and "/." not in found]
+    strays = [found for found in beside if found not in listed and not storage.name_of(found).startswith(".")]
     return faults + [f"{found}: not in the manifest" for found in strays]

@@ -123,15 +123,17 @@ def list_folders(folder: str | Path) -> list[str]:
 
 
 def _listed(folder: str | Path) -> Iterator[str]:
-    bucket, _ = bucket_and_key(join(folder, ""))
-    return (f"s3://{bucket}/{one.key}" for one in s3.list_objects(join(folder, ""), "/"))
+    bucket, prefix = bucket_and_key(join(folder, ""))
+    found = s3.list_objects(join(folder, ""), "/")
+    return (f"s3://{bucket}/{one.key}" for one in found if one.key != prefix)  # not what stands for the folder itself
 
 
 def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
         _, prefix = bucket_and_key(join(folder, ""))
-        found = {one.key.removeprefix(prefix): one.bytes for one in s3.list_objects(join(folder, ""))}
+        files = (one for one in s3.list_objects(join(folder, "")) if not one.key.endswith("/"))
+        found = {one.key.removeprefix(prefix): one.bytes for one in files}
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
         found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
@@ -206,8 +208,9 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
     if first:
         remove(join(folder, first))
     if is_s3(folder):
+        bucket, _ = bucket_and_key(join(folder, ""))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            list(pool.map(lambda name: remove(join(folder, name)), list_tree(folder)))
+            list(pool.map(lambda one: remove(f"s3://{bucket}/{one.key}"), list(s3.list_objects(join(folder, "")))))
     elif Path(folder).is_dir():
         shutil.rmtree(folder)
 

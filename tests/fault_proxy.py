@@ -8,11 +8,17 @@ from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Literal
 
-Kind = Literal["busy", "broken", "refused", "cut", "altered", "slow", "lost", "dropped", "held", "not offered"]
+Kind = Literal[
+    "busy", "broken", "refused", "too slow", "misread", "throttled", "not offered",
+    "cut", "altered", "slow", "lost", "dropped", "held",
+]  # fmt: skip
 ANSWERS: dict[Kind, tuple[int, str]] = {
     "busy": (503, "SlowDown"),
     "broken": (500, "InternalError"),
     "refused": (403, "AccessDenied"),
+    "too slow": (400, "RequestTimeout"),
+    "misread": (400, "BadDigest"),
+    "throttled": (400, "ThrottlingException"),
     "not offered": (501, "NotImplemented"),
 }
 

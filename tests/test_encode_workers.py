@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import pytest
 from configs import to_dict
 from data_pipeline import storage
 from data_pipeline.claims import Claims, process_start
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import Unit, Worker, encode_recordings
 from data_pipeline.plan import EncodeConfig, make_plans
 from data_pipeline.resample import ResampledEpisode
+from data_pipeline.shards import index_url
 from data_pipeline.types import Actions, InputConfig
 from model.codec import load_codec
 
@@ -154,6 +155,19 @@ def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_p
     assert Claims(tmp_path, stale_s=60).take("a")
 
 
+def test_a_killed_worker_that_nobody_has_waited_for_is_dead_too(tmp_path):
+    code = "import sys; from data_pipeline.claims import Claims; assert Claims(sys.argv[1], 60).take('a'); input()"
+    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE)
+    while not list(tmp_path.glob("a.claim")):
+        assert worker.poll() is None
+        time.sleep(0.005)
+    assert not Claims(tmp_path, stale_s=60).take("a")
+    worker.kill()
+    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the table of processes
+    assert Claims(tmp_path, stale_s=60).take("a")
+    worker.communicate()
+
+
 def test_the_claim_of_another_machine_is_taken_over_when_it_is_no_longer_renewed(tmp_path):
     now = [0.0]
     told = '{{"host": "elsewhere", "pid": 1, "started": "5", "token": "x", "beats": {}}}'
@@ -220,6 +234,21 @@ def test_a_worker_is_killed_at_the_moment_that_is_named(moment, encode_config, e
 def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config, encoded, game_yaml, tmp_path):
     config = into(encode_config, tmp_path)
     assert start_workers(config, game_yaml, 2, {0: moment}) == [-signal.SIGKILL, 0]
+    assert files(tmp_path) == files(encoded)
+
+
+def test_a_shard_that_another_worker_drops_late_is_made_anew(encode_config, encoded, tmp_path, monkeypatch):
+    """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
+    config, make, passes = into(encode_config, tmp_path), Worker.make, []
+
+    def make_and_lose(worker: Worker, units: Sequence[Unit]) -> None:
+        make(worker, units)
+        passes.append(worker)
+        if len(passes) < 3:
+            storage.remove(index_url(units[0].url))
+
+    monkeypatch.setattr(Worker, "make", make_and_lose)
+    assert encode_recordings(config).new_clips == 12 + 2 * 2 and len(passes) == 3
     assert files(tmp_path) == files(encoded)
 
 

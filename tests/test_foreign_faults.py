@@ -91,6 +91,11 @@ def shifted(by: int) -> Damage:
     return entry(GF, change)
 
 
+def begun(held: str) -> Callable[[list[str]], list[str]]:
+    """A log of events that begins with what is held then."""
+    return lambda found: [found[0], f'1,START,"{held}"', *found[1:]]
+
+
 LOG, VPT, GF, OWL = "one/input.csv", "player-20220102", "metadata/seed_1_part_1.json", "one/inputs.csv"
 INFO, DATA, ABOUT = "meta/info.json", "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
 SCREEN = "videos/observation.images.screen/chunk-000/file-000.mp4"
@@ -117,6 +122,9 @@ FAULTS = {
     "keys not bound": Fault("vpt", None, "dig, forward, .*one side", ("game.action_space={keys: [dig], caps: []}",)),
     "another rate": Fault("vpt", None, "mp4 runs at 20 fps, the game .* at 30", ("game.fps=30",)),
     "a video cut off": Fault("vpt", half(f"{VPT}.mp4"), "mp4 .*truncated"),
+    "half a button": Fault(
+        "vpt", entry(f"{VPT}.jsonl", lambda r: r["mouse"].update(buttons=[1.0]), 3), r"line 4: buttons .*\[1\.0\]"
+    ),
     "a video alone": Fault("vpt", gone(f"{VPT}.jsonl"), f"{VPT}.mp4 stands alone"),
     "an entry left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("7")), "29 entries, but no"),
     "an entry too few": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("29")), "29 entries, .* 30"),
@@ -143,11 +151,16 @@ FAULTS = {
     "pictures left out": Fault("lerobot", rows(ABOUT, lambda r: [{**r[0], FROM: 2.0}, *r[1:]]), "truncated"),
     "another camera": Fault("lerobot", None, "there are: observation.images.screen", ("game.inputs.camera=front",)),
     "mistyped axes": Fault("lerobot", None, "axes must name", ("game.inputs.axes=[look_up,look_right]",)),
+    "no time of a video": Fault(
+        "lerobot", rows(ABOUT, lambda r: [{k: one[k] for k in one if k != FROM} for one in r]), f"000: {FROM} is None"
+    ),
     "a dataset's video cut off": Fault("lerobot", half(SCREEN), "file-000.mp4 .*truncated"),
     "a parquet cut off": Fault("lerobot", half(DATA), "cannot read .*file-000.parquet"),
     "events out of order": Fault("owl_control", lines(OWL, lambda r: [*r[:6], r[1], *r[6:]]), "line 7: timestamp"),
     "arguments left out": Fault("owl_control", lines(OWL, lambda r: [r[0], "1,KEYBOARD,[87]", *r[1:]]), "line 2: KEYB"),
     "a cell too few": Fault("owl_control", lines(OWL, lambda r: [*r[:3], "1760000000.5,FOCUS"]), "line 4: 2 cells"),
+    "no list of keys": Fault("owl_control", lines(OWL, begun('{""keyboard"": null}')), "line 2: START has .*None"),
+    "keys that are no numbers": Fault("owl_control", lines(OWL, begun('{""mouse"": [[1]]}')), "line 2: START has .*1"),
     "no beginning": Fault("owl_control", lines(OWL, lambda r: [i for i in r if "START" not in i]), "no VIDEO_START"),
     "a log that goes on": Fault("owl_control", lines(OWL, lambda r: [*r[:-2], "1760000009,VIDEO_END,[]"]), "7.8 s be"),
     "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one mp4, not 0"),

@@ -45,7 +45,9 @@ def test_nothing_is_found_in_clean_recordings(clean, tmp_path, capsys):
     words = ["doctor", GAME, f"source={clean}", "fov_deg=90", f"out={tmp_path / 'report.json'}"]
     assert run("data_pipeline", VERBS, words) == 0
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["findings"] == [] and "problem:" not in capsys.readouterr().out
+    said = capsys.readouterr().out.splitlines()
+    assert report["findings"] == [] and report["problems"] == 0
+    assert said[-2:] == ["", "8 recordings, no problems"]  # a finding would have its line above the last
 
 
 @pytest.mark.parametrize("name", ISSUE)

@@ -50,6 +50,18 @@ def test_requests_that_fail_for_a_while_are_repeated(bucket_folder, proxy, kind)
     assert all(fault.met == 1 for fault in proxy.faults)
 
 
+@pytest.mark.parametrize("kind", ["too slow", "misread", "throttled"])
+def test_refusals_that_pass_are_repeated_as_often_as_what_is_broken(bucket_folder, proxy, few_attempts, kind) -> None:
+    url = storage.join(bucket_folder, "a.txt")
+    faults = [proxy.add(Fault(kind, f"^{method} ", times=2)) for method in ("PUT", "GET")]
+    write(url, b"0123456789")
+    assert storage.read_bytes(url) == b"0123456789" and all(fault.met == 2 for fault in faults)
+    fault = proxy.add(Fault(kind, "a.txt"))
+    with pytest.raises(OSError, match=r"a\.txt: "):
+        storage.read_bytes(url)
+    assert fault.met == s3_client.ATTEMPTS
+
+
 @pytest.mark.parametrize("kind", ["busy", "broken", "dropped"])
 def test_requests_that_fail_for_good_are_one_line(bucket_folder, proxy, few_attempts, kind) -> None:
     url = storage.join(bucket_folder, "a.txt")
@@ -217,15 +229,19 @@ def test_an_upload_survives_a_server_that_is_killed_and_restarted(s3, bucket_fol
     assert unfinished_uploads(*s3_parts(bucket_folder)) == []
 
 
-def test_a_read_survives_a_server_that_is_killed_and_restarted(s3, bucket_folder) -> None:
+def test_a_read_survives_a_server_that_is_killed_and_restarted(s3, bucket_folder, proxy) -> None:
     url, data = storage.join(bucket_folder, "large.bin"), os.urandom(48 << 20)
     write(url, data)
+    cut = proxy.add(Fault("cut", "^GET .*large.bin", times=1))
+    held = proxy.add(Fault("held", "^GET .*large.bin", times=1))  # what goes on where the body was cut
     with ThreadPoolExecutor(1) as pool, storage.opened(url) as file:
         reading = pool.submit(storage.read_bytes, url)
-        time.sleep(0.05)
+        while not held.met:
+            time.sleep(0.01)
         s3.kill_gateway()
+        held.released.set()
         start_later(s3)
-        assert reading.result(timeout=120) == data
+        assert reading.result(timeout=120) == data and cut.met == 1
         assert file.read(10 << 20) == data[: 10 << 20]
         s3.kill_gateway()
         reading = pool.submit(file.read)

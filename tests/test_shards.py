@@ -4,31 +4,31 @@ import dataclasses
 import io
 import json
 import os
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import tarfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from full_disk import full_disk
 from PIL import Image
 from safetensors.torch import load
 from tiny_recordings import write_recording
 from webdataset.compat import WebDataset
 
 from configs.cli import run
+from data_pipeline import storage
 from data_pipeline.__main__ import VERBS
+from data_pipeline.bench import write_mapped
 from data_pipeline.clips import cut_runs
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import drop_faulty, encode_recordings
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.shard_set import read_clips
+from data_pipeline.shard_set import Shards, read_clips
 from data_pipeline.shards import ALIGNMENT, load_manifest, verify_set
 from data_pipeline.video import probe
 from model.codec import load_codec
@@ -121,7 +121,22 @@ def test_encoding_again_and_elsewhere_gives_the_same_bytes(encode_config, encode
     assert files(encoded) == files(tmp_path) == before
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "index"])
+SPOILT = {"key": 0, "episode": 1, "start": 2, "offset": 3, "size": 4, "jpeg_offset": 5, "jpeg_size": 6}
+
+
+def spoil(index, damage):
+    """An index that is wrong about its second clip in one word, or has its clips in another order."""
+    loaded = json.loads(index.read_text())
+    if damage == "order":
+        loaded["clips"].reverse()
+    else:
+        place = SPOILT[damage]
+        value = loaded["clips"][1][place]
+        loaded["clips"][1][place] = value + (512 if isinstance(value, int) else "x")
+    index.write_text(json.dumps(loaded))
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "altered", "index", "order", *SPOILT])
 def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encoded, game_yaml, tmp_path, capsys):
     shutil.copytree(encoded, tmp_path / "out")
     shard, manifest = tmp_path / "out" / "train" / "shard-000001.tar", str(tmp_path / "out" / "train" / "manifest.json")
@@ -133,8 +148,10 @@ def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encode
     elif damage == "altered":
         data[3000] ^= 1
         shard.write_bytes(data)
-    else:
+    elif damage == "index":
         shutil.copy(shard.with_name("shard-000000.index.json"), shard.with_name("shard-000001.index.json"))
+    else:
+        spoil(shard.with_name("shard-000001.index.json"), damage)
     assert run("data_pipeline", VERBS, ["verify", manifest]) == 1
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "shard-000001" in said[0] and "1 faults" in said[1]
@@ -156,9 +173,10 @@ def test_verify_and_inspect_speak_of_a_whole_set(encoded, capsys):
 
 
 def test_a_stray_shard_is_reported(encoded, tmp_path):
-    shutil.copytree(encoded, tmp_path / "out")
-    shutil.copy(tmp_path / "out/train/shard-000000.tar", tmp_path / "out/train/shard-000009.tar")
-    (fault,) = verify_set(tmp_path / "out/train/manifest.json")
+    shutil.copytree(encoded, tmp_path / ".hidden" / "out")
+    shutil.copy(tmp_path / ".hidden/out/train/shard-000000.tar", tmp_path / ".hidden/out/train/shard-000009.tar")
+    (tmp_path / ".hidden/out/train/.shard-000001.1-ab.tmp.tar").write_bytes(b"of a writer that was killed")
+    (fault,) = verify_set(tmp_path / ".hidden/out/train/manifest.json")
     assert "shard-000009.tar: not in the manifest" in fault
 
 
@@ -175,6 +193,33 @@ def test_another_plan_over_existing_shards_is_refused_by_name(changes, named, en
     with pytest.raises(ValueError, match=named):
         encode_recordings(dataclasses.replace(encode_config, **changes))
     assert files(encoded) == before
+
+
+def test_shards_without_their_plan_are_refused(encode_config, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    (tmp_path / "out/train/plan.json").unlink()
+    before = files(tmp_path / "out")
+    for config in (into(encode_config, tmp_path / "out"), into(encode_config, tmp_path / "out", clip_frames=9)):
+        for action in (encode_recordings, drop_faulty):
+            with pytest.raises(
+                ValueError, match=r"out/train holds shards without their plan\.json; delete them or give"
+            ):
+                action(config)
+    assert files(tmp_path / "out") == before
+
+
+def test_a_plan_that_is_written_with_its_first_shard_meanwhile_is_found(encode_config, encoded, tmp_path, monkeypatch):
+    """Another worker begins between this one's look at the plan and that at the shards."""
+    list_files, config = storage.list_files, into(encode_config, tmp_path / "out")
+
+    def begin_first(folder):
+        shutil.copytree(encoded, tmp_path / "out", dirs_exist_ok=True)
+        return list_files(folder)
+
+    monkeypatch.setattr(storage, "list_files", begin_first)
+    assert encode_recordings(config).new_clips == 0
+    with pytest.raises(ValueError, match="stride was 9, is 6"):
+        encode_recordings(into(config, tmp_path / "out", stride=6))
 
 
 def test_other_recordings_or_another_codec_over_existing_shards_are_refused(encode_config, encoded, tmp_path):
@@ -225,19 +270,6 @@ def test_the_command_line_exits_with_2_and_one_line(encode_config, game_yaml, tm
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "episode_00004/video.mp4" in done.stderr and not (tmp_path / "out").exists()
-
-
-@contextmanager
-def full_disk(most_bytes):
-    """No file may grow beyond `most_bytes`: writing more is an OSError, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, before)
 
 
 def test_a_full_disk_leaves_no_half_shard_and_no_half_episode(encode_config, encoded, game, tmp_path):
@@ -326,6 +358,11 @@ def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
     assert all(row in said for row in rows) and "8 of 8 clips" in said
     assert run("data_pipeline", VERBS, [*words[:2], "batch=9"]) == 2
     assert "fewer than batch=9" in capsys.readouterr().err
+
+
+def test_the_bench_says_where_it_has_no_room(encoded, tmp_path):
+    with full_disk(15_000), pytest.raises(OSError, match=r"cannot write 8 clips to .*; set TMPDIR to .* megabytes="):
+        write_mapped(Shards(f"{encoded}/train/manifest.json"), 8, tmp_path / "clips.safetensors")
 
 
 def test_encoding_is_compared_with_its_codec_alone(encode_config, game_yaml, tmp_path, capsys):

@@ -2,13 +2,17 @@
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from fault_proxy import Fault
+from full_disk import full_disk
 from s3_server import missing_programs
 from tiny_training import ROOT
 
@@ -121,12 +125,107 @@ def test_copies_stay_within_their_limit_but_those_in_use(bucket_folder, monkeypa
         storage.write_text(storage.join(bucket_folder, name), name * 10_000)
         copies[name] = storage.local(storage.join(bucket_folder, name))
     assert all(copy.is_file() for copy in copies.values())  # this process may be reading them
-    for lock in cache._held.values():
-        lock.close()
-    cache._held.clear()
+    forget_copies()
     storage.write_text(storage.join(bucket_folder, "d"), "d" * 10_000)
     assert storage.local(storage.join(bucket_folder, "d")).is_file()
     assert [name for name, copy in copies.items() if copy.is_file()] == ["c"]
+
+
+def forget_copies() -> None:
+    """As at the end of this process."""
+    for lock in cache._held.values():
+        lock.close()
+    cache._held.clear()
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path) -> Iterator[Path]:
+    monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    forget_copies()
+
+
+@pytest.mark.parametrize("damage", ["a file gone", "a file cut", "the folder gone"])
+@pytest.mark.parametrize("same_process", [True, False])
+def test_a_copy_that_was_spoilt_is_fetched_again(damage, same_process, bucket_folder, own_cache) -> None:
+    urls = {name: storage.join(bucket_folder, name) for name in ("deeper/a", "b")}
+    for url in urls.values():
+        storage.write_text(url, "0123456789")
+    sha256 = storage.sha256(urls["b"])
+    with storage.copy_of(urls["b"], 10, sha256) as shard:
+        pass
+    folder = storage.local(bucket_folder)
+    for copy, last in ((folder / "deeper" / "a", folder.parent), (shard, shard.parent)):
+        if damage == "the folder gone":
+            shutil.rmtree(last)
+        elif damage == "a file gone":
+            copy.unlink()
+        else:
+            copy.write_text("01234")
+    if not same_process:
+        forget_copies()
+    assert storage.local(bucket_folder) == folder
+    assert {name: (folder / name).read_text() for name in urls} == dict.fromkeys(urls, "0123456789")
+    with storage.copy_of(urls["b"], 10, sha256) as again:
+        assert again == shard and again.read_text() == "0123456789"
+
+
+def test_a_spoilt_copy_that_somebody_holds_is_one_line_and_not_for_ever(bucket_folder, own_cache, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "TRIES", 3)
+    url = storage.join(bucket_folder, "a")
+    storage.write_text(url, "0123456789")
+    with storage.borrowed(url) as copy:
+        copy.unlink()
+        holds_it = r"the copy of .*/a, is damaged, and another process holds it; end that one"
+        with pytest.raises(OSError, match=holds_it), storage.borrowed(url):
+            pass
+    with storage.borrowed(url) as copy:
+        assert copy.read_text() == "0123456789"
+
+
+def test_what_changes_while_it_is_copied_is_no_copy(own_cache) -> None:
+    def fetch(part: Path) -> None:
+        (part / "a").write_text("longer than it was said to be")
+
+    folder = cache.root() / "copies" / "1"
+    with cache._open_lock(folder) as lock, pytest.raises(OSError, match="/a was changed while it was copied"):
+        cache._fill("s3://worlds/a", folder, lock, {"a": 1}, fetch)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "1.lock"]
+
+
+def test_copies_make_room_on_a_full_disk_though_they_may_take_more(bucket_folder, own_cache, monkeypatch) -> None:
+    copies, usage = {}, shutil.disk_usage(own_cache.parent)
+    for name in "abc":
+        storage.write_text(storage.join(bucket_folder, name), name * 10_000)
+        if name == "c":  # the disk has room for half of it
+            monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=5_000))
+            forget_copies()
+        copies[name] = storage.local(storage.join(bucket_folder, name))
+    assert [name for name, copy in copies.items() if copy.is_file()] == ["b", "c"]
+
+
+def test_a_copy_that_does_not_fit_is_one_line(bucket_folder, own_cache) -> None:
+    url = storage.join(bucket_folder, "large")
+    storage.write_text(url, "0" * 20_000)
+    with full_disk(15_000), pytest.raises(OSError) as error:
+        storage.local(url)
+    assert str(error.value).startswith(f"no room in {own_cache} for a copy of {url} (20000 bytes): ")
+    assert "set WORLDLOOM_CACHE to a folder with room" in str(error.value)
+    assert {path.suffix or path.name for path in own_cache.rglob("*") if path.is_file()} == {".lock"}
+
+
+def test_objects_that_stand_for_folders_are_no_files(bucket_folder, own_cache) -> None:
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    for key in (prefix, f"{prefix}deeper/", f"{prefix}empty/"):
+        s3.client().put_object(Bucket=bucket, Key=key, Body=b"")
+    storage.write_text(storage.join(bucket_folder, "deeper/a.txt"), "text")
+    assert storage.list_tree(bucket_folder) == {"deeper/a.txt": 4} and storage.list_files(bucket_folder) == []
+    assert storage.list_folders(bucket_folder) == [storage.join(bucket_folder, name) for name in ("deeper", "empty")]
+    assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "text"
+    with pytest.raises(FileNotFoundError):
+        storage.local(storage.join(bucket_folder, "empty"))
+    storage.remove_folder(bucket_folder)
+    assert list(s3.list_objects(storage.join(bucket_folder, ""))) == []
 
 
 def test_what_a_killed_process_left_on_its_way_up_is_deleted(s3, tmp_path):
@@ -172,6 +271,20 @@ def test_unfinished_uploads_are_aborted_and_nothing_else(bucket_folder):
     assert unfinished_uploads(bucket, prefix) == []
     assert unfinished_uploads(bucket, prefix.rstrip("/")) == [f"{prefix.rstrip('/')}-beside"]
     assert storage.list_tree(bucket_folder) == {"whole.txt": 4}
+
+
+def test_an_upload_in_parts_ends_those_to_its_url_that_were_given_up(bucket_folder, proxy, tmp_path, monkeypatch):
+    monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
+    monkeypatch.setattr(s3, "ABANDONED_S", 0.0)
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    for name in ("large.bin", "large.bin.2"):
+        s3.client().create_multipart_upload(Bucket=bucket, Key=f"{prefix}{name}")
+    (tmp_path / "large.bin").write_bytes(bytes(6 << 20))
+    refused = proxy.add(Fault("refused", "^GET .*[?&]uploads", times=1))
+    storage.write_file(tmp_path / "large.bin", storage.join(bucket_folder, "large.bin"))  # they stay, and it succeeds
+    assert refused.met == 1 and len(unfinished_uploads(bucket, prefix)) == 2
+    storage.write_file(tmp_path / "large.bin", storage.join(bucket_folder, "large.bin"))
+    assert unfinished_uploads(bucket, prefix) == [f"{prefix}large.bin.2"]
 
 
 def unfinished_uploads(bucket: str, prefix: str) -> list[str]:
@@ -235,7 +348,7 @@ def test_of_many_that_want_a_copy_at_once_one_fetches_it_and_nobody_waits_for_ev
 
         def want(folder: Path = folder, all_have_it: threading.Barrier = all_have_it) -> None:
             with cache._open_lock(folder) as lock:
-                cache._fill(folder, lock, 1, fetch)
+                cache._fill("s3://worlds/a", folder, lock, {"a": 1}, fetch)
                 all_have_it.wait(timeout=20)  # each holds its lock until then, as a process does until it ends
 
         threads = [threading.Thread(target=want, daemon=True) for _ in range(6)]

@@ -29,6 +29,7 @@ from data_pipeline.readers.recording import (
     list_folders,
     probe_video,
     read_json,
+    read_number,
 )
 from data_pipeline.types import Actions, GameConfig
 from data_pipeline.video import frame_times
@@ -119,7 +120,9 @@ def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -
         )
     actions = read_actions(f"{table} episode {index}", dataset.components, [row[ACTION] for row in rows], game)
     info = probe_video(video, game)
-    shown = about[f"videos/{camera}/from_timestamp"] + np.array([row["timestamp"] for row in rows])
+    column = f"videos/{camera}/from_timestamp"
+    begin = read_number(about.get(column), f"{dataset.root / EPISODES} {_name(about)}: {column}")
+    shown = begin + np.array([row["timestamp"] for row in rows])
     first = find_first(video, shown, game.fps)
     size = info.height, info.width
     return [VideoEpisode(_name(about), video, first, game.fps, *size, game.action_space, actions)]

@@ -206,9 +206,10 @@ def find_logged(events: Sequence[Event], edges: np.ndarray) -> np.ndarray:
 def _changes(event: Event) -> list[tuple[str, bool]]:
     """The keys and buttons that the event presses or releases."""
     if event.kind == "START" and isinstance(event.args, dict):
-        codes = [(KEYS, code) for code in event.args.get("keyboard", [])]
-        codes += [(BUTTONS, code) for code in event.args.get("mouse", [])]
-        return [(names.get(code, f"code_{code}"), True) for names, code in codes]
+        held = [(names, event.args.get(kind, [])) for names, kind in ((KEYS, "keyboard"), (BUTTONS, "mouse"))]
+        if not all(isinstance(codes, list) and all(isinstance(code, int) for code in codes) for _, codes in held):
+            raise ValueError(f"{event.where}: START has the arguments {event.args!r}; keyboard and mouse hold numbers")
+        return [(names.get(code, f"code_{code}"), True) for names, codes in held for code in codes]
     names = {"KEYBOARD": KEYS, "MOUSE_BUTTON": BUTTONS}.get(event.kind)
     if names is None:
         return []

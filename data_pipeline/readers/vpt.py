@@ -85,6 +85,8 @@ def read_ticks(log: Path) -> Iterator[Tick]:
         if number <= after and i:
             raise ValueError(f"{where}: tick {number} after {after}; the lines are out of order")
         buttons, new_buttons = (read_list(mouse, name, where) for name in ("buttons", "newButtons"))
+        if not all(type(button) is int for button in buttons):  # a bool is none
+            raise ValueError(f"{where}: buttons must be whole numbers, not {buttons!r}")
         attack_stuck = new_buttons == [0] if i == 0 else attack_stuck and 0 not in new_buttons
         held = [
             MOUSE_BUTTONS[button] if button in range(len(MOUSE_BUTTONS)) else f"mouse_{button}" for button in buttons
