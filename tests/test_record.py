@@ -152,10 +152,14 @@ def test_of_a_game_that_is_killed_one_line_tells_and_no_other_goes_on(tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked_to_end_it_ends_its_games(number, tmp_path):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest's workers set aside
     asker = when_playing(tmp_path, lambda _: os.kill(os.getpid(), number))
-    with pytest.raises((KeyboardInterrupt, SystemExit)):
-        record_episodes(make_config(tmp_path, "episodes=500", "workers=2"))
-    asker.join()
+    try:
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            record_episodes(make_config(tmp_path, "episodes=500", "workers=2"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        asker.join()
     assert not games() and not list(tmp_path.glob(".*"))
 
 

@@ -59,9 +59,9 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down
 
     def __post_init__(self) -> None:
-        if not 0 < self.learning_rate < math.inf or min(self.warmup_steps, self.decay_steps, self.weight_decay) < 0:
+        if not 0 <= self.learning_rate < math.inf or min(self.warmup_steps, self.decay_steps, self.weight_decay) < 0:
             raise ValueError(
-                f"optim.learning_rate={self.learning_rate} must be positive; warmup_steps={self.warmup_steps}, "
+                f"optim.learning_rate={self.learning_rate}, warmup_steps={self.warmup_steps}, "
                 f"decay_steps={self.decay_steps} and weight_decay={self.weight_decay} must be 0 or more"
             )
         if not self.clip_norm > 0:
