@@ -2,17 +2,14 @@
 
 import importlib
 import json
+import multiprocessing
 import os
 import signal
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,49 +135,32 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    start = time.perf_counter()
-    folders = [storage.path(config.out) / f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = [i for i, folder in enumerate(folders) if not _is_complete(folder, config, i)]
+    start, made = time.perf_counter(), 0
+    names = [f"episode_{i:05d}" for i in range(config.episodes)]
+    todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
     if todo:
-        left, stop = iter(todo), threading.Event()
-        with (
-            tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
-            ThreadPoolExecutor(config.workers, thread_name_prefix="play") as pool,  # each game is a process of its own
-        ):
-            games = [
-                pool.submit(_record_some, config, folders, left, bar, stop)
-                for _ in range(min(config.workers, len(todo)))
-            ]
-            try:
-                with _sigterm_raised():
-                    for game in as_completed(games):
-                        game.result()
-            finally:
-                stop.set()
-    return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
+        import_vizdoom()
+        shares = [todo[worker :: config.workers] for worker in range(config.workers)]
+        spawn = multiprocessing.get_context("spawn")
+        with spawn.Pool(config.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
+            jobs = [pool.apply_async(_record_share, (config, share)) for share in shares]
+            bar = tqdm(total=len(todo), desc="record", unit="episode", disable=None)
+            while not all(job.ready() for job in jobs):
+                time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
+                there = set(map(storage.name_of, storage.list_folders(config.out)))
+                bar.update(sum(names[i] in there for i in todo) - bar.n)
+            bar.close()
+            made = sum(job.get() for job in jobs)
+    return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
 
 
-def _record_some(
-    config: RecordConfig, folders: Sequence[Path], left: Iterator[int], bar: tqdm, stop: threading.Event
-) -> None:
-    """Plays episodes in one game until none is `left`; other games take theirs from it too."""
-    with running_game(config) as game:
-        for i in left:
-            steps = list(takewhile(lambda _: not stop.is_set(), play(game, config, i)))
-            if stop.is_set():
-                return
-            _write_episode(steps, config, i, folders[i])
-            bar.update()
-
-
-@contextmanager
-def _sigterm_raised() -> Iterator[None]:
-    """Ends the program by an exception, within the block, when it is asked to end: games end with their thread only."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _record_share(config: RecordConfig, indices: list[int]) -> int:
+    """Plays the episodes `indices` in one game; returns how many."""
+    if indices:
+        with running_game(config) as game:
+            for i in indices:
+                _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
+    return len(indices)
 
 
 def import_vizdoom() -> Any:
@@ -218,14 +198,11 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y, vizdoom.GameVariable.ANGLE)
         game.set_available_game_variables(list(variables))
         game.add_game_args("-nomonsters +viz_nocheat 0")
-        # Where the game wants to write; if it cannot make it, or another game does just then, this program crashes.
+        # Where the game wants to write; if it cannot make it, or another game does just then, the library crashes.
         Path("_vizdoom").mkdir(exist_ok=True)
         try:
             game.init()
             yield game
-        except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
-            fault = f"a game ended by itself: {error} Was it killed, or out of memory? Run the same command to go on"
-            raise ChildProcessError(fault) from error
         finally:
             game.close()
 
@@ -249,7 +226,8 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
         before = position
 
 
-def _write_episode(steps: Sequence[Step], config: RecordConfig, index: int, folder: Path) -> None:
+def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
+    steps = list(play(game, config, index))
     frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
     keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
     write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)

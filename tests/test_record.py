@@ -2,15 +2,10 @@
 
 import hashlib
 import json
-import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from configs import load_config
@@ -124,45 +119,6 @@ def test_without_vizdoom_one_line_says_what_to_install(tmp_path, capsys, monkeyp
     assert len(said) == 1 and "pip install 'worldloom[demo]'" in said[0]
 
 
-def games():
-    return [child for child in psutil.Process().children(recursive=True) if child.name() == "vizdoom"]
-
-
-def when_playing(out, act):
-    """A thread that calls `act` with the games when they have written a few episodes."""
-
-    def watch():
-        while len(list(out.glob("episode_*"))) < 4:
-            time.sleep(0.01)
-        act(games())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    return thread
-
-
-def test_of_a_game_that_is_killed_one_line_tells_and_no_other_goes_on(tmp_path, capsys):
-    killer = when_playing(tmp_path, lambda found: found[0].kill())
-    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=500", "workers=2"]) == 2
-    killer.join()
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and "a game ended by itself" in said[0] and "Run the same command to go on" in said[0]
-    assert not games()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_end_it_ends_its_games(number, tmp_path):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which pytest's workers set aside
-    asker = when_playing(tmp_path, lambda _: os.kill(os.getpid(), number))
-    try:
-        with pytest.raises((KeyboardInterrupt, SystemExit)):
-            record_episodes(make_config(tmp_path, "episodes=500", "workers=2"))
-    finally:
-        signal.signal(signal.SIGINT, before)
-        asker.join()
-    assert not games() and not list(tmp_path.glob(".*"))
-
-
 def test_a_working_folder_that_the_game_cannot_write_into_is_one_line(tmp_path, capsys, monkeypatch):
     doom = Path(DOOM).resolve()
     monkeypatch.chdir(tmp_path)
@@ -170,9 +126,3 @@ def test_a_working_folder_that_the_game_cannot_write_into_is_one_line(tmp_path, 
     assert run("data_pipeline", VERBS, ["record", str(doom), "out=recordings", "episodes=1"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "_vizdoom" in said[0]
-
-
-def test_games_start_together_in_a_folder_where_none_ran(tmp_path, monkeypatch):
-    config = make_config(tmp_path / "recordings", "workers=2")
-    monkeypatch.chdir(tmp_path)
-    assert record_episodes(config).made == 2
