@@ -17,7 +17,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path, part = Path(path), _part_of(Path(path))
     try:
         yield part
-        _sync(part)
+        sync(part)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -34,7 +34,7 @@ def create_file(path: str | Path, data: bytes) -> bool:
     part = _part_of(Path(path))
     try:
         part.write_bytes(data)
-        _sync(part)
+        sync(part)
         os.link(part, path)
     except FileExistsError:
         return False
@@ -57,6 +57,7 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Has the file on the disk: a machine that stops then leaves no empty one."""
     with open(path, "rb+") as written:
         os.fsync(written.fileno())

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from configs.files import sha256_file
+from configs.files import sha256_file, sync
 from data_pipeline import s3
 from data_pipeline.s3_errors import MissingBucket, bucket_and_key
 
@@ -187,8 +187,7 @@ def _filling(folder: Path) -> Iterator[Path]:
         yield part
         for path in part.rglob("*"):
             if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())  # a machine that stops then leaves no empty file under the good name
+                sync(path)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -188,12 +189,8 @@ def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry] | None = None
 
 
 def _find_altered(url: str, info: ShardInfo, entries: Sequence[Entry] | None) -> str | None:
-    with storage.opened(url) as file:
-        read = _Hashed(file)
-        members = None if entries is None else _list_members(read)
-        while read.read(BLOCK_BYTES):
-            pass
-    if read.digest.hexdigest() != info.sha256:
+    sha256, members = (storage.sha256(url), None) if entries is None else _read_members(url)
+    if sha256 != info.sha256:
         return "altered: its SHA-256 is not the manifest's"
     for i, entry in enumerate(entries or ()):
         if members is None or _parts_of(entry, info) != members[2 * i : 2 * i + 2]:
@@ -213,13 +210,20 @@ class _Hashed:
         return data
 
 
-def _list_members(file: _Hashed) -> list[tuple[str, int, int]] | None:
-    """Name, offset and size of what lies in a tar, in its order; None if it is no tar."""
-    try:
-        with tarfile.open(fileobj=cast(IO[bytes], file), mode="r|", bufsize=BLOCK_BYTES) as tar:
-            return [(member.name, member.offset_data, member.size) for member in tar]
-    except tarfile.TarError:
-        return None
+def _read_members(url: str) -> tuple[str, list[tuple[str, int, int]] | None]:
+    """The SHA-256 of a tar, and name, offset and size of what lies in it, in its order, from one pass over its bytes;
+    None if it is no tar."""
+    members = None
+    with storage.opened(url, storage.WHOLE_BYTES) as file:
+        read = _Hashed(file)
+        with (
+            suppress(tarfile.TarError),
+            tarfile.open(fileobj=cast(IO[bytes], read), mode="r|", bufsize=BLOCK_BYTES) as tar,
+        ):
+            members = [(member.name, member.offset_data, member.size) for member in tar]
+        while read.read(BLOCK_BYTES):
+            pass
+    return read.digest.hexdigest(), members
 
 
 def _parts_of(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]] | None:

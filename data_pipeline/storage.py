@@ -18,6 +18,7 @@ from data_pipeline.remote_path import S3Path
 from data_pipeline.s3_errors import bucket_and_key
 
 BUFFER_BYTES = 4 << 20  # of a file that is read piece by piece from a server
+WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end
 
 
 def is_s3(url: str | Path) -> bool:
@@ -97,7 +98,7 @@ def size(url: str | Path) -> int:
 
 def sha256(url: str | Path) -> str:
     """The SHA-256 of the bytes at `url` as hex digits; all of them are read."""
-    with opened(url, s3.PART_BYTES) as file:
+    with opened(url, WHOLE_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

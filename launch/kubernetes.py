@@ -71,9 +71,7 @@ _GOING_ON = f"""\
 {ENDED}=$(mktemp); export {ENDED}
 ({{run}})
 status=$?
-[ "$(cat "${ENDED}")" = {shlex.quote(ASKED)} ] && exit 75
-[ "$(cat "${ENDED}")" = {FAULT} ] && exit 2
-exit "$status\""""
+case "$(cat "${ENDED}")" in {shlex.quote(ASKED)}) exit 75 ;; {FAULT}) exit 2 ;; *) exit "$status" ;; esac"""
 _RULES = [
     {"action": "FailJob", "onExitCodes": {"containerName": "main", "operator": "In", "values": [2]}},
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained, not counted

@@ -82,6 +82,12 @@ def complete_steps(run: str | Path) -> list[str]:
     return sorted(folder.name for folder in Path(run).glob(STEP_FOLDERS) if (folder / COMPLETE).is_file())
 
 
+def newest_step(run: str | Path) -> str | None:
+    """The url of the newest of them."""
+    found = complete_steps(run)
+    return storage.join(run, found[-1]) if found else None
+
+
 def complete_checkpoints(run: str | Path) -> list[Path]:
     """The checkpoint folders of a run on this machine that were written to the end, oldest first."""
     return [Path(run) / name for name in complete_steps(run)]
@@ -96,10 +102,10 @@ def find_checkpoint(path: str | Path) -> str:
         raise FileNotFoundError(f"no checkpoint {url}; give a run folder or one of its {STEP_FOLDERS} folders")
     if fnmatch(storage.name_of(url), STEP_FOLDERS) or storage.exists(storage.join(url, WORLD_FILE)):
         raise ValueError(f"{url} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
-    found = complete_steps(url)
-    if not found:
+    newest = newest_step(url)
+    if newest is None:
         raise FileNotFoundError(f"no complete checkpoint in {url} ({STEP_FOLDERS}/{COMPLETE}); train first")
-    return storage.join(url, found[-1])
+    return newest
 
 
 def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:

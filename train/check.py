@@ -9,7 +9,7 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
-from sampling.world_model import WorldModelConfig, complete_steps, find_checkpoint, read_world_config
+from sampling.world_model import WorldModelConfig, find_checkpoint, newest_step, read_world_config
 from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
 from train.engine import gather_objects
@@ -52,9 +52,11 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         resumed, position = found
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
-    elif storage.is_s3(config.checkpoints) and (steps := complete_steps(config.out)):
-        there = f"{storage.join(config.out, steps[-1])} is there, and {config.checkpoints} holds no checkpoint"
-        raise ValueError(f"{there}; copy {config.out} to it to go on, or choose another out=")
+    elif storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
+        raise ValueError(
+            f"{here} is there, and {config.checkpoints} holds no checkpoint; copy {config.out} to it to go on, or "
+            "choose another out="
+        )
     init = initial_weights(config, manifest) if config.init else None
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
 
@@ -64,8 +66,7 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     machine may be seen later on others. All ranks must call. Raises ValueError in one line on all of them if they do
     not come to see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        newest = [storage.join(asked.checkpoints, name) for name in complete_steps(asked.checkpoints)[-1:]]
-        found = gather_objects((checked.resumed, newest[0] if newest else None))
+        found = gather_objects((checked.resumed, newest_step(asked.checkpoints)))
         if {resumed for resumed, _ in found} == {found[0][1]}:
             return checked
         time.sleep(1)

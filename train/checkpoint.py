@@ -22,8 +22,8 @@ from sampling.world_model import (
     COMPLETE,
     Weights,
     WorldModelConfig,
-    complete_steps,
     find_checkpoint,
+    newest_step,
     read_world_config,
 )
 from train.config import TrainConfig
@@ -72,10 +72,9 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
 def find_resumable(run: str | Path, world: WorldModelConfig) -> tuple[str, Position] | None:
     """The newest complete checkpoint of `run` and where it stands, or None. Raises ValueError in one line if it is
     damaged, or of another model, flow, game or codec."""
-    found = complete_steps(run)
-    if not found:
+    newest = newest_step(run)
+    if newest is None:
         return None
-    newest = storage.join(run, found[-1])
     position = read_position(newest)
     there, here = flat(to_dict(read_world_config(newest))), flat(to_dict(world))
     differing = [

@@ -86,7 +86,7 @@ def train(words: list[str]) -> bool:
     checked = check_run(asked, ranks)
     if asked.tensorboard:
         require_tensorboard()
-    config, world, start = checked.config, checked.world, checked.start
+    config, world = checked.config, checked.world
     stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)

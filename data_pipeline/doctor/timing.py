@@ -55,6 +55,6 @@ def judge(products: Products, clock: Clock, rates: Sequence[float]) -> tuple[Ver
     if rate.status == "fault":
         return UNKNOWN, rate
     # What a wrong rate explains better still counts against a shift: at half the rate one fits best for a while.
-    evidence = min(found.evidence, max(found.evidence - max(found.rate_evidence, 0.0), 0.0))
-    shift = decide(evidence, clock.odds * SHIFT_ODDS, found.late, found.confidence)
+    doubt = min(found.rate_evidence, max(found.evidence, 0.0))
+    shift = decide(found.evidence - doubt, clock.odds * SHIFT_ODDS, found.late, found.confidence)
     return shift, UNKNOWN if shift.status == "unknown" else Verdict("fine")
