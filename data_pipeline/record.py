@@ -2,9 +2,7 @@
 
 import importlib
 import json
-import multiprocessing
 import os
-import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ from tqdm import tqdm
 
 from configs import to_dict
 from data_pipeline import storage
+from data_pipeline.players import ended_by_itself, playing
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_episode
 from data_pipeline.types import GameConfig
 from data_pipeline.video import fit_frame
@@ -135,32 +134,28 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    start, made = time.perf_counter(), 0
+    start = time.perf_counter()
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
     todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
     if todo:
         import_vizdoom()
-        shares = [todo[worker :: config.workers] for worker in range(config.workers)]
-        spawn = multiprocessing.get_context("spawn")
-        with spawn.Pool(config.workers, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)) as pool:
-            jobs = [pool.apply_async(_record_share, (config, share)) for share in shares]
-            bar = tqdm(total=len(todo), desc="record", unit="episode", disable=None)
-            while not all(job.ready() for job in jobs):
+        shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
+        with (
+            playing(_record_share, shares) as players,
+            tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
+        ):
+            while any([player.plays() for player in players]):
                 time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
                 there = set(map(storage.name_of, storage.list_folders(config.out)))
                 bar.update(sum(names[i] in there for i in todo) - bar.n)
-            bar.close()
-            made = sum(job.get() for job in jobs)
-    return Recorded(config.episodes, config.episodes * config.frames, made, time.perf_counter() - start)
+    return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
 
 
-def _record_share(config: RecordConfig, indices: list[int]) -> int:
-    """Plays the episodes `indices` in one game; returns how many."""
-    if indices:
-        with running_game(config) as game:
-            for i in indices:
-                _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
-    return len(indices)
+def _record_share(config: RecordConfig, indices: list[int]) -> None:
+    """Plays the episodes `indices` in one game."""
+    with running_game(config) as game:
+        for i in indices:
+            _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
 
 
 def import_vizdoom() -> Any:
@@ -203,6 +198,8 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         try:
             game.init()
             yield game
+        except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
+            raise ChildProcessError(ended_by_itself(f"a game ended by itself ({error})")) from error
         finally:
             game.close()
 

@@ -69,7 +69,7 @@ def _stopped(out: str) -> str:
 
 def _before(out: str, logs: str) -> str:
     return f"""\
-{ENDED}="$PWD"/{shlex.quote(logs)}/ended_"$SLURM_JOB_ID"
+{ENDED}=$(realpath -m -- {shlex.quote(logs)})/ended_"$SLURM_JOB_ID"
 export {ENDED}
 rm -f {_stopped(out)} "${ENDED}"  # of the time before: they are to say how this one ends"""
 

@@ -139,8 +139,11 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
     assert node[8:10] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in node
 
 
-def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(words, tmp_path) -> None:
-    asked = read_launch(["configs/machines/slurm.yaml", *words, "machine.slurm.setup=date"])
+@pytest.mark.parametrize("absolute", [False, True])
+def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(words, tmp_path, absolute) -> None:
+    logs = tmp_path / "log files" if absolute else Path("log files")
+    given = ["machine.slurm.setup=date", f"machine.slurm.logs={logs}"]
+    asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, does in (
@@ -162,9 +165,9 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit(SRUN_STATUS="3") == (3, True)
     assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="3") == (3, False)
     fault = 'printf fault > "$WORLDLOOM_ENDED"'
-    (tmp_path / asked.machine.slurm.logs).mkdir(parents=True)  # as Slurm must have it
+    (tmp_path / logs).mkdir()  # as Slurm must have it
     assert submit(SRUN_STATUS="1", SRUN_DOES=fault) == (1, False)
-    assert not list((tmp_path / asked.machine.slurm.logs).iterdir())
+    assert not list((tmp_path / logs).iterdir())
     assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
     out = Path(asked.train.out)
     out.mkdir()

@@ -2,10 +2,16 @@
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from configs import load_config
@@ -126,3 +132,60 @@ def test_a_working_folder_that_the_game_cannot_write_into_is_one_line(tmp_path, 
     assert run("data_pipeline", VERBS, ["record", str(doom), "out=recordings", "episodes=1"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "_vizdoom" in said[0]
+
+
+RECORDING = ("record", DOOM, "episodes=500", "frames=12", "workers=2")
+
+
+def playing_processes(pid, out):
+    """Once episodes of the recorder `pid` are there: its two games, and the two processes that play them."""
+    until = time.monotonic() + 60
+    found = {"vizdoom": [], "python": []}
+    while len(found["vizdoom"]) < 2 or len(list(out.glob("episode_*"))) < 4:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+        below = psutil.Process(pid).children(recursive=True)
+        ours = [one for one in below if "resource_tracker" not in " ".join(one.cmdline())]
+        found = {name: [one for one in ours if one.name().startswith(name)] for name in found}
+    assert list(map(len, found.values())) == [2, 2]
+    return found
+
+
+def has_ended(process):
+    """One that nobody has waited for has ended too."""
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.parametrize("name", ["vizdoom", "python"])
+def test_of_a_game_or_its_player_that_is_killed_one_line_tells_and_no_other_goes_on(name, tmp_path, capsys):
+    started = []
+
+    def kill_one():
+        found = playing_processes(os.getpid(), tmp_path)
+        started.extend(found["vizdoom"] + found["python"])
+        found[name][0].kill()
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    assert run("data_pipeline", VERBS, [*RECORDING, f"out={tmp_path}"]) == 2
+    killer.join()
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "was it killed" in said[0] and "Run the same command to go on" in said[0]
+    assert len(started) == 4 and all(map(has_ended, started))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_recorder_that_ends_leaves_no_game_behind(number, tmp_path):
+    line = [sys.executable, "-m", "data_pipeline", *RECORDING, f"out={tmp_path}"]
+    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as recorder:
+        found = playing_processes(recorder.pid, tmp_path)
+        started = found["vizdoom"] + found["python"]
+        os.kill(recorder.pid, number)
+        recorder.wait(10)
+    until = time.monotonic() + 20
+    while not all(map(has_ended, started)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert all(map(has_ended, started))
