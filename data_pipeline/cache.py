@@ -23,7 +23,7 @@ from typing import IO
 
 from configs.files import sha256_file, sync
 from data_pipeline import s3
-from data_pipeline.s3_errors import MissingBucket, bucket_and_key
+from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
 TRIES = 1000  # to have a spoilt copy for oneself: about a minute
@@ -105,11 +105,11 @@ def borrowed(url: str) -> Iterator[Path]:
 @contextmanager
 def copy_of(url: str, size: int, sha256: str) -> Iterator[Path]:
     """As `borrowed`, of a file of which size and SHA-256 are known: nothing is asked of the server where the copy is
-    there already. Raises ValueError in one line for other bytes."""
+    there already. Raises Damaged for other bytes."""
 
     def compare(copy: Path) -> None:
         if sha256_file(copy) != sha256:
-            raise ValueError(f"{url} is altered: its SHA-256 is not the manifest's; verify the set")
+            raise Damaged(url, "altered: its SHA-256 is not the manifest's")
 
     with _copied(url, sha256, size, compare) as copy:
         yield copy

@@ -22,6 +22,7 @@ from data_pipeline.s3_errors import (
     NO_ANSWER,
     NO_BUCKET,
     NOT_OFFERED,
+    Damaged,
     bucket_and_key,
     clean,
     error_code,
@@ -180,7 +181,7 @@ def download(url: str, local: Path) -> None:
                 raise OSError(f"cannot download {url}: {clean(error)}") from error
         time.sleep(pause_s(failed))
     local.unlink(missing_ok=True)
-    raise OSError(f"{url} is damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
+    raise Damaged(url, f"damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
 def upload(local: Path, url: str) -> None:

@@ -40,6 +40,14 @@ class NotOffered(OSError):
     """The server cannot do what is asked."""
 
 
+class Damaged(OSError):
+    """Other bytes lie at a url than should; `fault` says how, in a few words."""
+
+    def __init__(self, url: str, fault: str) -> None:
+        super().__init__(f"{url} is {fault}")
+        self.fault = fault
+
+
 def bucket_and_key(url: str) -> tuple[str, str]:
     """The two parts of `s3://bucket/key`; of a folder, which ends in `/`, the key may be empty.
 

@@ -3,12 +3,13 @@
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from data_pipeline import s3, storage
+from data_pipeline.s3_errors import Damaged
 from data_pipeline.shards import (
     Entry,
     Layout,
@@ -102,10 +103,9 @@ class Shards:
         """Where the shard can be read within the block. Raises ValueError for one that is not what it should be."""
         path, info = self.shards[shard]
         url = shard_url(path, info)
-        if len(self._faults[shard]) == TRIES:
-            raise self._error(shard, self._faults[shard][-1])
+        self._require_hope(shard)
         if self.copies and storage.is_s3(url):
-            with storage.copy_of(url, info.bytes, info.sha256) as copy:  # compares it too
+            with self._copied(shard, url, info) as copy:
                 yield str(copy)
             return
         if self.verify and shard not in self._whole:
@@ -116,6 +116,24 @@ class Shards:
             if error.filename is None and error.errno is not None:  # of a read, which does not say of what
                 raise OSError(error.errno, error.strerror, url) from error
             raise
+
+    @contextmanager
+    def _copied(self, shard: int, url: str, info: ShardInfo) -> Iterator[Path]:
+        """A copy of the shard on this machine, compared when it is made, by one of all readers."""
+        with ExitStack() as held:
+            with self._looking[shard]:
+                self._require_hope(shard)
+                try:
+                    copy = held.enter_context(storage.copy_of(url, info.bytes, info.sha256))
+                except Damaged as error:
+                    self._faults[shard].append(error.fault)
+                    raise self._error(shard, error.fault) from error
+            yield copy
+
+    def _require_hope(self, shard: int) -> None:
+        """Raises ValueError for a shard in which a fault was found often enough."""
+        if len(self._faults[shard]) == TRIES:
+            raise self._error(shard, self._faults[shard][-1])
 
     def _require_whole(self, shard: int, url: str, info: ShardInfo) -> None:
         """Compares the shard's SHA-256, once for all readers."""

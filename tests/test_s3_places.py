@@ -25,6 +25,8 @@ from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import READERS, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
+from data_pipeline.s3 import DOWNLOADS
+from data_pipeline.shard_set import TRIES
 from data_pipeline.shards import verify_set
 from data_pipeline.stream import LoaderConfig, Stream
 from model.official import WEIGHTS_NAME
@@ -110,15 +112,38 @@ def test_a_read_that_fails_once_is_tried_again_and_a_refusal_is_no_corruption(re
     assert always.met == 2
 
 
+def alter(shard: str) -> None:
+    data = bytearray(storage.read_bytes(shard))
+    data[3000] ^= 1
+    with storage.writing(shard) as part:
+        part.write_bytes(data)
+
+
 def test_other_bytes_under_a_shards_name_are_found_when_it_is_copied(s3, encoded) -> None:
     url = put(Path(encoded) / "train", "s3://worlds/changed")
-    data = bytearray(storage.read_bytes(f"{url}/shard-000001.tar"))
-    data[3000] ^= 1
-    with storage.writing(f"{url}/shard-000001.tar") as part:
-        part.write_bytes(data)
+    alter(f"{url}/shard-000001.tar")
     stream = Stream(f"{url}/manifest.json", 8, seed=1, loader=LoaderConfig(shuffle_shards=2))
-    with pytest.raises(ValueError, match=r"shard-000001.tar is altered"):
+    with pytest.raises(ValueError, match=r"shard-000001.tar: altered: .*; run python -m data_pipeline verify"):
         stream.batch_at(0)
+
+
+@pytest.mark.parametrize(("where", "gets_per_try"), [("in the bucket", 1), ("on its way", DOWNLOADS)])
+def test_a_damaged_shard_is_fetched_so_many_times_and_then_never_again(
+    where, gets_per_try, bucket_folder, encoded, proxy, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path / "cache"))
+    url = put(Path(encoded) / "train", bucket_folder)
+    if where == "in the bucket":
+        alter(f"{url}/shard-000001.tar")
+    else:
+        proxy.add(Fault("altered", "^GET .*shard-000001.tar"))
+    loader = LoaderConfig(shuffle_shards=2, on_corrupt="skip")
+    proxy.requests.clear()
+    with closing(Stream(f"{url}/manifest.json", 2, seed=1, workers=2, loader=loader).batches()) as batches:
+        skipped = [batch.skipped for batch in islice(batches, 16)]  # four epochs
+    assert sum(skipped) >= 8
+    gets = [one for one in proxy.requests if one.startswith("GET") and one.endswith("shard-000001.tar")]
+    assert len(gets) == TRIES * gets_per_try
 
 
 def test_the_bench_reads_a_set_in_a_bucket(remote_set, capsys) -> None:
