@@ -145,8 +145,7 @@ def _fill(url: str, folder: Path, lock: IO[str], sizes: Mapping[str, int], fetch
             continue
         if not _is_whole(folder, sizes):
             shutil.rmtree(folder, ignore_errors=True)  # spoilt: by who cleans disks, or a machine that lost its power
-            _make_room(sum(sizes.values()))
-            with _room_for(url, sum(sizes.values())), _filling(folder) as part:
+            with _room_for(url, sum(sizes.values())), _filling(folder, lock, sum(sizes.values())) as part:
                 fetch(part)
                 if not _is_whole(part, sizes):
                     raise OSError(f"{url} was changed while it was copied; run the command again")
@@ -178,12 +177,12 @@ def _room_for(url: str, size: int) -> Iterator[None]:
 
 
 @contextmanager
-def _filling(folder: Path) -> Iterator[Path]:
-    """A path for a folder that gets the name `folder` when the block ends well, and is deleted when it does not."""
+def _filling(folder: Path, lock: IO[str], needed: int) -> Iterator[Path]:
+    """An empty folder for `needed` bytes that gets the name `folder` when the block ends well, and is deleted when it
+    does not."""
     part = folder.with_suffix(".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
-    part.mkdir()
     try:
+        _reserve(part, lock, needed)
         yield part
         for path in part.rglob("*"):
             if path.is_file():
@@ -214,30 +213,57 @@ def _open_lock(folder: Path) -> IO[str]:
     return open(folder.with_suffix(".lock"), "a", encoding="utf-8")
 
 
-def _make_room(needed: int) -> None:
-    """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit and
-    what the disk has free."""
+def _reserve(part: Path, lock: IO[str], needed: int) -> None:
+    """Makes the folder `part` and room for `needed` bytes in it, which others count as taken from then on."""
     with open(root() / "copies" / ".lock", "a") as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
-        for part in (root() / "copies").glob("*.part"):
-            with _open_lock(part) as lock, suppress(BlockingIOError):  # somebody fills it
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        _make_room(needed)
+        lock.truncate(0)
+        lock.write(str(needed))
+        lock.flush()
+        part.mkdir()
+
+
+def _make_room(needed: int) -> None:
+    """Deletes copies that nobody reads, the longest unused first, until `needed` more bytes are within the limit and
+    what the disk has free, or there are no more of them: what running processes need comes before the limit."""
+    promised = _promised()
+    unwritten = sum(max(0, size - _bytes_of(folder.with_suffix(".part"))) for folder, size in promised.items())
+    copies = [lock.with_suffix("") for lock in (root() / "copies").glob("?*.lock")]
+    whole = {folder: _bytes_of(folder) for folder in copies if folder.is_dir()}
+    taken = sum({**promised, **whole}.values())  # one that has become whole meanwhile counts once
+    over = max(taken + needed - limit_bytes(), unwritten + needed - shutil.disk_usage(root()).free)
+    for folder in sorted(whole, key=lambda folder: folder.with_suffix(".lock").stat().st_mtime):
+        if over <= 0:
+            return
+        with _open_lock(folder) as lock, suppress(BlockingIOError):  # somebody reads it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            folder.rename(folder.with_suffix(".part"))  # killed in the middle, it is no copy any more
+            shutil.rmtree(folder.with_suffix(".part"))
+            over -= whole[folder]
+
+
+def _promised() -> dict[Path, int]:
+    """Copies that are being filled, and how many bytes each will have; what killed processes left is deleted."""
+    promised = {}
+    for part in (root() / "copies").glob("*.part"):
+        with _open_lock(part) as lock:
+            try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(part)  # of a process that was killed
-        copies = [lock.with_suffix("") for lock in (root() / "copies").glob("?*.lock")]
-        taken = {folder: _bytes_of(folder) for folder in copies if folder.is_dir()}
-        over = max(sum(taken.values()) + needed - limit_bytes(), needed - shutil.disk_usage(root()).free)
-        for folder in sorted(taken, key=lambda folder: folder.with_suffix(".lock").stat().st_mtime):
-            if over <= 0:
-                return
-            with _open_lock(folder) as lock, suppress(BlockingIOError):  # somebody reads it
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                folder.rename(folder.with_suffix(".part"))  # killed in the middle, it is no copy any more
-                shutil.rmtree(folder.with_suffix(".part"))
-                over -= taken[folder]
+                shutil.rmtree(part)
+            except BlockingIOError:  # somebody fills it
+                promised[part.with_suffix("")] = int(part.with_suffix(".lock").read_text() or 0)
+    return promised
 
 
 def _bytes_of(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    found = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):  # renamed just now, by who fills the folder
+                found += os.stat(os.path.join(place, name)).st_size
+    return found
 
 
 @contextmanager

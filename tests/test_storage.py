@@ -204,6 +204,59 @@ def test_copies_make_room_on_a_full_disk_though_they_may_take_more(bucket_folder
     assert [name for name, copy in copies.items() if copy.is_file()] == ["b", "c"]
 
 
+@pytest.mark.parametrize("scarce", ["the limit", "the disk"])
+def test_copies_that_are_being_filled_count_as_taken(scarce, own_cache, monkeypatch) -> None:
+    size, usage = 10_000, shutil.disk_usage(own_cache.parent)
+    if scarce == "the limit":
+        monkeypatch.setenv("WORLDLOOM_CACHE_GB", str(3 * size / 1e9))
+    else:
+        used = lambda: sum(path.stat().st_size for path in own_cache.rglob("a"))  # noqa: E731
+        monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=3 * size - used()))
+    peaks: list[int] = []
+    all_begun = threading.Barrier(3)
+    all_written = threading.Barrier(3, lambda: peaks.append(sum(path.stat().st_size for path in own_cache.rglob("a"))))
+
+    def want(name: str, at_once: bool) -> None:
+        def fetch(part: Path) -> None:
+            if at_once:
+                all_begun.wait(timeout=20)
+            (part / "a").write_bytes(bytes(size))
+            if at_once:
+                all_written.wait(timeout=20)
+
+        folder = cache.root() / "copies" / name
+        with cache._open_lock(folder) as lock:
+            cache._fill(f"s3://worlds/{name}", folder, lock, {"a": size}, fetch)
+
+    for name in ("old", "older"):
+        want(name, at_once=False)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(lambda name: want(name, at_once=True), "bcd"))
+    assert peaks == [3 * size] and sorted(path.name for path in own_cache.rglob("copies/?")) == ["b", "c", "d"]
+
+
+def test_what_running_processes_fill_comes_before_the_limit(own_cache, monkeypatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_CACHE_GB", "0.000003")
+    all_begun = threading.Barrier(8)
+
+    def want(name: str) -> bool:
+        def fetch(part: Path) -> None:
+            all_begun.wait(timeout=20)
+            (part / "a").write_bytes(bytes(1000))
+
+        folder = cache.root() / "copies" / name
+        with cache._open_lock(folder) as lock:
+            cache._fill(f"s3://worlds/{name}", folder, lock, {"a": 1000}, fetch)
+            return (folder / "a").is_file()
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(want, "abcdefgh"))
+    all_begun = threading.Barrier(1)
+    want("i")
+    kept = [path for path in own_cache.rglob("a") if path.is_file()]
+    assert len(kept) == 3, "within the limit again as soon as nobody reads the others"
+
+
 def test_a_copy_that_does_not_fit_is_one_line(bucket_folder, own_cache) -> None:
     url = storage.join(bucket_folder, "large")
     storage.write_text(url, "0" * 20_000)
