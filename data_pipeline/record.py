@@ -49,8 +49,11 @@ class RecordConfig:
     recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.frames < 2 or self.seed < 0:
-            raise ValueError("episodes must be at least 1, frames at least 2, seed at least 0")
+        if self.episodes < 1 or self.frames < 2 or self.seed < 0 or self.workers < 1:
+            raise ValueError(
+                "episodes must be at least 1, frames at least 2, seed at least 0, workers at least 1; not "
+                f"{self.episodes}, {self.frames}, {self.seed}, {self.workers}"
+            )
         if TICS_PER_S % self.game.fps:
             raise ValueError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"

@@ -108,6 +108,8 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
         ("recorder.scenario=nowhere.wad", "no scenario nowhere.wad"),
         ("frmes=3", "did you mean 'frames'"),
         ("episodes=0", "episodes must be at least 1"),
+        ("workers=0", "workers at least 1; not 1, 105, 0, 0"),
+        ("workers=-1", "workers at least 1; not 1, 105, 0, -1"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(word, message, tmp_path, capsys):
