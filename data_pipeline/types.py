@@ -78,6 +78,10 @@ class GameConfig:
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
+        if not 0 < self.fps < float("inf") or self.height < 1 or self.width < 1:
+            raise ValueError(
+                f"{self.name}: fps={self.fps:g}, height={self.height} and width={self.width} must be positive numbers"
+            )
         if self.inputs.fps is not None and self.inputs.fps < self.fps:
             raise ValueError(
                 f"{self.name}: inputs.fps={self.inputs.fps:g} must be at least the game's {self.fps:g}: frames can be "

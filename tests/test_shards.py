@@ -245,6 +245,10 @@ FAULTS = {
     "frames that are no latents": (["layout=continuous", "clip_frames=16"], "1 + 4k frames"),
     "clips longer than the episodes": (["clip_frames=90"], "none of the 4 train episodes"),
     "nothing held out": (["heldout_every=7"], "hold out none"),
+    "no fps": (["game.fps=0"], "tiny: fps=0, height=32 and width=48 must be positive"),
+    "a negative fps": (["game.fps=-17.5"], "must be positive"),
+    "no height": (["game.height=0"], "must be positive"),
+    "a negative width": (["game.width=-16"], "must be positive"),
     "another fps": (["game.fps=30"], "episode.json says 17.5 fps"),
     "another mouse unit": (["game.action_space.mouse_unit_deg=1.0"], "mouse unit 3 deg"),
 }
