@@ -23,6 +23,7 @@ from data_pipeline.s3_errors import (
     NO_BUCKET,
     NOT_OFFERED,
     Damaged,
+    NotOffered,
     bucket_and_key,
     clean,
     error_code,
@@ -193,7 +194,7 @@ def upload(local: Path, url: str) -> None:
     if size <= PART_BYTES:
         put(url, local.read_bytes())
         return
-    with suppress(OSError):  # not everybody who may write may list; then they stay
+    with suppress(OSError):  # they can wait
         abort_uploads(url, ABANDONED_S)
     with named_errors(url):
         try:
@@ -288,9 +289,12 @@ def list_objects(folder: str, delimiter: str = "") -> Iterator[Listed]:
 
 
 def abort_uploads(url: str, older_s: float) -> None:
-    """Ends unfinished uploads begun more than `older_s` ago: those to `url`, or below it if it ends in `/`."""
+    """Ends unfinished uploads begun more than `older_s` ago: those to `url`, or below it if it ends in `/`.
+
+    They stay where the server does not list them, or not to whoever asks: not everybody who may write may list.
+    """
     bucket, prefix = bucket_and_key(url)
-    with named_errors(url):
+    with suppress(PermissionError, NotOffered), named_errors(url):
         for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
             for one in page.get("Uploads", ()):
                 meant = url.endswith("/") or one["Key"] == prefix

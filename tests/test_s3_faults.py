@@ -261,6 +261,19 @@ def test_an_upload_that_fails_takes_its_parts_back(bucket_folder, proxy, few_att
     assert unfinished_uploads(*s3_parts(bucket_folder)) == [] and not storage.exists(url)
 
 
+@pytest.mark.parametrize("kind", ["refused", "not offered"])
+def test_uploads_that_may_not_be_listed_stay_and_stop_nobody(bucket_folder, proxy, few_attempts, kind) -> None:
+    bucket, prefix = s3_parts(bucket_folder)
+    s3.client().create_multipart_upload(Bucket=bucket, Key=f"{prefix}a")
+    unlisted = proxy.add(Fault(kind, "^GET .*[?&]uploads"))
+    storage.remove_unfinished(bucket_folder)
+    assert unlisted.met
+    proxy.faults.clear()
+    unaborted = proxy.add(Fault("refused", "^DELETE .*[?&]uploadId"))
+    storage.remove_unfinished(bucket_folder)
+    assert unaborted.met and unfinished_uploads(bucket, prefix) == [f"{prefix}a"]
+
+
 def test_a_writer_that_is_killed_leaves_no_half_file_and_no_parts(bucket_folder, proxy) -> None:
     url = storage.join(bucket_folder, "large.bin")
     storage.write_text(url, "as it was")
