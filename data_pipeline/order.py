@@ -45,11 +45,15 @@ class Order:
         epoch, place = divmod(sample, self.clips_per_epoch)
         return epoch, int(self.epoch(epoch).groups[place])
 
-    def shards_of(self, epoch: int, group: int) -> list[int]:
-        """The shards of a group in the order of their first use; none if there is no such group in the epoch."""
+    def shards_after(self, epoch: int, group: int, batch: int, rank: int, world: int) -> list[int]:
+        """The shards that the rank needs in the group after this one, in the order of their first use by it."""
         found = self.epoch(epoch)
-        shards = self._shard_of[found.clips[found.groups == group]]
-        return shards[np.sort(np.unique(shards, return_index=True)[1])].tolist()
+        ended = int(np.searchsorted(found.groups, group, side="right"))
+        epoch, group = self.group(epoch * self.clips_per_epoch + ended)  # the next epoch's first, after the last
+        found = self.epoch(epoch)
+        places = np.flatnonzero(found.groups == group)
+        mine = (epoch * self.clips_per_epoch + places) // batch % world == rank
+        return list(dict.fromkeys(self._shard_of[found.clips[places[mine]]].tolist()))
 
     def _epoch(self, epoch: int) -> Epoch:
         clips = np.concatenate([self._due(i, epoch) for i in range(len(self._sets))])

@@ -54,10 +54,10 @@ class Reader:
 
 
 class Fetching:
-    """Copies the shards of the group after the one in use to this machine, one after the other."""
+    """Copies the shards that a rank needs of the group after the one in use to this machine, one after the other."""
 
-    def __init__(self, order: Order, shards: Shards) -> None:
-        self.order, self.shards = order, shards
+    def __init__(self, order: Order, shards: Shards, batch: int, rank: int, world: int) -> None:
+        self.order, self.shards, self._dealt = order, shards, (batch, rank, world)
         self._pool, self._stopped = ThreadPoolExecutor(1, thread_name_prefix="fetching"), False
         self._group: tuple[int, int] | None = None
         self._done: Future[None] | None = None
@@ -72,7 +72,7 @@ class Fetching:
             self._done = self._pool.submit(self._fetch_after, *group)
 
     def _fetch_after(self, epoch: int, group: int) -> None:
-        for shard in self.order.shards_of(epoch, group + 1) or self.order.shards_of(epoch + 1, 0):
+        for shard in self.order.shards_after(epoch, group, *self._dealt):
             if self._stopped:
                 return
             try:

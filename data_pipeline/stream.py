@@ -142,7 +142,7 @@ class Stream:
             return
         lanes = range(start, start + self.workers)
         readers = [Reader(self.batch_at, count(lane, self.workers), -(-ahead // self.workers)) for lane in lanes]
-        fetching = Fetching(self.order, self.shards)
+        fetching = Fetching(self.order, self.shards, self.batch, self.rank, self.world)
         try:
             for step in count(start):
                 fetching.at(self.first_sample(step))

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
@@ -40,8 +40,26 @@ def test_a_group_needs_no_more_shards_than_asked_for_and_uses_them_up():
     used = [shard_of[epoch.clips[epoch.groups == group]] for group in range(4)]
     assert [len(set(group.tolist())) for group in used] == [3, 3, 3, 1]
     assert (np.diff(epoch.groups) >= 0).all() and sorted({s for g in used for s in g.tolist()}) == list(range(10))
-    assert found.shards_of(2, 1) == list(dict.fromkeys(used[1].tolist())) and found.shards_of(2, 4) == []
+    after_the_first, after_the_last = (found.shards_after(2, group, 1, 0, 1) for group in (0, 3))
+    assert after_the_first == list(dict.fromkeys(used[1].tolist()))
+    assert after_the_last == list(dict.fromkeys(shard_of[found.epoch(3).clips[found.epoch(3).groups == 0]].tolist()))
     assert any((np.diff(group) != 0).sum() > 3 for group in used), "clips of a group's shards come mixed"
+
+
+@pytest.mark.parametrize(("batch", "world"), [(1, 1), (1, 4), (3, 2), (2, 7), (25, 3)])
+@pytest.mark.parametrize(("sets", "weights"), [([[5] * 10], [1.0]), ([[4, 1, 7, 2, 2], [9, 3]], [1.3, 0.1])])
+def test_a_rank_fetches_the_shards_of_the_next_group_that_its_samples_lie_in(batch, world, sets, weights):
+    found = order(sets, weights, shuffle_shards=2)
+    shard_of = np.repeat(np.arange(sum(map(len, sets))), [clips for shards in sets for clips in shards])
+    samples = range(4 * found.clips_per_epoch)
+    groups = list(dict.fromkeys(map(found.group, samples)))
+    for rank in range(world):
+        steps = range(len(samples) // (batch * world) + 1)
+        mine = [(step * world + rank) * batch + i for step in steps for i in range(batch)]
+        read = [(found.group(sample), int(shard_of[found.clip(sample)])) for sample in mine]
+        for group, following in pairwise(groups[:-1]):  # the last one is not read to its end
+            needed = list(dict.fromkeys(shard for where, shard in read if where == following))
+            assert found.shards_after(*group, batch, rank, world) == needed, (rank, following)
 
 
 def test_a_weight_is_how_often_a_clip_comes_per_epoch():
