@@ -131,7 +131,10 @@ def count_clips(config: EncodeConfig, episodes: Sequence[Episode]) -> int:
 
 
 def _fingerprint(episode: Episode) -> str:
-    """Frames and a hash of the actions: tells a recording that was made anew from the one that was encoded."""
+    """Frames and a hash of the actions: tells a recording that was made anew from the one that was encoded.
+
+    It does not tell a video that was encoded anew: to plan, no picture is read.
+    """
     digest = hashlib.sha256(episode.actions.keyboard.tobytes() + episode.actions.mouse.tobytes())
     return f"{len(episode.actions)} frames {digest.hexdigest()[:12]}"
 
