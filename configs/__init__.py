@@ -26,13 +26,13 @@ def load_config(cls: type[T], words: Sequence[str]) -> T:
     return build(cls, merge_words(words))
 
 
-def merge_words(words: Sequence[str]) -> dict[str, Any]:
-    """YAML files and `key=value` words merged into one plain dict, interpolations resolved."""
+def merge_words(words: Sequence[str], resolve: bool = True) -> dict[str, Any]:
+    """YAML files and `key=value` words merged into one plain dict, interpolations resolved or left as they stand."""
     merged = OmegaConf.create()
     for word in words:
         merged.merge_with(_read_word(word))
     try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=True))
+        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=resolve))
     except OmegaConfBaseException as error:
         raise ValueError(f"a value refers to something that is not there: {error}") from error
 

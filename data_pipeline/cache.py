@@ -5,13 +5,11 @@ run up to `$WORLDLOOM_CACHE_GB` (50), the longest unused going first; those that
 """
 
 import atexit
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import random
-import shlex
 import shutil
 import tempfile
 import time
@@ -21,13 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
-from configs.files import sha256_file, sync
+from configs.files import NO_ROOM, sha256_file, sync
 from data_pipeline import s3
 from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
 TRIES = 1000  # to have a spoilt copy for oneself: about a minute
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
 
@@ -48,12 +45,6 @@ def root() -> Path:
 def run_folder(url: str) -> Path:
     """Where the run at the s3 `url` keeps on this machine what it appends to."""
     return root() / "runs" / url.removeprefix("s3://").rstrip("/")
-
-
-def run_folder_in_shell(url: str) -> str:
-    """The same in the words of a shell on another machine."""
-    place = shlex.quote(url.removeprefix("s3://").rstrip("/"))
-    return f'"${{WORLDLOOM_CACHE:-$HOME/.cache/worldloom}}"/runs/{place}'
 
 
 def limit_bytes() -> int:

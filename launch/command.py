@@ -47,7 +47,8 @@ def accelerate_words(
 
 def environment(machine: MachineConfig) -> dict[str, str]:
     """Of every process."""
-    cpu = {"DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+    # A machine with GPUs that is to use its CPU must not see them: torch would take them.
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     return {**(cpu if machine.device == "cpu" else {}), "TOKENIZERS_PARALLELISM": "false", **machine.env}
 
 

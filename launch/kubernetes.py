@@ -58,7 +58,8 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
             "completionMode": "Indexed",
             "completions": machine.nodes,
             "parallelism": machine.nodes,
-            "backoffLimit": 100 if task.out else 0,
+            # Every pod of a run ends when one crashes, and each is counted.
+            "backoffLimit": machine.nodes * machine.max_restarts if task.out else 0,
             **({"podFailurePolicy": {"rules": _RULES}} if task.out else {}),
             "template": {"metadata": {"labels": labels}, "spec": pod},
         },
@@ -74,6 +75,7 @@ status=$?
 case "$(cat "${ENDED}")" in {shlex.quote(ASKED)}) exit 75 ;; {FAULT}) exit 2 ;; *) exit "$status" ;; esac"""
 _RULES = [
     {"action": "FailJob", "onExitCodes": {"containerName": "main", "operator": "In", "values": [2]}},
+    {"action": "Ignore", "onExitCodes": {"containerName": "main", "operator": "In", "values": [75]}},  # all have saved
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained, not counted
 ]
 _WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
@@ -86,5 +88,5 @@ def _limits(machine: MachineConfig) -> dict[str, str]:
 
 
 def kubernetes_text(machine: MachineConfig, task: Task) -> str:
-    """For `kubectl apply -f`: JSON, which is YAML too, one document after the other."""
+    """For `kubectl create -f`: JSON, which is YAML too, one document after the other."""
     return "\n---\n".join(json.dumps(one, indent=2) for one in manifests(machine, task)) + "\n"

@@ -41,7 +41,7 @@ class Launch:
 def read_launch(words: Sequence[str]) -> Launch:
     """Splits the words into the machine's and the run's. What a machine's file says of the run counts more than the
     run's own files, and less than the words after them. Raises ValueError in one line."""
-    words = sorted(words, key=lambda word: 2 if "=" in word else int("machine" in merge_words([word])))
+    words = sorted(words, key=lambda word: 2 if "=" in word else int("machine" in merge_words([word], False)))
     merged = merge_words(words)
     if "machine" not in merged:
         raise ValueError("no machine: begin with a file of configs/machines")
@@ -56,7 +56,7 @@ def _of_training(word: str) -> list[str]:
     """What the training program is told of a word: not the launch's own, nor a machine's file but for its settings."""
     if "=" in word:
         return [] if word.partition("=")[0].partition(".")[0] in OWN else [word]
-    held = merge_words([word])
+    held = merge_words([word], resolve=False)  # a value may refer to another file's
     if "machine" not in held:
         return [word]
     others = flat({key: value for key, value in held.items() if key not in OWN})
@@ -66,7 +66,7 @@ def _of_training(word: str) -> list[str]:
 def _setting(name: str, value: Any) -> str:
     """`name=value` that is read as just that: quoted where a bare word would become a number, a bool or nothing."""
     bare = f"{name}={value}"
-    return bare if flat(merge_words([bare])) == {name: value} else f"{name}={json.dumps(value)}"
+    return bare if flat(merge_words([bare], resolve=False)) == {name: value} else f"{name}={json.dumps(value)}"
 
 
 def launch(words: list[str]) -> int:
@@ -74,8 +74,17 @@ def launch(words: list[str]) -> int:
     given = read_launch(words)
     from train.check import check_run  # torch takes a second, and a mistyped word should not
 
-    check_run(given.train, given.machine.ranks)
     machine = given.machine
+    try:
+        check_run(given.train, machine.ranks)
+    except FileNotFoundError as error:
+        kube = machine.kubernetes
+        if machine.kind != "kubernetes" or not kube.volume_claim or Path(kube.mount).is_dir():
+            raise
+        raise FileNotFoundError(
+            f"{error} (this machine has no {kube.mount}, where the pods' volume is: start the run where it is mounted, "
+            "or use s3:// urls)"
+        ) from error
     if machine.kind == "local":
         line = accelerate_words(machine, given.train.engine, given.words)
         env = environment(machine)
@@ -85,14 +94,28 @@ def launch(words: list[str]) -> int:
 
 
 def train_task(given: Launch) -> Task:
-    """The run, for a scheduler. Raises ValueError in one line if what it writes would go with a pod."""
+    """The run, for a scheduler. Raises ValueError in one line if what it writes would go with a pod or container."""
     kube, run = given.machine.kubernetes, given.train.checkpoints
     kept = is_s3(run) or (kube.volume_claim is not None and Path(run).is_relative_to(kube.mount))
     if given.machine.kind == "kubernetes" and not kept:
         where = f"under {kube.mount}" if kube.volume_claim else "there after machine.kubernetes.volume_claim= is given"
         raise ValueError(f"out={run} ends with its pod: a place that stays is {where}, or an s3:// url")
+    slurm = given.machine.slurm
+    if given.machine.kind == "slurm" and slurm.container:
+        for name, place in (("out", run), ("machine.slurm.logs", slurm.logs)):
+            if not is_s3(place) and not any(Path(place).is_relative_to(mount) for mount in _same_inside(slurm.mounts)):
+                raise ValueError(
+                    f"{name}={place} ends with its container: give an absolute path under one of "
+                    "machine.slurm.mounts=/path:/path, with the same path inside and outside"
+                )
     line = partial(accelerate_words, given.machine, given.train.engine, given.words)
     return Task(given.machine.name, line, out=given.train.out)
+
+
+def _same_inside(mounts: str | None) -> list[str]:
+    """Those of `--container-mounts` that have their own path in the container too."""
+    places = [mount.split(":") for mount in (mounts or "").split(",") if mount]
+    return [place[0] for place in places if place[0].startswith("/") and place[:2] in (place[:1], place[:1] * 2)]
 
 
 def supervise(line: Sequence[str], env: dict[str, str], restarts: int) -> int:

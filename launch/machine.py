@@ -1,5 +1,6 @@
 """What a run is put on: one machine or many, by hand, through Slurm or Kubernetes."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,6 +53,10 @@ class MachineConfig:
     kubernetes: KubernetesConfig = KubernetesConfig()
 
     def __post_init__(self) -> None:
+        if self.kind == "kubernetes" and not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
+            raise ValueError(
+                f"machine.name={self.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter first"
+            )
         least = min(self.nodes, self.processes, self.grace_s, self.max_restarts + 1)
         if least < 1 or not 0 <= self.node_rank < self.nodes:
             raise ValueError(

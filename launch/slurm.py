@@ -3,11 +3,9 @@
 import math
 import shlex
 
-from data_pipeline.cache import run_folder_in_shell
-from data_pipeline.storage import is_s3
 from launch.command import Task, environment, shell_line
 from launch.machine import MachineConfig
-from train.config import ENDED, FAULT, STOPPED
+from train.config import ASKED, ENDED, FAULT
 
 
 def slurm_script(machine: MachineConfig, task: Task) -> str:
@@ -32,7 +30,9 @@ def slurm_script(machine: MachineConfig, task: Task) -> str:
     container = ["--container-image", slurm.container] if slurm.container else []
     container += ["--container-mounts", slurm.mounts] if slurm.mounts else []
     # A training run without one of its nodes is none; what runs once is to say what it has found on the others.
-    step = shlex.join(["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *container, "bash", "-c"])
+    # What sbatch is told of CPUs does not reach the step since Slurm 22.05.
+    cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
+    step = shlex.join(["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *cpus, *container, "bash", "-c"])
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(machine).items())
     return f"""#!/bin/bash
 {chr(10).join(lines)}
@@ -44,10 +44,10 @@ HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export HEAD
 {slurm.setup}
 {_STAY if task.out else ""}
-{_before(task.out, slurm.logs) if task.out else ""}
+{_before(slurm.logs) if task.out else ""}
 {step} {shlex.quote(shell_line(task.line("$SLURM_NODEID", "$HEAD")))}
 status=$?
-{_again(task.out, machine.max_restarts) if task.out else ""}
+{_again(machine.max_restarts) if task.out else ""}
 exit "$status"
 """.replace("\n\n", "\n")
 
@@ -62,23 +62,18 @@ _SAVING = """\
 _STAY = "trap : TERM"
 
 
-def _stopped(out: str) -> str:
-    """The place of the file that says that a run was asked to stop, for a shell."""
-    return f"{run_folder_in_shell(out)}/{STOPPED}" if is_s3(out) else shlex.quote(f"{out}/{STOPPED}")
-
-
-def _before(out: str, logs: str) -> str:
+def _before(logs: str) -> str:
     return f"""\
 {ENDED}=$(realpath -m -- {shlex.quote(logs)})/ended_"$SLURM_JOB_ID"
 export {ENDED}
-rm -f {_stopped(out)} "${ENDED}"  # of the time before: they are to say how this one ends"""
+rm -f "${ENDED}"  # of the time before: it is to say how this one ends"""
 
 
-def _again(out: str, restarts: int) -> str:
+def _again(restarts: int) -> str:
     return f"""\
 ended=$(cat "${ENDED}" 2> /dev/null)
 rm -f "${ENDED}"
-if [ -e {_stopped(out)} ] ||
+if [ "$ended" = {shlex.quote(ASKED)} ] ||
   {{ [ "$status" -ne 0 ] && [ "$ended" != {FAULT} ] && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {restarts} ]; }}; then
   scontrol requeue "$SLURM_JOB_ID"
 fi"""

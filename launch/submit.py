@@ -21,11 +21,14 @@ def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool
     write_text(script, text)
     if machine.kind == "slurm":
         Path(machine.slurm.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
-    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "apply", "-f"]}[machine.kind]
+    command = {"slurm": ["sbatch"], "kubernetes": ["kubectl", "create", "-f"]}[machine.kind]
     print(shlex.join([*command, script]))
     try:
-        return subprocess.call([*command, script])
+        status = subprocess.call([*command, script])
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"{script} is written, but there is no {command[0]} on this machine; submit it where there is one"
         ) from error
+    if status and machine.kind == "kubernetes":  # a Job cannot be changed, and one of the same name may be there
+        raise ValueError(f"{script} was not taken; what is left of an earlier one goes by kubectl delete -f {script}")
+    return status

@@ -145,7 +145,7 @@ def test_a_warning_to_one_rank_saves_and_ends_all(train_words, uninterrupted, tm
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp_path, name: str) -> None:
-    settings = [*SETTINGS, "steps=2000", "engine.timeout_s=4", "checkpoint.every=1000"]
+    settings = [*SETTINGS, "steps=2000", "engine.timeout_s=10", "checkpoint.every=1000"]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
             [*COMMAND, *train_words, *settings, f"out={tmp_path}"], cwd=ROOT, stdout=log, stderr=log,
@@ -165,4 +165,4 @@ def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp
     said = next(line for line in (tmp_path / "log").read_text().splitlines() if "train run: rank 0 stops" in line)
     assert "missing: rank 1 (silent for" in said and "in step" in said, said
     assert "run_steps" in (tmp_path / "stacks_rank_00000.txt").read_text()
-    assert took_s < 30
+    assert took_s < 45

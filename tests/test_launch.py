@@ -1,5 +1,6 @@
 """Machine and words become the exact command, script or manifests, and a bad run is refused before it is queued."""
 
+import errno
 import os
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from tiny_training import ROOT, run
 
+from configs import load_config
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.command import TRAINERS, accelerate_words
@@ -18,7 +20,8 @@ from launch.kubernetes import manifests
 from launch.local import read_launch, supervise, train_task
 from launch.machine import MachineConfig
 from launch.slurm import slurm_script
-from train.config import EngineConfig
+from train.__main__ import needs_a_person
+from train.config import EngineConfig, TrainConfig
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 
@@ -114,7 +117,8 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
     given = [
         "machine.slurm.partition=gpu",
         "machine.slurm.container=/images/w.sqsh",
-        "machine.slurm.mounts=/data:/data",
+        f"machine.slurm.mounts=/data:/data,{tmp_path}:{tmp_path}:rw",
+        f"machine.slurm.logs={tmp_path}/logs",
     ]
     asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
     text = slurm_script(asked.machine, train_task(asked))
@@ -130,8 +134,8 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
         assert line in text.splitlines(), text
     srun = next(line for line in text.splitlines() if line.startswith("srun "))
     step = shlex.split(srun)
-    assert step[:6] == ["srun", "--kill-on-bad-exit=1", "--container-image", "/images/w.sqsh", "--container-mounts",
-                        "/data:/data"]  # fmt: skip
+    assert step[:3] == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=64"]
+    assert step[3:7] == ["--container-image", "/images/w.sqsh", "--container-mounts", asked.machine.slurm.mounts]
     shown = ["bash", "-c", step[-1].replace("exec accelerate", "printf '%s\\n' accelerate")]
     at = {"SLURM_NODEID": "3", "HEAD": "node17"}
     node = subprocess.run(shown, capture_output=True, text=True, env=at, check=True).stdout.splitlines()
@@ -169,11 +173,9 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit(SRUN_STATUS="1", SRUN_DOES=fault) == (1, False)
     assert not list((tmp_path / logs).iterdir())
     assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
-    out = Path(asked.train.out)
-    out.mkdir()
-    (out / "STOPPED").write_text("step 5\n")  # of the time before
+    (tmp_path / logs / "ended_7").write_text("asked to stop")  # of the time before
     assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="57") == (3, False)
-    assert submit(SRUN_DOES=f"touch {shlex.quote(f'{out}/STOPPED')}") == (0, True)
+    assert submit(SRUN_DOES='printf "asked to stop" > "$WORLDLOOM_ENDED"', SLURM_RESTART_COUNT="57") == (0, True)
 
 
 def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
@@ -185,7 +187,10 @@ def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
     pod = job["spec"]["template"]["spec"]
     container = pod["containers"][0]
-    assert job["spec"]["completions"] == 2 and container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    assert job["spec"]["completions"] == 2 and job["spec"]["backoffLimit"] == 2 * 3
+    ignored = [rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"][:2]]
+    assert ignored == [[2], [75]]  # a fault fails the Job, one that has saved is made anew
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
     assert {"name": "A", "value": "b"} in container["env"]
     assert "--main_process_ip worldloom-0.worldloom" in container["command"][-1]
     assert '--machine_rank "$JOB_COMPLETION_INDEX"' in container["command"][-1]
@@ -222,11 +227,39 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
     assert found["main_process_port"] in (None, wanted["main_process_port"])  # 29500 is Accelerate's own
 
 
+def test_a_value_may_refer_to_what_another_file_says(words, tmp_path) -> None:
+    machine, own = tmp_path / "machine.yaml", tmp_path / "own.yaml"
+    machine.write_text("machine: {device: cpu}\nwandb_project: on ${engine.name}\n")
+    own.write_text("engine: {name: ddp}\noptim: {warmup_steps: '${log_every}'}\n")
+    asked = read_launch([str(machine), *words, str(own)])
+    assert asked.train.wandb_project == "on ddp" and asked.train.optim.warmup_steps == asked.train.log_every
+    assert load_config(TrainConfig, asked.words) == asked.train
+
+
+NO_DISK = OSError("cannot write step_0000004")
+NO_DISK.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("error", "needed"),
+    [
+        (ValueError("a wrong word"), True), (FileNotFoundError("no manifest"), True), (PermissionError("no"), True),
+        (NO_DISK, True), (OSError(errno.EROFS, "read-only"), True), (OSError(errno.ESTALE, "stale"), False),
+        (OSError("the server gives no answer"), False), (ConnectionResetError(), False),
+    ],
+)  # fmt: skip
+def test_only_what_a_person_has_to_mend_keeps_a_run_from_being_started_again(error: Exception, needed: bool) -> None:
+    assert needs_a_person(error) == needed
+
+
 @pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
 def test_every_machine_takes_a_run(machine: Path, words, tmp_path, capsys) -> None:
     given = [f"machine.kubernetes.mount={tmp_path}", "machine.processes=1", "dry_run=true"]
     assert start(str(machine), *words, *given) == 0
     assert "accelerate launch" in capsys.readouterr().out
+
+
+CONTAINER = ("configs/machines/slurm.yaml", "machine.nodes=1", "machine.processes=1", "machine.slurm.container=w.sqsh")
 
 
 @pytest.mark.parametrize(
@@ -237,6 +270,13 @@ def test_every_machine_takes_a_run(machine: Path, words, tmp_path, capsys) -> No
         (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
         (["configs/machines/slurm.yaml"], "4 shards for 32 loader lanes"),
         (["configs/machines/kubernetes.yaml", "machine.processes=1"], "a place that stays is under /data"),
+        (["configs/machines/kubernetes.yaml", "machine.name=My_Run"], "machine.name=My_Run: Kubernetes takes"),
+        (
+            ["configs/machines/kubernetes.yaml", "machine.kubernetes.mount=/nowhere", "manifest=/nowhere/m.json"],
+            "this machine has no /nowhere, where the pods' volume is",
+        ),
+        ([*CONTAINER, "machine.slurm.mounts=/data:/data"], "ends with its container"),
+        ([*CONTAINER], "ends with its container"),
         (["configs/machines/eight_gpus.yaml", "machine.nodes=2"], "machine.host"),
         (["configs/machines/eight_gpus.yaml", "machine.processes=0"], "must be 1 or more"),
         ([], "configs/machines"),

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from train.check import check_run
 from train.checkpoint import consolidate
 from train.config import STOPPED, TrainConfig
 from train.run_folder import pull, push, sole_run, with_local_out
+from train.watchdog import Watchdog
 
 SETTINGS = ["checkpoint.every=2", "engine.name=ddp"]  # else as the run `alone` on a disk
 
@@ -98,6 +100,17 @@ def test_a_last_checkpoint_that_cannot_be_uploaded_is_an_error(
 
 
 @pytest.mark.long
+def test_a_rank_whose_part_is_refused_costs_one_checkpoint_and_not_the_run(train_words, bucket_folder, proxy) -> None:
+    refused = proxy.add(Fault("refused", "^PUT .*step_0000004/trainer/rank_00001", times=1))
+    settings = ["engine.name=deepspeed", "batch=2", "engine.timeout_s=60", f"out={bucket_folder}"]
+    done = run([*launch("cpu_zero2", "-m", "train", processes=2), *train_words, *SETTINGS, *settings])
+    assert done.returncode == 0 and refused.met == 1, done.stderr
+    said = [line for line in done.stderr.splitlines() if f"cannot write {bucket_folder}/step_0000004: " in line]
+    assert len(said) == 2 and any("another rank could not write its part" in line for line in said), done.stderr
+    assert complete_steps(bucket_folder) == ["step_0000006", "step_0000008"]
+
+
+@pytest.mark.long
 def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_folder, tmp_path) -> None:
     """Machines that share nothing but the bucket: two processes, then one, then two."""
     for processes, steps in ((2, 4), (1, 6), (2, 8)):
@@ -151,6 +164,14 @@ def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_word
     words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
     with pytest.raises(ValueError, match=r"step_0000008 is there, and s3://.* holds no checkpoint; copy .* to it"):
         check_run(load_config(TrainConfig, words), ranks=1)
+
+
+def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
+    watchdog = Watchdog(Path(config.out), 3, 4, 60.0, config.checkpoints)
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "_exit", sys.exit)
+        watchdog._end(["rank 1"], "a test")
+    assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.checkpoints}/stacks_rank_00003.txt")
 
 
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:

@@ -1,5 +1,6 @@
 """`python -m train file.yaml ... key=value ...` trains; `engine`, `codec` and `consolidate` are verbs of their own."""
 
+import errno
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, first_is, run
+from configs.files import NO_ROOM
 
 
 def _train(words: list[str]) -> None:
@@ -18,13 +20,23 @@ def _train(words: list[str]) -> None:
     try:
         if train(words):
             _say_how_it_ended(ASKED)
-    except PERSONS_FAULTS:
-        _say_how_it_ended(FAULT)
+    except PERSONS_FAULTS as error:
+        if needs_a_person(error):
+            _say_how_it_ended(FAULT)
         # Every rank meets the same fault: rank 0 says it, and the launcher ends the others while they wait here.
         if os.environ.get("RANK", "0") != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
         raise
+
+
+def needs_a_person(error: BaseException) -> bool:
+    """Whether the same command would only meet the same fault again: a server or a disk may be back a little later."""
+    if not isinstance(error, OSError):
+        return True
+    told = isinstance(error, FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError)
+    cause = error.__cause__  # of those that say more
+    return told or error.errno in (*NO_ROOM, errno.EROFS) or (isinstance(cause, OSError) and needs_a_person(cause))
 
 
 def _say_how_it_ended(how: str) -> None:

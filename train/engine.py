@@ -79,6 +79,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
     backend, handlers = "gloo" if on_cpu else "nccl", list[Any]()
+    if not on_cpu and engine.name == "fsdp2" and engine.offload == "all":
+        backend = "cuda:nccl,cpu:gloo"  # its gradients lie on the CPU, and their norm is summed there
     if world > 1 or engine.name == "deepspeed":
         timeout = timedelta(seconds=engine.timeout_s)
         handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))

@@ -90,7 +90,8 @@ def train(words: list[str]) -> bool:
     stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s)
+    url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
+    watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s, url)
     with watchdog.watching(), memory(config), held_run_folder(config, rank):
         checked = agree(asked, checked, ranks)
         resumed, start = checked.resumed, checked.start
@@ -250,9 +251,15 @@ def save(run: Run, done: int, last: bool, log: Log) -> None:
     config, ranks, began = run.config, run.engine.accelerator.num_processes, time.perf_counter()
     run.watchdog.begins(done - 1, "saving")
     folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
-    run.saver.wait() if last else run.saver.check()
-    took = f"{time.perf_counter() - began:.1f} s"
-    log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
+    if last:  # no rank ends before it is there: if one is lost until then, all have to begin again
+        with run.watchdog.main_alone(done - 1, "writing the last checkpoint"):
+            run.saver.finish()
+        if not all(gather_objects(run.saver.fault is None)):
+            raise run.saver.fault or OSError(f"another rank cannot write {folder}, and says why")
+    run.saver.check()
+    if run.saver.fault is None:
+        took = f"{time.perf_counter() - began:.1f} s"
+        log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
 
 
 @contextmanager

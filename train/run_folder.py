@@ -98,6 +98,11 @@ def _locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             raise ValueError(f"{folder} is in use by the run of {file.read()}; choose another out=") from error
+        except OSError as error:
+            raise OSError(
+                f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
+                "or choose another out="
+            ) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

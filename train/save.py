@@ -1,12 +1,11 @@
 """Writing checkpoints: every rank its part, the main process what everyone reads, COMPLETE last."""
 
-import errno
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from configs import save_config
 from configs.cli import one_line
+from configs.files import NO_ROOM
 from data_pipeline import cache, storage
 from model.weights import save_weights
 from sampling.world_model import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps
@@ -34,6 +34,7 @@ from train.ema import Ema
 from train.engine import Engine, gather_objects
 from train.run_folder import as_asked, push
 from train.state import SavedState, checksums, collect_state
+from train.watchdog import own_store
 
 
 class Saver:
@@ -47,8 +48,9 @@ class Saver:
     def __init__(self, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig) -> None:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
         self.remote = storage.is_s3(config.checkpoints)
+        self.fault: BaseException | None = None  # of the newest save
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._store = own_store()
 
     @property
     def saving(self) -> bool:
@@ -62,13 +64,13 @@ class Saver:
         Raises OSError in one line when a disk does not take one. A server that does not is another matter: that is
         said on stderr, and the next checkpoint is another try.
         """
-        self._join()
+        self.finish()
         self.check()
-        self._error = None
+        self.fault = None
         folder = step_folder(self.config.checkpoints, position.step)
         if self.engine.accelerator.is_main_process:  # what a save that was killed, or failed, has left
             self._try(folder, lambda: storage.remove_folder(folder, COMPLETE))
-        if not all(gather_objects(self._error is None)):
+        if not all(gather_objects(self.fault is None)):
             self.check()
             return folder
         collected = self._collect()
@@ -88,16 +90,11 @@ class Saver:
 
     def check(self) -> None:
         """Raises the error of a save, if it had one; not that of a server that takes none, which has been said."""
-        if self._error is not None and not (self.remote and isinstance(self._error, OSError)):
-            raise self._error
+        if self.fault is not None and not (self.remote and isinstance(self.fault, OSError)):
+            raise self.fault
 
-    def wait(self) -> None:
-        """Until nothing is being written any more. Raises the error of the last save, if it had one."""
-        self._join()
-        if self._error is not None:
-            raise self._error
-
-    def _join(self) -> None:
+    def finish(self) -> None:
+        """Waits until nothing is being written any more."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -107,7 +104,7 @@ class Saver:
 
         def do() -> None:
             self._try(folder, work)
-            if self._error is None and self.engine.accelerator.is_main_process:
+            if self.fault is None and self.engine.accelerator.is_main_process:
                 tqdm.write(f"{folder}: written beside the training, in {time.perf_counter() - began:.1f} s")
 
         self._thread = threading.Thread(target=do, name="save")
@@ -118,17 +115,20 @@ class Saver:
         try:
             work()
         except OSError as error:
-            full = not self.remote or error.errno == errno.ENOSPC
+            full = not self.remote or error.errno in NO_ROOM
             remedy = "make room on the disk" if full else "the server may be back later"
-            self._error = OSError(
+            self.fault = OSError(
                 f"cannot write {folder}: {error.strerror or one_line(error)}; the checkpoint before it is whole: "
                 f"{remedy}, and the same command goes on from there"
             )
-            self._error.__cause__ = error
+            self.fault.__cause__ = error
             if self.remote:  # by any rank, at once: the run goes on
-                tqdm.write(f"train run: rank {self.engine.accelerator.process_index}: {self._error}", file=sys.stderr)
-        except BaseException as error:  # noqa: BLE001 - raised by `check` and `wait`
-            self._error = error
+                tqdm.write(f"train run: rank {self.engine.accelerator.process_index}: {self.fault}", file=sys.stderr)
+        except BaseException as error:  # noqa: BLE001 - raised by `check`, or by who has called `finish`
+            self.fault = error
+        if self.fault is not None and self._store is not None:
+            with suppress(RuntimeError):  # rank 0, who waits for this rank's part, has gone
+                self._store.set(_failed(folder), str(self.engine.accelerator.process_index))
 
     def _collect(self) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
         """This rank's part; nothing where another rank has the same."""
@@ -182,6 +182,8 @@ class Saver:
         patience = 2 * self.config.engine.timeout_s
         deadline = time.monotonic() + patience
         while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(folder)}):
+            if self._store is not None and self._store.check([_failed(storage.parent(folder))]):
+                raise OSError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
                 raise OSError(f"{', '.join(missing)} did not come in {patience:.0f} s")
             time.sleep(0.5 if self.remote else 0.01)
@@ -193,6 +195,11 @@ class Saver:
         return superseded(whole, self.config.checkpoint) + [
             name for name in unfinished if name.startswith(STEP_FOLDERS.rstrip("*"))
         ]
+
+
+def _failed(folder: str) -> str:
+    """The key of the store under which a rank says that it cannot write its part of the checkpoint `folder`."""
+    return f"worldloom/failed/{folder}"
 
 
 def superseded(whole: list[str], config: CheckpointConfig) -> list[str]:

@@ -15,14 +15,24 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from data_pipeline import storage
+
 BEAT_S = 0.5  # between two signs of life of a rank
 SILENT_S = 6 * BEAT_S  # after which a rank counts as gone
 WAITING_S = 30.0  # the same while rank 0 works alone, which may take it hours, or engine.timeout_s if that is less
+COPYING_S = 10.0  # that a rank which ends gives the copy of its stacks to a server
 NO_ANSWER = "rank 0's machine, which keeps the store, does not answer"
 STACKS = "stacks_rank_{rank:05d}.txt"  # in the run folder
 
 
 T = TypeVar("T")
+
+
+def own_store() -> dist.Store | None:
+    """The store of the process group, over a connection of its own; None where there is one process."""
+    if not dist.is_initialized():
+        return None
+    return distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
 
 
 class Watchdog:
@@ -31,12 +41,14 @@ class Watchdog:
 
     Signs of life go through the store of the process group: (how many so far, step, what the rank is doing). Whether a
     rank still gives them is seen by this one's own clock. The store may answer nothing at all, if the machine that
-    keeps it is cut off: only threads that nobody waits for ask it.
+    keeps it is cut off: only threads that nobody waits for ask it. It is asked over a connection of its own: torch
+    waits for peers on the other one, and what waits there lets nobody else ask.
     """
 
-    def __init__(self, folder: Path, rank: int, ranks: int, limit_s: float) -> None:
-        self.folder, self.rank, self.ranks, self.limit_s = folder, rank, ranks, limit_s
-        self.store = distributed_c10d._get_default_store() if dist.is_initialized() else None
+    def __init__(self, folder: Path, rank: int, ranks: int, limit_s: float, url: str = "") -> None:
+        """`url`: an s3:// place to which stacks are copied, since `folder` may go with its machine."""
+        self.folder, self.rank, self.ranks, self.limit_s, self.url = folder, rank, ranks, limit_s, url
+        self.store = own_store()
         self.doing, self.step, self.since = "starting", -1, time.monotonic()
         self._seen: dict[int, tuple[str, float]] = {}  # of each rank, its newest sign, and since when it is the newest
         self._done = threading.Event()
@@ -165,17 +177,19 @@ class Watchdog:
                 flush=True,
             )
             # In a thread that is not waited for: what hangs may be the very disk of the run folder.
-            writing = threading.Thread(target=_write_stacks, args=(path, error), daemon=True)
+            writing = threading.Thread(target=_write_stacks, args=(path, error, self.url), daemon=True)
             writing.start()
-            writing.join(SILENT_S)
+            writing.join(COPYING_S if self.url else SILENT_S)
         finally:
             os._exit(1)
 
 
-def _write_stacks(path: Path, error: str) -> None:
+def _write_stacks(path: Path, error: str, url: str) -> None:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
             file.write(error)
             file.flush()  # what follows goes past Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
+        if url:
+            storage.write_file(path, storage.join(url, path.name))
