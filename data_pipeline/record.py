@@ -3,11 +3,13 @@
 import importlib
 import json
 import os
+import struct
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ class RecorderConfig:
     """How ViZDoom is set up."""
 
     scenario: str = "deathmatch.wad"  # one of the package's scenarios
-    map: str = "map01"
+    map: str = "map01"  # of the scenario's own
     crf: int = 14  # H.264 quality, lower is better; small noisy pictures need a low one
 
 
@@ -141,7 +143,7 @@ def record_episodes(config: RecordConfig) -> Recorded:
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
     todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
     if todo:
-        import_vizdoom()
+        find_scenario(config.recorder)  # before any process is started
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
             playing(_record_share, shares) as players,
@@ -169,13 +171,40 @@ def import_vizdoom() -> Any:
         raise ValueError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
 
 
+def find_scenario(recorder: RecorderConfig) -> Path:
+    """The scenario's file. Raises ValueError if it lacks the map: the game would wait for ever, without a word."""
+    scenario = Path(import_vizdoom().scenarios_path) / recorder.scenario
+    if not scenario.is_file():
+        raise FileNotFoundError(f"ViZDoom has no scenario {recorder.scenario}")
+    maps = read_maps(scenario)
+    if recorder.map.upper() not in maps:
+        raise ValueError(
+            f"ViZDoom's {recorder.scenario} has no map {recorder.map.upper()}, but {', '.join(maps) or 'none'}"
+        )
+    return scenario
+
+
+def read_maps(wad: Path) -> list[str]:
+    """The names of a WAD's maps: the lumps before a THINGS (Doom's format) or a TEXTMAP (UDMF).
+
+    Raises ValueError for a file that is no WAD.
+    """
+    data = wad.read_bytes()
+    try:
+        kind, count, offset = struct.unpack_from("<4sii", data)
+        entries = [struct.unpack_from("<ii8s", data, offset + 16 * i) for i in range(count)]
+    except struct.error:
+        kind, entries = b"", []
+    if kind not in (b"IWAD", b"PWAD"):
+        raise ValueError(f"{wad} is no WAD, or a damaged one")
+    names = [name.partition(b"\0")[0].decode("latin-1").upper() for _, _, name in entries]
+    return [name for name, content in pairwise(names) if content in ("THINGS", "TEXTMAP")]
+
+
 @contextmanager
 def running_game(config: RecordConfig) -> Iterator[Any]:
     """A ViZDoom game without window, sound, monsters or weapon, with the depth buffer; closed at the end."""
-    vizdoom = import_vizdoom()
-    scenario = Path(vizdoom.scenarios_path) / config.recorder.scenario
-    if not scenario.is_file():
-        raise FileNotFoundError(f"ViZDoom has no scenario {config.recorder.scenario}")
+    vizdoom, scenario = import_vizdoom(), find_scenario(config.recorder)
     buttons = [*(BUTTONS[key] for key in config.game.action_space.keys), "LOOK_UP_DOWN_DELTA", "TURN_LEFT_RIGHT_DELTA"]
     with tempfile.TemporaryDirectory() as scratch:
         game = vizdoom.DoomGame()
