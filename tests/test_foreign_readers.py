@@ -31,8 +31,8 @@ from configs.cli import run
 from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.readers import READERS, Reader, find_recordings, read_game_frames
-from data_pipeline.readers.owl_control import Press, intervals_held
+from data_pipeline.readers import READERS, Reader, find_recordings, keys, owl_control, read_game_frames
+from data_pipeline.readers.owl_control import Press, find_presses, intervals_held, read_events
 from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
@@ -206,6 +206,59 @@ def test_a_press_counts_in_the_frames_that_it_fills_by_half_or_in_its_longest() 
         (5.0, 6.0, []),
     ]:
         assert intervals_held(Press("", "w", down, up), edges).tolist() == expected, (down, up)
+
+
+def test_every_input_that_can_be_bound_in_owl_control_is_delivered_for_some_code(tmp_path: Path) -> None:
+    codes = [(kind, code) for kind in ("KEYBOARD", "MOUSE_BUTTON") for code in range(256)]
+    write_owl(tmp_path, draw_play(5, 5), [(1.0, kind, [code, down]) for kind, code in codes for down in (True, False)])
+    delivered = {press.name for press in find_presses(list(read_events(tmp_path / "inputs.csv")))}
+    assert delivered >= owl_control.INPUTS
+    undelivered = keys.INPUTS - owl_control.INPUTS
+    assert undelivered == {"keypad_enter", "keypad_equal", "world_1", "f25", "mouse_6", "mouse_7", "mouse_8"}
+    for name in undelivered:
+        with pytest.raises(ValueError, match=f"no input '{name}'"):
+            read_all("owl_control", tmp_path, load_game("owl_control", tmp_path, f"game.inputs.keys.fire=[{name}]"))
+
+
+def write_odd_press(reader: str, folder: Path, code: int) -> None:
+    """Four frames; in the second, something is held that no usual game uses."""
+    play = draw_play(4, len(INPUTS[reader]))
+    play.keyboard[:] = 0
+    if reader == "owl_control":
+        rows = owl_rows(play)
+        begin = rows[1][0]
+        odd = [(begin + number / 60, "KEYBOARD", [code, number == 1]) for number in (1, 2)]
+        write_owl(folder, play, sorted([*rows, *odd], key=lambda row: row[0]))
+    else:
+        write_vpt(folder, "one", play)
+        lines = [json.loads(line) for line in (folder / "one.jsonl").read_text().splitlines()]
+        lines[1]["mouse"]["buttons"] = [code]
+        (folder / "one.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("reader", "code", "name", "key"),
+    [
+        ("owl_control", 219, "left_bracket", "fire"),
+        ("owl_control", 223, "code_223", "fire"),
+        ("vpt", 5, "mouse_6", "attack"),
+    ],
+)
+def test_an_input_that_holds_no_key_can_be_bound_as_the_refusal_advises(reader, code, name, key, tmp_path) -> None:
+    write_odd_press(reader, tmp_path / "source", code)
+    game = load_game(reader, tmp_path, "game.inputs.others=refuse")
+    with pytest.raises(ValueError, match=f"'{name}' holds no key .*; bind it in game.inputs.keys"):
+        read_all(reader, tmp_path / "source", game)
+    game = load_game(reader, tmp_path, "game.inputs.others=refuse", f"game.inputs.keys.{key}=[{name}]")
+    (episode,) = read_all(reader, tmp_path / "source", game)
+    assert episode.actions.keyboard[:, game.action_space.keys.index(key)].tolist() == [0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(("reader", "code", "name"), [("owl_control", 999, "code_999"), ("vpt", 8, "mouse_9")])
+def test_binding_is_not_advised_where_it_is_refused(reader, code, name, tmp_path) -> None:
+    write_odd_press(reader, tmp_path / "source", code)
+    with pytest.raises(ValueError, match=f"'{name}' holds no key of '[a-z_]+'; set game.inputs.others=drop"):
+        read_all(reader, tmp_path / "source", load_game(reader, tmp_path, "game.inputs.others=refuse"))
 
 
 def test_owl_control_leaves_out_what_was_not_logged(tmp_path: Path) -> None:

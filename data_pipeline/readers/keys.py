@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipeline.types import GameConfig
 
-MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", "mouse_4", "mouse_5")
+MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", *(f"mouse_{i}" for i in range(4, 9)))  # GLFW's
 # One name for a key whatever format it comes from: those of Minecraft and GLFW, with _ for the dot.
 NAMED_KEYS = (
     *("space", "enter", "tab", "escape", "backspace", "insert", "delete", "home", "end", "page_up", "page_down"),
@@ -28,6 +28,7 @@ class KeyMap:
 
     game: GameConfig
     places: dict[str, list[int]]  # of each input that holds something
+    known: Collection[str] | None  # inputs that can be bound; None: any
 
     def row(self, held: Iterable[str], where: str) -> np.ndarray:
         """The keyboard vector (k) of 0 and 1 while the inputs `held` are; `where` names file and row in errors."""
@@ -36,9 +37,9 @@ class KeyMap:
             if name in self.places:
                 vector[self.places[name]] = 1
             elif self.game.inputs.others == "refuse":
+                binding = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
                 raise ValueError(
-                    f"{where}: {name!r} holds no key of {self.game.name!r}; bind it in game.inputs.keys or set "
-                    "game.inputs.others=drop"
+                    f"{where}: {name!r} holds no key of {self.game.name!r}; {binding}set game.inputs.others=drop"
                 )
         return vector
 
@@ -59,7 +60,7 @@ def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> Ke
                     "[] is a key that nothing holds"
                 )
             places.setdefault(name, []).append(game.action_space.keys.index(key))
-    return KeyMap(game, places)
+    return KeyMap(game, places, known)
 
 
 def require_mouse_scale(game: GameConfig, where: str) -> None:

@@ -3,7 +3,8 @@
 `inputs.csv` (`timestamp,event_type,event_args`) has events, not states: unix seconds, a type and JSON arguments, as the
 recorder writes them. `KEYBOARD` [key, pressed], `MOUSE_BUTTON` [button, pressed], `MOUSE_MOVE` [dx, dy] in pixels (x to
 the right, y downwards), `START` and `END` with the keys that are held then, `VIDEO_START` and `VIDEO_END`, `FOCUS` and
-`UNFOCUS`; others are passed over. Keys and buttons are Windows' virtual-key codes.
+`UNFOCUS`; others are passed over. Keys and buttons are Windows' virtual-key codes; one that has no name here can be
+bound as `code_<number>`.
 
 Frame i is on the screen from its time in the video, counted from `VIDEO_START` (without one: `START`), to that of frame
 i + 1, and action i is what happened in that interval: the sum of the mouse's moves; a key is held in the frames half of
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_pipeline import storage
-from data_pipeline.readers.keys import INPUTS, bind_keys, mouse_rows, require_mouse_scale
+from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
@@ -52,8 +53,19 @@ KEYS = {
     0x0D: "enter",
     0x1B: "escape",
     0x20: "space",
+    0x2C: "print_screen",
     0x2D: "insert",
     0x2E: "delete",
+    0x5B: "left_win",
+    0x5C: "right_win",
+    0x5D: "menu",
+    0x6A: "keypad_multiply",
+    0x6B: "keypad_add",
+    0x6D: "keypad_subtract",
+    0x6E: "keypad_decimal",
+    0x6F: "keypad_divide",
+    0x90: "num_lock",
+    0x91: "scroll_lock",
     0xA4: "left_alt",
     0xA5: "right_alt",
     0xBA: "semicolon",
@@ -63,8 +75,14 @@ KEYS = {
     0xBE: "period",
     0xBF: "slash",
     0xC0: "grave_accent",
+    0xDB: "left_bracket",
+    0xDC: "backslash",
+    0xDD: "right_bracket",
     0xDE: "apostrophe",
+    0xE2: "world_2",
 }
+CODE = "code_{}"  # one without a name
+INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in range(256) if i not in KEYS)))
 
 
 class Event(NamedTuple):
@@ -209,12 +227,12 @@ def _changes(event: Event) -> list[tuple[str, bool]]:
         held = [(names, event.args.get(kind, [])) for names, kind in ((KEYS, "keyboard"), (BUTTONS, "mouse"))]
         if not all(isinstance(codes, list) and all(isinstance(code, int) for code in codes) for _, codes in held):
             raise ValueError(f"{event.where}: START has the arguments {event.args!r}; keyboard and mouse hold numbers")
-        return [(names.get(code, f"code_{code}"), True) for names, codes in held for code in codes]
+        return [(names.get(code, CODE.format(code)), True) for names, codes in held for code in codes]
     names = {"KEYBOARD": KEYS, "MOUSE_BUTTON": BUTTONS}.get(event.kind)
     if names is None:
         return []
     code, down = _pair(event, int)
-    return [(names.get(code, f"code_{code}"), bool(down))]
+    return [(names.get(code, CODE.format(code)), bool(down))]
 
 
 def _pair(event: Event, kind: Any) -> tuple[Any, Any]:

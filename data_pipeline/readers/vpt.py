@@ -6,8 +6,8 @@ i + 1: VPT's own loader reads one frame and one line at a time and pairs them as
 
 `mouse.dx`, `mouse.dy`: degrees = pixels x 360 / 2400 (its CAMERA_SCALER), x to the right and y downwards; here pitch,
 that comes first, is positive upwards. They stay fractions: VPT's own loader cut them to whole degrees (its issue 54).
-`mouse.buttons` 0, 1, 2: `mouse_left`, `mouse_right`, `mouse_middle`. In early recordings the left one is stuck from the
-first line on until it is pressed anew (same loader); until then it does not count.
+`mouse.buttons` 0 to 7: `mouse_left`, `mouse_right`, `mouse_middle`, `mouse_4` and so on. In early recordings the left
+one is stuck from the first line on until it is pressed anew (same loader); until then it does not count.
 `keyboard.keys`: `key.keyboard.left.shift` is `left_shift`, and so on.
 `isGuiOpen`: then the mouse moves a pointer, not the view; these frames are left out, so that an episode ends there and
 another begins behind. The same where `tick` leaves some out.
@@ -88,9 +88,7 @@ def read_ticks(log: Path) -> Iterator[Tick]:
         if not all(type(button) is int for button in buttons):  # a bool is none
             raise ValueError(f"{where}: buttons must be whole numbers, not {buttons!r}")
         attack_stuck = new_buttons == [0] if i == 0 else attack_stuck and 0 not in new_buttons
-        held = [
-            MOUSE_BUTTONS[button] if button in range(len(MOUSE_BUTTONS)) else f"mouse_{button}" for button in buttons
-        ]
+        held = [MOUSE_BUTTONS[i] if i in range(len(MOUSE_BUTTONS)) else f"mouse_{i + 1}" for i in buttons]
         held = [name for name in held if not (attack_stuck and name == MOUSE_BUTTONS[0])]
         held += [name_key(key) for key in read_list(keyboard, "keys", where)]
         dx, dy = (read_number(mouse.get(name), f"{where}: mouse.{name}") for name in ("dx", "dy"))
