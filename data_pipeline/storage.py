@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -94,6 +94,14 @@ def copy_of(url: str, size: int, sha256: str) -> AbstractContextManager[Path]:
 def size(url: str | Path) -> int:
     """Bytes of `url`. Raises FileNotFoundError if it is not there."""
     return s3.head(str(url)).bytes if is_s3(url) else Path(url).stat().st_size
+
+
+def version(url: str | Path) -> Hashable:
+    """What is another one once `url` is written anew. Raises FileNotFoundError if it is not there."""
+    if is_s3(url):
+        return s3.head(str(url)).etag
+    found = Path(url).stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def sha256(url: str | Path) -> str:

@@ -5,6 +5,7 @@ import shutil
 
 import av
 import numpy as np
+import psutil
 import pytest
 from tiny_recordings import FRAMES, draw_frames, write_recording
 
@@ -179,6 +180,24 @@ def test_a_span_of_a_video_is_what_decoding_all_of_it_gives(name, codec, options
     np.testing.assert_allclose(frame_times(tmp_path / name), np.arange(40) / 20, atol=1e-3)
     with pytest.raises(ValueError, match=f"{name} is truncated: 40 of 43"):
         list(read_frames(tmp_path / name, 38, 43))
+
+
+def test_a_video_that_is_cut_into_parts_is_read_through_once_and_not_for_each_part(tmp_path):
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "a.mp4", rng.integers(0, 256, (120, 96, 160, 3), dtype=np.uint8), 10.0)
+    size, before = (tmp_path / "a.mp4").stat().st_size, psutil.Process().io_counters().read_chars
+    parts = [list(read_frames(tmp_path / "a.mp4", start, start + 2)) for start in range(5, 120, 5)]
+    assert size > 1 << 20 and sum(map(len, parts)) == 46
+    # Once to learn where the frames are; a part needs its ten frames between key frames, a twelfth, and a little more.
+    assert psutil.Process().io_counters().read_chars - before < 8 * size
+
+
+def test_a_video_that_is_written_anew_is_read_anew(tmp_path):
+    for shade in (50, 200):
+        write_video(tmp_path / "a.mp4", np.full((shade // 10, 32, 48, 3), shade, np.uint8), 10.0)
+        assert len(frame_times(tmp_path / "a.mp4")) == shade // 10
+        (frame,) = read_frames(tmp_path / "a.mp4", 3, 4)
+        assert abs(int(frame.mean()) - shade) < 5
 
 
 def test_a_video_without_times_is_read_whole_or_refused(tmp_path):

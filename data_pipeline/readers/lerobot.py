@@ -11,7 +11,7 @@ binds keys to components, which must then be 0 or 1; `game.inputs.axes` names th
 x, and `pitch_deg` and `yaw_deg` say how many degrees up and right one unit of them is.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from data_pipeline.readers.recording import (
 from data_pipeline.types import Actions, GameConfig
 from data_pipeline.video import frame_times
 
-INFO, EPISODES, ACTION = "meta/info.json", "meta/episodes", "action"
+INFO, EPISODES, ACTION, EPISODE = "meta/info.json", "meta/episodes", "action", "episode_index"
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ def find_recordings(source: str | Path) -> list[Recording]:
     """The episodes of the dataset `source`, by number; the parquet files in `meta/episodes` are read."""
     dataset = read_info(storage.path(source))
     files = [file for folder in list_folders(dataset.root / EPISODES) for file in list_files(folder, ".parquet")]
-    abouts = [about for file in files for about in read_rows(file, ("episode_index", "length", "data/", "videos/"))]
+    abouts = [about for file in files for about in read_rows(file, (EPISODE, "length", "data/", "videos/"))]
     if not abouts:
         raise ValueError(f"{dataset.root / EPISODES} lists no episodes")
-    abouts.sort(key=lambda about: about["episode_index"])
+    abouts.sort(key=lambda about: about[EPISODE])
     return [Recording(_name(about), partial(read_episode, dataset, about)) for about in abouts]
 
 
 def _name(about: Mapping[str, Any]) -> str:
-    return f"episode_{about['episode_index']:06d}"
+    return f"episode_{about[EPISODE]:06d}"
 
 
 def read_info(root: Path) -> Dataset:
@@ -111,8 +111,8 @@ def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -
     camera = dataset.camera(game.inputs.camera)
     table = _file(dataset, dataset.data_path, about, "data/")
     video = _file(dataset, dataset.video_path, about, f"videos/{camera}/", video_key=camera)
-    index = about["episode_index"]
-    rows = list(read_rows(table, (ACTION, "timestamp", "frame_index"), [("episode_index", "=", index)]))
+    index = about[EPISODE]
+    rows = read_rows(table, (ACTION, "timestamp", "frame_index"), index)
     if [row["frame_index"] for row in rows] != list(range(about["length"])):
         raise ValueError(
             f"{table}: episode {index} must have the rows frame_index 0 to {about['length'] - 1} in order; it has "
@@ -164,7 +164,7 @@ def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
 
     Raises ValueError if one of them is not in the video at its time, within a quarter of a frame.
     """
-    times = _frame_times(video)
+    times = frame_times(video)
     first = int(np.argmin(np.abs(times - shown[0])))
     found = np.full(len(shown), np.inf)
     part = times[first : first + len(shown)]
@@ -177,30 +177,38 @@ def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
     return first
 
 
-@lru_cache(maxsize=4)  # many episodes share a video
-def _frame_times(video: Path) -> np.ndarray:
-    return frame_times(video)
+def read_rows(path: Path, columns: Sequence[str], episode: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a parquet file as plain values: `columns`, and all that begin with those that end in a slash.
 
-
-def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> Iterator[dict[str, Any]]:
-    """The rows of a parquet file as plain values: `columns`, and all that begin with those that end in a slash."""
-    parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
-    arrow_error = import_extra("pyarrow", "LeRobot recordings").ArrowException
+    With `episode` only those of this one; the two files last read so are kept, since many episodes share one.
+    """
+    arrow, compute = (import_extra(name, "LeRobot recordings") for name in ("pyarrow", "pyarrow.compute"))
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     try:
-        with storage.opened(path) as file:
-            names = parquet.read_schema(file).names
-        wanted = [
-            name for name in names if name in columns or name.startswith(tuple(c for c in columns if c[-1] == "/"))
-        ]
-        missing = [name for name in columns if name not in wanted and name[-1] != "/"]
-        if missing:
-            raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-        with storage.opened(path) as file:
-            yield from parquet.read_table(file, columns=wanted, filters=filters).to_pylist()
-    except (OSError, arrow_error) as error:
+        if episode is None:
+            return _read_table(path, columns).to_pylist()
+        table = _kept_table(path, (*columns, EPISODE), storage.version(path))
+        return table.filter(compute.equal(table[EPISODE], episode)).to_pylist()
+    except (OSError, arrow.ArrowException) as error:
         raise ValueError(f"cannot read {path} ({error}); it is truncated or no parquet file") from error
+
+
+@lru_cache(maxsize=2)
+def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
+    return _read_table(path, columns)
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> Any:
+    parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
+    with storage.opened(path) as file:
+        names = parquet.read_schema(file).names
+    wanted = [name for name in names if name in columns or name.startswith(tuple(c for c in columns if c[-1] == "/"))]
+    missing = [name for name in columns if name not in wanted and name[-1] != "/"]
+    if missing:
+        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+    with storage.opened(path) as file:
+        return parquet.read_table(file, columns=wanted)
 
 
 def _file(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefix: str, **names: str) -> Path:
