@@ -283,6 +283,9 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
         storage.write_file(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
     one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words(config, game_yaml)], workers=2, rank=0)
+    until = time.monotonic() + 60
+    while not any(name.endswith(".claim") for name in storage.list_tree(config.out)):  # else the other may do it all
+        assert one.poll() is None and time.monotonic() < until
     other = start([sys.executable, "-m", "data_pipeline", *words(config, game_yaml)], workers=2, rank=1)
     assert (one.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
     theirs = files(encoded)
