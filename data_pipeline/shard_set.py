@@ -126,8 +126,7 @@ class Shards:
                 try:
                     copy = held.enter_context(storage.copy_of(url, info.bytes, info.sha256))
                 except Damaged as error:
-                    self._faults[shard].append(error.fault)
-                    raise self._error(shard, error.fault) from error
+                    raise self._found(shard, error.fault) from error
             yield copy
 
     def _require_hope(self, shard: int) -> None:
@@ -138,14 +137,17 @@ class Shards:
     def _require_whole(self, shard: int, url: str, info: ShardInfo) -> None:
         """Compares the shard's SHA-256, once for all readers."""
         with self._looking[shard]:
-            if shard not in self._whole and len(self._faults[shard]) < TRIES:
-                fault = find_fault(url, info)
-                if fault:
-                    self._faults[shard].append(fault)
-                else:
-                    self._whole.add(shard)
-            if shard not in self._whole:
-                raise self._error(shard, self._faults[shard][-1])
+            if shard in self._whole:
+                return
+            self._require_hope(shard)
+            if fault := find_fault(url, info):
+                raise self._found(shard, fault)
+            self._whole.add(shard)
+
+    def _found(self, shard: int, fault: str) -> ValueError:
+        """The error of a fault that was found just now, which is remembered."""
+        self._faults[shard].append(fault)
+        return self._error(shard, fault)
 
     def _error(self, shard: int, fault: str) -> ValueError:
         path, info = self.shards[shard]

@@ -68,7 +68,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
 def frame_times(path: str | Path) -> np.ndarray:
     """When each frame is shown, (n) seconds in ascending order, as the file says it; nothing is decoded."""
     try:
-        packets = _packets_of(storage.path(path), storage.version(path))
+        packets = _packets_of(path)
         return np.sort(packets.pts).astype(np.float64) * packets.unit_s
     except av.error.FFmpegError as error:
         raise _unreadable(path, error) from error
@@ -137,8 +137,12 @@ class _Packets(NamedTuple):
     unit_s: float
 
 
+def _packets_of(path: str | Path) -> _Packets:
+    return _kept_packets(storage.path(path), storage.version(path))
+
+
 @lru_cache(maxsize=16)  # what is cut into parts is read through once, and not for each part; 17 bytes a frame are kept
-def _packets_of(path: Path, version: Hashable) -> _Packets:
+def _kept_packets(path: Path, version: Hashable) -> _Packets:
     with _opened(path) as container:
         return _read_packets(container, _video_stream(container, path))
 
@@ -162,7 +166,7 @@ def _decode_from(
     if start == 0:
         yield from container.decode(stream)
         return
-    packets = _packets_of(storage.path(path), storage.version(path))
+    packets = _packets_of(path)
     if start >= len(packets.pts):
         return
     if "mp4" not in container.format.name or stream.frames < len(packets.pts):

@@ -29,9 +29,9 @@ def slurm_script(machine: MachineConfig, task: Task) -> str:
     lines.append("#SBATCH --requeue" if task.out else "#SBATCH --no-requeue")
     container = ["--container-image", slurm.container] if slurm.container else []
     container += ["--container-mounts", slurm.mounts] if slurm.mounts else []
-    # A training run without one of its nodes is none; what runs once is to say what it has found on the others.
     # What sbatch is told of CPUs does not reach the step since Slurm 22.05.
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
+    # A training run without one of its nodes is none; what runs once is to say what it has found on the others.
     step = shlex.join(["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *cpus, *container, "bash", "-c"])
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(machine).items())
     return f"""#!/bin/bash

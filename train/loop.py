@@ -256,8 +256,7 @@ def save(run: Run, done: int, last: bool, log: Log) -> None:
             run.saver.finish()
         if not all(gather_objects(run.saver.fault is None)):
             raise run.saver.fault or OSError(f"another rank cannot write {folder}, and says why")
-    run.saver.check()
-    if run.saver.fault is None:
+    if run.saver.fault is None:  # else it has been said, or `check` raises it
         took = f"{time.perf_counter() - began:.1f} s"
         log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
 

@@ -158,7 +158,7 @@ class Saver:
     def _finish(self, folder: str, position: Position, own: Path) -> None:
         """What the main process writes, when the parts of all ranks are there."""
         parts = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
-        self._wait_for(parts, storage.join(folder, TRAINER))
+        self._wait_for(parts, folder)
         where = {name: storage.join(folder, f"{TRAINER}/{name}") for name in parts} | {own.name: own}
         saved, specs = SavedState(where[name] for name in parts), weight_specs(self.world)
         for name, what in WEIGHTS.items():
@@ -179,10 +179,10 @@ class Saver:
 
     def _wait_for(self, parts: list[str], folder: str) -> None:
         # Twice: where nothing else goes on, the watchdog then has named who is gone.
-        patience = 2 * self.config.engine.timeout_s
+        patience, place = 2 * self.config.engine.timeout_s, storage.join(folder, TRAINER)
         deadline = time.monotonic() + patience
-        while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(folder)}):
-            if self._store is not None and self._store.check([_failed(storage.parent(folder))]):
+        while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(place)}):
+            if self._store is not None and self._store.check([_failed(folder)]):
                 raise OSError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
                 raise OSError(f"{', '.join(missing)} did not come in {patience:.0f} s")
