@@ -13,8 +13,17 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configs.files import write_text
+from configs.foreign import read_settings
 
 T = TypeVar("T")
+
+
+class MissingSettingError(ValueError):
+    """A required key that nobody gave."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"config key {key!r} is required: give {key}=...")
+        self.key = key
 
 
 def load_config(cls: type[T], words: Sequence[str]) -> T:
@@ -24,6 +33,24 @@ def load_config(cls: type[T], words: Sequence[str]) -> T:
     the wrong type, a required key that nobody gave.
     """
     return build(cls, merge_words(words))
+
+
+def load_file(cls: type[T], path: str | Path, words: Sequence[str] = ()) -> T:
+    """The dataclass `cls` from the YAML file `path` that a program wrote, in which nothing is resolved; the user's
+    `words` change its settings. Raises ValueError in one line that names the file."""
+    settings = OmegaConf.create(read_settings(path))
+    settings.merge_with(OmegaConf.create(merge_words(words)))
+    return build_from(cls, typing.cast(dict[str, Any], OmegaConf.to_container(settings)), path)
+
+
+def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
+    """As `build` of what `file` holds, which errors name."""
+    try:
+        return build(cls, values)
+    except MissingSettingError as error:
+        raise ValueError(f"{file} lacks {error.key!r}") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def merge_words(words: Sequence[str], resolve: bool = True) -> dict[str, Any]:
@@ -68,7 +95,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
             raise ValueError(f"unknown config key {where + str(key)!r}; {hint}")
     for field in fields(typing.cast(Any, cls)):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise ValueError(f"config key {where + field.name!r} is required: give {where}{field.name}=...")
+            raise MissingSettingError(where + field.name)
     return cls(**{key: _convert(hints[key], value, f"{where}{key}") for key, value in values.items()})
 
 

@@ -1,0 +1,112 @@
+"""Files of others: read as plain values, one line for a damaged one, and no name in them leads out of its folder."""
+
+import json
+import math
+import pickle
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
+DAMAGE = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
+    struct.error, zipfile.BadZipFile, pickle.UnpicklingError, yaml.YAMLError, OmegaConfBaseException,
+)  # fmt: skip
+SETTINGS_BYTES = 16 << 20  # of a file of settings; a larger one is none
+
+
+@contextmanager
+def reading(where: str | Path, remedy: str = "copy, download or write it again") -> Iterator[None]:
+    """The one place where a foreign file's damage becomes one line: whatever the block makes of its contents is a
+    ValueError that begins with `where`, its name. Errors that name it already, and of the disk, stay as they are."""
+    try:
+        yield
+    except DAMAGE as error:
+        if isinstance(error, ValueError) and str(where) in str(error):
+            raise
+        said = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} is damaged ({said or type(error).__name__}); {remedy}") from error
+
+
+def parse_json(text: str | bytes, where: str | Path) -> Any:
+    """Whatever the JSON `text` is, its numbers finite. Raises ValueError in one line that begins with `where`."""
+    try:
+        plain = bytes(text).decode("utf-8-sig") if isinstance(text, bytes | bytearray | memoryview) else text
+        return json.loads(plain, parse_constant=_finite, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+
+
+def parse_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
+    """The object that the JSON `text` is; see `parse_json`."""
+    loaded = parse_json(text, where)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{where} must hold keys and values at its top level")
+    return loaded
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no finite number")
+    return number
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The keys and values of a YAML file that a program wrote. Nothing in it is resolved: `${...}` could read this
+    machine's environment and put it where the file's author sees it. Raises ValueError in one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {path}")
+    if path.stat().st_size > SETTINGS_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
+    with reading(path):
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path} must hold keys and values at its top level")
+        for text in _texts(loaded):
+            if "${" in text:
+                found = text[text.index("${") :][:80]
+                raise ValueError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in keys and values, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.items():
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _texts(one)
+
+
+def require_inside(name: str, where: str | Path) -> str:
+    """`name`, if it is a plain relative path that stays in its folder. `where`, a folder or file, named it.
+
+    Raises ValueError for one that is absolute or empty, has a part `.`, `..` or none, a backslash or a control
+    character.
+    """
+    parts = name.split("/")
+    if any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c in "\\\x7f" for c in name):
+        raise ValueError(f"{where} names {name!r}, which is no file of a folder; it was not read or written")
+    return name
+
+
+def inside(folder: Path, name: str, where: str | Path | None = None) -> Path:
+    """The path of `name` in `folder`, where it also lies once links are followed. Raises as `require_inside`."""
+    path = folder / require_inside(name, where or folder)
+    if isinstance(folder, Path) and not path.resolve().is_relative_to(folder.resolve()):  # an s3:// path has no links
+        raise ValueError(
+            f"{where or folder} names {name!r}, which lies in {path.resolve()}; it was not read or written"
+        )
+    return path
