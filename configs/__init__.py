@@ -1,6 +1,8 @@
 """One way to tell a program what to do: YAML files and key=value words, later ones winning, into a frozen dataclass."""
 
 import difflib
+import math
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -9,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from configs.files import write_text
 from configs.foreign import read_settings
+from configs.words import as_mapping, as_sequence, merge_words, merged
 
 T = TypeVar("T")
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
+SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
 
 
 class MissingSettingError(ValueError):
@@ -38,9 +41,7 @@ def load_config(cls: type[T], words: Sequence[str]) -> T:
 def load_file(cls: type[T], path: str | Path, words: Sequence[str] = ()) -> T:
     """The dataclass `cls` from the YAML file `path` that a program wrote, in which nothing is resolved; the user's
     `words` change its settings. Raises ValueError in one line that names the file."""
-    settings = OmegaConf.create(read_settings(path))
-    settings.merge_with(OmegaConf.create(merge_words(words)))
-    return build_from(cls, typing.cast(dict[str, Any], OmegaConf.to_container(settings)), path)
+    return build_from(cls, merged(read_settings(path), merge_words(words)), path)
 
 
 def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
@@ -53,39 +54,11 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
         raise ValueError(f"{file}: {error}") from error
 
 
-def merge_words(words: Sequence[str], resolve: bool = True) -> dict[str, Any]:
-    """YAML files and `key=value` words merged into one plain dict, interpolations resolved or left as they stand."""
-    merged = OmegaConf.create()
-    for word in words:
-        merged.merge_with(_read_word(word))
-    try:
-        return typing.cast(dict[str, Any], OmegaConf.to_container(merged, resolve=resolve))
-    except OmegaConfBaseException as error:
-        raise ValueError(f"a value refers to something that is not there: {error}") from error
-
-
-def _read_word(word: str) -> Any:
-    key, equals, _ = word.partition("=")
-    if equals and not key.endswith((".yaml", ".yml")):
-        try:
-            return OmegaConf.from_dotlist([word])
-        except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise ValueError(f"cannot read the setting {word!r}: {' '.join(str(error).split())}") from error
-    if not word.endswith((".yaml", ".yml")):
-        raise ValueError(f"{word!r} is neither a YAML file nor key=value")
-    if not Path(word).is_file():
-        raise FileNotFoundError(f"no config file {word}")
-    try:
-        loaded = OmegaConf.load(word)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{word} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not OmegaConf.is_dict(loaded):
-        raise ValueError(f"{word} must hold keys and values at its top level")
-    return loaded
-
-
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """The dataclass `cls` (nested ones too) from plain `values`; `where` is the dotted path used in errors."""
+    """The dataclass `cls` (nested ones too) from plain `values`; `where` is the dotted path used in errors.
+
+    A value may be the text that stands for it in a word or in YAML. A setting whose type is a text takes it as it is.
+    """
     hints = typing.get_type_hints(cls)
     names = [field.name for field in fields(typing.cast(Any, cls)) if field.init]
     for key in values:
@@ -106,32 +79,35 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is Literal:
-        if value not in args:
+        if str(value) not in map(str, args):
             raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
-        return value
+        return next(one for one in args if str(one) == str(value))
     if is_dataclass(hint):
-        if not isinstance(value, Mapping):
+        settings = as_mapping(value)
+        if settings is None:
             raise ValueError(f"{where} holds settings of its own; {value!r} is none")
-        return build(typing.cast(type, hint), typing.cast(Mapping[str, Any], value), f"{where}.")
+        return build(typing.cast(type, hint), settings, f"{where}.")
     if origin is tuple or origin is list:
-        if not isinstance(value, Sequence) or isinstance(value, str):
+        many = as_sequence(value)
+        if many is None:
             raise ValueError(f"{where} must be a list, not {value!r}")
-        item_hints = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
-        if len(item_hints) != len(value):
-            raise ValueError(f"{where} needs {len(item_hints)} values, not {len(value)}")
+        item_hints = [args[0]] * len(many) if origin is list or args[-1] is Ellipsis else list(args)
+        if len(item_hints) != len(many):
+            raise ValueError(f"{where} needs {len(item_hints)} values, not {len(many)}")
         items = [
-            _convert(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(zip(item_hints, value, strict=True))
+            _convert(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(zip(item_hints, many, strict=True))
         ]
         return tuple(items) if origin is tuple else items
     if origin is dict:
-        if not isinstance(value, Mapping):
+        settings = as_mapping(value)
+        if settings is None:
             raise ValueError(f"{where} must be a mapping, not {value!r}")
-        return {str(key): _convert(args[1], one, f"{where}.{key}") for key, one in value.items()}
+        return {str(key): _convert(args[1], one, f"{where}.{key}") for key, one in settings.items()}
     return _convert_scalar(hint, value, where)
 
 
 def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and type(None) in args:
+    if type(None) in args and (value is None or value in ("~", "null", "Null", "NULL")):
         return None
     first_error: ValueError | None = None
     for option in (option for option in args if option is not type(None)):
@@ -144,18 +120,33 @@ def _convert_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 
 def _convert_scalar(hint: type, value: Any, where: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
-        try:
-            return float(value)
-        except ValueError:
-            pass
+    if isinstance(value, str) and hint is not str:
+        value = _meant(hint, value.strip())
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
+        value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where} must be of type {hint.__name__}, not {value!r}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{where} must be a number of at most 64 bits, not {value}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} must be a finite number, not {value}")
     return value
+
+
+def _meant(hint: type, text: str) -> Any:
+    """The value of type `hint` that `text` stands for, or the text itself if it stands for none."""
+    if hint is bool:
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            text.lower(), text
+        )
+    if not re.fullmatch(r"[-+]?[0-9._]*([eE][-+]?[0-9]+)?", text, re.ASCII) or len(text) > 400:
+        return text
+    try:
+        return int(text) if hint is int else float(text)
+    except ValueError:
+        return text
 
 
 def to_dict(config: Any) -> dict[str, Any]:

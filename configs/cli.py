@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from pathlib import Path
 
 # torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
 # by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
@@ -46,8 +47,8 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
 
 
 def _is_setting(word: str) -> bool:
-    """Whether it is a YAML file or key=value, as load_config takes them."""
-    return "=" in word or word.endswith((".yaml", ".yml"))
+    """Whether it is a YAML file or key=value, as load_config takes them; a path that is there is neither."""
+    return word.endswith((".yaml", ".yml")) or ("=" in word and not Path(word).exists())
 
 
 def first_is(name: str, verb: Verb) -> Verb:

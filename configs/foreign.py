@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from configs.plain_yaml import ForeignLoader
 
 # What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
 DAMAGE = (
@@ -68,14 +69,14 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > SETTINGS_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
     with reading(path):
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), ForeignLoader)
         if not isinstance(loaded, dict):
             raise ValueError(f"{path} must hold keys and values at its top level")
         for text in _texts(loaded):
             if "${" in text:
                 found = text[text.index("${") :][:80]
                 raise ValueError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
-    return {str(key): value for key, value in loaded.items()}
+    return loaded
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,14 +17,25 @@ from typing import Any
 
 import psutil
 
-from configs import build, flat, merge_words
+from configs import build, flat
+from configs.words import is_setting, merge_words
 from data_pipeline.storage import is_s3
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
 from launch.submit import submit
 from train.config import ENDED, FAULT, TrainConfig
 
-OWN = ("machine", "dry_run", "script")  # what the training program does not get
+
+@dataclass(frozen=True)
+class Own:
+    """What the training program does not get."""
+
+    machine: MachineConfig
+    dry_run: bool = False  # only print
+    script: str | None = None  # file for the Slurm script or the Kubernetes manifests; none: they are printed
+
+
+OWN = tuple(one.name for one in fields(Own))
 
 
 @dataclass(frozen=True)
@@ -34,27 +45,25 @@ class Launch:
     machine: MachineConfig
     train: TrainConfig
     words: tuple[str, ...]  # those that the training program gets
-    dry_run: bool = False  # only print
-    script: str | None = None  # file for the Slurm script or the Kubernetes manifests; none: they are printed
+    dry_run: bool = False
+    script: str | None = None
 
 
 def read_launch(words: Sequence[str]) -> Launch:
     """Splits the words into the machine's and the run's. What a machine's file says of the run counts more than the
     run's own files, and less than the words after them. Raises ValueError in one line."""
-    words = sorted(words, key=lambda word: 2 if "=" in word else int("machine" in merge_words([word], False)))
+    words = sorted(words, key=lambda word: 2 if is_setting(word) else int("machine" in merge_words([word], False)))
     merged = merge_words(words)
     if "machine" not in merged:
         raise ValueError("no machine: begin with a file of configs/machines")
-    own = {name: merged.pop(name) for name in OWN if name in merged}
-    machine = build(MachineConfig, own["machine"], "machine.")
+    own = build(Own, {name: merged.pop(name) for name in OWN if name in merged})
     mine = tuple(part for word in words for part in _of_training(word))
-    rest = {name: own[name] for name in ("dry_run", "script") if name in own}
-    return Launch(machine, build(TrainConfig, merged), mine, **rest)
+    return Launch(own.machine, build(TrainConfig, merged), mine, own.dry_run, own.script)
 
 
 def _of_training(word: str) -> list[str]:
     """What the training program is told of a word: not the launch's own, nor a machine's file but for its settings."""
-    if "=" in word:
+    if is_setting(word):
         return [] if word.partition("=")[0].partition(".")[0] in OWN else [word]
     held = merge_words([word], resolve=False)  # a value may refer to another file's
     if "machine" not in held:
@@ -64,9 +73,8 @@ def _of_training(word: str) -> list[str]:
 
 
 def _setting(name: str, value: Any) -> str:
-    """`name=value` that is read as just that: quoted where a bare word would become a number, a bool or nothing."""
-    bare = f"{name}={value}"
-    return bare if flat(merge_words([bare], resolve=False)) == {name: value} else f"{name}={json.dumps(value)}"
+    """`name=value` that is read as just that."""
+    return f"{name}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def launch(words: list[str]) -> int:

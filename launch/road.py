@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +55,13 @@ def road(words: list[str]) -> int:
     if config.precision == "auto":
         precision = precision_of_road(Path(config.out) / STAMPS)
         print(f"precision: {precision}, the faster one on this machine")
-        config = load_config(RoadConfig, [*words, f"precision={precision}"])
+        words = [*words, f"precision={precision}"]
+        config = load_config(RoadConfig, words)
+    # A command is a line of shell words: `out` in it is quoted, so that a folder `a b` stays one word.
+    quoted = load_config(RoadConfig, [*words, f"out={shlex.quote(config.out)}"]).stages
+    config = replace(
+        config, stages=tuple(replace(s, command=q.command) for s, q in zip(config.stages, quoted, strict=True))
+    )
     lines, before = [], None
     for i, stage in enumerate(config.stages, 1):
         path, stamp, key = stamp_path(config, stage), read_stamp(config, stage), key_of(stage, before)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import flat, load_config, merge_words, to_dict
+from configs import flat, load_config, load_file, to_dict
 from configs.cli import one_line
 from data_pipeline import storage
 from data_pipeline.types import Manifest
@@ -132,7 +132,7 @@ def require_same_data(config: TrainConfig, data: str, position: Position, folder
     those that the saved run would have had."""
     if (position.seed, position.manifest) == (config.seed, data):
         return
-    saved = merge_words([str(storage.local(storage.join(folder, "config.yaml")))])
+    saved = to_dict(load_file(TrainConfig, storage.local(storage.join(folder, "config.yaml"))))
     there, here = _data_settings(saved), _data_settings(to_dict(config))
     differing = [f"{name}={there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
     what = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
