@@ -1,4 +1,4 @@
-# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode, -doctor, -plan: see README.md.
+# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode, -doctor, -plan, -fuzz: see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PYTHONWARNINGS := ignore
 
-.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan check setup clean
+.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan test-fuzz check setup clean
 
 demo: setup
 	@python -m launch road configs/roads/demo.yaml
@@ -48,6 +48,10 @@ test-doctor: setup
 
 test-plan: setup
 	@python -m pytest -m long -s tests/test_plan.py
+
+# Ten minutes of damaged and hostile files and words, others each time; a minute of it is part of `make test`.
+test-fuzz: setup
+	@OMP_NUM_THREADS=1 python tests/fuzz.py seconds=600
 
 check: setup
 	@ruff check . && ruff format --check . && pyright

@@ -1,0 +1,237 @@
+"""Damaged and hostile files and words, thousands of them: `python tests/fuzz.py seconds=600`, or one again with only=.
+
+Every input must end with success, or with status 2 and one line: never with a traceback, more than 20 s of work, more
+than 2 GiB of memory, a write outside of its folder, or something half-written under a final name.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, Queue
+from random import Random
+from threading import Thread
+from typing import Any, NamedTuple
+
+import psutil
+from fuzz_mutations import change_file
+from fuzz_targets import TARGETS, Target
+
+from configs import load_config
+from configs.cli import run
+
+WORK_S, WALL_S, MEMORY_GIB = 20, 90, 2.0  # the wall's limit is for a shared machine
+
+
+@dataclass(frozen=True)
+class FuzzConfig:
+    """What `python tests/fuzz.py` is told."""
+
+    seconds: float = 60
+    seed: int | None = None  # of the first input; printed, as it is drawn from the clock if not given
+    only: str | None = None  # TARGET:SEED of one input that is to be tried again, or a TARGET
+
+
+class Tried(NamedTuple):
+    """One input and what came of it."""
+
+    target: str
+    seed: int
+    outcome: str  # "success", "one line", or what must not be
+    said: str
+
+
+def main(words: list[str]) -> int:
+    """Tries inputs until the time is over; 1 if one of them ended as none may."""
+    config = load_config(FuzzConfig, words)
+    name, _, again = (config.only or "").partition(":")
+    targets = [target for target in TARGETS if name in ("", target.name)]
+    if not targets:
+        raise ValueError(f"no target {name!r}; there are: {', '.join(target.name for target in TARGETS)}")
+    seed = int(again) if again else config.seed if config.seed is not None else int(time.time())
+    print(f"fuzz: seed={seed}, {', '.join(target.name for target in targets)}", flush=True)
+    counts, wrong, began = Counter[tuple[str, str]](), list[Tried](), time.monotonic()
+    for tried in supervised(targets, seed, 1 if again else None, began + config.seconds):
+        counts[tried.target, tried.outcome] += 1
+        if tried.outcome not in ("success", "one line"):
+            wrong.append(tried)
+            print(f"{tried.outcome}: python tests/fuzz.py only={tried.target}:{tried.seed}\n{tried.said}", flush=True)
+        elif again:
+            print(f"{tried.outcome}: {tried.said}")
+    for target in targets:
+        ended = ", ".join(f"{count} {what}" for (name, what), count in sorted(counts.items()) if name == target.name)
+        print(f"{target.name:>12}: {ended}")
+    print(f"fuzz: {counts.total()} inputs in {time.monotonic() - began:.0f} s, {len(wrong)} of them wrong, seed={seed}")
+    return int(bool(wrong))
+
+
+def supervised(targets: list[Target], seed: int, count: int | None, until: float) -> Iterator[Tried]:
+    """What came of each input, tried in a process that is replaced after an input that took too much."""
+    done = 0
+    while time.monotonic() < until and (count is None or done < count):
+        names = ",".join(target.name for target in targets)
+        command = [sys.executable, __file__, "try", names, str(seed), str(done), str(count or 10**9)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            for tried in _watched(process, until):
+                done += 1
+                yield tried
+        finally:
+            process.kill()
+            process.wait()
+        if not done:
+            raise ChildProcessError(f"no input could be tried; run {' '.join(command)}")
+
+
+def _watched(process: subprocess.Popen[str], until: float) -> Iterator[Tried]:
+    lines: Queue[str] = Queue()
+    Thread(target=lambda: [lines.put(line) for line in [*(process.stdout or ()), ""]], daemon=True).start()
+    said: list[Any] = []
+    watched = psutil.Process(process.pid)
+    work, wall = 0.0, time.monotonic()
+    while time.monotonic() < until or said:
+        try:
+            line = lines.get(timeout=0.2)
+        except Empty:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if said and (spent := _limit(watched, work, wall)):
+                    yield Tried(said[0], said[1], spent, "")
+                    return
+            continue
+        if not line.strip():
+            if said:
+                yield Tried(said[0], said[1], f"the process ended with status {process.wait()}", "")
+            return
+        told = json.loads(line)
+        if len(told) == 2:
+            said = told
+            with contextlib.suppress(psutil.NoSuchProcess):
+                work, wall = sum(watched.cpu_times()[:2]), time.monotonic()
+        else:
+            said = []
+            yield Tried._make(told)
+
+
+def _limit(process: psutil.Process, work: float, wall: float) -> str:
+    if sum(process.cpu_times()[:2]) - work > WORK_S or time.monotonic() - wall > WALL_S:
+        return f"more than {WORK_S} s of work"
+    return f"more than {MEMORY_GIB} GiB" if process.memory_info().rss > (MEMORY_GIB + 1) * 2**30 else ""
+
+
+def try_inputs(names: str, seed: int, first: int, count: int) -> None:
+    """The child's part: says which input it begins with, and what came of it."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    targets = [target for target in TARGETS if target.name in names.split(",")]
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        os.environ |= {"HOME": f"{root}/home", "TMPDIR": f"{root}/tmp", "WORLDLOOM_CACHE": f"{root}/cache"}
+        os.environ |= {
+            "S3_ENDPOINT_URL": "http://127.0.0.1:9",
+            "AWS_ACCESS_KEY_ID": "x",
+            "AWS_SECRET_ACCESS_KEY": "SEKRIT",
+        }
+        for name in ("home", "tmp", "good"):
+            Path(root, name).mkdir()
+        tempfile.tempdir = f"{root}/tmp"
+        for target in targets:
+            target.prepare(Path(root, "good", target.name))
+        writes: list[str] = []
+        _watch_writes(writes)
+        for i in range(first, count):
+            target, number = targets[i % len(targets)], seed + i // len(targets)
+            print(json.dumps([target.name, number]), file=out, flush=True)
+            tried = try_one(target, number, Path(root), writes)
+            print(json.dumps(tried), file=out, flush=True)
+
+
+def _watch_writes(writes: list[str]) -> None:
+    """Notes every path that Python opens to write, makes, moves or removes."""
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if (
+            event == "open"
+            and isinstance(args[0], str | bytes)
+            and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        ):
+            writes.append(os.fsdecode(args[0]))
+        elif event in ("os.rename", "os.link", "os.symlink"):
+            writes.append(os.fsdecode(args[1]))
+        elif event in ("os.mkdir", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"):
+            writes.append(os.fsdecode(args[0]) if not isinstance(args[0], int) else "")
+
+    sys.addaudithook(hook)
+
+
+def try_one(target: Target, seed: int, root: Path, writes: list[str]) -> Tried:
+    """One input: good files, of which one is changed, and what the program makes of them."""
+    rng = Random(f"{target.name} {seed}")
+    place = root / "input"
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(root / "good" / target.name, place / "given")
+    (place / "outside").mkdir()
+    (place / "outside" / "secret").write_text("SEKRIT")
+    files = sorted(path for path in (place / "given").rglob("*") if path.is_file() and target.changes(path))
+    if files:
+        change_file(rng.choice(files), rng)
+    before, memory = _contents(place), _peak_gib(reset=True)
+    writes.clear()
+    os.chdir(place)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            status = run("fuzz", {target.name: lambda words: target.deed(place / "given", rng)}, [target.name])
+    except BaseException:  # noqa: BLE001 - whatever it is, it is what is looked for
+        return Tried(target.name, seed, "traceback", traceback.format_exc()[-3000:])
+    line = next((one for one in said.getvalue().splitlines() if one.startswith(f"fuzz {target.name}:")), "")
+    outcome = "success" if status in target.fine else "one line" if status == 2 and line else f"status {status}"
+    outside = [path for path in writes if not _inside(path, place, root)]
+    if outside or _contents(place / "outside") != {"secret": b"SEKRIT"}:
+        outcome = f"a write outside of its folder: {outside[:3]}"
+    elif not target.goes_on and (changed := [name for name in before if before[name] != _contents(place).get(name)]):
+        outcome = f"a file that was given is another one: {changed[:3]}"
+    elif status == 2 and not target.goes_on and (left := [name for name in _contents(place) if name not in before]):
+        outcome = f"left after an error: {left[:3]}"
+    elif "SEKRIT" in said.getvalue():
+        outcome = "a secret was said"
+    elif _peak_gib() - memory > MEMORY_GIB:
+        outcome = f"more than {MEMORY_GIB} GiB"
+    return Tried(target.name, seed, outcome, line or said.getvalue()[-500:])
+
+
+def _inside(path: str, place: Path, root: Path) -> bool:
+    if path in ("", os.devnull) or "/__pycache__" in path or path.startswith(("/dev/", "/proc/", "/sys/")):
+        return True
+    real = Path(place, path).resolve()
+    outside = real.is_relative_to(place / "outside")
+    return not outside and any(
+        real.is_relative_to(one) for one in (place, *(root / n for n in ("tmp", "home", "cache")))
+    )
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def _peak_gib(reset: bool = False) -> float:
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) / 2**20
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["try"]:
+        try_inputs(sys.argv[2], *map(int, sys.argv[3:6]))
+    else:
+        sys.exit(run("fuzz", {"run": main}, ["run", *sys.argv[1:]]))

@@ -1,0 +1,228 @@
+"""What is read that others wrote: for each kind some good files, and what a program does with them."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import foreign_games
+import numpy as np
+import torch
+from fuzz_mutations import NUMBERS, TEXTS
+from PIL import Image
+from tiny_recordings import write_recording
+from tiny_world import GAME, SPACE, random_dit, write_checkpoint, write_codec
+
+from configs import load_config, to_dict
+from data_pipeline.encode import encode_recordings
+from data_pipeline.inspect import inspect
+from data_pipeline.plan import EncodeConfig
+from data_pipeline.readers import Reader, find_recordings
+from data_pipeline.record import RecordConfig
+from data_pipeline.shard_set import read_clips
+from data_pipeline.shards import verify_set
+from launch.local import read_launch
+from launch.road import RoadConfig
+from model.__main__ import import_official
+from model.weights import save_weights
+from sampling.evaluate import EvaluateConfig
+from sampling.generate import GenerateConfig, generate, read_prompt
+from sampling.scripts import Scripted, read_script
+from train.checkpoint import FORMAT, Position, read_position, state_of
+from train.codec import CodecTrainConfig
+from train.config import TrainConfig
+from train.state import STARTS, STEP
+
+CONFIGS = (EncodeConfig, RecordConfig, EvaluateConfig, GenerateConfig, CodecTrainConfig, TrainConfig, RoadConfig)
+
+
+@dataclass(frozen=True)
+class Target:
+    """`deed` gets the folder of good files, one of them changed."""
+
+    name: str
+    prepare: Callable[[Path], Any]
+    deed: Callable[[Path, Random], int | None]
+    changes: Callable[[Path], bool] = lambda path: True  # the files that are changed
+    fine: tuple[int, ...] = (0,)  # statuses of success
+    goes_on: bool = False  # it works in the folder that it is given
+
+
+def _foreign(reader: Reader) -> Target:
+    def prepare(folder: Path) -> None:
+        shutil.copytree(foreign_games.write_all(folder.with_name(f"{reader}.all"))[reader], folder)
+
+    def deed(folder: Path, rng: Random) -> None:
+        game = foreign_games.load_game(reader, Path(tempfile.gettempdir()))
+        _read(foreign_games.read_all(reader, folder, game))
+
+    return Target(reader, prepare, deed)
+
+
+def _read(episodes: Any) -> None:
+    for episode in episodes:
+        for frame in episode.frames():
+            assert frame.shape[2] == 3
+
+
+def _episodes(folder: Path) -> None:
+    for i in range(2):
+        write_recording(folder / f"episode_{i:05d}", GAME, seed=i)
+
+
+def _shards(folder: Path) -> None:
+    _episodes(folder / "recordings")
+    write_codec(folder / "codec")
+    encode_recordings(_encoding(folder))
+
+
+def _encoding(folder: Path) -> EncodeConfig:
+    recordings, codec, latents = (str(folder / name) for name in ("recordings", "codec", "latents"))
+    return EncodeConfig(GAME, recordings, codec, latents, shard_clips=2, heldout_every=2)
+
+
+def _look(folder: Path, rng: Random) -> int | None:
+    manifest = folder / "latents" / "train" / "manifest.json"
+    what = rng.randrange(3)
+    if what == 0:
+        return 1 if verify_set(str(manifest)) else 0
+    if what == 1:
+        return inspect([f"manifest={manifest}", "out=made/page.html"])
+    read_clips(str(manifest))
+    return 0
+
+
+def _sample(folder: Path, rng: Random) -> None:
+    run = folder / "step_0000100"
+    generate([f"checkpoint={run}", f"prompt={folder}/prompt.png", "actions=idle", "frames=1", "steps=1", "device=cpu",
+              "out=made/a.mp4", f"weights={rng.choice(['ema', 'model'])}"])  # fmt: skip
+
+
+def _checkpoint(folder: Path) -> None:
+    write_checkpoint(folder)
+    _picture(folder / "prompt.png")
+
+
+def _picture(path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)).save(path)
+
+
+def _pictures(folder: Path) -> None:
+    folder.mkdir()
+    for suffix in ("png", "jpg", "webp", "gif", "tiff", "bmp"):
+        _picture(folder / f"a.{suffix}")
+    write_recording(folder / "film", GAME)
+    shutil.move(folder / "film" / "video.mp4", folder / "a.mp4")
+    shutil.rmtree(folder / "film")
+
+
+def _see(folder: Path, rng: Random) -> None:
+    for path in sorted(folder.iterdir()):
+        read_prompt(str(path), 0, GAME)
+
+
+def _scripts(folder: Path) -> None:
+    write_recording(folder / "one", GAME)
+    shutil.move(folder / "one" / "actions.csv", folder / "a.csv")
+    shutil.rmtree(folder / "one")
+    (folder / "a.json").write_text(json.dumps(["forward:12", "turn_left+back:3", "idle"]))
+
+
+def _play(folder: Path, rng: Random) -> None:
+    for path in sorted(folder.iterdir()):
+        read_script(str(path), SPACE, Scripted(27))
+    said = [f"{rng.choice(['idle', 'forward', 'turn_left', *TEXTS])}:{rng.choice(NUMBERS)}" for _ in range(2)]
+    read_script(",".join(said), SPACE, Scripted(27))
+
+
+def _weights(folder: Path) -> None:
+    folder.mkdir()
+    state = random_dit().state_dict()
+    save_weights(state, folder / "a.safetensors")
+    torch.save({"generator_ema": {f"module.{name}": tensor for name, tensor in state.items()}}, folder / "a.pt")
+    (folder / "sharded").mkdir()
+    save_weights(state, folder / "sharded" / "one.safetensors")
+    index = {"weight_map": dict.fromkeys(state, "one.safetensors")}
+    (folder / "sharded" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    write_codec(folder.parent / "codec_of_weights")
+    model = {"model": to_dict(random_dit().config), "game": to_dict(GAME)}
+    (folder.parent / "weights.yaml").write_text(json.dumps(model))
+
+
+def _import(folder: Path, rng: Random) -> None:
+    good = Path.cwd().parent / "good"
+    given = folder / rng.choice(["a.safetensors", "a.pt", "sharded"])
+    import_official([str(given), str(good / "weights.yaml"), f"codec={good}/codec_of_weights", "out=made/world"])
+
+
+def _run(folder: Path) -> None:
+    write_checkpoint(folder)
+    step = folder / "step_0000100"
+    (step / "trainer").mkdir()
+    (step / "trainer" / "position.json").write_text(json.dumps(asdict(Position(100, 1, 4, 1, 0, "0" * 16))))
+    told = {STARTS: json.dumps({"a": 0}), STEP: "100"}
+    save_weights({"weight/a": torch.zeros(3)}, step / "trainer" / "rank_00000.safetensors", told)
+    _seal(step)
+
+
+def _resume(folder: Path, rng: Random) -> None:
+    step = folder / "step_0000100"
+    if rng.random() < 0.7:
+        _seal(step)
+    read_position(step)
+    state_of(step).read("weight", "a", 0, 3)
+
+
+def _seal(step: Path) -> None:
+    """Sizes as they are: the change is then to be found where the file is read."""
+    sizes = {str(path.relative_to(step)): path.stat().st_size for path in step.rglob("*") if path.is_file()}
+    (step / "COMPLETE").unlink(missing_ok=True)
+    (step / "COMPLETE").write_text(json.dumps({"format": FORMAT, "bytes": sizes}))
+
+
+def _words(folder: Path, rng: Random) -> None:
+    cls = rng.choice(CONFIGS)
+    names = [one.name for one in fields(cls)]
+    words = [f"{_key(rng, names)}={rng.choice([*TEXTS, *NUMBERS, '[a, b]', '{a: b}', '[' * 5000])}" for _ in range(3)]
+    text = "\n".join(f"{_key(rng, names)}: {rng.choice([*TEXTS, *NUMBERS])}" for _ in range(3))
+    Path("made.yaml").write_text(text)
+    try:
+        load_config(cls, [*rng.sample(["made.yaml"], rng.randrange(2)), *words])
+    finally:
+        Path("made.yaml").unlink()
+
+
+def _key(rng: Random, names: list[str]) -> str:
+    return ".".join(rng.choice([*names, *TEXTS[:2], "env", "name", "keys"]) for _ in range(rng.choice([1, 1, 2])))
+
+
+def _launch(folder: Path, rng: Random) -> None:
+    machines = Path(__file__).parent.parent / "configs" / "machines"
+    names = ["name", "env.A", "slurm.logs", "slurm.partition", "port", "nodes", "processes", "kubernetes.image", "env"]
+    words = [f"machine.{rng.choice(names)}={rng.choice([*TEXTS, *NUMBERS])}" for _ in range(2)]
+    read_launch([str(rng.choice(sorted(machines.glob("*.yaml")))), "manifest=x", "codec=x", "out=x", *words])
+
+
+READERS: tuple[Reader, ...] = ("frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control")
+
+TARGETS = [
+    *map(_foreign, READERS),
+    Target("worldloom", _episodes, lambda folder, rng: _read(
+        episode for recording in find_recordings("worldloom", folder) for episode in recording.read(GAME)
+    )),
+    Target("shards", _shards, _look, lambda path: "latents" in path.parts, (0, 1)),
+    Target("encode", _shards, lambda folder, rng: (encode_recordings(_encoding(folder)), None)[1], goes_on=True),
+    Target("generate", _checkpoint, _sample),
+    Target("pictures", _pictures, _see),
+    Target("scripts", _scripts, _play),
+    Target("weights", _weights, _import),
+    Target("position", _run, _resume, lambda path: path.parent.name in ("trainer", "step_0000100"),
+        goes_on=True),
+    Target("words", partial(Path.mkdir), _words),
+    Target("launch", partial(Path.mkdir), _launch),
+]  # fmt: skip
