@@ -1,5 +1,6 @@
 """Files of others: read as plain values, one line for a damaged one, and no name in them leads out of its folder."""
 
+import csv
 import json
 import math
 import pickle
@@ -18,7 +19,7 @@ from configs.plain_yaml import ForeignLoader
 # What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
 DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
-    struct.error, zipfile.BadZipFile, pickle.UnpicklingError, yaml.YAMLError, OmegaConfBaseException,
+    struct.error, zipfile.BadZipFile, csv.Error, pickle.UnpicklingError, yaml.YAMLError, OmegaConfBaseException,
 )  # fmt: skip
 SETTINGS_BYTES = 16 << 20  # of a file of settings; a larger one is none
 
