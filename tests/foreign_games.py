@@ -10,9 +10,11 @@ from foreign_recordings import (
     LEVEL_DEG,
     draw_gf_play,
     draw_play,
+    log_rows,
     owl_rows,
     read_picture,
     write_csgo,
+    write_event_log,
     write_frames,
     write_gf,
     write_lerobot,
@@ -32,7 +34,15 @@ OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the format
     "frames": (20, {"keys": WASD}),
     "lerobot": (20, {"keys": WASD, "axes": ["look_down", "look_right"], "pitch_deg": -3, "yaw_deg": 3}),
     "owl_control": (60, {"keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05}),
-}
+    "event_log": (
+        60,
+        {
+            "keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05, "time_unit": "ms",
+            "columns": {"time": "t", "kind": "what", "key": "input", "dx": "x", "dy": "y"},
+            "kinds": {"move": ["motion"]},
+        },
+    ),
+}  # fmt: skip
 # VPT's frames are kept between GUIs in 12 to 14 and in 16, and cut where ticks are left out before 30.
 VPT_SPANS = [(0, 12), (15, 16), (17, 30), (30, 40)]
 LENGTHS = {  # of the episodes of each format
@@ -42,6 +52,7 @@ LENGTHS = {  # of the episodes of each format
     "csgo": [30],
     "lerobot": [31, 25, 28],
     "owl_control": [40],
+    "event_log": [40, 40],
 }
 
 
@@ -54,6 +65,8 @@ def write_all(root: Path) -> dict[str, Path]:
     write_csgo(root / "csgo" / "hdf5_dm_july2021_1.hdf5", draw_play(30, 13))
     write_lerobot(root / "lerobot", [draw_play(frames, 4, seed=frames) for frames in LENGTHS["lerobot"]])
     write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
+    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
+        write_event_log(root / "event_log" / name, play, log_rows(play))
     return {path.name: path for path in root.iterdir()}
 
 
