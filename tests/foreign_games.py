@@ -28,21 +28,13 @@ from data_pipeline.types import Episode, GameConfig
 from train.codec import CodecTrainConfig
 
 GAMES = Path(__file__).parent.parent / "configs" / "games"
-PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo"}
+PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo", "event_log": "own_recorder"}
 WASD = {"forward": ["w"], "back": ["s"], "left": ["a"], "right": ["d"]}
 OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the formats that have no game of their own
     "frames": (20, {"keys": WASD}),
     "lerobot": (20, {"keys": WASD, "axes": ["look_down", "look_right"], "pitch_deg": -3, "yaw_deg": 3}),
     "owl_control": (60, {"keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05}),
-    "event_log": (
-        60,
-        {
-            "keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05, "time_unit": "ms",
-            "columns": {"time": "t", "kind": "what", "key": "input", "dx": "x", "dy": "y"},
-            "kinds": {"move": ["motion"]},
-        },
-    ),
-}  # fmt: skip
+}
 # VPT's frames are kept between GUIs in 12 to 14 and in 16, and cut where ticks are left out before 30.
 VPT_SPANS = [(0, 12), (15, 16), (17, 30), (30, 40)]
 LENGTHS = {  # of the episodes of each format

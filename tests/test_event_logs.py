@@ -167,6 +167,11 @@ def test_a_log_far_too_long_for_its_video_is_refused_before_it_is_read(tmp_path:
         read_owl(tmp_path, ["1000,START,[]", *moves, "damaged"], 40)
 
 
+def test_the_video_is_looked_at_before_its_log_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mp4 runs at 60 fps, the game 'own' at 30"):
+        read_owl(tmp_path, ["damaged"], 40, "game.fps=30")
+
+
 def log_game(folder: Path, inputs: dict[str, Any]) -> GameConfig:
     """A game whose keys are those of `inputs`, with a mouse of 1 degree per unit."""
     path = folder / "own.yaml"
@@ -221,6 +226,16 @@ def test_a_key_is_released_under_the_letter_that_shift_makes_of_it(tmp_path: Pat
     rows = ["time,kind,key", "0.1,press,w", "0.2,release,W", "1,press,W", "1.1,release,w"]
     (episode,) = read_log(tmp_path, "one.csv", rows, {"keys": {"walk": ["w"], "run": ["W"]}})
     assert held(episode) == [2, 3] and held(episode, 1) == [20, 21]
+
+
+@pytest.mark.parametrize("more", ["0.2,press," + 200_000 * "w", "0.2,press,w\x00", '0.2,press,"w', "0.2,press,\udcff"])
+def test_a_damaged_table_is_one_line(more: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w"])
+    with open(tmp_path / "in" / "one.csv", "ab") as file:
+        file.write(more.encode(errors="surrogateescape"))
+    write_video(tmp_path / "in" / "one.mp4", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
+    with pytest.raises(ValueError, match=r"^\S*one.csv .{,200}$"):
+        read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["a"]}}))
 
 
 def test_folders_with_a_video_and_a_log_each_are_recordings(tmp_path: Path, capsys) -> None:

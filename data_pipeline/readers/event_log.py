@@ -140,6 +140,13 @@ def read_lines(log: Path, text: io.TextIOWrapper) -> Iterator[tuple[int, Mapping
 def read_table(log: Path, text: io.TextIOWrapper, form: Format) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """The rows of a table by column with their lines; empty lines are left out."""
     reader = csv.reader(text)
+    try:
+        yield from _rows(log, reader, form)
+    except csv.Error as error:
+        raise ValueError(f"{log} line {reader.line_num}: {error}") from error
+
+
+def _rows(log: Path, reader: Any, form: Format) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header = [name.strip() for name in next(reader, [])]
     if len({*header}) < len(header):
         raise ValueError(f"{log} has two columns of one name: {', '.join(header)}"[:500])

@@ -101,7 +101,8 @@ def open_screen(video: Path, game: GameConfig) -> Screen:
     """The video's frames in time, which is cheap beside reading a log, so comes first. Raises ValueError for another
     rate than the game's."""
     info, times = probe(video), frame_times(video)
-    check_rate(video, 1 / float(np.median(np.diff(times))) if len(times) > 1 else 0.0, game)  # whatever is left out
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    check_rate(video, 1 / step if step else 0.0, game)  # whatever is left out
     return Screen(video, info, times - times[0])
 
 
@@ -195,6 +196,7 @@ def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray
 def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
     """Every input's presses: to its release, to a pause, to the log's end, or for ever."""
     held: dict[str, Press] = {}
+    folded: dict[str, str] = {}  # names as they were pressed last
     presses = defaultdict(list)
     for event in log.events:
         if event.kind in ("pause", "end"):
@@ -205,9 +207,10 @@ def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
             name = keys.spell(event.value, f"{log.path} line {event.line}")
             if event.kind == "press":
                 held.setdefault(name, Press(event.time, np.inf, event.line))  # a key that is held repeats its press
+                folded[name.casefold()] = name
                 continue
             if name not in held:  # Shift may change the letter between press and release
-                name = next((one for one in held if one.casefold() == name.casefold()), name)
+                name = folded.get(name.casefold(), name)
             if name in held:
                 presses[name].append(held.pop(name)._replace(up=event.time))
     for name, press in held.items():
