@@ -90,7 +90,10 @@ def test_what_follows_the_end_does_not_count(tmp_path: Path) -> None:
 
 def test_kinds_that_do_not_count_are_not_parsed(tmp_path: Path) -> None:
     rows = ["1000,START,[]", '1000.1,GAMEPAD_BUTTON,"[1, true, id 7"}', "x,SCROLL,{", "1002,END,}{"]
-    (episode,) = read_owl(tmp_path, rows)
+    read_owl(tmp_path, rows)
+    log = (tmp_path / "one" / "inputs.csv").read_bytes().replace(b"id 7", b"id \xff\x00")
+    (tmp_path / "one" / "inputs.csv").write_bytes(log)
+    (episode,) = read_all("owl_control", tmp_path, load_game("owl_control", tmp_path))
     assert len(episode.actions) == 120
 
 

@@ -172,7 +172,7 @@ FAULTS = {
         "owl_control", lines(OWL, lambda r: [*r[:3], '1760000000.5,MOUSE_MOVE,"[1e300, 0]"', *r[3:]]), "line 4: .*1e"
     ),
     "a move beyond any number": Fault(
-        "owl_control", lines(OWL, lambda r: [*r[:3], f"1760000000.5,MOUSE_MOVE,[{10**400}, 0]", *r[3:]]), "line 4: M"
+        "owl_control", lines(OWL, lambda r: [*r[:3], f"1760000000.5,MOUSE_MOVE,[{10**400}, 0]", *r[3:]]), "inputs.csv"
     ),
     "no log": Fault("event_log", gone("two.jsonl"), "two.mp4: a recording is one video and one log"),
     "a word of no kind": Fault(
@@ -188,6 +188,7 @@ FAULTS = {
     "a log of another time": Fault("event_log", None, "nothing happened while", ("game.inputs.offset_s=-1760000000",)),
     "a column that is not there": Fault("event_log", None, "no column 'ms' ", ("game.inputs.columns.time=ms",)),
     "a role that is none": Fault("event_log", None, "columns has no 'tme'; there", ("game.inputs.columns={tme: t}",)),
+    "no start": Fault("event_log", None, "csv has no event of the kind start .rec", ("game.inputs.kinds.start=[rec]",)),
     "a word of two kinds": Fault(
         "event_log", None, "both press and release", ("game.inputs.kinds={press: [a], release: [A]}",)
     ),

@@ -37,7 +37,7 @@ from data_pipeline.readers.event_rows import (
 )
 from data_pipeline.readers.keys import bind_keys, require_mouse_scale
 from data_pipeline.readers.recording import Recording, VideoEpisode, list_files, list_folders, read_number
-from data_pipeline.types import GameConfig, InputConfig
+from data_pipeline.types import GameConfig
 
 LOGS = (".csv", ".jsonl")
 COLUMNS = ("time", "kind", "key", "button", "state", "dx", "dy")
@@ -99,6 +99,8 @@ def read_pair(name: str, files: Sequence[Path], game: GameConfig) -> list[VideoE
     columns = [form.columns[role] for role in ("time", "dx", "dy")]
     log = sort_events(logs[0], read_events(logs[0], form), columns, screen, game)
     start = log.first("start")
+    if start is None and "start" in game.inputs.kinds:
+        raise ValueError(f"{logs[0]} has no event of the kind start ({', '.join(game.inputs.kinds['start'])})")
     zero_s = start.time if start else 0.0
     _compare_lengths(log, screen, zero_s - game.inputs.offset_s)
     return cut_by_log(name, screen, zero_s, log, keys)
@@ -106,7 +108,7 @@ def read_pair(name: str, files: Sequence[Path], game: GameConfig) -> list[VideoE
 
 def read_format(game: GameConfig) -> Format:
     """What logs call things, by the game's settings. Raises ValueError for a role or a kind that there is not."""
-    inputs: InputConfig = game.inputs
+    inputs = game.inputs
     for setting, given, known in (("columns", inputs.columns, COLUMNS), ("kinds", inputs.kinds, WORDS)):
         if unknown := given.keys() - {*known}:
             raise ValueError(f"game.inputs.{setting} has no {min(unknown)!r}; there are {', '.join(known)}")
@@ -149,12 +151,10 @@ def read_table(log: Path, text: io.TextIOWrapper, form: Format) -> Iterator[tupl
 def _rows(log: Path, reader: Any, form: Format) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header = [name.strip() for name in next(reader, [])]
     if len({*header}) < len(header):
-        raise ValueError(f"{log} has two columns of one name: {', '.join(header)}"[:500])
+        raise ValueError(f"{log} has two columns of one name: {header}"[:500])
     for role, column in form.columns.items():
         if column not in header and (role == "time" or role != column):
-            raise ValueError(
-                f"{log} has no column {column!r} (game.inputs.columns.{role}), but {', '.join(header)}"[:500]
-            )
+            raise ValueError(f"{log} has no column {column!r} (game.inputs.columns.{role}), but {header}"[:500])
     for cells in reader:
         if cells:
             if len(cells) != len(header):

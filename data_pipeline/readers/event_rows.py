@@ -111,8 +111,9 @@ def opened_log(path: Path) -> Iterator[io.TextIOWrapper]:
     """The log's text. What is wrong with it in the block becomes one ValueError that names it."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    with reading(path), storage.opened(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
-        yield text
+    # Bytes that are no UTF-8 become \\xff, so that the row can be named, and rows that do not count may hold any.
+    with reading(path), storage.opened(path) as file:
+        yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
 
 
 def sort_events(

@@ -144,7 +144,7 @@ def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
             where = f"{log} line {line}"
             if line == 1:
                 if [cell.strip('" ') for cell in cells] != COLUMNS:
-                    raise ValueError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]}")
+                    raise ValueError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]!r}")
             elif cells != [""]:
                 if len(cells) != len(COLUMNS):
                     raise ValueError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")

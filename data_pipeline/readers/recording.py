@@ -177,7 +177,7 @@ def read_number(value: Any, where: str) -> float:
     """A finite number, given as one or as its text; `where` names it in errors."""
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number) or isinstance(value, bool):
         raise ValueError(f"{where} is {value!r}, which is no number")
