@@ -178,7 +178,7 @@ FAULTS = {
     "a word of no kind": Fault(
         "event_log", entry("two.jsonl", lambda r: r.update(what="Wheel")), "line 1: what is 'Wheel'; say in game.inputs"
     ),
-    "a move beyond float32": Fault("event_log", lines("one.csv", lambda r: [*r, "900,motion,,1e39,0"]), ": x of"),
+    "a move beyond float32": Fault("event_log", lines("one.csv", lambda r: [*r, "900,motion,,1e39,0"]), ": x (of|is)"),
     "a move that is no number": Fault("event_log", lines("one.csv", lambda r: [*r, "900,motion,,0,nan"]), ": y is"),
     "a row without a time": Fault("event_log", entry("two.jsonl", lambda r: r.update(t=None), 2), "line 3: t is None"),
     "a row of a cell more": Fault("event_log", lines("one.csv", lambda r: [*r, "9,motion,,0,0,0"]), "line .*: 6 cells"),
