@@ -10,9 +10,11 @@ from foreign_recordings import (
     LEVEL_DEG,
     draw_gf_play,
     draw_play,
+    log_rows,
     owl_rows,
     read_picture,
     write_csgo,
+    write_event_log,
     write_frames,
     write_gf,
     write_lerobot,
@@ -26,7 +28,7 @@ from data_pipeline.types import Episode, GameConfig
 from train.codec import CodecTrainConfig
 
 GAMES = Path(__file__).parent.parent / "configs" / "games"
-PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo"}
+PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo", "event_log": "own_recorder"}
 WASD = {"forward": ["w"], "back": ["s"], "left": ["a"], "right": ["d"]}
 OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the formats that have no game of their own
     "frames": (20, {"keys": WASD}),
@@ -42,6 +44,7 @@ LENGTHS = {  # of the episodes of each format
     "csgo": [30],
     "lerobot": [31, 25, 28],
     "owl_control": [40],
+    "event_log": [40, 40],
 }
 
 
@@ -54,6 +57,8 @@ def write_all(root: Path) -> dict[str, Path]:
     write_csgo(root / "csgo" / "hdf5_dm_july2021_1.hdf5", draw_play(30, 13))
     write_lerobot(root / "lerobot", [draw_play(frames, 4, seed=frames) for frames in LENGTHS["lerobot"]])
     write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
+    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
+        write_event_log(root / "event_log" / name, play, log_rows(play))
     return {path.name: path for path in root.iterdir()}
 
 

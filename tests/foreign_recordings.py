@@ -26,11 +26,12 @@ INPUTS = {
     "csgo": [*WASD, "space", "left_control", "left_shift", "1", "2", "3", "r", "mouse_left", "mouse_right"],
     "lerobot": WASD,
     "owl_control": [*WASD, "mouse_left"],
+    "event_log": [*WASD, "mouse_left"],
 }
 # Degrees (pitch, yaw) of the levels: 20 px x 360 / 2400; 0.2 x 15; 60 px x 0.05; bins of 10 and 50 or 60 px x 0.055.
 THREES = np.array([[-6, -3, 0, 3, 6], [-6, -3, 0, 3, 6]])
 LEVEL_DEG = {
-    **dict.fromkeys(("frames", "vpt", "gf_minecraft", "lerobot", "owl_control"), THREES),
+    **dict.fromkeys(("frames", "vpt", "gf_minecraft", "lerobot", "owl_control", "event_log"), THREES),
     "csgo": 0.055 * np.array([[-50, -10, 0, 10, 50], [-60, -10, 0, 10, 60]]),
 }
 
@@ -229,6 +230,31 @@ def owl_rows(play: Play, fps: float = 60.0, start: float = 1760000000.5) -> list
         before = held
     end = start + len(play.levels) / fps
     return [*rows, (end + 0.001, "VIDEO_END", []), (end + 0.3, "END", {"keyboard": [], "mouse": []})]
+
+
+def log_rows(play: Play, fps: float = 60.0) -> list[dict[str, Any]]:
+    """The same in the words of somebody else: milliseconds since the video began, buttons by number."""
+    rows: list[dict[str, Any]] = []
+    for time, kind, args in owl_rows(play, fps, start=0.0):
+        if kind == "MOUSE_MOVE":
+            rows.append({"t": 1000 * time, "what": "motion", "x": args[0], "y": args[1]})
+        elif kind in ("KEYBOARD", "MOUSE_BUTTON"):
+            name = chr(args[0]).lower() if kind == "KEYBOARD" else "mouse_left"
+            rows.append({"t": 1000 * time, "what": "KeyDown" if args[1] else "KeyUp", "input": name})
+    return rows
+
+
+def write_event_log(log: Path, play: Play, rows: Sequence[dict[str, Any]], fps: float = 60.0) -> None:
+    """A log, csv or jsonl, and the mp4 of its name."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    write_video(log.with_suffix(".mp4"), paint(play), fps)
+    if log.suffix == ".jsonl":
+        write_lines(log, [json.dumps(row) for row in rows])
+        return
+    with open(log, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_owl(folder: Path, play: Play, rows: Iterable[Row]) -> None:

@@ -156,14 +156,42 @@ FAULTS = {
     ),
     "a dataset's video cut off": Fault("lerobot", half(SCREEN), "file-000.mp4 .*truncated"),
     "a parquet cut off": Fault("lerobot", half(DATA), "cannot read .*file-000.parquet"),
-    "events out of order": Fault("owl_control", lines(OWL, lambda r: [*r[:6], r[1], *r[6:]]), "line 7: timestamp"),
+    "events out of order": Fault(
+        "owl_control", lines(OWL, lambda r: [*r[:6], "1759999998.9,END,", *r[6:]]), "line 7: timestamp is 1.6"
+    ),
     "arguments left out": Fault("owl_control", lines(OWL, lambda r: [r[0], "1,KEYBOARD,[87]", *r[1:]]), "line 2: KEYB"),
     "a cell too few": Fault("owl_control", lines(OWL, lambda r: [*r[:3], "1760000000.5,FOCUS"]), "line 4: 2 cells"),
     "no list of keys": Fault("owl_control", lines(OWL, begun('{""keyboard"": null}')), "line 2: START has .*None"),
     "keys that are no numbers": Fault("owl_control", lines(OWL, begun('{""mouse"": [[1]]}')), "line 2: START has .*1"),
     "no beginning": Fault("owl_control", lines(OWL, lambda r: [i for i in r if "START" not in i]), "no VIDEO_START"),
     "a log that goes on": Fault("owl_control", lines(OWL, lambda r: [*r[:-2], "1760000009,VIDEO_END,[]"]), "7.8 s be"),
-    "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one mp4, not 0"),
+    "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one video, not 0"),
+    "a state that is none": Fault("owl_control", lines(OWL, lambda r: [*r, "1,KEYBOARD,[87,2]"]), "has the ar"),
+    "a time that is none": Fault("owl_control", lines(OWL, lambda r: [r[0], "1e300,END,", *r[1:]]), "line 2: time"),
+    "a move beyond sense": Fault(
+        "owl_control", lines(OWL, lambda r: [*r[:3], '1760000000.5,MOUSE_MOVE,"[1e300, 0]"', *r[3:]]), "line 4: .*1e"
+    ),
+    "a move beyond any number": Fault(
+        "owl_control", lines(OWL, lambda r: [*r[:3], f"1760000000.5,MOUSE_MOVE,[{10**400}, 0]", *r[3:]]), "inputs.csv"
+    ),
+    "no log": Fault("event_log", gone("two.jsonl"), "two.mp4: a recording is one video and one log"),
+    "a word of no kind": Fault(
+        "event_log", entry("two.jsonl", lambda r: r.update(what="Wheel")), "line 1: what is 'Wheel'; say in game.inputs"
+    ),
+    "a move beyond float32": Fault("event_log", lines("one.csv", lambda r: [*r, "900,motion,,1e39,0"]), ": x (of|is)"),
+    "a move that is no number": Fault("event_log", lines("one.csv", lambda r: [*r, "900,motion,,0,nan"]), ": y is"),
+    "a row without a time": Fault("event_log", entry("two.jsonl", lambda r: r.update(t=None), 2), "line 3: t is None"),
+    "a row of a cell more": Fault("event_log", lines("one.csv", lambda r: [*r, "9,motion,,0,0,0"]), "line .*: 6 cells"),
+    "a press of nothing": Fault("event_log", lines("one.csv", lambda r: [*r, "9,KeyDown,,,"]), "line .* names neither"),
+    "a key of no binding": Fault("event_log", lines("one.csv", lambda r: [*r, "650,KeyDown,q,,"]), "'q' holds"),
+    "a log of seconds": Fault("event_log", None, "csv lasts 0.0006.* right", ("game.inputs.time_unit=us",)),
+    "a log of another time": Fault("event_log", None, "nothing happened while", ("game.inputs.offset_s=-1760000000",)),
+    "a column that is not there": Fault("event_log", None, "no column 'ms' ", ("game.inputs.columns.time=ms",)),
+    "a role that is none": Fault("event_log", None, "columns has no 'tme'; there", ("game.inputs.columns={tme: t}",)),
+    "no start": Fault("event_log", None, "csv has no event of the kind start .rec", ("game.inputs.kinds.start=[rec]",)),
+    "a word of two kinds": Fault(
+        "event_log", None, "both press and release", ("game.inputs.kinds={press: [a], release: [A]}",)
+    ),
 }  # fmt: skip
 
 
@@ -207,7 +235,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         read_all(reader, sources[reader], load_game(reader, tmp_path))
 
 
-@pytest.mark.parametrize("reader", ["frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control"])
+@pytest.mark.parametrize("reader", ["frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log"])
 def test_a_folder_of_something_else_is_refused(reader: Reader, tmp_path: Path) -> None:
     (tmp_path / "else").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "else")):

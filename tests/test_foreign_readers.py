@@ -32,7 +32,8 @@ from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import READERS, Reader, find_recordings, keys, owl_control, read_game_frames
-from data_pipeline.readers.owl_control import Press, find_presses, intervals_held, read_events
+from data_pipeline.readers.event_rows import held_intervals
+from data_pipeline.readers.owl_control import read_events
 from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
@@ -205,13 +206,14 @@ def test_a_press_counts_in_the_frames_that_it_fills_by_half_or_in_its_longest() 
         (-2.0, -1.0, []),
         (5.0, 6.0, []),
     ]:
-        assert intervals_held(Press("", "w", down, up), edges).tolist() == expected, (down, up)
+        held = held_intervals(np.array([down]), np.array([up]), edges)
+        assert np.flatnonzero(held).tolist() == expected, (down, up)
 
 
 def test_every_input_that_can_be_bound_in_owl_control_is_delivered_for_some_code(tmp_path: Path) -> None:
     codes = [(kind, code) for kind in ("KEYBOARD", "MOUSE_BUTTON") for code in range(256)]
     write_owl(tmp_path, draw_play(5, 5), [(1.0, kind, [code, down]) for kind, code in codes for down in (True, False)])
-    delivered = {press.name for press in find_presses(list(read_events(tmp_path / "inputs.csv")))}
+    delivered = {event.value for event in read_events(tmp_path / "inputs.csv")}
     assert delivered >= owl_control.INPUTS
     undelivered = keys.INPUTS - owl_control.INPUTS
     assert undelivered == {"keypad_enter", "keypad_equal", "world_1", "f25", "mouse_6", "mouse_7", "mouse_8"}

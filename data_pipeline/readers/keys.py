@@ -8,6 +8,7 @@ import numpy as np
 
 from data_pipeline.types import GameConfig
 
+MOST_DEG = 3600.0  # that anybody turns in a frame; more is damage, or another unit
 MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", *(f"mouse_{i}" for i in range(4, 9)))  # GLFW's
 # One name for a key whatever format it comes from: those of Minecraft and GLFW, with _ for the dot.
 NAMED_KEYS = (
@@ -30,16 +31,28 @@ class KeyMap:
     places: dict[str, list[int]]  # of each input that holds something
     known: Collection[str] | None  # inputs that can be bound; None: any
 
+    def spell(self, name: str, where: str) -> str:
+        """The input `name` as it is bound: by its own spelling, else by one in other case. As it is, if by none.
+
+        Raises ValueError, whatever becomes of others, if it could be either of two.
+        """
+        near = [] if name in self.places else _same_but_case(name, self.places)
+        if len({tuple(self.places[one]) for one in near}) > 1:
+            raise ValueError(
+                f"{where}: {name[:80]!r} may be {' or '.join(near)}, which hold different keys; bind it as well"
+            )
+        return near[0] if near else name
+
     def row(self, held: Iterable[str], where: str) -> np.ndarray:
         """The keyboard vector (k) of 0 and 1 while the inputs `held` are; `where` names file and row in errors."""
         vector = np.zeros(len(self.game.action_space.keys), dtype=np.float32)
-        for name in held:
+        for name in (self.spell(name, where) for name in held):
             if name in self.places:
                 vector[self.places[name]] = 1
             elif self.game.inputs.others == "refuse":
                 binding = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
                 raise ValueError(
-                    f"{where}: {name!r} holds no key of {self.game.name!r}; {binding}set game.inputs.others=drop"
+                    f"{where}: {name[:80]!r} holds no key of {self.game.name!r}; {binding}set game.inputs.others=drop"
                 )
         return vector
 
@@ -54,6 +67,9 @@ def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> Ke
     for key, inputs in bound.items():
         for name in inputs:
             if known is not None and name not in known:
+                same = _same_but_case(name, known)
+                name = same[0] if len(same) == 1 else name
+            if known is not None and name not in known:
                 near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
                 raise ValueError(
                     f"game.inputs.keys.{key}: {where} have no input {name!r}, but {', '.join(near)}; "
@@ -61,6 +77,10 @@ def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> Ke
                 )
             places.setdefault(name, []).append(game.action_space.keys.index(key))
     return KeyMap(game, places, known)
+
+
+def _same_but_case(name: str, names: Iterable[str]) -> list[str]:
+    return [one for one in names if one.casefold() == name.casefold()]
 
 
 def require_mouse_scale(game: GameConfig, where: str) -> None:
@@ -72,7 +92,15 @@ def require_mouse_scale(game: GameConfig, where: str) -> None:
         )
 
 
-def mouse_rows(game: GameConfig, degrees: np.ndarray) -> np.ndarray:
-    """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse."""
+def mouse_rows(game: GameConfig, degrees: np.ndarray, where: str = "the recording") -> np.ndarray:
+    """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
+
+    Raises ValueError for a frame that turns by more than `MOST_DEG`, or by no number; `where` names file and rows.
+    """
     rows = degrees if game.action_space.mouse else degrees[:, :0]
+    wild = ~(np.abs(rows) <= MOST_DEG).all(axis=1)
+    if wild.any():
+        frame = int(wild.argmax())
+        turned = ", ".join(f"{part:g}" for part in rows[frame])
+        raise ValueError(f"{where}: frame {frame} turns by ({turned}) degrees; {MOST_DEG:g} are possible")
     return (rows / game.action_space.mouse_unit_deg).astype(np.float32)

@@ -1,44 +1,51 @@
-"""owl-control: a folder per recording with one mp4 (640 x 360, 60 fps) and `inputs.csv`.
+"""owl-control: a folder per recording with one video (640 x 360, 60 fps) and `inputs.csv`.
 
-`inputs.csv` (`timestamp,event_type,event_args`) has events, not states: unix seconds, a type and JSON arguments, as the
-recorder writes them. `KEYBOARD` [key, pressed], `MOUSE_BUTTON` [button, pressed], `MOUSE_MOVE` [dx, dy] in pixels (x to
-the right, y downwards), `START` and `END` with the keys that are held then, `VIDEO_START` and `VIDEO_END`, `FOCUS` and
-`UNFOCUS`; others are passed over. Keys and buttons are Windows' virtual-key codes; one that has no name here can be
-bound as `code_<number>`.
+`inputs.csv` (`timestamp,event_type,event_args`) has events, not states: unix seconds, a type and JSON arguments, quoted
+as CSV asks for (the recorder's versions 1.0), quoted without doubling the quotes within (since 1.1.0), or bare.
+`KEYBOARD` [key, pressed], `MOUSE_BUTTON` [button, pressed], `MOUSE_MOVE` [dx, dy] in pixels (x to the right, y
+downwards), `START` with the `inputs` that are held then, `END`, `VIDEO_START` and `VIDEO_END`, `HOOK_START` (pictures
+before are black), and in 1.0.0 and 1.0.1 `UNFOCUS` and `REFOCUS` (`FOCUS`); others are passed over unread. Keys and
+buttons are Windows' virtual-key codes; one that has no name here can be bound as `code_<number>`.
 
-Frame i is on the screen from its time in the video, counted from `VIDEO_START` (without one: `START`), to that of frame
-i + 1, and action i is what happened in that interval: the sum of the mouse's moves; a key is held in the frames half of
-which it was down, and if there is none, in the one that its press filled most. While the window has no focus nothing is
-logged: those frames are left out, and an episode ends there. The same where the video has a gap of more than half a
-frame, and where it goes on after the log's end.
+The video's first frame is at `VIDEO_START`. Without one it is taken to be at `START`, which was 7 frames off in a
+published recording: `game.inputs.offset_s` mends that. How events become frames: event_rows.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
+from configs.foreign import parse_json
 from data_pipeline import storage
-from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
-from data_pipeline.readers.recording import (
-    Recording,
-    VideoEpisode,
-    check_rate,
-    cut_video,
-    find_spans,
-    list_files,
-    list_folders,
-    parse_json_value,
-    read_csv,
-    read_number,
+from data_pipeline.readers.event_rows import (
+    VIDEOS,
+    Event,
+    Kind,
+    cut_by_log,
+    open_screen,
+    opened_log,
+    say,
+    say_left_out,
+    sort_events,
 )
-from data_pipeline.types import Actions, GameConfig
-from data_pipeline.video import frame_times, probe
+from data_pipeline.readers.keys import bind_keys, require_mouse_scale
+from data_pipeline.readers.recording import Recording, VideoEpisode, list_files, list_folders, read_number
+from data_pipeline.types import GameConfig
 
 LOG, COLUMNS = "inputs.csv", ["timestamp", "event_type", "event_args"]
-SHORT_S = 1.0  # a video that ends this much before its log is truncated
+# Empty files with which the recorder and its server mark a recording that is not to be used.
+MARKS = (".invalid", ".server_invalid")
+KINDS: dict[str, Kind] = {
+    "START": "begin",
+    "END": "end",
+    "VIDEO_START": "start",
+    "VIDEO_END": "stop",
+    "HOOK_START": "hook",
+    "UNFOCUS": "pause",
+    "FOCUS": "resume",
+    "REFOCUS": "resume",
+}
 BUTTONS = {1: "mouse_left", 2: "mouse_right", 4: "mouse_middle", 5: "mouse_4", 6: "mouse_5"}
 # https://learn.microsoft.com/windows/win32/inputdev/virtual-key-codes; a key that says no side is the left one.
 KEYS = {
@@ -85,30 +92,21 @@ CODE = "code_{}"  # one without a name
 INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in range(256) if i not in KEYS)))
 
 
-class Event(NamedTuple):
-    """One row."""
-
-    where: str  # file and line
-    time: float  # unix seconds
-    kind: str
-    args: Any  # as JSON
-
-
-class Press(NamedTuple):
-    """A key from down to up."""
-
-    where: str
-    name: str
-    down: float  # unix seconds
-    up: float
-
-
 def find_recordings(source: str | Path) -> list[Recording]:
-    """The folders with an `inputs.csv` directly in `source`; `source` itself if it has one."""
+    """The folders with a video and an `inputs.csv` directly in `source`; `source` itself if it has the latter.
+
+    Those that the recorder or its server marked as invalid are left out, and what is no recording, and said.
+    """
     folders = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
-    if not folders:
-        raise ValueError(f"{source} holds no folders with an mp4 and {LOG}")
-    return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
+    names = {folder: [folder.name, *(path.name for path in folder.iterdir())] for folder in folders}
+    invalid = [folder for folder, held in names.items() if any(name.endswith(MARKS) for name in held)]
+    say_left_out(source, invalid, "marked by the recorder as invalid")
+    strays = [folder for folder, held in names.items() if not any(one.lower().endswith((LOG, *VIDEOS)) for one in held)]
+    say_left_out(source, strays, f"neither a video nor {LOG}")
+    found = sorted(names.keys() - {*invalid, *strays})
+    if not found:
+        raise ValueError(f"{source} holds no folders with a video and {LOG}")
+    return [Recording(folder.name, partial(read_folder, folder)) for folder in found]
 
 
 def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
@@ -119,123 +117,83 @@ def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
     """
     require_mouse_scale(game, "owl-control recordings")
     keys = bind_keys(game, INPUTS, "owl-control recordings")
-    videos = list_files(folder, ".mp4")
+    videos, path = list_files(folder, *VIDEOS), folder / LOG
     if len(videos) != 1:
-        raise ValueError(f"{folder} must hold one mp4, not {len(videos)}")
-    log, info, times = folder / LOG, probe(videos[0]), frame_times(videos[0])
-    check_rate(videos[0], 1 / float(np.median(np.diff(times))) if len(times) > 1 else 0.0, game)  # whatever is left out
-    events = list(read_events(log))
-    shown = times - times[0] + find_event(events, log, "VIDEO_START", "START").time
-    gaps = np.diff(shown, append=np.inf) > 1.5 / game.fps
-    end = find_event(events, log, "VIDEO_END", "END").time
-    if shown[-1] < end - SHORT_S:
-        raise ValueError(f"{videos[0]} is truncated: it ends {end - shown[-1]:.1f} s before {log} does")
-    # Intervals are between neighbouring edges: those of the frames, and those of gaps.
-    edges = np.sort(np.concatenate([shown, shown[gaps] + 1 / game.fps]))
-    frames = np.searchsorted(edges, shown)
-    keyboard = np.zeros((len(edges) - 1, len(game.action_space.keys)), dtype=np.float32)
-    for press in find_presses(events):
-        chosen = intervals_held(press, edges)
-        keyboard[chosen] = np.maximum(keyboard[chosen], keys.row([press.name], press.where))
-    degrees = sum_moves(events, edges) * (game.inputs.pitch_deg, game.inputs.yaw_deg)
-    actions = Actions(keyboard[frames], mouse_rows(game, degrees[frames]))
-    spans = find_spans(find_logged(events, edges)[frames], np.roll(gaps, 1))
-    return cut_video(folder.name, videos[0], info, game, actions, spans)
+        raise ValueError(f"{folder} must hold one video, not {len(videos)}")
+    screen = open_screen(videos[0], game)
+    log = sort_events(
+        path, read_events(path, game.action_space.mouse), ("timestamp", *["event_args"] * 2), screen, game
+    )
+    start, stop = log.first("start", "begin"), log.first("stop", "end")
+    if start is None or stop is None:
+        missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
+        raise ValueError(f"{path} has no {missing}; nobody knows which part of the video it belongs to")
+    if start.kind == "begin" and not game.inputs.offset_s:
+        say(
+            f"{path} has no VIDEO_START: the video is taken to begin at START, which may be some frames off; let the "
+            "doctor measure it and set game.inputs.offset_s"
+        )
+    return cut_by_log(folder.name, screen, start.time, log, keys)
 
 
-def read_events(log: Path) -> Iterator[Event]:
-    """The rows in order."""
-    header, rows = read_csv(log)
-    if header != COLUMNS:
-        raise ValueError(f"{log}: columns must be {','.join(COLUMNS)}, not {','.join(header)}")
-    before = -np.inf
-    for line, (timestamp, kind, args) in rows:
-        where = f"{log} line {line}"
-        time = read_number(timestamp, f"{where}: timestamp")
-        if time < before:
-            raise ValueError(f"{where}: timestamp {timestamp} is {before - time:.3f} s before the line above")
-        before = time
-        yield Event(where, time, kind.strip(), parse_json_value(args or "null", where))
+def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
+    """The rows in their order, those of kinds that count; moves only if the `mouse` does."""
+    with opened_log(log) as text:
+        for line, row in enumerate(text, 1):
+            cells = row.strip().split(",", 2)
+            where = f"{log} line {line}"
+            if line == 1:
+                if [cell.strip('" ') for cell in cells] != COLUMNS:
+                    raise ValueError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]!r}")
+            elif cells != [""]:
+                if len(cells) != len(COLUMNS):
+                    raise ValueError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
+                kind = cells[1].strip('" ')
+                if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
+                    yield from _events(
+                        line, read_number(cells[0].strip('" '), f"{where}: timestamp"), kind, cells[2], where
+                    )
 
 
-def find_event(events: Sequence[Event], log: Path, *kinds: str) -> Event:
-    """The first event of the first of `kinds` that occurs."""
-    for kind in kinds:
-        for event in events:
-            if event.kind == kind:
-                return event
-    raise ValueError(f"{log} has no {' and no '.join(kinds)}; nobody knows which part of the video it belongs to")
+def _events(line: int, time: float, kind: str, args: str, where: str) -> Iterator[Event]:
+    """What one row says."""
+    if kind in KINDS:
+        yield Event(time, line, KINDS[kind])
+        for name in _held(_parse(args, where), where) if kind == "START" else []:
+            yield Event(time, line, "press", name)
+        return
+    pair = _parse(args, where)
+    codes = kind != "MOUSE_MOVE"
+    if not isinstance(pair, list) or len(pair) != 2 or (codes and (type(pair[0]) is not int or pair[1] not in (0, 1))):
+        wanted = "a code and whether it is pressed" if codes else "two numbers"
+        raise ValueError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not {wanted}")
+    if codes:
+        names = KEYS if kind == "KEYBOARD" else BUTTONS
+        yield Event(time, line, "press" if pair[1] else "release", names.get(pair[0], CODE.format(pair[0])))
+    else:
+        yield Event(time, line, "move", tuple(read_number(one, f"{where}: {kind}") for one in pair))
 
 
-def find_presses(events: Sequence[Event]) -> list[Press]:
-    """Every key and button from its press to its release, to a loss of focus, or to the log's end."""
-    held: dict[str, Event] = {}
-    presses = []
-    for event in events:
-        if event.kind in ("UNFOCUS", "END") or event is events[-1]:
-            presses += [Press(press.where, name, press.time, event.time) for name, press in held.items()]
-            held.clear()
-        for name, down in _changes(event):
-            if down:
-                held.setdefault(name, event)  # a key that is held repeats its press
-            elif name in held:
-                presses.append(Press(held[name].where, name, held[name].time, event.time))
-                del held[name]
-    return presses
+def _held(args: Any, where: str) -> list[str]:
+    """The keys and buttons that are held when the log begins; versions 1.0 say nothing about them."""
+    inputs = args.get("inputs", args) if isinstance(args, dict) else {}
+    names = []
+    for kind, named in (("keyboard", KEYS), ("mouse", BUTTONS)):
+        codes = inputs.get(kind, []) if isinstance(inputs, dict) else None
+        if not isinstance(codes, list) or not all(type(code) is int for code in codes):
+            raise ValueError(f"{where}: START has the arguments {str(args)[:80]}; keyboard and mouse hold numbers")
+        names += [named.get(code, CODE.format(code)) for code in codes]
+    return names
 
 
-def intervals_held(press: Press, edges: np.ndarray) -> np.ndarray:
-    """The numbers of the intervals in which the press counts; number i lasts from `edges[i]` to `edges[i + 1]`."""
-    if press.down >= edges[-1] or press.up <= edges[0]:
-        return np.zeros(0, dtype=int)
-    first = max(int(np.searchsorted(edges, press.down, side="right")) - 1, 0)
-    last = min(max(int(np.searchsorted(edges, press.up, side="left")) - 1, first), len(edges) - 2)
-    touched = np.arange(first, last + 1)
-    filled = np.minimum(edges[touched + 1], press.up) - np.maximum(edges[touched], press.down)
-    half = touched[filled >= (edges[touched + 1] - edges[touched]) / 2]
-    return half if len(half) else touched[[np.argmax(filled)]]
-
-
-def sum_moves(events: Sequence[Event], edges: np.ndarray) -> np.ndarray:
-    """How far the mouse moved in each interval, (n 2) pixels: down, to the right."""
-    moves = [(event.time, *_pair(event, int | float)) for event in events if event.kind == "MOUSE_MOVE"]
-    table = np.array(moves, dtype=np.float64).reshape(-1, 3)
-    numbers = np.searchsorted(edges, table[:, 0], side="right") - 1
-    inside = (numbers >= 0) & (numbers < len(edges) - 1)
-    summed = np.zeros((len(edges) - 1, 2))
-    np.add.at(summed, numbers[inside], table[inside][:, [2, 1]])
-    return summed
-
-
-def find_logged(events: Sequence[Event], edges: np.ndarray) -> np.ndarray:
-    """Whether all of an interval was logged, (n) bool."""
-    kept = np.ones(len(edges) - 1, dtype=bool)
-    since = -np.inf  # nothing is logged from here on
-    for event in events:
-        begins, ends = event.kind in ("UNFOCUS", "END"), event.kind in ("FOCUS", "START")
-        if ends and since is not None:
-            kept &= (edges[1:] <= since) | (edges[:-1] >= event.time)
-            since = None
-        elif begins and since is None:
-            since = event.time
-    return kept if since is None else kept & (edges[1:] <= since)
-
-
-def _changes(event: Event) -> list[tuple[str, bool]]:
-    """The keys and buttons that the event presses or releases."""
-    if event.kind == "START" and isinstance(event.args, dict):
-        held = [(names, event.args.get(kind, [])) for names, kind in ((KEYS, "keyboard"), (BUTTONS, "mouse"))]
-        if not all(isinstance(codes, list) and all(isinstance(code, int) for code in codes) for _, codes in held):
-            raise ValueError(f"{event.where}: START has the arguments {event.args!r}; keyboard and mouse hold numbers")
-        return [(names.get(code, CODE.format(code)), True) for names, codes in held for code in codes]
-    names = {"KEYBOARD": KEYS, "MOUSE_BUTTON": BUTTONS}.get(event.kind)
-    if names is None:
-        return []
-    code, down = _pair(event, int)
-    return [(names.get(code, CODE.format(code)), bool(down))]
-
-
-def _pair(event: Event, kind: Any) -> tuple[Any, Any]:
-    if not isinstance(event.args, list) or len(event.args) != 2 or not all(isinstance(one, kind) for one in event.args):
-        raise ValueError(f"{event.where}: {event.kind} has the arguments {event.args!r}, not two numbers")
-    return event.args[0], event.args[1]
+def _parse(args: str, where: str) -> Any:
+    """A row's arguments: JSON, quoted or not, the quotes within doubled or not."""
+    text = args.strip()
+    if len(text) > 1 and text[0] == text[-1] == '"':
+        text = text[1:-1]
+    try:
+        return parse_json(text or "null", where)
+    except ValueError:
+        if '""' not in text:
+            raise
+        return parse_json(text.replace('""', '"'), where)

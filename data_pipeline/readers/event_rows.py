@@ -1,0 +1,283 @@
+"""Events to rows: what a log of presses and moves says was done while each frame of a video was on the screen.
+
+Frame i is on the screen from its time in the video to that of frame i + 1, and action i is what happened in that
+interval: the sum of the mouse's moves; a key is held in the frames half of which it was down, and if there is none, in
+the one that its press filled most. Frames in whose interval nothing was logged are left out, and an episode ends there.
+The same where the video has a gap of more than half a frame.
+
+Clocks are corrected and threads overtake each other, so events are put in the order of their times. One that is more
+than a second before an event above it is refused: that log has two clocks.
+"""
+
+import io
+import re
+import sys
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from configs.foreign import reading
+from data_pipeline import storage
+from data_pipeline.readers.keys import MOST_DEG, KeyMap, mouse_rows
+from data_pipeline.readers.recording import VideoEpisode, check_rate, cut_video, find_spans
+from data_pipeline.types import Actions, GameConfig
+from data_pipeline.video import VideoInfo, frame_times, probe
+
+VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".flv", ".ts")
+BACK_S = 1.0  # an event may be so much before one that stands above it
+SHORT_S = 1.0  # a video that ends this much before its log is truncated
+SLACK_S = 1e-3  # of an interval may lack; clocks of seconds since 1970 and of videos are rounded
+# A key that holds nothing, pressed so shortly before the log's end, is the one that stops the recorder. A function key,
+# or one that is not released, may be pressed earlier, since the video is finished first.
+HOTKEY_S, STOP_KEY_S = 0.25, 2.0
+FUNCTION_KEY = re.compile(r"f\d{1,2}", re.IGNORECASE)
+MOST_S = 1e11  # of any clock, since 1970 or not; milliseconds since 1970 are more
+# Mice report up to 8,000 times a second. A log of more is of another video, or none, and not worth reading to its end.
+MOST_EVENTS, MOST_EVENTS_PER_S = 200_000, 20_000
+
+# begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: of the
+# video, its first and its last picture. hook: pictures before are black.
+Kind = Literal["press", "release", "move", "begin", "end", "pause", "resume", "start", "stop", "hook"]
+
+
+class Event(NamedTuple):
+    """One thing that happened."""
+
+    time: float  # s, by the log's clock
+    line: int  # of the log
+    kind: Kind
+    value: Any = None  # press, release: the input's name; move: (x, y), to the right and down
+
+
+class EventLog(NamedTuple):
+    """Everything that happened, in the order of time."""
+
+    path: Path
+    events: list[Event]  # without moves
+    moves: np.ndarray  # (n 3) s, x, y
+
+    def first(self, *kinds: Kind) -> Event | None:
+        """The first event of the first of `kinds` that occurs."""
+        return next((event for kind in kinds for event in self.events if event.kind == kind), None)
+
+
+class Screen(NamedTuple):
+    """A video and when its frames are shown."""
+
+    video: Path
+    info: VideoInfo
+    times: np.ndarray  # (n) s since its first frame
+
+
+class Press(NamedTuple):
+    """A key from down to up."""
+
+    down: float  # s, by the log's clock
+    up: float
+    line: int  # of the log
+
+
+@cache
+def say(line: str) -> None:
+    """Says something about recordings on stderr; the same line just once."""
+    tqdm.write(line, file=sys.stderr)
+
+
+def say_left_out(source: str | Path, folders: Sequence[Path], why: str) -> None:
+    """Says which folders are no recordings, if any."""
+    if folders:
+        more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+        say(f"{source}: left out {', '.join(one.name for one in folders[:5])}{more}: {why}")
+
+
+def open_screen(video: Path, game: GameConfig) -> Screen:
+    """The video's frames in time, which is cheap beside reading a log, so comes first. Raises ValueError for another
+    rate than the game's."""
+    info, times = probe(video), frame_times(video)
+    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    check_rate(video, 1 / step if step else 0.0, game)  # whatever is left out
+    return Screen(video, info, times - times[0])
+
+
+@contextmanager
+def opened_log(path: Path) -> Iterator[io.TextIOWrapper]:
+    """The log's text. What is wrong with it in the block becomes one ValueError that names it."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    # Bytes that are no UTF-8 become \\xff, so that the row can be named, and rows that do not count may hold any.
+    with reading(path), storage.opened(path) as file:
+        yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
+
+
+def sort_events(
+    path: Path, events: Iterable[Event], columns: Sequence[str], screen: Screen, game: GameConfig
+) -> EventLog:
+    """The `events` of a log in the order of time; those of one time stay in the order of the file.
+
+    `columns` are what the log calls time, x and y. Raises ValueError with line and column for a time or a move that is
+    none, a time more than `BACK_S` before one above it, and more events than the video can have.
+    """
+    most = MOST_EVENTS + int(MOST_EVENTS_PER_S * screen.times[-1])
+    degrees = game.inputs.yaw_deg, game.inputs.pitch_deg
+    latest, others, moves = -np.inf, [], array("d")
+    for count, event in enumerate(events, 1):
+        where = f"{path} line {event.line}"
+        if count > most:
+            raise ValueError(f"{where}: too many events for the {len(screen.times)} frames of {screen.video}")
+        if not abs(event.time) <= MOST_S:
+            raise ValueError(f"{where}: {columns[0]} of {event.time:g} s is no time of a recording")
+        if event.time < latest - BACK_S:
+            raise ValueError(
+                f"{where}: {columns[0]} is {latest - event.time:.3f} s before one above it; rows must be in the order "
+                f"of time, but for {BACK_S:g} s; split the recording there"
+            )
+        latest = max(latest, event.time)
+        if event.kind != "move":
+            others.append(event)
+            continue
+        for column, moved, unit in zip(columns[1:], event.value, degrees, strict=True):
+            if not abs(moved * unit) <= MOST_DEG:
+                raise ValueError(f"{where}: {column} of {moved:g} turns by more than {MOST_DEG:g} degrees")
+        moves.extend((event.time, *event.value))
+    others.sort(key=lambda event: event.time)
+    return EventLog(path, others, np.array(moves).reshape(-1, 3))
+
+
+def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: KeyMap) -> list[VideoEpisode]:
+    """The episodes of a video whose clock is at 0 when the log's is at `zero_s`; `game.inputs.offset_s` comes on top.
+
+    Raises ValueError in one line for a video that is shorter than its log and for an input that holds no key.
+    """
+    game = keys.game
+    shown = screen.times + zero_s - game.inputs.offset_s
+    stop = log.first("stop", "end")
+    if stop and shown[-1] < stop.time - SHORT_S:
+        raise ValueError(f"{screen.video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
+    gaps = np.diff(shown, append=np.inf) > 1.5 / game.fps
+    # Intervals are between neighbouring edges: those of the frames, and those of gaps.
+    edges = np.sort(np.concatenate([shown, shown[gaps] + 1 / game.fps]))
+    frames = np.arange(len(shown)) + np.cumsum(gaps) - gaps
+    logged = find_logged(log)
+    keyboard, moved = hold_keys(log, keys, logged, edges)[frames], sum_moves(log.moves, edges)[frames]
+    degrees = moved * (game.inputs.pitch_deg, game.inputs.yaw_deg)
+    actions = Actions(keyboard, mouse_rows(game, degrees, str(log.path)))
+    spans = find_spans(cover_logged(logged, edges)[frames], np.roll(gaps, 1))
+    if not spans:
+        say(f"{log.path}: nothing was logged while {screen.video} was shown; it is left out")
+    return cut_video(name, screen.video, screen.info, game, actions, spans)
+
+
+def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Which keys are held in each interval, (n k) of 0 and 1. Raises ValueError for an input that holds no key.
+
+    Those that start or stop the recorder are passed over: see `HOTKEY_S`.
+    """
+    keyboard = np.zeros((len(edges) - 1, len(keys.game.action_space.keys)), dtype=np.float32)
+    for name, presses in find_presses(log, keys).items():
+        if name in keys.places:
+            down, up = np.array([(press.down, press.up) for press in presses]).T
+            held = held_intervals(down, up, edges)
+            keyboard[np.flatnonzero(held)[:, None], keys.places[name]] = 1
+        elif keys.game.inputs.others == "refuse":
+            for press in presses:
+                stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(name))
+                until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
+                if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
+                    keys.row([name], f"{log.path} line {press.line}")
+    return keyboard
+
+
+def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
+    """Every input's presses: to its release, to a pause, to the log's end, or for ever."""
+    held: dict[str, Press] = {}
+    folded: dict[str, str] = {}  # names as they were pressed last
+    presses = defaultdict(list)
+    for event in log.events:
+        if event.kind in ("pause", "end"):
+            for name, press in held.items():
+                presses[name].append(press._replace(up=event.time))
+            held.clear()
+        elif event.kind in ("press", "release"):
+            name = keys.spell(event.value, f"{log.path} line {event.line}")
+            if event.kind == "press":
+                held.setdefault(name, Press(event.time, np.inf, event.line))  # a key that is held repeats its press
+                folded[name.casefold()] = name
+                continue
+            if name not in held:  # Shift may change the letter between press and release
+                name = folded.get(name.casefold(), name)
+            if name in held:
+                presses[name].append(held.pop(name)._replace(up=event.time))
+    for name, press in held.items():
+        presses[name].append(press)
+    return presses
+
+
+def held_intervals(down: np.ndarray, up: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The intervals in which one of the presses from `down` to `up` (n) counts, (m) bool.
+
+    Interval i lasts from `edges[i]` to `edges[i + 1]`.
+    """
+    shown = (down < edges[-1]) & (up > edges[0])
+    down, up = down[shown], up[shown]
+    first = np.maximum(np.searchsorted(edges, down, side="right") - 1, 0)
+    last = np.minimum(np.maximum(np.searchsorted(edges, up, side="left") - 1, first), len(edges) - 2)
+    in_first = np.minimum(edges[first + 1], up) - np.maximum(edges[first], down)
+    in_last = np.minimum(edges[last + 1], up) - np.maximum(edges[last], down)
+    begins = np.where(2 * in_first >= edges[first + 1] - edges[first], first, first + 1)
+    ends = np.where(2 * in_last >= edges[last + 1] - edges[last], last, last - 1)
+    longest = np.where(in_first >= in_last, first, last)
+    return _cover(
+        np.where(begins <= ends, begins, longest), np.where(begins <= ends, ends, longest) + 1, len(edges) - 1
+    )
+
+
+def sum_moves(moves: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """How far the mouse moved in each interval, (n 2): down, to the right."""
+    numbers = np.searchsorted(edges, moves[:, 0], side="right") - 1
+    inside = (numbers >= 0) & (numbers < len(edges) - 1)
+    summed = np.zeros((len(edges) - 1, 2))
+    np.add.at(summed, numbers[inside], moves[inside][:, [2, 1]])
+    return summed
+
+
+def find_logged(log: EventLog) -> np.ndarray:
+    """From when to when everything was logged, and the video shows something, (m 2) seconds by the log's clock.
+
+    A log that does not say when it begins is one that began before the video; the same with its end.
+    """
+    bounds = [event for event in log.events if event.kind in ("begin", "resume", "pause", "end")]
+    since = None if bounds and bounds[0].kind in ("begin", "resume") else -np.inf
+    spans = []
+    for event in bounds:
+        if event.kind in ("begin", "resume"):
+            since = event.time if since is None else since
+        elif since is not None:
+            spans.append((since, event.time))
+            since = None
+    if since is not None:
+        spans.append((since, np.inf))
+    hook = log.first("hook")
+    return np.maximum(np.array(spans), hook.time if hook else -np.inf)
+
+
+def cover_logged(logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Whether all of an interval lies in one of the spans `logged` (m 2), (n) bool."""
+    first = np.searchsorted(edges, logged[:, 0] - SLACK_S, side="left")
+    last = np.searchsorted(edges, logged[:, 1] + SLACK_S, side="right") - 1
+    some = last > first
+    return _cover(first[some], last[some], len(edges) - 1)
+
+
+def _cover(first: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
+    """Which of `length` places lie in one of the runs from `first` to before `end` (m)."""
+    steps = np.zeros(length + 1, dtype=np.int64)
+    np.add.at(steps, first, 1)
+    np.add.at(steps, end, -1)
+    return np.cumsum(steps[:-1]) > 0

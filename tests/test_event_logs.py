@@ -1,0 +1,258 @@
+"""Logs of events as recorders write them: every frame has what was held while it was on the screen."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from foreign_games import load_game, read_all
+from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lines, write_owl
+
+from configs import load_config
+from data_pipeline.readers import event_rows, find_recordings
+from data_pipeline.readers.keys import KeyMap
+from data_pipeline.types import Episode, GameConfig
+from data_pipeline.video import write_video
+from train.codec import CodecTrainConfig
+
+HEADER = "timestamp,event_type,event_args"
+MARKED = '"{"inputs":{"keyboard":[87],"mouse":[]}}"'  # quotes within that are not doubled, as since version 1.1.0
+
+
+def read_owl(folder: Path, rows: Iterable[str], frames: int = 120, *words: str) -> list[Episode]:
+    """The episodes of a video of 60 fps with the log `rows`."""
+    write_lines(folder / "one" / "inputs.csv", [HEADER, *rows])
+    write_video(folder / "one" / "recording.mp4", np.zeros((frames, 16, 16, 3), np.uint8), 60.0)
+    return read_all("owl_control", folder, load_game("owl_control", folder, *words))
+
+
+def held(episode: Episode, key: int = 0) -> list[int]:
+    """The frames in which a key is held, the first of them `forward`."""
+    return np.flatnonzero(episode.actions.keyboard[:, key]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("start", "release"),
+    [
+        (MARKED, "[87,false]"),
+        (MARKED, '"[87,false]"'),
+        ('"{""inputs"": {""keyboard"": [87], ""mouse"": []}}"', '"[87, false]"'),
+        ('{"inputs":{"keyboard":[87],"mouse":[],"pad":""}}', "[87, 0]"),
+        ('"{""keyboard"": [87]}"', " [87, false] "),
+    ],
+)
+def test_a_key_held_at_the_start_is_held_to_its_release(start: str, release: str, tmp_path: Path) -> None:
+    rows = [f"1000,START,{start}", f"1001,KEYBOARD,{release}", '1002,END,"[]"']
+    (episode,) = read_owl(tmp_path, rows)
+    assert held(episode) == list(range(60))
+
+
+@pytest.mark.parametrize("nothing", ['"[]"', "[]", "", '""', "null"])
+def test_a_start_without_inputs_holds_nothing(nothing: str, tmp_path: Path) -> None:
+    rows = [f"1000,START,{nothing}", "1001,KEYBOARD,[87, true]", "1002,END,"]
+    (episode,) = read_owl(tmp_path, rows)
+    assert held(episode) == list(range(60, 120))
+
+
+@pytest.mark.parametrize("back", ["FOCUS", "REFOCUS"])
+def test_frames_without_focus_are_left_out_in_both_spellings(back: str, tmp_path: Path) -> None:
+    rows = ["1000,START,[]", "1000.1,KEYBOARD,[87,true]", "1000.3,UNFOCUS,[]", f"1000.7,{back},[]", "1002,END,[]"]
+    episodes = read_owl(tmp_path, rows)
+    assert [len(episode.actions) for episode in episodes] == [18, 78]
+    assert held(episodes[0]) == list(range(6, 18)) and held(episodes[1]) == []
+
+
+def test_black_frames_before_the_hook_are_left_out(tmp_path: Path) -> None:
+    rows = ["1000,START,[]", "1000,VIDEO_START,[]", "1000.5,KEYBOARD,[87,true]", "1001,HOOK_START,[]", "1002,END,[]"]
+    (episode,) = read_owl(tmp_path, rows)
+    assert episode.id == "one-f000060" and len(episode.actions) == 60 and held(episode) == list(range(60))
+
+
+def test_rows_may_stand_up_to_a_second_behind_their_time(tmp_path: Path) -> None:
+    rows = ["1000,START,[]", "1001,KEYBOARD,[87,false]", "1000.5,KEYBOARD,[87,true]", "1002,END,[]"]
+    (episode,) = read_owl(tmp_path, rows)
+    assert held(episode) == list(range(30, 60))
+
+
+def test_events_of_one_time_stay_in_the_order_of_the_file(tmp_path: Path) -> None:
+    taps = ["1000.5,KEYBOARD,[87,true]", "1000.5,KEYBOARD,[87,false]"]
+    (episode,) = read_owl(tmp_path, ["1000,START,[]", *taps, "1002,END,[]"])
+    assert held(episode) == [30]
+
+
+def test_what_follows_the_end_does_not_count(tmp_path: Path) -> None:
+    rows = ["1000,START,[]", "1001,END,[]", "1001.5,KEYBOARD,[87,true]", "1001.2,KEYBOARD,[65,true]"]
+    (episode,) = read_owl(tmp_path, rows)
+    assert len(episode.actions) == 60 and not episode.actions.keyboard.any()
+
+
+def test_kinds_that_do_not_count_are_not_parsed(tmp_path: Path) -> None:
+    rows = ["1000,START,[]", '1000.1,GAMEPAD_BUTTON,"[1, true, id 7"}', "x,SCROLL,{", "1002,END,}{"]
+    read_owl(tmp_path, rows)
+    log = (tmp_path / "one" / "inputs.csv").read_bytes().replace(b"id 7", b"id \xff\x00")
+    (tmp_path / "one" / "inputs.csv").write_bytes(log)
+    (episode,) = read_all("owl_control", tmp_path, load_game("owl_control", tmp_path))
+    assert len(episode.actions) == 120
+
+
+def test_a_log_without_the_video_s_start_is_said_and_can_be_moved(tmp_path: Path, capsys) -> None:
+    rows = ["1000,START,[]", "1001,KEYBOARD,[87,true]", "1002.5,END,[]"]
+    (episode,) = read_owl(tmp_path, rows)
+    assert "inputs.csv has no VIDEO_START" in capsys.readouterr().err and held(episode)[0] == 60
+    (moved,) = read_owl(tmp_path, rows, 120, "game.inputs.offset_s=0.1")
+    assert len(moved.actions) == 114 and moved.id == "one-f000006" and held(moved)[0] == 60
+
+
+def test_a_move_of_the_log_against_the_video_moves_its_events_too(tmp_path: Path) -> None:
+    rows = ["999,START,[]", "1000,VIDEO_START,[]", "1001,KEYBOARD,[87,true]", "1003,END,[]"]
+    for offset_s, first in ((0.1, 66), (-0.1, 54)):
+        (episode,) = read_owl(tmp_path, rows, 180, f"game.inputs.offset_s={offset_s}")
+        assert held(episode)[0] == first
+
+
+def test_recordings_that_are_marked_as_invalid_are_left_out_and_said(tmp_path: Path, capsys) -> None:
+    for name in ("good", "bad", "worse", "ugly.invalid"):
+        write_owl(tmp_path / name, play := draw_play(4, 5), owl_rows(play))
+    write_lines(tmp_path / "bad" / ".invalid", ["too short"])
+    write_lines(tmp_path / "worse" / ".server_invalid", [])
+    write_lines(tmp_path / "notes" / "read me.txt", [])
+    assert [one.name for one in find_recordings("owl_control", tmp_path)] == ["good"]
+    said = capsys.readouterr().err
+    assert "left out bad, ugly.invalid, worse: marked" in said and "left out notes: neither" in said
+    with pytest.raises(ValueError, match="holds no folders"):
+        find_recordings("owl_control", tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept"),
+    [
+        (["1001.9,KEYBOARD,[192,true]", "1001.95,KEYBOARD,[192,false]"], True),  # ` a tenth before the end
+        (["1000.5,KEYBOARD,[116,true]", "1000.6,KEYBOARD,[116,false]"], True),  # F5, 1.5 s before
+        (["1001.2,KEYBOARD,[192,true]"], True),  # still down at the end
+        (["1001.2,KEYBOARD,[192,true]", "1001.3,KEYBOARD,[192,false]"], False),
+    ],
+)
+def test_the_key_that_stops_the_recorder_is_passed_over(rows: list[str], kept: bool, tmp_path: Path) -> None:
+    start = '1000,START,{"inputs":{"keyboard":[115],"mouse":[]}}'  # F4, which started it
+    log = [start, "1000.1,KEYBOARD,[115,false]", *rows, "1002,END,[]"]
+    if kept:
+        assert not read_owl(tmp_path, log)[0].actions.keyboard.any()
+    else:
+        with pytest.raises(ValueError, match=r"line 4: 'grave_accent' holds no key"):
+            read_owl(tmp_path, log)
+
+
+@pytest.mark.parametrize("name", ["w", "W"])
+def test_a_bound_key_is_never_dropped_whatever_its_case(name: str, tmp_path: Path) -> None:
+    game = load_game("owl_control", tmp_path, "game.inputs.others=drop", f"game.inputs.keys.forward=[{name}]")
+    write_owl(tmp_path / "one", play := draw_play(4, 5), owl_rows(play))
+    (episode,) = read_all("owl_control", tmp_path, game)
+    np.testing.assert_array_equal(episode.actions.keyboard[:, 0], play.keyboard[:, 0])
+
+
+def test_a_key_that_may_be_either_of_two_is_refused(tmp_path: Path) -> None:
+    game = load_game("frames", tmp_path, "game.inputs.keys={forward: [up], back: [UP], left: [], right: []}")
+    keys = KeyMap(game, {"up": [0], "UP": [1]}, None)
+    assert keys.row(["up"], "x").tolist() == [1, 0, 0, 0] and keys.row(["UP"], "x").tolist() == [0, 1, 0, 0]
+    with pytest.raises(
+        ValueError, match=r"^x line 3: 'Up' may be up or UP, which hold different keys; bind it as well$"
+    ):
+        keys.row(["Up"], "x line 3")
+
+
+def test_a_log_far_too_long_for_its_video_is_refused_before_it_is_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(event_rows, "MOST_EVENTS", 100)
+    monkeypatch.setattr(event_rows, "MOST_EVENTS_PER_S", 100)
+    moves = ["1000.1,MOUSE_MOVE,[1,0]"] * 200
+    with pytest.raises(ValueError, match=r"line 167: too many events for the 40 frames of .*recording.mp4"):
+        read_owl(tmp_path, ["1000,START,[]", *moves, "damaged"], 40)
+
+
+def test_the_video_is_looked_at_before_its_log_is(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mp4 runs at 60 fps, the game 'own' at 30"):
+        read_owl(tmp_path, ["damaged"], 40, "game.fps=30")
+
+
+def log_game(folder: Path, inputs: dict[str, Any]) -> GameConfig:
+    """A game whose keys are those of `inputs`, with a mouse of 1 degree per unit."""
+    path = folder / "own.yaml"
+    space = {"name": "own", "keys": list(inputs["keys"]), "mouse": True}
+    game = {"name": "own", "fps": 20, "height": 16, "width": 16, "action_space": space}
+    game["inputs"] = {"pitch_deg": -1, "yaw_deg": 1, **inputs}
+    path.write_text(json.dumps({"reader": "event_log", "game": game}))
+    return load_config(CodecTrainConfig, [str(path), "source=x", "out=x"]).game
+
+
+def read_log(folder: Path, name: str, rows: Iterable[str], inputs: dict[str, Any]) -> list[Episode]:
+    write_lines(folder / "in" / name, rows)
+    write_video(folder / "in" / "one.mkv", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
+    return read_all("event_log", folder / "in", log_game(folder, inputs))
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+def test_a_log_may_count_time_in_any_unit_from_any_moment(unit: str, tmp_path: Path) -> None:
+    scale = {"s": 1, "ms": 1e3, "us": 1e6, "ns": 1e9}[unit]
+    happened = {"x": -3, "rec": 0, "down": 0.5, "up": 1}
+    rows = [
+        json.dumps({"time": (1_760_000_000 + at) * scale, "kind": kind, "key": "W"}) for kind, at in happened.items()
+    ]
+    inputs = {"keys": {"go": ["w"]}, "time_unit": unit, "kinds": {"start": ["rec"], "ignore": ["x"]}}
+    (episode,) = read_log(tmp_path, "one.jsonl", rows, inputs)
+    assert held(episode) == list(range(10, 20))
+
+
+def test_a_log_without_kinds_has_keys_with_a_state_or_moves(tmp_path: Path) -> None:
+    rows = ["time,key,button,state,dx,dy", "0.1,KeyW,,True,,", "0.2,,left,1,,", "0.26,,,,3,-2", "0.3,KeyW,,False,,"]
+    (episode,) = read_log(tmp_path, "one.csv", rows, {"keys": {"go": ["KeyW"], "fire": ["mouse_left"]}})
+    assert held(episode) == [2, 3, 4, 5] and held(episode, 1) == list(range(4, 40))
+    assert episode.actions.mouse[5].tolist() == [2, 3] and np.count_nonzero(episode.actions.mouse) == 2
+
+
+def test_a_log_that_says_when_it_pauses_and_ends_is_cut_there(tmp_path: Path) -> None:
+    rows = ["time,event,key", "0,on,", "0.1,press,a", "0.5,away,", "1,back,", "1.5,off,", "1.9,press,a"]
+    kinds = {"begin": ["on"], "pause": ["away"], "resume": ["back"], "end": ["off"]}
+    inputs = {"keys": {"go": ["a"]}, "columns": {"kind": "event"}, "kinds": kinds}
+    episodes = read_log(tmp_path, "events.csv", rows, inputs)
+    assert [(one.id, len(one.actions)) for one in episodes] == [("events-f000000", 10), ("events-f000020", 10)]
+    assert held(episodes[0]) == list(range(2, 10)) and held(episodes[1]) == []
+
+
+def test_a_blank_is_the_key_that_types_one(tmp_path: Path) -> None:
+    rows = ['{"time": 0.1, "kind": "press", "key": " "}', '{"time": 0.2, "kind": "release", "key": "space"}']
+    (episode,) = read_log(tmp_path, "one.jsonl", rows, {"keys": {"jump": ["space"]}})
+    assert held(episode) == [2, 3]
+
+
+def test_a_key_is_released_under_the_letter_that_shift_makes_of_it(tmp_path: Path) -> None:
+    rows = ["time,kind,key", "0.1,press,w", "0.2,release,W", "1,press,W", "1.1,release,w"]
+    (episode,) = read_log(tmp_path, "one.csv", rows, {"keys": {"walk": ["w"], "run": ["W"]}})
+    assert held(episode) == [2, 3] and held(episode, 1) == [20, 21]
+
+
+@pytest.mark.parametrize("more", ["0.2,press," + 200_000 * "w", "0.2,press,w\x00", '0.2,press,"w', "0.2,press,\udcff"])
+def test_a_damaged_table_is_one_line(more: str, tmp_path: Path) -> None:
+    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w"])
+    with open(tmp_path / "in" / "one.csv", "ab") as file:
+        file.write(more.encode(errors="surrogateescape"))
+    write_video(tmp_path / "in" / "one.mp4", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
+    with pytest.raises(ValueError, match=r"^\S*one.csv .{,200}$"):
+        read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["a"]}}))
+
+
+def test_folders_with_a_video_and_a_log_each_are_recordings(tmp_path: Path, capsys) -> None:
+    for name in ("a", "b"):
+        write_event_log(tmp_path / "in" / name / "log.csv", play := draw_play(40, 5), log_rows(play))
+    (tmp_path / "in" / "notes").mkdir()
+    found = find_recordings("event_log", tmp_path / "in")
+    assert [one.name for one in found] == ["a", "b"] and "left out notes" in capsys.readouterr().err
+    (episode,) = found[1].read(load_game("event_log", tmp_path))
+    np.testing.assert_array_equal(episode.actions.keyboard, play.keyboard[:, [0, 2, 1, 3, 4]])  # w, s, a, d
+
+
+def test_a_log_that_ends_long_before_its_video_is_said(tmp_path: Path, capsys) -> None:
+    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w", "0.2,release,w"])
+    write_video(tmp_path / "in" / "one.mp4", np.zeros((200, 16, 16, 3), np.uint8), 20.0)
+    read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["w"]}}))
+    assert "one.csv ends 9.8 s before" in capsys.readouterr().err
