@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -107,8 +108,8 @@ def require_inside(name: str, where: str | Path) -> str:
 def inside(folder: Path, name: str, where: str | Path | None = None) -> Path:
     """The path of `name` in `folder`, where it also lies once links are followed. Raises as `require_inside`."""
     path = folder / require_inside(name, where or folder)
-    if isinstance(folder, Path) and not path.resolve().is_relative_to(folder.resolve()):  # an s3:// path has no links
-        raise ValueError(
-            f"{where or folder} names {name!r}, which lies in {path.resolve()}; it was not read or written"
-        )
+    if isinstance(folder, Path):  # an s3:// path has no links
+        real = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle
+        if not real.is_relative_to(os.path.realpath(folder)):
+            raise ValueError(f"{where or folder} names {name!r}, which lies in {real}; it was not read or written")
     return path

@@ -211,7 +211,7 @@ def try_one(target: Target, seed: int, root: Path, writes: list[str]) -> Tried:
 def _inside(path: str, place: Path, root: Path) -> bool:
     if path in ("", os.devnull) or "/__pycache__" in path or path.startswith(("/dev/", "/proc/", "/sys/")):
         return True
-    real = Path(place, path).resolve()
+    real = Path(os.path.realpath(place / path))
     outside = real.is_relative_to(place / "outside")
     return not outside and any(
         real.is_relative_to(one) for one in (place, *(root / n for n in ("tmp", "home", "cache")))

@@ -90,7 +90,7 @@ def json_changed(data: bytes, rng: Random) -> bytes:
     """One of its values is another one, or gone, or stands under another key."""
     try:
         loaded = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text_changed(data, rng)
     places: list[tuple[Any, Any]] = []
 
@@ -155,10 +155,12 @@ def change_file(path: Path, rng: Random) -> None:
     """Changes the file as its kind suggests, now and then as bytes, or makes something else of it."""
     if rng.random() < 0.03:
         path.unlink()
-        what = rng.randrange(3)
-        return (
-            path.mkdir() if what == 0 else path.symlink_to("../outside/secret" if what == 1 else path) if what else None
-        )
+        what = rng.choice(["gone", "folder", "link out", "link to itself"])
+        if what == "folder":
+            path.mkdir()
+        elif what != "gone":
+            path.symlink_to("/".join([".."] * 3 + ["outside", "secret"]) if what == "link out" else path)
+        return
     change = BY_SUFFIX.get(path.suffix, bytes_changed)
     data = path.read_bytes()
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
