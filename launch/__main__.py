@@ -52,7 +52,17 @@ def _links(words: list[str]) -> int:
     return links(words)
 
 
-VERBS = {"run": _run, "doctor": _doctor, "plan": _plan, "links": _links, "road": road, "warm": warm}
+def _accelerate(words: list[str]) -> None:
+    """What `run` starts on a node: `accelerate launch` with a rendezvous that only the run's machines reach."""
+    from launch.rendezvous import accelerate
+
+    accelerate(words)
+
+
+VERBS = {
+    "run": _run, "doctor": _doctor, "plan": _plan, "links": _links, "accelerate": _accelerate, "road": road,
+    "warm": warm,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(run("launch", VERBS, default="run"))

@@ -1,13 +1,32 @@
-"""Machine and words of a run -> the exact `accelerate launch` line. Nothing is started here."""
+"""Machine and words of a run -> the exact line of `accelerate launch`. Nothing is started here."""
 
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launch.machine import MachineConfig
+from launch.machine import MachineConfig, is_text
 from train.config import EngineConfig
 
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
+MARK = "# Rendered by: python -m launch"  # a line of every file that is written for a scheduler
+
+
+class Shell(str):
+    """Text that is shell already. Every other text is quoted when a line of shell is made of it."""
+
+
+def variable(name: str) -> Shell:
+    """What a variable of the node's environment holds, as one word."""
+    return Shell(f'"${name}"')
+
+
+def quoted(word: str) -> Shell:
+    """`word` as shell. Raises ValueError for one that no script can hold."""
+    if isinstance(word, Shell):
+        return word
+    if not is_text(word):
+        raise ValueError(f"{word!r} is no text that a script can hold; rename the file or change the value")
+    return Shell(shlex.quote(word))
 
 
 @dataclass(frozen=True)
@@ -15,7 +34,7 @@ class Task:
     """What a scheduler is to run on every node."""
 
     name: str  # of the job
-    line: Callable[[str, str], list[str]]  # of a node's number and node 0's host, or of `$` and a variable
+    line: Callable[[str, str], list[str]]  # of a node's number and node 0's host
     out: str | None = None  # folder of a run that is queued again when it was stopped; none: it runs once
     most_s: float = 0.0  # the longest that what runs once takes
 
@@ -32,7 +51,16 @@ def accelerate_words(
 
     Accelerate only starts the processes: what DeepSpeed or FSDP2 do comes from the training config (train/engine.py).
     """
-    given = ["accelerate", "launch", "--num_processes", str(machine.ranks), "--num_machines", str(machine.nodes)]
+    given = [
+        "python",
+        "-m",
+        "launch",
+        "accelerate",
+        "--num_processes",
+        str(machine.ranks),
+        "--num_machines",
+        str(machine.nodes),
+    ]
     if machine.nodes > 1:
         given += ["--machine_rank", rank or str(machine.node_rank), "--main_process_ip", host or machine.host]
     given += ["--main_process_port", str(machine.port)]
@@ -53,9 +81,8 @@ def environment(machine: MachineConfig) -> dict[str, str]:
 
 
 def shell_line(words: Sequence[str]) -> str:
-    """The words as a line of shell, which becomes the launcher; those that begin with a dollar are left to the shell.
+    """The words as a line of shell, which becomes the launcher.
 
     The launcher ignores USR1, so that a warning which every process gets reaches those that can save.
     """
-    quoted = (f'"{word}"' if word.startswith("$") else shlex.quote(word) for word in words)
-    return f"trap '' USR1; exec {' '.join(quoted)}"
+    return f"trap '' USR1; exec {' '.join(map(quoted, words))}"

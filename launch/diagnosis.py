@@ -45,6 +45,12 @@ class NodeReport:
     places: tuple[Place, ...]
     unreached: dict[str, str]  # why, by the number of a node to which no connection could be opened
 
+    def __post_init__(self) -> None:
+        if self.address:
+            ip_address(self.address)
+        if not all(node.isdecimal() for node in self.unreached):
+            raise ValueError("unreached must be by the number of a node")
+
 
 @dataclass(frozen=True)
 class Examination:

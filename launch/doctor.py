@@ -5,6 +5,7 @@ import os
 import shlex
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import uuid
@@ -19,21 +20,24 @@ import psutil
 from configs import build, merge_words, to_dict
 from configs.cli import one_line
 from configs.files import write_text
+from configs.foreign import parse_object
 from data_pipeline.storage import is_s3
-from launch.command import Task, accelerate_words, environment
+from launch.command import Shell, Task, accelerate_words, environment, quoted
 from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
-from launch.links import RankReport
+from launch.links import RankReport, Ranks
 from launch.machine import MachineConfig
-from launch.meeting import Meeting, meet
+from launch.meeting import Answer, Meeting, meet
 from launch.mesh import Door, Hello, door_name, knock
 from launch.node import address, inspect_node
 from launch.places import Trial
-from launch.submit import submit
-from launch.tables import examination_text
+from launch.rendezvous import LOOPBACK, own_address
+from launch.submit import require_own, submit
+from launch.tables import examination_text, printable
 from launch.timed import Doing, within
 from train.config import EngineConfig, TrainConfig
 
 STARTING_S = 120.0  # that the processes may take to start, besides timeout_s
+REPORT_MARK = '  "nodes": ['  # a line of a report begins so
 ENDING_S = 10.0  # that the launcher may take to end
 
 
@@ -70,6 +74,14 @@ class DoctorConfig:
         return 3 * self.timeout_s + STARTING_S + ENDING_S
 
 
+@dataclass(frozen=True)
+class Told:
+    """What a node tells the first one in the end."""
+
+    report: NodeReport | None
+    error: str  # why there is no report
+
+
 def read_doctor(words: Sequence[str]) -> DoctorConfig:
     """The doctor's settings; those that only a run has are passed over, since a machine's file may hold them."""
     merged = merge_words(words)
@@ -92,15 +104,10 @@ def doctor_task(config: DoctorConfig, words: Sequence[str]) -> Task:
     mine = [word for word in words if word.partition("=")[0] not in ("script", "dry_run")]
 
     def line(rank: str, host: str) -> list[str]:
-        # A variable of the node's environment is put in by the config itself, on the node.
-        where = [f"machine.node_rank=${{oc.decode:{_variable(rank)}}}", f"machine.host={_variable(host)}"]
+        where = [Shell(f"machine.node_rank={quoted(rank)}"), Shell(f"machine.host={quoted(host)}")]
         return ["python", "-m", "launch", "doctor", *mine, "machine.kind=local", *where]
 
     return Task(f"{config.machine.name}-doctor", line, most_s=config.most_s)
-
-
-def _variable(text: str) -> str:
-    return f"${{oc.env:{text[1:]}}}" if text.startswith("$") else text
 
 
 def _here(config: DoctorConfig) -> int:
@@ -108,6 +115,8 @@ def _here(config: DoctorConfig) -> int:
     if config.dry_run:
         print(shlex.join(links_line(config, "REPORT")))
         return 0
+    if config.report and machine.node_rank == 0:
+        require_own(config.report, REPORT_MARK)
     os.environ.update(environment(machine))  # interfaces, credentials: what the run's processes would have
     try:
         found = _examine(config, meet(machine, config.timeout_s))
@@ -120,9 +129,9 @@ def _here(config: DoctorConfig) -> int:
     if config.report:
         write_text(config.report, json.dumps(to_dict(found), indent=2))
     problems = find_problems(found, machine, config.limits)
-    print(examination_text(found, machine) + "\n")
+    print(printable(examination_text(found, machine)) + "\n")
     for problem in problems:
-        print(f"problem: {problem}")
+        print(printable(f"problem: {problem}"))
     places = {"shared=FOLDER": config.shared, "bucket=s3://...": config.bucket}
     left_out = [name for name, given in places.items() if not given]
     count = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "no problem found"
@@ -133,29 +142,29 @@ def _here(config: DoctorConfig) -> int:
 def _examine(config: DoctorConfig, meeting: Meeting) -> Examination | None:
     """All findings on the first node, none on the others."""
     node, limit_s = meeting.node, config.timeout_s
-    door = Door(door_name(node))
-    own = Hello(socket.gethostname(), address(os.environ), door.port)
-    meeting.tell("hello", to_dict(own))
+    where = address(os.environ)
+    door = Door(door_name(node), (meeting.nodes > 1 and own_address(where)) or LOOPBACK)
+    own = Hello(socket.gethostname(), where, door.port)
+    meeting.tell("hello", own)
     if node == 0:
-        here = list(meeting.hear("hello", range(meeting.nodes), limit_s))
-        plan = meeting.decide("plan", {"nodes": here, "token": uuid.uuid4().hex[:12]})
+        here = meeting.hear("hello", Hello, range(meeting.nodes), limit_s)
+        trial = meeting.decide("trial", Trial(uuid.uuid4().hex[:12], tuple(here), limit_s))
     else:
-        plan = meeting.learn("plan", 2 * limit_s)
-        if node not in plan["nodes"]:
+        trial = meeting.learn("trial", Trial, 2 * limit_s)
+        if node not in trial.nodes:
             raise ConnectionError(f"came {limit_s:g} s or more after node 0; start all at once, or raise timeout_s")
-    trial = Trial(plan["token"], tuple(plan["nodes"]), limit_s)
     report, error = within(limit_s, partial(_look_around, config, meeting, own, trial))
-    meeting.tell("report", {"report": report and to_dict(report), "error": error})
+    meeting.tell("report", Told(report, error))
     found = _hear_reports(config, meeting, trial) if node == 0 else None
     if found:
-        go = meeting.decide("go", not found.unmeasured and config.machine.ranks > 1)
+        go = meeting.decide("go", Answer(not found.unmeasured and config.machine.ranks > 1))
     else:
-        go = meeting.learn("go", 2 * limit_s)
+        go = meeting.learn("go", Answer, 2 * limit_s)
     for place in config.places if report else ():
         trial.clear(place, node)
     door.close()
     meeting.leave(trial.nodes)
-    if not go:
+    if not go.yes:
         return found
     ranks, why = _measure(config)
     if not found and (errors := [why, *(one.error for one in ranks)]) != [""] * len(errors):
@@ -168,16 +177,18 @@ def _look_around(config: DoctorConfig, meeting: Meeting, own: Hello, trial: Tria
     doing.name = "looking at GPUs, memory and disks"
     facts = inspect_node(config.shared)
     doing.name = "opening connections to the other nodes"
-    hellos = meeting.hear("hello", trial.nodes, 0)
-    unreached = knock({node: Hello(**said) for node, said in hellos.items() if node != meeting.node})
+    hellos = meeting.hear("hello", Hello, trial.nodes, 0)
+    unreached = knock({node: hello for node, hello in hellos.items() if node != meeting.node})
     places = tuple(trial.of(url, meeting, doing) for url in config.places)
     return NodeReport(meeting.node, own.host, own.address, facts, places, unreached)
 
 
 def _hear_reports(config: DoctorConfig, meeting: Meeting, trial: Trial) -> Examination:
-    said = meeting.hear("report", trial.nodes, config.timeout_s)
-    reports = [build(NodeReport, one["report"]) for one in said.values() if one["report"]]
-    lost = {str(node): one["error"] for node, one in said.items() if not one["report"]}
+    said = meeting.hear("report", Told, trial.nodes, config.timeout_s)
+    reports = [one.report for one in said.values() if one.report]
+    if any(one.node not in trial.nodes or len(one.places) != len(config.places) for one in reports):
+        raise ConnectionError("a node reports what it was not asked; start the same doctor on all nodes")
+    lost = {str(node): one.error for node, one in said.items() if not one.report}
     for node in range(meeting.nodes):
         if node not in said:
             what = "came, but was not heard of again" if node in trial.nodes else "did not come"
@@ -200,7 +211,8 @@ def _measure(config: DoctorConfig) -> tuple[tuple[RankReport, ...], str]:
         line = links_line(config, str(report))
         print(shlex.join(line), flush=True)
         # Launchers that do not end at the same moment complain of each other at length, after all is done.
-        process = subprocess.Popen(line, start_new_session=True, env={**os.environ, "LOGLEVEL": "CRITICAL"})
+        env = {**os.environ, "LOGLEVEL": "CRITICAL"}
+        process = subprocess.Popen([sys.executable, *line[1:]], start_new_session=True, env=env)
         deadline = time.monotonic() + config.timeout_s + STARTING_S
         try:
             while not report.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -208,7 +220,7 @@ def _measure(config: DoctorConfig) -> tuple[tuple[RankReport, ...], str]:
             if report.exists():
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(ENDING_S)
-                return tuple(build(RankReport, one) for one in json.loads(report.read_text())), ""
+                return build(Ranks, parse_object(report.read_bytes(), report)).ranks, ""
             how = "did not end" if process.poll() is None else f"ended with status {process.returncode}, see above"
         finally:
             _end(process)

@@ -1,10 +1,11 @@
 """An indexed Job with a headless Service: one pod per node, which find the first by its name."""
 
 import json
+import re
 import shlex
 from typing import Any
 
-from launch.command import TRAINERS, Task, environment, shell_line
+from launch.command import MARK, TRAINERS, Task, environment, shell_line, variable
 from launch.machine import MachineConfig
 from train.config import ASKED, ENDED, FAULT
 
@@ -27,12 +28,16 @@ def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
             "ports": [{"name": PORT, "port": machine.port}],
         },
     }
-    run = task.line("$JOB_COMPLETION_INDEX", f"{task.name}-0.{task.name}")
+    run = task.line(variable("JOB_COMPLETION_INDEX"), f"{task.name}-0.{task.name}")
     container = {
         "name": "main",
         "image": kube.image,
-        "command": ["bash", "-c", _GOING_ON.format(run=shell_line(run)) if task.out else shell_line(run)],
-        "env": [{"name": name, "value": value} for name, value in environment(machine).items()],
+        "command": [
+            "bash",
+            "-c",
+            _as_it_stands(_GOING_ON.format(run=shell_line(run)) if task.out else shell_line(run)),
+        ],
+        "env": [{"name": name, "value": _as_it_stands(value)} for name, value in environment(machine).items()],
         "ports": [{"containerPort": machine.port, "name": PORT}],
         "resources": {"limits": _limits(machine), "requests": _limits(machine)},
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
@@ -81,6 +86,11 @@ _RULES = [
 _WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
 
 
+def _as_it_stands(text: str) -> str:
+    """For a container's command and env, in which Kubernetes puts values for `$(NAME)` and `$` for `$$`."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
+
+
 def _limits(machine: MachineConfig) -> dict[str, str]:
     kube = machine.kubernetes
     gpus = {kube.gpu_resource: str(machine.processes)} if machine.device == "cuda" else {}
@@ -88,5 +98,6 @@ def _limits(machine: MachineConfig) -> dict[str, str]:
 
 
 def kubernetes_text(machine: MachineConfig, task: Task) -> str:
-    """For `kubectl create -f`: JSON, which is YAML too, one document after the other."""
-    return "\n---\n".join(json.dumps(one, indent=2) for one in manifests(machine, task)) + "\n"
+    """For `kubectl create -f`: documents of JSON, which is YAML too and quotes every text."""
+    documents = (json.dumps(one, indent=2, ensure_ascii=False) for one in manifests(machine, task))
+    return f"{MARK}\n" + "\n---\n".join(documents) + "\n"

@@ -6,9 +6,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,7 +17,9 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
 from configs import load_config, to_dict
+from configs.cli import one_line
 from configs.files import write_text
+from launch.meeting import said, wait_for
 from launch.timed import Doing, within
 
 PINGS = 10
@@ -73,6 +76,13 @@ class RankReport:
 
 
 @dataclass(frozen=True)
+class Ranks:
+    """What a node's first rank writes down."""
+
+    ranks: tuple[RankReport, ...]
+
+
+@dataclass(frozen=True)
 class Seat:
     """Of a rank among all: `nodes` with `local` ranks each."""
 
@@ -117,26 +127,36 @@ def clock_ahead(pings: Sequence[tuple[float, float, float]]) -> tuple[float, flo
 def links(words: list[str]) -> int:
     """What the doctor starts on every rank: clocks, transfers between pairs of ranks, all ranks together."""
     config = load_config(LinksConfig, words)
+    if Path(config.report).exists():
+        raise FileExistsError(f"report={config.report} is there already; name another file")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # an error is to be reported, not to end the process
     timeout = timedelta(seconds=config.timeout_s)
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))
     where = Seat(rank, ranks, int(os.environ["LOCAL_WORLD_SIZE"]))
-    found, error = within(config.timeout_s + GRACE_S / 2, partial(_measure, config, where, PrefixStore("group", store)))
-    own = found or RankReport(rank, where.node, _backend(config.device), error=error)
+    measured, error = within(
+        config.timeout_s + GRACE_S / 2, partial(_measure, config, where, PrefixStore("group", store))
+    )
+    own = measured or RankReport(rank, where.node, _backend(config.device), error=error)
     with suppress(RuntimeError):  # the store is gone with the first node, or the way to it
         store.set(f"doctor/{rank}", json.dumps(to_dict(own)))
     if rank % where.local == 0:
-        said = _collect(store, ranks) if rank == 0 else [to_dict(own)]
-        write_text(config.report, json.dumps(said))
+        found = _collect(store, where) if rank == 0 else [own]
+        write_text(config.report, json.dumps(to_dict(Ranks(tuple(found)))))
     os._exit(0)  # a thread that waits for a lost peer cannot be ended otherwise
 
 
-def _collect(store: Store, ranks: int) -> list[dict]:
+def _collect(store: Store, where: Seat) -> list[RankReport]:
     """What the ranks say, without those that say nothing within the grace."""
-    deadline, keys = time.monotonic() + GRACE_S, [f"doctor/{rank}" for rank in range(ranks)]
-    while not store.check(keys) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return [json.loads(store.get(key)) for key in keys if store.check([key])]
+    keys = {f"doctor/{rank}": replace(where, rank=rank) for rank in range(where.ranks)}
+    wait_for(store, list(keys), GRACE_S)
+    reports = []
+    for key, seat in keys.items():
+        if store.check([key]):
+            try:
+                reports.append(said(store, key, RankReport))
+            except ConnectionError as error:
+                reports.append(RankReport(seat.rank, seat.node, "", error=one_line(error)))
+    return reports
 
 
 def _backend(device: str) -> str:

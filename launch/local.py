@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
@@ -97,7 +98,9 @@ def launch(words: list[str]) -> int:
         line = accelerate_words(machine, given.train.engine, given.words)
         env = environment(machine)
         print(*(f"{name}={shlex.quote(value)}" for name, value in env.items()), shlex.join(line), flush=True)
-        return 0 if given.dry_run else supervise(line, {**os.environ, **env}, machine.max_restarts)
+        return (
+            0 if given.dry_run else supervise([sys.executable, *line[1:]], {**os.environ, **env}, machine.max_restarts)
+        )
     return submit(machine, train_task(given), given.script, given.dry_run)
 
 

@@ -1,8 +1,21 @@
 """What a run is put on: one machine or many, by hand, through Slurm or Kubernetes."""
 
 import re
-from dataclasses import dataclass, field
+import unicodedata
+from dataclasses import dataclass, field, fields
 from typing import Literal
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` is UTF-8 without control characters but tabs and line ends: what scripts and manifests hold."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n" for c in value)
+
+
+def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]") -> None:
+    """Raises ValueError if the setting `name` is given and is not one plain word, as an option of a scheduler is."""
+    if value is not None and not (re.fullmatch(f"(?!-){characters}+", value) and value.isprintable()):
+        least = "letters, digits, _ . and -" if "w" in characters else "no white space, quotes, \\ or #"
+        raise ValueError(f"{name}={value!r} must be one word that does not begin with - ({least})")
 
 
 @dataclass(frozen=True)
@@ -19,6 +32,14 @@ class SlurmConfig:
     container: str | None = None  # an image for pyxis' --container-image
     mounts: str | None = None  # for --container-mounts
 
+    def __post_init__(self) -> None:
+        for name in ("time", "partition", "account", "memory", "logs"):  # sbatch reads their lines itself
+            require_word(f"machine.slurm.{name}", getattr(self, name))
+        if not is_text(self.setup):
+            raise ValueError(f"machine.slurm.setup={self.setup!r} holds control characters; leave them out")
+        if self.cpus_per_task is not None and self.cpus_per_task < 1:
+            raise ValueError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more")
+
 
 @dataclass(frozen=True)
 class KubernetesConfig:
@@ -33,6 +54,13 @@ class KubernetesConfig:
     cpu: str | None = None
     memory: str | None = None
 
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            if one.name != "mount":
+                require_word(f"machine.kubernetes.{one.name}", getattr(self, one.name))
+        if not self.mount.startswith("/") or ":" in self.mount or not is_text(self.mount):
+            raise ValueError(f"machine.kubernetes.mount={self.mount!r} must be an absolute path without :")
+
 
 @dataclass(frozen=True)
 class MachineConfig:
@@ -45,7 +73,7 @@ class MachineConfig:
     device: Literal["cpu", "cuda"] = "cuda"
     node_rank: int = 0  # local: which of `nodes` this is
     host: str = "127.0.0.1"  # local: where node 0 is reached; Slurm and Kubernetes find it
-    port: int = 29500
+    port: int = 29500  # 0: a free one, for a run on one machine
     grace_s: int = 180  # from the warning to the end: for the step, and for saving
     max_restarts: int = 0  # after a crash; a Slurm job counts what it was queued again for any reason
     env: dict[str, str] = field(default_factory=dict)
@@ -53,6 +81,15 @@ class MachineConfig:
     kubernetes: KubernetesConfig = KubernetesConfig()
 
     def __post_init__(self) -> None:
+        require_word("machine.name", self.name, r"[\w.-]")  # part of a log's name too
+        require_word("machine.host", self.host, r"[\w.:%-]")
+        for name, value in self.env.items():
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise ValueError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
+            if not is_text(value):
+                raise ValueError(f"machine.env.{name}={value!r} holds control characters; leave them out")
+        if not (self.port == 0 and self.kind == "local" and self.nodes == 1) and not 1 <= self.port <= 65535:
+            raise ValueError(f"machine.port={self.port} must be 1 to 65535 (0, a free one, is for one machine)")
         if self.kind == "kubernetes" and not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
             raise ValueError(
                 f"machine.name={self.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter first"

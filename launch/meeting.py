@@ -4,53 +4,79 @@ import json
 import socket
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
-from torch.distributed import DistNetworkError, TCPStore
+from torch.distributed import DistNetworkError, Store, TCPStore
 
+from configs import build_from, to_dict
+from configs.cli import one_line
+from configs.foreign import parse_object, reading
 from launch.machine import MachineConfig
+from launch.rendezvous import serve_store
+
+T = TypeVar("T")
 
 POLL_S = 0.05
 LEAVING_S = 10.0  # that the first node waits for the others to leave
 
 
+@dataclass(frozen=True)
+class Answer:
+    """To a question of yes or no."""
+
+    yes: bool
+
+
 class Meeting:
-    """What nodes tell each other, through a store on the first node."""
+    """What nodes tell each other, as dataclasses, through a store on the first node."""
 
     def __init__(self, store: TCPStore, node: int, nodes: int) -> None:
         self.store, self.node, self.nodes = store, node, nodes
 
     def tell(self, name: str, value: Any) -> None:
-        """`value`, plain data, is what this node says under `name`."""
-        self.store.set(f"{name}/{self.node}", json.dumps(value))
+        """`value` is what this node says under `name`."""
+        self.store.set(f"{name}/{self.node}", json.dumps(to_dict(value)))
 
-    def hear(self, name: str, nodes: Iterable[int], limit_s: float) -> dict[int, Any]:
-        """What each of `nodes` says under `name`, without those that have said nothing within `limit_s`."""
+    def hear(self, name: str, cls: type[T], nodes: Iterable[int], limit_s: float) -> dict[int, T]:
+        """What each of `nodes` says under `name`, without those that have said nothing within `limit_s`. Raises
+        ConnectionError in one line for what is no `cls`."""
         keys = {node: f"{name}/{node}" for node in nodes}
         wait_for(self.store, list(keys.values()), limit_s)
-        return {node: json.loads(self.store.get(key)) for node, key in keys.items() if self.store.check([key])}
+        return {node: said(self.store, key, cls) for node, key in keys.items() if self.store.check([key])}
 
-    def decide(self, name: str, value: Any) -> Any:
+    def decide(self, name: str, value: T) -> T:
         """What the first node says for all."""
-        self.store.set(name, json.dumps(value))
+        self.store.set(name, json.dumps(to_dict(value)))
         return value
 
-    def learn(self, name: str, limit_s: float) -> Any:
-        """What the first node has decided. Raises RuntimeError if it has not within `limit_s`."""
+    def learn(self, name: str, cls: type[T], limit_s: float) -> T:
+        """What the first node has decided. Raises RuntimeError if it has not within `limit_s`, ConnectionError in one
+        line for what is no `cls`."""
         if not wait_for(self.store, [name], limit_s):
             raise RuntimeError(f"node 0 has not said {name!r} within {limit_s:g} s")
-        return json.loads(self.store.get(name))
+        return said(self.store, name, cls)
 
     def leave(self, present: Iterable[int]) -> None:
         """Ends the meeting; the first node goes last, since the store and the port are its own."""
-        self.tell("left", True)
+        self.tell("left", Answer(True))
         if self.node == 0:
-            self.hear("left", present, LEAVING_S)
+            self.hear("left", Answer, present, LEAVING_S)
         del self.store
 
 
-def wait_for(store: TCPStore, keys: list[str], limit_s: float) -> bool:
+def said(store: Store, key: str, cls: type[T]) -> T:
+    """What a peer has put into `store` under `key`. Raises ConnectionError in one line for what is no `cls`."""
+    text, where = store.get(key), f"what another node says as {key!r}"  # torch's store holds up to 8 MB
+    try:
+        with reading(where, "start the same doctor on all nodes"):
+            return build_from(cls, parse_object(text, where), where)
+    except ValueError as error:
+        raise ConnectionError(one_line(error)) from error
+
+
+def wait_for(store: Store, keys: list[str], limit_s: float) -> bool:
     """Whether all of `keys` are in the store within `limit_s`; asks again and again, since waiting warns."""
     deadline = time.monotonic() + limit_s
     while not store.check(keys):
@@ -67,13 +93,15 @@ def meet(machine: MachineConfig, limit_s: float) -> Meeting:
     if not first:
         _reach(machine.host, machine.port, limit_s)
     try:
-        host = "localhost" if first else machine.host
-        store = TCPStore(host, machine.port, is_master=first, wait_for_workers=False, timeout=timeout)
+        if first:
+            store = serve_store(machine.host, machine.port, machine.nodes, timeout)
+        else:
+            store = TCPStore(machine.host, machine.port, is_master=False, wait_for_workers=False, timeout=timeout)
     except DistNetworkError as error:
-        if not first:
-            raise ConnectionError(f"{machine.host}:{machine.port} answers, but not as a doctor: {error}") from error
+        raise ConnectionError(f"{machine.host}:{machine.port} answers, but not as a doctor: {error}") from error
+    except OSError as error:
         raise ConnectionError(
-            f"port {machine.port} of this node cannot be listened on ({str(error).rpartition('message: ')[2]}); end "
+            f"port {machine.port} of this node cannot be listened on ({error}); end "
             "what holds it (`ss -ltnp` shows it), or give machine.port another number on all nodes"
         ) from error
     return Meeting(store, machine.node_rank, machine.nodes)

@@ -21,11 +21,11 @@ class Hello:
 
 
 class Door:
-    """A port of this node, chosen by the system, that says `name` to whoever comes."""
+    """A port of this node at `address`, chosen by the system, that says `name` to whoever comes."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, address: str) -> None:
         self.name = name.encode()
-        self.socket = socket.create_server(("", 0), backlog=512)
+        self.socket = socket.create_server((address, 0), backlog=512)
         self.port: int = self.socket.getsockname()[1]
         threading.Thread(target=self._serve, daemon=True).start()
 

@@ -1,5 +1,6 @@
 """Folders and buckets that all nodes should share: what one writes, all others must read."""
 
+import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from configs.cli import one_line
 from data_pipeline import storage
-from launch.meeting import Meeting
+from launch.meeting import Answer, Meeting
 from launch.timed import Doing
 
 PATIENCE_S = 5.0  # network file systems show a new file of another machine only after a while
@@ -31,6 +32,10 @@ class Trial:
     nodes: tuple[int, ...]  # those that take part
     limit_s: float
 
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w{1,32}", self.token):  # it names a folder, and another node says it
+            raise ValueError(f"the examination {self.token!r} is none of a doctor's")
+
     def file(self, url: str, node: int) -> str:
         return storage.join(url, f".doctor_{self.token}/node_{node:05d}")
 
@@ -38,12 +43,12 @@ class Trial:
         """`url` as this node sees it; all nodes must call, for the same places in the same order."""
         doing.name = f"writing to {url}"
         error = self._write(url, meeting.node)
-        meeting.tell(f"wrote {url}", not error)
+        meeting.tell(f"wrote {url}", Answer(not error))
         doing.name = f"waiting for what the other nodes write to {url}"
-        wrote = meeting.hear(f"wrote {url}", self.nodes, self.limit_s)
+        wrote = meeting.hear(f"wrote {url}", Answer, self.nodes, self.limit_s)
         doing.name = f"reading what the other nodes wrote to {url}"
         deadline = time.monotonic() + PATIENCE_S
-        unread = {node for node, written in wrote.items() if written}
+        unread = {node for node, written in wrote.items() if written.yes}
         while unread := {node for node in unread if not self._reads(url, node)}:
             if time.monotonic() > deadline:
                 break

@@ -3,7 +3,7 @@
 import math
 import shlex
 
-from launch.command import Task, environment, shell_line
+from launch.command import MARK, Task, environment, quoted, shell_line, variable
 from launch.machine import MachineConfig
 from train.config import ASKED, ENDED, FAULT
 
@@ -32,11 +32,12 @@ def slurm_script(machine: MachineConfig, task: Task) -> str:
     # What sbatch is told of CPUs does not reach the step since Slurm 22.05.
     cpus = [f"--cpus-per-task={slurm.cpus_per_task}"] if slurm.cpus_per_task else []
     # A training run without one of its nodes is none; what runs once is to say what it has found on the others.
-    step = shlex.join(["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *cpus, *container, "bash", "-c"])
-    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment(machine).items())
+    step = " ".join(map(quoted, ["srun", f"--kill-on-bad-exit={int(bool(task.out))}", *cpus, *container, "bash", "-c"]))
+    exports = "\n".join(f"export {name}={quoted(value)}" for name, value in environment(machine).items())
     return f"""#!/bin/bash
 {chr(10).join(lines)}
-# Rendered by: python -m launch. Slurm opens the log first: mkdir -p {shlex.quote(slurm.logs)}, then sbatch this file.
+{MARK}
+# Slurm opens the log first: mkdir -p {quoted(slurm.logs)}, then sbatch this file.
 {_SAVING.format(grace_s=machine.grace_s) if task.out else ""}
 set -uo pipefail
 {exports}
@@ -45,7 +46,7 @@ export HEAD
 {slurm.setup}
 {_STAY if task.out else ""}
 {_before(slurm.logs) if task.out else ""}
-{step} {shlex.quote(shell_line(task.line("$SLURM_NODEID", "$HEAD")))}
+{step} {shlex.quote(shell_line(task.line(variable("SLURM_NODEID"), variable("HEAD"))))}
 status=$?
 {_again(machine.max_restarts) if task.out else ""}
 exit "$status"

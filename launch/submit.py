@@ -1,14 +1,29 @@
 """A task on a cluster: written down for its scheduler, and handed over."""
 
+import os
 import shlex
 import subprocess
 from pathlib import Path
 
 from configs.files import write_text
-from launch.command import Task
+from launch.command import MARK, Task
 from launch.kubernetes import kubernetes_text
 from launch.machine import MachineConfig
 from launch.slurm import slurm_script
+
+
+def require_own(path: str, mark: str) -> None:
+    """Raises FileExistsError if something is at `path` that may not be written over: no line of its first megabyte
+    begins with `mark`, and it is not empty."""
+    place = Path(path)
+    if not os.path.lexists(path):
+        return
+    if place.is_file():
+        with place.open("rb") as file:
+            beginning = file.read(1 << 20)
+        if not beginning or any(line.startswith(mark.encode()) for line in beginning.split(b"\n")):
+            return
+    raise FileExistsError(f"{path} is there and was not written by this command; move it, or name another file")
 
 
 def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool) -> int:
@@ -18,6 +33,7 @@ def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool
     if script is None or dry_run:
         print(text, end="")
         return 0
+    require_own(script, MARK)
     write_text(script, text)
     if machine.kind == "slurm":
         Path(machine.slurm.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs

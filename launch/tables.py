@@ -16,6 +16,11 @@ def examination_text(found: Examination, machine: MachineConfig) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def printable(text: str) -> str:
+    """`text` without what would steer a terminal: other nodes have said parts of it."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
 def _nodes(found: Examination) -> str:
     clocks = {clock.node: clock for one in found.ranks for clock in one.clocks}
     titles = ["node", "host", "address", "GPUs", "cores", "memory", "disk", "temp", "/dev/shm", "clock"]

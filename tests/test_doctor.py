@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import socket
 import subprocess
 import threading
 import time
@@ -9,6 +10,7 @@ from dataclasses import replace
 from datetime import timedelta
 
 import kubernetes_validate
+import psutil
 import pytest
 from tiny_training import ROOT, run
 from torch.distributed import TCPStore
@@ -22,12 +24,13 @@ from launch.doctor import doctor_task, read_doctor
 from launch.kubernetes import manifests
 from launch.links import Clock, Link, RankReport, clock_ahead, rounds
 from launch.machine import MachineConfig
-from launch.meeting import Meeting, meet
+from launch.meeting import Answer, Meeting, meet
 from launch.mesh import Door, Hello, door_name, knock
 from launch.node import NodeFacts, inspect_node, parse_gpus
 from launch.places import Place, Trial
+from launch.rendezvous import LOOPBACK, listen, own_address
 from launch.slurm import slurm_script
-from launch.tables import examination_text
+from launch.tables import examination_text, printable
 from launch.timed import Doing, within
 
 MACHINE = MachineConfig(nodes=2, processes=2, host="a")
@@ -225,14 +228,55 @@ def meetings():
 
 def test_nodes_hear_each_other_and_those_that_say_nothing_are_left_out(meetings) -> None:
     first, second = meetings
-    first.tell("hello", {"a": 1})
-    second.tell("hello", [2])
-    assert first.hear("hello", range(2), 1) == second.hear("hello", range(2), 1) == {0: {"a": 1}, 1: [2]}
-    assert second.hear("report", range(2), 0.1) == {}
-    first.decide("go", True)
-    assert second.learn("go", 1) is True
-    with pytest.raises(RuntimeError, match="node 0 has not said 'plan'"):
-        second.learn("plan", 0.1)
+    hellos = {0: Hello("a", "10.0.0.1", 1), 1: Hello("b", "10.0.0.2", 2)}
+    first.tell("hello", hellos[0])
+    second.tell("hello", hellos[1])
+    assert first.hear("hello", Hello, range(2), 1) == second.hear("hello", Hello, range(2), 1) == hellos
+    assert second.hear("report", Hello, range(2), 0.1) == {}
+    first.decide("go", Answer(True))
+    assert second.learn("go", Answer, 1) == Answer(True)
+    with pytest.raises(RuntimeError, match="node 0 has not said 'trial'"):
+        second.learn("trial", Trial, 0.1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "7", "{}", '{"host": "a"}', '{"host": "a", "address": "b", "port": 1e999}', '{"a": ' * 100_000, b"\xff"],
+    ids=["empty", "a list", "a number", "no keys", "a key less", "infinite", "deep", "no text"],
+)  # fmt: skip
+def test_what_a_peer_says_wrong_is_one_line(meetings, text) -> None:
+    meetings[1].store.set("hello/1", text)
+    with pytest.raises(ConnectionError, match=r"^what another node says as 'hello/1'") as raised:
+        meetings[0].hear("hello", Hello, [1], 1)
+    assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
+
+
+def test_a_peer_cannot_name_a_file_outside_the_places_nor_steer_the_terminal(meetings) -> None:
+    meetings[0].store.set("trial", json.dumps({"token": "../../x", "nodes": [0, 1], "limit_s": 5.0}))
+    with pytest.raises(ConnectionError, match="is none of a doctor's"):
+        meetings[1].learn("trial", Trial, 1)
+    assert printable("node 1 (\x1b]0;x\x07)\n") == "node 1 (?]0;x?)\n"
+
+
+def test_on_one_machine_the_doctor_s_port_and_door_are_closed_to_others() -> None:
+    meeting = meet(MachineConfig(port=0), 5)
+    door = Door(door_name(0), LOOPBACK)
+    listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    ports = {meeting.store.port, door.port}
+    assert {one.port for one in listening} >= ports
+    assert {one.ip for one in listening if one.port in ports} == {LOOPBACK}
+    door.close()
+    meeting.leave([0])
+
+
+def test_the_first_of_several_nodes_listens_where_the_others_find_it() -> None:
+    assert own_address("localhost") == own_address("127.0.0.1") == own_address("192.0.2.1") == ""
+    mine = {one.address for all_of in psutil.net_if_addrs().values() for one in all_of if one.family == socket.AF_INET}
+    for address in mine - {LOOPBACK}:
+        assert own_address(address) == address
+    everywhere = listen("", 0)  # where its own name means loopback, as in Debian's /etc/hosts
+    socket.create_connection((next(iter(mine - {LOOPBACK}), LOOPBACK), everywhere.getsockname()[1])).close()
+    everywhere.close()
 
 
 def test_the_first_node_s_port_is_free_again_after_the_meeting() -> None:
@@ -268,15 +312,15 @@ def test_a_place_is_shared_if_all_read_what_each_has_written(place: str, meeting
 
 
 def test_a_place_that_others_write_elsewhere_or_that_is_not_there_is_found(meetings, tmp_path) -> None:
-    meetings[1].tell(f"wrote {tmp_path}", True)  # to another file system
+    meetings[1].tell(f"wrote {tmp_path}", Answer(True))  # to another file system
     assert Trial("token", (0, 1), 5).of(str(tmp_path), meetings[0], Doing()) == Place(str(tmp_path), "", (1,))
     gone = str(tmp_path / "gone")
     assert Trial("token", (0,), 1).of(gone, meetings[0], Doing()) == Place(gone, "there is no such folder")
 
 
 def test_a_node_that_does_not_open_or_is_another_is_not_reached() -> None:
-    door, other = Door(door_name(1)), Door("a printer")
-    closed = Door(door_name(2))
+    door, other = Door(door_name(1), "127.0.0.1"), Door("a printer", "127.0.0.1")
+    closed = Door(door_name(2), "127.0.0.1")
     closed.close()
     hellos = {1: Hello("b", "127.0.0.1", door.port), 2: Hello("c", "127.0.0.1", closed.port)}
     found = knock({**hellos, 3: Hello("d", "127.0.0.1", other.port)})
@@ -311,7 +355,7 @@ def start(*words: str) -> int:
 
 
 def test_a_port_that_is_taken_is_a_problem_of_one_line(capsys, monkeypatch) -> None:
-    taken = Door("somebody else")
+    taken = Door("somebody else", "127.0.0.1")
     monkeypatch.chdir(ROOT)
     assert start("configs/machines/laptop.yaml", f"machine.port={taken.port}") == 1
     said = capsys.readouterr().out
@@ -335,9 +379,8 @@ def test_a_scheduler_s_nodes_run_the_doctor_told_which_of_them_they_are(monkeypa
     step = shlex.split(next(line for line in text.splitlines() if line.startswith("srun ")))
     assert step[1] == "--kill-on-bad-exit=0"
     shown = ["bash", "-c", step[-1].replace("exec python -m launch doctor", "printf '%s\\n'")]
-    given = subprocess.run(shown, capture_output=True, text=True, check=True).stdout.splitlines()
-    monkeypatch.setenv("SLURM_NODEID", "3")
-    monkeypatch.setenv("HEAD", "node17")
+    at = {"SLURM_NODEID": "3", "HEAD": "node17"}
+    given = subprocess.run(shown, capture_output=True, text=True, check=True, env=at).stdout.splitlines()
     machine = read_doctor(given).machine
     assert (machine.kind, machine.node_rank, machine.host, machine.nodes) == ("local", 3, "node17", 4)
 
@@ -352,8 +395,7 @@ def test_the_doctor_s_job_for_kubernetes_is_valid_and_runs_once(monkeypatch) -> 
     pod = job["spec"]["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and job["spec"]["backoffLimit"] == 0
     assert "lifecycle" not in pod["containers"][0] and pod["subdomain"] == service["metadata"]["name"]
-    line = shlex.split(pod["containers"][0]["command"][-1])
-    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    line = shlex.split(pod["containers"][0]["command"][-1].replace('"$JOB_COMPLETION_INDEX"', "1"))
     machine = read_doctor(line[line.index("doctor") + 1 :]).machine
     assert (machine.node_rank, machine.host) == (1, "worldloom-doctor-0.worldloom-doctor")
 

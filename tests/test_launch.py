@@ -1,21 +1,24 @@
 """Machine and words become the exact command, script or manifests, and a bad run is refused before it is queued."""
 
 import errno
+import json
 import os
+import re
 import shlex
 import subprocess
 import time
 from pathlib import Path
 
 import kubernetes_validate
+import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from tiny_training import ROOT, run
 
-from configs import load_config
+from configs import build, load_config
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
-from launch.command import TRAINERS, accelerate_words
+from launch.command import TRAINERS, accelerate_words, shell_line
 from launch.kubernetes import manifests
 from launch.local import read_launch, supervise, train_task
 from launch.machine import MachineConfig
@@ -38,10 +41,11 @@ def start(*words: str) -> int:
 def test_a_local_run_is_one_line_that_can_be_typed(words, capsys) -> None:
     assert start("configs/machines/laptop.yaml", *words, "dry_run=true") == 0
     line = shlex.split(capsys.readouterr().out)
-    begin = line.index("accelerate")
+    begin = line.index("python")
     assert "DS_ACCELERATOR=cpu" in line[:begin]
     assert line[begin:] == [
-        "accelerate", "launch", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "29500",
+        "python", "-m", "launch", "accelerate", "--num_processes", "2", "--num_machines", "1",
+        "--main_process_port", "29500",
         "--use_deepspeed", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *words,
     ]  # fmt: skip
 
@@ -86,17 +90,29 @@ def test_a_run_that_was_told_something_wrong_is_not_started_again_though_the_lau
     assert "started again" not in said.out
 
 
+def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
+    """What the container's command does with the programs of `folder`, after Kubernetes has put in what `$(NAME)` and
+    `$$` stand for there."""
+    env = {one["name"]: one["value"] for one in container["env"]}
+
+    def put_in(text: str) -> str:
+        return re.sub(r"\$(\$|\((.*?)\))", lambda m: "$" if m[1] == "$" else env.get(m[2], m[0]), text)
+
+    env = {name: put_in(value) for name, value in env.items()}
+    given = {**env, "PATH": f"{folder}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "1"}
+    command = [put_in(word) for word in container["command"]]
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize(
     ("says", "status", "ends"), [("asked to stop", 0, 75), ("fault", 1, 2), ("", 1, 1), ("", 0, 0)]
 )
 def test_a_pod_says_how_its_run_ended_and_a_fault_fails_the_job(words, tmp_path, says, status, ends) -> None:
     asked = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
     job = manifests(asked.machine, train_task(asked))[1]
-    (tmp_path / "accelerate").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
-    (tmp_path / "accelerate").chmod(0o755)
-    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "0"}
-    command = job["spec"]["template"]["spec"]["containers"][0]["command"]
-    assert subprocess.run(command, env=env).returncode == ends
+    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
+    (tmp_path / "python").chmod(0o755)
+    assert in_a_pod(job["spec"]["template"]["spec"]["containers"][0], tmp_path).returncode == ends
     rule = job["spec"]["podFailurePolicy"]["rules"][0]
     assert rule["action"] == "FailJob" and (ends in rule["onExitCodes"]["values"]) == (says == "fault")
 
@@ -107,6 +123,9 @@ def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_sa
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
+    started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    doors = [one.laddr for each in started for one in each.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    assert len(doors) >= 3 and {door.ip for door in doors} == {"127.0.0.1"}  # the rendezvous, and gloo's of two ranks
     process.terminate()
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "as asked" in said, said[-2000:]
@@ -136,16 +155,64 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
     step = shlex.split(srun)
     assert step[:3] == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=64"]
     assert step[3:7] == ["--container-image", "/images/w.sqsh", "--container-mounts", asked.machine.slurm.mounts]
-    shown = ["bash", "-c", step[-1].replace("exec accelerate", "printf '%s\\n' accelerate")]
+    shown = ["bash", "-c", step[-1].replace("exec python -m", "printf '%s\\n'")]
     at = {"SLURM_NODEID": "3", "HEAD": "node17"}
     node = subprocess.run(shown, capture_output=True, text=True, env=at, check=True).stdout.splitlines()
-    assert node[:8] == ["accelerate", "launch", "--num_processes", "32", "--num_machines", "4", "--machine_rank", "3"]
+    assert node[:8] == ["launch", "accelerate", "--num_processes", "32", "--num_machines", "4", "--machine_rank", "3"]
     assert node[8:10] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in node
+
+
+HOSTILE = "x$(touch PWNED)`touch PWNED`';touch PWNED;'\"\ntouch PWNED\n#SBATCH --wrap=touch"
+
+
+def run_script(text: str, folder: Path) -> list[str]:
+    """The lines that the launcher gets as its words when bash runs the Slurm script `text` in `folder`."""
+    for name, does in (
+        ("srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"'),
+        ("scontrol", "echo node0"),
+        ("python", 'printf "%s\\0" "$@"'),
+    ):
+        path = folder / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/bash\n{does}\n")
+        path.chmod(0o755)
+    (folder / "job.sh").write_text(text)
+    env = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "SLURM_JOB_NODELIST": "n",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NODEID": "1",
+    }
+    done = subprocess.run(["bash", "job.sh"], cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\0")[:-1]
+
+
+def test_words_names_and_values_are_never_run_as_shell(words, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("$(touch PWNED).yaml").write_text("seed: 3\n")
+    given = [
+        "$(touch PWNED).yaml",
+        f"wandb_project={json.dumps(HOSTILE)}",
+        "init=$HOME",
+        f"out={tmp_path}/o$$(A)",
+    ]
+    settings = ["machine.env.A=changed", f"machine.env.B={json.dumps(HOSTILE)}", "machine.max_restarts=0"]
+    machines = {kind: str(ROOT / f"configs/machines/{kind}.yaml") for kind in ("slurm", "kubernetes")}
+    asked = read_launch([machines["slurm"], *words, *given, *settings, "machine.slurm.setup=export C=1"])
+    slurm = run_script(slurm_script(asked.machine, train_task(asked)), tmp_path)
+    pods = read_launch([machines["kubernetes"], *words, *given, *settings, f"machine.kubernetes.mount={tmp_path}"])
+    container = manifests(pods.machine, train_task(pods))[1]["spec"]["template"]["spec"]["containers"][0]
+    pod = in_a_pod(container, tmp_path / "bin").stdout.split("\0")[:-1]
+    for found, asked_of in ((slurm, asked), (pod, pods)):
+        assert tuple(found[found.index("train") + 1 :]) == asked_of.words and set(given) <= set(asked_of.words)
+        assert found[found.index("--machine_rank") + 1] == "1"
+    assert not list(tmp_path.rglob("*PWNED")) and Path("$(touch PWNED).yaml").exists()
 
 
 @pytest.mark.parametrize("absolute", [False, True])
 def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(words, tmp_path, absolute) -> None:
-    logs = tmp_path / "log files" if absolute else Path("log files")
+    logs = tmp_path / "logs" if absolute else Path("logs")
     given = ["machine.slurm.setup=date", f"machine.slurm.logs={logs}"]
     asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
     tools = tmp_path / "bin"
@@ -218,7 +285,7 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
     machine, engine = FILES[name]
     node = ["--machine_rank", "1", "--main_process_ip", "node0"] if machine.nodes > 1 else []
     file = ["--config_file", str(ROOT / f"launch/accelerate/{name}.yaml"), *node, "-m", "train", "a.yaml"]
-    line = accelerate_words(machine, engine, ["a.yaml"])[2:]
+    line = accelerate_words(machine, engine, ["a.yaml"])[4:]
     found, wanted = (vars(_validate_launch_command(launch_command_parser().parse_args(one))[0]) for one in (file, line))
     parts = ["use_deepspeed", "multi_gpu", "use_fsdp", "cpu", "num_processes", "num_machines", "machine_rank"]
     parts += ["main_process_ip", "deepspeed_multinode_launcher", "module", "training_script", "training_script_args"]
@@ -256,7 +323,7 @@ def test_only_what_a_person_has_to_mend_keeps_a_run_from_being_started_again(err
 def test_every_machine_takes_a_run(machine: Path, words, tmp_path, capsys) -> None:
     given = [f"machine.kubernetes.mount={tmp_path}", "machine.processes=1", "dry_run=true"]
     assert start(str(machine), *words, *given) == 0
-    assert "accelerate launch" in capsys.readouterr().out
+    assert "launch accelerate" in capsys.readouterr().out
 
 
 CONTAINER = ("configs/machines/slurm.yaml", "machine.nodes=1", "machine.processes=1", "machine.slurm.container=w.sqsh")
@@ -288,3 +355,59 @@ def test_a_bad_run_is_refused_before_anything_is_queued(words, capsys, tmp_path,
     error = capsys.readouterr().err
     assert said in error and len(error.splitlines()) == 1
     assert not script.exists()
+
+
+def test_a_file_that_launch_did_not_write_is_not_written_over(words, tmp_path, capsys, monkeypatch) -> None:
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # no sbatch there: the script is written all the same
+    script, notes = tmp_path / "job.sh", tmp_path / "notes.txt"
+    notes.write_text("mine")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("nowhere")
+    one = ["configs/machines/slurm.yaml", *words, "machine.nodes=1", "machine.processes=1"]
+    one += [f"machine.slurm.logs={tmp_path}/logs"]
+    for _ in range(2):
+        assert (
+            start(*one, f"script={script}") == 2
+            and "job.sh is written, but there is no sbatch" in capsys.readouterr().err
+        )
+    for there in (notes, tmp_path / "folder", tmp_path / "link"):
+        assert start(*one, f"script={there}") == 2
+        assert f"{there} is there and was not written by this command" in capsys.readouterr().err
+    assert start("doctor", "configs/machines/laptop.yaml", f"report={notes}") == 2
+    assert notes.read_text() == "mine" and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"name": "x\ntouch PWNED\n#"}, "machine.name="),
+        ({"name": "../x"}, "machine.name='../x' must be one word"),
+        ({"slurm": {"logs": "l\ntouch PWNED"}}, "machine.slurm.logs="),
+        ({"slurm": {"logs": "two words"}}, "machine.slurm.logs="),
+        ({"slurm": {"partition": "a b --wrap=x"}}, "machine.slurm.partition="),
+        ({"slurm": {"account": "--wrap=x"}}, "machine.slurm.account="),
+        ({"slurm": {"memory": "1G#x"}}, "machine.slurm.memory="),
+        ({"slurm": {"time": "1\u2028#SBATCH"}}, "machine.slurm.time="),
+        ({"slurm": {"cpus_per_task": -1}}, "cpus_per_task=-1 must be 1 or more"),
+        ({"slurm": {"setup": "a\0b"}}, "machine.slurm.setup="),
+        ({"env": {"A;touch PWNED;B": "x"}}, "is no variable's name"),
+        ({"env": {"A\n": "x"}}, "is no variable's name"),
+        ({"env": {"A": "\0"}}, "holds control characters"),
+        ({"env": {"A": "\udcff"}}, "holds control characters"),
+        ({"kubernetes": {"namespace": "a b"}}, "machine.kubernetes.namespace="),
+        ({"kubernetes": {"mount": "data"}}, "must be an absolute path"),
+        ({"host": "-x", "nodes": 2}, "machine.host='-x'"),
+        ({"port": 99999999}, "machine.port=99999999 must be 1 to 65535"),
+        ({"port": 0, "nodes": 2, "host": "a"}, "machine.port=0 must be"),
+    ],
+)
+def test_a_machine_s_settings_are_plain_words(given: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as raised:
+        build(MachineConfig, given)
+    assert str(raised.value).isprintable()
+
+
+def test_a_word_that_is_no_text_is_not_written_into_a_script() -> None:
+    with pytest.raises(ValueError, match=r"'out=\\udcff' is no text that a script can hold"):
+        shell_line(["python", "out=\udcff"])

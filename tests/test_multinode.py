@@ -256,7 +256,7 @@ def test_the_doctor_does_not_wait_for_ever_for_a_node_that_is_cut_off(nodes: Nod
 def test_the_doctor_ends_when_the_cable_is_pulled_while_it_measures(nodes: Nodes, tmp_path) -> None:
     sh(f"tc -n {nodes.names[1]} qdisc add dev {nodes.names[1]} root tbf rate 1mbit burst 64kb latency 100ms")
     running, logs = start_doctor(nodes, tmp_path)
-    wait_for_line(logs[0], "accelerate launch", 60)
+    wait_for_line(logs[0], "launch accelerate", 60)
     ours = f"ip netns exec {nodes.names[0]} ss -Htn state established dst 10.77.0.2 and not sport = :29517"
     deadline = time.monotonic() + 60
     while not subprocess.run(ours.split(), capture_output=True, text=True).stdout:  # gloo's connection
