@@ -1,7 +1,6 @@
 """What a shard set holds: a few lines of text, and a page with pictures, actions and a few clips as video."""
 
 import base64
-import html
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,21 +13,13 @@ from einops import rearrange
 from configs import load_config
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
+from data_pipeline.page import Html, h, page_of
 from data_pipeline.shard_set import Shards
 from data_pipeline.types import CHUNK_LATENTS, Clip, Manifest
 from data_pipeline.video import to_uint8, write_video
 from model.codec import Codec, codec_hash, load_codec
 
 BINS = 41  # of the mouse's histograms
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #22252c; max-width: 1060px; margin: 40px auto; padding: 0 20px; }
-h2 { font-size: 19px; margin: 36px 0 8px; } .faint { color: #767b88; font-size: 13px; }
-figure { display: inline-block; margin: 0 8px 12px 0; } figcaption { font-size: 12px; color: #767b88; }
-img, video { border-radius: 6px; display: block; } .row { display: flex; align-items: center; gap: 10px; }
-.row b { width: 130px; font-weight: 500; } .row i { background: #2f6fde; height: 12px; border-radius: 3px; }
-.bars { display: flex; align-items: flex-end; height: 90px; gap: 1px; }
-.bars i { background: #2f6fde; width: 14px; min-height: 1px; }
-"""
 
 
 @dataclass(frozen=True)
@@ -114,32 +105,28 @@ def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
     Raises ValueError in one line for another codec than the set's.
     """
     assert config.out is not None
-    manifest, parts = shards.manifest, list[str]()
+    manifest, parts = shards.manifest, list[Html]()
     codec = open_codec(config.codec, manifest) if config.codec is not None else None
-    lines = [html.escape(line) for line in summarise(config.manifest, shards, actions)]
-    parts.append("<p>" + "<br>".join(lines) + "</p><h2>Keys held</h2>")
-    parts += [
-        f'<div class="row"><b>{html.escape(key)}</b><i style="width: {400 * share:.0f}px"></i>{share:.1%}</div>'
-        for key, share in key_shares(manifest, actions).items()
-    ]
+    lines = summarise(config.manifest, shards, actions)
+    parts += [h("p", *(part for line in lines for part in (line, h("br")))), h("h2", "Keys held")]
+    parts += [bar(key, share, f"{share:.1%}") for key, share in key_shares(manifest, actions).items()]
     parts += [histogram(f"{axis} per frame", column) for axis, column in zip(
         ("pitch", "yaw"), actions.mouse_deg.T, strict=False)]  # fmt: skip
     lengths = Counter(Counter(entry.episode for _, entry in shards.places).values())
-    parts.append("<h2>Clips per episode</h2>")
+    parts.append(h("h2", "Clips per episode"))
     parts += [
-        f'<div class="row"><b>{clips} clips</b><i style="width: {400 * episodes / max(lengths.values()):.0f}px"></i>'
-        f"{episodes} episodes</div>"
+        bar(f"{clips} clips", episodes / max(lengths.values()), f"{episodes} episodes")
         for clips, episodes in sorted(lengths.items())
     ]
     if codec is not None:
-        parts.append('<h2>Clips</h2><p class="faint">Decoded from the latents, with the actions drawn onto them.</p>')
+        parts.append(h("h2", "Clips"))
+        parts.append(h("p", "Decoded from the latents, with the actions drawn onto them.", class_="faint"))
         parts += list(write_videos(config.out, codec, shards, spread(shards, config.videos)))
-    parts.append("<h2>First frames</h2>")
+    parts.append(h("h2", "First frames"))
     parts += [picture(shards.clip(number)) for number in spread(shards, config.pictures)]
     title = f"{manifest.game.name}, {manifest.split}"
-    page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
     url = storage.join(config.out, "index.html")
-    storage.write_text(url, page + "\n".join(parts) + "\n")
+    storage.write_text(url, page_of(title, h("h1", title), *parts))
     return url
 
 
@@ -151,24 +138,29 @@ def open_codec(path: str, manifest: Manifest) -> Codec:
     return load_codec(here)
 
 
-def histogram(title: str, values: torch.Tensor) -> str:
-    """Bars of how often values (n) in degrees come, as HTML; the middle 99 % of them."""
+def bar(name: str, share: float, said: str) -> Html:
+    """A line of a bar chart."""
+    return h("div", h("b", name), h("i", style=f"width: {400 * share:.0f}px"), said, class_="row")
+
+
+def histogram(title: str, values: torch.Tensor) -> Html:
+    """Bars of how often values (n) in degrees come; the middle 99 % of them."""
     bound = max(float(values.abs().quantile(0.995)), 1e-3)
     counts = torch.histc(values, BINS, -bound, bound)
-    bars = "".join(f'<i style="height: {90 * count / counts.max():.0f}px"></i>' for count in counts.tolist())
+    bars = (h("i", style=f"height: {90 * count / counts.max():.0f}px") for count in counts.tolist())
     still = (values == 0).float().mean()
     note = f"from {-bound:.2f} to {bound:.2f} degrees; exactly 0 in {still:.0%} of the frames"
-    return f'<h2>{title}</h2><div class="bars">{bars}</div><p class="faint">{note}</p>'
+    return h("section", h("h2", title), h("div", *bars, class_="bars"), h("p", note, class_="faint"))
 
 
-def picture(clip: Clip) -> str:
-    """A clip's first frame, as HTML."""
+def picture(clip: Clip) -> Html:
+    """A clip's first frame."""
     data = base64.b64encode(clip.first_frame).decode()
-    name = html.escape(f"{clip.episode}, frame {clip.start}")
-    return f'<figure><img src="data:image/jpeg;base64,{data}" height="96"><figcaption>{name}</figcaption></figure>'
+    shown = h("img", src=f"data:image/jpeg;base64,{data}", height=96)
+    return h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
 
 
-def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[str]:
+def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[Html]:
     """Writes each clip as mp4 with its actions drawn onto it; gives the HTML that shows it."""
     game = shards.manifest.game
     for number in numbers:
@@ -179,8 +171,8 @@ def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int])
         actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
         with storage.writing(storage.join(out, name)) as path:
             write_video(Path(path), (overlay.draw(*shown) for shown in actions), game.fps)
-        title = html.escape(f"{clip.episode}, frame {clip.start}")
-        yield f'<figure><video src="{name}" controls loop width="320"></video><figcaption>{title}</figcaption></figure>'
+        shown = h("video", src=name, controls="", loop="", width=320)
+        yield h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
 
 
 @torch.no_grad()

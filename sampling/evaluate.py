@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config
+from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from data_pipeline import storage
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
@@ -23,7 +25,7 @@ from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.denoising import Denoising
 from sampling.films import held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
-from sampling.report import Other, write_page
+from sampling.report import Compared, compared, write_page
 from sampling.scores import (
     Draw,
     action_loss_table,
@@ -185,17 +187,18 @@ def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Te
     return torch.cat(parts)
 
 
-def read_other(path: str, out: str) -> Other:
-    """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`."""
-    report = storage.path(path)
-    if not report.is_file():
+def read_other(path: str, out: str) -> Compared:
+    """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`. Raises ValueError in one
+    line for what is none."""
+    if not storage.exists(path):
         raise FileNotFoundError(f"no report {path}; beside= takes a report.json that evaluate wrote")
-    page = str(report.with_suffix(".html"))
-    try:
-        beside = storage.is_s3(page) == storage.is_s3(out)
-        return Other(os.path.relpath(page, out) if beside else page, json.loads(report.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no report of evaluate ({error})") from error
+    page = str(storage.path(path).with_suffix(".html"))
+    if storage.is_s3(page) == storage.is_s3(out):
+        page = os.path.relpath(page, out)
+    with reading(path, "beside= takes a report.json that evaluate wrote"):
+        if (size := storage.size(path)) > SETTINGS_BYTES:
+            raise ValueError(f"it has {size} bytes")
+        return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
 
 def judge_replay(replay: Replay) -> Figures:

@@ -1,6 +1,5 @@
 """The page that a person opens: one sentence, one plot and one evaluator's name per question."""
 
-import html
 import io
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data_pipeline import storage
+from data_pipeline.page import Html, as_utf8, h, page_of
 
 COLOURS = {
     "right": "#2f6fde", "shuffled": "#e0663c", "none": "#8a8f9c", "real": "#2d2f36", "codec": "#8a8f9c",
@@ -29,13 +29,6 @@ NAMES = {
     "obeyed": "command held", "idle": "nothing pressed",
     "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
 }  # fmt: skip
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #22252c; max-width: 1060px; margin: 40px auto; padding: 0 20px; }
-h1 { font-size: 28px; margin-bottom: 4px; } h2 { font-size: 20px; margin: 44px 0 4px; }
-.faint { color: #767b88; font-size: 13px; } svg, video, img { max-width: 100%; height: auto; border-radius: 8px; }
-table { border-collapse: collapse; margin: 12px 0; } td, th { padding: 3px 18px 3px 0; text-align: left; }
-td { font-variant-numeric: tabular-nums; }
-"""
 
 
 @dataclass(frozen=True)
@@ -44,33 +37,45 @@ class Section:
 
     title: str
     sentence: str
-    body: str  # HTML
+    body: Html
     evaluator: str = ""
 
 
-class Other(NamedTuple):
-    """A model to be compared with."""
+class Compared(NamedTuple):
+    """What a page shows of a model beside others."""
 
-    page: str  # its own page, relative to this one
-    report: dict[str, Any]
+    page: str  # its own page, relative to the one that shows it; empty for that one
+    method: str
+    checkpoint: str
+    figures: dict[str, str]  # the main ones, by name, as text
+    by_frame: np.ndarray  # PSNR in dB of each frame after the 9 given ones
+
+
+def compared(report: dict[str, Any], page: str) -> Compared:
+    """Those parts of a report that may be another's. Of what they are not it makes errors of any kind."""
+    by_frame = np.array(report["psnr_db"]["from_context"]["by_frame"], dtype=np.float64)
+    if by_frame.ndim != 1 or not np.isfinite(by_frame).all():
+        raise ValueError("psnr_db.from_context.by_frame must be numbers")
+    if not isinstance(report["method"], str) or not isinstance(report["checkpoint"], str):
+        raise TypeError("method and checkpoint must be text")
+    return Compared(page, report["method"], report["checkpoint"], main_figures(report), by_frame)
 
 
 def write_page(
-    path: Path, report: dict[str, Any], films: Sequence[tuple[str, str, str]], others: Sequence[Other] = ()
+    path: Path, report: dict[str, Any], films: Sequence[tuple[str, str, str]], others: Sequence[Compared] = ()
 ) -> None:
     """Writes the page of `report`; `films` are (file name without suffix, title, sentence), beside the page; `others`
     are of other models on the same recordings."""
     comparison = [comparison_section(report, others)] if others else []
     sections = [*comparison, *judgement_sections(report), *(film_section(*film) for film in films)]
-    checkpoint = html.escape(report["checkpoint"])
     settings = report["settings"]
     how = f"rollouts of {settings['steps']} steps per piece, guidance by actions {settings['guidance']:g}"
-    parts = [f"<h1>How well does it play?</h1><p class=faint>{checkpoint}; {how}</p>"]
+    parts = [h("h1", "How well does it play?"), h("p", f"{report['checkpoint']}; {how}", class_="faint")]
     for section in sections:
-        judge = f"<p class=faint>Evaluator: {html.escape(section.evaluator)}</p>" if section.evaluator else ""
-        parts.append(f"<h2>{section.title}</h2><p>{section.sentence}</p>{section.body}{judge}")
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{checkpoint}</title><style>{STYLE}</style>"
-    storage.write_text(path, page + "\n".join(parts) + "</html>\n")
+        parts += [h("h2", section.title), h("p", section.sentence), section.body]
+        if section.evaluator:
+            parts.append(h("p", f"Evaluator: {section.evaluator}", class_="faint"))
+    storage.write_text(path, page_of(report["checkpoint"], *parts))
 
 
 def judgement_sections(report: dict[str, Any]) -> list[Section]:
@@ -98,23 +103,17 @@ def judgement_sections(report: dict[str, Any]) -> list[Section]:
     return sections
 
 
-def comparison_section(report: dict[str, Any], others: Sequence[Other]) -> Section:
+def comparison_section(report: dict[str, Any], others: Sequence[Compared]) -> Section:
     """This page's model and others, a column each."""
-    reports = [report, *(other.report for other in others)]
-    columns = [main_figures(report) for report in reports]
-    names = list(dict.fromkeys(name for column in columns for name in column))
-    links = "".join(
-        f'<th><a href="{html.escape(other.page)}">{html.escape(other.report["method"])}</a></th>' for other in others
-    )
-    head = f"<th>{html.escape(report['method'])}</th>{links}"
-    rows = [
-        f"<tr><td>{name}</td>{''.join(f'<td>{column.get(name, str())}</td>' for column in columns)}</tr>"
-        for name in names
-    ]
-    table = f"<table><tr><th></th>{head}</tr>{''.join(rows)}</table>"
-    paths = "; ".join(f"{html.escape(report['method'])}: {html.escape(report['checkpoint'])}" for report in reports)
+    models = [compared(report, ""), *others]
+    names = list(dict.fromkeys(name for model in models for name in model.figures))
+    heads = [h("a", model.method, href=model.page) if model.page else model.method for model in models]
+    rows = [h("tr", *(h("th", head) for head in ("", *heads)))]
+    rows += [h("tr", h("td", name), *(h("td", model.figures.get(name, "")) for model in models)) for name in names]
+    paths = "; ".join(f"{model.method}: {model.checkpoint}" for model in models)
     sentence = f"The same recordings, places and commands for all ({paths}). Losses are of each model's own clips."
-    return Section("Beside other models", sentence, table + plot_psnr_beside(reports))
+    repeated = report["psnr_db"]["repeat_prompt"]["by_frame"]
+    return Section("Beside other models", sentence, h("div", h("table", *rows), plot_psnr_beside(models, repeated)))
 
 
 def main_figures(report: dict[str, Any]) -> dict[str, str]:
@@ -140,8 +139,9 @@ def main_figures(report: dict[str, Any]) -> dict[str, str]:
 
 
 def film_section(name: str, title: str, sentence: str) -> Section:
-    video = f'<video src="{name}.mp4" controls loop muted autoplay playsinline></video>'
-    return Section(title, sentence, f'{video}<p><a href="{name}.png">one picture per chunk</a></p>')
+    video = h("video", src=f"{name}.mp4", controls="", loop="", muted="", autoplay="", playsinline="")
+    sheet = h("p", h("a", "one picture per chunk", href=f"{name}.png"))
+    return Section(title, sentence, h("div", video, sheet))
 
 
 def loss_sentence(table: dict[str, dict[str, float]]) -> str:
@@ -183,7 +183,7 @@ def turn_sentence(report: dict[str, Any]) -> str:
     return f"The picture moves against the turn in these shares of the turning chunks: {', '.join(shares)}."
 
 
-def plot_losses(table: dict[str, dict[str, float]]) -> str:
+def plot_losses(table: dict[str, dict[str, float]]) -> Html:
     bins = [name for name in table["right"] if name.startswith("loss/")]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.2))
     _grouped_bars(left, [_range(name) for name in bins], {v: [table[v][name] for name in bins] for v in table})
@@ -197,7 +197,7 @@ def plot_losses(table: dict[str, dict[str, float]]) -> str:
     return _svg(figure)
 
 
-def plot_psnr(report: dict[str, Any]) -> str:
+def plot_psnr(report: dict[str, Any]) -> Html:
     figure, axes = pyplot.subplots(figsize=(10, 3.4))
     for name, figures in report["psnr_db"].items():
         axes.plot(
@@ -208,19 +208,18 @@ def plot_psnr(report: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def plot_psnr_beside(reports: Sequence[dict[str, Any]]) -> str:
+def plot_psnr_beside(models: Sequence[Compared], repeated: list[float]) -> Html:
     figure, axes = pyplot.subplots(figsize=(10, 3.0))
-    for report in reports:
-        values = report["psnr_db"]["from_context"]["by_frame"]
-        axes.plot(np.arange(1, 1 + len(values)), values, label=f"{report['method']}, from 9 frames")
-    values = reports[0]["psnr_db"]["repeat_prompt"]["by_frame"]
-    axes.plot(np.arange(1, 1 + len(values)), values, color=COLOURS["repeat_prompt"], label=NAMES["repeat_prompt"])
+    for model in models:
+        label = f"{_label(model.method)}, from 9 frames"
+        axes.plot(np.arange(1, 1 + len(model.by_frame)), model.by_frame, label=label)
+    axes.plot(np.arange(1, 1 + len(repeated)), repeated, color=COLOURS["repeat_prompt"], label=NAMES["repeat_prompt"])
     axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
     axes.legend(frameon=False, fontsize=9, ncols=3)
     return _svg(figure)
 
 
-def plot_held(report: dict[str, Any]) -> str:
+def plot_held(report: dict[str, Any]) -> Html:
     figure, axes = pyplot.subplots(figsize=(10, 3.2))
     commands = list(report["held"])
     series = {"obeyed": [report["held"][command]["obeyed"] for command in commands]}
@@ -234,7 +233,7 @@ def plot_held(report: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def plot_turns(report: dict[str, Any]) -> str:
+def plot_turns(report: dict[str, Any]) -> Html:
     figure, axes = pyplot.subplots(figsize=(10, 1.9))
     shown = {name: f["agreement"] for name, f in report["replay_turns"].items() if "agreement" in f}
     axes.barh([NAMES[name] for name in shown], list(shown.values()), color=[COLOURS[name] for name in shown])
@@ -244,7 +243,7 @@ def plot_turns(report: dict[str, Any]) -> str:
     return _svg(figure)
 
 
-def plot_drift(report: dict[str, Any]) -> str:
+def plot_drift(report: dict[str, Any]) -> Html:
     quantities = {"mean": "brightness", "std": "contrast", "sharpness": "sharpness"}
     figure, panels = pyplot.subplots(1, 3, figsize=(10, 2.8))
     for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
@@ -263,18 +262,23 @@ def _grouped_bars(axes: Axes, groups: Sequence[str], series: dict[str, list[floa
     for i, (name, values) in enumerate(series.items()):
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         axes.bar(places, values, 0.92 * width, color=COLOURS[name], label=NAMES.get(name, name))
-    axes.set_xticks(np.arange(len(groups)), groups)
+    axes.set_xticks(np.arange(len(groups)), [_label(group) for group in groups])
+
+
+def _label(text: str) -> str:
+    """`text` for matplotlib, which would read a formula between dollars."""
+    return as_utf8(text)[:60].replace("$", r"\$")
 
 
 def _range(name: str) -> str:
     return name.removeprefix("loss/sigma_").replace("-", " - ")
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure) -> Html:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.92 if figure.legends else 1))
     text = io.StringIO()
     figure.savefig(text, format="svg")
     pyplot.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return Html(text.getvalue()[text.getvalue().index("<svg") :])

@@ -1,12 +1,15 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from pages import PLANTED, Page
 from tiny_world import DIT, GAME, SPACE, random_dit, write_checkpoint
 from torch import Tensor, nn
 
@@ -22,6 +25,7 @@ from model.masks import CausalConfig
 from sampling.__main__ import VERBS
 from sampling.evaluate import loss_of_clips
 from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
+from sampling.report import compared, write_page
 from sampling.scores import (
     Draw,
     action_loss_table,
@@ -297,6 +301,44 @@ def test_a_causal_model_is_judged_by_its_streams_on_the_same_places_beside_the_c
         assert {"right", "shuffled", "none"} <= set(other["velocity_loss"][kind])
     page = (road / "streamed" / "report.html").read_text()
     assert "Beside other models" in page and 'href="../judged/report.html"' in page
+
+
+def planted_in(value: Any) -> Any:
+    """A report with text planted in its names of tables and commands."""
+    report = json.loads(json.dumps(value))
+    for name in ("velocity_loss", "held"):
+        report[name] = {f"{key}{PLANTED}": one for key, one in report[name].items()}
+    return {**report, "method": f"$x^{PLANTED}", "checkpoint": PLANTED, "evaluator": PLANTED}
+
+
+def test_a_page_shows_what_reports_say_as_text_alone(judged: Path, tmp_path: Path) -> None:
+    report = planted_in(json.loads((judged / "report.json").read_text()))
+    write_page(tmp_path / "report.html", report, [("film", PLANTED, PLANTED)], [compared(report, PLANTED)])
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.is_closed_to(PLANTED) and page.tags.count("title") == 1 and page.tags.count("svg") >= 6
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda report: "[]", lambda report: "{}", lambda report: "", lambda report: "\xff\xfe",
+        lambda report: "[" * 200_000, lambda report: json.dumps({**report, "psnr_db": 7}),
+        lambda report: json.dumps({**report, "method": ["x"]}),
+        lambda report: json.dumps({**report, "held": {"left": {"obeyed": "all"}}}),
+        lambda report: json.dumps({**report, "drift": {"from_context": {"std": []}}}),
+        lambda report: json.dumps({**report, "velocity_loss": []}),
+        lambda report: json.dumps({**report, "held": {"left": {"obeyed": 10**400}}}),
+    ],
+    ids=["list", "no keys", "empty", "no UTF-8", "deep", "number", "method", "text", "no chunks", "tables", "huge"],
+)  # fmt: skip
+def test_a_damaged_report_beside_is_one_line_before_anything_is_judged(
+    road: Path, judged: Path, tmp_path: Path, spoil: Callable[[Any], str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "report.json"
+    other.write_text(spoil(json.loads((judged / "report.json").read_text())), encoding="latin-1")
+    assert evaluate(road, tmp_path / "out", f"beside=[{other}]") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(other) in line and len(line) < 500 and not (tmp_path / "out").exists()
 
 
 def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tuple[str, ...]) -> None:

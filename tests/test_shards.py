@@ -15,6 +15,7 @@ import pytest
 import torch
 from einops import rearrange
 from full_disk import full_disk
+from pages import PLANTED, Page
 from PIL import Image
 from safetensors.torch import load
 from tiny_recordings import write_recording
@@ -352,6 +353,17 @@ def test_a_page_shows_pictures_actions_and_clips(encoded, encode_config, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     assert run("data_pipeline", VERBS, ["inspect", manifest, f"out={out}", f"codec={tmp_path}/codec"]) == 2
     assert "the set was encoded by" in capsys.readouterr().err
+
+
+def test_a_page_shows_what_a_manifest_says_as_text_alone(encoded, tmp_path) -> None:
+    shutil.copytree(encoded, tmp_path / "set")
+    url, planted = tmp_path / "set/train/manifest.json", PLANTED.replace("/", "&")
+    loaded = json.loads(url.read_text())
+    loaded["game"]["name"] = loaded["split"] = loaded["codec"] = loaded["game"]["action_space"]["keys"][0] = planted
+    url.write_text(json.dumps(loaded))
+    assert run("data_pipeline", VERBS, ["inspect", str(url), f"out={tmp_path}/page", "pictures=1"]) == 0
+    page = Page((tmp_path / "page/index.html").read_text())
+    assert page.is_closed_to(planted) and page.text.count("alert(1)") >= 2 * 6 and page.tags.count("title") == 1
 
 
 def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
