@@ -57,8 +57,11 @@ class DoctorConfig:
     script: str | None = None  # file for the Slurm script or the Kubernetes manifests; none: they are printed
 
     def __post_init__(self) -> None:
-        if self.timeout_s < 5 or self.megabytes <= 0:
-            raise ValueError(f"timeout_s={self.timeout_s:g} must be 5 or more, megabytes={self.megabytes:g} above 0")
+        if not (5 <= self.timeout_s <= 86_400 and 0 < self.megabytes <= 100_000):
+            raise ValueError(
+                f"timeout_s={self.timeout_s:g} must be 5 or more and at most a day, megabytes={self.megabytes:g} above "
+                "0 and at most 100000"
+            )
         if self.bucket and not is_s3(self.bucket):
             raise ValueError(f"bucket={self.bucket} must begin with s3://; a folder is given as shared=")
         if self.machine.kind == "local" and self.script:

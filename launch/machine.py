@@ -8,7 +8,7 @@ from typing import Literal
 
 def is_text(value: str) -> bool:
     """Whether `value` is UTF-8 without control characters but tabs and line ends: what scripts and manifests hold."""
-    return not any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n" for c in value)
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\t\n" for c in value)
 
 
 def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]") -> None:
@@ -16,6 +16,10 @@ def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]")
     if value is not None and not (re.fullmatch(f"(?!-){characters}+", value) and value.isprintable()):
         least = "letters, digits, _ . and -" if "w" in characters else "no white space, quotes, \\ or #"
         raise ValueError(f"{name}={value!r} must be one word that does not begin with - ({least})")
+
+
+# 65535 s is what Slurm takes at most as the time of a signal.
+BOUNDS = {"nodes": (1, 100_000), "processes": (1, 1024), "grace_s": (1, 65_535), "max_restarts": (0, 10_000)}
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,8 @@ class SlurmConfig:
             require_word(f"machine.slurm.{name}", getattr(self, name))
         if not is_text(self.setup):
             raise ValueError(f"machine.slurm.setup={self.setup!r} holds control characters; leave them out")
-        if self.cpus_per_task is not None and self.cpus_per_task < 1:
-            raise ValueError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more")
+        if self.cpus_per_task is not None and not 1 <= self.cpus_per_task <= 65_535:
+            raise ValueError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more and at most 65535")
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,11 @@ class MachineConfig:
             raise ValueError(
                 f"machine.name={self.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter first"
             )
-        least = min(self.nodes, self.processes, self.grace_s, self.max_restarts + 1)
-        if least < 1 or not 0 <= self.node_rank < self.nodes:
-            raise ValueError(
-                f"machine: nodes {self.nodes}, processes {self.processes} and grace_s {self.grace_s} must be 1 or "
-                f"more, max_restarts {self.max_restarts} 0 or more, node_rank {self.node_rank} below nodes"
-            )
+        for name, (least, most) in BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"machine.{name}={getattr(self, name)} must be {least} or more and at most {most}")
+        if not 0 <= self.node_rank < self.nodes:
+            raise ValueError(f"machine.node_rank={self.node_rank} must be 0 or more and below nodes={self.nodes}")
         if self.kind == "local" and self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
             raise ValueError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")
 

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from configs.files import write_text
 
@@ -11,10 +11,18 @@ GAIN = 1.15  # bf16 must be faster by this factor, or it is not worth its roundi
 
 
 def precision_of_road(folder: str | Path) -> Precision:
-    """The faster one, measured once per `folder`: a stage that goes on must not change its precision."""
+    """The faster one, measured once per `folder`: a stage that goes on must not change its precision.
+
+    Raises ValueError in one line for a damaged file.
+    """
     path = Path(folder) / "precision"
     if path.is_file():
-        return "bf16" if path.read_text(encoding="utf-8").strip() == "bf16" else "fp32"
+        for precision in get_args(Precision):
+            if path.read_bytes().strip() == precision.encode():
+                return precision
+        raise ValueError(
+            f"{path} holds neither {' nor '.join(get_args(Precision))}; write there what the road began with"
+        )
     found = faster_precision()
     write_text(path, found + "\n")
     return found

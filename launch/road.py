@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from configs import load_config
+from configs import build_from, load_config
 from configs.files import write_text
+from configs.foreign import parse_object, reading, require_inside
 from launch.precision import precision_of_road
 
 STAMPS = ".road"
@@ -28,6 +29,14 @@ class Stage:
     makes: str  # the path that it fills, and no other stage does
     env: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        require_inside(self.name, "the road")  # it names a file
+        try:
+            if not shlex.split(self.command):
+                raise ValueError("it is empty")
+        except ValueError as error:
+            raise ValueError(f"stage {self.name}: its command cannot be read: {error}") from error
+
 
 @dataclass(frozen=True)
 class RoadConfig:
@@ -38,6 +47,11 @@ class RoadConfig:
     opens: str  # the file to look at in the end
     precision: Literal["fp32", "bf16", "auto"] = "auto"  # for `${precision}`; auto: the faster one here, measured once
     env: dict[str, str] = field(default_factory=dict)  # of every stage
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two stages are called {twice}; give each a name of its own")
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,12 @@ def road(words: list[str]) -> int:
 def run_stage(config: RoadConfig, stage: Stage) -> tuple[int, float]:
     """Exit status and seconds of the stage's command, its output going straight through."""
     bin_folder = str(Path(sys.executable).parent)
-    env = {**os.environ, **config.env, **stage.env, "PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    env = {
+        **os.environ,
+        **config.env,
+        **stage.env,
+        "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
     started = time.perf_counter()
     process = subprocess.Popen(shlex.split(stage.command), env=env)
     try:
@@ -112,16 +131,19 @@ def stamp_path(config: RoadConfig, stage: Stage) -> Path:
 
 
 def read_stamp(config: RoadConfig, stage: Stage) -> Stamp | None:
-    """What the stage was last run with, if it ever was."""
+    """What the stage was last run with, if it ever was. Raises ValueError in one line for a damaged file."""
     path = stamp_path(config, stage)
-    return Stamp(**json.loads(path.read_text())) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with reading(path, "delete it, and the stage runs again"):
+        return build_from(Stamp, parse_object(path.read_bytes(), path), path)
 
 
 def key_of(stage: Stage, before: Stamp | None) -> str:
     """What decides whether an earlier output is still this stage's: its command, the YAML files that it names, and the
     run of the stage before (whose seconds tell one run from another)."""
     files = [Path(word) for word in shlex.split(stage.command) if word.endswith((".yaml", ".yml"))]
-    contents = [path.read_text() for path in files if path.is_file()]
+    contents = [path.read_text("utf-8", "surrogateescape") for path in files if path.is_file()]
     return hashlib.sha256(json.dumps([stage.command, contents, before and asdict(before)]).encode()).hexdigest()[:16]
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 from configs.files import write_text
+from data_pipeline.storage import is_s3
 from launch.command import MARK, Task
 from launch.kubernetes import kubernetes_text
 from launch.machine import MachineConfig
@@ -13,9 +14,11 @@ from launch.slurm import slurm_script
 
 
 def require_own(path: str, mark: str) -> None:
-    """Raises FileExistsError if something is at `path` that may not be written over: no line of its first megabyte
-    begins with `mark`, and it is not empty."""
+    """Raises ValueError for a bucket, FileExistsError for what may not be written over: something at `path` that is not
+    empty, and no line of whose first megabyte begins with `mark`."""
     place = Path(path)
+    if is_s3(path):
+        raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if not os.path.lexists(path):
         return
     if place.is_file():
@@ -34,6 +37,7 @@ def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool
         print(text, end="")
         return 0
     require_own(script, MARK)
+    script = f"./{script}" if script.startswith("-") else script  # else it were an option
     write_text(script, text)
     if machine.kind == "slurm":
         Path(machine.slurm.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs

@@ -7,11 +7,13 @@ import re
 import shlex
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import kubernetes_validate
 import psutil
 import pytest
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from tiny_training import ROOT, run
 
@@ -19,7 +21,7 @@ from configs import build, load_config
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.command import TRAINERS, accelerate_words, shell_line
-from launch.kubernetes import manifests
+from launch.kubernetes import kubernetes_text, manifests
 from launch.local import read_launch, supervise, train_task
 from launch.machine import MachineConfig
 from launch.slurm import slurm_script
@@ -264,6 +266,19 @@ def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
     assert service["metadata"]["name"] == pod["subdomain"] == "worldloom" and service["spec"]["clusterIP"] == "None"
 
 
+def test_the_manifests_are_yaml_that_says_the_same(words, tmp_path) -> None:
+    odd = {"A": "1e3", "B": "yes", "C": "a: b #c", "D": "\U0001f600 é\n\tx", "E": "---\n- *x", "F": "$(A) $$ $B"}
+    given = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
+    machine = replace(given.machine, env=odd)
+    text, task = kubernetes_text(machine, train_task(given)), train_task(given)
+    assert list(yaml.safe_load_all(text)) == manifests(machine, task)
+    env = {
+        one["name"]: one["value"]
+        for one in manifests(machine, task)[1]["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
+    assert env["D"] == odd["D"] and env["F"] == "$$(A) $$$ $B"  # Kubernetes makes `$(A) $$ $B` of it
+
+
 def test_the_pod_tells_its_trainers_and_not_its_launcher() -> None:
     lines = "/venv/bin/python3.12 -u -m train a.yaml\n/usr/bin/python /usr/bin/accelerate launch -m train a.yaml\n"
     found = subprocess.run(["grep", "-E", TRAINERS], input=lines, capture_output=True, text=True).stdout
@@ -375,6 +390,7 @@ def test_a_file_that_launch_did_not_write_is_not_written_over(words, tmp_path, c
         assert start(*one, f"script={there}") == 2
         assert f"{there} is there and was not written by this command" in capsys.readouterr().err
     assert start("doctor", "configs/machines/laptop.yaml", f"report={notes}") == 2
+    assert start(*one, "script=s3://bucket/job.sh") == 2 and "not to a bucket" in capsys.readouterr().err
     assert notes.read_text() == "mine" and (tmp_path / "link").is_symlink()
 
 
@@ -398,6 +414,8 @@ def test_a_file_that_launch_did_not_write_is_not_written_over(words, tmp_path, c
         ({"kubernetes": {"namespace": "a b"}}, "machine.kubernetes.namespace="),
         ({"kubernetes": {"mount": "data"}}, "must be an absolute path"),
         ({"host": "-x", "nodes": 2}, "machine.host='-x'"),
+        ({"processes": 10**9}, "machine.processes=1000000000 must be 1 or more and at most 1024"),
+        ({"node_rank": 1}, "machine.node_rank=1 must be"),
         ({"port": 99999999}, "machine.port=99999999 must be 1 to 65535"),
         ({"port": 0, "nodes": 2, "host": "a"}, "machine.port=0 must be"),
     ],

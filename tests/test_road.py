@@ -1,10 +1,11 @@
 """A road: stages that are done are reused, and all of them compute in one precision."""
 
+import re
 from pathlib import Path
 
 import pytest
 
-from launch.precision import faster_precision
+from launch.precision import faster_precision, precision_of_road
 from launch.road import STAMPS, road
 
 ROAD = """
@@ -79,3 +80,33 @@ def test_a_stage_that_fails_or_makes_nothing_is_not_done(a_road: str, tmp_path: 
     Path(a_road).write_text(ROAD.format(out=tmp_path).replace(f'open(\\"{tmp_path}/a', f'open(\\"{tmp_path}/c'))
     assert road([a_road, "precision=fp32"]) == 1
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"command": 1}', "[" * 200_000, "\xff"])
+def test_a_damaged_stamp_is_one_line(a_road: str, tmp_path: Path, text: str) -> None:
+    (tmp_path / STAMPS).mkdir()
+    (tmp_path / STAMPS / "a.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"a\.json") as raised:
+        road([a_road, "precision=fp32"])
+    assert len(str(raised.value).splitlines()) == 1 and not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        ("{name: ../x, command: date, makes: x}", "'../x'"),
+        ("{name: x, command: '', makes: x}", "stage x: its command cannot be read"),
+        ('{name: x, command: "date \'", makes: x}', "No closing quotation"),
+        ("{name: x, command: date, makes: x}, {name: x, command: date, makes: y}", "two stages are called x"),
+    ],
+)
+def test_a_road_that_cannot_be_gone_is_refused_before_its_first_stage(tmp_path: Path, stages: str, said: str) -> None:
+    (tmp_path / "road.yaml").write_text(f"out: {tmp_path}\nopens: x\nprecision: fp32\nstages: [{stages}]\n")
+    with pytest.raises(ValueError, match=re.escape(said)):
+        road([str(tmp_path / "road.yaml")])
+
+
+def test_a_precision_that_is_none_is_not_guessed(tmp_path: Path) -> None:
+    (tmp_path / "precision").write_text("fp16")
+    with pytest.raises(ValueError, match="holds neither fp32 nor bf16"):
+        precision_of_road(tmp_path)
