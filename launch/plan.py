@@ -22,6 +22,7 @@ from train.rehearsal import ClipSize, Rehearsed, base_process, clip_size, rehear
 
 T = TypeVar("T")
 
+MOST_PIXELS = 10**9  # of latents, per process and step: 70,000 latents of 720p; more takes hours to rehearse
 BASE = "base process"
 ON_HOST = ("optimizer's states", "float32 weights", "average")  # where engine.offload is not `nothing`
 UNPLANNED = ("codec", "out", "manifest")  # what a run needs and a plan does not
@@ -81,6 +82,12 @@ class Planner:
         given, config = self.read(extra), self.config
         on_cpu, engine = given.machine.device == "cpu", given.train.engine
         clip = clip_size(given.train, config.height, config.width, config.latents)
+        step = clip.latents * clip.rows * clip.columns * given.train.batch * given.train.accumulation
+        if step > MOST_PIXELS:
+            raise ValueError(
+                f"a step of {step:.1e} latent pixels per process is beyond what a plan is for; give smaller or fewer "
+                "clips (latents=, height=, width=, batch=, accumulation=)"
+            )
         run = apart(rehearse, given.train, clip, given.machine.ranks, on_cpu)
         held, off = dict(run.held), not on_cpu and engine.offload != "nothing"
         on_host = {name: held.pop(name) for name in ON_HOST if name in held} if off else {}
