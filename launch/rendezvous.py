@@ -5,12 +5,15 @@ Whoever reaches it can read and write what the processes tell each other: torch'
 
 import os
 import socket
+import sys
 from datetime import timedelta
 from ipaddress import ip_address
 
 import psutil
 from torch.distributed import TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousInfo, static_tcp_rendezvous
+
+from configs.cli import one_line
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500  # Accelerate's
@@ -75,4 +78,7 @@ def accelerate(words: list[str]) -> None:
         ):
             given.main_process_port = 0  # for a taken one Accelerate would turn to a rendezvous that listens everywhere
     static_tcp_rendezvous.StaticTCPRendezvous = Rendezvous
-    launch_command(given)
+    try:
+        launch_command(given)
+    except OSError as error:  # as Accelerate ends: with 1, which is tried again, unlike a person's fault
+        sys.exit(f"launch accelerate: {one_line(error)}")
