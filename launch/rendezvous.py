@@ -73,10 +73,9 @@ def accelerate(words: list[str]) -> None:
     if given.num_machines == 1 or given.num_machines == given.machine_rank is None:
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-        if (port := DEFAULT_PORT if given.main_process_port is None else given.main_process_port) and is_port_in_use(
-            port
-        ):
-            given.main_process_port = 0  # for a taken one Accelerate would turn to a rendezvous that listens everywhere
+        port = DEFAULT_PORT if given.main_process_port is None else given.main_process_port
+        if port and is_port_in_use(port):  # Accelerate would turn to another rendezvous, which listens everywhere
+            given.main_process_port = 0
     static_tcp_rendezvous.StaticTCPRendezvous = Rendezvous
     try:
         launch_command(given)

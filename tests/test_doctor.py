@@ -28,7 +28,7 @@ from launch.meeting import Answer, Meeting, meet
 from launch.mesh import Door, Hello, door_name, knock
 from launch.node import NodeFacts, inspect_node, parse_gpus
 from launch.places import Place, Trial
-from launch.rendezvous import LOOPBACK, listen, own_address
+from launch.rendezvous import LOOPBACK, Rendezvous, listen, own_address
 from launch.slurm import slurm_script
 from launch.tables import examination_text, printable
 from launch.timed import Doing, within
@@ -258,11 +258,12 @@ def test_a_peer_cannot_name_a_file_outside_the_places_nor_steer_the_terminal(mee
     assert printable("node 1 (\x1b]0;x\x07)\n") == "node 1 (?]0;x?)\n"
 
 
-def test_on_one_machine_the_doctor_s_port_and_door_are_closed_to_others() -> None:
-    meeting = meet(MachineConfig(port=0), 5)
-    door = Door(door_name(0), LOOPBACK)
+def test_on_one_machine_ports_and_doors_are_closed_to_others() -> None:
+    meeting, door = meet(MachineConfig(port=0), 5), Door(door_name(0), LOOPBACK)
+    run_s = Rendezvous("127.0.0.1", 0, 0, 1, "a run", 5)
+    run_s.next_rendezvous()
     listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    ports = {meeting.store.port, door.port}
+    ports = {meeting.store.port, run_s._store.port, door.port}  # type: ignore[attr-defined]
     assert {one.port for one in listening} >= ports
     assert {one.ip for one in listening if one.port in ports} == {LOOPBACK}
     door.close()
