@@ -24,7 +24,8 @@ from data_pipeline.s3_errors import NotOffered
 from sampling.world_model import STEP_FOLDERS
 from train.config import STOPPED, TrainConfig
 from train.engine import gather_objects
-from train.log import METRICS, WANDB_ID
+from train.log import METRICS
+from train.trackers import WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, as they were then
 CLAIM, STALE_S = "run", 30.0  # of a run at a url; after so long without a renewal its machine is gone
