@@ -3,9 +3,11 @@
 import fcntl
 import itertools
 import json
+import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,6 +255,67 @@ def test_another_run_is_not_gone_on_with(plain, train_words, changed: list[str],
     done = run(given)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
     assert sorted(plain.rglob("*")) == before
+
+
+def branch_words(plain: Path, train_words: list[str], out: Path, *more: str) -> list[str]:
+    """Of a run that goes on from the third step of `plain`, in a folder of its own."""
+    origin = plain / "step_0000003"
+    return [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}", f"resume={origin}", *more]
+
+
+@pytest.fixture(scope="module")
+def branch(plain, train_words, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("branch")
+    done = run([*ALONE, *branch_words(plain, train_words, out)])
+    assert done.returncode == 0 and "step_0000003 at step 3" in done.stdout + done.stderr, done.stderr
+    return out
+
+
+def test_a_branch_is_bit_for_bit_the_run_that_was_stopped_there_and_leaves_it_as_it_was(
+    plain, branch, train_words, tmp_path
+) -> None:
+    assert torch.equal(losses(branch), losses(plain)[3:])
+    for name in ("model.safetensors", "ema.safetensors", "trainer/rank_00000.safetensors"):
+        assert (newest_checkpoint(branch) / name).read_bytes() == (newest_checkpoint(plain) / name).read_bytes(), name
+    files = {str(path): path.stat().st_mtime_ns for path in plain.rglob("*")}
+    assert max(files.values()) < (branch / "metrics.jsonl").stat().st_mtime_ns
+    out = cut_off(branch, tmp_path / "preempted", step=6)
+    asked = load_config(TrainConfig, branch_words(plain, train_words, out))
+    assert check_run(asked, ranks=1).resumed == f"{out}/step_0000006"
+    shutil.copytree(plain / "step_0000003", tmp_path / "gone")  # the origin itself is not needed any more
+    with pytest.raises(ValueError, match=r"step_0000006 is there, and no branch of resume=.*gone; choose another out="):
+        check_run(replace(asked, resume=str(tmp_path / "gone")), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["out=ORIGIN"], "step_0000020 is there, and no branch of resume="),
+        (["resume=ORIGIN/step_0000004"], "no complete checkpoint (in ORIGIN: step_0000003, "),
+        (["resume=ORIGIN"], "resume=ORIGIN is no complete checkpoint (in ORIGIN: step_0000003, "),
+        (["resume=step_0000003"], "name one, as in resume=runs/my/step_0000500"),
+        (["steps=3"], "has 3 steps done, and steps=3; give more steps"),
+        (["model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
+        (["seed=1"], "other samples: seed=0 there, 1 here"),
+        (["batch=3"], "clips per step"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_one_line(plain, train_words, tmp_path, changed: list[str], said: str) -> None:
+    given = [word.replace("ORIGIN", str(plain)) for word in changed]
+    with pytest.raises((ValueError, OSError), match=re.escape(said.replace("ORIGIN", str(plain)))):
+        check_run(load_config(TrainConfig, branch_words(plain, train_words, tmp_path / "new", *given)), ranks=1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("engine", "ranks"), itertools.product(ENGINES, (1, 2)))
+def test_every_engine_begins_a_branch_bit_for_bit(trained, train_words, tmp_path, engine, ranks) -> None:
+    whole = trained((engine, "fp32", 2, 0, ranks))
+    more = "engine.precision=fp32", "model.checkpoint_every=0", f"resume={whole / 'step_0000003'}"
+    assert "at step 3" in train(command(engine, ranks), train_words, tmp_path, *more)
+    assert torch.equal(losses(tmp_path), losses(whole)[3:])
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (newest_checkpoint(tmp_path) / name).read_bytes() == (newest_checkpoint(whole) / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(("number", "remedy"), [(99, "use a newer one"), (0, "init=")])

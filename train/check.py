@@ -48,11 +48,11 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         if config.validation.videos.every:
             check_videos(config.validation.videos, heldout.clips, world)
     resumed, start = None, 0
-    if found := find_resumable(config.checkpoints, world):
+    if found := find_resumable(config, world):
         resumed, position = found
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
-    elif storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
+    if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
         raise ValueError(
             f"{here} is there, and {config.checkpoints} holds no checkpoint; copy {config.out} to it to go on, or "
             "choose another out="
@@ -66,7 +66,7 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     machine may be seen later on others. All ranks must call. Raises ValueError in one line on all of them if they do
     not come to see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        found = gather_objects((checked.resumed, newest_step(asked.checkpoints)))
+        found = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
         if {resumed for resumed, _ in found} == {found[0][1]}:
             return checked
         time.sleep(1)

@@ -155,6 +155,7 @@ class TrainConfig:
     manifest: str | None = None  # of the training shards
     manifests: tuple[Source, ...] = ()  # instead of `manifest`: [{path: ..., weight: 2.0}, ...] are mixed
     init: str | None = None  # checkpoint or run folder whose weights training starts from
+    resume: str | None = None  # checkpoint of another run that this one, in its own `out`, goes on from: a branch of it
     init_weights: Literal["ema", "model"] = "ema"
     batch: int = 4  # clips per process and micro-step
     accumulation: int = 1  # micro-steps per optimizer step

@@ -22,6 +22,7 @@ from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
 from sampling.world_model import STEP_FOLDERS
+from train.checkpoint import absolute
 from train.config import STOPPED, TrainConfig
 from train.engine import gather_objects
 from train.log import METRICS
@@ -44,7 +45,8 @@ def with_local_out(config: TrainConfig) -> TrainConfig:
 
 def as_asked(config: TrainConfig) -> TrainConfig:
     """The opposite of `with_local_out`, for whoever reads the config on another machine."""
-    return replace(config, out=config.checkpoints, checkpoint=replace(config.checkpoint, folder=None))
+    resume = config.resume and absolute(config.resume)
+    return replace(config, out=config.checkpoints, resume=resume, checkpoint=replace(config.checkpoint, folder=None))
 
 
 @contextmanager
