@@ -21,7 +21,7 @@ from train import check
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
-from train.save import superseded
+from train.save import remove_superseded, superseded
 from train.videos import Videos
 
 ENGINES = {
@@ -413,6 +413,31 @@ def test_old_checkpoints_go_but_for_every_nth() -> None:
     found = [f"step_{step:07d}" for step in (10, 20, 30, 40, 50)]
     assert superseded(found, CheckpointConfig(keep_last=2, keep_every=20)) == ["step_0000010", "step_0000030"]
     assert superseded(found, CheckpointConfig(keep_last=2)) == found[:3]
+
+
+def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_path, monkeypatch, capfd) -> None:
+    run_folder, elsewhere = tmp_path / "run", tmp_path / "precious"
+    for folder in (
+        *(run_folder / f"step_{step:07d}" for step in (1, 3, 4, 5, 6)),
+        elsewhere,
+        run_folder / "step_notes",
+    ):
+        (folder / "trainer").mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+    (run_folder / "step_0000003" / "trainer" / "more").symlink_to(elsewhere)
+    (run_folder / "step_0000004" / "COMPLETE").unlink()  # of a save that was killed
+    (run_folder / "step_0000002").symlink_to(elsewhere)
+    (run_folder / "step_0000007").symlink_to(elsewhere)
+    (run_folder / "step_best").symlink_to(elsewhere)
+    (run_folder / "step_notes" / "COMPLETE").unlink()
+    remove_superseded(str(run_folder), CheckpointConfig(keep_last=2, keep_every=5))
+    left = sorted(path.name for path in run_folder.iterdir())
+    assert left == ["step_0000005", "step_0000006", "step_0000007", "step_best", "step_notes"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["COMPLETE", "trainer"] and not capfd.readouterr().err
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(PermissionError(13, "denied", folder)))
+    remove_superseded(str(run_folder), CheckpointConfig(keep_last=1))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and "cannot delete" in said[0] and "step_0000005: [Errno 13] denied" in said[0], said
 
 
 @pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("skip", 0)])
