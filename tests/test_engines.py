@@ -3,21 +3,24 @@
 import fcntl
 import itertools
 import json
+import pickle
 import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 
 from configs import load_config
 from model.weights import load_weights
 from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
-from train import check
+from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
@@ -520,3 +523,30 @@ def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> Non
 def test_an_offload_that_an_engine_has_not_is_refused(train_words, words: list[str]) -> None:
     with pytest.raises(ValueError, match="is not for"):
         load_config(TrainConfig, [*train_words, "out=x", *words])
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_ranks_tell_each_other_small_json_and_never_open_a_pickle(tmp_path, monkeypatch) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert engine.gather_objects(("größe", None)) == [["größe", None]]
+        with pytest.raises(ValueError, match="a rank tells the others 1048578 bytes"):
+            engine.gather_objects("x" * engine.OBJECT_BYTES)
+        bomb = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=0).decode()
+        monkeypatch.setattr(engine.json, "dumps", lambda _: bomb)  # what a peer could send
+        with pytest.raises(ValueError, match="what rank 0 says is not valid JSON"):
+            engine.gather_objects("")
+        assert not (tmp_path / "exploded").exists()
+        pickle.loads(bomb.encode()).close()
+        assert (tmp_path / "exploded").exists()
+    finally:
+        dist.destroy_process_group()
