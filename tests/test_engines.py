@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,15 @@ import torch.distributed as dist
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 
 from configs import load_config
-from model.weights import load_weights
+from model.weights import load_weights, save_weights
 from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
 from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
+from train.log import Log
 from train.save import remove_superseded, superseded
+from train.state import SavedState
 from train.videos import Videos
 
 ENGINES = {
@@ -399,6 +401,78 @@ def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train
         done = run([*ALONE, *train_words, "engine.name=ddp", "batch=4", *words])
         assert done.returncode == 2 and f"{place} is " in done.stderr, done.stderr
         assert len([line for line in done.stderr.splitlines() if line]) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("COMPLETE", '{"format": 1e999}'), ("COMPLETE", '{"format": [1]}'), ("COMPLETE", "[]"), ("COMPLETE", "\xff"),
+        ("COMPLETE", '{"format": 1, "bytes": 3}'), ("COMPLETE", "[" * 200_000), ("COMPLETE", '{"format": "x"}'),
+        ("trainer/position.json", "{}"), ("trainer/position.json", "[]"), ("trainer/position.json", "3"),
+        *(("trainer/position.json", json.dumps({**asdict(Position(3, 1, 4, 1, 0, "0" * 16)), key: value}))
+          for key, value in (("step", "x"), ("step", -1), ("step", 1.5), ("step", None), ("ranks", 0), ("batch", -4),
+                             ("manifest", []), ("later", 1))),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_checkpoint_is_one_line_that_names_it(
+    plain, train_words, tmp_path, name: str, text: str
+) -> None:
+    out = cut_off(plain, tmp_path / "run")
+    place = newest_checkpoint(out) / name
+    place.write_bytes(text.encode("latin-1"))
+    if name != "COMPLETE":  # whose sizes agree
+        complete = newest_checkpoint(out) / "COMPLETE"
+        told = json.loads(complete.read_text())
+        complete.write_text(json.dumps({**told, "bytes": {**told["bytes"], name: place.stat().st_size}}))
+    asked = load_config(TrainConfig, [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}"])
+    with pytest.raises(ValueError) as refused:
+        check_run(asked, ranks=1)
+    assert str(place) in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("starts", "[]"), ("starts", "{}"), ("starts", '{"a": -1}'), ("starts", '{"a": "0"}'), ("starts", "{"),
+        ("step", "x"), ("step", "9" * 5000), ("crc32", "[]"), ("crc32", "{"),
+    ],
+)  # fmt: skip
+def test_a_ranks_file_whose_description_is_damaged_is_named(tmp_path, key: str, value: str) -> None:
+    good = {"starts": '{"a": 0}', "step": "3", "crc32": "{}"}
+    save_weights({"weight/a": torch.arange(4.0)}, tmp_path / "good.safetensors", good)
+    assert SavedState([tmp_path / "good.safetensors"]).read("weight", "a", 1, 2).tolist() == [1, 2]
+    path = tmp_path / "rank_00000.safetensors"
+    save_weights({"weight/a": torch.arange(4.0)}, path, {**good, key: value})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        SavedState([path])
+
+
+def test_parts_of_ranks_that_overlap_are_no_state(tmp_path) -> None:
+    paths = [tmp_path / f"rank_0000{rank}.safetensors" for rank in (0, 1)]
+    for path, start in zip(paths, (0, 1), strict=True):
+        save_weights({"weight/a": torch.arange(2.0)}, path, {"starts": json.dumps({"a": start}), "step": "3"})
+    with pytest.raises(ValueError, match="holds 2 of 4 numbers of weight/a"):
+        SavedState(paths).read("weight", "a", 0, 4)
+
+
+def test_lines_of_figures_that_are_damaged_do_not_stop_a_run_that_goes_on(train_words, tmp_path) -> None:
+    whole = ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": NaN}']
+    lines = [
+        whole[0],
+        "[]",
+        "{}",
+        '{"step": "x"}',
+        "[" * 200_000,
+        "\x00\xff",
+        whole[1],
+        '{"step": 4}',
+        '{"step": 3, "lo',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    log = Log(load_config(TrainConfig, [*train_words, f"out={tmp_path}"]), start=3, main=True)
+    log.write(4, {"loss": 0.25})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*whole, '{"step": 4, "loss": 0.25}']
 
 
 def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import flat, load_config, load_file, to_dict
-from configs.cli import one_line
-from configs.foreign import read_settings, reading
+from configs import build_from, flat, load_config, load_file, to_dict
+from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
@@ -51,6 +50,10 @@ class Position:
     accumulation: int
     seed: int  # with the manifest: of the order of the samples
     manifest: str  # `data_digest` of the training shards
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or min(self.ranks, self.batch, self.accumulation) < 1:
+            raise ValueError(f"no run stands at {self}")
 
     @property
     def clips_per_step(self) -> int:
@@ -128,16 +131,14 @@ def require_whole(folder: str | Path) -> int:
     """The format of the checkpoint `folder`; 0 if it is none that a run goes on from. Raises ValueError in one line if
     a file of it is missing or cut."""
     place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
-    try:
-        saved = dict(json.loads(storage.read_bytes(place)))
-        sizes = dict(saved.get("bytes", {}))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{place} is damaged ({one_line(error)}); {remedy}") from error
+    with reading(place, remedy):
+        saved = parse_object(storage.read_bytes(place), place)
+        sizes, version = dict(saved.get("bytes", {})), int(saved.get("format", 0))
     there = storage.list_tree(folder)
     for name, size in sizes.items():
         if there.get(name) != size:
             raise ValueError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
-    return int(saved.get("format", 0))
+    return version
 
 
 def read_position(folder: str | Path) -> Position:
@@ -146,7 +147,9 @@ def read_position(folder: str | Path) -> Position:
     if found != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
         raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
-    return Position(**json.loads(storage.read_bytes(storage.join(folder, f"{TRAINER}/{POSITION}"))))
+    place = storage.join(folder, f"{TRAINER}/{POSITION}")
+    with reading(place):
+        return build_from(Position, parse_object(storage.read_bytes(place), place), place)
 
 
 def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:

@@ -35,8 +35,8 @@ class Log:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
-            kept = [line for line in self.path.read_bytes().splitlines() if _step_of(line) <= start]
-            write_text(self.path, "".join(f"{line.decode()}\n" for line in kept))
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start))
         self.trackers = trackers(config, start)
 
     def advance(self, loss: float, data_wait: float) -> None:
@@ -76,7 +76,7 @@ class Log:
             tracker.close()
 
 
-def _step_of(line: bytes) -> float:
+def _step_of(line: str) -> float:
     """Infinite for what is no line of figures, as half a line of a run that was killed."""
     try:
         with reading(METRICS):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, one_line
 from configs.files import write_text
+from configs.foreign import parse_object
 from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
@@ -134,7 +135,7 @@ def pull(folder: Path, url: str) -> None:
     checkpoint."""
     for name in (METRICS, WANDB_ID):
         with suppress(FileNotFoundError):
-            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode())
+            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode(errors="replace"))
 
 
 def push(folder: Path, url: str) -> None:
@@ -142,7 +143,9 @@ def push(folder: Path, url: str) -> None:
     a dot."""
     if not storage.is_s3(url):
         return
-    pushed: dict[str, int] = json.loads((folder / PUSHED).read_text()) if (folder / PUSHED).is_file() else {}
+    pushed: dict[str, int] = {}
+    with suppress(FileNotFoundError, ValueError):  # damaged: all is copied again
+        pushed = parse_object((folder / PUSHED).read_bytes(), folder / PUSHED)
     for path in sorted(folder.rglob("[!.]*")):
         name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
         checkpoint = fnmatch(name, f"{STEP_FOLDERS}/*")  # of a time when the run was here alone
