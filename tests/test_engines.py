@@ -18,6 +18,7 @@ import torch.distributed as dist
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 
 from configs import load_config
+from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
 from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
 from train import check, engine
@@ -25,6 +26,8 @@ from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
 from train.log import Log
+from train.objectives import make_objective
+from train.objectives.draws import make_draws
 from train.save import remove_superseded, superseded
 from train.state import SavedState
 from train.videos import Videos
@@ -370,10 +373,31 @@ def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monke
         agree(asked, check_run(asked, ranks=1), ranks=1)
 
 
-@pytest.mark.parametrize("word", ["optim.clip_norm=0", "optim.warmup_steps=-1", "engine.timeout_s=0"])
-def test_a_setting_that_would_do_something_else_is_refused(train_words, tmp_path, word: str) -> None:
-    with pytest.raises(ValueError, match=word.replace("optim.", "")):
-        load_config(TrainConfig, [*train_words, f"out={tmp_path}", word])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optim.clip_norm=0", "optim.warmup_steps=-1", "engine.timeout_s=0", "engine.timeout_s=1e300", "seed=-1",
+        f"seed={2**70}", "steps=0", "steps=10000000", "batch=0", "batch=1000000000", "accumulation=-1", "workers=-1",
+        "accumulation=1000000000", "log_every=0", "optim.learning_rate=-1e-3", "optim.learning_rate=1e300",
+        "optim.weight_decay=-1", "optim.weight_decay=1e300", "optim.betas=[1.5,0.9]", "ema_decay=1", "flow.shift=0",
+        "flow.shift=-5", "flow.shift=1e300", "flow.train_steps=1000000000", "checkpoint.every=0", "validation.every=0",
+        "checkpoint.keep_last=0", "checkpoint.keep_every=-1", "validation.clips=1000000000000", "profile.steps=-1",
+        "validation.videos.frames=1000000000", "validation.videos.seed=-1", "validation.videos.prompts=0",
+        "peak_tflops=-1", "objective.base_share=2", "objective.curriculum=-1", "objective.context_noise=1e300",
+        "objective.name=[base]", "objective.name=null", "engine.stage=0", "loader.shuffle_shards=-1",
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_words, tmp_path, word: str) -> None:
+    key = word.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"{key.removeprefix('optim.').removeprefix('flow.')}\b") as refused:
+        make_objective(load_config(TrainConfig, [*train_words, f"out={tmp_path}", word]).objective)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_the_largest_seed_trains(train_words, tmp_path) -> None:
+    seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
+    assert len(make_draws(seed, 9_999_999, 2**50, 2).samples) == 2
+    assert sorted(Order([[2, 2]], [1.0], seed, 1, True).clip(i) for i in range(4)) == [0, 1, 2, 3]
 
 
 def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:
