@@ -394,6 +394,20 @@ def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_wor
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
+def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path, monkeypatch) -> None:
+    def refusal(out: str) -> str:
+        with pytest.raises((ValueError, OSError)) as refused:
+            check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}"]), ranks=1)
+        return str(refused.value)
+
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file")
+    assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file/run/a")
+    monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
+    assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_the_largest_seed_trains(train_words, tmp_path) -> None:
     seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
     assert len(make_draws(seed, 9_999_999, 2**50, 2).samples) == 2

@@ -1,7 +1,9 @@
 """What can be found wrong with a run before anything of it is started."""
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
@@ -36,6 +38,7 @@ class CheckedRun:
 
 def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
+    check_out(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
     require_lanes(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
@@ -59,6 +62,18 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         )
     init = initial_weights(config, manifest) if config.init else None
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
+
+
+def check_out(config: TrainConfig) -> None:
+    """Raises OSError in one line if `out` cannot become a run's folder; nothing is made."""
+    if storage.is_s3(config.out):
+        return
+    place = Path(config.out).absolute()
+    there = next(one for one in (place, *place.parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to the run folder {config.out}: no right to write in {there}")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
