@@ -213,7 +213,10 @@ def remove(url: str | Path) -> None:
 
 def remove_folder(folder: str | Path, first: str = "") -> None:
     """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
-    that looks whole."""
+    that looks whole. Of a link to a folder, the link alone goes."""
+    if not is_s3(folder) and Path(folder).is_symlink():
+        Path(folder).unlink()
+        return
     if first:
         remove(join(folder, first))
     if is_s3(folder):

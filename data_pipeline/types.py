@@ -163,8 +163,8 @@ class Source:
     weight: float = 1.0  # how often each of its clips comes per epoch
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < float("inf"):
-            raise ValueError(f"weight={self.weight} of {self.path} must be a positive number")
+        if not 0 < self.weight <= 1000:  # an epoch's order is held in memory
+            raise ValueError(f"weight={self.weight} of {self.path} must be a positive number, 1000 at most")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ class FlowMatchConfig:
     reverse_sigmas: bool = False  # sigma counts the data's share instead of the noise's
 
     def __post_init__(self) -> None:
-        if self.shift <= 0 or self.train_steps < 1:
-            raise ValueError(f"flow: shift {self.shift} and train_steps {self.train_steps} must be positive")
+        if not 1e-3 <= self.shift <= 1e3 or not 1 <= self.train_steps <= 1_000_000:
+            told = f"flow.shift={self.shift} must lie between 0.001 and 1000"
+            raise ValueError(f"{told}, flow.train_steps={self.train_steps} between 1 and 1000000")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
             raise ValueError(f"flow: 0 <= sigma_min < sigma_max <= 1, not {self.sigma_min} and {self.sigma_max}")
 

@@ -3,23 +3,33 @@
 import fcntl
 import itertools
 import json
+import pickle
+import re
 import shutil
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 
 from configs import load_config
-from model.weights import load_weights
+from data_pipeline.order import Order
+from model.weights import load_weights, save_weights
 from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
-from train import check
+from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
-from train.save import superseded
+from train.log import Log
+from train.objectives import make_objective
+from train.objectives.draws import make_draws
+from train.save import remove_superseded, superseded
+from train.state import SavedState
 from train.videos import Videos
 
 ENGINES = {
@@ -255,6 +265,67 @@ def test_another_run_is_not_gone_on_with(plain, train_words, changed: list[str],
     assert sorted(plain.rglob("*")) == before
 
 
+def branch_words(plain: Path, train_words: list[str], out: Path, *more: str) -> list[str]:
+    """Of a run that goes on from the third step of `plain`, in a folder of its own."""
+    origin = plain / "step_0000003"
+    return [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}", f"resume={origin}", *more]
+
+
+@pytest.fixture(scope="module")
+def branch(plain, train_words, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("branch")
+    done = run([*ALONE, *branch_words(plain, train_words, out)])
+    assert done.returncode == 0 and "step_0000003 at step 3" in done.stdout + done.stderr, done.stderr
+    return out
+
+
+def test_a_branch_is_bit_for_bit_the_run_that_was_stopped_there_and_leaves_it_as_it_was(
+    plain, branch, train_words, tmp_path
+) -> None:
+    assert torch.equal(losses(branch), losses(plain)[3:])
+    for name in ("model.safetensors", "ema.safetensors", "trainer/rank_00000.safetensors"):
+        assert (newest_checkpoint(branch) / name).read_bytes() == (newest_checkpoint(plain) / name).read_bytes(), name
+    files = {str(path): path.stat().st_mtime_ns for path in plain.rglob("*")}
+    assert max(files.values()) < (branch / "metrics.jsonl").stat().st_mtime_ns
+    out = cut_off(branch, tmp_path / "preempted", step=6)
+    asked = load_config(TrainConfig, branch_words(plain, train_words, out))
+    assert check_run(asked, ranks=1).resumed == f"{out}/step_0000006"
+    shutil.copytree(plain / "step_0000003", tmp_path / "gone")  # the origin itself is not needed any more
+    with pytest.raises(ValueError, match=r"step_0000006 is there, and no branch of resume=.*gone; choose another out="):
+        check_run(replace(asked, resume=str(tmp_path / "gone")), ranks=1)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["out=ORIGIN"], "step_0000020 is there, and no branch of resume="),
+        (["resume=ORIGIN/step_0000004"], "no complete checkpoint (in ORIGIN: step_0000003, "),
+        (["resume=ORIGIN"], "resume=ORIGIN is no complete checkpoint (in ORIGIN: step_0000003, "),
+        (["resume=step_0000003"], "name one, as in resume=runs/my/step_0000500"),
+        (["steps=3"], "has 3 steps done, and steps=3; give more steps"),
+        (["model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
+        (["seed=1"], "other samples: seed=0 there, 1 here"),
+        (["batch=3"], "clips per step"),
+    ],
+)
+def test_a_branch_that_cannot_be_is_one_line(plain, train_words, tmp_path, changed: list[str], said: str) -> None:
+    given = [word.replace("ORIGIN", str(plain)) for word in changed]
+    with pytest.raises((ValueError, OSError), match=re.escape(said.replace("ORIGIN", str(plain)))):
+        check_run(load_config(TrainConfig, branch_words(plain, train_words, tmp_path / "new", *given)), ranks=1)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("engine", "ranks"), itertools.product(ENGINES, (1, 2)))
+def test_every_engine_begins_a_branch_bit_for_bit(trained, train_words, tmp_path, engine, ranks) -> None:
+    whole = trained((engine, "fp32", 2, 0, ranks))
+    more = "engine.precision=fp32", "model.checkpoint_every=0", f"resume={whole / 'step_0000003'}"
+    assert "at step 3" in train(command(engine, ranks), train_words, tmp_path, *more)
+    assert torch.equal(losses(tmp_path), losses(whole)[3:])
+    for name in ("model.safetensors", "ema.safetensors"):
+        assert (newest_checkpoint(tmp_path) / name).read_bytes() == (newest_checkpoint(whole) / name).read_bytes(), name
+
+
 @pytest.mark.parametrize(("number", "remedy"), [(99, "use a newer one"), (0, "init=")])
 def test_a_checkpoint_of_another_format_is_refused(plain, train_words, tmp_path, number: int, remedy: str) -> None:
     out = cut_off(plain, tmp_path / "run")
@@ -302,10 +373,45 @@ def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monke
         agree(asked, check_run(asked, ranks=1), ranks=1)
 
 
-@pytest.mark.parametrize("word", ["optim.clip_norm=0", "optim.warmup_steps=-1", "engine.timeout_s=0"])
-def test_a_setting_that_would_do_something_else_is_refused(train_words, tmp_path, word: str) -> None:
-    with pytest.raises(ValueError, match=word.replace("optim.", "")):
-        load_config(TrainConfig, [*train_words, f"out={tmp_path}", word])
+@pytest.mark.parametrize(
+    "word",
+    [
+        "optim.clip_norm=0", "optim.warmup_steps=-1", "engine.timeout_s=0", "engine.timeout_s=1e300", "seed=-1",
+        f"seed={2**70}", "steps=0", "steps=10000000", "batch=0", "batch=1000000000", "accumulation=-1", "workers=-1",
+        "accumulation=1000000000", "log_every=0", "optim.learning_rate=-1e-3", "optim.learning_rate=1e300",
+        "optim.weight_decay=-1", "optim.weight_decay=1e300", "optim.betas=[1.5,0.9]", "ema_decay=1", "flow.shift=0",
+        "flow.shift=-5", "flow.shift=1e300", "flow.train_steps=1000000000", "checkpoint.every=0", "validation.every=0",
+        "checkpoint.keep_last=0", "checkpoint.keep_every=-1", "validation.clips=1000000000000", "profile.steps=-1",
+        "validation.videos.frames=1000000000", "validation.videos.seed=-1", "validation.videos.prompts=0",
+        "peak_tflops=-1", "objective.base_share=2", "objective.curriculum=-1", "objective.context_noise=1e300",
+        "objective.name=[base]", "objective.name=null", "engine.stage=0", "loader.shuffle_shards=-1",
+    ],
+)  # fmt: skip
+def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_words, tmp_path, word: str) -> None:
+    key = word.partition("=")[0]
+    with pytest.raises(ValueError, match=rf"{key.removeprefix('optim.').removeprefix('flow.')}\b") as refused:
+        make_objective(load_config(TrainConfig, [*train_words, f"out={tmp_path}", word]).objective)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
+
+
+def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path, monkeypatch) -> None:
+    def refusal(out: str) -> str:
+        with pytest.raises((ValueError, OSError)) as refused:
+            check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}"]), ranks=1)
+        return str(refused.value)
+
+    (tmp_path / "file").touch()
+    assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file")
+    assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file/run/a")
+    monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
+    assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_largest_seed_trains(train_words, tmp_path) -> None:
+    seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
+    assert len(make_draws(seed, 9_999_999, 2**50, 2).samples) == 2
+    assert sorted(Order([[2, 2]], [1.0], seed, 1, True).clip(i) for i in range(4)) == [0, 1, 2, 3]
 
 
 def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:
@@ -335,6 +441,78 @@ def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train
         assert len([line for line in done.stderr.splitlines() if line]) == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("COMPLETE", '{"format": 1e999}'), ("COMPLETE", '{"format": [1]}'), ("COMPLETE", "[]"), ("COMPLETE", "\xff"),
+        ("COMPLETE", '{"format": 1, "bytes": 3}'), ("COMPLETE", "[" * 200_000), ("COMPLETE", '{"format": "x"}'),
+        ("trainer/position.json", "{}"), ("trainer/position.json", "[]"), ("trainer/position.json", "3"),
+        *(("trainer/position.json", json.dumps({**asdict(Position(3, 1, 4, 1, 0, "0" * 16)), key: value}))
+          for key, value in (("step", "x"), ("step", -1), ("step", 1.5), ("step", None), ("ranks", 0), ("batch", -4),
+                             ("manifest", []), ("later", 1))),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_checkpoint_is_one_line_that_names_it(
+    plain, train_words, tmp_path, name: str, text: str
+) -> None:
+    out = cut_off(plain, tmp_path / "run")
+    place = newest_checkpoint(out) / name
+    place.write_bytes(text.encode("latin-1"))
+    if name != "COMPLETE":  # whose sizes agree
+        complete = newest_checkpoint(out) / "COMPLETE"
+        told = json.loads(complete.read_text())
+        complete.write_text(json.dumps({**told, "bytes": {**told["bytes"], name: place.stat().st_size}}))
+    asked = load_config(TrainConfig, [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}"])
+    with pytest.raises(ValueError) as refused:
+        check_run(asked, ranks=1)
+    assert str(place) in str(refused.value) and "\n" not in str(refused.value) and len(str(refused.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("starts", "[]"), ("starts", "{}"), ("starts", '{"a": -1}'), ("starts", '{"a": "0"}'), ("starts", "{"),
+        ("step", "x"), ("step", "9" * 5000), ("crc32", "[]"), ("crc32", "{"),
+    ],
+)  # fmt: skip
+def test_a_ranks_file_whose_description_is_damaged_is_named(tmp_path, key: str, value: str) -> None:
+    good = {"starts": '{"a": 0}', "step": "3", "crc32": "{}"}
+    save_weights({"weight/a": torch.arange(4.0)}, tmp_path / "good.safetensors", good)
+    assert SavedState([tmp_path / "good.safetensors"]).read("weight", "a", 1, 2).tolist() == [1, 2]
+    path = tmp_path / "rank_00000.safetensors"
+    save_weights({"weight/a": torch.arange(4.0)}, path, {**good, key: value})
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        SavedState([path])
+
+
+def test_parts_of_ranks_that_overlap_are_no_state(tmp_path) -> None:
+    paths = [tmp_path / f"rank_0000{rank}.safetensors" for rank in (0, 1)]
+    for path, start in zip(paths, (0, 1), strict=True):
+        save_weights({"weight/a": torch.arange(2.0)}, path, {"starts": json.dumps({"a": start}), "step": "3"})
+    with pytest.raises(ValueError, match="holds 2 of 4 numbers of weight/a"):
+        SavedState(paths).read("weight", "a", 0, 4)
+
+
+def test_lines_of_figures_that_are_damaged_do_not_stop_a_run_that_goes_on(train_words, tmp_path) -> None:
+    whole = ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": NaN}']
+    lines = [
+        whole[0],
+        "[]",
+        "{}",
+        '{"step": "x"}',
+        "[" * 200_000,
+        "\x00\xff",
+        whole[1],
+        '{"step": 4}',
+        '{"step": 3, "lo',
+    ]
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
+    log = Log(load_config(TrainConfig, [*train_words, f"out={tmp_path}"]), start=3, main=True)
+    log.write(4, {"loss": 0.25})
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*whole, '{"step": 4, "loss": 0.25}']
+
+
 def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> None:
     position = Position(5, ranks=2, batch=2, accumulation=3, seed=0, manifest="x")
     config = load_config(TrainConfig, [*train_words, "out=x", "batch=2", "accumulation=3"])
@@ -350,6 +528,31 @@ def test_old_checkpoints_go_but_for_every_nth() -> None:
     found = [f"step_{step:07d}" for step in (10, 20, 30, 40, 50)]
     assert superseded(found, CheckpointConfig(keep_last=2, keep_every=20)) == ["step_0000010", "step_0000030"]
     assert superseded(found, CheckpointConfig(keep_last=2)) == found[:3]
+
+
+def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_path, monkeypatch, capfd) -> None:
+    run_folder, elsewhere = tmp_path / "run", tmp_path / "precious"
+    for folder in (
+        *(run_folder / f"step_{step:07d}" for step in (1, 3, 4, 5, 6)),
+        elsewhere,
+        run_folder / "step_notes",
+    ):
+        (folder / "trainer").mkdir(parents=True)
+        (folder / "COMPLETE").touch()
+    (run_folder / "step_0000003" / "trainer" / "more").symlink_to(elsewhere)
+    (run_folder / "step_0000004" / "COMPLETE").unlink()  # of a save that was killed
+    (run_folder / "step_0000002").symlink_to(elsewhere)
+    (run_folder / "step_0000007").symlink_to(elsewhere)
+    (run_folder / "step_best").symlink_to(elsewhere)
+    (run_folder / "step_notes" / "COMPLETE").unlink()
+    remove_superseded(str(run_folder), CheckpointConfig(keep_last=2, keep_every=5))
+    left = sorted(path.name for path in run_folder.iterdir())
+    assert left == ["step_0000005", "step_0000006", "step_0000007", "step_best", "step_notes"]
+    assert sorted(path.name for path in elsewhere.iterdir()) == ["COMPLETE", "trainer"] and not capfd.readouterr().err
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(PermissionError(13, "denied", folder)))
+    remove_superseded(str(run_folder), CheckpointConfig(keep_last=1))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 2 and "cannot delete" in said[0] and "step_0000005: [Errno 13] denied" in said[0], said
 
 
 @pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("skip", 0)])
@@ -432,3 +635,30 @@ def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> Non
 def test_an_offload_that_an_engine_has_not_is_refused(train_words, words: list[str]) -> None:
     with pytest.raises(ValueError, match="is not for"):
         load_config(TrainConfig, [*train_words, "out=x", *words])
+
+
+class Bomb:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+        return open, (str(self.path), "w")
+
+
+def test_ranks_tell_each_other_small_json_and_never_open_a_pickle(tmp_path, monkeypatch) -> None:
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        assert engine.gather_objects(("größe", None)) == [["größe", None]]
+        with pytest.raises(ValueError, match="a rank tells the others 1048578 bytes"):
+            engine.gather_objects("x" * engine.OBJECT_BYTES)
+        bomb = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=0).decode()
+        monkeypatch.setattr(engine.json, "dumps", lambda _: bomb)  # what a peer could send
+        with pytest.raises(ValueError, match="what rank 0 says is not valid JSON"):
+            engine.gather_objects("")
+        assert not (tmp_path / "exploded").exists()
+        pickle.loads(bomb.encode()).close()
+        assert (tmp_path / "exploded").exists()
+    finally:
+        dist.destroy_process_group()

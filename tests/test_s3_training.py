@@ -188,5 +188,9 @@ def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
     (folder / "metrics.jsonl").write_text("longer than it was")
     push(folder, url)
     assert storage.size(f"{url}/metrics.jsonl") == 18
+    (folder / ".pushed.json").write_text('["metrics.jsonl", ')  # damaged: all is copied again
+    storage.remove(f"{url}/videos/a b.mp4")
+    push(folder, url)
+    assert storage.size(f"{url}/videos/a b.mp4") == 14
     with sole_run(config):
         assert not storage.exists(f"{url}/{STOPPED}") and not (folder / STOPPED).exists()

@@ -1,7 +1,9 @@
 """What can be found wrong with a run before anything of it is started."""
 
+import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
@@ -36,6 +38,7 @@ class CheckedRun:
 
 def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
+    check_out(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
     require_lanes(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
@@ -48,11 +51,11 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         if config.validation.videos.every:
             check_videos(config.validation.videos, heldout.clips, world)
     resumed, start = None, 0
-    if found := find_resumable(config.checkpoints, world):
+    if found := find_resumable(config, world):
         resumed, position = found
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
-    elif storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
+    if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
         raise ValueError(
             f"{here} is there, and {config.checkpoints} holds no checkpoint; copy {config.out} to it to go on, or "
             "choose another out="
@@ -61,12 +64,24 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
 
 
+def check_out(config: TrainConfig) -> None:
+    """Raises OSError in one line if `out` cannot become a run's folder; nothing is made."""
+    if storage.is_s3(config.out):
+        return
+    place = Path(config.out).absolute()
+    there = next(one for one in (place, *place.parents) if one.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"cannot write to the run folder {config.out}: no right to write in {there}")
+
+
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     """What `check_run` finds when the run's folder is held: a run before may have saved since, and a file of one
     machine may be seen later on others. All ranks must call. Raises ValueError in one line on all of them if they do
     not come to see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        found = gather_objects((checked.resumed, newest_step(asked.checkpoints)))
+        found = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
         if {resumed for resumed, _ in found} == {found[0][1]}:
             return checked
         time.sleep(1)

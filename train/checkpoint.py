@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import flat, load_config, load_file, to_dict
-from configs.cli import one_line
+from configs import build_from, flat, load_config, load_file, to_dict
+from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.weights import save_weights
 from sampling.world_model import (
     COMPLETE,
+    STEP_FOLDERS,
     Weights,
     WorldModelConfig,
+    complete_steps,
     find_checkpoint,
     newest_step,
     read_world_config,
@@ -49,6 +51,10 @@ class Position:
     seed: int  # with the manifest: of the order of the samples
     manifest: str  # `data_digest` of the training shards
 
+    def __post_init__(self) -> None:
+        if self.step < 0 or min(self.ranks, self.batch, self.accumulation) < 1:
+            raise ValueError(f"no run stands at {self}")
+
     @property
     def clips_per_step(self) -> int:
         """The global batch: the order of the samples, and what a step is, hang on it."""
@@ -69,38 +75,70 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
         return ActionDiT(world.model).state_dict()
 
 
-def find_resumable(run: str | Path, world: WorldModelConfig) -> tuple[str, Position] | None:
-    """The newest complete checkpoint of `run` and where it stands, or None. Raises ValueError in one line if it is
-    damaged, or of another model, flow, game or codec."""
-    newest = newest_step(run)
-    if newest is None:
+def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, Position] | None:
+    """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one; before it
+    has any, that of `resume`. Raises ValueError or OSError in one line if it is damaged, or of another model, flow,
+    game or codec; or if `out` holds checkpoints of no branch of `resume`."""
+    own, origin = newest_step(config.checkpoints), config.resume
+    found = own or origin
+    if found is None:
         return None
-    position = read_position(newest)
-    there, here = flat(to_dict(read_world_config(newest))), flat(to_dict(world))
+    if origin and own:
+        _require_branch(own, origin)
+    elif origin:
+        _require_complete(origin.rstrip("/"))
+    position = read_position(found)
+    if own is None and position.step >= config.steps:
+        raise ValueError(f"resume={found} has {position.step} steps done, and steps={config.steps}; give more steps")
+    there, here = flat(to_dict(read_world_config(found))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in sorted(there.keys() | here.keys())
         if key not in MAY_DIFFER and there.get(key) != here.get(key)
     ]
     if differing:
-        raise ValueError(f"{newest} is of another run ({'; '.join(differing)}); choose another out=")
-    return newest, position
+        remedy = "choose another out=" if own else "use the same"
+        raise ValueError(f"{found} is of another run ({'; '.join(differing)}); {remedy}")
+    return found, position
+
+
+def _require_complete(folder: str) -> None:
+    if storage.exists(storage.join(folder, COMPLETE)):
+        return
+    run = storage.parent(folder) if fnmatch(storage.name_of(folder), STEP_FOLDERS) else folder
+    steps = ", ".join(complete_steps(run)[-8:]) or "none"
+    raise FileNotFoundError(
+        f"resume={folder} is no complete checkpoint (in {run}: {steps}); name one, as in resume=runs/my/step_0000500"
+    )
+
+
+def _require_branch(own: str, origin: str) -> None:
+    place = storage.join(own, "config.yaml")
+    with reading(place):
+        began = read_settings(storage.local(place)).get("resume")
+    if began != absolute(origin):
+        raise ValueError(
+            f"{own} is there, and no branch of resume={origin}; choose another out=, or go on from it without resume="
+        )
+
+
+def absolute(url: str) -> str:
+    """The same place, wherever a program is started."""
+    return url.rstrip("/") if storage.is_s3(url) else str(Path(url).resolve())
 
 
 def require_whole(folder: str | Path) -> int:
     """The format of the checkpoint `folder`; 0 if it is none that a run goes on from. Raises ValueError in one line if
     a file of it is missing or cut."""
     place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
-    try:
-        saved = dict(json.loads(storage.read_bytes(place)))
-        sizes = dict(saved.get("bytes", {}))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{place} is damaged ({one_line(error)}); {remedy}") from error
+    with reading(place, remedy):
+        saved = parse_object(storage.read_bytes(place), place)
+        sizes, version = dict(saved.get("bytes", {})), int(saved.get("format", 0))
     there = storage.list_tree(folder)
     for name, size in sizes.items():
         if there.get(name) != size:
             raise ValueError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
-    return int(saved.get("format", 0))
+    return version
 
 
 def read_position(folder: str | Path) -> Position:
@@ -109,7 +147,9 @@ def read_position(folder: str | Path) -> Position:
     if found != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
         raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
-    return Position(**json.loads(storage.read_bytes(storage.join(folder, f"{TRAINER}/{POSITION}"))))
+    place = storage.join(folder, f"{TRAINER}/{POSITION}")
+    with reading(place):
+        return build_from(Position, parse_object(storage.read_bytes(place), place), place)
 
 
 def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:

@@ -19,6 +19,7 @@ from data_pipeline.types import CHUNK_FRAMES, GameConfig
 from data_pipeline.video import to_video
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
 from model.weights import save_weights
+from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, require_within
 
 PCA_PATCHES = 200_000  # rows of the covariance; 768 x 768 is determined by far fewer
 
@@ -44,8 +45,13 @@ class CodecTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.recording_frames < CHUNK_FRAMES:
-            raise ValueError(f"recording_frames={self.recording_frames} must be {CHUNK_FRAMES} or more")
+        require_within(CHUNK_FRAMES, 1_000_000, recording_frames=self.recording_frames)
+        require_within(1, 1_000_000, episodes=self.episodes, heldout_episodes=self.heldout_episodes)
+        require_within(2, 1_000_000, heldout_every=self.heldout_every)
+        require_within(1, MOST_STEPS, steps=self.steps, warmup_steps=self.warmup_steps)
+        require_within(1, MOST_CLIPS, batch=self.batch)
+        require_within(0, 10, learning_rate=self.learning_rate)
+        require_within(0, MOST_SEED, seed=self.seed)
 
 
 def train_codec(words: list[str]) -> None:

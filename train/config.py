@@ -13,6 +13,17 @@ from sampling.denoising import Denoising
 ENDED = "WORLDLOOM_ENDED"  # environment: the file that says how a run ended, for whoever started it through a launcher
 FAULT, ASKED = "fault", "asked to stop"  # what it says: a person has to mend something; the run is to go on
 STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
+MOST_STEPS = 9_999_999  # the names of checkpoints have seven digits
+MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a slip of the finger
+MOST_SEED = 2**63 - 1
+
+
+def require_within(low: float, high: float, **values: float) -> None:
+    """Raises ValueError in one line for the first of the settings `values` (`__` for the dots of a name) that does not
+    lie between `low` and `high`, ends included."""
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name.replace('__', '.')}={value} must lie between {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +40,7 @@ class EngineConfig:
     timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        if not self.timeout_s > 0:
-            raise ValueError(f"engine.timeout_s={self.timeout_s} must be a positive number of seconds")
+        require_within(0.1, 1e6, engine__timeout_s=self.timeout_s)
         if self.stage not in (1, 2, 3):
             raise ValueError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
         wants = {("deepspeed", "optimizer"): 1, ("deepspeed", "all"): 3, ("fsdp2", "all"): 0}
@@ -59,11 +69,10 @@ class OptimConfig:
     clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down
 
     def __post_init__(self) -> None:
-        if not 0 <= self.learning_rate < math.inf or min(self.warmup_steps, self.decay_steps, self.weight_decay) < 0:
-            raise ValueError(
-                f"optim.learning_rate={self.learning_rate}, warmup_steps={self.warmup_steps}, "
-                f"decay_steps={self.decay_steps} and weight_decay={self.weight_decay} must be 0 or more"
-            )
+        require_within(0, 10, optim__learning_rate=self.learning_rate, optim__weight_decay=self.weight_decay)
+        require_within(0, MOST_STEPS, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas={list(self.betas)} must lie in [0, 1)")
         if not self.clip_norm > 0:
             raise ValueError(f"optim.clip_norm={self.clip_norm} must be positive; a large number clips nothing: 1e9")
 
@@ -79,11 +88,8 @@ class CheckpointConfig:
     keep_every: int = 0  # steps: every checkpoint whose step this divides stays too; 0: none
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.keep_last < 1 or self.keep_every < 0:
-            raise ValueError(
-                f"checkpoint.every={self.every} and checkpoint.keep_last={self.keep_last} must be 1 or more, "
-                f"checkpoint.keep_every={self.keep_every} 0 or more"
-            )
+        require_within(1, MOST_STEPS, checkpoint__every=self.every, checkpoint__keep_last=self.keep_last)
+        require_within(0, MOST_STEPS, checkpoint__keep_every=self.keep_every)
 
 
 @dataclass(frozen=True)
@@ -101,11 +107,12 @@ class VideosConfig:
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
 
     def __post_init__(self) -> None:
-        if min(self.every, self.seed) < 0 or self.prompts < 1 or self.frames < CHUNK_FRAMES or not self.actions:
-            raise ValueError(
-                f"validation.videos: every {self.every} and seed {self.seed} must be 0 or more, prompts {self.prompts} "
-                f"1 or more, frames {self.frames} {CHUNK_FRAMES} or more, actions {list(self.actions)} hold a script"
-            )
+        require_within(0, MOST_STEPS, validation__videos__every=self.every)
+        require_within(0, MOST_SEED, validation__videos__seed=self.seed)
+        require_within(1, 1000, validation__videos__prompts=self.prompts)
+        require_within(CHUNK_FRAMES, 10_000, validation__videos__frames=self.frames)
+        if not 1 <= len(self.actions) <= 64:
+            raise ValueError(f"validation.videos.actions holds 1 to 64 scripts, not {len(self.actions)}")
         _ = self.denoising  # checks of its own
 
     @property
@@ -123,8 +130,8 @@ class ValidationConfig:
     videos: VideosConfig = VideosConfig()
 
     def __post_init__(self) -> None:
-        if self.every < 1 or self.clips < 1:
-            raise ValueError(f"validation.every={self.every} and validation.clips={self.clips} must be 1 or more")
+        require_within(1, MOST_STEPS, validation__every=self.every)
+        require_within(1, 1_000_000, validation__clips=self.clips)
         if self.videos.every and self.manifest is None:
             raise ValueError("validation.videos begins with held-out pictures: give validation.manifest=")
 
@@ -138,8 +145,7 @@ class ProfileConfig:
     every_rank: bool = False  # else of rank 0
 
     def __post_init__(self) -> None:
-        if self.start < 0 or self.steps < 0:
-            raise ValueError(f"profile.start={self.start} and profile.steps={self.steps} must be 0 or more")
+        require_within(0, MOST_STEPS, profile__start=self.start, profile__steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -155,6 +161,7 @@ class TrainConfig:
     manifest: str | None = None  # of the training shards
     manifests: tuple[Source, ...] = ()  # instead of `manifest`: [{path: ..., weight: 2.0}, ...] are mixed
     init: str | None = None  # checkpoint or run folder whose weights training starts from
+    resume: str | None = None  # checkpoint of another run that this one, in its own `out`, goes on from: a branch of it
     init_weights: Literal["ema", "model"] = "ema"
     batch: int = 4  # clips per process and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
@@ -185,9 +192,10 @@ class TrainConfig:
         return self.checkpoint.folder or self.out
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch", "accumulation", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        require_within(1, MOST_STEPS, steps=self.steps, log_every=self.log_every)
+        require_within(1, MOST_CLIPS, batch=self.batch, accumulation=self.accumulation)
+        require_within(0, MOST_SEED, seed=self.seed)
+        require_within(0, 1024, workers=self.workers)
         if (self.manifest is None) == (not self.manifests):
             raise ValueError(
                 "give the training shards: manifest=..., or manifests: [{path: ..., weight: ...}], not both"

@@ -1,5 +1,6 @@
 """TrainConfig -> Accelerator, DeepSpeed's settings in one function, and the few calls that differ between engines."""
 
+import json
 import math
 import os
 import time
@@ -16,9 +17,12 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupK
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from configs.foreign import parse_json
 from train.config import TrainConfig
 from train.optim import make_optimizer
 from train.state import Fragment, SavedState
+
+OBJECT_BYTES = 1 << 20  # of what a rank tells the others by `gather_objects`
 
 
 def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
@@ -205,12 +209,24 @@ class Engine:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """What every rank gives, by rank; the same on each. For rare and small things."""
+    """What every rank gives, by rank; the same on each. For rare and small things, which travel as JSON: torch's own
+    collectives of objects unpickle what a peer sends, which may be any code. Tuples become lists.
+
+    Raises ValueError on all ranks if one sends more than OBJECT_BYTES, or what is no JSON.
+    """
     if not dist.is_initialized():
         return [own]
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, own)
-    return found
+    device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
+    sent, ranks = json.dumps(own).encode(), range(dist.get_world_size())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in ranks]
+    dist.all_gather(sizes, torch.tensor([len(sent)], device=device))
+    room = max(int(size) for size in sizes)
+    if room > OBJECT_BYTES or min(int(size) for size in sizes) < 1:
+        raise ValueError(f"a rank tells the others {room} bytes, of {OBJECT_BYTES} at most")
+    found = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in ranks]
+    dist.all_gather(found, torch.tensor(list(sent.ljust(room)), dtype=torch.uint8, device=device))
+    told = [bytes(one.tolist())[: int(size)] for one, size in zip(found, sizes, strict=True)]
+    return [parse_json(text, f"what rank {rank} says") for rank, text in enumerate(told)]
 
 
 def make_engine(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:

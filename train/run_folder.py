@@ -18,13 +18,16 @@ from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, one_line
 from configs.files import write_text
+from configs.foreign import parse_object
 from data_pipeline import cache, storage
 from data_pipeline.claims import Claims
 from data_pipeline.s3_errors import NotOffered
 from sampling.world_model import STEP_FOLDERS
+from train.checkpoint import absolute
 from train.config import STOPPED, TrainConfig
 from train.engine import gather_objects
-from train.log import METRICS, WANDB_ID
+from train.log import METRICS
+from train.trackers import WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, as they were then
 CLAIM, STALE_S = "run", 30.0  # of a run at a url; after so long without a renewal its machine is gone
@@ -43,7 +46,8 @@ def with_local_out(config: TrainConfig) -> TrainConfig:
 
 def as_asked(config: TrainConfig) -> TrainConfig:
     """The opposite of `with_local_out`, for whoever reads the config on another machine."""
-    return replace(config, out=config.checkpoints, checkpoint=replace(config.checkpoint, folder=None))
+    resume = config.resume and absolute(config.resume)
+    return replace(config, out=config.checkpoints, resume=resume, checkpoint=replace(config.checkpoint, folder=None))
 
 
 @contextmanager
@@ -131,7 +135,7 @@ def pull(folder: Path, url: str) -> None:
     checkpoint."""
     for name in (METRICS, WANDB_ID):
         with suppress(FileNotFoundError):
-            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode())
+            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode(errors="replace"))
 
 
 def push(folder: Path, url: str) -> None:
@@ -139,7 +143,9 @@ def push(folder: Path, url: str) -> None:
     a dot."""
     if not storage.is_s3(url):
         return
-    pushed: dict[str, int] = json.loads((folder / PUSHED).read_text()) if (folder / PUSHED).is_file() else {}
+    pushed: dict[str, int] = {}
+    with suppress(FileNotFoundError, ValueError):  # damaged: all is copied again
+        pushed = parse_object((folder / PUSHED).read_bytes(), folder / PUSHED)
     for path in sorted(folder.rglob("[!.]*")):
         name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
         checkpoint = fnmatch(name, f"{STEP_FOLDERS}/*")  # of a time when the run was here alone

@@ -1,6 +1,7 @@
 """Writing checkpoints: every rank its part, the main process what everyone reads, COMPLETE last."""
 
 import json
+import re
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from configs.cli import one_line
 from configs.files import NO_ROOM
 from data_pipeline import cache, storage
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps
+from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_steps
 from train.checkpoint import (
     FORMAT,
     POSITION,
@@ -171,11 +172,7 @@ class Saver:
         push(Path(self.config.out), self.config.checkpoints)
         told = {"format": FORMAT, "step": position.step, "bytes": storage.list_tree(folder)}
         storage.write_text(storage.join(folder, COMPLETE), json.dumps(told, indent=1))
-        for place in (storage.join(self.config.checkpoints, name) for name in self._superseded()):
-            try:
-                storage.remove_folder(place, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
-            except OSError as error:  # the new checkpoint is there
-                tqdm.write(f"train run: cannot delete {place}: {one_line(error)}", file=sys.stderr)
+        remove_superseded(self.config.checkpoints, self.config.checkpoint)
 
     def _wait_for(self, parts: list[str], folder: str) -> None:
         # Twice: where nothing else goes on, the watchdog then has named who is gone.
@@ -188,14 +185,6 @@ class Saver:
                 raise OSError(f"{', '.join(missing)} did not come in {patience:.0f} s")
             time.sleep(0.5 if self.remote else 0.01)
 
-    def _superseded(self) -> list[str]:
-        """Which of the run's checkpoints need not be kept, and which were never finished."""
-        run, whole = self.config.checkpoints, complete_steps(self.config.checkpoints)
-        unfinished = [name for name in map(storage.name_of, storage.list_folders(run)) if name not in whole]
-        return superseded(whole, self.config.checkpoint) + [
-            name for name in unfinished if name.startswith(STEP_FOLDERS.rstrip("*"))
-        ]
-
 
 def _failed(folder: str) -> str:
     """The key of the store under which a rank says that it cannot write its part of the checkpoint `folder`."""
@@ -206,3 +195,17 @@ def superseded(whole: list[str], config: CheckpointConfig) -> list[str]:
     """Which of a run's complete checkpoints, oldest first, need not be kept."""
     old = whole[: -config.keep_last]
     return [name for name in old if not config.keep_every or int(name.rpartition("_")[2]) % config.keep_every]
+
+
+def remove_superseded(run: str, config: CheckpointConfig) -> None:
+    """Deletes the checkpoints of `run` that need not be kept, and what saves that never came to their end have left.
+    Nothing but folders with the names that checkpoints get; of a link to one, the link. What stays is said."""
+    whole, there = complete_steps(run), map(storage.name_of, storage.list_folders(run))
+    ours = [name for name in there if re.fullmatch(r"step_\d{7,}", name)]
+    old = superseded([name for name in whole if name in ours], config)
+    for name in old + [name for name in ours if name not in whole]:
+        place = storage.join(run, name)
+        try:
+            storage.remove_folder(place, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
+        except OSError as error:  # the new checkpoint is there
+            tqdm.write(f"train run: cannot delete {place}: {one_line(error)}", file=sys.stderr)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from configs.foreign import parse_object, reading
 from data_pipeline import storage
 from model.weights import LazyWeights, open_weights, read_weights
 
@@ -98,21 +99,22 @@ class SavedState:
             file = read_weights(path, partial(storage.opened, buffer_bytes=1))
             if STARTS not in file.metadata:
                 raise ValueError(f"{path} holds weights, but no state of a training run")
-            starts = json.loads(file.metadata[STARTS])
-            self.steps = max(self.steps, int(file.metadata[STEP]))
+            with reading(path):
+                starts = _starts(file, path)
+                self.steps = max(self.steps, int(file.metadata[STEP]))
             if copies is not None and storage.is_s3(path):
                 file = replace(file, read=_reading_copy(path, copies))
             compared = _compared(file, path)
             for key in file:
-                self.runs.setdefault(key, []).append((starts[key.partition("/")[2]], compared))
+                self.runs.setdefault(key, []).append((starts[key], compared))
 
     def read(self, what: str, name: str, start: int, length: int) -> Tensor:
         """(length) float32 of `weight`, `ema` or a moment of the flattened parameter `name`."""
         key, found, filled = f"{what}/{name}", torch.empty(length), 0
-        for begin, file in self.runs.get(key, ()):
+        for begin, file in sorted(self.runs.get(key, ()), key=lambda run: run[0]):
             end = begin + len(file.specs[key])
             low, high = max(start, begin), min(start + length, end)
-            if low < high:
+            if low < high and low == start + filled:  # neither a gap nor an overlap
                 found[low - start : high - start] = file[key][low - begin : high - begin]
                 filled += high - low
         if filled != length:
@@ -141,6 +143,16 @@ class SavedState:
                 fragment.moment(optimizer, key).copy_(self.read(key, *span))
 
 
+def _starts(file: LazyWeights, path: str | Path) -> dict[str, int]:
+    """Where each tensor of a rank's file begins in the flattened parameter."""
+    starts = parse_object(file.metadata[STARTS], path)
+    found = {key: starts[key.partition("/")[2]] for key in file}
+    for key, start in found.items():
+        if type(start) is not int or start < 0 or file.specs[key].ndim != 1 or file.specs[key].dtype != torch.float32:
+            raise ValueError(f"{key} is no run of float32 numbers")
+    return found
+
+
 def _reading_copy(path: str | Path, copies: ExitStack) -> Callable[[str], Tensor]:
     copied: list[LazyWeights] = []
 
@@ -154,7 +166,7 @@ def _reading_copy(path: str | Path, copies: ExitStack) -> Callable[[str], Tensor
 
 def _compared(file: LazyWeights, path: str | Path) -> LazyWeights:
     """The tensors of a rank's file; reading one whose numbers are not those that were written raises ValueError."""
-    expected = json.loads(file.metadata.get(CHECKSUMS, "{}"))
+    expected = parse_object(file.metadata.get(CHECKSUMS, "{}"), path)
 
     def read(name: str) -> Tensor:
         tensor = file.read(name)

@@ -16,7 +16,7 @@ Objective = Base | Autoregressive | DiffusionForcing
 def make_objective(settings: dict[str, Any]) -> Objective:
     """The objective that `settings['name']` names, with the other entries as its fields."""
     name = settings.get("name")
-    if name not in OBJECTIVES:
+    if not isinstance(name, str) or name not in OBJECTIVES:
         raise ValueError(f"objective.name={name!r}; there are: {', '.join(OBJECTIVES)}")
     fields = {key: value for key, value in settings.items() if key != "name"}
     return build(OBJECTIVES[name], fields, "objective.")

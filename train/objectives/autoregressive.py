@@ -1,6 +1,6 @@
 """Chunk after chunk: 18 frames = a context chunk and the target chunk that follows it, in one 6-latent sequence."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from data_pipeline.types import CHUNK_LATENTS, Batch
 from model.flow import FlowMatch
 from sampling.scores import velocity_error
+from train.config import require_within
 from train.objectives.base import Base, Figures, figures_after
 from train.objectives.draws import Draws
 
@@ -20,6 +21,10 @@ class Autoregressive:
     curriculum: float = 1 / 3  # share of training with the context's loss; afterwards the target alone
     base_share: float = 0.1  # of steps that train the first chunk from a frame, lest it be forgotten
     context_noise: float = 0.0  # largest noise level mixed into the given context, against drift of long rollouts
+
+    def __post_init__(self) -> None:
+        shares = {f"objective__{field.name}": getattr(self, field.name) for field in fields(self)}
+        require_within(0, 1, **shares)
 
     def loss(
         self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
