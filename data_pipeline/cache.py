@@ -13,17 +13,19 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
 from configs.files import NO_ROOM, sha256_file, sync
+from configs.foreign import require_inside
 from data_pipeline import s3
 from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
+NAME_BYTES = 255  # of a file's name, on every usual file system
 TRIES = 1000  # to have a spoilt copy for oneself: about a minute
 
 _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
@@ -44,7 +46,12 @@ def root() -> Path:
 
 def run_folder(url: str) -> Path:
     """Where the run at the s3 `url` keeps on this machine what it appends to."""
-    return root() / "runs" / url.removeprefix("s3://").rstrip("/")
+    return root() / "runs" / require_inside(url.removeprefix("s3://").rstrip("/"), url)
+
+
+def local_name(url: str) -> str:
+    """What the file or folder at the s3 `url` is called on this machine. Raises ValueError if nothing can be."""
+    return require_inside(url.rpartition("/")[2], url)
 
 
 def limit_bytes() -> int:
@@ -64,8 +71,9 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
     one copy, and it stays until this one ends. Raises FileNotFoundError if nothing is there.
     """
     url = url.rstrip("/")
-    name, found = url.rpartition("/")[2], _find(url)
+    name, found = local_name(url), _find(url)
     below = {place: it for place, it in found.items() if not place or wanted(place[1:])}
+    require_files(url, [place[1:] for place in below if place])
     told = json.dumps([url, sorted(below.items())])
     folder = root() / "copies" / hashlib.sha256(told.encode()).hexdigest()[:16]
     sizes = {f"{name}{place}": size for place, (size, _) in below.items()}
@@ -109,7 +117,7 @@ def copy_of(url: str, size: int, sha256: str) -> Iterator[Path]:
 @contextmanager
 def _copied(url: str, version: str, size: int, check: Callable[[Path], None]) -> Iterator[Path]:
     folder = root() / "copies" / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
-    name = url.rpartition("/")[2]
+    name = local_name(url)
 
     def fetch(part: Path) -> None:
         s3.download(url, part / name)
@@ -197,6 +205,27 @@ def _find(url: str) -> dict[str, tuple[int, str]]:
         if not below:
             raise
         return below
+
+
+def require_files(url: str, names: Collection[str]) -> None:
+    """Raises ValueError in one line unless a folder of this machine can hold files of these `names`, and they lead to
+    no place outside of it: whoever writes to a bucket chooses the keys of its objects."""
+    folders = {above for name in names for above in _folders_of(name)}
+    for name in names:
+        try:
+            require_inside(name, url)
+            refused = name in folders or any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/"))
+        except ValueError:  # also of characters that no name here can have
+            refused = True
+        if refused:
+            shown = name if len(name) <= 200 else f"{name[:200]}..."
+            raise ValueError(f"{url} holds an object named {shown!r}, which is no file of a folder; it was not copied")
+
+
+def _folders_of(name: str) -> Iterator[str]:
+    while "/" in name:
+        name = name.rpartition("/")[0]
+        yield name
 
 
 def _open_lock(folder: Path) -> IO[str]:

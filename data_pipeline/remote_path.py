@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 
+from configs.foreign import require_inside
 from data_pipeline import s3
 from data_pipeline.s3_errors import MissingBucket, bucket_and_key
 
@@ -31,11 +32,11 @@ class S3Path(PurePosixPath):
         return next(s3.list_objects(f"{self}/"), None) is not None
 
     def iterdir(self) -> Iterator["S3Path"]:
-        """The files and folders directly in it."""
+        """The files and folders directly in it. Raises ValueError for a key that no path can have, as `a//b`."""
         prefix = bucket_and_key(f"{self}/")[1]
         for found in s3.list_objects(f"{self}/", "/"):
             if found.key != prefix:  # an object that some programs make for a folder
-                yield self / found.key.removeprefix(prefix).rstrip("/")
+                yield self / require_inside(found.key.removeprefix(prefix).removesuffix("/"), str(self))
 
     def read_bytes(self) -> bytes:
         return s3.read(str(self))

@@ -157,9 +157,10 @@ def writing(url: str | Path) -> Iterator[Path]:
             yield part
         return
     bucket_and_key(str(url))  # a fault of the url, before the work
+    name = cache.local_name(str(url))
     with cache.scratch() as folder:
-        yield folder / name_of(url)
-        write_file(folder / name_of(url), url)
+        yield folder / name
+        write_file(folder / name, url)
 
 
 @contextmanager

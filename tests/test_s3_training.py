@@ -174,6 +174,17 @@ def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
     assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.checkpoints}/stacks_rank_00003.txt")
 
 
+def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tmp_path) -> None:
+    folder, url = Path(config.out), config.checkpoints
+    (tmp_path / "id_rsa").write_text("secret")
+    for name, target in (("key", tmp_path / "id_rsa"), ("all", tmp_path), ("lost", tmp_path / "nowhere")):
+        (folder / name).symlink_to(target)
+    (folder / "a.txt").write_text("text")
+    (folder / "b.txt").symlink_to("a.txt")
+    push(folder, url)
+    assert [name for name in storage.list_tree(url) if name[0] in "kalb"] == ["a.txt", "b.txt"]
+
+
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
     folder, url = Path(config.out), config.checkpoints
     (folder / "videos").mkdir()

@@ -145,6 +145,50 @@ def own_cache(monkeypatch, tmp_path) -> Iterator[Path]:
     forget_copies()
 
 
+HOSTILE = [
+    "../../../../victim", "..", ".", "./a", "a/../../b", "a//b", "/etc/passwd", "a\\b", "a\tb", "a\x7fb", "a.txt/below",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_bucket_cannot_write_outside_its_folder(name, bucket_folder, own_cache) -> None:
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    storage.write_text(storage.join(bucket_folder, "a.txt"), "text")
+    s3.client().put_object(Bucket=bucket, Key=prefix + name, Body=b"echo PWNED")
+    with pytest.raises(ValueError, match="no file of a folder") as error:
+        storage.local(bucket_folder)
+    assert str(error.value).startswith(f"{bucket_folder} holds an object named ") and "\n" not in str(error.value)
+    assert [path for path in own_cache.parent.rglob("*") if path.is_file()] == []
+    assert storage.local(bucket_folder, lambda below: below == "a.txt").joinpath("a.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "ä" * 128, "b/" + "a" * 256, "\ud800", ""])  # the emulator takes none of them
+def test_names_that_no_file_here_can_have_are_refused(name) -> None:
+    with pytest.raises(ValueError, match="which is no file of a folder"):
+        cache.require_files("s3://worlds/codec", ["a.txt", name])
+    cache.require_files("s3://worlds/codec", ["a.txt", "b/c", "größe 1/" + "ä" * 127])
+
+
+def test_the_names_of_a_folder_in_a_bucket_stay_in_it(bucket_folder) -> None:
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    storage.write_text(storage.join(bucket_folder, "deeper/../../b"), "")
+    assert [path.name for path in storage.path(bucket_folder).iterdir()] == ["deeper"]
+    for key, name in (("..", ".."), (".", "."), ("/a", ""), ("../a", "..")):
+        s3.client().put_object(Bucket=bucket, Key=prefix + key, Body=b"")
+        with pytest.raises(ValueError, match=f"names '{name}', which is no file of a folder"):
+            list(storage.path(bucket_folder).iterdir())
+        s3.client().delete_object(Bucket=bucket, Key=prefix + key)
+
+
+@pytest.mark.parametrize("url", ["s3://b/../../x", "s3://../x", "s3://b/./x", "s3://b//x", "s3://b/x\0"])
+def test_a_url_leads_to_no_place_outside_of_the_cache(url, own_cache) -> None:
+    for use in (cache.run_folder, storage.local, lambda url: storage.writing(url).__enter__()):
+        with pytest.raises(ValueError, match=r"no file of a folder|no s3 url"):
+            use(f"{url}/..")
+    with pytest.raises(ValueError, match="no file of a folder"):
+        cache.run_folder(url)
+
+
 @pytest.mark.parametrize("damage", ["a file gone", "a file cut", "the folder gone"])
 @pytest.mark.parametrize("same_process", [True, False])
 def test_a_copy_that_was_spoilt_is_fetched_again(damage, same_process, bucket_folder, own_cache) -> None:

@@ -136,14 +136,16 @@ def pull(folder: Path, url: str) -> None:
 
 def push(folder: Path, url: str) -> None:
     """Copies what is in the folder and has changed since the last time to an s3:// url; nothing whose name begins with
-    a dot."""
+    a dot, and nothing that a link finds outside of the folder."""
     if not storage.is_s3(url):
         return
     pushed: dict[str, int] = json.loads((folder / PUSHED).read_text()) if (folder / PUSHED).is_file() else {}
-    for path in sorted(folder.rglob("[!.]*")):
+    here = folder.resolve()
+    files = (path for path in folder.rglob("[!.]*") if path.is_file() and path.resolve().is_relative_to(here))
+    for path in sorted(files):
         name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
         checkpoint = fnmatch(name, f"{STEP_FOLDERS}/*")  # of a time when the run was here alone
-        if path.is_file() and not checkpoint and pushed.get(name) != changed:
+        if not checkpoint and pushed.get(name) != changed:
             with storage.writing(storage.join(url, name)) as part:
                 shutil.copyfile(path, part)  # it may grow meanwhile
             pushed[name] = changed
