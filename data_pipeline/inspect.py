@@ -12,6 +12,7 @@ import torch
 from einops import rearrange
 
 from configs import load_config
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.shard_set import Shards
@@ -53,6 +54,9 @@ class InspectConfig:
 def inspect(words: list[str]) -> None:
     """Say what a manifest holds, and write a page: inspect MANIFEST out=FOLDER codec=runs/my/codec"""
     config = load_config(InspectConfig, words)
+    if config.out is not None:
+        read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
+        require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
     actions = read_actions(shards, config.looked_at)
     for line in summarise(config.manifest, shards, actions):

@@ -123,6 +123,11 @@ def list_files(folder: str | Path) -> list[str]:
     return sorted(url for url in _listed(folder) if not url.endswith("/"))
 
 
+def files_at(url: str | Path) -> list[str]:
+    """`url`, or if it is a folder of this machine the files directly in it."""
+    return list_files(url) if not is_s3(url) and Path(url).is_dir() else [str(url)]
+
+
 def list_folders(folder: str | Path) -> list[str]:
     """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
     if not is_s3(folder):

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
@@ -50,12 +51,14 @@ from sampling.world_model import (
     Weights,
     WorldModel,
     check_same_game,
+    checkpoint_files,
     find_checkpoint,
     load_world,
     read_world_config,
 )
 
 Figures = dict[str, Any]
+WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,13 @@ class EvaluateConfig:
 def evaluate(words: list[str]) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
     config = load_config(EvaluateConfig, words)
-    checkpoint, manifest = find_checkpoint(config.checkpoint), load_manifest(config.manifest)
-    trained = read_world_config(checkpoint)
+    checkpoint = find_checkpoint(config.checkpoint)
+    read = {
+        "recordings": config.recordings, "manifest": config.manifest, "beside": config.beside, "vision": config.vision,
+        "checkpoint": checkpoint_files(checkpoint),
+    }  # fmt: skip
+    require_other_files([storage.join(config.out, name) for name in WRITTEN], read)
+    manifest, trained = load_manifest(config.manifest), read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
     if manifest.codec_hash != trained.codec_hash:
         raise ValueError(

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs import load_config
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
@@ -24,13 +25,14 @@ from model.codec import TEMPORAL
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
-from sampling.scripts import Scripted, read_script
+from sampling.scripts import Scripted, is_file, read_script
 from sampling.streaming import count_blocks, rollout_blocks
 from sampling.world_model import (
     Precision,
     Weights,
     WorldModel,
     WorldModelConfig,
+    checkpoint_files,
     find_checkpoint,
     load_world,
     read_world_config,
@@ -85,6 +87,7 @@ def generate(words: list[str]) -> None:
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
+    require_other_outs(config, said, checkpoint)
     game = said.game
     actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
@@ -95,12 +98,28 @@ def generate(words: list[str]) -> None:
     frames = _drawn_frames(world, prompt, actions, config, tiles)
     write_video(out, _watched(frames, resident_mib, config.frames), game.fps)
     took_s = time.perf_counter() - started
-    sheet = out.with_suffix(".png")
+    sheet = _sheet_of(config)
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
     write_sheet(sheet, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
     print(f"resident memory, MiB, along the video: {', '.join(f'{one:.0f}' for one in resident_mib)}")
+
+
+def _sheet_of(config: GenerateConfig) -> Path:
+    return storage.path(config.out).with_suffix(".png")
+
+
+def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
+    """Raises ValueError in one line if video or sheet would be written over what is read."""
+    read = {
+        "prompt": config.prompt,
+        "actions": config.actions if is_file(config.actions) else None,
+        "vision": config.vision,
+        "checkpoint": checkpoint_files(checkpoint),
+        "codec": storage.files_at(said.codec),
+    }
+    require_other_files([config.out, _sheet_of(config)], read)
 
 
 def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int) -> Iterator[np.ndarray]:

@@ -25,6 +25,11 @@ class Scripted:
             raise ValueError(f"frames must be at least 1, not {self.frames}")
 
 
+def is_file(script: str) -> bool:
+    """Whether `script` is the name of a file, not words."""
+    return Path(script).suffix.lower() in (".csv", ".json")
+
+
 def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> Actions:
     """The actions, one row per frame, that `script` stands for.
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from configs import flat, load_config, load_file, to_dict
 from configs.cli import one_line
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
@@ -22,6 +23,7 @@ from sampling.world_model import (
     COMPLETE,
     Weights,
     WorldModelConfig,
+    checkpoint_files,
     find_checkpoint,
     newest_step,
     read_world_config,
@@ -193,6 +195,7 @@ def consolidate(words: list[str]) -> None:
     """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
     config = load_config(ConsolidateConfig, words)
     folder = find_checkpoint(config.checkpoint)
+    require_other_files([config.out], {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)]})
     position, saved = read_position(folder), state_of(folder)
     whole = saved.whole(WEIGHTS[config.weights], weight_specs(read_world_config(folder)))
     with storage.writing(config.out) as part:

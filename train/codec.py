@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config, save_config
+from configs.files import require_other_files, yaml_files
 from data_pipeline import storage
 from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
 from data_pipeline.types import CHUNK_FRAMES, GameConfig
@@ -51,6 +52,8 @@ class CodecTrainConfig:
 def train_codec(words: list[str]) -> None:
     """Fit the demo's codec to recordings: PCA encoder, learned decoder; prints PSNR on held-out episodes."""
     config = load_config(CodecTrainConfig, words)
+    written = [storage.join(config.out, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    require_other_files([config.out, *written], {"source": config.source, "config": yaml_files(words)})
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     fitting, heldout = split_episodes(find_recordings(config.reader, config.source), config.heldout_every)
