@@ -1,13 +1,21 @@
 """Files appear whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import re
+import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+ABANDONED_S = 86400.0  # what another machine has not touched for so long is a killed writer's
 
 
 @contextmanager
@@ -24,6 +32,84 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
+    names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
+    files, those of one are there."""
+    folder, part = Path(folder), _part_of(Path(folder) / last)
+    try:
+        part.mkdir()
+        yield part
+        found = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+        for name in found:
+            sync(part / name)
+            if (folder / name).is_dir():  # before anything is replaced
+                raise IsADirectoryError(f"{folder / name} is a folder, and a file is to be written there")
+        with _alone_in(folder):
+            (folder / last).unlink(missing_ok=True)
+            for name in sorted(found, key=lambda name: (str(name) == last, name)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
+    folder, part = Path(folder), _part_of(Path(folder))
+    try:
+        part.mkdir()
+        yield part
+        os.rename(part, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(f"{folder} is there already; delete it, or give another out=") from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
+    """Holds `folder`, which is made, for a `what` within the block: another process that asks for it meanwhile gets a
+    ValueError in one line. Raises OSError if it cannot be written to or locked."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise OSError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
+        except OSError as error:
+            raise OSError(
+                f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
+                "or choose another out="
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """For the moment of a few renames. Where a folder cannot be locked, nothing but that moment is at risk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -101,7 +187,61 @@ def _part_of(path: Path) -> Path:
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
+    _sweep(path.parent)
+    writer = f"{_machine_digest()}-{os.getpid()}-{os.urandom(4).hex()}"
+    return path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+
+
+@cache  # once a process: what killed ones leave is no matter of seconds
+def _sweep(folder: Path) -> None:
+    """Deletes what writers that were killed left in `folder`."""
+    for left in folder.glob(".*.tmp*"):
+        found = TEMPORARY.fullmatch(left.name)
+        with suppress(OSError):  # another one sweeps too, or it is somebody else's
+            if found and _is_left_behind(left, found["machine"], int(found["pid"])):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _is_left_behind(left: Path, machine: str, pid: int) -> bool:
+    if machine == _machine_digest():
+        return has_ended(pid)
+    return time.time() - left.lstat().st_mtime > ABANDONED_S
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process on this machine, or nothing of it but its exit status."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return Path("/proc/self/stat").exists() and process_start(pid) is None
+
+
+def process_start(pid: int) -> str | None:
+    """When the process began, in ticks of its machine; None if it has ended, or nobody can tell here."""
+    try:
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else facts[18]  # Z, X: it has ended, but its parent has not asked for its status
+
+
+@cache
+def this_machine() -> str:
+    """Its name, and what tells it from others of that name, containers too: within it a process id is one process."""
+    about = [socket.gethostname()]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        path = Path(place)
+        with suppress(OSError):  # not Linux
+            about.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
+    return " ".join(about)
+
+
+@cache
+def _machine_digest() -> str:
+    return hashlib.sha256(this_machine().encode()).hexdigest()[:8]
 
 
 def sync(path: Path) -> None:

@@ -62,7 +62,9 @@ def inspect(words: list[str]) -> None:
     for line in summarise(config.manifest, shards, actions):
         print(line)
     if config.out is not None:
-        print(write_page(config, shards, actions))
+        with storage.writing_folder(config.out, last="index.html") as folder:
+            write_page(config, shards, actions, folder)
+        print(storage.join(config.out, "index.html"))
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,11 @@ def key_shares(manifest: Manifest, actions: Counted) -> dict[str, float]:
     return {**found, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
 
 
-def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
-    """Writes `index.html` and the videos into `config.out`; its url.
+def write_page(config: InspectConfig, shards: Shards, actions: Counted, folder: Path) -> None:
+    """Writes `index.html` and the videos into `folder`.
 
     Raises ValueError in one line for another codec than the set's.
     """
-    assert config.out is not None
     manifest, parts = shards.manifest, list[str]()
     codec = open_codec(config.codec, manifest) if config.codec is not None else None
     lines = [html.escape(line) for line in summarise(config.manifest, shards, actions)]
@@ -137,14 +138,12 @@ def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
     ]
     if codec is not None:
         parts.append('<h2>Clips</h2><p class="faint">Decoded from the latents, with the actions drawn onto them.</p>')
-        parts += list(write_videos(config.out, codec, shards, spread(shards, config.videos)))
+        parts += list(write_videos(folder, codec, shards, spread(shards, config.videos)))
     parts.append("<h2>First frames</h2>")
     parts += [picture(shards.clip(number)) for number in spread(shards, config.pictures)]
     title = f"{manifest.game.name}, {manifest.split}"
     page = f'<!doctype html><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>'
-    url = storage.join(config.out, "index.html")
-    storage.write_text(url, page + "\n".join(parts) + "\n")
-    return url
+    storage.write_text(folder / "index.html", page + "\n".join(parts) + "\n")
 
 
 def open_codec(path: str, manifest: Manifest) -> Codec:
@@ -172,7 +171,7 @@ def picture(clip: Clip) -> str:
     return f'<figure><img src="data:image/jpeg;base64,{data}" height="96"><figcaption>{name}</figcaption></figure>'
 
 
-def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[str]:
+def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[str]:
     """Writes each clip as mp4 with its actions drawn onto it; gives the HTML that shows it."""
     game = shards.manifest.game
     for number in numbers:
@@ -181,8 +180,7 @@ def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int])
         frames = [enlarge(frame) for frame in decode_clip(codec, clip, shards.manifest)]
         overlay = Overlay(game.action_space, *frames[0].shape[:2])
         actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
-        with storage.writing(storage.join(out, name)) as path:
-            write_video(Path(path), (overlay.draw(*shown) for shown in actions), game.fps)
+        write_video(folder / name, (overlay.draw(*shown) for shown in actions), game.fps)
         title = html.escape(f"{clip.episode}, frame {clip.start}")
         yield f'<figure><video src="{name}" controls loop width="320"></video><figcaption>{title}</figcaption></figure>'
 

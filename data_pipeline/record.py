@@ -1,12 +1,11 @@
 """Real gameplay to start from: ViZDoom played headless by a scripted explorer, written in the format users bring."""
 
 import importlib
-import json
 import os
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,9 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import to_dict
+from configs.files import sole_writer
+from configs.foreign import parse_object
 from data_pipeline import storage
+from data_pipeline.claims import claimed
 from data_pipeline.players import ended_by_itself, playing
-from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_episode
+from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.types import GameConfig
 from data_pipeline.video import fit_frame
 
@@ -139,21 +141,29 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    start = time.perf_counter()
+    start, s3 = time.perf_counter(), storage.is_s3(config.out)
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
-    if todo:
-        find_scenario(config.recorder)  # before any process is started
+    todo = _missing(config, names)
+    if not todo:
+        return Recorded(config.episodes, config.episodes * config.frames, 0, time.perf_counter() - start)
+    find_scenario(config.recorder)  # before anything is written
+    with claimed(config.out, "record") if s3 else sole_writer(config.out, "record"):
+        todo = _missing(config, names)  # another one may just have ended
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
             playing(_record_share, shares) as players,
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
         ):
             while any([player.plays() for player in players]):
-                time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
+                time.sleep(2.0 if s3 else 0.2)
                 there = set(map(storage.name_of, storage.list_folders(config.out)))
                 bar.update(sum(names[i] in there for i in todo) - bar.n)
     return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
+
+
+def _missing(config: RecordConfig, names: Sequence[str]) -> list[int]:
+    """The numbers of the episodes that are not there."""
+    return [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
 
 
 def _record_share(config: RecordConfig, indices: list[int]) -> None:
@@ -272,7 +282,10 @@ def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
     path = folder / ABOUT
     if not path.is_file() and (storage.is_s3(folder) or not folder.exists()):
         return False
-    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, _about(config, index)
+    lacking = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
+    if lacking:
+        raise ValueError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded anew")
+    found, wanted = parse_object(path.read_bytes(), path), _about(config, index)
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         key = differing[0]

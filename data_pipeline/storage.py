@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
-from configs.files import atomic_path, create_file
+from configs.files import atomic_files, atomic_path, create_file
 from configs.files import write_text as write_local_text
 from data_pipeline import cache, s3
 from data_pipeline.remote_path import S3Path
@@ -170,11 +170,11 @@ def writing(url: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
-    """A local folder to write files into, which appear in the folder `url`; the one called `last` does so after all
-    others, so that its presence means that all are there."""
+    """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
+    called `last` does so after all others, so that its presence means that all are there."""
     if not is_s3(url):
-        Path(url).mkdir(parents=True, exist_ok=True)
-        yield Path(url)
+        with atomic_files(url, last) as folder:
+            yield folder
         return
     with cache.scratch() as folder:
         yield folder
@@ -219,7 +219,10 @@ def remove(url: str | Path) -> None:
 
 def remove_folder(folder: str | Path, first: str = "") -> None:
     """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
-    that looks whole."""
+    that looks whole. Of a link to a folder, the link alone goes."""
+    if not is_s3(folder) and Path(folder).is_symlink():
+        Path(folder).unlink()
+        return
     if first:
         remove(join(folder, first))
     if is_s3(folder):

@@ -127,7 +127,6 @@ def import_official(words: list[str]) -> None:
     origin = replace(origin, source=words[0].rstrip("/") + origin.source.removeprefix(str(given)))
     with storage.writing_folder(out, last=COMPLETE) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(origin))
-        (folder / "ema.safetensors").unlink(missing_ok=True)
         os.link(folder / "model.safetensors", folder / "ema.safetensors")  # no copy: files are replaced, never changed
         save_config(world, folder / WORLD_FILE)
         save_config(origin, folder / "config.yaml")

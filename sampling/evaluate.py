@@ -139,14 +139,15 @@ def evaluate(words: list[str]) -> None:
     held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
     report["held"] = judge_held(held, [*starts, *held_starts], world.game)
     films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
-    for film in films:
-        write_film(storage.path(config.out), film, world.game)
-    report["seconds"] = round(time.perf_counter() - begun, 1)
-    page = storage.path(config.out) / "report.html"
-    storage.write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write_page(page, report, [(film.name, film.title, film.sentence) for film in films], others)
+    with storage.writing_folder(config.out, last="report.html") as folder:
+        for film in films:
+            write_film(folder, film, world.game)
+        report["seconds"] = round(time.perf_counter() - begun, 1)
+        storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        sections = [(film.name, film.title, film.sentence) for film in films]
+        write_page(folder / "report.html", report, sections, others)
     print("\n".join(summarise(report)))
-    print(f"evaluated in {report['seconds']:.0f} s; open {page}")
+    print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
 
 
 @torch.inference_mode()

@@ -95,12 +95,12 @@ def generate(words: list[str]) -> None:
     world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
     out, tiles, resident_mib = storage.path(config.out), [], []
-    frames = _drawn_frames(world, prompt, actions, config, tiles)
-    write_video(out, _watched(frames, resident_mib, config.frames), game.fps)
-    took_s = time.perf_counter() - started
-    sheet = _sheet_of(config)
+    frames, sheet = _drawn_frames(world, prompt, actions, config, tiles), _sheet_of(config)
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
-    write_sheet(sheet, tiles, title)
+    with storage.writing_folder(out.parent, last=sheet.name) as folder:
+        write_video(folder / out.name, _watched(frames, resident_mib, config.frames), game.fps)
+        took_s = time.perf_counter() - started
+        write_sheet(folder / sheet.name, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
     print(f"resident memory, MiB, along the video: {', '.join(f'{one:.0f}' for one in resident_mib)}")
