@@ -28,6 +28,8 @@ from data_pipeline.video import fit_frame
 TICS_PER_S = 35
 DEAF_TICS = 7  # at an episode's start in which inputs do nothing, in deathmatch.wad and in others
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
+MOST = 100_000  # episodes, whose names then sort like numbers, and frames of one, which are held in memory
+MOST_WORKERS = 256
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
 
 
@@ -53,11 +55,12 @@ class RecordConfig:
     recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.frames < 2 or self.seed < 0 or self.workers < 1:
-            raise ValueError(
-                "episodes must be at least 1, frames at least 2, seed at least 0, workers at least 1; not "
-                f"{self.episodes}, {self.frames}, {self.seed}, {self.workers}"
-            )
+        bounds = {"episodes": (1, MOST), "frames": (2, MOST), "workers": (1, MOST_WORKERS)}
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from {least} to {most}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         if TICS_PER_S % self.game.fps:
             raise ValueError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
@@ -75,7 +78,7 @@ class RecordConfig:
 class Step(NamedTuple):
     """One frame and what is held until the next."""
 
-    frame: np.ndarray  # (h w 3) uint8 RGB, as rendered
+    frame: np.ndarray  # (h w 3) uint8 RGB, of the game's size
     keyboard: np.ndarray  # (k) 0 or 1
     mouse_deg: np.ndarray  # (2) pitch, yaw over the frame's interval
 
@@ -260,14 +263,15 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
         speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / config.tics
         keys, pitch, yaw = explorer.act(state.depth_buffer, speed)
         keyboard = np.array([name in keys for name in names], dtype=np.uint8)
-        yield Step(state.screen_buffer, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
+        frame = fit_frame(state.screen_buffer, config.game.height, config.game.width)
+        yield Step(frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
         game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
         before = position
 
 
 def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
     steps = list(play(game, config, index))
-    frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
+    frames = (step.frame for step in steps)
     keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
     write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)
 

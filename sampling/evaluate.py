@@ -35,6 +35,7 @@ from sampling.scores import (
     sigma_bins,
     velocity_error,
 )
+from sampling.scripts import Scripted
 from sampling.trials import (
     Replay,
     RolloutSettings,
@@ -89,7 +90,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise ValueError(f"clips={self.clips} must be at least 1")
-        _ = self.replay, self.held  # checks of their own
+        _ = self.replay, self.held, Scripted(1, 0, self.mouse_deg)  # checks of their own
 
     @property
     def replay(self) -> RolloutSettings:

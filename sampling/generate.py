@@ -22,6 +22,7 @@ from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
+from model.flow import FlowMatch
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
@@ -68,9 +69,12 @@ class GenerateConfig:
     precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.prompt_frames) < 1 or self.seed < 0 or self.prompt_frame < 0:
-            raise ValueError("frames and prompt_frames must be at least 1, seed and prompt_frame at least 0")
-        _ = self.denoising  # checks of its own
+        _ = self.denoising, self.scripted  # checks of their own
+        if not 1 <= self.prompt_frames <= self.frames or self.seed < 0 or self.prompt_frame < 0:
+            raise ValueError(
+                f"prompt_frames={self.prompt_frames} must be from 1 to frames={self.frames}, seed and prompt_frame at "
+                "least 0"
+            )
         if Path(self.out).suffix.lower() != ".mp4":
             raise ValueError(f"out={self.out} must end in .mp4")
         if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
@@ -79,6 +83,10 @@ class GenerateConfig:
     @property
     def denoising(self) -> Denoising:
         return Denoising(self.steps, self.few_steps, self.context_noise, self.guidance)
+
+    @property
+    def scripted(self) -> Scripted:
+        return Scripted(self.frames, self.seed, self.mouse_deg)
 
 
 def generate(words: list[str]) -> None:
@@ -89,7 +97,7 @@ def generate(words: list[str]) -> None:
     check_request(config, said, checkpoint)
     require_other_outs(config, said, checkpoint)
     game = said.game
-    actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
+    actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     world.dit.compile_blocks(config.compile)
@@ -134,6 +142,7 @@ def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int
 def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if the model of `checkpoint` cannot be sampled as asked."""
     causal = said.model.causal
+    FlowMatch(said.flow).warp(config.few_steps)  # which raises
     if causal is None and config.method == "streaming":
         raise ValueError(
             f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "

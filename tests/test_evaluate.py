@@ -319,6 +319,8 @@ def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tu
         ("chunks=9", "use fewer chunks"),
         ("stepz=9", "did you mean 'steps'"),
         ("starts=0", "must be at least 1"),
+        ("starts=1000000000", "at most 10000"),
+        ("mouse_deg=1e9", "mouse_deg=1e+09 must be from"),
         ("reader=obs", "reader must be one of worldloom"),
     ],
 )

@@ -263,6 +263,12 @@ def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) ->
         (["checkpoint=nowhere"], "no checkpoint nowhere"),
         (["out=demo.gif"], "must end in .mp4"),
         (["stepz=3"], "did you mean 'steps'"),
+        (["frames=100000000000000000000"], "100000000000000000000"),
+        (["frames=1000000000"], "frames=1000000000 must be from 1 to 1000000"),
+        (["steps=1000000000"], "steps 1000000000 must be from 1 to 1000"),
+        (["guidance=1e300"], "guidance 1e+300 above 0 and at most 100"),
+        (["mouse_deg=1e300"], "mouse_deg=1e+300 must be from -3600 to 3600"),
+        (["prompt_frames=1000000000"], "must be from 1 to frames=81"),
         (["device=cuda"], "no CUDA device"),
     ],
 )
