@@ -113,9 +113,19 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically, as UTF-8."""
+    """Writes `text` to `path` atomically, as UTF-8. Raises ValueError in one line as `utf8`."""
+    data = utf8(text, path)
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
+
+
+def utf8(text: str, path: str | Path) -> bytes:
+    """What the file `path` is to hold. Raises ValueError in one line for names in it that are bytes of another kind."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"{path} cannot hold {around!r}, which is no UTF-8; rename what is called so") from error
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
@@ -179,7 +189,7 @@ def _same_file(one: str | Path, other: str | Path) -> bool:
 
 def yaml_files(words: Sequence[str]) -> list[str]:
     """The files of settings among a command's words."""
-    return [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+    return [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
 
 
 def _part_of(path: Path) -> Path:

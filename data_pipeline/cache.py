@@ -13,7 +13,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import IO
 from configs.files import NO_ROOM, sha256_file, sync
 from configs.foreign import require_inside
 from data_pipeline import s3
+from data_pipeline.remote_path import require_files
 from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
-NAME_BYTES = 255  # of a file's name, on every usual file system
+OWNER_ONLY = 0o700  # of a folder
 TRIES = 1000  # to have a spoilt copy for oneself: about a minute
 
 _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
@@ -36,7 +37,7 @@ def root() -> Path:
     told = os.environ.get("WORLDLOOM_CACHE")
     folder = Path(told).absolute() if told else Path.home() / ".cache" / "worldloom"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             f"cannot write to {folder}: {error.strerror}; set WORLDLOOM_CACHE to a folder with room"
@@ -44,9 +45,18 @@ def root() -> Path:
     return folder
 
 
+def _owners(folder: Path) -> Path:
+    """The folder, made; nobody else on the machine can look into it: what a bucket shows to few stays with them."""
+    folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+    if folder.stat().st_mode & ~OWNER_ONLY & 0o777:  # made by an earlier version
+        with suppress(PermissionError):  # somebody else's
+            folder.chmod(OWNER_ONLY)
+    return folder
+
+
 def run_folder(url: str) -> Path:
     """Where the run at the s3 `url` keeps on this machine what it appends to."""
-    return root() / "runs" / require_inside(url.removeprefix("s3://").rstrip("/"), url)
+    return _owners(root() / "runs") / require_inside(url.removeprefix("s3://").rstrip("/"), url)
 
 
 def local_name(url: str) -> str:
@@ -184,6 +194,7 @@ def _filling(folder: Path, lock: IO[str], needed: int) -> Iterator[Path]:
         _reserve(part, lock, needed)
         yield part
         for path in part.rglob("*"):
+            path.chmod(0o600 if path.is_file() else OWNER_ONLY)
             if path.is_file():
                 sync(path)
         part.rename(folder)
@@ -207,42 +218,25 @@ def _find(url: str) -> dict[str, tuple[int, str]]:
         return below
 
 
-def require_files(url: str, names: Collection[str]) -> None:
-    """Raises ValueError in one line unless a folder of this machine can hold files of these `names`, and they lead to
-    no place outside of it: whoever writes to a bucket chooses the keys of its objects."""
-    folders = {above for name in names for above in _folders_of(name)}
-    for name in names:
-        try:
-            require_inside(name, url)
-            refused = name in folders or any(len(os.fsencode(part)) > NAME_BYTES for part in name.split("/"))
-        except ValueError:  # also of characters that no name here can have
-            refused = True
-        if refused:
-            shown = name if len(name) <= 200 else f"{name[:200]}..."
-            raise ValueError(f"{url} holds an object named {shown!r}, which is no file of a folder; it was not copied")
-
-
-def _folders_of(name: str) -> Iterator[str]:
-    while "/" in name:
-        name = name.rpartition("/")[0]
-        yield name
-
-
 def _open_lock(folder: Path) -> IO[str]:
-    folder.parent.mkdir(exist_ok=True)
-    return open(folder.with_suffix(".lock"), "a", encoding="utf-8")
+    _owners(folder.parent)
+    return open(folder.with_suffix(".lock"), "a", encoding="utf-8", opener=_owner_only)
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _reserve(part: Path, lock: IO[str], needed: int) -> None:
     """Makes the folder `part` and room for `needed` bytes in it, which others count as taken from then on."""
-    with open(root() / "copies" / ".lock", "a") as one_at_a_time:
+    with open(root() / "copies" / ".lock", "a", opener=_owner_only) as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         _make_room(needed)
         lock.truncate(0)
         lock.write(str(needed))
         lock.flush()
-        part.mkdir()
+        part.mkdir(mode=OWNER_ONLY)
 
 
 def _make_room(needed: int) -> None:
@@ -296,9 +290,8 @@ def scratch() -> Iterator[Path]:
 @lru_cache(maxsize=1)
 def _scratch_of(pid: int) -> Path:
     """This process's own folder; those of processes that were killed are deleted: nobody holds their locks."""
-    every = root() / "scratch"
-    every.mkdir(exist_ok=True)
-    with open(every / ".lock", "a") as lock:
+    every = _owners(root() / "scratch")
+    with open(every / ".lock", "a", opener=_owner_only) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for other in every.glob("*/"):
             with open(other / ".lock", "a") as held:
@@ -308,7 +301,7 @@ def _scratch_of(pid: int) -> Path:
                     continue
                 shutil.rmtree(other)
         own = Path(tempfile.mkdtemp(prefix=f"{pid}.", dir=every))
-        held = open(own / ".lock", "a")  # noqa: SIM115  # until the process ends
+        held = open(own / ".lock", "a", opener=_owner_only)  # noqa: SIM115  # until the process ends
         fcntl.flock(held, fcntl.LOCK_EX)
     atexit.register(_forget, own, pid, held)
     return own

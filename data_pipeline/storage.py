@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
-from configs.files import atomic_files, atomic_path, create_file
+from configs.files import atomic_files, atomic_path, create_file, utf8
 from configs.files import write_text as write_local_text
 from data_pipeline import cache, s3
 from data_pipeline.remote_path import S3Path
@@ -196,7 +196,7 @@ def write_file(file: Path, url: str | Path) -> None:
 def write_text(url: str | Path, text: str) -> None:
     """Writes `text` to `url` as UTF-8, whole or not at all."""
     if is_s3(url):
-        s3.put(str(url), text.encode())
+        s3.put(str(url), utf8(text, url))
     else:
         write_local_text(url, text)
 

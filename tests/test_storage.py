@@ -17,6 +17,7 @@ from s3_server import missing_programs
 from tiny_training import ROOT
 
 from data_pipeline import cache, s3, storage
+from data_pipeline.remote_path import require_files
 
 MANY = 1005  # objects: a server lists a thousand at a time
 
@@ -165,8 +166,8 @@ def test_a_bucket_cannot_write_outside_its_folder(name, bucket_folder, own_cache
 @pytest.mark.parametrize("name", ["a\0b", "ä" * 128, "b/" + "a" * 256, "\ud800", ""])  # the emulator takes none of them
 def test_names_that_no_file_here_can_have_are_refused(name) -> None:
     with pytest.raises(ValueError, match="which is no file of a folder"):
-        cache.require_files("s3://worlds/codec", ["a.txt", name])
-    cache.require_files("s3://worlds/codec", ["a.txt", "b/c", "größe 1/" + "ä" * 127])
+        require_files("s3://worlds/codec", ["a.txt", name])
+    require_files("s3://worlds/codec", ["a.txt", "b/c", "größe 1/" + "ä" * 127])
 
 
 def test_the_names_of_a_folder_in_a_bucket_stay_in_it(bucket_folder) -> None:
@@ -187,6 +188,24 @@ def test_a_url_leads_to_no_place_outside_of_the_cache(url, own_cache) -> None:
             use(f"{url}/..")
     with pytest.raises(ValueError, match="no file of a folder"):
         cache.run_folder(url)
+
+
+def test_nobody_else_can_look_into_the_cache(bucket_folder, own_cache) -> None:
+    own_cache.mkdir()
+    (own_cache / "copies").mkdir(mode=0o755)  # of an earlier version
+    for name in ("a.txt", "more/b.txt"):
+        storage.write_text(storage.join(bucket_folder, name), "secret")
+    storage.local(bucket_folder)
+    cache.run_folder("s3://worlds/run").mkdir(parents=True)
+    with storage.writing(storage.join(bucket_folder, "c.txt")) as part, storage.borrowed(f"{bucket_folder}/a.txt"):
+        part.write_text("secret")
+        inside = [
+            path for place in own_cache.iterdir() for path in (place, *place.glob("*/a.txt"), *place.glob("*.lock"))
+        ]
+        assert {path.name for path in inside} >= {"copies", "runs", "a.txt", ".lock"}
+        assert [path for path in inside if path.stat().st_mode & 0o077] == []
+    copied = [path for path in (own_cache / "copies").rglob("*")]
+    assert len(copied) > 4 and [path for path in copied if path.stat().st_mode & 0o077] == []
 
 
 @pytest.mark.parametrize("damage", ["a file gone", "a file cut", "the folder gone"])

@@ -120,6 +120,15 @@ def test_an_episode_that_is_not_whole_is_not_taken_for_one(lacking: str, tmp_pat
     assert f"{folder} lacks {lacking}; delete it, and it is recorded anew" in capsys.readouterr().err
 
 
+def test_names_that_are_no_utf8_are_written_to_and_in_a_text_named_in_one_line(tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(b"\xff.txt")
+    write_text(named, "text")
+    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.txt"]
+    with pytest.raises(ValueError, match=r"page.html cannot hold '<p>film .udcff.mp4', which is no UTF-8"):
+        write_text(tmp_path / "page.html", "<p>film " + os.fsdecode(b"\xff.mp4"))
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_of_a_link_to_a_folder_the_link_alone_is_removed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     write_text(tmp_path / "precious" / "COMPLETE", "{}")
