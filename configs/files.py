@@ -80,7 +80,7 @@ def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        opened = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
+        opened = open(folder / ".lock", "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
     except OSError as error:
         raise OSError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
     with opened as file:
@@ -98,6 +98,11 @@ def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+def _no_link(path: str, flags: int) -> int:
+    """A lock's file is emptied: a link of its name in a folder of somebody else could be to any file of the user."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextmanager

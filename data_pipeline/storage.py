@@ -176,6 +176,7 @@ def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
         with atomic_files(url, last) as folder:
             yield folder
         return
+    exists(join(url, last))  # which raises if there is no such bucket, before the work
     with cache.scratch() as folder:
         yield folder
         remove(join(url, last))  # of what was there before

@@ -22,7 +22,7 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.denoising import Denoising
-from sampling.films import held_film, replay_film, write_film
+from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import Other, write_page
 from sampling.scores import (
@@ -131,16 +131,11 @@ def evaluate(words: list[str]) -> None:
     held_starts = read_starts(episodes, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     begun = time.perf_counter()
-    method = "chunked" if world.layout == "chunked" else "streaming"
-    report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
-    report["evaluator"] = EVALUATOR
-    report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))
-    replay = play_replay(world, starts, config.replay)
-    report |= judge_replay(replay)
-    held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
-    report["held"] = judge_held(held, [*starts, *held_starts], world.game)
-    films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
-    with storage.writing_folder(config.out, last="report.html") as folder:
+    with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
+        method = "chunked" if world.layout == "chunked" else "streaming"
+        report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
+        report["evaluator"] = EVALUATOR
+        films = _judge(world, config, starts, held_starts, report)
         for film in films:
             write_film(folder, film, world.game)
         report["seconds"] = round(time.perf_counter() - begun, 1)
@@ -149,6 +144,18 @@ def evaluate(words: list[str]) -> None:
         write_page(folder / "report.html", report, sections, others)
     print("\n".join(summarise(report)))
     print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
+
+
+def _judge(
+    world: WorldModel, config: EvaluateConfig, starts: Sequence[Start], held_starts: Sequence[Start], report: Figures
+) -> list[Film]:
+    """Puts every figure into `report`; the films of what was judged."""
+    report["velocity_loss"] = judge_actions(world, config, min(config.clips, load_manifest(config.manifest).clips))
+    replay = play_replay(world, starts, config.replay)
+    report |= judge_replay(replay)
+    held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
+    report["held"] = judge_held(held, [*starts, *held_starts], world.game)
+    return [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
 
 
 @torch.inference_mode()

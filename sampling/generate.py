@@ -119,7 +119,11 @@ def _sheet_of(config: GenerateConfig) -> Path:
 
 
 def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
-    """Raises ValueError in one line if video or sheet would be written over what is read."""
+    """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
+    outs = [config.out, _sheet_of(config)]
+    for out in outs:
+        if not storage.is_s3(out) and Path(out).is_dir():
+            raise ValueError(f"{out} is a folder; give out= the name of a file")
     read = {
         "prompt": config.prompt,
         "actions": config.actions if is_file(config.actions) else None,
@@ -127,7 +131,7 @@ def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoin
         "checkpoint": checkpoint_files(checkpoint),
         "codec": storage.files_at(said.codec),
     }
-    require_other_files([config.out, _sheet_of(config)], read)
+    require_other_files(outs, read)
 
 
 def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int) -> Iterator[np.ndarray]:

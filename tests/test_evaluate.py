@@ -331,6 +331,15 @@ def test_bad_input_is_one_line_with_status_2(
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
 
 
+def test_an_out_that_cannot_be_is_said_before_anything_is_judged(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert evaluate(road, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "out") in said and "velocity" not in said and "held-out loss" not in said
+
+
 def test_a_checkpoint_of_another_codec_is_refused(
     road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

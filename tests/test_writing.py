@@ -110,6 +110,15 @@ def test_a_folder_in_which_another_one_records_is_refused_in_one_line(tmp_path: 
         pass
 
 
+def test_a_link_in_the_place_of_the_lock_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "rec").mkdir()
+    (tmp_path / "rec" / ".lock").symlink_to("../precious")
+    with pytest.raises(OSError, match="cannot write to the record folder"), sole_writer(tmp_path / "rec", "record"):
+        pass
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 @pytest.mark.parametrize("lacking", ["video.mp4", "actions.csv", "episode.json"])
 def test_an_episode_that_is_not_whole_is_not_taken_for_one(lacking: str, tmp_path: Path, capsys) -> None:
     folder = tmp_path / "episode_00000"
