@@ -201,10 +201,14 @@ def _part_of(path: Path) -> Path:
     """A name beside `path` that no other process, thread or machine takes; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    if special or Path(os.path.abspath(path)).parent == Path("/dev"):  # root's rename would take the place of /dev/null
+        raise ValueError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     writer = f"{_machine_digest()}-{os.getpid()}-{os.urandom(4).hex()}"
-    return path.with_name(f".{path.stem}.{writer}.tmp{path.suffix}")
+    stem, suffix = os.fsdecode(os.fsencode(path.stem)[:150]), path.suffix if len(path.suffix) < 20 else ""
+    return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
 
 
 @cache  # once a process: what killed ones leave is no matter of seconds

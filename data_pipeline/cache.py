@@ -35,7 +35,7 @@ _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, 
 def root() -> Path:
     """The folder of everything here, made if it is not there."""
     told = os.environ.get("WORLDLOOM_CACHE")
-    folder = Path(told).absolute() if told else Path.home() / ".cache" / "worldloom"
+    folder = Path(told).expanduser().absolute() if told else Path.home() / ".cache" / "worldloom"
     try:
         folder.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +69,7 @@ def limit_bytes() -> int:
     told = os.environ.get("WORLDLOOM_CACHE_GB", str(DEFAULT_GB))
     try:
         return int(float(told) * 1e9)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes") from error
 
 

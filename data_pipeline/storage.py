@@ -5,7 +5,7 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -180,9 +180,21 @@ def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
     with cache.scratch() as folder:
         yield folder
         remove(join(url, last))  # of what was there before
-        names = sorted(list_tree(folder), key=lambda name: (name == last, name))
-        for name in names:
+        written: dict[str, Hashable] = {}
+        for name in sorted(list_tree(folder), key=lambda name: (name == last, name)):
             write_file(folder / name, join(url, name))
+            written[name] = version(join(url, name))
+        require_sole_writer(url, written, last)
+
+
+def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: str) -> None:
+    """Raises OSError in one line if another process wrote to some of the files meanwhile: of a mixture, the file `last`
+    is not there. A server has no lock; whoever finds the other's file takes its own `last` back."""
+    there = {name: version(join(url, name)) for name in written if exists(join(url, name))}
+    if there != written:
+        if there.get(last) == written[last]:
+            remove(join(url, last))
+        raise OSError(f"{url} was written to by another process at the same time; run this again, alone")
 
 
 def write_file(file: Path, url: str | Path) -> None:

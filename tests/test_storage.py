@@ -170,6 +170,25 @@ def test_names_that_no_file_here_can_have_are_refused(name) -> None:
     require_files("s3://worlds/codec", ["a.txt", "b/c", "größe 1/" + "ä" * 127])
 
 
+def test_of_two_writers_to_a_folder_in_a_bucket_none_leaves_a_mixture(bucket_folder) -> None:
+    def write(number: int) -> None:
+        with storage.writing_folder(bucket_folder, last="b.png") as folder:
+            for name in ("a.mp4", "b.png"):
+                (folder / name).write_text(f"{number}")
+
+    write(0)
+    storage.write_text(f"{bucket_folder}/a.mp4", "another's")
+    versions = {name: storage.version(f"{bucket_folder}/{name}") for name in ("a.mp4", "b.png")}
+    storage.require_sole_writer(bucket_folder, versions, "b.png")
+    with pytest.raises(OSError, match="was written to by another process at the same time; run this again, alone"):
+        storage.require_sole_writer(bucket_folder, {**versions, "a.mp4": "mine"}, "b.png")
+    assert storage.list_files(bucket_folder) == [f"{bucket_folder}/a.mp4"]  # its own last is taken back
+    write(1)
+    with pytest.raises(OSError, match="another process"):
+        storage.require_sole_writer(bucket_folder, {"a.mp4": "mine", "b.png": "mine"}, "b.png")
+    assert len(storage.list_files(bucket_folder)) == 2  # the other's is left
+
+
 def test_the_names_of_a_folder_in_a_bucket_stay_in_it(bucket_folder) -> None:
     bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
     storage.write_text(storage.join(bucket_folder, "deeper/../../b"), "")

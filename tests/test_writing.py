@@ -138,6 +138,21 @@ def test_names_that_are_no_utf8_are_written_to_and_in_a_text_named_in_one_line(t
     assert not (tmp_path / "page.html").exists()
 
 
+@pytest.mark.parametrize("name", ["ä" * 125 + ".mp4", "a." + "b" * 253, "." + "a" * 254, "💡" * 63])
+def test_the_longest_names_are_written(name: str, tmp_path: Path) -> None:
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_device_or_a_pipe_is_no_place_for_a_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "link.json").symlink_to("/dev/null")
+    for place in ("/dev/null", "/dev/stdout", "/dev/new.json", tmp_path / "pipe.json", tmp_path / "link.json"):
+        with pytest.raises(ValueError, match="is a device or a pipe; give the name of a file"):
+            write_text(place, "text")
+    assert Path("/dev/null").is_char_device() and not Path("/dev/new.json").exists()
+
+
 def test_of_a_link_to_a_folder_the_link_alone_is_removed(tmp_path: Path) -> None:
     (tmp_path / "precious").mkdir()
     write_text(tmp_path / "precious" / "COMPLETE", "{}")
