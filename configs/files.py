@@ -1,13 +1,21 @@
 """Files appear whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+import shutil
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+ABANDONED_S = 86400.0  # what another machine has not touched for so long is a killed writer's
 
 
 @contextmanager
@@ -26,10 +34,103 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
+    """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
+    names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
+    files, those of one are there."""
+    folder, part = Path(folder), _part_of(Path(folder) / last)
+    try:
+        part.mkdir()
+        yield part
+        found = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+        for name in found:
+            sync(part / name)
+            if (folder / name).is_dir():  # before anything is replaced
+                raise IsADirectoryError(f"{folder / name} is a folder, and a file is to be written there")
+        with _alone_in(folder):
+            (folder / last).unlink(missing_ok=True)
+            for name in sorted(found, key=lambda name: (str(name) == last, name)):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(part / name, folder / name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
+    folder, part = Path(folder), _part_of(Path(folder))
+    try:
+        part.mkdir()
+        yield part
+        os.rename(part, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(f"{folder} is there already; delete it, or give another out=") from error
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
+    """Holds `folder`, which is made, for a `what` within the block: another process that asks for it meanwhile gets a
+    ValueError in one line. Raises OSError if it cannot be written to or locked."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        opened = open(folder / ".lock", "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise OSError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
+    with opened as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
+        except OSError as error:
+            raise OSError(
+                f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
+                "or choose another out="
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def _no_link(path: str, flags: int) -> int:
+    """A lock's file is emptied: a link of its name in a folder of somebody else could be to any file of the user."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """For the moment of a few renames. Where a folder cannot be locked, nothing but that moment is at risk."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(opened)
+
+
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically, as UTF-8."""
+    """Writes `text` to `path` atomically, as UTF-8. Raises ValueError in one line as `utf8`."""
+    data = utf8(text, path)
     with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_bytes(data)
+
+
+def utf8(text: str, path: str | Path) -> bytes:
+    """What the file `path` is to hold. Raises ValueError in one line for names in it that are bytes of another kind."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.end + 20]
+        raise ValueError(f"{path} cannot hold {around!r}, which is no UTF-8; rename what is called so") from error
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
@@ -52,12 +153,114 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # places by the word that names them
+
+
+def require_other_files(outs: Iterable[str | Path], read: Read, word: str = "out") -> None:
+    """Raises ValueError in one line if one of `outs`, which a command is about to write, is a file that it reads, under
+    whatever name or link, or lies in a folder that it reads. `word` is the setting that names them.
+
+    To be called before anything is written. Of a folder of which only some files matter, name those.
+    """
+    places = [
+        (label, one)
+        for label, given in read.items()
+        for one in ([given] if isinstance(given, str | Path) else given or ())
+    ]
+    for out in outs:
+        for label, place in places:
+            if _is_or_lies_in(str(out), str(place)):
+                how = "over" if _same_file(str(out), str(place)) else "into"
+                raise ValueError(
+                    f"{out} would be written {how} {label}={place}, which this reads; give another {word}="
+                )
+
+
+def _is_or_lies_in(out: str, place: str) -> bool:
+    if out.startswith("s3:") or place.startswith("s3:"):
+        return f"{out.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
+    here = Path(os.path.realpath(os.path.dirname(os.path.abspath(out)))) / os.path.basename(out)  # itself, if a link
+    real = Path(os.path.realpath(out))
+    return any(_same_file(above, place) for above in {here, *here.parents, real, *real.parents})
+
+
+def _same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether both are one, hard links included; of what is not there yet, whether both would be."""
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+
+
+def yaml_files(words: Sequence[str]) -> list[str]:
+    """The files of settings among a command's words."""
+    return [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
+
+
 def _part_of(path: Path) -> Path:
     """A name beside `path` that no other process, thread or machine takes; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
+    special = path.exists() and not (path.is_file() or path.is_dir())
+    if special or Path(os.path.abspath(path)).parent == Path("/dev"):  # root's rename would take the place of /dev/null
+        raise ValueError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.stem}.{os.getpid()}-{os.urandom(4).hex()}.tmp{path.suffix}")
+    _sweep(path.parent)
+    writer = f"{_machine_digest()}-{os.getpid()}-{os.urandom(4).hex()}"
+    stem, suffix = os.fsdecode(os.fsencode(path.stem)[:150]), path.suffix if len(path.suffix) < 20 else ""
+    return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
+
+
+@cache  # once a process: what killed ones leave is no matter of seconds
+def _sweep(folder: Path) -> None:
+    """Deletes what writers that were killed left in `folder`."""
+    for left in folder.glob(".*.tmp*"):
+        found = TEMPORARY.fullmatch(left.name)
+        with suppress(OSError):  # another one sweeps too, or it is somebody else's
+            if found and _is_left_behind(left, found["machine"], int(found["pid"])):
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _is_left_behind(left: Path, machine: str, pid: int) -> bool:
+    if machine == _machine_digest():
+        return has_ended(pid)
+    return time.time() - left.lstat().st_mtime > ABANDONED_S
+
+
+def has_ended(pid: int) -> bool:
+    """Whether there is no such process on this machine, or nothing of it but its exit status."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        return False
+    return Path("/proc/self/stat").exists() and process_start(pid) is None
+
+
+def process_start(pid: int) -> str | None:
+    """When the process began, in ticks of its machine; None if it has ended, or nobody can tell here."""
+    try:
+        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else facts[18]  # Z, X: it has ended, but its parent has not asked for its status
+
+
+@cache
+def this_machine() -> str:
+    """Its name, and what tells it from others of that name, containers too: within it a process id is one process."""
+    about = [socket.gethostname()]
+    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
+        path = Path(place)
+        with suppress(OSError):  # not Linux
+            about.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
+    return " ".join(about)
+
+
+@cache
+def _machine_digest() -> str:
+    return hashlib.sha256(this_machine().encode()).hexdigest()[:8]
 
 
 def sync(path: Path) -> None:

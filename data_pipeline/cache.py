@@ -20,10 +20,13 @@ from pathlib import Path
 from typing import IO
 
 from configs.files import NO_ROOM, sha256_file, sync
+from configs.foreign import require_inside
 from data_pipeline import s3
+from data_pipeline.remote_path import require_files
 from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
+OWNER_ONLY = 0o700  # of a folder
 TRIES = 1000  # to have a spoilt copy for oneself: about a minute
 
 _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, until it ends
@@ -32,9 +35,9 @@ _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, 
 def root() -> Path:
     """The folder of everything here, made if it is not there."""
     told = os.environ.get("WORLDLOOM_CACHE")
-    folder = Path(told).absolute() if told else Path.home() / ".cache" / "worldloom"
+    folder = Path(told).expanduser().absolute() if told else Path.home() / ".cache" / "worldloom"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
             f"cannot write to {folder}: {error.strerror}; set WORLDLOOM_CACHE to a folder with room"
@@ -42,9 +45,23 @@ def root() -> Path:
     return folder
 
 
+def _owners(folder: Path) -> Path:
+    """The folder, made; nobody else on the machine can look into it: what a bucket shows to few stays with them."""
+    folder.mkdir(mode=OWNER_ONLY, exist_ok=True)
+    if folder.stat().st_mode & ~OWNER_ONLY & 0o777:  # made by an earlier version
+        with suppress(PermissionError):  # somebody else's
+            folder.chmod(OWNER_ONLY)
+    return folder
+
+
 def run_folder(url: str) -> Path:
     """Where the run at the s3 `url` keeps on this machine what it appends to."""
-    return root() / "runs" / url.removeprefix("s3://").rstrip("/")
+    return _owners(root() / "runs") / require_inside(url.removeprefix("s3://").rstrip("/"), url)
+
+
+def local_name(url: str) -> str:
+    """What the file or folder at the s3 `url` is called on this machine. Raises ValueError if nothing can be."""
+    return require_inside(url.rpartition("/")[2], url)
 
 
 def limit_bytes() -> int:
@@ -52,7 +69,7 @@ def limit_bytes() -> int:
     told = os.environ.get("WORLDLOOM_CACHE_GB", str(DEFAULT_GB))
     try:
         return int(float(told) * 1e9)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes") from error
 
 
@@ -64,8 +81,9 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
     one copy, and it stays until this one ends. Raises FileNotFoundError if nothing is there.
     """
     url = url.rstrip("/")
-    name, found = url.rpartition("/")[2], _find(url)
+    name, found = local_name(url), _find(url)
     below = {place: it for place, it in found.items() if not place or wanted(place[1:])}
+    require_files(url, [place[1:] for place in below if place])
     told = json.dumps([url, sorted(below.items())])
     folder = root() / "copies" / hashlib.sha256(told.encode()).hexdigest()[:16]
     sizes = {f"{name}{place}": size for place, (size, _) in below.items()}
@@ -109,7 +127,7 @@ def copy_of(url: str, size: int, sha256: str) -> Iterator[Path]:
 @contextmanager
 def _copied(url: str, version: str, size: int, check: Callable[[Path], None]) -> Iterator[Path]:
     folder = root() / "copies" / hashlib.sha256(f"{url} {version}".encode()).hexdigest()[:16]
-    name = url.rpartition("/")[2]
+    name = local_name(url)
 
     def fetch(part: Path) -> None:
         s3.download(url, part / name)
@@ -176,6 +194,7 @@ def _filling(folder: Path, lock: IO[str], needed: int) -> Iterator[Path]:
         _reserve(part, lock, needed)
         yield part
         for path in part.rglob("*"):
+            path.chmod(0o600 if path.is_file() else OWNER_ONLY)
             if path.is_file():
                 sync(path)
         part.rename(folder)
@@ -200,20 +219,24 @@ def _find(url: str) -> dict[str, tuple[int, str]]:
 
 
 def _open_lock(folder: Path) -> IO[str]:
-    folder.parent.mkdir(exist_ok=True)
-    return open(folder.with_suffix(".lock"), "a", encoding="utf-8")
+    _owners(folder.parent)
+    return open(folder.with_suffix(".lock"), "a", encoding="utf-8", opener=_owner_only)
+
+
+def _owner_only(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _reserve(part: Path, lock: IO[str], needed: int) -> None:
     """Makes the folder `part` and room for `needed` bytes in it, which others count as taken from then on."""
-    with open(root() / "copies" / ".lock", "a") as one_at_a_time:
+    with open(root() / "copies" / ".lock", "a", opener=_owner_only) as one_at_a_time:
         fcntl.flock(one_at_a_time, fcntl.LOCK_EX)
         shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
         _make_room(needed)
         lock.truncate(0)
         lock.write(str(needed))
         lock.flush()
-        part.mkdir()
+        part.mkdir(mode=OWNER_ONLY)
 
 
 def _make_room(needed: int) -> None:
@@ -267,9 +290,8 @@ def scratch() -> Iterator[Path]:
 @lru_cache(maxsize=1)
 def _scratch_of(pid: int) -> Path:
     """This process's own folder; those of processes that were killed are deleted: nobody holds their locks."""
-    every = root() / "scratch"
-    every.mkdir(exist_ok=True)
-    with open(every / ".lock", "a") as lock:
+    every = _owners(root() / "scratch")
+    with open(every / ".lock", "a", opener=_owner_only) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for other in every.glob("*/"):
             with open(other / ".lock", "a") as held:
@@ -279,7 +301,7 @@ def _scratch_of(pid: int) -> Path:
                     continue
                 shutil.rmtree(other)
         own = Path(tempfile.mkdtemp(prefix=f"{pid}.", dir=every))
-        held = open(own / ".lock", "a")  # noqa: SIM115  # until the process ends
+        held = open(own / ".lock", "a", opener=_owner_only)  # noqa: SIM115  # until the process ends
         fcntl.flock(held, fcntl.LOCK_EX)
     atexit.register(_forget, own, pid, held)
     return own

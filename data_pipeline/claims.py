@@ -7,35 +7,17 @@ a claim may be lost, or taken over from a worker that was merely slow.
 import json
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 
+from configs.files import process_start, this_machine
 from data_pipeline import storage
+from data_pipeline.s3_errors import NotOffered
 
-
-def process_start(pid: int) -> str | None:
-    """When the process began, in ticks of its machine; None if it has ended, or nobody can tell here."""
-    try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else facts[18]  # Z, X: it has ended, but its parent has not asked for its status
-
-
-@cache
-def this_machine() -> str:
-    """Its name, and what tells it from others of that name, containers too: within it a process id is one process."""
-    about = [socket.gethostname()]
-    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        path = Path(place)
-        with suppress(OSError):  # not Linux
-            about.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
-    return " ".join(about)
+STALE_S = 30.0  # after so long without a renewal, the machine that holds a url is gone
 
 
 class Claims:
@@ -126,3 +108,23 @@ class Claims:
         if host == this_machine() and started is not None:
             return process_start(pid) != started
         return now - since >= self.stale_s
+
+
+@contextmanager
+def claimed(url: str, what: str) -> Iterator[None]:
+    """Holds the folder at the s3 `url` for a `what` within the block: other machines are told by a file that this one
+    renews, where the server can create one. One that was killed on another machine is waited for until its file is
+    stale. Raises ValueError in one line if another one holds it."""
+    claims, deadline = Claims(url, STALE_S), time.monotonic() + 1.5 * STALE_S
+    try:
+        while not claims.take(what):
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"{url} is in use by another {what}, which says so in {what}.claim; choose another out="
+                )
+            time.sleep(1)
+    except NotOffered:
+        yield
+        return
+    with claims.renewed():
+        yield

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.claims import Claims
 from data_pipeline.clips import Encoder, Run, cut_episodes, encode_clips, read_ahead
@@ -106,6 +107,7 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     ValueError in one line, before anything is written, for an episode that cannot be read and for a folder that
     holds the shards of another plan.
     """
+    _require_other_place(config)
     encoder = load_encoder(config)
     plans = make_plans(config, encoder.codec)
     folders = {plan.split: storage.join(config.out, plan.split) for plan in plans}
@@ -130,6 +132,12 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     took = time.perf_counter() - worker.clock.start
     waits = worker.clock.shares()
     return Encoded(worker.total, worker.clips, len(units), tuple(manifests), took, worker.bytes, waits)
+
+
+def _require_other_place(config: EncodeConfig) -> None:
+    """Shards inside of a source would be taken for recordings by every later command."""
+    written = [storage.join(config.out, name) for name in ("train", "heldout", "claims")]
+    require_other_files([config.out, *written], {"source": config.source, "vision_weights": config.vision_weights})
 
 
 def drop_faulty(config: EncodeConfig) -> list[str]:

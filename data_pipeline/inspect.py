@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 
 from configs import load_config
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.page import Html, h, page_of
@@ -44,12 +45,17 @@ class InspectConfig:
 def inspect(words: list[str]) -> None:
     """Say what a manifest holds, and write a page: inspect MANIFEST out=FOLDER codec=runs/my/codec"""
     config = load_config(InspectConfig, words)
+    if config.out is not None:
+        read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
+        require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
     actions = read_actions(shards, config.looked_at)
     for line in summarise(config.manifest, shards, actions):
         print(line)
     if config.out is not None:
-        print(write_page(config, shards, actions))
+        with storage.writing_folder(config.out, last="index.html") as folder:
+            write_page(config, shards, actions, folder)
+        print(storage.join(config.out, "index.html"))
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ def read_actions(shards: Shards, looked_at: int) -> Counted:
 
 def spread(shards: Shards, wanted: int) -> list[int]:
     """Up to `wanted` numbers of clips from the first to the last."""
-    return np.unique(np.linspace(0, len(shards) - 1, wanted).astype(int)).tolist() if wanted else []
+    return np.unique(np.linspace(0, len(shards) - 1, min(wanted, len(shards))).astype(int)).tolist() if wanted else []
 
 
 def summarise(url: str, shards: Shards, actions: Counted) -> list[str]:
@@ -99,12 +105,11 @@ def key_shares(manifest: Manifest, actions: Counted) -> dict[str, float]:
     return {**found, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
 
 
-def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
-    """Writes `index.html` and the videos into `config.out`; its url.
+def write_page(config: InspectConfig, shards: Shards, actions: Counted, folder: Path) -> None:
+    """Writes `index.html` and the videos into `folder`.
 
     Raises ValueError in one line for another codec than the set's.
     """
-    assert config.out is not None
     manifest, parts = shards.manifest, list[Html]()
     codec = open_codec(config.codec, manifest) if config.codec is not None else None
     lines = summarise(config.manifest, shards, actions)
@@ -121,13 +126,11 @@ def write_page(config: InspectConfig, shards: Shards, actions: Counted) -> str:
     if codec is not None:
         parts.append(h("h2", "Clips"))
         parts.append(h("p", "Decoded from the latents, with the actions drawn onto them.", class_="faint"))
-        parts += list(write_videos(config.out, codec, shards, spread(shards, config.videos)))
+        parts += list(write_videos(folder, codec, shards, spread(shards, config.videos)))
     parts.append(h("h2", "First frames"))
     parts += [picture(shards.clip(number)) for number in spread(shards, config.pictures)]
     title = f"{manifest.game.name}, {manifest.split}"
-    url = storage.join(config.out, "index.html")
-    storage.write_text(url, page_of(title, h("h1", title), *parts))
-    return url
+    storage.write_text(folder / "index.html", page_of(title, h("h1", title), *parts))
 
 
 def open_codec(path: str, manifest: Manifest) -> Codec:
@@ -160,7 +163,7 @@ def picture(clip: Clip) -> Html:
     return h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
 
 
-def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[Html]:
+def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[Html]:
     """Writes each clip as mp4 with its actions drawn onto it; gives the HTML that shows it."""
     game = shards.manifest.game
     for number in numbers:
@@ -169,8 +172,7 @@ def write_videos(out: str, codec: Codec, shards: Shards, numbers: Sequence[int])
         frames = [enlarge(frame) for frame in decode_clip(codec, clip, shards.manifest)]
         overlay = Overlay(game.action_space, *frames[0].shape[:2])
         actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
-        with storage.writing(storage.join(out, name)) as path:
-            write_video(Path(path), (overlay.draw(*shown) for shown in actions), game.fps)
+        write_video(folder / name, (overlay.draw(*shown) for shown in actions), game.fps)
         shown = h("video", src=name, controls="", loop="", width=320)
         yield h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
 

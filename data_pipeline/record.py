@@ -1,12 +1,11 @@
 """Real gameplay to start from: ViZDoom played headless by a scripted explorer, written in the format users bring."""
 
 import importlib
-import json
 import os
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,15 +16,20 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import to_dict
+from configs.files import sole_writer
+from configs.foreign import parse_object
 from data_pipeline import storage
+from data_pipeline.claims import claimed
 from data_pipeline.players import ended_by_itself, playing
-from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_episode
+from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.types import GameConfig
 from data_pipeline.video import fit_frame
 
 TICS_PER_S = 35
 DEAF_TICS = 7  # at an episode's start in which inputs do nothing, in deathmatch.wad and in others
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
+MOST = 100_000  # episodes, whose names then sort like numbers, and frames of one, which are held in memory
+MOST_WORKERS = 256
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
 
 
@@ -51,11 +55,12 @@ class RecordConfig:
     recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or self.frames < 2 or self.seed < 0 or self.workers < 1:
-            raise ValueError(
-                "episodes must be at least 1, frames at least 2, seed at least 0, workers at least 1; not "
-                f"{self.episodes}, {self.frames}, {self.seed}, {self.workers}"
-            )
+        bounds = {"episodes": (1, MOST), "frames": (2, MOST), "workers": (1, MOST_WORKERS)}
+        for name, (least, most) in bounds.items():
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} must be from {least} to {most}")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must be at least 0")
         if TICS_PER_S % self.game.fps:
             raise ValueError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
@@ -73,7 +78,7 @@ class RecordConfig:
 class Step(NamedTuple):
     """One frame and what is held until the next."""
 
-    frame: np.ndarray  # (h w 3) uint8 RGB, as rendered
+    frame: np.ndarray  # (h w 3) uint8 RGB, of the game's size
     keyboard: np.ndarray  # (k) 0 or 1
     mouse_deg: np.ndarray  # (2) pitch, yaw over the frame's interval
 
@@ -139,21 +144,29 @@ def record_episodes(config: RecordConfig) -> Recorded:
 
     Episode i depends on the seed and i alone.
     """
-    start = time.perf_counter()
+    start, s3 = time.perf_counter(), storage.is_s3(config.out)
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
-    if todo:
-        find_scenario(config.recorder)  # before any process is started
+    todo = _missing(config, names)
+    if not todo:
+        return Recorded(config.episodes, config.episodes * config.frames, 0, time.perf_counter() - start)
+    find_scenario(config.recorder)  # before anything is written
+    with claimed(config.out, "record") if s3 else sole_writer(config.out, "record"):
+        todo = _missing(config, names)  # another one may just have ended
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
             playing(_record_share, shares) as players,
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
         ):
             while any([player.plays() for player in players]):
-                time.sleep(2.0 if storage.is_s3(config.out) else 0.2)
+                time.sleep(2.0 if s3 else 0.2)
                 there = set(map(storage.name_of, storage.list_folders(config.out)))
                 bar.update(sum(names[i] in there for i in todo) - bar.n)
     return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
+
+
+def _missing(config: RecordConfig, names: Sequence[str]) -> list[int]:
+    """The numbers of the episodes that are not there."""
+    return [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
 
 
 def _record_share(config: RecordConfig, indices: list[int]) -> None:
@@ -250,14 +263,15 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
         speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / config.tics
         keys, pitch, yaw = explorer.act(state.depth_buffer, speed)
         keyboard = np.array([name in keys for name in names], dtype=np.uint8)
-        yield Step(state.screen_buffer, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
+        frame = fit_frame(state.screen_buffer, config.game.height, config.game.width)
+        yield Step(frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
         game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
         before = position
 
 
 def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
     steps = list(play(game, config, index))
-    frames = (fit_frame(step.frame, config.game.height, config.game.width) for step in steps)
+    frames = (step.frame for step in steps)
     keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
     write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)
 
@@ -272,7 +286,10 @@ def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
     path = folder / ABOUT
     if not path.is_file() and (storage.is_s3(folder) or not folder.exists()):
         return False
-    found, wanted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}, _about(config, index)
+    lacking = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
+    if lacking:
+        raise ValueError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded anew")
+    found, wanted = parse_object(path.read_bytes(), path), _about(config, index)
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         key = differing[0]

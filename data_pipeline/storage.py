@@ -5,13 +5,13 @@ import io
 import os
 import shutil
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
-from configs.files import atomic_path, create_file
+from configs.files import atomic_files, atomic_path, create_file, utf8
 from configs.files import write_text as write_local_text
 from data_pipeline import cache, s3
 from data_pipeline.remote_path import S3Path
@@ -123,6 +123,11 @@ def list_files(folder: str | Path) -> list[str]:
     return sorted(url for url in _listed(folder) if not url.endswith("/"))
 
 
+def files_at(url: str | Path) -> list[str]:
+    """`url`, or if it is a folder of this machine the files directly in it."""
+    return list_files(url) if not is_s3(url) and Path(url).is_dir() else [str(url)]
+
+
 def list_folders(folder: str | Path) -> list[str]:
     """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
     if not is_s3(folder):
@@ -157,25 +162,39 @@ def writing(url: str | Path) -> Iterator[Path]:
             yield part
         return
     bucket_and_key(str(url))  # a fault of the url, before the work
+    name = cache.local_name(str(url))
     with cache.scratch() as folder:
-        yield folder / name_of(url)
-        write_file(folder / name_of(url), url)
+        yield folder / name
+        write_file(folder / name, url)
 
 
 @contextmanager
 def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
-    """A local folder to write files into, which appear in the folder `url`; the one called `last` does so after all
-    others, so that its presence means that all are there."""
+    """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
+    called `last` does so after all others, so that its presence means that all are there."""
     if not is_s3(url):
-        Path(url).mkdir(parents=True, exist_ok=True)
-        yield Path(url)
+        with atomic_files(url, last) as folder:
+            yield folder
         return
+    exists(join(url, last))  # which raises if there is no such bucket, before the work
     with cache.scratch() as folder:
         yield folder
         remove(join(url, last))  # of what was there before
-        names = sorted(list_tree(folder), key=lambda name: (name == last, name))
-        for name in names:
+        written: dict[str, Hashable] = {}
+        for name in sorted(list_tree(folder), key=lambda name: (name == last, name)):
             write_file(folder / name, join(url, name))
+            written[name] = version(join(url, name))
+        require_sole_writer(url, written, last)
+
+
+def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: str) -> None:
+    """Raises OSError in one line if another process wrote to some of the files meanwhile: of a mixture, the file `last`
+    is not there. A server has no lock; whoever finds the other's file takes its own `last` back."""
+    there = {name: version(join(url, name)) for name in written if exists(join(url, name))}
+    if there != written:
+        if there.get(last) == written[last]:
+            remove(join(url, last))
+        raise OSError(f"{url} was written to by another process at the same time; run this again, alone")
 
 
 def write_file(file: Path, url: str | Path) -> None:
@@ -190,7 +209,7 @@ def write_file(file: Path, url: str | Path) -> None:
 def write_text(url: str | Path, text: str) -> None:
     """Writes `text` to `url` as UTF-8, whole or not at all."""
     if is_s3(url):
-        s3.put(str(url), text.encode())
+        s3.put(str(url), utf8(text, url))
     else:
         write_local_text(url, text)
 

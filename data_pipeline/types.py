@@ -14,6 +14,7 @@ from model.conditioning import Unknown
 from model.vision import Vision
 
 Layout = Literal["chunked", "continuous"]
+MOST_PX = 8192  # of a picture's side
 CHUNK_FRAMES = 9  # pixel frames of one chunk of the chunked layout: 1 + 2 x 4
 CHUNK_LATENTS = 3  # latents of such a chunk
 
@@ -82,9 +83,11 @@ class GameConfig:
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps < float("inf") or self.height < 1 or self.width < 1:
+        sizes = (self.height, self.width)
+        if not 0.1 <= self.fps <= 1000 or min(sizes) < 1 or max(sizes) > MOST_PX:
             raise ValueError(
-                f"{self.name}: fps={self.fps:g}, height={self.height} and width={self.width} must be positive numbers"
+                f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000, height={self.height} and width={self.width} "
+                f"from 1 to {MOST_PX}"
             )
         if self.inputs.fps is not None and self.inputs.fps < self.fps:
             raise ValueError(

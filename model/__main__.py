@@ -13,7 +13,7 @@ from torch import Tensor
 
 from configs import build, load_config, merge_words, save_config
 from configs.cli import run
-from configs.files import write_text
+from configs.files import require_other_files, write_text, yaml_files
 from data_pipeline import storage
 from model.action_dit import ActionDiT
 from model.bench import bench
@@ -112,6 +112,10 @@ def import_official(words: list[str]) -> None:
     if missing:
         raise ValueError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
     out, given, codec = str(values.pop("out")), storage.local(words[0]), storage.local(values["codec"])
+    written = ("model.safetensors", "ema.safetensors", "config.yaml", WORLD_FILE, COMPLETE)
+    read = {"codec": storage.files_at(values["codec"]), "config": yaml_files(words[1:])}
+    read["official weights"] = storage.files_at(words[0])
+    require_other_files([storage.join(out, name) for name in written], read)
     if storage.exists(storage.join(out, COMPLETE)):
         raise ValueError(f"{out} is a checkpoint already; choose another out=")
     told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
@@ -123,7 +127,6 @@ def import_official(words: list[str]) -> None:
     origin = replace(origin, source=words[0].rstrip("/") + origin.source.removeprefix(str(given)))
     with storage.writing_folder(out, last=COMPLETE) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(origin))
-        (folder / "ema.safetensors").unlink(missing_ok=True)
         os.link(folder / "model.safetensors", folder / "ema.safetensors")  # no copy: files are replaced, never changed
         save_config(world, folder / WORLD_FILE)
         save_config(origin, folder / "config.yaml")
@@ -135,11 +138,13 @@ def import_official(words: list[str]) -> None:
 
 def export(words: list[str]) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
-    from sampling.world_model import find_checkpoint, read_world_config
+    from sampling.world_model import checkpoint_files, find_checkpoint, read_world_config
 
     bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
     config = load_config(ExportConfig, [f"checkpoint={words[0]}", *words[1:]] if bare else words)
     checkpoint = find_checkpoint(config.checkpoint)
+    written = [storage.join(config.out, name) for name in (WEIGHTS_NAME, "config.json")]
+    require_other_files(written, {"checkpoint": checkpoint_files(checkpoint)})
     model, file = read_world_config(checkpoint).model, storage.join(checkpoint, f"{config.weights}.safetensors")
     weights = open_weights(storage.local(file))
     check_variant(model, weights.specs, {}, file)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import load_config, to_dict
-from configs.files import write_text
+from configs.files import require_other_files, write_text, yaml_files
 from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
 from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
@@ -95,6 +95,9 @@ def bench(words: list[str]) -> None:
     config = load_config(BenchConfig, words)
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={config.device}, but there is no CUDA device here; use device=cpu")
+    if config.out:
+        codec = config.codec if Path(config.codec or "").is_file() else None  # else a folder, or the name of a kind
+        require_other_files([config.out], {"codec": codec, "config": yaml_files(words)})
     rows = []
     print(header(config))
     for row in measure_all(config):

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from model.flow import FlowMatch
 
+MOST_STEPS = 1000  # as many levels as training draws from
+MOST_GUIDANCE = 100
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents x (b c f h w) at timesteps (b), of x's shape
 Rows = tuple[Tensor, Tensor]  # keyboard (b n k) and mouse (b n 2), one row per frame
 
@@ -23,10 +25,15 @@ class Denoising:
     guidance: float = 1.0  # by actions (`guide`); 1: the model as it is
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not 0 <= (self.context_noise or 0) < 1 or not 0 < self.guidance < float("inf"):
+        guided = 0 < self.guidance <= MOST_GUIDANCE
+        if not 1 <= self.steps <= MOST_STEPS or not 0 <= (self.context_noise or 0) < 1 or not guided:
             raise ValueError(
-                f"steps {self.steps} must be 1 or more, context_noise {self.context_noise} in [0, 1), guidance "
-                f"{self.guidance} a positive number"
+                f"steps {self.steps} must be from 1 to {MOST_STEPS}, context_noise {self.context_noise} in [0, 1), "
+                f"guidance {self.guidance} above 0 and at most {MOST_GUIDANCE}"
+            )
+        if any(after >= before for before, after in pairwise(self.few_steps)):
+            raise ValueError(
+                f"few_steps {list(self.few_steps)[:10]} must descend between 0 and 1000, as in [1000,666,333]"
             )
 
 

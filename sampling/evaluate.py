@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config
+from configs.files import require_other_files
 from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from data_pipeline import storage
 from data_pipeline.readers import Reader
@@ -23,7 +24,7 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
 from sampling.denoising import Denoising
-from sampling.films import held_film, replay_film, write_film
+from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import Compared, compared, write_page
 from sampling.scores import (
@@ -36,6 +37,7 @@ from sampling.scores import (
     sigma_bins,
     velocity_error,
 )
+from sampling.scripts import Scripted
 from sampling.trials import (
     Replay,
     RolloutSettings,
@@ -52,12 +54,14 @@ from sampling.world_model import (
     Weights,
     WorldModel,
     check_same_game,
+    checkpoint_files,
     find_checkpoint,
     load_world,
     read_world_config,
 )
 
 Figures = dict[str, Any]
+WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise ValueError(f"clips={self.clips} must be at least 1")
-        _ = self.replay, self.held  # checks of their own
+        _ = self.replay, self.held, Scripted(1, 0, self.mouse_deg)  # checks of their own
 
     @property
     def replay(self) -> RolloutSettings:
@@ -106,8 +110,13 @@ class EvaluateConfig:
 def evaluate(words: list[str]) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
     config = load_config(EvaluateConfig, words)
-    checkpoint, manifest = find_checkpoint(config.checkpoint), load_manifest(config.manifest)
-    trained = read_world_config(checkpoint)
+    checkpoint = find_checkpoint(config.checkpoint)
+    read = {
+        "recordings": config.recordings, "manifest": config.manifest, "beside": config.beside, "vision": config.vision,
+        "checkpoint": checkpoint_files(checkpoint),
+    }  # fmt: skip
+    require_other_files([storage.join(config.out, name) for name in WRITTEN], read)
+    manifest, trained = load_manifest(config.manifest), read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
     if manifest.codec_hash != trained.codec_hash:
         raise ValueError(
@@ -124,23 +133,31 @@ def evaluate(words: list[str]) -> None:
     held_starts = read_starts(episodes, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     begun = time.perf_counter()
-    method = "chunked" if world.layout == "chunked" else "streaming"
-    report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
-    report["evaluator"] = EVALUATOR
-    report["velocity_loss"] = judge_actions(world, config, min(config.clips, manifest.clips))
+    with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
+        method = "chunked" if world.layout == "chunked" else "streaming"
+        report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
+        report["evaluator"] = EVALUATOR
+        films = _judge(world, config, starts, held_starts, report)
+        for film in films:
+            write_film(folder, film, world.game)
+        report["seconds"] = round(time.perf_counter() - begun, 1)
+        storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        sections = [(film.name, film.title, film.sentence) for film in films]
+        write_page(folder / "report.html", report, sections, others)
+    print("\n".join(summarise(report)))
+    print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
+
+
+def _judge(
+    world: WorldModel, config: EvaluateConfig, starts: Sequence[Start], held_starts: Sequence[Start], report: Figures
+) -> list[Film]:
+    """Puts every figure into `report`; the films of what was judged."""
+    report["velocity_loss"] = judge_actions(world, config, min(config.clips, load_manifest(config.manifest).clips))
     replay = play_replay(world, starts, config.replay)
     report |= judge_replay(replay)
     held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
     report["held"] = judge_held(held, [*starts, *held_starts], world.game)
-    films = [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
-    for film in films:
-        write_film(storage.path(config.out), film, world.game)
-    report["seconds"] = round(time.perf_counter() - begun, 1)
-    page = storage.path(config.out) / "report.html"
-    storage.write_text(page.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
-    write_page(page, report, [(film.name, film.title, film.sentence) for film in films], others)
-    print("\n".join(summarise(report)))
-    print(f"evaluated in {report['seconds']:.0f} s; open {page}")
+    return [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
 
 
 @torch.inference_mode()

@@ -15,22 +15,25 @@ from PIL import Image
 from tqdm import tqdm
 
 from configs import load_config
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
+from model.flow import FlowMatch
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
-from sampling.scripts import Scripted, read_script
+from sampling.scripts import Scripted, is_file, read_script
 from sampling.streaming import count_blocks, rollout_blocks
 from sampling.world_model import (
     Precision,
     Weights,
     WorldModel,
     WorldModelConfig,
+    checkpoint_files,
     find_checkpoint,
     load_world,
     read_world_config,
@@ -66,9 +69,12 @@ class GenerateConfig:
     precision: Precision = "fp32"  # of the DiT's weights
 
     def __post_init__(self) -> None:
-        if min(self.frames, self.prompt_frames) < 1 or self.seed < 0 or self.prompt_frame < 0:
-            raise ValueError("frames and prompt_frames must be at least 1, seed and prompt_frame at least 0")
-        _ = self.denoising  # checks of its own
+        _ = self.denoising, self.scripted  # checks of their own
+        if not 1 <= self.prompt_frames <= self.frames or self.seed < 0 or self.prompt_frame < 0:
+            raise ValueError(
+                f"prompt_frames={self.prompt_frames} must be from 1 to frames={self.frames}, seed and prompt_frame at "
+                "least 0"
+            )
         if Path(self.out).suffix.lower() != ".mp4":
             raise ValueError(f"out={self.out} must end in .mp4")
         if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
@@ -78,6 +84,10 @@ class GenerateConfig:
     def denoising(self) -> Denoising:
         return Denoising(self.steps, self.few_steps, self.context_noise, self.guidance)
 
+    @property
+    def scripted(self) -> Scripted:
+        return Scripted(self.frames, self.seed, self.mouse_deg)
+
 
 def generate(words: list[str]) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
@@ -85,22 +95,43 @@ def generate(words: list[str]) -> None:
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
+    require_other_outs(config, said, checkpoint)
     game = said.game
-    actions = read_script(config.actions, game.action_space, Scripted(config.frames, config.seed, config.mouse_deg))
+    actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
     world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
     out, tiles, resident_mib = storage.path(config.out), [], []
-    frames = _drawn_frames(world, prompt, actions, config, tiles)
-    write_video(out, _watched(frames, resident_mib, config.frames), game.fps)
-    took_s = time.perf_counter() - started
-    sheet = out.with_suffix(".png")
+    frames, sheet = _drawn_frames(world, prompt, actions, config, tiles), _sheet_of(config)
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
-    write_sheet(sheet, tiles, title)
+    with storage.writing_folder(out.parent, last=sheet.name) as folder:
+        write_video(folder / out.name, _watched(frames, resident_mib, config.frames), game.fps)
+        took_s = time.perf_counter() - started
+        write_sheet(folder / sheet.name, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
     print(f"resident memory, MiB, along the video: {', '.join(f'{one:.0f}' for one in resident_mib)}")
+
+
+def _sheet_of(config: GenerateConfig) -> Path:
+    return storage.path(config.out).with_suffix(".png")
+
+
+def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
+    """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
+    outs = [config.out, _sheet_of(config)]
+    for out in outs:
+        if not storage.is_s3(out) and Path(out).is_dir():
+            raise ValueError(f"{out} is a folder; give out= the name of a file")
+    read = {
+        "prompt": config.prompt,
+        "actions": config.actions if is_file(config.actions) else None,
+        "vision": config.vision,
+        "checkpoint": checkpoint_files(checkpoint),
+        "codec": storage.files_at(said.codec),
+    }
+    require_other_files(outs, read)
 
 
 def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int) -> Iterator[np.ndarray]:
@@ -115,6 +146,7 @@ def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int
 def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if the model of `checkpoint` cannot be sampled as asked."""
     causal = said.model.causal
+    FlowMatch(said.flow).warp(config.few_steps)  # which raises
     if causal is None and config.method == "streaming":
         raise ValueError(
             f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "

@@ -146,10 +146,13 @@ CURSOR_PX_PER_UNIT = (1.5, -6.0)  # x per yaw, y per pitch
 
 
 def cursor_path(mouse: np.ndarray) -> np.ndarray:
-    """Where upstream's overlay draws the cursor: (x, y) px (n 2) after each row of mouse (n 2) in (pitch, yaw)."""
+    """Where upstream's overlay draws the cursor: (x, y) px (n 2) of each frame, of rows of mouse (n 2) in (pitch, yaw).
+
+    It stands in the middle at frame 0, whatever row 0 says; row i moves it between frames i - 1 and i.
+    """
     moves = mouse[:, ::-1].astype(np.float32) * np.array(CURSOR_PX_PER_UNIT, np.float32)
-    start = np.array([CURSOR_START_PX], np.float32)
-    return np.cumsum(np.concatenate([start, moves]), axis=0, dtype=np.float32)[1:]  # upstream's sum is fp32 too
+    moves[:1] = CURSOR_START_PX
+    return np.cumsum(moves, axis=0, dtype=np.float32)  # upstream's sum is fp32 too
 
 
 def lit_keys(game: str, actions: Actions) -> np.ndarray:

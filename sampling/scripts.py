@@ -1,15 +1,18 @@
 """Action scripts: what to press during a rollout, as words, a file, or chance."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from configs.foreign import parse_json
 from data_pipeline import storage
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions, ActionSpace
 from sampling.presets import MOUSE_DEG, SEGMENT_FRAMES, hold, preset_actions, presets, random_table
+
+MOST_FRAMES = 1_000_000  # of one video: 16 hours at 17.5 frames/s
+MOST_DEG = 3600.0  # ten turns a frame: nothing turns faster, and float32 has room
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,17 @@ class Scripted:
     mouse_deg: float = MOUSE_DEG  # degrees per frame of turn_left, look_up, ...
 
     def __post_init__(self) -> None:
-        if self.frames < 1:
-            raise ValueError(f"frames must be at least 1, not {self.frames}")
+        if not 1 <= self.frames <= MOST_FRAMES:
+            raise ValueError(f"frames={self.frames} must be from 1 to {MOST_FRAMES}")
+        if not abs(self.mouse_deg) <= MOST_DEG:
+            raise ValueError(
+                f"mouse_deg={self.mouse_deg:g} must be from {-MOST_DEG:g} to {MOST_DEG:g} degrees per frame"
+            )
+
+
+def is_file(script: str) -> bool:
+    """Whether `script` is the name of a file, not words."""
+    return Path(script).suffix.lower() in (".csv", ".json")
 
 
 def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> Actions:
@@ -48,11 +60,13 @@ def held_segments(segments: list[str], action_space: ActionSpace, scripted: Scri
     keyboard, mouse = [], []
     for segment in segments:
         entry, colon, count = segment.strip().partition(":")
-        if colon and not (count.strip().isdecimal() and int(count) > 0):
+        digits = count.strip().lstrip("0")
+        if colon and not (digits.isascii() and digits.isdecimal()):
             raise ValueError(f"action script {segment!r}: after the colon comes a number of frames, as in idle:36")
-        held, frames = hold(entry, words, action_space), int(count) if colon else SEGMENT_FRAMES
-        keyboard += [held.keyboard] * frames
-        mouse += [held.mouse] * frames
+        held, frames = hold(entry, words, action_space), int(digits[:18]) if colon else SEGMENT_FRAMES
+        room = scripted.frames - len(keyboard)  # more is never seen
+        keyboard += [held.keyboard] * min(frames, room)
+        mouse += [held.mouse] * min(frames, room)
     return _repeat(Actions(np.array(keyboard, np.float32), np.array(mouse, np.float32)), scripted.frames)
 
 
@@ -74,10 +88,7 @@ def _read_csv(path: Path, action_space: ActionSpace, frames: int) -> Actions:
 
 
 def _read_json(path: Path) -> list[str]:
-    try:
-        segments = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    segments = parse_json(path.read_bytes(), path)
     if not (isinstance(segments, list) and segments and all(isinstance(segment, str) for segment in segments)):
         raise ValueError(f'{path} must hold a list of segments, as in ["forward:36", "forward+turn_left:24"]')
     return segments

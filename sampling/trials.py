@@ -23,6 +23,8 @@ from sampling.scripts import Scripted, read_script
 from sampling.streaming import count_blocks, rollout_blocks, whole_blocks
 from sampling.world_model import WorldModel
 
+MOST_ROLLOUTS = 10_000
+
 
 @dataclass(frozen=True)
 class Start:
@@ -49,8 +51,11 @@ class RolloutSettings:
         return CHUNK_FRAMES * self.chunks
 
     def __post_init__(self) -> None:
-        if min(self.starts, self.chunks, self.batch) < 1 or self.seed < 0:
-            raise ValueError("rollouts: starts, chunks and batch must be at least 1, seed at least 0")
+        counts = (self.starts, self.chunks, self.batch)
+        if min(counts) < 1 or max(counts) > MOST_ROLLOUTS or self.seed < 0:
+            raise ValueError(
+                f"rollouts: starts, chunks and batch must be at least 1 and at most {MOST_ROLLOUTS}, seed at least 0"
+            )
 
 
 def heldout_episodes(recordings: str | Path, reader: Reader, manifest: Manifest) -> list[Episode]:

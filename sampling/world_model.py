@@ -108,6 +108,12 @@ def find_checkpoint(path: str | Path) -> str:
     return newest
 
 
+def checkpoint_files(checkpoint: str) -> list[str]:
+    """The urls of what sampling reads of the checkpoint folder, and `config.yaml`."""
+    weights = [f"{name}.safetensors" for name in get_args(Weights)]
+    return [storage.join(checkpoint, name) for name in (COMPLETE, WORLD_FILE, "config.yaml", *weights)]
+
+
 def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
     """What `find_checkpoint` finds, on this machine: of an s3:// url a copy without what only resuming needs, and with
     no other weights than `weights` if that is given."""

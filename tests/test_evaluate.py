@@ -361,6 +361,8 @@ def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tu
         ("chunks=9", "use fewer chunks"),
         ("stepz=9", "did you mean 'steps'"),
         ("starts=0", "must be at least 1"),
+        ("starts=1000000000", "at most 10000"),
+        ("mouse_deg=1e9", "mouse_deg=1e+09 must be from"),
         ("reader=obs", "reader must be one of worldloom"),
     ],
 )
@@ -369,6 +371,15 @@ def test_bad_input_is_one_line_with_status_2(
 ) -> None:
     assert evaluate(road, tmp_path / "out", word) == 2
     assert said in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "out").exists()
+
+
+def test_an_out_that_cannot_be_is_said_before_anything_is_judged(
+    road: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    assert evaluate(road, tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "out") in said and "velocity" not in said and "held-out loss" not in said
 
 
 def test_a_checkpoint_of_another_codec_is_refused(

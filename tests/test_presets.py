@@ -12,7 +12,7 @@ from data_pipeline.overlay import Overlay, lit_caps
 from data_pipeline.types import Actions, ActionSpace, GameConfig
 from model.config import ModelConfig
 from model.fixtures import read_fixtures
-from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, preset_actions, presets, random_table
+from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, cursor_path, preset_actions, presets, random_table
 from sampling.scripts import Scripted, read_script
 from sampling.world_model import WorldModelConfig
 
@@ -104,3 +104,17 @@ def test_an_overlay_of_a_released_game_draws_its_caps(name: str) -> None:
     held, none = (actions(space, key) for key in (space.keys[1], ""))
     one, other = (overlay.draw(frame, play.keyboard[0], play.mouse[0]) for play in (held, none))
     assert (one != other).any() and (other != frame).any()
+
+
+@pytest.mark.parametrize(
+    ("pitch_yaw", "xy"),
+    [
+        ([(0, 0.1), (0, 0), (0, 0)], [(320, 176)] * 3),
+        ([(9, 9), (0, 0.1), (-0.1, 0)], [(320, 176), (320.15, 176), (320.15, 176.6)]),
+        ([(1, 1)], [(320, 176)]),
+        ([], []),
+    ],
+)
+def test_the_cursor_begins_in_the_middle_whatever_the_first_row_says(pitch_yaw: list, xy: list) -> None:
+    mouse = np.array(pitch_yaw, np.float32).reshape(-1, 2)
+    assert np.allclose(cursor_path(mouse), np.reshape(xy, (-1, 2)), atol=1e-4)  # float32 of numbers up to 320

@@ -116,10 +116,15 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
         ("recorder.scenario=nowhere.wad", "no scenario nowhere.wad"),
         ("recorder.map=map99", "deathmatch.wad has no map MAP99, but MAP01"),
         ("recorder.scenario=deathmatch.cfg", "deathmatch.cfg is no WAD"),
+        ("game.height=160000", "height=160000 and width=160 from 1 to 8192"),
+        ("game.fps=0.000001", "fps=1e-06 must be from 0.1 to 1000"),
+        ("episodes=1000000000", "episodes=1000000000 must be from 1 to 100000"),
+        ("frames=1000000000", "frames=1000000000 must be from 2 to 100000"),
+        ("workers=1000000000", "workers=1000000000 must be from 1 to 256"),
         ("frmes=3", "did you mean 'frames'"),
-        ("episodes=0", "episodes must be at least 1"),
-        ("workers=0", "workers at least 1; not 1, 105, 0, 0"),
-        ("workers=-1", "workers at least 1; not 1, 105, 0, -1"),
+        ("episodes=0", "episodes=0 must be from 1 to 100000"),
+        ("workers=0", "workers=0 must be from 1 to 256"),
+        ("workers=-1", "workers=-1 must be from 1 to 256"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(word, message, tmp_path, capsys):

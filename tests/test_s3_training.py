@@ -14,11 +14,10 @@ from test_storage import unfinished_uploads
 from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 
 from configs import load_config
-from data_pipeline import s3, storage
+from data_pipeline import claims, s3, storage
 from data_pipeline.claims import Claims
 from model.weights import load_weights
 from sampling.world_model import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
-from train import run_folder
 from train.check import check_run
 from train.checkpoint import consolidate
 from train.config import STOPPED, TrainConfig
@@ -128,7 +127,7 @@ def config(train_words, bucket_folder) -> TrainConfig:
 
 
 def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run_folder, "STALE_S", 0.5)
+    monkeypatch.setattr(claims, "STALE_S", 0.5)
     elsewhere = replace(config, out=str(tmp_path / "another machine"))
     with sole_run(config):
         with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
@@ -143,9 +142,9 @@ def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -
 
 
 def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
-    monkeypatch.setattr(run_folder, "STALE_S", 0.5)
+    monkeypatch.setattr(claims, "STALE_S", 0.5)
     killed = Claims(config.checkpoints, 0.5)
-    assert killed.take(run_folder.CLAIM)
+    assert killed.take("run")
     words = storage.read_bytes(f"{config.checkpoints}/run.claim").decode()
     storage.write_text(f"{config.checkpoints}/run.claim", words.replace('"host": "', '"host": "other-'))
     with sole_run(config):
@@ -172,6 +171,17 @@ def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
         patch.setattr(os, "_exit", sys.exit)
         watchdog._end(["rank 1"], "a test")
     assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.checkpoints}/stacks_rank_00003.txt")
+
+
+def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tmp_path) -> None:
+    folder, url = Path(config.out), config.checkpoints
+    (tmp_path / "id_rsa").write_text("secret")
+    for name, target in (("key", tmp_path / "id_rsa"), ("all", tmp_path), ("lost", tmp_path / "nowhere")):
+        (folder / name).symlink_to(target)
+    (folder / "a.txt").write_text("text")
+    (folder / "b.txt").symlink_to("a.txt")
+    push(folder, url)
+    assert [name for name in storage.list_tree(url) if name[0] in "kalb"] == ["a.txt", "b.txt"]
 
 
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:

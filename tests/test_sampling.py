@@ -262,7 +262,14 @@ def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) ->
         (["actions=kart.csv"], "kart.csv"),
         (["checkpoint=nowhere"], "no checkpoint nowhere"),
         (["out=demo.gif"], "must end in .mp4"),
+        (["out=a_folder.mp4"], "a_folder.mp4 is a folder"),
         (["stepz=3"], "did you mean 'steps'"),
+        (["frames=100000000000000000000"], "100000000000000000000"),
+        (["frames=1000000000"], "frames=1000000000 must be from 1 to 1000000"),
+        (["steps=1000000000"], "steps 1000000000 must be from 1 to 1000"),
+        (["guidance=1e300"], "guidance 1e+300 above 0 and at most 100"),
+        (["mouse_deg=1e300"], "mouse_deg=1e+300 must be from -3600 to 3600"),
+        (["prompt_frames=1000000000"], "must be from 1 to frames=81"),
         (["device=cuda"], "no CUDA device"),
     ],
 )
@@ -282,6 +289,7 @@ def test_bad_input_is_one_line_with_status_2_and_nothing_written(
         Path(name).write_text("no picture")
     Path("short.csv").write_text("frame,forward,back,left,right,pitch_deg,yaw_deg\n0,1,0,0,0,0,0\n")
     Path("kart.csv").write_text("frame,gas,brake\n0,1,0\n")
+    Path("a_folder.mp4").mkdir()
     before = sorted(tmp_path.iterdir())
     assert generate(run, f"prompt={prompt}", "out=demo.mp4", *words) == 2
     printed = capsys.readouterr()

@@ -50,6 +50,28 @@ def test_segments_follow_each_other_and_begin_again_until_the_frames_are_filled(
     assert actions.mouse[:, 1].tolist() == [0, 0, 0, -1, -1, 0, 0, 0, -1]
 
 
+@pytest.mark.parametrize("count", ["9", "1000000000000", "9" * 5000, "00000000000000000000009"])
+def test_a_segment_lasts_no_longer_than_the_frames(count: str) -> None:
+    assert same(
+        read_script(f"forward:{count},back:{count}", DOOM, Scripted(9)), read_script("forward", DOOM, Scripted(9))
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"frames": 0}, "frames=0 must be from 1 to 1000000"),
+        ({"frames": 10**20}, "must be from 1 to 1000000"),
+        ({"mouse_deg": float("nan")}, "mouse_deg=nan must be from -3600 to 3600 degrees per frame"),
+        ({"mouse_deg": float("-inf")}, "mouse_deg=-inf"),
+        ({"mouse_deg": 1e300}, "mouse_deg=1e\\+300"),
+    ],
+)
+def test_settings_beyond_sense_are_refused(settings: dict[str, float], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Scripted(**{"frames": 9, **settings})  # type: ignore[arg-type]
+
+
 def test_a_json_list_says_the_same_as_words(tmp_path: Path) -> None:
     path = tmp_path / "walk.json"
     path.write_text(json.dumps(["forward:3", "back+turn_left:2"]))
@@ -100,12 +122,24 @@ def test_chance_presses_everything_and_forward_most_and_never_both_ways_at_once(
         ("xyzzy", "forward, back, left, right"),
         ("forward:soon", "number of frames"),
         ("forward:0", "number of frames"),
+        ("forward:٠", "number of frames"),
+        ("forward:1000000000000,bakc", "did you mean 'back'"),
+        ("damaged.json", "damaged.json is not valid JSON"),
+        ("deep.json", "deep.json is not valid JSON"),
+        ("latin.json", "latin.json is not valid JSON"),
+        ("empty.json", "must hold a list of segments"),
         ("", "no key or preset ''"),
         ("nowhere.csv", "nowhere.csv"),
         ("nowhere.json", "nowhere.json"),
     ],
 )
-def test_a_script_that_cannot_be_read_is_one_clear_line(script: str, said: str) -> None:
+def test_a_script_that_cannot_be_read_is_one_clear_line(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = {"damaged.json": b'["forw', "deep.json": b"[" * 200_000, "latin.json": b'["\xe9"]', "empty.json": b"[]"}
+    for name, text in files.items():
+        Path(name).write_bytes(text)
     with pytest.raises((ValueError, OSError)) as error:
         read_script(script, DOOM, Scripted(9))
     assert said in str(error.value) and "\n" not in str(error.value)

@@ -17,6 +17,7 @@ from s3_server import missing_programs
 from tiny_training import ROOT
 
 from data_pipeline import cache, s3, storage
+from data_pipeline.remote_path import require_files
 
 MANY = 1005  # objects: a server lists a thousand at a time
 
@@ -143,6 +144,87 @@ def own_cache(monkeypatch, tmp_path) -> Iterator[Path]:
     monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path / "cache"))
     yield tmp_path / "cache"
     forget_copies()
+
+
+HOSTILE = [
+    "../../../../victim", "..", ".", "./a", "a/../../b", "a//b", "/etc/passwd", "a\\b", "a\tb", "a\x7fb", "a.txt/below",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_bucket_cannot_write_outside_its_folder(name, bucket_folder, own_cache) -> None:
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    storage.write_text(storage.join(bucket_folder, "a.txt"), "text")
+    s3.client().put_object(Bucket=bucket, Key=prefix + name, Body=b"echo PWNED")
+    with pytest.raises(ValueError, match="no file of a folder") as error:
+        storage.local(bucket_folder)
+    assert str(error.value).startswith(f"{bucket_folder} holds an object named ") and "\n" not in str(error.value)
+    assert [path for path in own_cache.parent.rglob("*") if path.is_file()] == []
+    assert storage.local(bucket_folder, lambda below: below == "a.txt").joinpath("a.txt").read_text() == "text"
+
+
+@pytest.mark.parametrize("name", ["a\0b", "ä" * 128, "b/" + "a" * 256, "\ud800", ""])  # the emulator takes none of them
+def test_names_that_no_file_here_can_have_are_refused(name) -> None:
+    with pytest.raises(ValueError, match="which is no file of a folder"):
+        require_files("s3://worlds/codec", ["a.txt", name])
+    require_files("s3://worlds/codec", ["a.txt", "b/c", "größe 1/" + "ä" * 127])
+
+
+def test_of_two_writers_to_a_folder_in_a_bucket_none_leaves_a_mixture(bucket_folder) -> None:
+    def write(number: int) -> None:
+        with storage.writing_folder(bucket_folder, last="b.png") as folder:
+            for name in ("a.mp4", "b.png"):
+                (folder / name).write_text(f"{number}")
+
+    write(0)
+    storage.write_text(f"{bucket_folder}/a.mp4", "another's")
+    versions = {name: storage.version(f"{bucket_folder}/{name}") for name in ("a.mp4", "b.png")}
+    storage.require_sole_writer(bucket_folder, versions, "b.png")
+    with pytest.raises(OSError, match="was written to by another process at the same time; run this again, alone"):
+        storage.require_sole_writer(bucket_folder, {**versions, "a.mp4": "mine"}, "b.png")
+    assert storage.list_files(bucket_folder) == [f"{bucket_folder}/a.mp4"]  # its own last is taken back
+    write(1)
+    with pytest.raises(OSError, match="another process"):
+        storage.require_sole_writer(bucket_folder, {"a.mp4": "mine", "b.png": "mine"}, "b.png")
+    assert len(storage.list_files(bucket_folder)) == 2  # the other's is left
+
+
+def test_the_names_of_a_folder_in_a_bucket_stay_in_it(bucket_folder) -> None:
+    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
+    storage.write_text(storage.join(bucket_folder, "deeper/../../b"), "")
+    assert [path.name for path in storage.path(bucket_folder).iterdir()] == ["deeper"]
+    for key, name in (("..", ".."), (".", "."), ("/a", ""), ("../a", "..")):
+        s3.client().put_object(Bucket=bucket, Key=prefix + key, Body=b"")
+        with pytest.raises(ValueError, match=f"names '{name}', which is no file of a folder"):
+            list(storage.path(bucket_folder).iterdir())
+        s3.client().delete_object(Bucket=bucket, Key=prefix + key)
+
+
+@pytest.mark.parametrize("url", ["s3://b/../../x", "s3://../x", "s3://b/./x", "s3://b//x", "s3://b/x\0"])
+def test_a_url_leads_to_no_place_outside_of_the_cache(url, own_cache) -> None:
+    for use in (cache.run_folder, storage.local, lambda url: storage.writing(url).__enter__()):
+        with pytest.raises(ValueError, match=r"no file of a folder|no s3 url"):
+            use(f"{url}/..")
+    with pytest.raises(ValueError, match="no file of a folder"):
+        cache.run_folder(url)
+
+
+def test_nobody_else_can_look_into_the_cache(bucket_folder, own_cache) -> None:
+    own_cache.mkdir()
+    (own_cache / "copies").mkdir(mode=0o755)  # of an earlier version
+    for name in ("a.txt", "more/b.txt"):
+        storage.write_text(storage.join(bucket_folder, name), "secret")
+    storage.local(bucket_folder)
+    cache.run_folder("s3://worlds/run").mkdir(parents=True)
+    with storage.writing(storage.join(bucket_folder, "c.txt")) as part, storage.borrowed(f"{bucket_folder}/a.txt"):
+        part.write_text("secret")
+        inside = [
+            path for place in own_cache.iterdir() for path in (place, *place.glob("*/a.txt"), *place.glob("*.lock"))
+        ]
+        assert {path.name for path in inside} >= {"copies", "runs", "a.txt", ".lock"}
+        assert [path for path in inside if path.stat().st_mode & 0o077] == []
+    copied = [path for path in (own_cache / "copies").rglob("*")]
+    assert len(copied) > 4 and [path for path in copied if path.stat().st_mode & 0o077] == []
 
 
 @pytest.mark.parametrize("damage", ["a file gone", "a file cut", "the folder gone"])

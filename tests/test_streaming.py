@@ -305,6 +305,9 @@ def test_generate_streams_from_an_image_with_few_steps_and_from_a_clip(run: Path
         (["method=chunked"], "use method=streaming"),
         (["method=streaming", "frames=20"], "frames: 20 frames are no whole number of blocks of 3 latents (21 are 2)"),
         (["method=streaming", "few_steps=[1000,2000]"], "between 0 and 1000"),
+        (["method=streaming", "few_steps=[2000,1000]"], "every step must be between 0 and 1000"),
+        (["method=streaming", "few_steps=[100000000000000000]"], "every step must be between 0 and 1000"),
+        (["method=streaming", "few_steps=[333,666]"], "must descend"),
         (["method=streaming", "prompt_frames=9"], "needs a video"),
     ],
 )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from configs import build_from, flat, load_config, load_file, to_dict
+from configs.files import require_other_files
 from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
@@ -23,6 +24,7 @@ from sampling.world_model import (
     STEP_FOLDERS,
     Weights,
     WorldModelConfig,
+    checkpoint_files,
     complete_steps,
     find_checkpoint,
     newest_step,
@@ -233,6 +235,7 @@ def consolidate(words: list[str]) -> None:
     """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
     config = load_config(ConsolidateConfig, words)
     folder = find_checkpoint(config.checkpoint)
+    require_other_files([config.out], {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)]})
     position, saved = read_position(folder), state_of(folder)
     whole = saved.whole(WEIGHTS[config.weights], weight_specs(read_world_config(folder)))
     with storage.writing(config.out) as part:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configs import load_config, save_config
+from configs.files import require_other_files, yaml_files
 from data_pipeline import storage
 from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
 from data_pipeline.types import CHUNK_FRAMES, GameConfig
@@ -57,19 +58,22 @@ class CodecTrainConfig:
 def train_codec(words: list[str]) -> None:
     """Fit the demo's codec to recordings: PCA encoder, learned decoder; prints PSNR on held-out episodes."""
     config = load_config(CodecTrainConfig, words)
+    written = [storage.join(config.out, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    require_other_files([config.out, *written], {"source": config.source, "config": yaml_files(words)})
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     fitting, heldout = split_episodes(find_recordings(config.reader, config.source), config.heldout_every)
     clips = read_runs(config, fitting[: config.episodes])
     heldout_clips = read_runs(config, heldout[: config.heldout_episodes])
-    torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
-    codec = make_codec(config.codec)
-    kept = codec.fit_pca(_sample_patches(clips, generator))
-    linear_db = psnr(codec, heldout_clips)
-    print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {len(heldout_clips)} held-out runs of 9 frames")
-    fit_decoder(codec, clips, config, generator)
-    db = psnr(codec, heldout_clips)
-    with storage.writing_folder(config.out, last=WEIGHTS_FILE) as folder:
+    with storage.writing_folder(config.out, last=WEIGHTS_FILE) as folder:  # a fault of out= is said before the work
+        torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
+        codec = make_codec(config.codec)
+        kept = codec.fit_pca(_sample_patches(clips, generator))
+        linear_db = psnr(codec, heldout_clips)
+        runs = f"{len(heldout_clips)} held-out runs of 9 frames"
+        print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {runs}")
+        fit_decoder(codec, clips, config, generator)
+        db = psnr(codec, heldout_clips)
         save_config(config.codec, folder / CONFIG_FILE)
         judged = {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
         save_weights(codec.state_dict(), folder / WEIGHTS_FILE, judged)

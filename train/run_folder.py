@@ -4,12 +4,8 @@ Such a run works in a folder of this machine, whose files can be appended to and
 url; everything else in the folder is copied there before each of them, and at the end.
 """
 
-import fcntl
 import json
-import os
 import shutil
-import socket
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -17,11 +13,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from configs.cli import PERSONS_FAULTS, one_line
-from configs.files import write_text
+from configs.files import sole_writer, write_text
 from configs.foreign import parse_object
 from data_pipeline import cache, storage
-from data_pipeline.claims import Claims
-from data_pipeline.s3_errors import NotOffered
+from data_pipeline.claims import claimed
 from sampling.world_model import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import STOPPED, TrainConfig
@@ -30,7 +25,6 @@ from train.log import METRICS
 from train.trackers import WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, as they were then
-CLAIM, STALE_S = "run", 30.0  # of a run at a url; after so long without a renewal its machine is gone
 
 
 def with_local_out(config: TrainConfig) -> TrainConfig:
@@ -58,7 +52,7 @@ def sole_run(config: TrainConfig) -> Iterator[None]:
     Raises ValueError in one line if another live run holds them, OSError if they cannot be written to.
     """
     folder, url = Path(config.out), config.checkpoints
-    with _locked(folder), _claimed(url) if storage.is_s3(url) else nullcontext():
+    with sole_writer(folder, "run"), claimed(url, "run") if storage.is_s3(url) else nullcontext():
         if storage.is_s3(url):
             storage.remove_unfinished(url)
             storage.remove(storage.join(url, STOPPED))
@@ -89,47 +83,6 @@ def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise OSError(f"cannot write to the run folder {folder}: {error.strerror}; choose another out=") from error
-    with opened as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(f"{folder} is in use by the run of {file.read()}; choose another out=") from error
-        except OSError as error:
-            raise OSError(
-                f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
-                "or choose another out="
-            ) from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-@contextmanager
-def _claimed(url: str) -> Iterator[None]:
-    """Runs on other machines are told by a file that this one renews, where the server can create one; a run that was
-    killed on another machine is waited for until its file is stale."""
-    claims, deadline = Claims(url, STALE_S), time.monotonic() + 1.5 * STALE_S
-    try:
-        while not claims.take(CLAIM):
-            if time.monotonic() > deadline:
-                raise ValueError(f"{url} is in use by another run, which says so in {CLAIM}.claim; choose another out=")
-            time.sleep(1)
-    except NotOffered:
-        yield
-        return
-    with claims.renewed():
-        yield
-
-
 def pull(folder: Path, url: str) -> None:
     """The run's figures so far, and its name at wandb, if it ever ran: those at the url are of all up to its newest
     checkpoint."""
@@ -140,16 +93,18 @@ def pull(folder: Path, url: str) -> None:
 
 def push(folder: Path, url: str) -> None:
     """Copies what is in the folder and has changed since the last time to an s3:// url; nothing whose name begins with
-    a dot."""
+    a dot, and nothing that a link finds outside of the folder."""
     if not storage.is_s3(url):
         return
     pushed: dict[str, int] = {}
     with suppress(FileNotFoundError, ValueError):  # damaged: all is copied again
         pushed = parse_object((folder / PUSHED).read_bytes(), folder / PUSHED)
-    for path in sorted(folder.rglob("[!.]*")):
+    here = folder.resolve()
+    files = (path for path in folder.rglob("[!.]*") if path.is_file() and path.resolve().is_relative_to(here))
+    for path in sorted(files):
         name, changed = str(path.relative_to(folder)), path.stat().st_mtime_ns
         checkpoint = fnmatch(name, f"{STEP_FOLDERS}/*")  # of a time when the run was here alone
-        if path.is_file() and not checkpoint and pushed.get(name) != changed:
+        if not checkpoint and pushed.get(name) != changed:
             with storage.writing(storage.join(url, name)) as part:
                 shutil.copyfile(path, part)  # it may grow meanwhile
             pushed[name] = changed

@@ -6,10 +6,7 @@ the view turns during the frame's interval (pitch > 0 up, yaw > 0 right). Row i 
 
 import csv
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from configs import build, to_dict
-from configs.files import write_text
+from configs.files import atomic_folder, write_text
 from data_pipeline import storage
 from data_pipeline.readers.recording import (
     Recording,
@@ -134,27 +131,11 @@ def write_episode(
 ) -> None:
     """Writes an episode folder, whole or not at all: frames (h w 3) uint8, keyboard (n k), mouse (n 2) degrees. On a
     server the folder is whole when it has its episode.json."""
-    with _whole_folder(folder) as part:
+    s3 = storage.is_s3(folder)
+    with storage.writing_folder(folder, last=ABOUT) if s3 else atomic_folder(folder) as part:
         write_video(part / VIDEO, frames, about["fps"], crf)
         write_actions(part / ACTIONS, build(ActionSpace, about["action_space"]), keyboard, mouse_deg)
         write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
-
-
-@contextmanager
-def _whole_folder(folder: str | Path) -> Iterator[Path]:
-    if storage.is_s3(folder):
-        with storage.writing_folder(folder, last=ABOUT) as part:
-            yield part
-        return
-    folder = Path(folder)
-    part = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(part, ignore_errors=True)  # left by a run that was killed
-    part.mkdir(parents=True)
-    try:
-        yield part
-        os.rename(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mouse_deg: np.ndarray) -> None:

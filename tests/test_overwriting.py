@@ -1,0 +1,123 @@
+"""No command writes over what it reads, under whatever name."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tiny_recordings import write_recording
+from tiny_world import GAME, write_checkpoint, write_codec
+
+import data_pipeline.__main__
+import model.__main__
+import sampling.__main__
+import train.__main__
+from configs.cli import run
+from configs.files import require_other_files
+
+VERBS = {
+    "data_pipeline": data_pipeline.__main__.VERBS,
+    "model": model.__main__.VERBS,
+    "sampling": sampling.__main__.VERBS,
+    "train": train.__main__.VERBS,
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, game_yaml: str) -> Path:
+    """A folder with something of everything that a command reads; each test has a copy of it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_checkpoint(folder / "run")
+    write_codec(folder / "codec")
+    write_recording(folder / "rec" / "episode_00000", GAME, frames=10)
+    (folder / "lat").mkdir()
+    (folder / "lat" / "report.json").write_text("{}")  # a manifest may have any name
+    (folder / "lat" / "index.html").write_text("{}")
+    Image.new("RGB", (GAME.width, GAME.height), (90, 120, 60)).save(folder / "mine.png")
+    shutil.copy(folder / "rec" / "episode_00000" / "video.mp4", folder / "play.mp4")
+    shutil.copy(folder / "rec" / "episode_00000" / "actions.csv", folder / "acts.csv")
+    shutil.copy("configs/models/smoke.yaml", folder / "model.yaml")
+    for name in ("game.yaml", "config.yaml"):
+        shutil.copy(game_yaml, folder / name)
+    return folder
+
+
+@pytest.fixture
+def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = shutil.copytree(made, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    os.link("mine.png", "hard.png")
+    Path("soft.png").symlink_to("mine.png")
+    Path("films").symlink_to(".")
+    os.link("acts.csv", "acts.mp4")
+    os.link("run/step_0000100/ema.safetensors", "ema.mp4")
+    return folder
+
+
+def listing(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+GENERATE = "sampling generate run actions=idle frames=1 steps=1 "
+IMPORT = "model import codec/model.safetensors model.yaml game.yaml "
+EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (GENERATE + "prompt=mine.png out=mine.mp4", "mine.png would be written over prompt=mine.png"),
+        (GENERATE + "prompt=play.mp4 out=play.mp4", "play.mp4 would be written over prompt=play.mp4"),
+        (GENERATE + "prompt=./rec/../play.mp4 out=films/films/play.mp4", "play.mp4"),
+        (GENERATE + "prompt=mine.png out=hard.mp4", "hard.png would be written over prompt=mine.png"),
+        (GENERATE + "prompt=mine.png out=soft.mp4", "soft.png would be written over"),
+        (GENERATE + "prompt=soft.png out=mine.mp4", "prompt=soft.png"),
+        (GENERATE + "prompt=mine.png actions=acts.csv out=acts.mp4", "actions=acts.csv"),
+        (GENERATE + "prompt=mine.png out=ema.mp4", "checkpoint=run/step_0000100/ema.safetensors"),
+        (EVALUATE + "out=rec/report", "recordings=rec"),
+        (EVALUATE + "out=lat beside=[lat/report.json]", "beside=lat/report.json"),
+        ("sampling evaluate run recordings=rec manifest=lat/report.json out=lat", "manifest=lat/report.json"),
+        ("train consolidate run out=run/step_0000100/ema.safetensors", "checkpoint=run/step_0000100/ema.safetensors"),
+        ("train consolidate run out=run/step_0000100/trainer/x.safetensors", "checkpoint=run/step_0000100/trainer"),
+        ("train codec game.yaml source=rec out=rec", "source=rec"),
+        ("train codec game.yaml source=rec out=rec/codec", "source=rec"),
+        ("train codec config.yaml source=rec out=.", "config=config.yaml"),
+        (IMPORT + "codec=codec out=codec", "codec=codec/"),
+        (IMPORT + "codec=run/codec out=codec", "official weights=codec/model.safetensors"),
+        ("model bench model.yaml out=model.yaml", "config=model.yaml"),
+        ("data_pipeline encode game.yaml source=rec codec=codec out=rec", "source=rec"),
+        (
+            "data_pipeline encode game.yaml source=rec codec=codec out=rec/sub",
+            "rec/sub would be written into source=rec",
+        ),
+        ("data_pipeline encode game.yaml source=rec/train codec=codec out=rec", "source=rec/train"),
+        ("data_pipeline inspect lat/index.html out=lat", "manifest=lat/index.html"),
+        ("data_pipeline doctor game.yaml source=rec out=rec/report.json", "source=rec"),
+        ("data_pipeline doctor game.yaml source=rec out=game.yaml", "config=game.yaml"),
+    ],
+)
+def test_no_command_writes_over_what_it_reads(
+    command: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *words = command.split()
+    before = listing(here)
+    assert run(program, VERBS[program], words) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and printed.err.count("\n") == 1 and "give another out=" in printed.err
+    assert listing(here) == before
+
+
+def test_what_lies_beside_is_another_file(here: Path) -> None:
+    read = {"prompt": "mine.png", "source": "rec", "bucket": "s3://b/rec", "nothing": None}
+    require_other_files(["mine.mp4", "recordings", "rec.png", "s3://b/recordings", "s3://b", "nowhere/x", "."], read)
+    for out in ("s3://b/rec", "s3://b/rec/", "s3://b/rec/x", "rec/new/x", "films/rec"):
+        with pytest.raises(ValueError, match="give another script="):
+            require_other_files([out], read, "script")
+
+
+def test_a_link_that_lies_in_a_source_counts_as_there(here: Path) -> None:
+    Path("rec/elsewhere.mp4").symlink_to("../play.mp4")
+    for place in ("rec", "play.mp4"):
+        with pytest.raises(ValueError, match=r"would be written (over|into)"):
+            require_other_files(["rec/elsewhere.mp4"], {"source": place})
