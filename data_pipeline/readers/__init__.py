@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from data_pipeline.readers import csgo, event_log, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
-from data_pipeline.readers.recording import Recording, recording_of
+from data_pipeline.readers.recording import Recording, recording_of, require_text_name
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
 from data_pipeline.video import fit_frame
@@ -33,10 +33,11 @@ READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
 
 def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
     """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate."""
-    return [one._replace(read=partial(_read_at_rate, one)) for one in READERS[reader](source)]
+    return [one._replace(read=partial(_read_at_rate, one, str(source))) for one in READERS[reader](source)]
 
 
-def _read_at_rate(recording: Recording, game: GameConfig) -> Sequence[Episode]:
+def _read_at_rate(recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
+    require_text_name(f"{source}/{recording.name}")
     if game.inputs.fps is None or game.inputs.fps == game.fps:
         return recording.read(game)
     recorded = recording.read(replace(game, fps=game.inputs.fps))
