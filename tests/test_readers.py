@@ -7,7 +7,7 @@ import av
 import numpy as np
 import psutil
 import pytest
-from tiny_recordings import FRAMES, draw_frames, write_recording
+from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, write_recording
 
 from data_pipeline.readers import find_recordings, read_game_frames, recording_of, split_episodes
 from data_pipeline.readers.recording import find_spans
@@ -63,14 +63,8 @@ def test_what_is_no_episode_is_named_once_and_left_out(recordings, tmp_path, cap
 def test_a_video_may_be_in_any_container_and_case(name, game, recordings, tmp_path):
     shutil.copytree(recordings / "episode_00000", tmp_path / "a")
     (tmp_path / "a" / "video.mp4").unlink()
-    with av.open(str(recordings / "episode_00000" / "video.mp4")) as source, av.open(
-        str(tmp_path / "a" / name), "w", format={"k": "matroska", "A": "avi"}.get(name[-2], "mp4")
-    ) as target:  # fmt: skip
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
+    container = {"k": "matroska", "A": "avi"}.get(name[-2], "mp4")
+    copy_video(recordings / "episode_00000" / "video.mp4", tmp_path / "a" / name, format=container)
     (recording,) = find_recordings("worldloom", tmp_path)
     (episode,) = recording.read(game)
     assert len(list(episode.frames())) == FRAMES
@@ -176,16 +170,9 @@ def test_a_fault_is_one_line_that_names_the_file(fault, game, recordings, tmp_pa
 def test_a_video_that_ends_early_though_its_header_is_whole_is_found(game, recordings, tmp_path):
     folder = tmp_path / "episode_00000"
     shutil.copytree(recordings / "episode_00000", folder)
-    whole, header_first = str(recordings / "episode_00000" / "video.mp4"), {"movflags": "faststart"}
-    with av.open(whole) as source, av.open(str(folder / "video.mp4"), "w", options=header_first) as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
-    episode = read_episode(folder, game)
-    assert len(list(episode.frames())) == FRAMES
-    _cut(folder, 0.7)
+    end_early(folder, share=1.0)
+    assert len(list(read_episode(folder, game).frames())) == FRAMES
+    end_early(folder)
     with pytest.raises(ValueError, match=r"video.mp4 .*truncated"):
         list(read_episode(folder, game).frames())
 

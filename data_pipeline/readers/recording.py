@@ -54,6 +54,7 @@ class VideoEpisode:
     width: int  # px
     action_space: ActionSpace
     actions: Actions
+    recorded: int | None = None  # frames of the whole recording, where it was cut
 
     def frames(self) -> Iterator[np.ndarray]:
         """Every frame in order, (h w 3) uint8 RGB, as recorded."""
@@ -86,8 +87,8 @@ def cut_video(
     episodes = []
     for first, end in spans:
         part = name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
-        size = info.height, info.width
-        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, actions[first:end]))
+        size, rows = (info.height, info.width), actions[first:end]
+        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, rows, info.frames))
     return episodes
 
 
