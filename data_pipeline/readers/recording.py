@@ -28,7 +28,8 @@ VIDEO_SUFFIXES = (
     ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".nut", ".dv", ".rm", ".rmvb",
     ".y4m", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".obu",
 )  # fmt: skip
-LARGEST = float(np.finfo(np.float32).max)  # of numbers, which are float32 in clips
+LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
+LARGEST_DEG = 3600.0  # of a turn in one frame: ten times around
 TEXT_BYTES = 1 << 29  # of a log; a larger one is none
 NAMED = 5  # names that one line lists
 # What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
@@ -40,6 +41,12 @@ class Recording(NamedTuple):
 
     name: str
     read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+
+
+@cache
+def say(line: str) -> None:
+    """Says something about recordings on stderr; the same line just once."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -109,8 +116,8 @@ def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
 
 
 def find_pairs(videos: Path, logs: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each video in `videos` with the log of its name in `logs`. Raises ValueError for one without the other."""
-    by_name = {path.stem: path for path in list_files(videos, *VIDEO_SUFFIXES)}
+    """Each mp4 in `videos` with the log of its name in `logs`. Raises ValueError for one without the other."""
+    by_name = {path.stem: path for path in list_files(videos, ".mp4")}
     logs_by_name = {path.stem: path for path in list_files(logs, suffix)}
     alone = [*(by_name.keys() ^ logs_by_name.keys())]
     if alone:
@@ -133,14 +140,10 @@ def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path
     listed = _list_all(source)
     found = [path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)]
     names = {path.name for path in found}
-    _say_left_out(str(source), tuple(path.name for path in listed if path.name not in names))
+    others = [path.name for path in listed if path.name not in names]
+    if others and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{source}: left out, being no recordings: {list_names(others)}")
     return found
-
-
-@cache  # a command may look for its recordings several times, but says it once
-def _say_left_out(source: str, names: tuple[str, ...]) -> None:
-    if names and os.environ.get("LOCAL_RANK", "0") == "0":
-        tqdm.write(f"{source}: left out, being no recordings: {list_names(names)}", file=sys.stderr)
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -231,16 +234,30 @@ def read_csv(path: Path, frames: int | None = None) -> tuple[list[str], list[tup
 
 
 def read_number(value: Any, where: str) -> float:
-    """A finite number that float32 can hold, given as one or as its text; `where` names it in errors."""
+    """A number that float32 can hold, given as one or as its text; `where` names it in errors."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise ValueError(f"{where} is {value!r:.80}, which is no number")
-    if abs(number) > LARGEST:
-        raise ValueError(f"{where} is {value!r:.80}, which is too large")
+    if not abs(number) <= LARGEST or isinstance(value, bool):
+        limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
+        raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
+
+
+def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+    """`degrees` (n 2) pitch, yaw, if each is a turn that one frame can hold; `where` names file and place of row i.
+
+    Raises ValueError for one that is no number or beyond `LARGEST_DEG`: the actions would be infinite, or nonsense.
+    """
+    wrong = np.argwhere(~(np.abs(degrees) <= LARGEST_DEG))
+    if len(wrong):
+        row, axis = (int(number) for number in wrong[0])
+        raise ValueError(
+            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
+            f"{LARGEST_DEG:g} is possible"
+        )
+    return degrees
 
 
 def import_extra(module: str, what: str) -> Any:

@@ -27,6 +27,7 @@ from data_pipeline.readers.recording import (
     VIDEO_SUFFIXES,
     Recording,
     VideoEpisode,
+    check_degrees,
     check_rows,
     find_folders,
     list_files,
@@ -40,7 +41,6 @@ from data_pipeline.video import VideoInfo, write_video
 
 VIDEO, ACTIONS, ABOUT = "video.mp4", "actions.csv", "episode.json"
 MOUSE_COLUMNS = ("pitch_deg", "yaw_deg")
-MOST_DEG = 3600  # that the view turns in a frame; more is a fault of the recorder
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def read_actions(path: str | Path, space: ActionSpace, frames: int | None = None
     table = np.array(numbers, dtype=np.float64).reshape(len(rows), len(header))
     _check_table(path, [line for line, _ in rows], table, header, space)
     keyboard = table[:, [header.index(key) for key in space.keys]]
-    mouse = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]] / space.mouse_unit_deg
+    degrees = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]]
+    mouse = check_degrees(degrees, lambda i: f"{path} line {rows[i][0]}") / space.mouse_unit_deg
     if not (np.abs(mouse) <= LARGEST).all():
         raise ValueError(f"{path}: degrees of mouse_unit_deg={space.mouse_unit_deg:g} are too large; use a larger unit")
     return Actions(keyboard.astype(np.float32), mouse.astype(np.float32))
@@ -223,11 +224,3 @@ def _check_table(path: Path, lines: Sequence[int], table: np.ndarray, header: li
         wrong = np.flatnonzero(~np.isin(table[:, header.index(key)], (0, 1)))
         if len(wrong):
             raise ValueError(f"{path} line {lines[wrong[0]]}: {key} must be 0 or 1")
-    for name in MOUSE_COLUMNS if space.mouse else ():
-        column = table[:, header.index(name)]
-        wrong = np.flatnonzero(np.abs(column) > MOST_DEG)
-        if len(wrong):
-            raise ValueError(
-                f"{path} line {lines[wrong[0]]}: {name} is {column[wrong[0]]:g}; a view turns by at most {MOST_DEG} "
-                "degrees in a frame"
-            )
