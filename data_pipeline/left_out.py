@@ -46,7 +46,7 @@ def describe_left_out(sets: Sequence[LeftOut]) -> str:
             f"the {sets[0].clip_frames} of a clip ({list_names(list(short))})"
         )
     if other:
-        parts.append(f"{other} frames of the other episodes, in which no clip fits")
+        parts.append(f"{other} frames of other episodes that no clip covers")
     if cut:
         parts.append(f"{cut} recorded frames, cut by the reader")
     return f"left out: {'; '.join(parts)}" if parts else ""

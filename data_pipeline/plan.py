@@ -70,8 +70,6 @@ class EncodeConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
         if not 0 < self.stale_s <= LONGEST_STALE_S:
             raise ValueError(f"stale_s={self.stale_s} must be positive, and at most {LONGEST_STALE_S:g}")
-        if _lies_in(self.out, self.source):
-            raise ValueError(f"out={self.out} lies in source={self.source}, among the recordings; give another out=")
 
     @property
     def run_frames(self) -> int:
@@ -108,6 +106,8 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
 
     Recordings are held out by their place among all that are there, bad ones too: a bad one moves no other.
     """
+    if _lies_in(config.out, config.source):
+        raise ValueError(f"out={config.out} lies in source={config.source}, among the recordings; give another out=")
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
@@ -248,7 +248,7 @@ def require_same_plan(plan: Plan, folder: str) -> None:
 def _name_change(old: Any, new: Any) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
         return f"was {old!r:.{SAID}}, is {new!r:.{SAID}}"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]} {_name_change(old.get(names[0]), new.get(names[0]))}{more}"
 

@@ -18,7 +18,6 @@ from configs.files import sha256_file
 from data_pipeline.__main__ import VERBS
 from data_pipeline.claims import Claims, this_machine
 from data_pipeline.encode import encode_recordings
-from data_pipeline.plan import EncodeConfig
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import load_manifest, read_index, save_manifest, write_shard
 from data_pipeline.stream import Stream
@@ -219,6 +218,13 @@ def test_a_plan_that_is_none_is_one_line(text, encode_config, encoded, tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
+def test_a_plan_that_says_nothing_of_something_is_another_plan(encode_config, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    edit(tmp_path / "out/train/plan.json", lambda p: p["game"]["inputs"].update(nothing=None))
+    with pytest.raises(ValueError, match="game inputs nothing was None, is None"):
+        encode_recordings(replace(encode_config, out=str(tmp_path / "out")))
+
+
 @pytest.mark.parametrize("pid", ['"../../etc"', "[]", "null", "1e999", "-1", "true"])
 def test_a_hostile_claim_runs_out_like_any_other(pid, tmp_path):
     now = [0.0]
@@ -249,14 +255,17 @@ def test_sizes_have_bounds(name, value, encode_config):
         replace(encode_config, **{name: float(value) if name == "stale_s" else value})
 
 
-@pytest.mark.parametrize("out", ["", "/sub", "/../{name}/a/b"])
+@pytest.mark.parametrize("word", ["workers=[1000000000]", "repeats=1000000000000", "batch=0"])
+def test_the_bench_has_bounds(word, encoded, capsys):
+    assert "must be positive" in said(capsys, "bench", f"{encoded}/train/manifest.json", word)
+
+
+@pytest.mark.parametrize("out", ["{source}", "{source}/sub", "{source}/../{name}/a/b", "s3://raw/doom/latents"])
 def test_shards_do_not_go_among_the_recordings(out, encode_config):
-    source = encode_config.source
-    with pytest.raises(ValueError, match="among the recordings; give another out="):
-        replace(encode_config, out=source + out.format(name=Path(source).name))
-    with pytest.raises(ValueError, match="among the recordings"):
-        replace(encode_config, source="s3://a/raw", out="s3://a/raw/latents")
-    assert isinstance(replace(encode_config, source="s3://a/raw", out="s3://a/raw2"), EncodeConfig)
+    source = "s3://raw/doom" if out.startswith("s3:") else encode_config.source
+    config = replace(encode_config, source=source, out=out.format(source=source, name=Path(source).name))
+    with pytest.raises(ValueError, match=r"lies in source=.*, among the recordings; give another out="):
+        encode_recordings(config)
 
 
 def test_a_codec_that_makes_no_numbers_is_refused(encode_config, tmp_path):

@@ -23,7 +23,7 @@ from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
 from data_pipeline.video import VideoInfo, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
-VIDEO_SUFFIXES = (
+VIDEOS = (
     ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg",
     ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".nut", ".dv", ".rm", ".rmvb",
     ".y4m", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".obu",

@@ -24,7 +24,7 @@ from configs.files import write_text
 from data_pipeline import storage
 from data_pipeline.readers.recording import (
     LARGEST,
-    VIDEO_SUFFIXES,
+    VIDEOS,
     Recording,
     VideoEpisode,
     check_degrees,
@@ -74,9 +74,9 @@ def find_episodes(source: str | Path) -> list[Path]:
 
 def _find_files(folder: Path) -> dict[str, list[Path]]:
     """Those in `folder` that can be its video, its actions and its description, whatever the case of their letters."""
-    files = list_files(folder, *VIDEO_SUFFIXES, ".csv", ".json")
+    files = list_files(folder, *VIDEOS, ".csv", ".json")
     stem = Path(VIDEO).stem
-    found = {VIDEO: [path for path in files if path.stem.lower() == stem and path.suffix.lower() in VIDEO_SUFFIXES]}
+    found = {VIDEO: [path for path in files if path.stem.lower() == stem and path.suffix.lower() in VIDEOS]}
     return found | {name: [path for path in files if path.name.lower() == name] for name in (ACTIONS, ABOUT)}
 
 
