@@ -30,6 +30,7 @@ MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
 AGAIN = "delete it and run the same encode command again"
 CLIP_BYTES = 1 << 30  # of one clip at most; an index that says more is wrong
+SHARD_CLIPS = 10_000_000  # of one shard at most
 ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
@@ -133,10 +134,16 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a 
 
 def clip_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     """What every clip of the set must hold."""
-    game, frames = manifest.game, manifest.clip_frames
+    game, frames, space = manifest.game, manifest.clip_frames, manifest.game.action_space
     latents = (manifest.latent_channels, manifest.clip_latents, game.height // SPATIAL, game.width // SPATIAL)
     space = game.action_space
-    return {"latents": latents, "keyboard": (frames, len(space.keys)), "mouse": (frames, 2 * space.mouse), "start": ()}
+    shapes = {
+        "latents": latents,
+        "keyboard": (frames, len(space.keys)),
+        "mouse": (frames, 2 * space.mouse),
+        "start": (),
+    }
+    return shapes | ({"image_latents": latents} if manifest.unknown == "grey" else {})
 
 
 def find_strange(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -268,7 +275,7 @@ def _require_sound(manifest: Manifest, url: str) -> None:
         raise ValueError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
     for info in manifest.shards:
         # The name alone: shards may be links to where their bytes lie, as in caches of downloads.
-        if "/" in require_inside(info.url, url) or not info.url.isprintable() or info.clips < 1 or info.bytes < 1:
-            raise ValueError(
-                f"{url}: {info.clips} clips, {info.bytes} bytes in {info.url!r:.80} are no shard beside it"
-            )
+        named = "/" not in require_inside(info.url, url) and info.url.isprintable()
+        if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
+            told = f"{info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
+            raise ValueError(f"{url} lists a shard that cannot be: {told}")

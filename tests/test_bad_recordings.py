@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from test_encode_workers import MOMENTS, files, start_workers
-from tiny_recordings import FRAMES, end_early, write_recording
+from tiny_recordings import FRAMES, spoil_video, write_recording
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
@@ -29,7 +29,7 @@ def spoilt(recordings, encode_config, tmp_path_factory) -> EncodeConfig:
     for i, frames in ((6, 10), (7, FRAMES)):
         write_recording(folder / "source" / f"episode_{i:05d}", encode_config.game, frames, seed=i)
     for i in (0, 4, 7):
-        end_early(folder / "source" / f"episode_{i:05d}")
+        spoil_video(folder / "source" / f"episode_{i:05d}")
     (folder / "source" / "episode_00003" / "actions.csv").unlink()
     place = {"source": str(folder / "source"), "out": str(folder / "latents")}
     return replace(encode_config, **place, shard_clips=4, on_bad_recording="skip")
@@ -56,7 +56,7 @@ def test_what_is_left_out_is_counted_in_the_last_line_and_listed(spoilt, made, g
     assert "9 frames of other episodes that no clip covers" in last  # three each of 1, 2 and 5
     listed = json.loads(Path(made, "train", "left_out.json").read_text())
     assert set(listed["bad_recordings"]) == {f"episode_{i:05d}" for i in (0, 3, 4, 7)}
-    assert "video.mp4 is truncated" in listed["bad_recordings"]["episode_00004"]
+    assert "episode_00004/video.mp4" in listed["bad_recordings"]["episode_00004"]
     assert listed["short_episodes"] == {"episode_00006": 10}
 
 
@@ -94,11 +94,13 @@ def test_by_default_a_bad_recording_stops_and_a_mended_one_goes_on(spoilt, made,
     assert "no file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "source" / "episode_00003")
     config = replace(config, heldout_every=0)
-    with pytest.raises(ValueError, match=r"episode_00000/video.mp4 is truncated"):
+    with pytest.raises(ValueError, match=r"source/episode_00000/video\.mp4"):
         encode_recordings(config)
     skipping = replace(config, on_bad_recording="skip")
     assert encode_recordings(skipping).clips == 6  # of the same plan
-    with pytest.raises(ValueError, match="truncated"):  # what was skipped is not there for somebody who stops
+    with pytest.raises(
+        ValueError, match=r"episode_00000/video\.mp4"
+    ):  # what was skipped is not there for somebody who stops
         encode_recordings(config)
 
 
@@ -138,7 +140,7 @@ def test_damage_behind_the_last_clip_is_damage_too(encode_config, encoded, tmp_p
     ("name", "message"),
     [
         ("episode_00003", "none of the 0 train episodes.*episode_00003 cannot be read: no file"),
-        ("episode_00004", "no train episode can be decoded; episode_00004: .*truncated"),
+        ("episode_00004", "no train episode can be decoded; episode_00004: .*episode_00004/video.mp4"),
     ],
 )
 def test_a_set_of_bad_recordings_alone_is_refused(name, message, spoilt, tmp_path):

@@ -63,6 +63,7 @@ MANIFESTS = {
     "a name that is no text": lambda m: m["shards"][0].update(url="\ud800.tar"),
     "a name with a NUL": lambda m: m["shards"][0].update(url="a\0.tar"),
     "fewer than no clips": lambda m: m["shards"][0].update(clips=-1),
+    "more clips than fit in memory": lambda m: m["shards"][0].update(clips=10**13, bytes=10**18),
     "shards that are no list": lambda m: m.update(shards={"0": 1}),
     "a shard that is a number": lambda m: m.update(shards=[1]),
     "a game that is null": lambda m: m.update(game=None),

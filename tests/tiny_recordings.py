@@ -42,3 +42,12 @@ def end_early(folder, share=0.7):
     data = whole.read_bytes()
     whole.unlink()
     video.write_bytes(data[: int(share * len(data))])
+
+
+def spoil_video(folder):
+    """Wipes out a part in the middle of an episode's pictures; what the video says of itself stays right."""
+    video = folder / "video.mp4"
+    data = bytearray(video.read_bytes())
+    middle = (data.index(b"mdat") + data.rindex(b"moov")) // 2
+    data[middle : middle + 300] = bytes(300)
+    video.write_bytes(data)

@@ -31,7 +31,7 @@ VIDEOS = (
 LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
 LARGEST_DEG = 3600.0  # of a turn in one frame: ten times around
 TEXT_BYTES = 1 << 29  # of a log; a larger one is none
-NAMED = 5  # names that one line lists
+NAMED, NAME = 5, 200  # names that one line lists, letters of each
 # What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
@@ -148,7 +148,7 @@ def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path
 
 def list_names(names: Sequence[str]) -> str:
     """The first few names, in one line."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:NAMED]]
+    shown = [name if name.isprintable() else repr(name) for name in (name[:NAME] for name in names[:NAMED])]
     return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 

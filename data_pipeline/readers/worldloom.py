@@ -31,6 +31,7 @@ from data_pipeline.readers.recording import (
     check_rows,
     find_folders,
     list_files,
+    list_names,
     probe_video,
     read_csv,
     read_json,
@@ -144,8 +145,8 @@ def read_actions(path: str | Path, space: ActionSpace, frames: int | None = None
     unknown = [name for name in header if name not in ("frame", *columns)]
     if missing or unknown or len(set(header)) != len(header):
         raise ValueError(
-            f"{path}: columns must be frame,{','.join(columns)}; missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(unknown) or 'none'}"
+            f"{path}: columns must be frame,{','.join(columns)}; missing: {list_names(missing) or 'none'}; "
+            f"unknown: {list_names(unknown) or 'none'}"
         )
     numbers = [
         [read_number(cell, f"{path} line {line}: {name}") for name, cell in zip(header, row, strict=True)]
