@@ -29,7 +29,6 @@ VIDEOS = (
     ".y4m", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".obu",
 )  # fmt: skip
 LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
-LARGEST_DEG = 3600.0  # of a turn in one frame: ten times around
 TEXT_BYTES = 1 << 29  # of a log; a larger one is none
 NAMED, NAME = 5, 200  # names that one line lists, letters of each
 # What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
@@ -243,21 +242,6 @@ def read_number(value: Any, where: str) -> float:
         limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
         raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
-
-
-def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
-    """`degrees` (n 2) pitch, yaw, if each is a turn that one frame can hold; `where` names file and place of row i.
-
-    Raises ValueError for one that is no number or beyond `LARGEST_DEG`: the actions would be infinite, or nonsense.
-    """
-    wrong = np.argwhere(~(np.abs(degrees) <= LARGEST_DEG))
-    if len(wrong):
-        row, axis = (int(number) for number in wrong[0])
-        raise ValueError(
-            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
-            f"{LARGEST_DEG:g} is possible"
-        )
-    return degrees
 
 
 def import_extra(module: str, what: str) -> Any:

@@ -22,12 +22,12 @@ import numpy as np
 from configs import build, build_from, to_dict
 from configs.files import write_text
 from data_pipeline import storage
+from data_pipeline.readers.keys import check_degrees
 from data_pipeline.readers.recording import (
     LARGEST,
     VIDEOS,
     Recording,
     VideoEpisode,
-    check_degrees,
     check_rows,
     find_folders,
     list_files,
