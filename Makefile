@@ -41,7 +41,7 @@ test-s3: setup
 	@python -m pytest -m "" tests/test_storage.py tests/test_s3_faults.py tests/test_s3_places.py tests/test_s3_training.py
 
 test-encode: setup
-	@python -m pytest -m long -s tests/test_encode_workers.py
+	@python -m pytest -m long -s tests/test_encode_workers.py tests/test_bad_recordings.py
 
 test-doctor: setup
 	@python -m pytest -m long -s tests/test_recordings_doctor.py

@@ -8,11 +8,14 @@ from configs.cli import first_is, run
 from data_pipeline.bench import bench
 from data_pipeline.bench_encode import bench_encode
 from data_pipeline.doctor.examine import doctor
-from data_pipeline.encode import Encoded, drop_faulty, encode_recordings, list_waits
+from data_pipeline.encode import Encoded, encode_recordings, list_waits
 from data_pipeline.inspect import inspect
+from data_pipeline.left_out import describe_left_out
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig, record_episodes
-from data_pipeline.shards import load_manifest, verify_set
+from data_pipeline.repair import drop_faulty
+from data_pipeline.shards import load_manifest
+from data_pipeline.verify import verify_set
 
 
 def record(words: list[str]) -> None:
@@ -28,7 +31,7 @@ def record(words: list[str]) -> None:
 
 def encode(words: list[str]) -> None:
     """Recordings to verified shards of latents: GAME.yaml source= codec= out=; started again it goes on."""
-    print(_describe(encode_recordings(load_config(EncodeConfig, words))))
+    _tell(encode_recordings(load_config(EncodeConfig, words)))
 
 
 def repair(words: list[str]) -> None:
@@ -36,17 +39,19 @@ def repair(words: list[str]) -> None:
     config = load_config(EncodeConfig, words)
     for fault in drop_faulty(config):
         print(fault)
-    print(_describe(encode_recordings(config)))
+    _tell(encode_recordings(config))
 
 
-def _describe(done: Encoded) -> str:
+def _tell(done: Encoded) -> None:
     rate = ""
     if done.new_clips:
         clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
         rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {list_waits(done.waits)}"
-    return (
+    left_out = describe_left_out(done.left_out)
+    print(
         f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "
         f"{done.seconds:.1f} s{rate} -> {', '.join(done.manifests)}"
+        f"{left_out and '; '}{left_out}"
     )
 
 

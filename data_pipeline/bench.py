@@ -19,9 +19,10 @@ from data_pipeline import storage
 from data_pipeline.batch_memory import allocate
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import shard_url
-from data_pipeline.stream import AHEAD, LoaderConfig, Stream
+from data_pipeline.stream import AHEAD, MOST_WORKERS, LoaderConfig, Stream
 
 BLOCK = 1 << 20  # bytes of one read of the bare bytes
+MOST_REPEATS = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,11 @@ class BenchConfig:
     loader: LoaderConfig = field(default_factory=LoaderConfig)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.repeats < 1 or self.megabytes <= 0 or not self.workers or min(self.workers) < 0:
+        positive = self.batch > 0 and 0 < self.repeats <= MOST_REPEATS and 0 < self.megabytes < float("inf")
+        if not positive or not self.workers or not 0 <= min(self.workers) <= max(self.workers) <= MOST_WORKERS:
             raise ValueError(
                 f"batch={self.batch}, repeats={self.repeats} and megabytes={self.megabytes:g} must be positive, "
-                f"workers={list(self.workers)} one or more numbers from 0 on"
+                f"repeats at most {MOST_REPEATS}, workers={list(self.workers)} numbers from 0 to {MOST_WORKERS}"
             )
 
 

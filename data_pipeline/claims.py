@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from configs.files import process_start, this_machine
+from configs.foreign import parse_object
 from data_pipeline import storage
 from data_pipeline.s3_errors import NotOffered
 
+CLAIM = ".claim"
 STALE_S = 30.0  # after so long without a renewal, the machine that holds a url is gone
 
 
@@ -58,7 +60,8 @@ class Claims:
     def clear(self) -> None:
         """Deletes every claim, whoever made it: when all is done, those of killed workers are left."""
         for url in storage.list_files(self.folder):
-            storage.remove(url)
+            if url.endswith(CLAIM):  # whatever else is in a folder of this name is not ours
+                storage.remove(url)
 
     @contextmanager
     def renewed(self) -> Iterator[None]:
@@ -88,7 +91,7 @@ class Claims:
                 continue  # the next one may succeed; if none does, somebody else makes the unit too
 
     def _url(self, unit: str) -> str:
-        return storage.join(self.folder, f"{unit}.claim")
+        return storage.join(self.folder, f"{unit}{CLAIM}")
 
     def _words(self) -> bytes:
         pid = os.getpid()
@@ -101,11 +104,11 @@ class Claims:
         if before != said:
             self._seen[unit], since = (said, now), now
         try:
-            told = json.loads(said)
-            host, pid, started = (told[name] for name in ("host", "pid", "started"))
-        except (ValueError, KeyError, TypeError):
-            return now - since >= self.stale_s
-        if host == this_machine() and started is not None:
+            told = parse_object(said, unit)
+        except ValueError:
+            told = {}
+        host, pid, started = (told.get(name) for name in ("host", "pid", "started"))
+        if host == this_machine() and started is not None and isinstance(pid, int):
             return process_start(pid) != started
         return now - since >= self.stale_s
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from data_pipeline.plan import EncodeConfig, clip_starts
 from data_pipeline.readers import read_game_frames
+from data_pipeline.readers.recording import BAD_RECORDING
 from data_pipeline.types import Clip, Episode
 from data_pipeline.video import to_video
 from model.codec import TEMPORAL, Codec
@@ -21,6 +22,16 @@ from model.conditioning import MASK_CHANNELS
 from model.vision import VisionTower, image_conditions, visual_context
 
 T = TypeVar("T")
+
+
+class BadEpisodeError(ValueError):
+    """An episode whose frames cannot be had."""
+
+    def __init__(self, episode: str, error: Exception) -> None:
+        super().__init__(str(error))
+        self.episode = episode
+
+
 JPEG_QUALITY = 95
 AHEAD = 2  # batches of runs that are decoded before they are asked for
 
@@ -70,12 +81,18 @@ class Run(NamedTuple):
 
 
 def cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator[list[Run]]:
-    """Batches of the runs that the episodes' clips need, in order; a batch may hold runs of several episodes."""
+    """Batches of the runs that the episodes' clips need, in order; a batch may hold runs of several episodes.
+
+    Every episode is decoded to its end. Raises BadEpisodeError for one that cannot be.
+    """
 
     def runs() -> Iterator[Run]:
         for i, episode in enumerate(episodes):
             wanted, frames = run_starts(config, len(episode.actions)), read_game_frames(episode, config.game)
-            yield from (Run(i, *run) for run in cut_runs(frames, wanted, config.run_frames))
+            try:
+                yield from (Run(i, *run) for run in cut_runs(frames, wanted, config.run_frames))
+            except BAD_RECORDING as error:
+                raise BadEpisodeError(episode.id, error) from error
 
     every = runs()
     return iter(lambda: list(islice(every, config.batch)), [])
@@ -104,7 +121,11 @@ def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterabl
     first_frames: dict[tuple[int, int], FirstFrame] = {}
     for batch in batches:
         places = [(run.episode, run.start) for run in batch]
-        latents.update(zip(places, encoder.latents(np.stack([run.frames for run in batch])), strict=True))
+        encoded = encoder.latents(np.stack([run.frames for run in batch]))
+        if not torch.isfinite(encoded).all():
+            names = dict.fromkeys(episodes[run.episode].id for run in batch)
+            raise ValueError(f"codec={config.codec} makes latents of {', '.join(names)} that are not finite numbers")
+        latents.update(zip(places, encoded, strict=True))
         pictures = {place: run.frames[0] for place, run in zip(places, batch, strict=True) if place in begins}
         first_frames.update((place, encoder.first_frame(frame)) for place, frame in pictures.items())
         while clips and (clips[0][0], clips[0][1] + offsets[-1]) in latents:

@@ -4,12 +4,12 @@ import json
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import torch
@@ -18,19 +18,20 @@ from tqdm import tqdm
 from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.claims import Claims
-from data_pipeline.clips import Encoder, Run, cut_episodes, encode_clips, read_ahead
+from data_pipeline.clips import BadEpisodeError, Encoder, Run, cut_episodes, encode_clips, read_ahead
+from data_pipeline.left_out import LEFT_OUT, LeftOut
 from data_pipeline.plan import (
     PLAN,
-    SHARD,
     EncodeConfig,
     Plan,
-    count_clips,
     describe_set,
     make_plans,
     require_same_plan,
+    without_bad,
 )
-from data_pipeline.shards import MANIFEST, find_fault, index_url, read_index, save_manifest, write_shard
-from data_pipeline.types import Clip, Episode, ShardInfo
+from data_pipeline.shards import MANIFEST, Index, save_manifest, write_shard
+from data_pipeline.types import Clip
+from data_pipeline.units import Unit, list_units
 from model.codec import load_codec
 from model.vision import load_vision
 
@@ -47,29 +48,7 @@ class Encoded(NamedTuple):
     seconds: float
     bytes: int  # written by this worker
     waits: dict[str, float]  # shares of the time in which the codec stood still, by what for
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A shard that is to be there."""
-
-    folder: str
-    name: str
-    key: str  # of its claim
-    episodes: tuple[Episode, ...]
-    clips: int
-
-    @property
-    def url(self) -> str:
-        return storage.join(self.folder, self.name)
-
-    def complete(self) -> ShardInfo | None:
-        """What its index says if shard and index are there in full length; their bytes are `verify`'s business."""
-        try:
-            info, _ = read_index(self.url)
-            return info if storage.size(self.url) == info.bytes else None
-        except FileNotFoundError:
-            return None
+    left_out: tuple[LeftOut, ...]  # of each set
 
 
 class Clock:
@@ -105,33 +84,36 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
 
     Killed at any moment and started again, with as many workers or others, it ends with the same bytes. Raises
     ValueError in one line, before anything is written, for an episode that cannot be read and for a folder that
-    holds the shards of another plan.
+    holds the shards of another plan. With `on_bad_recording: skip` such an episode, and one that cannot be decoded,
+    is left out; the shard's index says so.
     """
     _require_other_place(config)
     encoder = load_encoder(config)
     plans = make_plans(config, encoder.codec)
-    folders = {plan.split: storage.join(config.out, plan.split) for plan in plans}
-    for plan in plans:
-        require_same_plan(plan, folders[plan.split])
-    for plan in plans:
-        _settle_plan(plan, folders[plan.split])
-    units = [unit for plan in plans for unit in _units(config, plan, folders[plan.split])]
+    folders = [storage.join(config.out, plan.split) for plan in plans]
+    for plan, folder in zip(plans, folders, strict=True):
+        require_same_plan(plan, folder)
+    for plan, folder in zip(plans, folders, strict=True):
+        _settle_plan(plan, folder)
+    units = [list_units(config, plan) for plan in plans]
     claims = Claims(storage.join(config.out, "claims"), config.stale_s)
     with claims.renewed():
-        worker = Worker(config, encoder, claims, sum(unit.clips for unit in units))
-        infos = worker.make_all(units)
-    manifests = []
-    for plan in plans:
-        of_set = [info for unit, info in zip(units, infos, strict=True) if unit.folder == folders[plan.split]]
-        manifests.append(storage.join(folders[plan.split], MANIFEST))
-        with _unless_there(partial(storage.exists, manifests[-1])):
-            save_manifest(describe_set(config, encoder.codec, plan, of_set), manifests[-1])
-    for folder in folders.values():
+        worker = Worker(config, encoder, claims, sum(unit.clips for of_set in units for unit in of_set))
+        every = iter(worker.make_all([unit for of_set in units for unit in of_set]))
+    indexes = [[next(every) for _ in of_set] for of_set in units]
+    left_out = tuple(_collect_left_out(config, *one) for one in zip(plans, indexes, strict=True))
+    manifests = tuple(storage.join(folder, MANIFEST) for folder in folders)
+    for plan, of_set, left, manifest in zip(plans, indexes, left_out, manifests, strict=True):
+        infos = [index.info for index in of_set if index.info.clips]
+        with _unless_there(partial(storage.exists, manifest)):
+            left.save(storage.join(storage.parent(manifest), LEFT_OUT))
+            save_manifest(describe_set(config, encoder.codec, plan, infos), manifest)
+    for folder in folders:
         storage.remove_unfinished(folder)  # of killed workers; those that still write what is there find it there
     claims.clear()
-    took = time.perf_counter() - worker.clock.start
-    waits = worker.clock.shares()
-    return Encoded(worker.total, worker.clips, len(units), tuple(manifests), took, worker.bytes, waits)
+    made = [index.info.clips for of_set in indexes for index in of_set if index.info.clips]
+    took, waits = time.perf_counter() - worker.clock.start, worker.clock.shares()
+    return Encoded(sum(made), worker.clips, len(made), manifests, took, worker.bytes, waits, left_out)
 
 
 def _require_other_place(config: EncodeConfig) -> None:
@@ -140,41 +122,18 @@ def _require_other_place(config: EncodeConfig) -> None:
     require_other_files([config.out, *written], {"source": config.source, "vision_weights": config.vision_weights})
 
 
-def drop_faulty(config: EncodeConfig) -> list[str]:
-    """Makes `encode_recordings` make anew what is altered or damaged; a line for each such shard.
-
-    Reads every shard; of several workers, each reads its part.
-    """
-    rank, world = _place("RANK", 0), _place("WORLD_SIZE", 1)
-    encoder = load_encoder(config)
-    dropped = []
-    for plan in make_plans(config, encoder.codec):
-        folder = storage.join(config.out, plan.split)
-        require_same_plan(plan, folder)
-        for unit in _units(config, plan, folder)[rank::world]:
-            fault = _find_fault(unit)
-            if fault:
-                storage.remove(index_url(unit.url))
-                dropped.append(f"{unit.url}: {fault}")
-    return dropped
-
-
-def _find_fault(unit: Unit) -> str | None:
-    try:
-        info, entries = read_index(unit.url)
-    except (FileNotFoundError, ValueError) as error:
-        return str(error)
-    if info.url != unit.name or len(entries) != unit.clips:
-        return "its index is of another shard"
-    return find_fault(unit.url, info, entries)
+def _collect_left_out(config: EncodeConfig, plan: Plan, indexes: Sequence[Index]) -> LeftOut:
+    bad = {name: why for index in indexes for name, why in index.left_out.items()}
+    if not any(index.info.clips for index in indexes):
+        name, why = next(iter(bad.items()))
+        raise ValueError(f"no {plan.split} episode can be decoded; {name}: {why}")
+    return without_bad(config, plan, bad)
 
 
 def load_encoder(config: EncodeConfig) -> Encoder:
     """Codec and vision tower on this worker's device."""
     on_gpu = config.device == "auto" and torch.cuda.is_available()
-    device = (
-        torch.device("cuda", _place("LOCAL_RANK", 0) % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    )
+    device = torch.device("cuda", place("LOCAL_RANK", 0) % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     tower = load_vision(storage.local(config.vision_weights)) if config.vision_weights else None
     codec = load_codec(storage.local(config.codec)).to(device)
     return Encoder(codec, tower.to(device) if tower else None, config, device)
@@ -188,26 +147,28 @@ class Worker:
         self.clock, self.clips, self.bytes = Clock(), 0, 0
         self._stop = threading.Event()
 
-    def make_all(self, units: Sequence[Unit]) -> list[ShardInfo]:
-        """What all units' indexes say, when all are there at once: another worker's `repair` may delete some anew."""
+    def make_all(self, units: Sequence[Unit]) -> list[Index]:
+        """All units' indexes, when all are there at once: another worker's `repair` may delete some anew."""
         while True:
             self.make(units)
             found = [unit.complete() for unit in units]
             if all(found):
-                return [info for info in found if info]
+                return [index for index in found if index]
 
     def make(self, units: Sequence[Unit]) -> None:
         """Returns when every unit was there once, whoever made it. Raises what goes wrong with one of this worker's."""
         self._stop.clear()
-        quiet = _place("LOCAL_RANK", 0) > 0 or None  # None: shown on a terminal
+        quiet = place("LOCAL_RANK", 0) > 0 or None  # None: shown on a terminal
         bar = tqdm(total=self.total, desc="encode", unit="clip", smoothing=0.1, disable=quiet)
         runs = read_ahead(self._runs(units, bar))
         writing: Future[None] | None = None
         with bar, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
             try:
                 timed = self.clock.waiting("frames", runs)
-                for _, group in groupby(timed, key=lambda item: item[0].key):
+                for _, group in groupby(timed, key=lambda item: (item[0].key, len(item[0].left_out))):
                     unit, clips = self._encode(group, bar)
+                    if clips is None:
+                        continue
                     self._finish(writing)
                     writing = pool.submit(self._write, unit, clips)
                 self._finish(writing)
@@ -215,14 +176,28 @@ class Worker:
                 self._stop.set()  # else the reading thread would wait for others
                 runs.close()
 
-    def _encode(self, group: Iterator[tuple[Unit, list[Run]]], bar: tqdm) -> tuple[Unit, list[Clip]]:
-        """One unit and its clips, from the runs of frames that the reading thread brings."""
+    def _encode(self, group: Iterator[tuple[Unit, list[Run]]], bar: tqdm) -> tuple[Unit, list[Clip] | None]:
+        """One unit and its clips, from the runs of frames that the reading thread brings, none being the end; no clips
+        if they break off before, since an episode is bad and the unit begins anew without it."""
         unit, first = next(group)
-        batches = (runs for batch in ([first], (runs for _, runs in group)) for runs in batch)
-        clips = []
-        for clip in encode_clips(self.encoder, unit.episodes, batches):
+        clips, whole = [], False
+
+        def batches() -> Iterator[list[Run]]:
+            nonlocal whole
+            for _, runs in chain([(unit, first)], group):
+                if not runs:
+                    whole = True
+                    return
+                yield runs
+
+        upcoming = batches()
+        for clip in encode_clips(self.encoder, unit.episodes, upcoming):
             clips.append(clip)
             bar.update()
+        deque(upcoming, maxlen=0)  # the frames behind the last clip may be bad, too
+        if not whole:
+            bar.update(-len(clips))
+            return unit, None
         self.clips += len(clips)
         written = self.bytes / 1e6 / (time.perf_counter() - self.clock.start)
         bar.set_postfix_str(f"{written:.1f} MB/s, waits for {list_waits(self.clock.shares())}")
@@ -236,14 +211,25 @@ class Worker:
 
     def _write(self, unit: Unit, clips: list[Clip]) -> None:
         with _unless_there(unit.complete):
-            self.bytes += write_shard(unit.folder, unit.name, clips).bytes
+            self.bytes += write_shard(unit.folder, unit.name, clips, unit.left_out).bytes
         self.claims.release(unit.key)
 
     def _runs(self, units: Sequence[Unit], bar: tqdm) -> Iterator[tuple[Unit, list[Run]]]:
-        """Batches of runs of one claimed unit after the other."""
+        """Batches of runs of one claimed unit after the other, none at the end of each; where an episode is bad, and to
+        be skipped, all of its unit anew without it."""
         for unit in self._claimed(units, bar):
-            for runs in cut_episodes(unit.episodes, self.config):
-                yield unit, runs
+            whole = False
+            while not whole:
+                try:
+                    for runs in cut_episodes(unit.episodes, self.config):
+                        yield unit, runs
+                    whole = True
+                except BadEpisodeError as bad:
+                    if self.config.on_bad_recording == "stop":
+                        raise
+                    planned, unit = unit.clips, unit.without(bad)
+                    bar.update(planned - unit.clips)
+            yield unit, []
 
     def _claimed(self, units: Sequence[Unit], bar: tqdm) -> Iterator[Unit]:
         """Units that are not there and are this worker's to make; ends when no other is missing."""
@@ -268,14 +254,6 @@ class Worker:
             missing = others
 
 
-def _units(config: EncodeConfig, plan: Plan, folder: str) -> list[Unit]:
-    names = [SHARD.format(i) for i in range(len(plan.shards))]
-    return [
-        Unit(folder, name, f"{plan.split}-{name.removesuffix('.tar')}", episodes, count_clips(config, episodes))
-        for name, episodes in zip(names, plan.shards, strict=True)
-    ]
-
-
 def _settle_plan(plan: Plan, folder: str) -> None:
     """Writes the plan, or finds that another worker's is the same."""
     url = storage.join(folder, PLAN)
@@ -295,6 +273,6 @@ def _unless_there(there: Callable[[], object]) -> Iterator[None]:
             raise
 
 
-def _place(name: str, alone: int) -> int:
+def place(name: str, alone: int) -> int:
     """This process's place among those that were started together, by the launcher's word for it."""
     return int(os.environ.get(name, alone))

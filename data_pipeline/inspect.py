@@ -75,7 +75,8 @@ def read_actions(shards: Shards, looked_at: int) -> Counted:
 
 def spread(shards: Shards, wanted: int) -> list[int]:
     """Up to `wanted` numbers of clips from the first to the last."""
-    return np.unique(np.linspace(0, len(shards) - 1, min(wanted, len(shards))).astype(int)).tolist() if wanted else []
+    count = min(wanted, len(shards))
+    return np.unique(np.linspace(0, len(shards) - 1, count).astype(int)).tolist() if count else []
 
 
 def summarise(url: str, shards: Shards, actions: Counted) -> list[str]:

@@ -2,22 +2,32 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
 
 from configs import to_dict
+from configs.cli import one_line
+from configs.foreign import parse_object
 from data_pipeline import storage
-from data_pipeline.readers import Reader, find_recordings, split_episodes
-from data_pipeline.shards import INDEX, clip_key
+from data_pipeline.left_out import LeftOut
+from data_pipeline.readers import Reader, Recording, count_cut, find_recordings, split_episodes
+from data_pipeline.readers.recording import BAD_RECORDING
+from data_pipeline.shards import INDEX, clip_key, clip_latents
 from data_pipeline.types import CHUNK_FRAMES, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash
 from model.conditioning import Unknown
 from model.vision import Vision, vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
+NO_FACTS = ("source", "out", "vision_weights", "device", "stale_s", "on_bad_recording")  # change no byte of a shard
+# What still is a clip, a shard, a batch, a pause; more is a slip of the hand.
+LARGEST = {"clip_frames": 10_000, "stride": 1_000_000, "shard_clips": 1_000_000, "batch": 10_000}
+LONGEST_STALE_S = 7 * 24 * 3600.0
+SAID = 60  # letters of a fact of another plan
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class EncodeConfig:
     device: Literal["auto", "cpu"] = "auto"  # auto: this process's GPU if there is one
     # A worker on another machine that has not renewed its claim for so long is taken for dead, and its shard made anew.
     stale_s: float = 60.0
+    on_bad_recording: Literal["stop", "skip"] = "stop"  # skip: what cannot be read or decoded is left out and listed
 
     def __post_init__(self) -> None:
         if self.layout == "chunked" and self.clip_frames % CHUNK_FRAMES:
@@ -54,11 +65,11 @@ class EncodeConfig:
             raise ValueError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
         if self.unknown == "grey" and self.layout != "continuous":
             raise ValueError("unknown=grey is how a causal model is conditioned; it needs layout=continuous")
-        for name in ("clip_frames", "stride", "shard_clips", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.stale_s <= 0:
-            raise ValueError(f"stale_s={self.stale_s} must be positive")
+        for name, largest in LARGEST.items():
+            if not 1 <= getattr(self, name) <= largest:
+                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
+        if not 0 < self.stale_s <= LONGEST_STALE_S:
+            raise ValueError(f"stale_s={self.stale_s} must be positive, and at most {LONGEST_STALE_S:g}")
 
     @property
     def run_frames(self) -> int:
@@ -73,14 +84,30 @@ class Plan:
     split: str
     facts: dict[str, Any]  # everything that decides what is in the shards; its hash is the manifest's plan_hash
     shards: tuple[tuple[Episode, ...], ...]  # the episodes of each, in order
+    left_out: LeftOut  # before any frame is decoded
 
     @property
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What the recordings of a split gave."""
+
+    episodes: list[Episode]
+    bad: dict[str, str]  # recordings that cannot be read, and why
+    empty: list[str]
+    cut_frames: int
+
+
 def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
-    """The plan of each split: which episodes go into which shard. Reads every recording's actions, no frames."""
+    """The plan of each split: which episodes go into which shard. Reads every recording's actions, no frames.
+
+    Recordings are held out by their place among all that are there, bad ones too: a bad one moves no other.
+    """
+    if _lies_in(config.out, config.source):
+        raise ValueError(f"out={config.out} lies in source={config.source}, among the recordings; give another out=")
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
@@ -91,26 +118,45 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     plans = []
     with tqdm(total=len(recordings), desc="check recordings", unit="recording", disable=None) as bar:
         for split, part in [("train", train), ("heldout", heldout)] if heldout else [("train", train)]:
-            episodes = []
-            for recording in part:
-                episodes += recording.read(config.game)
-                bar.update()
-            plans.append(_make_plan(config, codec, split, episodes))
+            plans.append(_make_plan(config, codec, split, _read_all(config, part, bar)))
     return plans
 
 
-def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: Sequence[Episode]) -> Plan:
-    shards, group = [], []
+def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) -> Readings:
+    found, bad, empty, cut = [], {}, [], 0
+    for recording in recordings:
+        try:
+            episodes = recording.read(config.game)
+            found += episodes
+            empty += [] if episodes else [recording.name]
+            cut += count_cut(episodes)
+        except BAD_RECORDING as error:
+            if config.on_bad_recording == "stop":
+                raise
+            bad[recording.name] = tell_why(config, error)
+        bar.update()
+    return Readings(found, bad, empty, cut)
+
+
+def tell_why(config: EncodeConfig, error: Exception) -> str:
+    """What is wrong with a recording, in one line that is the same wherever the source lies."""
+    return one_line(error).replace(str(config.source).rstrip("/") + "/", "")
+
+
+def _make_plan(config: EncodeConfig, codec: Codec, split: str, readings: Readings) -> Plan:
+    shards, group, episodes = [], [], readings.episodes
     for episode in episodes:
         group += [episode] if clip_starts(config, len(episode.actions)) else []
         if count_clips(config, group) >= config.shard_clips:
             shards, group = [*shards, tuple(group)], []
     shards += [tuple(group)] if group else []
     if not shards:
-        raise ValueError(f"none of the {len(episodes)} {split} episodes has the {config.clip_frames} frames of a clip")
+        also = "".join(f"; {name} cannot be read: {why}" for name, why in [*readings.bad.items()][:1])
+        raise ValueError(
+            f"none of the {len(episodes)} {split} episodes has the {config.clip_frames} frames of a clip{also}"
+        )
     _require_distinct_keys(shards)
-    no_facts = ("source", "out", "vision_weights", "device", "stale_s")
-    settings = {name: value for name, value in to_dict(config).items() if name not in no_facts}
+    settings = {name: value for name, value in to_dict(config).items() if name not in NO_FACTS}
     facts = {
         **settings,
         "codec": codec.config.name,
@@ -119,7 +165,41 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: Sequenc
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
-    return Plan(split, facts, tuple(shards))
+    return Plan(split, facts, tuple(shards), _count_left_out(config, readings))
+
+
+def _count_left_out(config: EncodeConfig, readings: Readings) -> LeftOut:
+    lengths = {episode.id: len(episode.actions) for episode in readings.episodes}
+    return LeftOut(
+        episodes=len(lengths),
+        clip_frames=config.clip_frames,
+        bad_recordings=readings.bad,
+        empty_recordings=readings.empty,
+        short_episodes={name: frames for name, frames in lengths.items() if not clip_starts(config, frames)},
+        other_frames=sum(frames_in_no_clip(config, frames) for frames in lengths.values()),
+        cut_frames=readings.cut_frames,
+    )
+
+
+def without_bad(config: EncodeConfig, plan: Plan, bad: Mapping[str, str]) -> LeftOut:
+    """What a set leaves out if the plan's episodes `bad`, by their ids, turned out not to be decodable, and why."""
+    planned = plan.left_out
+    lengths = [len(episode.actions) for shard in plan.shards for episode in shard if episode.id in bad]
+    other_frames = planned.other_frames - sum(frames_in_no_clip(config, frames) for frames in lengths)
+    return replace(planned, bad_recordings={**planned.bad_recordings, **bad}, other_frames=other_frames)
+
+
+def frames_in_no_clip(config: EncodeConfig, frames: int) -> int:
+    """Frames that are in no clip of an episode of so many, if it has any."""
+    clips = len(clip_starts(config, frames))
+    return frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames) if clips else 0
+
+
+def _lies_in(folder: str, other: str) -> bool:
+    """Whether `folder` is `other` or in it."""
+    if storage.is_s3(folder) or storage.is_s3(other):
+        return storage.join(folder, "").startswith(storage.join(other, ""))
+    return Path(folder).resolve().is_relative_to(Path(other).resolve())
 
 
 def clip_starts(config: EncodeConfig, frames: int) -> range:
@@ -156,9 +236,9 @@ def require_same_plan(plan: Plan, folder: str) -> None:
         if not storage.exists(url):  # even now: a worker that has just begun writes its plan before its first shard
             raise ValueError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
     try:
-        found = dict(json.loads(storage.read_bytes(url)))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{url} is no plan ({error}); delete {folder} or give another out=") from error
+        found = parse_object(storage.read_bytes(url), url)
+    except ValueError as error:
+        raise ValueError(f"{error}; it is no plan: delete {folder} or give another out=") from error
     for name in plan.facts:
         if found.get(name) != plan.facts[name]:
             change = _name_change(found.get(name), plan.facts[name])
@@ -167,19 +247,18 @@ def require_same_plan(plan: Plan, folder: str) -> None:
 
 def _name_change(old: Any, new: Any) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"was {old!r}, is {new!r}"
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return f"was {old!r:.{SAID}}, is {new!r:.{SAID}}"
+    names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]} {_name_change(old.get(names[0]), new.get(names[0]))}{more}"
 
 
 def describe_set(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequence[ShardInfo]) -> Manifest:
-    per_run = 1 + (config.run_frames - 1) // TEMPORAL
     return Manifest(
         game=config.game,
         layout=config.layout,
         clip_frames=config.clip_frames,
-        clip_latents=config.clip_frames // config.run_frames * per_run,
+        clip_latents=clip_latents(config.layout, config.clip_frames),
         latent_channels=codec.config.channels,
         codec=plan.facts["codec"],
         codec_hash=plan.facts["codec_hash"],

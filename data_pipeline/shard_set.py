@@ -1,6 +1,7 @@
 """One shard set or several as clips by number: opened, compared with the manifests, read by offset."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -11,17 +12,20 @@ import torch
 from data_pipeline import s3, storage
 from data_pipeline.s3_errors import Damaged
 from data_pipeline.shards import (
+    VERIFY,
     Entry,
     Layout,
     clip_layout,
+    clip_shapes,
     compare_shard,
-    find_fault,
+    find_strange,
     load_manifest,
     read_clip_into,
     shard_url,
     unpack_clip,
 )
 from data_pipeline.types import ActionSpace, Clip, Manifest, ShardInfo, Source
+from data_pipeline.verify import find_fault
 
 TRIES = 2  # a disk, or a copy, may be at fault for a moment
 
@@ -70,13 +74,21 @@ class Shards:
         """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), start ()."""
         shard, entry = self.places[number]
         with self._opened(shard) as url:
-            return unpack_clip(storage.read_range(url, entry.offset, entry.size), url)
+            clip = unpack_clip(storage.read_range(url, entry.offset, entry.size), url)
+            self._require_shapes(url, entry, {name: tuple(tensor.shape) for name, tensor in clip.items()})
+            return clip
 
     def layout(self, number: int) -> Layout:
         """Dtype and shape of a clip's tensors by name."""
         shard, entry = self.places[number]
         with self._opened(shard) as url:
-            return clip_layout(url, entry)
+            layout = clip_layout(url, entry)
+            self._require_shapes(url, entry, {name: shape for name, (_, shape) in layout.items()})
+            return layout
+
+    def _require_shapes(self, url: str, entry: Entry, found: Mapping[str, tuple[int, ...]]) -> None:
+        if strange := find_strange(clip_shapes(self.manifest), found):
+            raise ValueError(f"{url}: clip {entry.key} has {strange}; {VERIFY}")
 
     def read_into(self, number: int, layout: Layout, rows: Mapping[str, memoryview]) -> None:
         """As `read`, into bytes that are there; the clip must have that layout."""
@@ -160,6 +172,10 @@ OF_ALL = ("layout", "clip_frames", "clip_latents", "codec_hash", "vision", "unkn
 def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
     """Their manifests. Raises in one line for one that is not there, or is of another kind than the first."""
     manifests = [load_manifest(source.path) for source in sources]
+    for source, manifest in zip(sources, manifests, strict=True):
+        for name, times in Counter(info.url for info in manifest.shards).items():
+            if times > 1:
+                raise ValueError(f"{source.path} lists {name} {times} times; encode into a new folder")
     for source, manifest in zip(sources[1:], manifests[1:], strict=True):
         require_same_kind(manifests[0], sources[0].path, manifest, source.path)
     return manifests

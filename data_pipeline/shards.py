@@ -5,32 +5,32 @@ A shard is a webdataset-compatible tar with two members per clip: `<key>.safeten
 read by offset.
 """
 
-import hashlib
 import io
 import json
 import math
-import random
 import re
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from webdataset.writer import TarWriter
 
-from configs import build, to_dict
+from configs import build_from, to_dict
 from configs.files import sha256_file
+from configs.foreign import parse_object, reading, require_inside
 from data_pipeline import storage
-from data_pipeline.types import Clip, Manifest, ShardInfo
+from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Clip, Manifest, ShardInfo
+from model.codec import SPATIAL, TEMPORAL
 
 MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
-BLOCK_BYTES = 1 << 18  # hashed at a time, as hashlib does; tarfile copies what is left of a block for each member
+AGAIN = "delete it and run the same encode command again"
+CLIP_BYTES = 1 << 30  # of one clip at most; an index that says more is wrong
+SHARD_CLIPS = 10_000_000  # of one shard at most
 ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
 
@@ -45,6 +45,14 @@ class Entry(NamedTuple):
     size: int
     jpeg_offset: int
     jpeg_size: int
+
+
+class Index(NamedTuple):
+    """What lies beside a shard."""
+
+    info: ShardInfo
+    entries: list[Entry]
+    left_out: dict[str, str]  # episodes of the plan that could not be decoded, and why
 
 
 def clip_key(episode: str, start: int) -> str:
@@ -62,9 +70,13 @@ def index_url(url: str) -> str:
     return url.removesuffix(".tar") + INDEX
 
 
-def write_shard(folder: str | Path, name: str, clips: Iterable[Clip]) -> ShardInfo:
-    """Writes `<name>` into `folder`, then its index; the same clips give the same bytes."""
-    url = storage.join(folder, name)
+def write_shard(folder: str | Path, name: str, clips: Iterable[Clip], left_out: Mapping[str, str] = {}) -> ShardInfo:
+    """Writes `<name>` into `folder`, then its index, which also names what is `left_out`; the same clips give the same
+    bytes. No clips are no shard, just an index."""
+    url, clips = storage.join(folder, name), list(clips)
+    if not clips:
+        storage.remove(url)  # one that was made when its episodes could be decoded
+        return _write_index(url, ShardInfo(name, 0, 0, "", ()), [], left_out)
     placed: list[tuple[str, str, int]] = []
     with storage.writing(url) as part:
         with open(part, "wb") as file, _tar_writer(file) as tar:
@@ -78,7 +90,12 @@ def write_shard(folder: str | Path, name: str, clips: Iterable[Clip]) -> ShardIn
     entries = [Entry(*one, *where[f"{one[0]}.safetensors"], *where[f"{one[0]}.jpg"]) for one in placed]
     episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
     info = ShardInfo(name, len(entries), size, digest, episodes)
-    storage.write_text(index_url(url), json.dumps({"shard": to_dict(info), "clips": entries}) + "\n")
+    return _write_index(url, info, entries, left_out)
+
+
+def _write_index(url: str, info: ShardInfo, entries: list[Entry], left_out: Mapping[str, str]) -> ShardInfo:
+    told = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
+    storage.write_text(index_url(url), json.dumps(told) + "\n")
     return info
 
 
@@ -105,13 +122,36 @@ def pack_clip(clip: Clip) -> bytes:
 
 def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
     """The tensors that `pack_clip` wrote."""
-    try:
-        return load(data)
-    except SafetensorError as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
+    with reading(url, VERIFY):
+        try:
+            return load(data)
+        except SafetensorError as error:
+            raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
 
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a clip's tensors, as they lie there
+
+
+def clip_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """What every clip of the set must hold."""
+    game, frames, space = manifest.game, manifest.clip_frames, manifest.game.action_space
+    latents = (manifest.latent_channels, manifest.clip_latents, game.height // SPATIAL, game.width // SPATIAL)
+    space = game.action_space
+    shapes = {
+        "latents": latents,
+        "keyboard": (frames, len(space.keys)),
+        "mouse": (frames, 2 * space.mouse),
+        "start": (),
+    }
+    return shapes | ({"image_latents": latents} if manifest.unknown == "grey" else {})
+
+
+def find_strange(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
+    """In what the shapes `found` in a clip are not those that its manifest promises, in a few words."""
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            return f"{name} of the shape {found.get(name)}, the manifest says {shape}"
+    return None
 
 
 def clip_layout(url: str, entry: Entry) -> Layout:
@@ -141,38 +181,52 @@ def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layou
     length = int.from_bytes(file.read(8), "little")
     if length > entry.size - 8:
         raise ValueError(f"{url} holds a damaged clip at {entry.offset}; {VERIFY}")
-    try:
-        header = {name: one for name, one in json.loads(file.read(length)).items() if name != "__metadata__"}
+    with reading(url, VERIFY):
+        header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
+        header.pop("__metadata__", None)
         tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         layout = {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}
+        if any(type(size) is not int or size < 0 for _, shape in layout.values() for size in shape):
+            raise ValueError(f"clip {entry.key} has a shape that is none")
         told = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
     if told != entry.size - 8 - length:
         raise ValueError(f"{url} holds a damaged clip ({told} bytes in {entry.size}); {VERIFY}")
     return layout, entry.offset + 8 + length
 
 
-def read_index(url: str) -> tuple[ShardInfo, list[Entry]]:
+def read_index(url: str) -> Index:
     """What the index of the shard at `url` says."""
     path = index_url(url)
     try:
-        loaded = json.loads(storage.read_bytes(path))
-        info = build(ShardInfo, loaded["shard"], f"{path}: shard.")
-        return info, [Entry(*entry) for entry in loaded["clips"]]
+        data = storage.read_bytes(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing; run the same encode command again") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no shard index; delete it and run the same encode command again") from error
+    with reading(path, AGAIN):
+        loaded = parse_object(data, path)
+        info = build_from(ShardInfo, loaded["shard"], path)
+        entries, left_out = [_read_entry(entry, info) for entry in loaded["clips"]], dict(loaded.get("left_out", {}))
+    return Index(info, entries, {str(name): str(why) for name, why in left_out.items()})
+
+
+def _read_entry(values: Any, info: ShardInfo) -> Entry:
+    entry = Entry(*values)
+    numbers = entry[2:]
+    if not isinstance(entry.key, str) or not isinstance(entry.episode, str) or any(type(n) is not int for n in numbers):
+        raise ValueError(f"{values!r:.80} is no clip")
+    largest = min(info.bytes, CLIP_BYTES)
+    for offset, size in (numbers[1:3], numbers[3:5]):
+        if offset < 0 or not 0 <= size <= largest or offset + size > info.bytes:
+            raise ValueError(f"clip {entry.key:.80} is said to lie at {offset}, {size} bytes of {info.bytes}")
+    return entry
 
 
 def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
     """The index of the shard at `url`, and what is wrong with its size or its index, in a few words, if anything is."""
-    fault = _find_size_fault(url, info)
+    fault = find_size_fault(url, info)
     if fault:
         return [], fault
     try:
-        found, entries = read_index(url)
+        found, entries, _ = read_index(url)
     except (FileNotFoundError, ValueError) as error:
         return [], str(error)
     if found != info or len(entries) != info.clips:
@@ -180,65 +234,8 @@ def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
     return entries, None
 
 
-def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry] | None = None) -> str | None:
-    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it.
-
-    With its index's `entries`, they are compared with what lies in it too.
-    """
-    return _find_size_fault(url, info) or _find_altered(url, info, entries)
-
-
-def _find_altered(url: str, info: ShardInfo, entries: Sequence[Entry] | None) -> str | None:
-    sha256, members = (storage.sha256(url), None) if entries is None else _read_members(url)
-    if sha256 != info.sha256:
-        return "altered: its SHA-256 is not the manifest's"
-    for i, entry in enumerate(entries or ()):
-        if members is None or _parts_of(entry, info) != members[2 * i : 2 * i + 2]:
-            return f"{index_url(url)} says of clip {i} what is not so; delete it and run the same encode command again"
-    return None
-
-
-class _Hashed:
-    """A file that is read once from its beginning to its end, and the SHA-256 of what was read."""
-
-    def __init__(self, file: io.BufferedReader) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def read(self, size: int) -> bytes:
-        data = self.file.read(size)
-        self.digest.update(data)
-        return data
-
-
-def _read_members(url: str) -> tuple[str, list[tuple[str, int, int]] | None]:
-    """The SHA-256 of a tar, and name, offset and size of what lies in it, in its order, from one pass over its bytes;
-    None if it is no tar."""
-    members = None
-    with storage.opened(url, storage.WHOLE_BYTES) as file:
-        read = _Hashed(file)
-        with (
-            suppress(tarfile.TarError),
-            tarfile.open(fileobj=cast(IO[bytes], read), mode="r|", bufsize=BLOCK_BYTES) as tar,
-        ):
-            members = [(member.name, member.offset_data, member.size) for member in tar]
-        while read.read(BLOCK_BYTES):
-            pass
-    return read.digest.hexdigest(), members
-
-
-def _parts_of(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]] | None:
-    """What must lie in the shard if the entry is right; None if it is not."""
-    if entry.episode not in info.episodes or not isinstance(entry.start, int):
-        return None
-    if entry.key != clip_key(entry.episode, entry.start):
-        return None
-    return [
-        (f"{entry.key}.jpg", entry.jpeg_offset, entry.jpeg_size),
-        (f"{entry.key}.safetensors", entry.offset, entry.size),
-    ]
-
-
-def _find_size_fault(url: str, info: ShardInfo) -> str | None:
+def find_size_fault(url: str, info: ShardInfo) -> str | None:
+    """What is wrong with the size of the shard at `url`, in a few words, or None."""
     try:
         found = storage.size(url)
     except FileNotFoundError:
@@ -252,42 +249,33 @@ def save_manifest(manifest: Manifest, url: str | Path) -> None:
 
 
 def load_manifest(url: str | Path) -> Manifest:
-    """The manifest at `url`. Raises in one line if it is not there, is none, or lists no shards."""
+    """The manifest at `url`. Raises in one line if it is not there, is none, contradicts itself, or lists no shards."""
     if not storage.exists(url):
         raise FileNotFoundError(f"no manifest {url}; it is written last, so run the encode command (again) to its end")
-    try:
-        loaded = json.loads(storage.read_bytes(url))
-    except ValueError as error:
-        raise ValueError(f"{url} is not valid JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{url} is no manifest: it must hold an object")
-    manifest = build(Manifest, loaded, f"{url}: ")
+    manifest = build_from(Manifest, parse_object(storage.read_bytes(url), url), url)
     if not manifest.shards:
         raise ValueError(f"{url} lists no shards; encode some episodes first")
+    _require_sound(manifest, str(url))
     return manifest
 
 
-def verify_set(url: str | Path, sample: int | None = None, seed: int | None = None) -> list[str]:
-    """A line per fault of the set behind the manifest at `url`: shards missing, truncated, altered, strange, twice.
+def clip_latents(layout: str, frames: int) -> int:
+    """Latent frames of a clip of so many pixel frames."""
+    return frames // CHUNK_FRAMES * CHUNK_LATENTS if layout == "chunked" else 1 + (frames - 1) // TEMPORAL
 
-    With `sample`, the bytes of so many shards are read, drawn anew each time unless there is a `seed`; of the others,
-    sizes and indexes are compared.
-    """
-    manifest, faults = load_manifest(url), []
-    count = len(manifest.shards) if sample is None else min(max(0, sample), len(manifest.shards))
-    read = set(random.Random(seed).sample(range(len(manifest.shards)), count))
-    keys: dict[str, str] = {}
-    for i, info in enumerate(manifest.shards):
-        shard = shard_url(url, info)
-        entries, fault = compare_shard(shard, info)
-        fault = fault or (_find_altered(shard, info, entries) if i in read else None)
-        faults += [f"{shard}: {fault}"] if fault else []
-        for entry in [] if fault else entries:
-            first = keys.setdefault(entry.key, shard)
-            faults += [f"{shard}: clip {entry.key} is in {first} too"] if first != shard else []
-    twice = Counter(info.url for info in manifest.shards)
-    faults += [f"{name}: {times} times in the manifest" for name, times in twice.items() if times > 1]
-    listed = {shard_url(url, info) for info in manifest.shards}
-    beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
-    strays = [found for found in beside if found not in listed and not storage.name_of(found).startswith(".")]
-    return faults + [f"{found}: not in the manifest" for found in strays]
+
+def _require_sound(manifest: Manifest, url: str) -> None:
+    """Raises ValueError in one line for a manifest that no encoding can have written."""
+    frames, latents, channels = manifest.clip_frames, manifest.clip_latents, manifest.latent_channels
+    off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % TEMPORAL
+    if frames < 1 or off or latents != clip_latents(manifest.layout, frames):
+        raise ValueError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
+    mean, std = manifest.latent_mean, manifest.latent_std
+    if channels < 1 or len(mean) != channels or len(std) != channels or not all(one > 0 for one in std):
+        raise ValueError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
+    for info in manifest.shards:
+        # The name alone: shards may be links to where their bytes lie, as in caches of downloads.
+        named = "/" not in require_inside(info.url, url) and info.url.isprintable()
+        if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
+            told = f"{info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
+            raise ValueError(f"{url} lists a shard that cannot be: {told}")

@@ -21,6 +21,7 @@ from data_pipeline.shards import Layout
 from data_pipeline.types import Batch, Source
 
 AHEAD = 4  # batches
+MOST_WORKERS, MOST_CLIPS = 1024, 1 << 20  # threads of a rank, clips of its batch; more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,9 @@ class Stream:
         verify: bool = True,
         shuffle: bool = True,
     ) -> None:
-        if batch < 1 or workers < 0 or not 0 <= rank < world:
-            raise ValueError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 or more, "
-                             "workers 0 or more, rank below the number of ranks")  # fmt: skip
+        if not 1 <= batch <= MOST_CLIPS or not 0 <= workers <= MOST_WORKERS or not 0 <= rank < world:
+            raise ValueError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
+                             f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip
         self.shards = Shards(sources, verify, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
         require_lanes(len(self.shards.shards), world, workers, self.shards.sources[0].path)
         self.batch, self.rank, self.world, self.workers, self.loader = batch, rank, world, workers, loader

@@ -17,6 +17,7 @@ import traceback
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from queue import Empty, Queue
 from random import Random
@@ -95,7 +96,7 @@ def supervised(targets: list[Target], seed: int, count: int | None, until: float
 
 def _watched(process: subprocess.Popen[str], until: float) -> Iterator[Tried]:
     lines: Queue[str] = Queue()
-    Thread(target=lambda: [lines.put(line) for line in [*(process.stdout or ()), ""]], daemon=True).start()
+    Thread(target=lambda: [lines.put(line) for line in chain(process.stdout or (), [""])], daemon=True).start()
     said: list[Any] = []
     watched = psutil.Process(process.pid)
     work, wall = 0.0, time.monotonic()

@@ -25,7 +25,7 @@ from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.record import RecordConfig
 from data_pipeline.shard_set import read_clips
-from data_pipeline.shards import verify_set
+from data_pipeline.verify import verify_set
 from launch.local import read_launch
 from launch.road import RoadConfig
 from model.__main__ import import_official

@@ -7,9 +7,9 @@ import av
 import numpy as np
 import psutil
 import pytest
-from tiny_recordings import FRAMES, draw_frames, write_recording
+from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, write_recording
 
-from data_pipeline.readers import read_game_frames, recording_of, split_episodes
+from data_pipeline.readers import find_recordings, read_game_frames, recording_of, split_episodes
 from data_pipeline.readers.recording import find_spans
 from data_pipeline.readers.worldloom import find_episodes, read_actions, read_episode
 from data_pipeline.video import fit_frame, frame_times, probe, read_frames, write_video
@@ -42,6 +42,56 @@ def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
         find_episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder of recordings"):
         find_episodes(tmp_path / "nowhere")
+
+
+def test_what_is_no_episode_is_named_once_and_left_out(recordings, tmp_path, capsys):
+    shutil.copytree(recordings / "episode_00000", tmp_path / "a")
+    shutil.copytree(recordings / "episode_00000", tmp_path / "__MACOSX" / "a", copy_function=lambda *_: None)
+    (tmp_path / "__MACOSX" / "a" / "._video.mp4").touch()
+    (tmp_path / "a" / "._video.mp4").write_bytes(b"of a Mac")
+    (tmp_path / "notes").mkdir()
+    for name in (".DS_Store", "README.md", "notes/todo.txt"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert [path.name for path in find_episodes(tmp_path)] == ["a"]
+    assert capsys.readouterr().err.splitlines() == [
+        f"{tmp_path}: left out, being no recordings: .DS_Store, README.md, __MACOSX, notes"
+    ]
+
+
+@pytest.mark.parametrize("name", ["video.mkv", "Video.MP4", "video.AVI", "VIDEO.mov"])
+def test_a_video_may_be_in_any_container_and_case(name, game, recordings, tmp_path):
+    shutil.copytree(recordings / "episode_00000", tmp_path / "a")
+    (tmp_path / "a" / "video.mp4").unlink()
+    container = {"k": "matroska", "A": "avi"}.get(name[-2], "mp4")
+    copy_video(recordings / "episode_00000" / "video.mp4", tmp_path / "a" / name, format=container)
+    (recording,) = find_recordings("worldloom", tmp_path)
+    (episode,) = recording.read(game)
+    assert len(list(episode.frames())) == FRAMES
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "actions.csv", "episode.json"])
+def test_a_file_that_stands_alone_is_an_episode_that_cannot_be_read(name, game, recordings, tmp_path):
+    (tmp_path / "a").mkdir()
+    shutil.copy(recordings / "episode_00000" / name, tmp_path / "a" / name)
+    (recording,) = find_recordings("worldloom", tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/a/"):
+        recording.read(game)
+
+
+def test_a_name_that_is_no_text_is_shown_and_refused(game, recordings, tmp_path):
+    shutil.copytree(recordings / "episode_00000", tmp_path / "a\udcff")
+    (recording,) = find_recordings("worldloom", tmp_path)
+    with pytest.raises(ValueError, match=r"a\\udcff' is no name in UTF-8; rename it"):
+        recording.read(game)
+
+
+def test_a_table_that_is_much_longer_than_its_video_is_not_parsed(game, recordings, tmp_path):
+    shutil.copytree(recordings / "episode_00000", tmp_path / "a")
+    with open(tmp_path / "a" / "actions.csv", "a") as file:
+        file.write("x,0,0,0,0,0,0\n" * 50_000)
+    with pytest.raises(ValueError, match=r"actions.csv has 50030 rows, its video has 30 frames"):
+        read_episode(tmp_path / "a", game)
 
 
 def test_every_nth_episode_is_held_out():
@@ -78,6 +128,8 @@ FAULTS = {
     "a mistyped key": (lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]), "missing: left; .* lef"),
     "a word": (lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]), "line 4: yaw_deg is .* no number"),
     "not a number": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,nan,0", *r[4:]]), "line 4: pitch_deg"),
+    "too large": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,1e308", *r[4:]]), "4: yaw_deg is '1e308'"),
+    "ten turns": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,-3601", *r[4:]]), "4: yaw turns by -3601"),
     "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "back must be 0 or 1"),
     "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
     "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:]]), "line 4: frame must count"),
@@ -87,6 +139,15 @@ FAULTS = {
     "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
     "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
     "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "lacks fps, frames"),
+    "no frames": (lambda f: _edit_about(f, frames=-1), "episode.json says frames -1, .*video.mp4 has 30"),
+    "frames in words": (lambda f: _edit_about(f, frames="x"), "episode.json: frames must be of type int, not 'x'"),
+    "frames null": (lambda f: _edit_about(f, frames=None), "episode.json: frames must be of type int, not None"),
+    "no height": (lambda f: _edit_about(f, height=0), "episode.json says height 0, .*video.mp4 has 32"),
+    "another width": (lambda f: _edit_about(f, width=160), "episode.json says width 160, .*video.mp4 has 48"),
+    "action space null": (lambda f: _edit_about(f, action_space=None), "episode.json: action_space holds settings"),
+    "action space empty": (lambda f: _edit_about(f, action_space={}), "episode.json lacks 'action_space.name'"),
+    "nested JSON": (lambda f: (f / "episode.json").write_text("[" * 200_000), "episode.json is not valid JSON"),
+    "two videos": (lambda f: shutil.copy(f / "video.mp4", f / "Video.MKV"), "holds Video.MKV and video.mp4; leave the"),
     "another fps": (lambda f: _edit_about(f, fps=30.0), "30.0 fps, the game 'tiny' has 17.5"),
     "another fps in the video": (_other_fps, "runs at 30 fps, the game 'tiny' at 17.5"),
     "another action space": (lambda f: _edit_about(f, action_space=SPACE), "'other' .jump; no mouse.*'tiny' .forward"),
@@ -109,16 +170,9 @@ def test_a_fault_is_one_line_that_names_the_file(fault, game, recordings, tmp_pa
 def test_a_video_that_ends_early_though_its_header_is_whole_is_found(game, recordings, tmp_path):
     folder = tmp_path / "episode_00000"
     shutil.copytree(recordings / "episode_00000", folder)
-    whole, header_first = str(recordings / "episode_00000" / "video.mp4"), {"movflags": "faststart"}
-    with av.open(whole) as source, av.open(str(folder / "video.mp4"), "w", options=header_first) as target:
-        stream = target.add_stream_from_template(source.streams.video[0])
-        for packet in source.demux(source.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                target.mux(packet)
-    episode = read_episode(folder, game)
-    assert len(list(episode.frames())) == FRAMES
-    _cut(folder, 0.7)
+    end_early(folder, share=1.0)
+    assert len(list(read_episode(folder, game).frames())) == FRAMES
+    end_early(folder)
     with pytest.raises(ValueError, match=r"video.mp4 .*truncated"):
         list(read_episode(folder, game).frames())
 

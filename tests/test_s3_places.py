@@ -27,8 +27,8 @@ from data_pipeline.readers import READERS, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
 from data_pipeline.s3 import DOWNLOADS
 from data_pipeline.shard_set import TRIES
-from data_pipeline.shards import verify_set
 from data_pipeline.stream import LoaderConfig, Stream
+from data_pipeline.verify import verify_set
 from model.official import WEIGHTS_NAME
 from model.weights import load_weights, save_weights
 from sampling.__main__ import VERBS

@@ -1,5 +1,6 @@
 """Synthetic recordings, written by the recorder's own writer."""
 
+import av
 import cv2
 import numpy as np
 
@@ -22,3 +23,31 @@ def write_recording(folder, game, frames=FRAMES, seed=0):
     """One episode folder."""
     pictures, keyboard, mouse_deg = draw_frames(game, frames, seed)
     write_episode(folder, {**describe_episode(game, frames), "seed": seed}, pictures, keyboard, mouse_deg)
+
+
+def copy_video(source, target, **how):
+    """The same pictures in another container."""
+    with av.open(str(source)) as whole, av.open(str(target), "w", **how) as copy:
+        stream = copy.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(whole.streams.video[0]):
+            if packet.dts is not None:
+                packet.stream = stream
+                copy.mux(packet)
+
+
+def end_early(folder, share=0.7):
+    """Cuts the video of an episode; what is in front of it still promises all frames."""
+    video, whole = folder / "video.mp4", folder / "whole.tmp"
+    copy_video(video, whole, format="mp4", options={"movflags": "faststart"})
+    data = whole.read_bytes()
+    whole.unlink()
+    video.write_bytes(data[: int(share * len(data))])
+
+
+def spoil_video(folder):
+    """Wipes out a part in the middle of an episode's pictures; what the video says of itself stays right."""
+    video = folder / "video.mp4"
+    data = bytearray(video.read_bytes())
+    middle = (data.index(b"mdat") + data.rindex(b"moov")) // 2
+    data[middle : middle + 300] = bytes(300)
+    video.write_bytes(data)

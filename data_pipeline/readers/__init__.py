@@ -9,12 +9,15 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from data_pipeline.readers import csgo, event_log, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
-from data_pipeline.readers.recording import Recording, recording_of
+from data_pipeline.readers.recording import Recording, VideoEpisode, recording_of, require_text_name
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
 from data_pipeline.video import fit_frame
 
-__all__ = ["READERS", "Reader", "Recording", "find_recordings", "read_game_frames", "recording_of", "split_episodes"]
+__all__ = [
+    "READERS", "Reader", "Recording", "count_cut", "find_recordings", "read_game_frames", "recording_of",
+    "split_episodes",
+]  # fmt: skip
 
 T = TypeVar("T")
 Reader = Literal["worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log"]
@@ -33,14 +36,23 @@ READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
 
 def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
     """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate."""
-    return [one._replace(read=partial(_read_at_rate, one)) for one in READERS[reader](source)]
+    return [one._replace(read=partial(_read_at_rate, one, str(source))) for one in READERS[reader](source)]
 
 
-def _read_at_rate(recording: Recording, game: GameConfig) -> Sequence[Episode]:
+def _read_at_rate(recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
+    require_text_name(f"{source}/{recording.name}")
     if game.inputs.fps is None or game.inputs.fps == game.fps:
         return recording.read(game)
     recorded = recording.read(replace(game, fps=game.inputs.fps))
     return [ResampledEpisode(episode, game.fps) for episode in recorded]
+
+
+def count_cut(episodes: Sequence[Episode]) -> int:
+    """Frames of a recording, as recorded, that are in none of its `episodes`; 0 where its reader does not say."""
+    recorded = [one.recorded if isinstance(one, ResampledEpisode) else one for one in episodes]
+    videos = [one for one in recorded if isinstance(one, VideoEpisode) and one.recorded is not None]
+    whole = max((one.recorded or 0 for one in videos), default=0)
+    return max(0, whole - sum(len(one.actions) for one in videos))
 
 
 def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:

@@ -3,21 +3,36 @@
 import csv
 import importlib
 import io
-import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from configs import foreign
 from data_pipeline import storage
 from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
 from data_pipeline.video import VideoInfo, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
+VIDEOS = (
+    ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg",
+    ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".nut", ".dv", ".rm", ".rmvb",
+    ".y4m", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".obu",
+)  # fmt: skip
+LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
+TEXT_BYTES = 1 << 29  # of a log; a larger one is none
+NAMED, NAME = 5, 200  # names that one line lists, letters of each
+# What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
+BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
 class Recording(NamedTuple):
@@ -25,6 +40,12 @@ class Recording(NamedTuple):
 
     name: str
     read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+
+
+@cache
+def say(line: str) -> None:
+    """Says something about recordings on stderr; the same line just once."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -39,6 +60,7 @@ class VideoEpisode:
     width: int  # px
     action_space: ActionSpace
     actions: Actions
+    recorded: int | None = None  # frames of the whole recording, where it was cut
 
     def frames(self) -> Iterator[np.ndarray]:
         """Every frame in order, (h w 3) uint8 RGB, as recorded."""
@@ -71,8 +93,8 @@ def cut_video(
     episodes = []
     for first, end in spans:
         part = name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
-        size = info.height, info.width
-        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, actions[first:end]))
+        size, rows = (info.height, info.width), actions[first:end]
+        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, rows, info.frames))
     return episodes
 
 
@@ -111,6 +133,24 @@ def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
         raise ValueError(f"{log} has {rows} rows, {video} has {info.frames} frames; there must be one row per frame")
 
 
+def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path]:
+    """The folders directly in `source` that hold a recording, by name. What else lies there is left out, and one line
+    on stderr says what; names that begin with a dot are unfinished ones or the system's."""
+    listed = _list_all(source)
+    found = [path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)]
+    names = {path.name for path in found}
+    others = [path.name for path in listed if path.name not in names]
+    if others and os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"{source}: left out, being no recordings: {list_names(others)}")
+    return found
+
+
+def list_names(names: Sequence[str]) -> str:
+    """The first few names, in one line."""
+    shown = [name if name.isprintable() else repr(name) for name in (name[:NAME] for name in names[:NAMED])]
+    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+
+
 def list_folders(source: str | Path) -> list[Path]:
     """The folders directly in `source`, by name. Names that begin with a dot are unfinished ones."""
     return [path for path in _list(source) if path.is_dir()]
@@ -122,10 +162,24 @@ def list_files(source: str | Path, *suffixes: str) -> list[Path]:
 
 
 def _list(source: str | Path) -> list[Path]:
+    return [path for path in _list_all(source) if not path.name.startswith(".")]
+
+
+def _list_all(source: str | Path) -> list[Path]:
     source = storage.path(source)
     if not source.is_dir():
         raise FileNotFoundError(f"no folder of recordings {source}")
-    return sorted(path for path in source.iterdir() if not path.name.startswith("."))
+    return sorted(source.iterdir())
+
+
+def require_text_name(where: str) -> None:
+    """Raises ValueError for a name that is no text: neither JSON nor a shard could hold it."""
+    try:
+        where.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -135,38 +189,43 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
     """The object that `text` is; `where` names it in errors."""
-    loaded = parse_json_value(text, where)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{where} must hold an object")
-    return loaded
+    return foreign.parse_object(text, where)
 
 
 def parse_json_value(text: str, where: str) -> Any:
     """Whatever the JSON `text` is."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    return foreign.parse_json(text, where)
 
 
 def read_text(path: Path) -> str:
     """A file's text."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
+    if storage.size(path) > TEXT_BYTES:
+        raise ValueError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {TEXT_BYTES}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text: {error}") from error
 
 
-def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows of a table, each row with its line's number in the file; empty lines are left out."""
+def read_csv(path: Path, frames: int | None = None) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header and the rows of a table, each row with its line's number in the file; empty lines are left out.
+
+    With `frames`, those of its video, a table that has more rows is refused before they take memory.
+    """
     reader = csv.reader(io.StringIO(read_text(path), newline=""))
     try:
         header = [name.strip() for name in next(reader, [])]
-        rows = [(reader.line_num, row) for row in reader if row]
+        numbered = ((reader.line_num, row) for row in reader if row)
+        rows = list(islice(numbered, frames))
+        more = sum(1 for _ in numbered)
     except csv.Error as error:
         raise ValueError(f"{path} line {reader.line_num}: {error}") from error
+    if more:
+        raise ValueError(
+            f"{path} has {len(rows) + more} rows, its video has {frames} frames; there must be one row per frame"
+        )
     for line, row in rows:
         if len(row) != len(header):
             raise ValueError(f"{path} line {line}: {len(row)} cells, the header has {len(header)}")
@@ -174,13 +233,14 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def read_number(value: Any, where: str) -> float:
-    """A finite number, given as one or as its text; `where` names it in errors."""
+    """A number that float32 can hold, given as one or as its text; `where` names it in errors."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise ValueError(f"{where} is {value!r}, which is no number")
+    if not abs(number) <= LARGEST or isinstance(value, bool):
+        limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
+        raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
 
 

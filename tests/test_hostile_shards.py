@@ -1,0 +1,284 @@
+"""Manifests, plans, indexes, shards and claims that others wrote: each fault is one line that names its file."""
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from configs.cli import run
+from configs.files import sha256_file
+from data_pipeline.__main__ import VERBS
+from data_pipeline.claims import Claims, this_machine
+from data_pipeline.encode import encode_recordings
+from data_pipeline.shard_set import Shards
+from data_pipeline.shards import load_manifest, read_index, save_manifest, write_shard
+from data_pipeline.stream import Stream
+from data_pipeline.types import Clip
+from data_pipeline.verify import verify_set
+
+DEEP = "[" * 200_000
+
+
+@pytest.fixture
+def copied(encoded, tmp_path) -> Path:
+    """A copy of the train set, to be spoilt."""
+    shutil.copytree(f"{encoded}/train", tmp_path / "train")
+    return tmp_path / "train"
+
+
+def edit(path: Path, change: Callable[[Any], object]) -> None:
+    loaded = json.loads(path.read_text())
+    change(loaded)
+    path.write_text(json.dumps(loaded))
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What a verb says in the one line with which it ends with 1 or 2."""
+    capsys.readouterr()
+    status = run("data_pipeline", VERBS, list(words))
+    printed = capsys.readouterr()
+    line = printed.err if status == 2 else printed.out.splitlines()[0] + "\n"
+    assert status in (1, 2) and line.count("\n") == 1 and "Traceback" not in line and len(line) < 600
+    return line
+
+
+MANIFESTS = {
+    "clips of fewer than no frames": lambda m: m.update(clip_frames=-9),
+    "a million million latents": lambda m: m.update(clip_latents=10**9),
+    "a layout that the frames do not have": lambda m: m.update(layout="continuous"),
+    "no deviation": lambda m: m.update(latent_std=[0.0] * 16),
+    "no means": lambda m: m.update(latent_mean=[]),
+    "no channels": lambda m: m.update(latent_channels=0, latent_mean=[], latent_std=[]),
+    "a name that leaves the folder": lambda m: m["shards"][0].update(url="../train/shard-000000.tar"),
+    "an absolute name": lambda m: m["shards"][0].update(url="/etc/passwd"),
+    "a name in another folder": lambda m: m["shards"][0].update(url="a/shard-000000.tar"),
+    "a name that is no text": lambda m: m["shards"][0].update(url="\ud800.tar"),
+    "a name with a NUL": lambda m: m["shards"][0].update(url="a\0.tar"),
+    "fewer than no clips": lambda m: m["shards"][0].update(clips=-1),
+    "more clips than fit in memory": lambda m: m["shards"][0].update(clips=10**13, bytes=10**18),
+    "shards that are no list": lambda m: m.update(shards={"0": 1}),
+    "a shard that is a number": lambda m: m.update(shards=[1]),
+    "a game that is null": lambda m: m.update(game=None),
+    "a setting nobody knows": lambda m: m.update(clip_frame=9),
+}
+
+
+@pytest.mark.parametrize("verb", ["verify", "inspect", "bench"])
+@pytest.mark.parametrize("fault", MANIFESTS)
+def test_a_manifest_that_contradicts_itself_is_one_line(fault, verb, copied, capsys):
+    edit(copied / "manifest.json", MANIFESTS[fault])
+    assert f"{copied}/manifest.json" in said(capsys, verb, f"{copied}/manifest.json")
+
+
+@pytest.mark.parametrize("text", [DEEP, '{"a":' * 200_000, "\xff", "", "3", '{"clip_frames": 1e999}', "{" + "9" * 5000])
+def test_a_manifest_that_is_none_is_one_line(text, copied, capsys):
+    (copied / "manifest.json").write_bytes(text.encode("latin-1"))
+    for verb in ("verify", "inspect"):
+        assert f"{copied}/manifest.json" in said(capsys, verb, f"{copied}/manifest.json")
+
+
+def test_a_shard_that_is_listed_twice_is_refused_wherever_clips_are_read(copied, capsys):
+    edit(copied / "manifest.json", lambda m: m["shards"].append(m["shards"][0]))
+    assert "shard-000000.tar 2 times" in said(capsys, "inspect", f"{copied}/manifest.json")
+    assert "shard-000000.tar: 2 times in the manifest" in verify_set(copied / "manifest.json")[-1]
+
+
+def test_a_shard_may_be_a_link_to_where_its_bytes_lie(copied, tmp_path):
+    shutil.move(copied / "shard-000001.tar", tmp_path / "blob")
+    (copied / "shard-000001.tar").symlink_to("../blob")
+    assert verify_set(copied / "manifest.json") == []
+
+
+INDEXES = {
+    "a clip of 10^12 bytes": lambda i: i["clips"][0].__setitem__(4, 10**12),
+    "a clip behind the end": lambda i: i["clips"][0].__setitem__(3, 10**9),
+    "a clip in front of the beginning": lambda i: i["clips"][0].__setitem__(3, -512),
+    "an offset that is a text": lambda i: i["clips"][0].__setitem__(3, "512"),
+    "an offset with a fraction": lambda i: i["clips"][0].__setitem__(3, 512.0),
+    "an episode that is null": lambda i: i["clips"][0].__setitem__(1, None),
+    "a clip that is a number": lambda i: i["clips"].__setitem__(0, 7),
+    "a clip with too few numbers": lambda i: i["clips"][0].pop(),
+    "clips that are null": lambda i: i.update(clips=None),
+    "clips that are a number": lambda i: i.update(clips=3),
+    "a shard that is a list": lambda i: i.update(shard=[]),
+    "no shard": lambda i: i.pop("shard"),
+    "what was left out, a number": lambda i: i.update(left_out=5),
+}
+
+
+@pytest.mark.parametrize("fault", INDEXES)
+def test_an_index_that_is_wrong_is_one_line(fault, copied, capsys):
+    edit(copied / "shard-000000.index.json", INDEXES[fault])
+    for verb in ("verify", "inspect", "bench"):
+        assert f"{copied}/shard-000000.index.json" in said(capsys, verb, f"{copied}/manifest.json")
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "3", '"text"', "1.5", "null", "\xff"])
+def test_an_index_that_is_none_is_one_line(text, copied, capsys):
+    (copied / "shard-000000.index.json").write_bytes(text.encode("latin-1"))
+    for verb in ("verify", "inspect"):
+        assert f"{copied}/shard-000000.index.json" in said(capsys, verb, f"{copied}/manifest.json")
+
+
+def spoil_header(data: bytes, header: bytes) -> bytes:
+    """A packed clip with another header, as long as before."""
+    length = int.from_bytes(data[:8], "little")
+    return data[:8] + header[:length].ljust(length) + data[8 + length :]
+
+
+def latents(dtype: object = "BF16", shape: object = [1], offsets: object = [0, 2]) -> bytes:
+    return json.dumps({"latents": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+
+
+HEADERS = {
+    "nested": b'{"a":' + b"[" * 5000,
+    "no JSON": b"{",
+    "a list": b"[]",
+    "a tensor that is a number": b'{"latents": 3}',
+    "a dtype that is a list": latents(dtype=[]),
+    "a negative shape": latents(shape=[-1, -1]),
+    "a shape of texts": latents(shape=["x"]),
+    "a shape of fractions": latents(shape=[1.0]),
+    "a huge shape": latents(shape=[10**30]),
+    "offsets that are a text": latents(offsets="x"),
+    "no offsets": b'{"latents": {"dtype": "BF16", "shape": [1]}}',
+}
+
+
+def put_in(copied: Path, spoil: Callable[[bytes], bytes]) -> None:
+    """Rewrites the first clip of shard 0; manifest and index speak of the new bytes."""
+    manifest, url = load_manifest(copied / "manifest.json"), copied / "shard-000000.tar"
+    with tarfile.open(url) as tar:
+        found = [(member, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    with tarfile.open(url, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (member, data) in enumerate(found):
+            changed = spoil(data) if i == 1 else data
+            member.size = len(changed)
+            tar.addfile(member, io.BytesIO(changed))
+    digest = sha256_file(url)
+    info = replace(manifest.shards[0], sha256=digest, bytes=url.stat().st_size)
+    save_manifest(replace(manifest, shards=(info, *manifest.shards[1:])), copied / "manifest.json")
+    facts = {"sha256": info.sha256, "bytes": info.bytes}
+    edit(url.with_name("shard-000000.index.json"), lambda i: i["shard"].update(facts))
+
+
+@pytest.mark.parametrize("fault", HEADERS)
+def test_a_clip_with_a_hostile_header_is_one_line(fault, copied, capsys):
+    put_in(copied, lambda data: spoil_header(data, HEADERS[fault]))
+    for verb in ("verify", "inspect"):
+        assert f"{copied}/shard-000000.tar" in said(capsys, verb, f"{copied}/manifest.json")
+    with pytest.raises(ValueError, match=f"{copied}/shard-000000.tar"):
+        Stream(copied / "manifest.json", batch=8, seed=0, workers=0).batch_at(0)
+
+
+def rewrite(copied: Path, change: Callable[[Clip], Clip]) -> None:
+    """Writes shard 0 anew with its first clip changed, as an encoder would have."""
+    manifest, shards = load_manifest(copied / "manifest.json"), Shards(copied / "manifest.json")
+    clips = [shards.clip(number) for number in range(manifest.shards[0].clips)]
+    info = write_shard(copied, "shard-000000.tar", [change(clips[0]), *clips[1:]])
+    save_manifest(replace(manifest, shards=(info, *manifest.shards[1:])), copied / "manifest.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("latents", "nan"), ("latents", "inf"), ("mouse", "inf"), ("keyboard", "nan")]
+)
+def test_verify_finds_values_that_are_not_finite(name, value, copied, capsys):
+    def change(clip: Clip) -> Clip:
+        values = getattr(clip, name).clone()
+        values.view(-1)[3] = float(value)
+        return replace(clip, **{name: values})
+
+    rewrite(copied, change)
+    line = said(capsys, "verify", f"{copied}/manifest.json")
+    assert f"shard-000000.tar: a clip at frame 0 has {name} that are not finite" in line
+
+
+@pytest.mark.parametrize("name", ["latents", "keyboard", "mouse"])
+def test_clips_of_another_size_than_the_manifest_says_are_one_line(name, copied, capsys):
+    rewrite(copied, lambda clip: replace(clip, **{name: getattr(clip, name)[..., :1].contiguous()}))
+    for verb in ("verify", "inspect"):
+        assert f"{name} of the shape" in said(capsys, verb, f"{copied}/manifest.json")
+    with pytest.raises(ValueError, match=r"shard-000000\.tar: clip episode_00000-000000 has"):
+        Stream(copied / "manifest.json", batch=8, seed=0, workers=0).batch_at(0)
+
+
+@pytest.mark.parametrize("text", [DEEP, "[]", "null", "\xff", '{"clip_frames": 1e999}'])
+def test_a_plan_that_is_none_is_one_line(text, encode_config, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    (tmp_path / "out/train/plan.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"out/train/plan\.json") as error:
+        encode_recordings(replace(encode_config, out=str(tmp_path / "out")))
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_plan_that_says_nothing_of_something_is_another_plan(encode_config, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "out")
+    edit(tmp_path / "out/train/plan.json", lambda p: p["game"]["inputs"].update(nothing=None))
+    with pytest.raises(ValueError, match="game inputs nothing was None, is None"):
+        encode_recordings(replace(encode_config, out=str(tmp_path / "out")))
+
+
+@pytest.mark.parametrize("pid", ['"../../etc"', "[]", "null", "1e999", "-1", "true"])
+def test_a_hostile_claim_runs_out_like_any_other(pid, tmp_path):
+    now = [0.0]
+    claims = Claims(tmp_path, stale_s=60, clock=lambda: now[0])
+    for unit, text in (("a", f'{{"host": {json.dumps(this_machine())}, "pid": {pid}, "started": "5"}}'), ("b", DEEP)):
+        (tmp_path / f"{unit}.claim").write_text(text)
+        now[0] = 0
+        taken = claims.take(unit)
+        now[0] = 61
+        assert taken or claims.take(unit)
+
+
+def test_clearing_claims_deletes_nothing_else(tmp_path):
+    (tmp_path / "insurance.pdf").touch()
+    claims = Claims(tmp_path, stale_s=60)
+    assert claims.take("a")
+    claims.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["insurance.pdf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stale_s", "nan"), ("stale_s", "inf"), ("stale_s", "1e12"), ("clip_frames", 9 * 10**12), ("batch", 10**9),
+     ("stride", 10**18), ("shard_clips", 0), ("shard_clips", 10**18), ("stride", -1)],
+)  # fmt: skip
+def test_sizes_have_bounds(name, value, encode_config):
+    with pytest.raises(ValueError, match=f"^{name}=.* must be"):
+        replace(encode_config, **{name: float(value) if name == "stale_s" else value})
+
+
+@pytest.mark.parametrize("word", ["workers=[1000000000]", "repeats=1000000000000", "batch=0"])
+def test_the_bench_has_bounds(word, encoded, capsys):
+    assert "must be positive" in said(capsys, "bench", f"{encoded}/train/manifest.json", word)
+
+
+@pytest.mark.parametrize("out", ["{source}", "{source}/sub", "{source}/../{name}/a/b", "s3://raw/doom/latents"])
+def test_shards_do_not_go_among_the_recordings(out, encode_config):
+    source = "s3://raw/doom" if out.startswith("s3:") else encode_config.source
+    config = replace(encode_config, source=source, out=out.format(source=source, name=Path(source).name))
+    with pytest.raises(ValueError, match=r"lies in source=.*, among the recordings; give another out="):
+        encode_recordings(config)
+
+
+def test_a_codec_that_makes_no_numbers_is_refused(encode_config, tmp_path):
+    shutil.copytree(encode_config.codec, tmp_path / "codec")
+    path = tmp_path / "codec" / "model.safetensors"
+    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(path).items()}
+    save_file(weights, path)
+    with pytest.raises(ValueError, match=r"codec=.* makes latents of episode_00000.* not finite"):
+        encode_recordings(replace(encode_config, codec=str(tmp_path / "codec"), out=str(tmp_path / "out")))
+    assert not list((tmp_path / "out").rglob("*.tar"))
+
+
+def test_inspect_looks_at_no_more_clips_than_there_are(encoded, capsys):
+    assert run("data_pipeline", VERBS, ["inspect", f"{encoded}/train/manifest.json", "looked_at=1000000000000"]) == 0
+    assert read_index(f"{encoded}/train/shard-000000.tar").left_out == {}
