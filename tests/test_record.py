@@ -16,9 +16,10 @@ import pytest
 
 from configs import load_config
 from configs.cli import run
+from data_pipeline import claims, storage
 from data_pipeline.__main__ import VERBS
 from data_pipeline.readers import read_game_frames
-from data_pipeline.readers.worldloom import find_episodes, read_episode
+from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, find_episodes, read_episode
 from data_pipeline.record import (
     Explorer,
     RecordConfig,
@@ -76,6 +77,19 @@ def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
     assert run("data_pipeline", VERBS, words) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and "recorded with seed 3, not 4" in said[0]
+
+
+def test_a_bucket_in_which_another_one_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "STALE_S", 0.5)
+    other = claims.Claims(bucket_folder, 60.0)
+    assert other.take("record")
+    words = ["record", DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
+    assert run("data_pipeline", VERBS, words) == 2
+    assert f"{bucket_folder} is in use by another record, which says so in record.claim" in capsys.readouterr().err
+    assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
+    other.release("record")
+    assert run("data_pipeline", VERBS, words) == 0
+    assert list(storage.list_tree(bucket_folder)) == [f"episode_00000/{name}" for name in (ACTIONS, ABOUT, VIDEO)]
 
 
 def test_yaw_and_pitch_are_what_the_view_turns_by():

@@ -209,6 +209,13 @@ def test_a_url_leads_to_no_place_outside_of_the_cache(url, own_cache) -> None:
         cache.run_folder(url)
 
 
+@pytest.mark.parametrize("told", ["inf", "nan", "much"])
+def test_a_limit_of_the_cache_that_is_no_number_is_one_line(told, monkeypatch) -> None:
+    monkeypatch.setenv("WORLDLOOM_CACHE_GB", told)
+    with pytest.raises(ValueError, match=f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes"):
+        cache.limit_bytes()
+
+
 def test_nobody_else_can_look_into_the_cache(bucket_folder, own_cache) -> None:
     own_cache.mkdir()
     (own_cache / "copies").mkdir(mode=0o755)  # of an earlier version

@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
@@ -65,7 +66,12 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
 
 
 def check_out(config: TrainConfig) -> None:
-    """Raises OSError in one line if `out` cannot become a run's folder; nothing is made."""
+    """Raises OSError or ValueError in one line if `out` cannot become a run's folder, or lies in what the run reads;
+    nothing is made."""
+    sets = [storage.parent(one.path) for one in config.sources]
+    heldout = config.validation.manifest and storage.parent(config.validation.manifest)
+    read = {"manifest": sets, "validation.manifest": heldout, "codec": config.codec, "resume": config.resume}
+    require_other_files([config.out, config.checkpoints], read)
     if storage.is_s3(config.out):
         return
     place = Path(config.out).absolute()
