@@ -65,6 +65,7 @@ class InputConfig:
     columns: dict[str, str] = field(default_factory=dict)  # event_log: time, kind, key, ...: what the log calls them
     kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # event_log: press, release, ...: the log's words
     time_unit: Literal["s", "ms", "us", "ns"] = "s"  # event_log: of the log's times
+    first_entry: Literal[0, 1, 2] = 1  # GF-Minecraft: the entry that leads on from frame 0
 
     def __post_init__(self) -> None:
         if self.axes and len(self.axes) != 2:

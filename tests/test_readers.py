@@ -78,6 +78,8 @@ FAULTS = {
     "a mistyped key": (lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]), "missing: left; .* lef"),
     "a word": (lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]), "line 4: yaw_deg is .* no number"),
     "not a number": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,nan,0", *r[4:]]), "line 4: pitch_deg"),
+    "too large": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,1e308", *r[4:]]), "4: yaw_deg is '1e308'"),
+    "ten turns": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,-3601", *r[4:]]), "4: yaw turns by -3601"),
     "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "back must be 0 or 1"),
     "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
     "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:]]), "line 4: frame must count"),

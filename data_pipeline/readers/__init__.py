@@ -44,10 +44,15 @@ def _read_at_rate(recording: Recording, game: GameConfig) -> Sequence[Episode]:
 
 
 def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:
-    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0."""
+    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0.
+
+    Those of one session count as one.
+    """
     if heldout_every < 0 or heldout_every == 1:
         raise ValueError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
-    heldout = [heldout_every > 0 and i % heldout_every == heldout_every - 1 for i in range(len(recordings))]
+    sessions = [one.session or one.name if isinstance(one, Recording) else one for one in recordings]
+    chosen = set(list(dict.fromkeys(sessions))[heldout_every - 1 :: heldout_every] if heldout_every else [])
+    heldout = [session in chosen for session in sessions]
     train = [recording for recording, held in zip(recordings, heldout, strict=True) if not held]
     return train, [recording for recording, held in zip(recordings, heldout, strict=True) if held]
 

@@ -3,21 +3,27 @@
 import csv
 import importlib
 import io
-import json
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
+from configs.foreign import parse_json, parse_object
 from data_pipeline import storage
 from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
 from data_pipeline.video import VideoInfo, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
+LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
+LARGEST_DEG = 3600.0  # of a turn in one frame: ten times around
+VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
 
 
 class Recording(NamedTuple):
@@ -25,6 +31,13 @@ class Recording(NamedTuple):
 
     name: str
     read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+    session: str | None = None  # recordings of one session are parts of one play, and held out together
+
+
+@cache
+def say(line: str) -> None:
+    """Says something about recordings on stderr; the same line just once."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -70,10 +83,14 @@ def cut_video(
     """
     episodes = []
     for first, end in spans:
-        part = name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
-        size = info.height, info.width
+        part, size = name_part(name, first, spans), (info.height, info.width)
         episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, actions[first:end]))
     return episodes
+
+
+def name_part(name: str, first: int, spans: Sequence[tuple[int, int]]) -> str:
+    """The id of the episode of the recording `name` that begins with frame `first`, of `spans` that it was cut into."""
+    return name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
 
 
 def recording_of(episode: str) -> str:
@@ -92,17 +109,33 @@ def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def find_pairs(videos: Path, logs: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each mp4 in `videos` with the log of its name in `logs`. Raises ValueError for one without the other."""
-    by_name = {path.stem: path for path in list_files(videos, ".mp4")}
-    logs_by_name = {path.stem: path for path in list_files(logs, suffix)}
-    alone = [*(by_name.keys() ^ logs_by_name.keys())]
-    if alone:
-        path = by_name.get(min(alone)) or logs_by_name[min(alone)]
-        raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
-    if not by_name:
+def find_pairs(
+    videos: Path, logs: Path, suffix: str, read: Callable[[Path, Path, GameConfig], Sequence[Episode]]
+) -> list[Recording]:
+    """Each video in `videos` with the log of its name in `logs`, to be read by `read`, in the order of their names.
+
+    One without the other is a recording that cannot be read; where there are no others, this raises ValueError.
+    """
+    found = [{}, {}]
+    for by_name, folder, suffixes in ((found[0], videos, VIDEOS), (found[1], logs, (suffix,))):
+        for path in list_files(folder, *suffixes):
+            if by_name.setdefault(path.stem, path) != path:
+                raise ValueError(f"{by_name[path.stem]} and {path} have the same name; rename one, with its {suffix}")
+    pairs = found[0].keys() & found[1].keys()
+    if not pairs:
+        for path in [*found[0].values(), *found[1].values()]:
+            _refuse_alone(path, suffix)
         raise ValueError(f"{videos} holds no .mp4 with a {suffix} each")
-    return [(by_name[name], logs_by_name[name]) for name in sorted(by_name)]
+    return [
+        Recording(name, partial(read, found[0][name], found[1][name]))
+        if name in pairs
+        else Recording(name, partial(_refuse_alone, found[0].get(name) or found[1][name], suffix))
+        for name in sorted(found[0].keys() | found[1].keys())
+    ]
+
+
+def _refuse_alone(path: Path, suffix: str, game: GameConfig | None = None) -> Sequence[Episode]:
+    raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
 
 
 def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
@@ -130,23 +163,12 @@ def _list(source: str | Path) -> list[Path]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    return parse_json(read_text(path), str(path))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """The object that `text` is; `where` names it in errors."""
-    loaded = parse_json_value(text, where)
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{where} must hold an object")
-    return loaded
+    return parse_object(read_text(path), path)
 
 
 def parse_json_value(text: str, where: str) -> Any:
     """Whatever the JSON `text` is."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {error}") from error
+    return parse_json(text, where)
 
 
 def read_text(path: Path) -> str:
@@ -174,14 +196,30 @@ def read_csv(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
 
 
 def read_number(value: Any, where: str) -> float:
-    """A finite number, given as one or as its text; `where` names it in errors."""
+    """A number that float32 can hold, given as one or as its text; `where` names it in errors."""
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or isinstance(value, bool):
-        raise ValueError(f"{where} is {value!r}, which is no number")
+    if not abs(number) <= LARGEST or isinstance(value, bool):
+        limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
+        raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
+
+
+def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+    """`degrees` (n 2) pitch, yaw, if each is a turn that one frame can hold; `where` names file and place of row i.
+
+    Raises ValueError for one that is no number or beyond `LARGEST_DEG`: the actions would be infinite, or nonsense.
+    """
+    wrong = np.argwhere(~(np.abs(degrees) <= LARGEST_DEG))
+    if len(wrong):
+        row, axis = (int(number) for number in wrong[0])
+        raise ValueError(
+            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
+            f"{LARGEST_DEG:g} is possible"
+        )
+    return degrees
 
 
 def import_extra(module: str, what: str) -> Any:

@@ -19,6 +19,7 @@ from data_pipeline import storage
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
+    check_degrees,
     check_rows,
     list_folders,
     probe_video,
@@ -106,7 +107,8 @@ def read_actions(path: str | Path, space: ActionSpace) -> Actions:
     table = np.array(numbers, dtype=np.float64).reshape(len(rows), len(header))
     _check_table(path, [line for line, _ in rows], table, header, space)
     keyboard = table[:, [header.index(key) for key in space.keys]]
-    mouse = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]] / space.mouse_unit_deg
+    degrees = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]]
+    mouse = check_degrees(degrees, lambda i: f"{path} line {rows[i][0]}") / space.mouse_unit_deg
     return Actions(keyboard.astype(np.float32), mouse.astype(np.float32))
 
 
