@@ -8,6 +8,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from foreign_games import load_game, read_all, show
 from foreign_recordings import (
@@ -17,6 +18,7 @@ from foreign_recordings import (
     gf_entries,
     write_csgo,
     write_gf,
+    write_lerobot,
     write_vpt,
 )
 
@@ -176,3 +178,17 @@ def test_csgo_is_cut_where_the_player_dies(tmp_path: Path) -> None:
     episodes = read_all("csgo", tmp_path / "csgo", game)
     assert [(one.id, len(one.actions)) for one in episodes] == [("one-f000000", 7), ("one-f000008", 4)]
     require_agreement("csgo", game, episodes)
+
+
+def test_lerobot_s_action_may_be_called_actions(tmp_path: Path) -> None:
+    source = tmp_path / "lerobot"
+    write_lerobot(source, [draw_play(6, 4, seed=seed) for seed in range(3)])
+    info = source / "meta" / "info.json"
+    info.write_text(info.read_text().replace('"action"', '"actions"'))
+    for path in source.glob("data/*/*.parquet"):
+        table = pq.read_table(path)
+        pq.write_table(table.rename_columns([name.replace("action", "actions") for name in table.column_names]), path)
+    game = load_game("lerobot", tmp_path)
+    episodes = read_all("lerobot", source, game)
+    assert len(episodes) == 3
+    require_agreement("lerobot", game, episodes)
