@@ -17,6 +17,7 @@ from foreign_recordings import (
     draw_play,
     gf_entries,
     write_csgo,
+    write_frames,
     write_gf,
     write_lerobot,
     write_vpt,
@@ -192,3 +193,64 @@ def test_lerobot_s_action_may_be_called_actions(tmp_path: Path) -> None:
     episodes = read_all("lerobot", source, game)
     assert len(episodes) == 3
     require_agreement("lerobot", game, episodes)
+
+
+def read_keys(folder: Path, rows: list[str], frames: int, *words: str) -> list[str]:
+    """What is held in each frame, by the letters w, a, s, d; `rows` is the log."""
+    shutil.rmtree(folder / "frames", ignore_errors=True)
+    write_frames(folder / "frames" / "one", draw_play(frames, 4, mouse=False), ["w", "a", "s", "d"], 20.0, first=0)
+    (folder / "frames" / "one" / "input.csv").write_text("\n".join(rows) + "\n")
+    (episode,) = read_all("frames", folder / "frames", load_game("frames", folder, *words))
+    return ["".join(key for key, held in zip("wsad", row, strict=True) if held) for row in episode.actions.keyboard]
+
+
+def test_a_key_log_without_a_header_holds_several_keys_in_a_cell_and_nothing_by_an_equals_sign(tmp_path: Path) -> None:
+    cells = ["w", "=", "WA", "A", "W", "sw"]
+    rows = [f"{cell},{100 + i / 20},{i}" for i, cell in enumerate(cells)]
+    for others in ("refuse", "drop"):
+        assert read_keys(tmp_path, rows, 6, f"game.inputs.others={others}") == ["w", "", "wa", "a", "w", "ws"]
+
+
+def test_without_a_header_the_last_row_of_a_frame_counts_and_with_one_they_add_up(tmp_path: Path) -> None:
+    rows = ["w,0,0", "d,0,0", "W,0.05,1", "=,0.05,1", "a,0.1,2", "s,0.1,2", ",0.1,2", "d,0.1,2"]
+    assert read_keys(tmp_path, rows, 3) == ["d", "", "d"]
+    assert read_keys(tmp_path, ["key,time,frame", *rows], 3) == ["wd", "w", "sad"]
+
+
+@pytest.mark.parametrize(
+    ("cell", "held"),
+    [
+        ("WQ", "w"),
+        ("qWe", "w"),
+        ("dswa", "wsad"),
+        ("w+a", "wa"),
+        ("W A", "wa"),
+        ("ww", "w"),
+        ("space", ""),
+        ("Shift", ""),
+        ("left_control", ""),
+        ("up", ""),
+        ("jump", ""),
+        (" ", ""),
+        (" W ", "w"),
+    ],
+)
+def test_to_drop_other_keys_never_drops_a_bound_one(cell: str, held: str, tmp_path: Path) -> None:
+    assert read_keys(tmp_path, [f"{cell},0,0", "d,0.05,1"], 2, "game.inputs.others=drop") == [held, "d"]
+
+
+def test_a_word_that_may_be_several_bound_keys_is_refused_even_if_others_are_dropped(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"input.csv line 2: 'wheel' may be one key or several, some of them bound"):
+        read_keys(tmp_path, ["w,0,0", "wheel,0.05,1"], 2, "game.inputs.others=drop")
+
+
+def test_what_is_no_recording_beside_folders_of_pictures_is_left_out_and_said(tmp_path: Path, capsys) -> None:
+    write_frames(tmp_path / "one", draw_play(3, 4, mouse=False), ["w", "a", "s", "d"], 20.0)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    (tmp_path / "two" / "input.csv").unlink()
+    (tmp_path / "__MACOSX").mkdir()
+    one, two = find_recordings("frames", tmp_path)
+    assert (one.name, two.name) == ("one", "two")  # pictures without a log are a bad recording
+    with pytest.raises(ValueError, match=r"two has pictures, but no input\.csv"):
+        two.read(load_game("frames", tmp_path))
+    assert "left out __MACOSX, without pictures and input.csv" in capsys.readouterr().err
