@@ -15,6 +15,7 @@ from foreign_recordings import (
     read_picture,
     write_csgo,
     write_event_log,
+    write_fastvideo,
     write_frames,
     write_gf,
     write_lerobot,
@@ -34,6 +35,10 @@ OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the format
     "frames": (20, {"keys": WASD}),
     "lerobot": (20, {"keys": WASD, "axes": ["look_down", "look_right"], "pitch_deg": -3, "yaw_deg": 3}),
     "owl_control": (60, {"keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05}),
+    "fastvideo": (
+        25,
+        {"keys": {"forward": ["0"], "left": ["1"], "back": ["2"], "right": ["3"]}, "pitch_deg": 30, "yaw_deg": 30},
+    ),
 }
 # VPT's frames are kept between GUIs in 12 to 14 and in 16, and cut where ticks are left out before 30.
 VPT_SPANS = [(0, 12), (15, 16), (17, 30), (30, 40)]
@@ -45,6 +50,7 @@ LENGTHS = {  # of the episodes of each format
     "lerobot": [31, 25, 28],
     "owl_control": [40],
     "event_log": [40, 40],
+    "fastvideo": [40, 30],
 }
 
 
@@ -59,6 +65,7 @@ def write_all(root: Path) -> dict[str, Path]:
     write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
     for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
         write_event_log(root / "event_log" / name, play, log_rows(play))
+    write_fastvideo(root / "fastvideo", {"one": draw_play(40, 4), "two/three": draw_play(30, 4, seed=1)})
     return {path.name: path for path in root.iterdir()}
 
 

@@ -245,7 +245,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
         read_all(reader, sources[reader], load_game(reader, tmp_path))
 
 
-@pytest.mark.parametrize("reader", ["frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log"])
+@pytest.mark.parametrize("reader", ["frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo"])
 def test_a_folder_of_something_else_is_refused(reader: Reader, tmp_path: Path) -> None:
     (tmp_path / "else").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "else")):
