@@ -20,6 +20,7 @@ from foreign_recordings import (
     write_gf,
     write_lerobot,
     write_owl,
+    write_table,
     write_vpt,
 )
 
@@ -29,7 +30,13 @@ from data_pipeline.types import Episode, GameConfig
 from train.codec import CodecTrainConfig
 
 GAMES = Path(__file__).parent.parent / "configs" / "games"
-PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo", "event_log": "own_recorder"}
+PRESETS = {
+    "vpt": "minecraft_vpt",
+    "gf_minecraft": "minecraft_gf",
+    "csgo": "csgo",
+    "event_log": "own_recorder",
+    "table": "own_table",
+}
 WASD = {"forward": ["w"], "back": ["s"], "left": ["a"], "right": ["d"]}
 OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the formats that have no game of their own
     "frames": (20, {"keys": WASD}),
@@ -51,6 +58,7 @@ LENGTHS = {  # of the episodes of each format
     "owl_control": [40],
     "event_log": [40, 40],
     "fastvideo": [40, 30],
+    "table": [40, 30],
 }
 
 
@@ -66,6 +74,8 @@ def write_all(root: Path) -> dict[str, Path]:
     for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
         write_event_log(root / "event_log" / name, play, log_rows(play))
     write_fastvideo(root / "fastvideo", {"one": draw_play(40, 4), "two/three": draw_play(30, 4, seed=1)})
+    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(30, 5, seed=1))):
+        write_table(root / "table" / name, play)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -253,4 +253,4 @@ def test_what_is_no_recording_beside_folders_of_pictures_is_left_out_and_said(tm
     assert (one.name, two.name) == ("one", "two")  # pictures without a log are a bad recording
     with pytest.raises(ValueError, match=r"two has pictures, but no input\.csv"):
         two.read(load_game("frames", tmp_path))
-    assert "left out __MACOSX, without pictures and input.csv" in capsys.readouterr().err
+    assert "left out __MACOSX: without pictures and input.csv" in capsys.readouterr().err

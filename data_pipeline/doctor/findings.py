@@ -14,7 +14,7 @@ Fault = Literal[
 ]  # fmt: skip
 NAMED = 6  # recordings; of more their number is said
 # Readers that take the degrees of the mouse's units from the game's YAML; others know them by their format.
-SCALED: tuple[Reader, ...] = ("csgo", "lerobot", "owl_control", "event_log")
+SCALED: tuple[Reader, ...] = ("csgo", "lerobot", "owl_control", "event_log", "table")
 
 
 @dataclass(frozen=True)

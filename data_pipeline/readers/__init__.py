@@ -8,7 +8,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from data_pipeline.readers import csgo, event_log, fastvideo, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
+from data_pipeline.readers import (
+    csgo,
+    event_log,
+    fastvideo,
+    frames,
+    gf_minecraft,
+    lerobot,
+    owl_control,
+    table,
+    vpt,
+    worldloom,
+)
 from data_pipeline.readers.recording import Recording, recording_of
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
@@ -17,7 +28,9 @@ from data_pipeline.video import fit_frame
 __all__ = ["READERS", "Reader", "Recording", "find_recordings", "read_game_frames", "recording_of", "split_episodes"]
 
 T = TypeVar("T")
-Reader = Literal["worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo"]
+Reader = Literal[
+    "worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"
+]
 
 READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
     "worldloom": worldloom.find_recordings,
@@ -29,6 +42,7 @@ READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
     "owl_control": owl_control.find_recordings,
     "event_log": event_log.find_recordings,
     "fastvideo": fastvideo.find_recordings,
+    "table": table.find_recordings,
 }
 
 

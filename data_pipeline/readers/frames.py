@@ -31,7 +31,7 @@ from data_pipeline.readers.recording import (
     list_folders,
     read_csv,
     read_number,
-    say,
+    say_left_out,
 )
 from data_pipeline.types import Actions, ActionSpace, GameConfig
 
@@ -67,9 +67,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
     inner = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
     folders = [folder for folder in inner if (folder / LOG).is_file() or list_pictures(folder)]
-    if len(folders) < len(inner):
-        names = ", ".join(folder.name for folder in inner if folder not in folders)
-        say(f"{source}: left out {names:.500}, without pictures and {LOG}")
+    say_left_out(source, [folder for folder in inner if folder not in folders], f"without pictures and {LOG}")
     if not folders:
         raise ValueError(f"{source} holds no folders with pictures and {LOG}")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]

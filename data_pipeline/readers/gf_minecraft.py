@@ -47,7 +47,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     videos = folders.get("video") or folders.get("videos")
     if videos is None or "metadata" not in folders:
         raise ValueError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    return find_pairs(videos, folders["metadata"], ".json", read_pair)
+    return find_pairs(videos, folders["metadata"], (".json",), read_pair)
 
 
 def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:

@@ -40,6 +40,13 @@ def say(line: str) -> None:
     tqdm.write(line, file=sys.stderr)
 
 
+def say_left_out(source: str | Path, folders: Sequence[Path], why: str) -> None:
+    """Says which folders are no recordings, if any."""
+    if folders:
+        more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
+        say(f"{source}: left out {', '.join(one.name for one in folders[:5])}{more}: {why}")
+
+
 @dataclass(frozen=True)
 class VideoEpisode:
     """Frames `first` to `first` + n of a video with their n actions; frames are decoded when asked for."""
@@ -110,17 +117,17 @@ def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
 
 
 def find_pairs(
-    videos: Path, logs: Path, suffix: str, read: Callable[[Path, Path, GameConfig], Sequence[Episode]]
+    videos: Path, logs: Path, suffixes: tuple[str, ...], read: Callable[[Path, Path, GameConfig], Sequence[Episode]]
 ) -> list[Recording]:
     """Each video in `videos` with the log of its name in `logs`, to be read by `read`, in the order of their names.
 
     One without the other is a recording that cannot be read; where there are no others, this raises ValueError.
     """
-    found = [{}, {}]
-    for by_name, folder, suffixes in ((found[0], videos, VIDEOS), (found[1], logs, (suffix,))):
-        for path in list_files(folder, *suffixes):
+    suffix, found = " or ".join(suffixes), [{}, {}]
+    for by_name, folder, kinds in ((found[0], videos, VIDEOS), (found[1], logs, suffixes)):
+        for path in list_files(folder, *kinds):
             if by_name.setdefault(path.stem, path) != path:
-                raise ValueError(f"{by_name[path.stem]} and {path} have the same name; rename one, with its {suffix}")
+                raise ValueError(f"{by_name[path.stem]} and {path} have the same name; rename or delete one")
     pairs = found[0].keys() & found[1].keys()
     if not pairs:
         for path in [*found[0].values(), *found[1].values()]:

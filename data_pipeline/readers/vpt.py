@@ -61,7 +61,7 @@ class Tick(NamedTuple):
 
 def find_recordings(source: str | Path) -> list[Recording]:
     """The pairs directly in `source`, by name."""
-    recordings = find_pairs(storage.path(source), storage.path(source), ".jsonl", read_pair)
+    recordings = find_pairs(storage.path(source), storage.path(source), (".jsonl",), read_pair)
     return [one._replace(session=part[1]) if (part := PART.fullmatch(one.name)) else one for one in recordings]
 
 
