@@ -29,7 +29,6 @@ from data_pipeline import storage
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
 from data_pipeline.readers.recording import (
     Recording,
-    check_degrees,
     find_spans,
     import_extra,
     list_files,
@@ -111,7 +110,7 @@ def read_file(path: Path, game: GameConfig) -> list[HDF5Episode]:
     table = np.stack(rows)[:, len(NAMES) :]
     x, y = table[:, : len(MOUSE_X)] @ np.array(MOUSE_X), table[:, len(MOUSE_X) :] @ np.array(MOUSE_Y)
     degrees = np.stack([y * game.inputs.pitch_deg, x * game.inputs.yaw_deg], axis=1)
-    actions = Actions(np.stack(keyboard), mouse_rows(game, check_degrees(degrees, lambda i: f"{path} frame_{i}_y")))
+    actions = Actions(np.stack(keyboard), mouse_rows(game, degrees, lambda i: f"{path} frame_{i}_y"))
     spans = find_spans(~died, np.zeros(len(died), dtype=bool))
     return [
         HDF5Episode(

@@ -26,7 +26,6 @@ from data_pipeline.readers.npy import read_npy
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
-    check_degrees,
     check_rows,
     cut_video,
     probe_video,
@@ -124,7 +123,7 @@ def read_actions(log: Path, game: GameConfig) -> Actions:
     unit = game.action_space.mouse_unit_deg
     scale = game.inputs.pitch_deg or unit, game.inputs.yaw_deg or unit
     degrees = mouse.astype(np.float64) * scale if mouse is not None else np.zeros((len(held), 2))
-    return Actions(held, mouse_rows(game, check_degrees(degrees, lambda i: f"{log} row {i}")))
+    return Actions(held, mouse_rows(game, degrees, lambda i: f"{log} row {i}"))
 
 
 def _bind_columns(log: Path, keyboard: np.ndarray, game: GameConfig) -> np.ndarray:

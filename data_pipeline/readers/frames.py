@@ -127,14 +127,13 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
 
     Raises ValueError where one letter of a long word that nobody knows is bound: nothing that is bound is left out.
     """
-    bound = {**{name.casefold(): name for name in keys.places}, **{name: name for name in keys.places}}
     name = "space" if cell == " " else cell.strip()
     if name in NOTHING:
         return []
-    one = bound.get(name) or bound.get(name.casefold())
-    if one or name.casefold() in WORDS:
-        return [one or name]
-    letters = [bound.get(letter) or bound.get(letter.casefold()) or letter for letter in name if letter not in BETWEEN]
+    whole = keys.spell(name, where)
+    if whole in keys.places or name.casefold() in WORDS:
+        return [whole]
+    letters = [keys.spell(letter, where) for letter in name if letter not in BETWEEN]
     unbound = [letter for letter in letters if letter not in keys.places]
     if len(unbound) == len(letters):
         return [name]

@@ -24,7 +24,6 @@ from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
-    check_degrees,
     cut_video,
     find_pairs,
     list_folders,
@@ -76,10 +75,10 @@ def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
             pitch, yaw = (read_number(entry.get(name), f"{where}: {name}") for name in ("pitch_delta", "yaw_delta"))
             degrees[i] = -DEG_PER_DELTA * pitch, DEG_PER_DELTA * yaw
         keyboard.append(keys.row([name for name in (_choice(entry, axis, where) for axis in CHOICES) if name], where))
-    check_degrees(degrees, lambda i: f"{log} entry {i}")
     if game.action_space.mouse:
         check_poses(log, entries, degrees[:, 1])
-    actions = Actions(np.stack(keyboard), mouse_rows(game, degrees[first:]))[: info.frames]
+    mouse = mouse_rows(game, degrees, lambda i: f"{log} entry {i}")[first:]
+    actions = Actions(np.stack(keyboard), mouse)[: info.frames]
     return cut_video(video.stem, video, info, game, actions, [(0, len(actions))])
 
 

@@ -1,7 +1,7 @@
 """What recordings call keys and mouse buttons, and which key of the action space each of them holds."""
 
 import difflib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,15 +92,25 @@ def require_mouse_scale(game: GameConfig, where: str) -> None:
         )
 
 
-def mouse_rows(game: GameConfig, degrees: np.ndarray, where: str = "the recording") -> np.ndarray:
+def mouse_rows(game: GameConfig, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
     """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
 
-    Raises ValueError for a frame that turns by more than `MOST_DEG`, or by no number; `where` names file and rows.
+    Raises ValueError as `check_degrees`.
     """
     rows = degrees if game.action_space.mouse else degrees[:, :0]
-    wild = ~(np.abs(rows) <= MOST_DEG).all(axis=1)
-    if wild.any():
-        frame = int(wild.argmax())
-        turned = ", ".join(f"{part:g}" for part in rows[frame])
-        raise ValueError(f"{where}: frame {frame} turns by ({turned}) degrees; {MOST_DEG:g} are possible")
-    return (rows / game.action_space.mouse_unit_deg).astype(np.float32)
+    return (check_degrees(rows, where) / game.action_space.mouse_unit_deg).astype(np.float32)
+
+
+def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+    """`degrees` (n 2) of (pitch, yaw), if a frame can turn by each; `where` names file and place of a row's number.
+
+    Raises ValueError for one that is no number or beyond `MOST_DEG`: the actions would be infinite, or nonsense.
+    """
+    wrong = np.argwhere(~(np.abs(degrees) <= MOST_DEG))
+    if len(wrong):
+        row, axis = (int(number) for number in wrong[0])
+        raise ValueError(
+            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
+            f"{MOST_DEG:g} is possible"
+        )
+    return degrees

@@ -31,7 +31,6 @@ from data_pipeline.readers.parquet import read_rows
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
-    check_degrees,
     list_files,
     list_folders,
     probe_video,
@@ -213,7 +212,7 @@ def read_actions(where: str, components: list[str], vectors: Sequence[Any], game
     degrees = (
         table[:, [components.index(name) for name in axes]] * (game.inputs.pitch_deg, game.inputs.yaw_deg)[: len(axes)]
     )
-    return Actions(keyboard, mouse_rows(game, check_degrees(degrees, lambda i: f"{where} frame {i}")))
+    return Actions(keyboard, mouse_rows(game, degrees, lambda i: f"{where} frame {i}"))
 
 
 def find_first(video: Path, shown: np.ndarray, fps: float) -> int:

@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs.foreign import parse_json, parse_object
+from configs.foreign import parse_object
 from data_pipeline import storage
 from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
 from data_pipeline.video import VideoInfo, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
 LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
-LARGEST_DEG = 3600.0  # of a turn in one frame: ten times around
-VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".flv", ".ts")
 
 
 class Recording(NamedTuple):
@@ -173,11 +172,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_text(path), path)
 
 
-def parse_json_value(text: str, where: str) -> Any:
-    """Whatever the JSON `text` is."""
-    return parse_json(text, where)
-
-
 def read_text(path: Path) -> str:
     """A file's text."""
     if not path.is_file():
@@ -212,21 +206,6 @@ def read_number(value: Any, where: str) -> float:
         limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
         raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
-
-
-def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
-    """`degrees` (n 2) pitch, yaw, if each is a turn that one frame can hold; `where` names file and place of row i.
-
-    Raises ValueError for one that is no number or beyond `LARGEST_DEG`: the actions would be infinite, or nonsense.
-    """
-    wrong = np.argwhere(~(np.abs(degrees) <= LARGEST_DEG))
-    if len(wrong):
-        row, axis = (int(number) for number in wrong[0])
-        raise ValueError(
-            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
-            f"{LARGEST_DEG:g} is possible"
-        )
-    return degrees
 
 
 def import_extra(module: str, what: str) -> Any:

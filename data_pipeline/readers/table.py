@@ -28,7 +28,6 @@ from data_pipeline.readers.recording import (
     VIDEOS,
     Recording,
     VideoEpisode,
-    check_degrees,
     check_rows,
     cut_video,
     find_pairs,
@@ -116,7 +115,7 @@ def read_pair(video: Path, table: Path, game: GameConfig, name: str | None = Non
     check_rows(table, len(rows), video, info)
     if "frame" in game.inputs.columns:
         _check_count(rows, game.inputs.columns["frame"])
-    actions = Actions(hold_keys(rows, game), mouse_rows(game, read_degrees(rows, game)))
+    actions = Actions(hold_keys(rows, game), read_mouse(rows, game))
     return cut_video(name or video.stem, video, info, game, actions, [(0, len(rows))])
 
 
@@ -140,14 +139,14 @@ def hold_keys(rows: Sequence[Row], game: GameConfig) -> np.ndarray:
     return np.stack([keys.row(names, row.where) for names, row in zip(held, rows, strict=True)])
 
 
-def read_degrees(rows: Sequence[Row], game: GameConfig) -> np.ndarray:
-    """How far the view turns in each row, (n 2) degrees up and right; 0 in a game without a mouse."""
+def read_mouse(rows: Sequence[Row], game: GameConfig) -> np.ndarray:
+    """The mouse vectors (n 2); (n 0) for a game without a mouse."""
     if not game.action_space.mouse:
-        return np.zeros((len(rows), 2))
+        return mouse_rows(game, np.zeros((len(rows), 2)))
     axes = [(role, game.inputs.columns.get(role, role)) for role in ("dy", "dx")]
     scale = game.inputs.pitch_deg, game.inputs.yaw_deg
     degrees = np.array([[row.number(column) for _, column in axes] for row in rows], dtype=np.float64) * scale
-    return check_degrees(degrees, lambda i: f"{rows[i].where}: {axes[0][1]}, {axes[1][1]}")
+    return mouse_rows(game, degrees, lambda i: f"{rows[i].where}: {axes[0][1]}, {axes[1][1]}")
 
 
 def _check_count(rows: Sequence[Row], column: str) -> None:

@@ -16,10 +16,10 @@ import numpy as np
 from configs import build, to_dict
 from configs.files import atomic_folder, write_text
 from data_pipeline import storage
+from data_pipeline.readers.keys import check_degrees
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
-    check_degrees,
     check_rows,
     list_folders,
     probe_video,
