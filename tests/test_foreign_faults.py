@@ -138,6 +138,7 @@ FAULTS = {
     "pixels beyond float32": Fault(
         "vpt", entry(f"{VPT}.jsonl", lambda r: r["mouse"].update(dy=-1e39), 3), r"line 4: mouse.dy is -1e\+39"
     ),
+    "a unit of no degrees": Fault("csgo", None, "unit_deg=1e-40 overflow", ("game.action_space.mouse_unit_deg=1e-40",)),
     "a pixel of too many degrees": Fault("csgo", None, "frame_0_y: yaw turns by", ("game.inputs.yaw_deg=1e30",)),
     "a delta left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].pop("yaw_delta")), "5: yaw_d"),
     "actions a frame late": Fault("gf_minecraft", shifted(1), "entry after in 100%.* shifted by one frame"),

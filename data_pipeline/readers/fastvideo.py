@@ -100,7 +100,7 @@ def read_item(name: str, folder: Path, item: Mapping[str, Any], where: str, game
     if len(actions) != info.frames:
         if min(len(actions), info.frames) < ROWS:
             check_rows(log, len(actions), video, info)
-        say(f"{log} has {len(actions)} rows, {video} has {info.frames} frames; what goes beyond the other is left out")
+        say(f"{folder}: where rows and frames are not as many, those without a counterpart are left out")
     actions = actions[: info.frames]
     return cut_video(name, video, info, game, actions, [(0, len(actions))])
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.readers.recording import LARGEST
 from data_pipeline.types import GameConfig
 
 MOST_DEG = 3600.0  # that anybody turns in a frame; more is damage, or another unit
@@ -97,8 +98,11 @@ def mouse_rows(game: GameConfig, degrees: np.ndarray, where: Callable[[int], str
 
     Raises ValueError as `check_degrees`.
     """
-    rows = degrees if game.action_space.mouse else degrees[:, :0]
-    return (check_degrees(rows, where) / game.action_space.mouse_unit_deg).astype(np.float32)
+    space = game.action_space
+    mouse = check_degrees(degrees if space.mouse else degrees[:, :0], where) / space.mouse_unit_deg
+    if not (np.abs(mouse) <= LARGEST).all():
+        raise ValueError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
+    return mouse.astype(np.float32)
 
 
 def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
