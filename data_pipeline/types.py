@@ -62,9 +62,10 @@ class InputConfig:
     axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
     camera: str | None = None  # LeRobot: which video, where there are several
     offset_s: float = 0.0  # s that a log of events is moved against the video; > 0: things happened later in it
-    columns: dict[str, str] = field(default_factory=dict)  # event_log: time, kind, key, ...: what the log calls them
+    columns: dict[str, str] = field(default_factory=dict)  # event_log, table: time, keys, dx, ...: what it calls them
     kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # event_log: press, release, ...: the log's words
     time_unit: Literal["s", "ms", "us", "ns"] = "s"  # event_log: of the log's times
+    first_entry: Literal[0, 1, 2] = 1  # GF-Minecraft: the entry that leads on from frame 0
 
     def __post_init__(self) -> None:
         if self.axes and len(self.axes) != 2:

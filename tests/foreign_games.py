@@ -15,10 +15,12 @@ from foreign_recordings import (
     read_picture,
     write_csgo,
     write_event_log,
+    write_fastvideo,
     write_frames,
     write_gf,
     write_lerobot,
     write_owl,
+    write_table,
     write_vpt,
 )
 
@@ -28,12 +30,22 @@ from data_pipeline.types import Episode, GameConfig
 from train.codec import CodecTrainConfig
 
 GAMES = Path(__file__).parent.parent / "configs" / "games"
-PRESETS = {"vpt": "minecraft_vpt", "gf_minecraft": "minecraft_gf", "csgo": "csgo", "event_log": "own_recorder"}
+PRESETS = {
+    "vpt": "minecraft_vpt",
+    "gf_minecraft": "minecraft_gf",
+    "csgo": "csgo",
+    "event_log": "own_recorder",
+    "table": "own_table",
+}
 WASD = {"forward": ["w"], "back": ["s"], "left": ["a"], "right": ["d"]}
 OWN: dict[str, tuple[float, dict[str, Any]]] = {  # fps and inputs of the formats that have no game of their own
     "frames": (20, {"keys": WASD}),
     "lerobot": (20, {"keys": WASD, "axes": ["look_down", "look_right"], "pitch_deg": -3, "yaw_deg": 3}),
     "owl_control": (60, {"keys": {**WASD, "fire": ["mouse_left"]}, "pitch_deg": -0.05, "yaw_deg": 0.05}),
+    "fastvideo": (
+        25,
+        {"keys": {"forward": ["0"], "left": ["1"], "back": ["2"], "right": ["3"]}, "pitch_deg": 30, "yaw_deg": 30},
+    ),
 }
 # VPT's frames are kept between GUIs in 12 to 14 and in 16, and cut where ticks are left out before 30.
 VPT_SPANS = [(0, 12), (15, 16), (17, 30), (30, 40)]
@@ -45,6 +57,8 @@ LENGTHS = {  # of the episodes of each format
     "lerobot": [31, 25, 28],
     "owl_control": [40],
     "event_log": [40, 40],
+    "fastvideo": [40, 30],
+    "table": [40, 30],
 }
 
 
@@ -59,6 +73,9 @@ def write_all(root: Path) -> dict[str, Path]:
     write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
     for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
         write_event_log(root / "event_log" / name, play, log_rows(play))
+    write_fastvideo(root / "fastvideo", {"one": draw_play(40, 4), "two/three": draw_play(30, 4, seed=1)})
+    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(30, 5, seed=1))):
+        write_table(root / "table" / name, play)
     return {path.name: path for path in root.iterdir()}
 
 

@@ -27,11 +27,15 @@ INPUTS = {
     "lerobot": WASD,
     "owl_control": [*WASD, "mouse_left"],
     "event_log": [*WASD, "mouse_left"],
+    "fastvideo": ["0", "1", "2", "3"],
+    "table": [*WASD, "click"],
 }
 # Degrees (pitch, yaw) of the levels: 20 px x 360 / 2400; 0.2 x 15; 60 px x 0.05; bins of 10 and 50 or 60 px x 0.055.
 THREES = np.array([[-6, -3, 0, 3, 6], [-6, -3, 0, 3, 6]])
 LEVEL_DEG = {
-    **dict.fromkeys(("frames", "vpt", "gf_minecraft", "lerobot", "owl_control", "event_log"), THREES),
+    **dict.fromkeys(
+        ("frames", "vpt", "gf_minecraft", "lerobot", "owl_control", "event_log", "fastvideo", "table"), THREES
+    ),
     "csgo": 0.055 * np.array([[-50, -10, 0, 10, 50], [-60, -10, 0, 10, 60]]),
 }
 
@@ -212,6 +216,36 @@ def write_lerobot(root: Path, plays: Sequence[Play], fps: float = 20.0) -> None:
         write_video(video, np.concatenate([paint(play) for play in part]), fps)
     (root / "meta" / "episodes" / "chunk-000").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist(abouts), root / "meta" / "episodes" / "chunk-000" / "file-000.parquet")
+
+
+def write_fastvideo(root: Path, plays: dict[str, Play], plain: bool = False) -> None:
+    """`merge.txt` as FastVideo has it, relative to where it is started; `plain`: actions without a mouse."""
+    items = []
+    for name, play in plays.items():
+        write_video(root / "videos" / f"{name}.mp4", paint(play), 25.0)
+        rows = {"keyboard": play.keyboard.astype(np.float32), "mouse": (0.1 * play.levels).astype(np.float32)}
+        np.save(root / "videos" / f"{name}.npy", rows["keyboard"] if plain else np.array(rows))
+        items.append({"path": f"{name}.mp4", "action_path": f"{name}.npy", "cap": "a game", "fps": 25.0})
+    write_lines(root / "merge.txt", [f"data/{root.name}/videos,data/{root.name}/videos2caption.json"])
+    write_lines(root / "videos2caption.json", [json.dumps(items)])
+
+
+def write_table(path: Path, play: Play, fps: float = 30.0) -> None:
+    """A table, csv or jsonl, of one row per frame, and the mp4 of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path.with_suffix(".mp4"), paint(play), fps)
+    names = INPUTS["table"]
+    rows = [
+        {
+            "frame": i,
+            **dict(zip(names, map(int, held), strict=True)),
+            "mouse_x": 60 * int(yaw),
+            "mouse_y": -60 * int(pitch),
+        }
+        for i, (held, (pitch, yaw)) in enumerate(zip(play.keyboard, play.levels, strict=True))
+    ]
+    texts = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    write_lines(path, texts if path.suffix == ".csv" else [json.dumps(row) for row in rows])
 
 
 Row = tuple[float, str, Any]  # of an owl-control log: seconds, type, arguments

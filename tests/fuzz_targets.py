@@ -208,7 +208,9 @@ def _launch(folder: Path, rng: Random) -> None:
     read_launch([str(rng.choice(sorted(machines.glob("*.yaml")))), "manifest=x", "codec=x", "out=x", *words])
 
 
-READERS: tuple[Reader, ...] = ("frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control")
+READERS: tuple[Reader, ...] = (
+    *("frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"),
+)
 
 TARGETS = [
     *map(_foreign, READERS),

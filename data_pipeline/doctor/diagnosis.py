@@ -91,7 +91,8 @@ def _report_time(case: Case, timing: Timing, repeats: Repeats) -> Iterator[Findi
         numbers = [i for i in numbers if abs(verdict.amount) > repeats.longest(i) - 1]
         if not numbers:
             continue
-        yield case.find("shift", numbers, shifted(int(verdict.amount)), verdict.confidence)
+        first_entry = case.game.inputs.first_entry if case.reader == "gf_minecraft" else None
+        yield case.find("shift", numbers, shifted(int(verdict.amount), first_entry), verdict.confidence)
 
 
 def _report_axes(case: Case, axes: Axes) -> Iterator[Finding]:

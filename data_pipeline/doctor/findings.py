@@ -14,7 +14,7 @@ Fault = Literal[
 ]  # fmt: skip
 NAMED = 6  # recordings; of more their number is said
 # Readers that take the degrees of the mouse's units from the game's YAML; others know them by their format.
-SCALED: tuple[Reader, ...] = ("csgo", "lerobot", "owl_control", "event_log")
+SCALED: tuple[Reader, ...] = ("csgo", "lerobot", "owl_control", "event_log", "table")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,19 @@ def name_recordings(names: Sequence[str], total: int) -> str:
     return ", ".join(names)
 
 
-def shifted(late: int) -> tuple[str, str]:
-    """The inputs are `late` frames late, or early if it is negative."""
+def shifted(late: int, first_entry: int | None = None) -> tuple[str, str]:
+    """The inputs are `late` frames late, or early if it is negative; `first_entry` is GF-Minecraft's setting."""
     several = "s" if abs(late) > 1 else ""
     frames, again = f"{abs(late)} frame{several}", "or record again, with one clock for both"
     if late > 0:
         what = f"inputs are {frames} late: what leads from frame i to i + 1 stands in row i + {late}"
-        return what, f"leave out the first {late} row{several} and the last {frames}, {again}"
-    what = f"inputs are {frames} early: what leads from frame i to i + 1 stands in row i - {-late}"
-    return what, f"leave out the first {frames} and the last {-late} row{several}, {again}"
+        remedy = f"leave out the first {late} row{several} and the last {frames}, {again}"
+    else:
+        what = f"inputs are {frames} early: what leads from frame i to i + 1 stands in row i - {-late}"
+        remedy = f"leave out the first {frames} and the last {-late} row{several}, {again}"
+    if first_entry is not None and 0 <= first_entry + late <= 2:
+        remedy = f"set game.inputs.first_entry={first_entry + late}"
+    return what, remedy
 
 
 def drifting(rate: float, fps: float) -> tuple[str, str]:

@@ -8,7 +8,18 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from data_pipeline.readers import csgo, event_log, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
+from data_pipeline.readers import (
+    csgo,
+    event_log,
+    fastvideo,
+    frames,
+    gf_minecraft,
+    lerobot,
+    owl_control,
+    table,
+    vpt,
+    worldloom,
+)
 from data_pipeline.readers.recording import Recording, VideoEpisode, recording_of, require_text_name
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
@@ -20,7 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 T = TypeVar("T")
-Reader = Literal["worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log"]
+Reader = Literal[
+    "worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"
+]
 
 READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
     "worldloom": worldloom.find_recordings,
@@ -31,6 +44,8 @@ READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
     "lerobot": lerobot.find_recordings,
     "owl_control": owl_control.find_recordings,
     "event_log": event_log.find_recordings,
+    "fastvideo": fastvideo.find_recordings,
+    "table": table.find_recordings,
 }
 
 
@@ -56,10 +71,15 @@ def count_cut(episodes: Sequence[Episode]) -> int:
 
 
 def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:
-    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0."""
+    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0.
+
+    Those of one session count as one.
+    """
     if heldout_every < 0 or heldout_every == 1:
         raise ValueError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
-    heldout = [heldout_every > 0 and i % heldout_every == heldout_every - 1 for i in range(len(recordings))]
+    sessions = [one.session or one.name if isinstance(one, Recording) else one for one in recordings]
+    chosen = set(list(dict.fromkeys(sessions))[heldout_every - 1 :: heldout_every] if heldout_every else [])
+    heldout = [session in chosen for session in sessions]
     train = [recording for recording, held in zip(recordings, heldout, strict=True) if not held]
     return train, [recording for recording, held in zip(recordings, heldout, strict=True) if held]
 

@@ -7,11 +7,16 @@ shift, 1, 2, 3, r), the left and the right mouse button, one of 23 bins of mouse
 pixels, not evenly spaced (MOUSE_X, MOUSE_Y: those of the authors' config), x to the right and y downwards; how many
 degrees a pixel is depends on the player's sensitivity, and `game.inputs.yaw_deg` and `pitch_deg` say it.
 
-One file is one episode. Only these two kinds of arrays are read, as numbers; the pickles that lie about in such data
-are never opened.
+`frame_i_helperarr` is [kill, death]. At a death the picture jumps to where the player appears anew, so frame i is left
+out then, an episode ends there and another begins behind. The files lie in `source` itself, or in folders as DIAMOND
+keeps them (`full_res/1-200/*.hdf5`).
+
+Only these three kinds of arrays are read, as numbers that the file itself holds: HDF5 can name data of other files
+(external storage, links, virtual datasets), which are refused. Pickles that lie about in such data are never opened.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +24,17 @@ from typing import Any
 
 import numpy as np
 
+from configs.foreign import reading
 from data_pipeline import storage
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
-from data_pipeline.readers.recording import Recording, import_extra, list_files
+from data_pipeline.readers.recording import (
+    Recording,
+    find_spans,
+    import_extra,
+    list_files,
+    list_folders,
+    name_part,
+)
 from data_pipeline.types import Actions, ActionSpace, GameConfig
 
 FPS = 16
@@ -32,14 +45,17 @@ NAMES = (
 MOUSE_X = (-1000, -500, -300, -200, -100, -60, -30, -20, -10, -4, -2, 0, 2, 4, 10, 20, 30, 60, 100, 200, 300, 500, 1000)
 MOUSE_Y = (-200, -100, -50, -20, -10, -4, -2, 0, 2, 4, 10, 20, 50, 100, 200)
 WIDTH = len(NAMES) + len(MOUSE_X) + len(MOUSE_Y)  # 51
+DEPTH = 3  # of folders in folders; full_res/1-200/ is two deep
+LARGEST_BYTES = 1 << 28  # of an array: more than an 8K picture
 
 
 @dataclass(frozen=True)
 class HDF5Episode:
-    """One file; pictures are read when asked for."""
+    """A span of a file's frames; pictures are read when asked for."""
 
     id: str
     path: Path
+    first: int
     fps: float
     height: int  # px
     width: int  # px
@@ -49,7 +65,7 @@ class HDF5Episode:
     def frames(self) -> Iterator[np.ndarray]:
         """Every frame in order, (h w 3) uint8 RGB, as recorded."""
         with open_hdf5(self.path) as file:
-            for i in range(len(self.actions)):
+            for i in range(self.first, self.first + len(self.actions)):
                 frame = read_picture(file, i, self.path)
                 if frame.shape != (self.height, self.width, 3):
                     raise ValueError(f"{self.path} frame_{i}_x has another size than frame_0_x")
@@ -57,15 +73,23 @@ class HDF5Episode:
 
 
 def find_recordings(source: str | Path) -> list[Recording]:
-    """The HDF5 files directly in `source`, by name."""
-    files = list_files(source, ".hdf5", ".h5")
+    """The HDF5 files in `source` and in its folders, by name."""
+    files: dict[str, Path] = {}
+    for path in _find_files(source, DEPTH):
+        if files.setdefault(path.stem, path) != path:
+            raise ValueError(f"{files[path.stem]} and {path} have the same name; choose one of their folders as source")
     if not files:
         raise ValueError(f"{source} holds no .hdf5 files; unpack the tars first")
-    return [Recording(path.stem, partial(read_file, path)) for path in files]
+    return [Recording(name, partial(read_file, files[name])) for name in sorted(files)]
+
+
+def _find_files(folder: str | Path, depth: int) -> list[Path]:
+    inner = list_folders(folder) if depth else []
+    return [*list_files(folder, ".hdf5", ".h5"), *(path for one in inner for path in _find_files(one, depth - 1))]
 
 
 def read_file(path: Path, game: GameConfig) -> list[HDF5Episode]:
-    """The one episode of a file.
+    """The episodes of a file, between deaths.
 
     Raises ValueError in one line: a truncated file, a frame left out, a row that is not as described above, a game
     with another fps or without the degrees of a pixel.
@@ -77,32 +101,44 @@ def read_file(path: Path, game: GameConfig) -> list[HDF5Episode]:
     require_mouse_scale(game, "CS:GO recordings")
     keys = bind_keys(game, NAMES, "CS:GO recordings")
     with open_hdf5(path) as file:
-        rows = [read_row(file, i, path) for i in range(count_frames(file, path))]
+        numbers = range(count_frames(file, path))
+        rows = [read_row(file, i, path) for i in numbers]
+        died = np.array([read_death(file, i, path) for i in numbers])
         height, width, _ = read_picture(file, 0, path).shape
     held = [[name for name, down in zip(NAMES, row, strict=False) if down] for row in rows]
     keyboard = [keys.row(names, f"{path} frame_{i}_y") for i, names in enumerate(held)]
     table = np.stack(rows)[:, len(NAMES) :]
     x, y = table[:, : len(MOUSE_X)] @ np.array(MOUSE_X), table[:, len(MOUSE_X) :] @ np.array(MOUSE_Y)
     degrees = np.stack([y * game.inputs.pitch_deg, x * game.inputs.yaw_deg], axis=1)
-    actions = Actions(np.stack(keyboard), mouse_rows(game, degrees))
-    return [HDF5Episode(path.stem, path, FPS, height, width, game.action_space, actions)]
+    actions = Actions(np.stack(keyboard), mouse_rows(game, degrees, lambda i: f"{path} frame_{i}_y"))
+    spans = find_spans(~died, np.zeros(len(died), dtype=bool))
+    return [
+        HDF5Episode(
+            name_part(path.stem, first, spans), path, first, FPS, height, width, game.action_space, actions[first:end]
+        )
+        for first, end in spans
+    ]
 
 
-def open_hdf5(path: Path) -> Any:
-    """The file, open for reading. Raises ValueError if it is truncated or none."""
+@contextmanager
+def open_hdf5(path: Path) -> Iterator[Any]:
+    """The file, open for reading. Raises ValueError if it is none, or as soon as it proves to be damaged."""
     h5py = import_extra("h5py", "CS:GO recordings")
-    try:
-        return h5py.File(storage.opened(path) if storage.is_s3(path) else path, "r")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
+    with reading(path):
+        try:
+            with h5py.File(storage.opened(path) if storage.is_s3(path) else path, "r") as file:
+                yield file
+        except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
+            raise ValueError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
 
 
 def count_frames(file: Any, path: Path) -> int:
     """How many frames a file has; all of them, from 0 on, with picture and row."""
-    count = sum(name.startswith("frame_") and name.endswith("_x") for name in file)
+    names = set(file)
+    count = sum(name.startswith("frame_") and name.endswith("_x") for name in names)
     for i in range(count):
         for name in (f"frame_{i}_x", f"frame_{i}_y"):
-            if name not in file:
+            if name not in names:
                 raise ValueError(f"{path} has {count} pictures, but no {name}")
     if not count:
         raise ValueError(f"{path} holds no frame_0_x, frame_0_y, ...")
@@ -111,26 +147,47 @@ def count_frames(file: Any, path: Path) -> int:
 
 def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
     """`frame_<i>_x` as (h w 3) uint8 RGB."""
-    frame = read_array(file, f"frame_{i}_x", path)
-    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
+    frame = find_array(file, f"frame_{i}_x", path)
+    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
         raise ValueError(f"{path} frame_{i}_x is {frame.dtype} {frame.shape}, no picture (h, w, 3) of uint8")
-    return np.ascontiguousarray(frame[:, :, ::-1])
+    return np.ascontiguousarray(frame[()][:, :, ::-1])
 
 
-def read_array(file: Any, name: str, path: Path) -> np.ndarray:
-    """An array of numbers. Raises ValueError for anything else, and for one that cannot be read."""
-    try:
-        array = file[name]
-        if not hasattr(array, "dtype") or array.dtype.kind not in "biuf":
-            raise ValueError(f"{path} {name} is {array}, no numbers")
-        return array[()]
-    except (OSError, KeyError, RuntimeError) as error:  # what HDF5 makes of damaged data, of broken links
-        raise ValueError(f"{path} {name} cannot be read ({error}); the file is damaged") from error
+def find_array(file: Any, name: str, path: Path) -> Any:
+    """A dataset of numbers, which are not read yet.
+
+    Raises ValueError for anything else, for one whose numbers lie in another file, and for one that would need more
+    memory than any picture.
+    """
+    h5py = import_extra("h5py", "CS:GO recordings")
+    # To open what an external link names opens another file; h5py's `in` and `get` do, too.
+    if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise ValueError(f"{path} {name} names data of another file or place; it was not read")
+    array = file[name]
+    if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf":
+        raise ValueError(f"{path} {name} is {array}, no numbers")
+    if array.external is not None or array.is_virtual:
+        raise ValueError(f"{path} {name} names data of another file; it was not read")
+    if max(array.size or 0, int(np.prod(array.chunks or 0, dtype=object))) * array.dtype.itemsize > LARGEST_BYTES:
+        raise ValueError(f"{path} {name} has the shape {array.shape}; that is no picture and no row of a game")
+    return array
+
+
+def read_death(file: Any, i: int, path: Path) -> bool:
+    """Whether the player dies in frame i, by `frame_<i>_helperarr` (2), which a file may lack."""
+    name = f"frame_{i}_helperarr"
+    if not file.id.links.exists(name.encode()):
+        return False
+    array = find_array(file, name, path)
+    if array.shape != (2,):
+        raise ValueError(f"{path} {name} must be two values, [kill, death], not {array.shape}")
+    return bool(array[1] != 0)
 
 
 def read_row(file: Any, i: int, path: Path) -> np.ndarray:
     """`frame_<i>_y` (51) of 0 and 1, with one bin of each mouse axis."""
-    row = read_array(file, f"frame_{i}_y", path)
+    array = find_array(file, f"frame_{i}_y", path)
+    row = array[()] if array.shape == (WIDTH,) else np.zeros(0)
     if row.shape != (WIDTH,) or not np.isin(row, (0, 1)).all():
         raise ValueError(f"{path} frame_{i}_y must be {WIDTH} values of 0 or 1")
     x, y = row[len(NAMES) : len(NAMES) + len(MOUSE_X)], row[len(NAMES) + len(MOUSE_X) :]

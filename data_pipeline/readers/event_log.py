@@ -23,7 +23,6 @@ import numpy as np
 
 from configs.foreign import parse_object
 from data_pipeline.readers.event_rows import (
-    VIDEOS,
     Event,
     EventLog,
     Kind,
@@ -31,12 +30,19 @@ from data_pipeline.readers.event_rows import (
     cut_by_log,
     open_screen,
     opened_log,
-    say,
-    say_left_out,
     sort_events,
 )
 from data_pipeline.readers.keys import bind_keys, require_mouse_scale
-from data_pipeline.readers.recording import Recording, VideoEpisode, list_files, list_folders, read_number
+from data_pipeline.readers.recording import (
+    VIDEOS,
+    Recording,
+    VideoEpisode,
+    list_files,
+    list_folders,
+    read_number,
+    say,
+    say_left_out,
+)
 from data_pipeline.types import GameConfig
 
 LOGS = (".csv", ".jsonl")

@@ -11,26 +11,22 @@ than a second before an event above it is refused: that log has two clocks.
 
 import io
 import re
-import sys
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from configs.foreign import reading
 from data_pipeline import storage
 from data_pipeline.readers.keys import MOST_DEG, KeyMap, mouse_rows
-from data_pipeline.readers.recording import VideoEpisode, check_rate, cut_video, find_spans
+from data_pipeline.readers.recording import VideoEpisode, check_rate, cut_video, find_spans, say
 from data_pipeline.types import Actions, GameConfig
 from data_pipeline.video import VideoInfo, frame_times, probe
 
-VIDEOS = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v", ".flv", ".ts")
 BACK_S = 1.0  # an event may be so much before one that stands above it
 SHORT_S = 1.0  # a video that ends this much before its log is truncated
 SLACK_S = 1e-3  # of an interval may lack; clocks of seconds since 1970 and of videos are rounded
@@ -82,19 +78,6 @@ class Press(NamedTuple):
     down: float  # s, by the log's clock
     up: float
     line: int  # of the log
-
-
-@cache
-def say(line: str) -> None:
-    """Says something about recordings on stderr; the same line just once."""
-    tqdm.write(line, file=sys.stderr)
-
-
-def say_left_out(source: str | Path, folders: Sequence[Path], why: str) -> None:
-    """Says which folders are no recordings, if any."""
-    if folders:
-        more = f" and {len(folders) - 5} more" if len(folders) > 5 else ""
-        say(f"{source}: left out {', '.join(one.name for one in folders[:5])}{more}: {why}")
 
 
 def open_screen(video: Path, game: GameConfig) -> Screen:
@@ -167,7 +150,7 @@ def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: Ke
     logged = find_logged(log)
     keyboard, moved = hold_keys(log, keys, logged, edges)[frames], sum_moves(log.moves, edges)[frames]
     degrees = moved * (game.inputs.pitch_deg, game.inputs.yaw_deg)
-    actions = Actions(keyboard, mouse_rows(game, degrees, str(log.path)))
+    actions = Actions(keyboard, mouse_rows(game, degrees, lambda i: f"{log.path}: frame {i}"))
     spans = find_spans(cover_logged(logged, edges)[frames], np.roll(gaps, 1))
     if not spans:
         say(f"{log.path}: nothing was logged while {screen.video} was shown; it is left out")

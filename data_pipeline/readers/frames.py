@@ -1,11 +1,15 @@
 """Pictures and a key log: a folder per recording with numbered pictures and `input.csv` (`key,time,frame`).
 
 The pictures lie in the folder or in its `frames/`; the last digits of a picture's name are its frame's number, and the
-numbers leave none out. A row of `input.csv` says that `key` was held at `time` (seconds) during frame `frame`, one row
-per key and frame; a frame without a row, or with a row whose key is empty, held nothing. So the rows of frame i are
-action i, which leads to frame i + 1. There are no press and release events in such a log: a key that is held for ten
-frames has ten rows. The times are there to be checked: they must go with the frames at the game's fps, or log and
-pictures have drifted apart. There is no mouse in this format.
+numbers leave none out. A row of `input.csv` says that `key` was held at `time` (seconds) during frame `frame`; a frame
+without a row, or with a row whose key is empty or `=`, held nothing. So the rows of frame i are action i, which leads
+to frame i + 1. There are no press and release events in such a log: a key that is held for ten frames has ten rows. The
+times are there to be checked: they must go with the frames at the game's fps, or log and pictures have drifted apart.
+There is no mouse in this format.
+
+Keys may be in either case, and several in one cell (`WA`). With the header `key,time,frame` the rows of a frame add up,
+one per key that is held. Without a header a row is all that was held, and of several rows of one frame the last counts:
+so does the program write and read them that this format comes from.
 """
 
 import io
@@ -19,12 +23,23 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline import storage
-from data_pipeline.readers.keys import bind_keys, mouse_rows
-from data_pipeline.readers.recording import RATE_TOLERANCE, Recording, list_files, list_folders, read_csv, read_number
+from data_pipeline.readers.keys import INPUTS, KeyMap, bind_keys, mouse_rows
+from data_pipeline.readers.recording import (
+    RATE_TOLERANCE,
+    Recording,
+    list_files,
+    list_folders,
+    read_csv,
+    read_number,
+    say_left_out,
+)
 from data_pipeline.types import Actions, ActionSpace, GameConfig
 
 LOG, COLUMNS = "input.csv", ["key", "time", "frame"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+NOTHING, BETWEEN = ("", "="), " +,;|/&"  # in a cell without a key; between several
+# Names of one key, not several letters.
+WORDS = INPUTS | {"shift", "ctrl", "control", "alt", "esc", "return", "del", "ins", "cmd", "win", "fn", "caps", "altgr"}
 
 
 @dataclass(frozen=True)
@@ -49,8 +64,10 @@ class FramesEpisode:
 
 
 def find_recordings(source: str | Path) -> list[Recording]:
-    """The folders with an `input.csv` directly in `source`; `source` itself if it has one."""
-    folders = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
+    """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
+    inner = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
+    folders = [folder for folder in inner if (folder / LOG).is_file() or list_pictures(folder)]
+    say_left_out(source, [folder for folder in inner if folder not in folders], f"without pictures and {LOG}")
     if not folders:
         raise ValueError(f"{source} holds no folders with pictures and {LOG}")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
@@ -64,23 +81,32 @@ def read_folder(folder: Path, game: GameConfig) -> list[FramesEpisode]:
     """
     if game.action_space.mouse:
         raise ValueError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
+    if not (folder / LOG).is_file():
+        raise ValueError(f"{folder} has pictures, but no {LOG}")
     first, pictures = number_pictures(folder)
     keys = bind_keys(game, None, "pictures with a key log")
     keyboard = np.zeros((len(pictures), len(game.action_space.keys)), dtype=np.float32)
-    for where, key, frame in read_log(folder / LOG, game.fps):
+    add_up, rows = read_log(folder / LOG, game.fps)
+    for where, cell, frame in rows:
         if not first <= frame < first + len(pictures):
             raise ValueError(f"{where}: no picture of frame {frame}; there are {first} to {first + len(pictures) - 1}")
-        keyboard[frame - first] += keys.row([key] if key else [], where)
-    actions = Actions(keyboard.clip(max=1), mouse_rows(game, np.zeros((len(pictures), 2))))
+        held = keys.row(split_keys(cell, keys, where), where)
+        keyboard[frame - first] = np.maximum(keyboard[frame - first], held) if add_up else held
+    actions = Actions(keyboard, mouse_rows(game, np.zeros((len(pictures), 2))))
     height, width, _ = read_picture(pictures[0]).shape
     return [FramesEpisode(folder.name, pictures, game.fps, height, width, game.action_space, actions)]
 
 
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a recording, by name."""
+    inner = [path for path in list_folders(folder) if path.name == "frames"]
+    return list_files(inner[0] if inner else folder, *PICTURES)
+
+
 def number_pictures(folder: Path) -> tuple[int, tuple[Path, ...]]:
     """The first number and the pictures in the order of their numbers."""
-    inner = [path for path in list_folders(folder) if path.name == "frames"]
     numbered: dict[int, Path] = {}
-    for path in list_files(inner[0] if inner else folder, *PICTURES):
+    for path in list_pictures(folder):
         digits = re.search(r"(\d+)$", path.stem)
         if digits is None:
             raise ValueError(f"{path} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
@@ -96,15 +122,47 @@ def number_pictures(folder: Path) -> tuple[int, tuple[Path, ...]]:
     return first, tuple(numbered[number] for number in sorted(numbered))
 
 
-def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int]]:
-    """File and line, key and frame of each row. Raises ValueError where time and frame drift apart."""
+def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
+    """The inputs that a cell of the log names: none, one, or several that are letters; bound ones as they are bound.
+
+    Raises ValueError where one letter of a long word that nobody knows is bound: nothing that is bound is left out.
+    """
+    name = "space" if cell == " " else cell.strip()
+    if name in NOTHING:
+        return []
+    whole = keys.spell(name, where)
+    if whole in keys.places or name.casefold() in WORDS:
+        return [whole]
+    letters = [keys.spell(letter, where) for letter in name if letter not in BETWEEN]
+    unbound = [letter for letter in letters if letter not in keys.places]
+    if len(unbound) == len(letters):
+        return [name]
+    if unbound and len(letters) > 3:
+        raise ValueError(
+            f"{where}: {name[:80]!r} may be one key or several, some of them bound; bind it in game.inputs.keys, or "
+            "give each key a row of its own"
+        )
+    return letters
+
+
+def read_log(path: Path, fps: float) -> tuple[bool, Iterator[tuple[str, str, int]]]:
+    """Whether the rows of a frame add up; file and line, key and frame of each row."""
     header, rows = read_csv(path)
-    if header != COLUMNS:
-        raise ValueError(f"{path}: columns must be {','.join(COLUMNS)}, not {','.join(header)}")
+    if header == COLUMNS:
+        return True, _check_rows(path, rows, fps)
+    try:
+        _read_place(header, f"{path} line 1")
+    except ValueError:
+        raise ValueError(f"{path}: columns must be {','.join(COLUMNS)}, not {','.join(header):.200}") from None
+    return False, _check_rows(path, [(1, header), *rows], fps)
+
+
+def _check_rows(path: Path, rows: list[tuple[int, list[str]]], fps: float) -> Iterator[tuple[str, str, int]]:
+    """File and line, key and frame of each row. Raises ValueError where time and frame drift apart."""
     start = before = None
-    for line, (key, *cells) in rows:
+    for line, cells in rows:
         where = f"{path} line {line}"
-        time, frame = (read_number(cell, f"{where}: {name}") for cell, name in zip(cells, COLUMNS[1:], strict=True))
+        time, frame = _read_place(cells, where)
         start = start or (time, frame)
         if frame != int(frame) or (before and (time < before[0] or frame < before[1])):
             raise ValueError(f"{where}: times must ascend, and frames be whole numbers that ascend")
@@ -115,7 +173,14 @@ def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int]]:
                 f"{where}: since line {rows[0][0]}, {time - start[0]:g} s went by and {frame - start[1]:g} frames, "
                 f"{drift:+.1f} too few at {fps:g} fps; set game.fps, or log and pictures have drifted apart"
             )
-        yield where, key.strip(), int(frame)
+        yield where, cells[0], int(frame)
+
+
+def _read_place(cells: list[str], where: str) -> tuple[float, float]:
+    """The time and the frame of a row."""
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{where}: {len(cells)} cells, there must be {','.join(COLUMNS)}")
+    return read_number(cells[1], f"{where}: time"), read_number(cells[2], f"{where}: frame")
 
 
 def read_picture(path: Path) -> np.ndarray:

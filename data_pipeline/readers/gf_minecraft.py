@@ -1,17 +1,20 @@
 """GameFactory's GF-Minecraft: `video/<name>.mp4` and `metadata/<name>.json` (seed_*_part_*) in one folder, 16 fps.
 
 `actions` in the json has entries "0", "1", ...: `ws` (0 nothing, 1 forward, 2 back), `ad` (1 left, 2 right), `scs` (1
-jump, 2 sneak, 3 sprint), `pitch_delta` and `yaw_delta` (x 15 degrees), and a pose. The dataset's description says that
-entry 0 is to be ignored, which is so if an entry is the action that led to its frame: nothing led to frame 0. So entry
-i leads from frame i - 1 to frame i, and action i is entry i + 1. What led on from the last frame is known only if there
-is one entry more than frames; else the last frame is left out.
+jump, 2 sneak, 3 sprint), `pitch_delta` and `yaw_delta` (x 15 degrees; a game without a mouse needs none), and a pose.
+The dataset's description says that entry 0 is to be ignored, which is so if an entry is the action that led to its
+frame: nothing led to frame 0. So entry i leads from frame i - 1 to frame i, and action i is entry i + 1. What led on
+from the last frame is known only if there is one entry more than frames; else the last frame is left out.
+
+With one entry more than frames the description can be read otherwise: entry 0 is that of no frame, entry 1 that of
+frame 0. If an entry led to its frame then, action i is entry i + 2. Only the pictures can tell: the doctor's test for
+shifted inputs does, and `game.inputs.first_entry` (1) is the entry that leads on from frame 0.
 
 The json can contradict: where entries have `yaw`, it must change towards entry i by 15 x yaw_delta of entry i, and a
 file where it goes by that of a neighbour is refused. Keys have the names of those that Minecraft binds: w, s, a, d,
 space, left_shift, left_control. Minecraft's pitch grows downwards, here it grows upwards; its yaw grows to the right.
 """
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from data_pipeline.readers.recording import (
     probe_video,
     read_json,
     read_number,
+    say,
 )
 from data_pipeline.types import Actions, GameConfig
 
@@ -42,8 +46,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     videos = folders.get("video") or folders.get("videos")
     if videos is None or "metadata" not in folders:
         raise ValueError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    pairs = find_pairs(videos, folders["metadata"], ".json")
-    return [Recording(video.stem, partial(read_pair, video, log)) for video, log in pairs]
+    return find_pairs(videos, folders["metadata"], (".json",), read_pair)
 
 
 def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
@@ -59,22 +62,31 @@ def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
             f"{log} has {len(entries)} entries, {video} has {info.frames} frames; there must be one entry per frame, "
             "or one more"
         )
+    first = game.inputs.first_entry
+    if len(entries) > info.frames:
+        say(
+            f"recordings with one entry more than frames: entry {first} is taken to lead on from frame 0; the doctor "
+            "finds out whether it does, and game.inputs.first_entry changes it"
+        )
     keyboard, degrees = [], np.zeros((len(entries), 2))
-    for i, entry in enumerate(entries):
+    for i, entry in enumerate(entries[first:], start=first):
         where = f"{log} entry {i}"
-        pitch, yaw = (read_number(entry.get(name), f"{where}: {name}") for name in ("pitch_delta", "yaw_delta"))
-        degrees[i] = -DEG_PER_DELTA * pitch, DEG_PER_DELTA * yaw
+        if game.action_space.mouse:
+            pitch, yaw = (read_number(entry.get(name), f"{where}: {name}") for name in ("pitch_delta", "yaw_delta"))
+            degrees[i] = -DEG_PER_DELTA * pitch, DEG_PER_DELTA * yaw
         keyboard.append(keys.row([name for name in (_choice(entry, axis, where) for axis in CHOICES) if name], where))
-    check_poses(log, entries, degrees[:, 1])
-    actions = Actions(np.stack(keyboard)[1:], mouse_rows(game, degrees[1:]))
+    if game.action_space.mouse:
+        check_poses(log, entries, degrees[:, 1])
+    mouse = mouse_rows(game, degrees, lambda i: f"{log} entry {i}")[first:]
+    actions = Actions(np.stack(keyboard), mouse)[: info.frames]
     return cut_video(video.stem, video, info, game, actions, [(0, len(actions))])
 
 
 def read_entries(log: Path) -> list[dict[str, Any]]:
     """The entries 0, 1, 2, ... of `actions`. Raises ValueError if one is left out."""
     found = read_json(log).get("actions")
-    if not isinstance(found, dict) or len(found) < 2:
-        raise ValueError(f"{log} must hold actions, an object with the entries 0, 1, 2, ...")
+    if not isinstance(found, dict) or len(found) < 4:
+        raise ValueError(f"{log} must hold actions, an object with the entries 0, 1, 2, 3, ...")
     entries = [entry for i in range(len(found)) if isinstance(entry := found.get(str(i)), dict)]
     if len(entries) < len(found):
         missing = next(i for i in range(len(found)) if not isinstance(found.get(str(i)), dict))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_pipeline.readers.recording import LARGEST
 from data_pipeline.types import GameConfig
 
 MOST_DEG = 3600.0  # that anybody turns in a frame; more is damage, or another unit
@@ -92,18 +93,16 @@ def require_mouse_scale(game: GameConfig, where: str) -> None:
         )
 
 
-def mouse_rows(game: GameConfig, degrees: np.ndarray, where: str = "the recording") -> np.ndarray:
+def mouse_rows(game: GameConfig, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
     """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
 
-    Raises ValueError for a frame that turns by more than `MOST_DEG`, or by no number; `where` names file and rows.
+    Raises ValueError as `check_degrees`.
     """
-    rows = degrees if game.action_space.mouse else degrees[:, :0]
-    wild = ~(np.abs(rows) <= MOST_DEG).all(axis=1)
-    if wild.any():
-        frame = int(wild.argmax())
-        turned = ", ".join(f"{part:g}" for part in rows[frame])
-        raise ValueError(f"{where}: frame {frame} turns by ({turned}) degrees; {MOST_DEG:g} are possible")
-    return (rows / game.action_space.mouse_unit_deg).astype(np.float32)
+    space = game.action_space
+    mouse = check_degrees(degrees if space.mouse else degrees[:, :0], where) / space.mouse_unit_deg
+    if not (np.abs(mouse) <= LARGEST).all():
+        raise ValueError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
+    return mouse.astype(np.float32)
 
 
 def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:

@@ -6,25 +6,31 @@ observation, then the action), so it is action i and leads to frame i + 1. Its p
 `timestamp` of row i in the episode's video (`_query_videos`), and is looked for at that time among the times that the
 video itself gives, within a quarter of a frame.
 
-`action` is a vector of named components (`names` in info.json; their numbers where there are none). `game.inputs.keys`
-binds keys to components, which must then be 0 or 1; `game.inputs.axes` names the components that are the mouse's y and
-x, and `pitch_deg` and `yaw_deg` say how many degrees up and right one unit of them is.
+`action` (in some datasets `actions`) is a vector of named components (`names` in info.json; their numbers where there
+are none). `game.inputs.keys` binds keys to components, which must then be 0 or 1; `game.inputs.axes` names the
+components that are the mouse's y and x, and `pitch_deg` and `yaw_deg` say how many degrees up and right one unit is.
+
+Of the patterns of paths in info.json only the numbers and the video's name are filled in, and what they give lies in
+the dataset. Datasets of version 2 and those with pictures in the parquet files are refused with LeRobot's converter.
 """
 
-from collections.abc import Hashable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs.foreign import inside, reading
 from data_pipeline import storage
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
+from data_pipeline.readers.parquet import read_rows
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
-    import_extra,
     list_files,
     list_folders,
     probe_video,
@@ -34,7 +40,10 @@ from data_pipeline.readers.recording import (
 from data_pipeline.types import Actions, GameConfig
 from data_pipeline.video import frame_times
 
-INFO, EPISODES, ACTION, EPISODE = "meta/info.json", "meta/episodes", "action", "episode_index"
+INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
+COMPONENTS = 10_000  # more than any vector of keys and axes has
+# What a pattern of info.json may ask for; str.format would give it attributes and widths of any size.
+FIELD = re.compile(r"\{(?:(chunk_index|file_index)(?::0(\d)d)?|(video_key))\}")
 
 
 @dataclass(frozen=True)
@@ -44,30 +53,51 @@ class Dataset:
     root: Path
     data_path: str
     video_path: str
-    features: Mapping[str, Any]
+    features: Mapping[str, Mapping[str, Any]]
 
     @property
     def info(self) -> Path:
         return self.root / INFO
 
     @property
+    def action(self) -> str:
+        """The feature that is the action."""
+        found = [name for name in ACTIONS if name in self.features]
+        if not found:
+            raise ValueError(f"{self.info} has no feature {' or '.join(ACTIONS)}, but {', '.join(self.features)}"[:500])
+        return found[0]
+
+    @property
     def components(self) -> list[str]:
         """The names of the action vector's components."""
-        feature = self.features.get(ACTION, {})
+        feature = self.features[self.action]
         names, shape = feature.get("names"), feature.get("shape")
-        if not isinstance(shape, list) or len(shape) != 1:
-            raise ValueError(f"{self.info}: the feature {ACTION} must be a vector, not of shape {shape}")
-        if isinstance(names, dict):  # {"motors": [...]} or {"w": 0, "a": 1, ...}
-            groups = [group for group in names.values() if isinstance(group, list)]
-            names = groups[0] if groups else sorted(names, key=lambda name: names[name])
-        names = [str(name) for name in names or range(shape[0])]
+        if not isinstance(shape, list) or [type(part) for part in shape] != [int] or not 0 < shape[0] < COMPONENTS:
+            raise ValueError(f"{self.info}: the feature {self.action} must be a vector, not of shape {shape!r:.80}")
+        with reading(self.info):
+            if isinstance(names, dict):  # {"motors": [...]} or {"w": 0, "a": 1, ...}
+                groups = [group for group in names.values() if isinstance(group, list)]
+                names = groups[0] if groups else [name for _, name in sorted((at, name) for name, at in names.items())]
+            names = [str(name) for name in names or range(shape[0])]
         if len(names) != shape[0] or len(set(names)) != len(names):
-            raise ValueError(f"{self.info}: {ACTION} has {shape[0]} components and the names {', '.join(names)}")
+            raise ValueError(
+                f"{self.info}: {self.action} has {shape[0]} components and the names {', '.join(names):.200}"
+            )
         return names
 
     def camera(self, wanted: str | None) -> str:
         """The feature that is the picture."""
-        cameras = [name for name, feature in self.features.items() if feature.get("dtype") == "video"]
+        cameras, pictures = (
+            [name for name, feature in self.features.items() if feature.get("dtype") == kind]
+            for kind in ("video", "image")
+        )
+        if pictures and (wanted in pictures or not cameras):
+            raise ValueError(
+                f"{self.info}: {wanted or pictures[0]} has its pictures in the parquet files; make videos of them: "
+                "lerobot-edit-dataset --repo_id NAME --root FOLDER --operation.type convert_image_to_video"
+            )
+        if not self.video_path:
+            raise ValueError(f"{self.info} lacks video_path")
         if wanted not in cameras and (wanted or len(cameras) != 1):
             raise ValueError(
                 f"{self.info}: choose a video by game.inputs.camera; there are: {', '.join(cameras) or 'none'}"
@@ -79,11 +109,24 @@ def find_recordings(source: str | Path) -> list[Recording]:
     """The episodes of the dataset `source`, by number; the parquet files in `meta/episodes` are read."""
     dataset = read_info(storage.path(source))
     files = [file for folder in list_folders(dataset.root / EPISODES) for file in list_files(folder, ".parquet")]
-    abouts = [about for file in files for about in read_rows(file, (EPISODE, "length", "data/", "videos/"))]
+    abouts = [about for file in files for about in read_abouts(file)]
     if not abouts:
         raise ValueError(f"{dataset.root / EPISODES} lists no episodes")
     abouts.sort(key=lambda about: about[EPISODE])
+    twice = [one for one, other in pairwise(abouts) if one[EPISODE] == other[EPISODE]]
+    if twice:
+        raise ValueError(f"{dataset.root / EPISODES} lists {_name(twice[0])} twice")
     return [Recording(_name(about), partial(read_episode, dataset, about)) for about in abouts]
+
+
+def read_abouts(file: Path) -> list[dict[str, Any]]:
+    """The rows of a file of `meta/episodes`. Raises ValueError for a number that is none."""
+    abouts = read_rows(file, (EPISODE, "length", "data/", "videos/"))
+    for i, about in enumerate(abouts):
+        for column in (EPISODE, "length"):
+            if not isinstance(about[column], int) or about[column] < 0:
+                raise ValueError(f"{file} row {i}: {column} is {about[column]!r:.80}, which is no count")
+    return abouts
 
 
 def _name(about: Mapping[str, Any]) -> str:
@@ -93,13 +136,22 @@ def _name(about: Mapping[str, Any]) -> str:
 def read_info(root: Path) -> Dataset:
     """What `meta/info.json` says. Raises ValueError for another version of the format."""
     info = read_json(root / INFO)
-    missing = [name for name in ("codebase_version", "features", "data_path", "video_path") if not info.get(name)]
+    missing = [name for name in ("codebase_version", "features", "data_path") if not info.get(name)]
     if missing:
         raise ValueError(f"{root / INFO} lacks {', '.join(missing)}")
     version = str(info["codebase_version"])
     if not version.startswith("v3."):
-        raise ValueError(f"{root / INFO} is of version {version}; convert it to v3.0 with LeRobot")
-    return Dataset(root, info["data_path"], info["video_path"], info["features"])
+        raise ValueError(
+            f"{root / INFO} is of version {version:.20}; convert it, in place: python -m "
+            f"lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
+        )
+    features, paths = info["features"], (info["data_path"], info.get("video_path") or "")
+    if not isinstance(features, dict) or not all(isinstance(path, str) for path in paths):
+        raise ValueError(f"{root / INFO}: features must be an object, data_path and video_path texts")
+    wrong = [name for name, feature in features.items() if not isinstance(feature, dict)]
+    if wrong:
+        raise ValueError(f"{root / INFO}: the feature {wrong[0]:.80} must be an object, not {features[wrong[0]]!r:.80}")
+    return Dataset(root, *paths, features)
 
 
 def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -> list[VideoEpisode]:
@@ -109,20 +161,24 @@ def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -
     to no key.
     """
     camera = dataset.camera(game.inputs.camera)
-    table = _file(dataset, dataset.data_path, about, "data/")
-    video = _file(dataset, dataset.video_path, about, f"videos/{camera}/", video_key=camera)
+    table = fill_pattern(dataset, dataset.data_path, about, "data/")
+    video = fill_pattern(dataset, dataset.video_path, about, f"videos/{camera}/", camera)
     index = about[EPISODE]
-    rows = read_rows(table, (ACTION, "timestamp", "frame_index"), index)
-    if [row["frame_index"] for row in rows] != list(range(about["length"])):
+    rows = read_rows(table, (dataset.action, "timestamp", "frame_index"), (EPISODE, index))
+    if len(rows) != about["length"] or [row["frame_index"] for row in rows] != list(range(len(rows))):
         raise ValueError(
             f"{table}: episode {index} must have the rows frame_index 0 to {about['length'] - 1} in order; it has "
             f"{len(rows)} rows"
         )
-    actions = read_actions(f"{table} episode {index}", dataset.components, [row[ACTION] for row in rows], game)
+    if not rows:
+        return []
+    where = f"{table} episode {index}"
+    actions = read_actions(where, dataset.components, [row[dataset.action] for row in rows], game)
     info = probe_video(video, game)
     column = f"videos/{camera}/from_timestamp"
     begin = read_number(about.get(column), f"{dataset.root / EPISODES} {_name(about)}: {column}")
-    shown = begin + np.array([row["timestamp"] for row in rows])
+    times = [read_number(row["timestamp"], f"{where} frame {i}: timestamp") for i, row in enumerate(rows)]
+    shown = begin + np.array(times)
     first = find_first(video, shown, game.fps)
     size = info.height, info.width
     return [VideoEpisode(_name(about), video, first, game.fps, *size, game.action_space, actions)]
@@ -156,7 +212,7 @@ def read_actions(where: str, components: list[str], vectors: Sequence[Any], game
     degrees = (
         table[:, [components.index(name) for name in axes]] * (game.inputs.pitch_deg, game.inputs.yaw_deg)[: len(axes)]
     )
-    return Actions(keyboard, mouse_rows(game, degrees))
+    return Actions(keyboard, mouse_rows(game, degrees, lambda i: f"{where} frame {i}"))
 
 
 def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
@@ -177,54 +233,35 @@ def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
     return first
 
 
-def read_rows(path: Path, columns: Sequence[str], episode: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a parquet file as plain values: `columns`, and all that begin with those that end in a slash.
+def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefix: str, camera: str = "") -> Path:
+    """The file that a pattern of info.json gives for an episode.
 
-    With `episode` only those of this one; the two files last read so are kept, since many episodes share one.
+    Raises ValueError if it asks for more than the numbers in `about` and the video's name, or leads out of the dataset.
     """
-    arrow, compute = (import_extra(name, "LeRobot recordings") for name in ("pyarrow", "pyarrow.compute"))
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    try:
-        if episode is None:
-            return _read_table(path, columns).to_pylist()
-        table = _kept_table(path, (*columns, EPISODE), storage.version(path))
-        return table.filter(compute.equal(table[EPISODE], episode)).to_pylist()
-    except (OSError, arrow.ArrowException) as error:
-        raise ValueError(f"cannot read {path} ({error}); it is truncated or no parquet file") from error
 
+    def fill(field: re.Match[str]) -> str:
+        if field[3]:
+            return camera
+        number = about.get(prefix + field[1])
+        if not isinstance(number, int) or number < 0:
+            raise ValueError(
+                f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: {prefix}{field[1]} of "
+                f"{_name(about)} is {number!r:.80}"
+            )
+        return f"{number:0{field[2] or 0}d}"
 
-@lru_cache(maxsize=2)
-def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
-    return _read_table(path, columns)
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> Any:
-    parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
-    with storage.opened(path) as file:
-        names = parquet.read_schema(file).names
-    wanted = [name for name in names if name in columns or name.startswith(tuple(c for c in columns if c[-1] == "/"))]
-    missing = [name for name in columns if name not in wanted and name[-1] != "/"]
-    if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
-    with storage.opened(path) as file:
-        return parquet.read_table(file, columns=wanted)
-
-
-def _file(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefix: str, **names: str) -> Path:
-    """The file that the pattern of info.json gives for an episode."""
-    try:
-        numbers = {name: about[prefix + name] for name in ("chunk_index", "file_index")}
-        return dataset.root / pattern.format(**numbers, **names)
-    except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{dataset.info}: {pattern!r} and meta/episodes do not go together: no {error}") from error
+    filled = FIELD.sub(fill, pattern)
+    if "{" in FIELD.sub("", pattern) or "}" in FIELD.sub("", pattern):
+        raise ValueError(
+            f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: it may ask for "
+            "{chunk_index:03d}, {file_index:03d} and {video_key}"
+        )
+    return inside(dataset.root, filled, dataset.info)
 
 
 def _vectors(where: str, vectors: Sequence[Any], count: int) -> np.ndarray:
     for i, vector in enumerate(vectors):
-        if not isinstance(vector, list) or len(vector) != count or None in vector:
-            raise ValueError(f"{where} frame {i}: {ACTION} is {vector!r}, not {count} numbers")
-    table = np.array(vectors, dtype=np.float64)
-    if not np.isfinite(table).all():
-        raise ValueError(f"{where} frame {np.flatnonzero(~np.isfinite(table).all(axis=1))[0]}: {ACTION} is not finite")
-    return table
+        if not isinstance(vector, list) or len(vector) != count:
+            raise ValueError(f"{where} frame {i}: the action is {vector!r:.80}, not {count} numbers")
+    table = [[read_number(part, f"{where} frame {i}: the action") for part in one] for i, one in enumerate(vectors)]
+    return np.array(table, dtype=np.float64)

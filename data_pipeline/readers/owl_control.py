@@ -19,18 +19,24 @@ from typing import Any
 from configs.foreign import parse_json
 from data_pipeline import storage
 from data_pipeline.readers.event_rows import (
-    VIDEOS,
     Event,
     Kind,
     cut_by_log,
     open_screen,
     opened_log,
-    say,
-    say_left_out,
     sort_events,
 )
 from data_pipeline.readers.keys import bind_keys, require_mouse_scale
-from data_pipeline.readers.recording import Recording, VideoEpisode, list_files, list_folders, read_number
+from data_pipeline.readers.recording import (
+    VIDEOS,
+    Recording,
+    VideoEpisode,
+    list_files,
+    list_folders,
+    read_number,
+    say,
+    say_left_out,
+)
 from data_pipeline.types import GameConfig
 
 LOG, COLUMNS = "inputs.csv", ["timestamp", "event_type", "event_args"]

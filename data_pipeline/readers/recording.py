@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs import foreign
+from configs.foreign import parse_object
 from data_pipeline import storage
 from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
 from data_pipeline.video import VideoInfo, probe, read_frames
@@ -40,12 +40,19 @@ class Recording(NamedTuple):
 
     name: str
     read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+    session: str | None = None  # recordings of one session are parts of one play, and held out together
 
 
 @cache
 def say(line: str) -> None:
     """Says something about recordings on stderr; the same line just once."""
     tqdm.write(line, file=sys.stderr)
+
+
+def say_left_out(source: str | Path, folders: Sequence[Path], why: str) -> None:
+    """Says which folders are no recordings, if any."""
+    if folders:
+        say(f"{source}: left out {list_names([one.name for one in folders])}: {why}")
 
 
 @dataclass(frozen=True)
@@ -92,10 +99,15 @@ def cut_video(
     """
     episodes = []
     for first, end in spans:
-        part = name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
-        size, rows = (info.height, info.width), actions[first:end]
+        part, size = name_part(name, first, spans), (info.height, info.width)
+        rows = actions[first:end]
         episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, rows, info.frames))
     return episodes
+
+
+def name_part(name: str, first: int, spans: Sequence[tuple[int, int]]) -> str:
+    """The id of the episode of the recording `name` that begins with frame `first`, of `spans` that it was cut into."""
+    return name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
 
 
 def recording_of(episode: str) -> str:
@@ -114,17 +126,33 @@ def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def find_pairs(videos: Path, logs: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each mp4 in `videos` with the log of its name in `logs`. Raises ValueError for one without the other."""
-    by_name = {path.stem: path for path in list_files(videos, ".mp4")}
-    logs_by_name = {path.stem: path for path in list_files(logs, suffix)}
-    alone = [*(by_name.keys() ^ logs_by_name.keys())]
-    if alone:
-        path = by_name.get(min(alone)) or logs_by_name[min(alone)]
-        raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
-    if not by_name:
+def find_pairs(
+    videos: Path, logs: Path, suffixes: tuple[str, ...], read: Callable[[Path, Path, GameConfig], Sequence[Episode]]
+) -> list[Recording]:
+    """Each video in `videos` with the log of its name in `logs`, to be read by `read`, in the order of their names.
+
+    One without the other is a recording that cannot be read; where there are no others, this raises ValueError.
+    """
+    suffix, found = " or ".join(suffixes), [{}, {}]
+    for by_name, folder, kinds in ((found[0], videos, VIDEOS), (found[1], logs, suffixes)):
+        for path in list_files(folder, *kinds):
+            if by_name.setdefault(path.stem, path) != path:
+                raise ValueError(f"{by_name[path.stem]} and {path} have the same name; rename or delete one")
+    pairs = found[0].keys() & found[1].keys()
+    if not pairs:
+        for path in [*found[0].values(), *found[1].values()]:
+            _refuse_alone(path, suffix)
         raise ValueError(f"{videos} holds no .mp4 with a {suffix} each")
-    return [(by_name[name], logs_by_name[name]) for name in sorted(by_name)]
+    return [
+        Recording(name, partial(read, found[0][name], found[1][name]))
+        if name in pairs
+        else Recording(name, partial(_refuse_alone, found[0].get(name) or found[1][name], suffix))
+        for name in sorted(found[0].keys() | found[1].keys())
+    ]
+
+
+def _refuse_alone(path: Path, suffix: str, game: GameConfig | None = None) -> Sequence[Episode]:
+    raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
 
 
 def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
@@ -184,17 +212,7 @@ def require_text_name(where: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
-    return parse_json(read_text(path), str(path))
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """The object that `text` is; `where` names it in errors."""
-    return foreign.parse_object(text, where)
-
-
-def parse_json_value(text: str, where: str) -> Any:
-    """Whatever the JSON `text` is."""
-    return foreign.parse_json(text, where)
+    return parse_object(read_text(path), path)
 
 
 def read_text(path: Path) -> str:

@@ -1,0 +1,195 @@
+"""Recordings of others that would read other files, need all memory or run code: one line instead."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from foreign_games import load_game, read_all
+from foreign_recordings import draw_play, write_csgo, write_lerobot
+
+from data_pipeline.readers import Reader
+
+SHAPE = (150, 280, 3)
+
+
+def refusal(reader: Reader, source: Path, *words: str) -> str:
+    """What is said when everything of a source is read, pictures too."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        for episode in read_all(reader, source, load_game(reader, source.parent, *words)):
+            list(episode.frames())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
+
+
+def external(file: h5py.File, name: str, secret: Path) -> None:
+    kind = "u1" if name.endswith("x") else "f8"
+    shape = SHAPE if name.endswith("x") else (51,)
+    file.create_dataset(name, shape, kind, external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+
+
+def external_link(file: h5py.File, name: str, secret: Path) -> None:
+    file[name] = h5py.ExternalLink(str(secret), name)
+
+
+def soft_link(file: h5py.File, name: str, secret: Path) -> None:
+    file["outside"] = h5py.ExternalLink(str(secret), "/")
+    file[name] = h5py.SoftLink(f"/outside/{name}")
+
+
+def virtual(file: h5py.File, name: str, secret: Path) -> None:
+    shape, kind = (SHAPE, "u1") if name.endswith("x") else ((51,), "f8")
+    layout = h5py.VirtualLayout(shape, kind)
+    layout[:] = h5py.VirtualSource(str(secret), name, shape, kind)
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize("name", ["frame_0_x", "frame_2_x", "frame_1_y", "frame_1_helperarr"])
+@pytest.mark.parametrize("disguise", [external, external_link, soft_link, virtual])
+def test_hdf5_cannot_name_data_of_another_file(disguise: Callable[..., None], name: str, tmp_path: Path) -> None:
+    write_csgo(tmp_path / "secret" / "secret.hdf5", draw_play(3, 13))
+    write_csgo(tmp_path / "csgo" / "one.hdf5", draw_play(3, 13))
+    with h5py.File(tmp_path / "csgo" / "one.hdf5", "a") as file:
+        del file[name]
+        disguise(file, name, tmp_path / "secret" / "secret.hdf5")
+    said = refusal("csgo", tmp_path / "csgo")
+    assert f"one.hdf5 {name} names data of another file" in said and said.endswith("it was not read")
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        ((100_000, 100_000, 3), {"chunks": (64, 64, 3)}),
+        ((64, 64, 3), {"chunks": (30_000, 30_000, 3), "maxshape": (None, None, 3), "compression": "gzip"}),
+        ((0, 0, 3), {}),
+        ((0, 280, 3), {}),
+    ],
+)
+@pytest.mark.parametrize("number", [0, 2])
+def test_a_picture_of_no_size_or_of_all_memory_is_one_line(
+    shape: tuple[int, ...], more: dict[str, Any], number: int, tmp_path: Path
+) -> None:
+    write_csgo(tmp_path / "csgo" / "one.hdf5", draw_play(3, 13))
+    with h5py.File(tmp_path / "csgo" / "one.hdf5", "a") as file:
+        del file[f"frame_{number}_x"]
+        file.create_dataset(f"frame_{number}_x", shape, "u1", **more)
+    assert f"frame_{number}_x" in refusal("csgo", tmp_path / "csgo")
+
+
+def test_flipped_bits_of_hdf5_are_one_line_or_other_pixels(tmp_path: Path) -> None:
+    write_csgo(tmp_path / "good.hdf5", draw_play(3, 13))
+    good, rng = (tmp_path / "good.hdf5").read_bytes(), np.random.default_rng(0)
+    (tmp_path / "csgo").mkdir()
+    game, refused = load_game("csgo", tmp_path), 0
+    with h5py.File(tmp_path / "good.hdf5") as file:  # bits of pixels are no damage that anybody could see
+        pixels = [(at := file[f"frame_{i}_x"].id.get_offset(), at + 150 * 280 * 3) for i in range(3)]
+    structure = [i for i in range(len(good)) if not any(first <= i < end for first, end in pixels)]
+    for _ in range(60):
+        spoilt = bytearray(good)
+        for place in rng.choice(structure, 20):
+            spoilt[place] ^= 1 << rng.integers(8)
+        (tmp_path / "csgo" / "one.hdf5").write_bytes(spoilt)
+        try:
+            for episode in read_all("csgo", tmp_path / "csgo", game):
+                list(episode.frames())
+        except ValueError as error:
+            assert "one.hdf5" in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def lerobot(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """A dataset whose info.json `change` changes in place."""
+    write_lerobot(folder / "lerobot", [draw_play(6, 4, seed=seed) for seed in range(3)])
+    info = folder / "lerobot" / "meta" / "info.json"
+    loaded = json.loads(info.read_text())
+    change(loaded)
+    info.write_text(json.dumps(loaded))
+    return folder / "lerobot"
+
+
+@pytest.mark.parametrize("which", ["data_path", "video_path"])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "../outside/{chunk_index:03d}.mp4",
+        "videos/../../outside.mp4",
+        "/etc/hostname",
+        "{video_key}/../../x.mp4",
+        "videos\\x.mp4",
+        "videos/x\0.mp4",
+        "",
+        "{chunk_index.__class__.__mro__}",
+        "{chunk_index:>2000000000}",
+        "{chunk_index:02000000000d}",
+        "{chunk_index!r}",
+        "{chunk_index[0]}",
+        "{{chunk_index}}",
+        "{file_index:{chunk_index}}",
+        "videos/}.mp4",
+        ["videos"],
+    ],
+)
+def test_a_pattern_of_lerobot_names_files_of_the_dataset_by_numbers(which: str, pattern: Any, tmp_path: Path) -> None:
+    assert "meta/info.json" in refusal("lerobot", lerobot(tmp_path, lambda info: info.update({which: pattern})))
+
+
+def test_a_link_in_a_lerobot_dataset_does_not_lead_out_of_it(tmp_path: Path) -> None:
+    source = lerobot(tmp_path, lambda info: None)
+    video = next((source / "videos").rglob("file-000.mp4"))
+    video.rename(tmp_path / "outside.mp4")
+    video.symlink_to(tmp_path / "outside.mp4")
+    assert "outside.mp4; it was not read" in refusal("lerobot", source)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda info: info.update(features=[]), "lacks features"),
+        (lambda info: info.update(features=[1]), "features must be an object"),
+        (lambda info: info["features"].update(other="text"), "the feature other must be an object, not 'text'"),
+        (lambda info: info["features"].pop("action"), "has no feature action or actions, but"),
+        (lambda info: info["features"]["action"].update(shape=[10**12]), "must be a vector, not of shape"),
+        (lambda info: info["features"]["action"].update(shape=[6.0]), "must be a vector, not of shape"),
+        (lambda info: info["features"]["action"].update(names={"w": 1, "a": "b"}), "info.json is damaged"),
+        (lambda info: info["features"]["action"].update(names=7), "info.json is damaged"),
+        (
+            lambda info: info["features"]["observation.images.screen"].update(dtype="image"),
+            "--operation.type convert_image_to_video",
+        ),
+        (lambda info: info.update(codebase_version="v2.1"), "lerobot.datasets.v30.convert_dataset_v21_to_v30"),
+    ],
+)
+def test_odd_values_in_lerobot_s_info_are_one_line(change: Callable[..., object], said: str, tmp_path: Path) -> None:
+    assert said in refusal("lerobot", lerobot(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    ("file", "column", "value", "said"),
+    [
+        ("meta/episodes", "length", 10**12, "must have the rows frame_index 0 to 999999999999"),
+        ("meta/episodes", "length", -1, "length is -1, which is no count"),
+        ("meta/episodes", "length", None, "length is None, which is no count"),
+        ("meta/episodes", "episode_index", "x" * 10**6, "episode_index is 'xxx"),
+        ("meta/episodes", "data/chunk_index", -5, "data/chunk_index of episode_000000 is -5"),
+        ("meta/episodes", "data/file_index", "../x", "data/file_index of episode_000000 is '../x'"),
+        ("data", "timestamp", None, "frame 0: timestamp is None"),
+        ("data", "timestamp", 1e300, "frame 0: timestamp is 1e+300"),
+        ("data", "action", [1e300] * 6, "frame 0: the action is 1e+300"),
+        ("data", "action", [0.0] * 5 + [1201.0], "frame 0: yaw turns by 3603 degrees"),
+        ("data", "action", [None] * 6, "frame 0: the action is None"),
+        ("data", "action", "wasd", "frame 0: the action is 'wasd'"),
+        ("data", "frame_index", None, "must have the rows frame_index 0 to 5"),
+    ],
+)
+def test_odd_values_in_lerobot_s_tables_are_one_line(file, column, value, said, tmp_path: Path) -> None:
+    source = lerobot(tmp_path, lambda info: None)
+    path = source / file / "chunk-000" / "file-000.parquet"
+    rows = [{**row, column: value} for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    assert said in refusal("lerobot", source)
