@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -106,8 +105,6 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
 
     Recordings are held out by their place among all that are there, bad ones too: a bad one moves no other.
     """
-    if _lies_in(config.out, config.source):
-        raise ValueError(f"out={config.out} lies in source={config.source}, among the recordings; give another out=")
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
@@ -193,13 +190,6 @@ def frames_in_no_clip(config: EncodeConfig, frames: int) -> int:
     """Frames that are in no clip of an episode of so many, if it has any."""
     clips = len(clip_starts(config, frames))
     return frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames) if clips else 0
-
-
-def _lies_in(folder: str, other: str) -> bool:
-    """Whether `folder` is `other` or in it."""
-    if storage.is_s3(folder) or storage.is_s3(other):
-        return storage.join(folder, "").startswith(storage.join(other, ""))
-    return Path(folder).resolve().is_relative_to(Path(other).resolve())
 
 
 def clip_starts(config: EncodeConfig, frames: int) -> range:

@@ -50,7 +50,7 @@ def test_what_is_no_episode_is_named_once_and_left_out(recordings, tmp_path, cap
     (tmp_path / "__MACOSX" / "a" / "._video.mp4").touch()
     (tmp_path / "a" / "._video.mp4").write_bytes(b"of a Mac")
     (tmp_path / "notes").mkdir()
-    for name in (".DS_Store", "README.md", "notes/todo.txt"):
+    for name in (".DS_Store", ".lock", "README.md", "notes/todo.txt"):  # .lock is our own
         (tmp_path / name).touch()
     for _ in range(2):
         assert [path.name for path in find_episodes(tmp_path)] == ["a"]

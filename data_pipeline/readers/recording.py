@@ -167,7 +167,7 @@ def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path
     listed = _list_all(source)
     found = [path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)]
     names = {path.name for path in found}
-    others = [path.name for path in listed if path.name not in names]
+    others = [path.name for path in listed if path.name not in names and path.name != ".lock"]  # of `record`
     if others and os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{source}: left out, being no recordings: {list_names(others)}")
     return found
