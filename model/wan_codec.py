@@ -15,7 +15,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs import build, load_config, merge_words
+from configs import build, build_from, load_file, merge_words
+from configs.foreign import read_settings, require_inside
 from model.foreign import load_foreign, read_json
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.weights import require_same_tensors
@@ -195,19 +196,21 @@ def is_wan_codec(path: str | Path) -> bool:
     if path.is_file() or (path / DIFFUSERS_CONFIG).is_file():
         return True
     config = path / CONFIG_FILE
-    return config.is_file() and bool(re.search(r"^name:\s*['\"]?wan\b", config.read_text(encoding="utf-8"), re.M))
+    return config.is_file() and read_settings(config).get("name") == "wan"
 
 
 def read_wan_config(path: str | Path, *words: str) -> tuple[WanCodecConfig, Path]:
     """The settings of the Wan codec at `path` (as in `is_wan_codec`), `words` winning, and its weights file."""
     path = Path(path)
     if path.is_file():
-        return load_config(WanCodecConfig, [f"weights={path.name}", *words]), path
+        return build(WanCodecConfig, {"weights": path.name, **merge_words(words)}), path
     if (path / CONFIG_FILE).is_file():
-        config = load_config(WanCodecConfig, [str(path / CONFIG_FILE), *words])
+        config = load_file(WanCodecConfig, path / CONFIG_FILE, words)
+        for name in (config.weights, config.tiny_weights):
+            require_inside(name, path / CONFIG_FILE)  # as text: links to where the weights lie are the user's own
         return config, path / config.weights
     given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_words(words)}
-    config = build(WanCodecConfig, given)
+    config = build_from(WanCodecConfig, given, path / DIFFUSERS_CONFIG)
     return config, path / config.weights
 
 

@@ -88,6 +88,7 @@ class EvaluateConfig:
     device: str = "cpu"
     precision: Precision = "fp32"  # of the DiT's weights
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -131,7 +132,7 @@ def evaluate(words: list[str]) -> None:
     episodes = heldout_episodes(config.recordings, config.reader, manifest)
     starts = read_starts(episodes, manifest.game, config.replay)
     held_starts = read_starts(episodes, manifest.game, config.held)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     begun = time.perf_counter()
     with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
         method = "chunked" if world.layout == "chunked" else "streaming"

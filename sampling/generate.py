@@ -60,6 +60,7 @@ class GenerateConfig:
     guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
     prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
     seed: int = 0
     prompt_frame: int = 0
@@ -99,7 +100,7 @@ def generate(words: list[str]) -> None:
     game = said.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
     out, tiles, resident_mib = storage.path(config.out), [], []
