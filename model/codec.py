@@ -236,7 +236,8 @@ def copy_codec(path: str | Path, folder: Path) -> None:
     path = Path(path)
     if is_wan_codec(path):
         config, weights = read_wan_config(path)
-        tiny = [weights.parent / config.tiny_weights] if config.decoder == "tiny" else []
+        tiny = [weights.parent / config.tiny_weights]
+        tiny = tiny if config.decoder == "tiny" or tiny[0].is_file() else []
         names = {"weights": weights.name, "tiny_weights": Path(config.tiny_weights).name}
         config, files = replace(config, **names), [weights, *tiny]
     else:

@@ -82,6 +82,7 @@ class ExportConfig:
     out: str  # folder that gets the weights and their config.json
     weights: Literal["ema", "model"] = "ema"
     prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
 
 

@@ -1,7 +1,9 @@
 """A trained world model on disk or in a bucket: which checkpoints are whole, what they are, loading one to sample."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
@@ -10,13 +12,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from configs import load_file
+from configs import load_file, save_config
+from configs.files import write_text
 from data_pipeline import storage
 from data_pipeline.s3_errors import bucket_and_key
 from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
+from model.official import WEIGHTS_NAME, read_official
 from model.vision import VisionTower, load_vision, visual_context
 from model.weights import load_into, open_weights
 
@@ -120,7 +124,7 @@ def checkpoint_files(checkpoint: str) -> list[str]:
 def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
     """What `find_checkpoint` finds, on this machine: of an s3:// url a copy without what only resuming needs, and with
     no other weights than `weights` if that is given."""
-    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)}
+    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)} | {WEIGHTS_NAME}
     return storage.local(
         find_checkpoint(path), lambda name: "/" not in name and (name in files or not name.endswith(".safetensors"))
     )
@@ -193,6 +197,27 @@ def _same_place(one: str, other: str) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
 
+@contextmanager
+def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Iterator[Path]:
+    """A local folder to write weights into, model.safetensors being the averaged ones too; with what `world` says and a
+    copy of `codec` it becomes the checkpoint `out`, which plays wherever it is copied.
+
+    Raises ValueError in one line if something is in `out` already: it may be what is read.
+    """
+    if storage.list_files(out) or storage.list_folders(out):
+        what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
+        raise ValueError(f"{out} {what} already; choose another out=")
+    with storage.writing_folder(out, last=COMPLETE) as folder:
+        yield folder
+        one, average = folder / "model.safetensors", folder / "ema.safetensors"
+        if one.is_file():
+            os.link(one, average)  # no copy: files are replaced, never changed
+        if codec is not None:
+            copy_codec(storage.local(codec), folder / CODEC)
+        save_config(replace(world, codec=CODEC), folder / WORLD_FILE)
+        write_text(folder / COMPLETE, json.dumps({"bytes": storage.list_tree(folder)}, indent=1))
+
+
 def load_world(
     path: str | Path,
     weights: Weights = "ema",
@@ -217,7 +242,14 @@ def load_world(
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
         raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
-    return make_world(config, open_weights(checkpoint / f"{weights}.safetensors"), device, precision, vision)
+    return make_world(config, _open_weights(checkpoint, weights, config.model), device, precision, vision)
+
+
+def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) -> Mapping[str, Tensor]:
+    file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
+    if exported.is_file() and not file.is_file():
+        return read_official(exported, model)[0]
+    return open_weights(file)
 
 
 def make_world(
