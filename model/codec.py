@@ -17,8 +17,9 @@ from torch.nn import functional
 
 from configs import load_file, save_config
 from configs.files import atomic_path, sha256_file
+from model.limits import MANY, WIDE, require_between
 from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
-from model.weights import load_into, load_weights
+from model.weights import finite, load_into, open_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
@@ -40,6 +41,11 @@ class CodecConfig:
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
     # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
     whitening: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_between("codec.", 1, 3 * TEMPORAL * SPATIAL * SPATIAL, channels=self.channels)  # numbers in a patch
+        require_between("codec.", 1, WIDE, width=self.width, fine_width=self.fine_width)
+        require_between("codec.", 0, MANY, memory_blocks=self.memory_blocks, fine_blocks=self.fine_blocks)
 
     @property
     def spatial(self) -> int:
@@ -227,7 +233,9 @@ def load_codec(path: str | Path, *words: str) -> Codec:
             f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
         )
     codec = make_codec(load_file(CodecConfig, path / CONFIG_FILE, words))
-    load_into(codec, load_weights(path / WEIGHTS_FILE))
+    load_into(codec, finite(open_weights(path / WEIGHTS_FILE), path / WEIGHTS_FILE))
+    if not (codec.latent_std > 0).all():
+        raise ValueError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
     return codec.eval()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs import build, build_from, load_file, merge_words
 from configs.foreign import read_settings, require_inside
 from model.foreign import load_foreign, read_json
+from model.limits import MANY, require_between
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.weights import require_same_tensors
 
@@ -76,12 +77,16 @@ class WanCodecConfig:
     latent_std: tuple[float, ...] = STD
 
     def __post_init__(self) -> None:
+        require_between("codec.", 1, MANY, width=self.width, channels=self.channels, piece_latents=self.piece_latents)
+        require_between("codec.", 0, 64, num_res_blocks=self.num_res_blocks)
+        if not 1 <= len(self.dim_mult) <= 8 or not all(1 <= one <= 64 for one in self.dim_mult):
+            raise ValueError(f"codec.dim_mult={list(self.dim_mult)} must be 1 to 8 numbers of 1 to 64")
+        if min(self.latent_std, default=0) <= 0:
+            raise ValueError(f"latent_std {list(self.latent_std)} must be positive")
         if not len(self.latent_mean) == len(self.latent_std) == self.channels:
             raise ValueError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
-        if self.piece_latents < 1:
-            raise ValueError(f"piece_latents={self.piece_latents} must be 1 or more")
         if self.tile and not all(0 < step <= size for step, size in zip(self.tile_stride, self.tile, strict=True)):
             raise ValueError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
 
@@ -233,7 +238,7 @@ def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
     official = {official_name(name, config): name for name in own}
     names = official if len(official.keys() & state) > len(own.keys() & state) else {name: name for name in own}
     expected = {theirs: own[ours] for theirs, ours in names.items()}
-    require_same_tensors(expected, state, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
+    require_same_tensors(expected, state.specs, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
     vae.to_empty(device="cpu")
     vae.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
     return vae

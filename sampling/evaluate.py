@@ -23,6 +23,7 @@ from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
+from model.limits import require_device
 from sampling.denoising import Denoising
 from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
@@ -111,9 +112,11 @@ class EvaluateConfig:
 def evaluate(words: list[str]) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
     config = load_config(EvaluateConfig, words)
+    require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     read = {
         "recordings": config.recordings, "manifest": config.manifest, "beside": config.beside, "vision": config.vision,
+        "codec": config.codec and storage.files_at(config.codec),
         "checkpoint": checkpoint_files(checkpoint),
     }  # fmt: skip
     require_other_files([storage.join(config.out, name) for name in WRITTEN], read)

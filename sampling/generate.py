@@ -23,6 +23,7 @@ from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
 from model.flow import FlowMatch
+from model.limits import require_device
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
@@ -93,6 +94,7 @@ class GenerateConfig:
 def generate(words: list[str]) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
     config = load_config(GenerateConfig, words)
+    require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
@@ -130,7 +132,7 @@ def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoin
         "actions": config.actions if is_file(config.actions) else None,
         "vision": config.vision,
         "checkpoint": checkpoint_files(checkpoint),
-        "codec": storage.files_at(said.codec),
+        "codec": storage.files_at(config.codec or said.codec),
     }
     require_other_files(outs, read)
 

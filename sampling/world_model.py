@@ -20,9 +20,10 @@ from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
+from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.vision import VisionTower, load_vision, visual_context
-from model.weights import load_into, open_weights
+from model.weights import finite, load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
 CODEC = "codec"  # the folder in which a checkpoint, its run or the folder above holds its codec
@@ -233,12 +234,11 @@ def load_world(
     `codec`: where the codec is, if `find_codec` does not find it by itself.
     Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
     """
+    require_device(device)
     url = find_checkpoint(path)
     checkpoint = newest_checkpoint(url, weights)
     config = read_world_config(checkpoint)
     config = replace(config, codec=find_codec(url, config, codec))
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}, but there is no CUDA device here; use device=cpu")
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
         raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
@@ -249,7 +249,7 @@ def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) ->
     file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
     if exported.is_file() and not file.is_file():
         return read_official(exported, model)[0]
-    return open_weights(file)
+    return finite(open_weights(file), file)
 
 
 def make_world(

@@ -18,7 +18,7 @@ from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
-from model.official import PICKLES
+from model.foreign import PICKLES
 from model.weights import save_weights
 from sampling.world_model import (
     COMPLETE,
