@@ -233,7 +233,7 @@ def load_codec(path: str | Path, *words: str) -> Codec:
             f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
         )
     codec = make_codec(load_file(CodecConfig, path / CONFIG_FILE, words))
-    load_into(codec, finite(open_weights(path / WEIGHTS_FILE), path / WEIGHTS_FILE))
+    load_into(codec, finite(open_weights(path / WEIGHTS_FILE)))
     if not (codec.latent_std > 0).all():
         raise ValueError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
     return codec.eval()

@@ -4,6 +4,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import torch
 from torch import Tensor
 
 from configs.foreign import parse_object, reading
-from model.bare_names import bare_names
-from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, finite, lazily, open_weights
+from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
@@ -20,10 +20,7 @@ PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 def load_foreign(path: str | Path) -> LazyWeights:
     """The weights of the model in a file of others (see `open_foreign`), under their bare names, which are said where
     they were others. Reading one that holds NaN or infinity raises ValueError in one line."""
-    stored = open_foreign(path)
-    found = bare_names(stored.specs)
-    found.say(str(path))
-    return finite(stored.renamed(found.names), path)
+    return finite(bare_weights(open_foreign(path)))
 
 
 def open_foreign(path: str | Path) -> LazyWeights:
@@ -42,7 +39,7 @@ def open_foreign(path: str | Path) -> LazyWeights:
         unfit = [name for name, one in tensors.items() if one.dtype not in DTYPE_NAMES or one.layout != torch.strided]
         if unfit or not tensors or any(one.is_meta for one in tensors.values()):
             raise ValueError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
-        return lazily(tensors)
+        return replace(lazily(tensors), where=str(path))
 
 
 def _unpickled(path: Path) -> Any:

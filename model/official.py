@@ -88,7 +88,7 @@ def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeight
     stored = open_foreign(file)
     found = bare_names(stored.specs)
     found.say(str(file))
-    weights = finite(stored.renamed(found.names), file)
+    weights = finite(stored.renamed(found.names))
     layout: Layout = "diffusers" if "proj_out.weight" in weights else "official"
     if layout == "diffusers":
         weights = weights.renamed({name: official_name(name) for name in weights})

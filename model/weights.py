@@ -34,6 +34,7 @@ class LazyWeights(Mapping[str, Tensor]):
     specs: Mapping[str, Tensor]  # on the meta device: shape and dtype
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, words without a meaning for the tensors
+    where: str = "these weights"  # the file, for errors
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
@@ -51,14 +52,14 @@ class LazyWeights(Mapping[str, Tensor]):
         old = {new: name for name, new in names.items()}
         if len(old) != len(names):
             twice = [new for name, new in names.items() if old[new] != name]
-            raise ValueError(f"two tensors of these weights would be called {_some(twice)}")
+            raise ValueError(f"two tensors of {self.where} would be called {_some(twice)}")
         specs = {new: self.specs[name] for new, name in old.items()}
-        return LazyWeights(specs, lambda new: self.read(old[new]), self.metadata)
+        return replace(self, specs=specs, read=lambda new: self.read(old[new]))
 
     def cast(self, dtype: torch.dtype) -> "LazyWeights":
         """The same tensors in `dtype`."""
         specs = {name: spec.to(dtype) for name, spec in self.specs.items()}
-        return LazyWeights(specs, lambda name: self.read(name).to(dtype), self.metadata)
+        return replace(self, specs=specs, read=lambda name: self.read(name).to(dtype))
 
 
 def lazily(state: Mapping[str, Tensor]) -> LazyWeights:
@@ -114,11 +115,8 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     A module on the meta device gets its memory here, tensor by tensor, in the dtypes of `state`. Raises ValueError in
     one line otherwise.
     """
-    what, own, found = f"these weights are of another {type(module).__name__}", module.state_dict(), lazily(state)
-    names = bare_names(found.specs)
-    names.say(f"weights of {type(module).__name__}")
-    given = found.renamed(names.names)
-    require_same_tensors(own, given.specs, what)
+    own, given = module.state_dict(), bare_weights(state)
+    require_same_tensors(own, given.specs, f"{given.where}: not the weights of this {type(module).__name__}")
     if any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict({name: given[name] for name in own}, assign=True)
         return
@@ -126,18 +124,25 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(given[name])  # detached, sharing the parameter's memory
 
 
-def finite(state: Mapping[str, Tensor], where: str | Path) -> LazyWeights:
-    """`state`, of which reading a tensor that holds NaN or infinity raises a ValueError that names the file `where`."""
+def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:
+    """The model's weights in `state` under their own names (see `bare_names`); what those were is said on stderr."""
     given = lazily(state)
+    found = bare_names(given.specs)
+    found.say(given.where)
+    return given.renamed(found.names)
+
+
+def finite(state: LazyWeights) -> LazyWeights:
+    """`state`, of which reading a tensor that holds NaN or infinity raises a ValueError that names the file."""
 
     def read(name: str) -> Tensor:
-        tensor = given.read(name)
+        tensor = state.read(name)
         numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits: torch does not tell
         if not torch.isfinite(numbers).all():
-            raise ValueError(f"{where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
+            raise ValueError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
         return tensor
 
-    return replace(given, read=read)
+    return replace(state, read=read)
 
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -195,7 +200,7 @@ def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] 
                 raise ValueError(f"{path} ends within {name}; it changed while it was read")
         return tensor
 
-    return LazyWeights(specs, read, metadata)
+    return LazyWeights(specs, read, metadata, str(path))
 
 
 def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
@@ -243,7 +248,7 @@ def _open_shards(index: Path) -> LazyWeights:
         differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
         raise ValueError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
     specs = {name: shards[file].specs[name] for name, file in named.items()}
-    return LazyWeights(specs, lambda name: shards[named[name]].read(name))
+    return LazyWeights(specs, lambda name: shards[named[name]].read(name), where=str(index))
 
 
 def _bytes(tensor: Tensor) -> memoryview:

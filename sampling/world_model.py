@@ -249,7 +249,7 @@ def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) ->
     file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
     if exported.is_file() and not file.is_file():
         return read_official(exported, model)[0]
-    return finite(open_weights(file), file)
+    return finite(open_weights(file))
 
 
 def make_world(

@@ -211,6 +211,13 @@ def test_a_codec_that_is_no_numbers_or_has_no_spread_is_refused(tmp_path: Path) 
             load_codec(tmp_path)
 
 
+def test_weights_of_another_model_are_named_by_their_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    save_weights(PLAIN, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema\.safetensors: not the weights of this ActionDiT: \d+ missing"):
+        load_world(folder)
+
+
 def test_whole_numbers_where_weights_are_expected_are_refused(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "run")
     state = random_dit().state_dict()
