@@ -1,7 +1,6 @@
 """`python -m model <verb>`: what a model is, whether it equals the reference, how fast it is, official files."""
 
 import json
-import os
 import re
 import sys
 from collections import Counter
@@ -103,21 +102,21 @@ def _summarise(rows: list[Row]) -> None:
 def import_official(words: list[str]) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
     # A checkpoint is sampling's; this verb and `export` are where the model's own files meet it.
-    from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig
+    from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, writing_world
 
     if not words or "=" in words[0] or words[0].endswith((".yaml", ".yml")):
         raise ValueError("the first word is the official file, or the folder that holds it")
     values = merge_words(words[1:])
-    missing = [name for name in ("model", "game", "codec", "out") if name not in values]
+    missing = [name for name in ("model", "game", "codec", "out") if values.get(name) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
-    out, given, codec = str(values.pop("out")), storage.local(words[0]), storage.local(values["codec"])
+    if not isinstance(values["codec"], str) or not isinstance(values["out"], str):
+        raise ValueError(f"codec and out are paths, not {values['codec']} and {values['out']}")
+    out, given, codec = values.pop("out"), storage.local(words[0]), storage.local(values["codec"])
     written = ("model.safetensors", "ema.safetensors", "config.yaml", WORLD_FILE, COMPLETE)
     read = {"codec": storage.files_at(values["codec"]), "config": yaml_files(words[1:])}
     read["official weights"] = storage.files_at(words[0])
     require_other_files([storage.join(out, name) for name in written], read)
-    if storage.exists(storage.join(out, COMPLETE)):
-        raise ValueError(f"{out} is a checkpoint already; choose another out=")
     told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
     world = build(WorldModelConfig, told)
     action, keys = world.model.action, world.game.action_space.keys
@@ -125,35 +124,38 @@ def import_official(words: list[str]) -> None:
         raise ValueError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
     weights, origin = read_official(given, world.model)
     origin = replace(origin, source=words[0].rstrip("/") + origin.source.removeprefix(str(given)))
-    with storage.writing_folder(out, last=COMPLETE) as folder:
+    with writing_world(out, world, values["codec"]) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(origin))
-        os.link(folder / "model.safetensors", folder / "ema.safetensors")  # no copy: files are replaced, never changed
-        save_config(world, folder / WORLD_FILE)
         save_config(origin, folder / "config.yaml")
-        sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        write_text(folder / COMPLETE, json.dumps({"step": 0, "bytes": sizes}, indent=1))
     stored = sum(spec.nbytes for spec in weights.specs.values())
     print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {origin.layout} names, from {origin.source}")
 
 
 def export(words: list[str]) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
-    from sampling.world_model import checkpoint_files, find_checkpoint, read_world_config
+    from sampling.world_model import find_checkpoint, find_codec, read_world_config, writing_world
 
     bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
     config = load_config(ExportConfig, [f"checkpoint={words[0]}", *words[1:]] if bare else words)
     checkpoint = find_checkpoint(config.checkpoint)
-    written = [storage.join(config.out, name) for name in (WEIGHTS_NAME, "config.json")]
-    require_other_files(written, {"checkpoint": checkpoint_files(checkpoint)})
-    model, file = read_world_config(checkpoint).model, storage.join(checkpoint, f"{config.weights}.safetensors")
+    world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
+    model, codec, lacking = world.model, None, ""
+    try:
+        codec = find_codec(checkpoint, world, config.codec)
+    except ValueError as error:  # others need none: their format can still be written
+        if config.codec:
+            raise
+        lacking = f"note: without a codec, so that others can read it, but nobody can play it here: {error}"
     weights = open_weights(storage.local(file))
     check_variant(model, weights.specs, {}, file)
     given = exported(weights, config)
     described = diffusers_json(model) if config.format == "diffusers" else official_json(model)
-    with storage.writing_folder(config.out, last="config.json") as folder:
+    with writing_world(config.out, world, codec) as folder:
         save_weights(given, folder / WEIGHTS_NAME)
         write_text(folder / "config.json", json.dumps(described, indent=1))
     print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(given)} tensors, the first {next(iter(given))}")
+    if lacking:
+        print(lacking)
     if config.format == "diffusers" and (scales := unused_scales(weights)):
         print(
             f"note: {scales} RMS scales of the action modules are not 1; the FastVideo port applies them, this code not"

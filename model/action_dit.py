@@ -25,6 +25,7 @@ from model.layers import (
     modulate,
     time_sinusoid,
 )
+from model.limits import MANY, WIDE, require_between
 from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
 
@@ -56,6 +57,12 @@ class ActionDiTConfig:
     checkpoint_every: int = 0  # activation checkpointing: 0 off, 1 every block, n every n-th
 
     def __post_init__(self) -> None:
+        require_between("model.", 1, WIDE, dim=self.dim, ffn_dim=self.ffn_dim, freq_dim=self.freq_dim)
+        require_between("model.", 1, WIDE, in_dim=self.in_dim, out_dim=self.out_dim, img_dim=self.img_dim)
+        require_between("model.", 1, MANY, num_heads=self.num_heads, num_layers=self.num_layers)
+        require_between("model.patch_size: ", 1, 64, latents=self.patch_size[0], rows=self.patch_size[1])
+        require_between("model.patch_size: ", 1, 64, columns=self.patch_size[2])
+        require_between("model.", 0, 1, eps=self.eps)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
             raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
         if self.patch_size[0] != 1:

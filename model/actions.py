@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from model.kv_cache import NO_PAST, LayerPast, LayerWindows, attend_along_time
 from model.layers import unit_rms
+from model.limits import MANY, WIDE, require_between
 from model.rope import time_rotation
 
 
@@ -35,6 +36,20 @@ class ActionConfig:
     input_gain: float = 1.0
 
     def __post_init__(self) -> None:
+        where, ratio = "model.action.", self.vae_time_compression_ratio
+        require_between(where, 1, MANY, heads_num=self.heads_num, windows_size=self.windows_size)
+        require_between(where, 1, MANY, vae_time_compression_ratio=ratio)
+        require_between(where, 1, WIDE, hidden_size=self.hidden_size)
+        if self.enable_keyboard:
+            widths = {"keyboard_dim_in": self.keyboard_dim_in, "keyboard_hidden_dim": self.keyboard_hidden_dim}
+            require_between(where, 1, WIDE, **widths)
+        if self.enable_mouse:
+            require_between(where, 1, WIDE, mouse_dim_in=self.mouse_dim_in, mouse_hidden_dim=self.mouse_hidden_dim)
+        if not self.rope_dim_list or self.rope_dim_list[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
+            raise ValueError(
+                f"{where}rope_dim_list={list(self.rope_dim_list)} must begin with an even number and have none "
+                f"below 0, and {where}rope_theta={self.rope_theta} must be positive"
+            )
         branches = {
             "keyboard_hidden_dim": self.keyboard_hidden_dim if self.enable_keyboard else None,
             "mouse_hidden_dim": self.mouse_hidden_dim if self.enable_mouse else None,

@@ -21,6 +21,7 @@ from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
+from model.limits import require_device
 from model.memory import peak_gib, reset_peak
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
@@ -93,8 +94,7 @@ class Measured:
 def bench(words: list[str]) -> None:
     """Measure passes and codec: configs/models/X.yaml device=cuda dtype=bf16 blocks=7 codec=wan peak_tflops=989"""
     config = load_config(BenchConfig, words)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={config.device}, but there is no CUDA device here; use device=cpu")
+    require_device(config.device)
     if config.out:
         codec = config.codec if Path(config.codec or "").is_file() else None  # else a folder, or the name of a kind
         require_other_files([config.out], {"codec": codec, "config": yaml_files(words)})

@@ -6,7 +6,8 @@ can add. `WanCodec` (model/wan_codec.py) is Wan's own. Every codec has the same 
 `decode`, `decode_stream`, `latent_mean`, `latent_std`, and a `config` with `name`, `channels`, `spatial`, `temporal`.
 """
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,10 +15,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
-from configs import load_config
-from configs.files import sha256_file
+from configs import load_file, save_config
+from configs.files import atomic_path, sha256_file
+from model.limits import MANY, WIDE, require_between
 from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
-from model.weights import load_into, load_weights
+from model.weights import finite, load_into, open_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
@@ -39,6 +41,11 @@ class CodecConfig:
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
     # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
     whitening: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_between("codec.", 1, 3 * TEMPORAL * SPATIAL * SPATIAL, channels=self.channels)  # numbers in a patch
+        require_between("codec.", 1, WIDE, width=self.width, fine_width=self.fine_width)
+        require_between("codec.", 0, MANY, memory_blocks=self.memory_blocks, fine_blocks=self.fine_blocks)
 
     @property
     def spatial(self) -> int:
@@ -225,12 +232,33 @@ def load_codec(path: str | Path, *words: str) -> Codec:
         raise FileNotFoundError(
             f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
         )
-    codec = make_codec(load_config(CodecConfig, [str(path / CONFIG_FILE), *words]))
-    load_into(codec, load_weights(path / WEIGHTS_FILE))
+    codec = make_codec(load_file(CodecConfig, path / CONFIG_FILE, words))
+    load_into(codec, finite(open_weights(path / WEIGHTS_FILE)))
+    if not (codec.latent_std > 0).all():
+        raise ValueError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
     return codec.eval()
+
+
+def copy_codec(path: str | Path, folder: Path) -> None:
+    """Writes the codec at `path`, whatever its layout, into `folder` as one with a config.yaml, which comes last."""
+    path = Path(path)
+    if is_wan_codec(path):
+        config, weights = read_wan_config(path)
+        tiny = [weights.parent / config.tiny_weights]
+        tiny = tiny if config.decoder == "tiny" or tiny[0].is_file() else []
+        names = {"weights": weights.name, "tiny_weights": Path(config.tiny_weights).name}
+        config, files = replace(config, **names), [weights, *tiny]
+    else:
+        config, files = load_file(CodecConfig, path / CONFIG_FILE), [path / WEIGHTS_FILE]
+    for file in files:
+        with atomic_path(folder / file.name) as part:
+            shutil.copyfile(file, part)
+    save_config(config, folder / CONFIG_FILE)
 
 
 def codec_hash(path: str | Path) -> str:
     """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
     weights = read_wan_config(path)[1] if is_wan_codec(path) else Path(path) / WEIGHTS_FILE
+    if not weights.is_file():
+        raise FileNotFoundError(f"no codec in {path} ({weights.name} is missing)")
     return sha256_file(weights)[:12]

@@ -1,55 +1,71 @@
 """Weights that others made, read without running code in them."""
 
-import json
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from model.weights import load_weights
+from configs.foreign import parse_object, reading
+from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
 
-# What torch.load raises for a file that is cut off, damaged or none of its own.
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError)
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
-def load_foreign(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors or a torch (.pth, .pt, .bin) file, on the CPU; the latter memory-mapped if possible.
+def load_foreign(path: str | Path) -> LazyWeights:
+    """The weights of the model in a file of others (see `open_foreign`), under their bare names, which are said where
+    they were others. Reading one that holds NaN or infinity raises ValueError in one line."""
+    return finite(bare_weights(open_foreign(path)))
+
+
+def open_foreign(path: str | Path) -> LazyWeights:
+    """The tensors of a safetensors file, an index of shards or a torch (.pth, .pt, .bin) file, under the names there;
+    of mappings in mappings the keys are joined with `/`. A torch file is memory-mapped if possible.
 
     Code in a pickle is never run. Raises ValueError in one line for such a file and for one that is damaged.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_weights(path)
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
+        return open_weights(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
+    with reading(path):
+        tensors = dict(_tensors(_unpickled(path)))
+        unfit = [name for name, one in tensors.items() if one.dtype not in DTYPE_NAMES or one.layout != torch.strided]
+        if unfit or not tensors or any(one.is_meta for one in tensors.values()):
+            raise ValueError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
+        return replace(lazily(tensors), where=str(path))
+
+
+def _unpickled(path: Path) -> Any:
     try:
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"wants to run {asked[1]}" if asked else "holds more than tensors"
         raise ValueError(
             f"{path} {what}; it was not run: get the file from its makers, as safetensors if any"
         ) from error
-    except UNREADABLE as error:
+    except (RuntimeError, AssertionError) as error:  # torch's own for a file that is cut off
         raise ValueError(f"{path} is damaged or no torch file; copy or download it again") from error
-    if not isinstance(loaded, Mapping) or not all(isinstance(one, Tensor) for one in loaded.values()):
-        raise ValueError(f"{path} must hold a flat dict of names to tensors, as the official files do")
-    return dict(loaded)
+
+
+def _tensors(loaded: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in mappings of mappings; what else lies in them (steps, settings, lists) is passed over."""
+    for key, value in loaded.items() if isinstance(loaded, Mapping) else ():
+        if isinstance(value, Tensor):
+            yield f"{where}{key}", value.detach()
+        else:
+            yield from _tensors(value, f"{where}{key}/")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """The settings in a JSON file. Raises ValueError in one line for a file that holds none."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no config file {path}")
-    try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} must hold keys and values at its top level")
-    return loaded
+    return parse_object(Path(path).read_bytes(), path)

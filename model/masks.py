@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from model.conditioning import Unknown
+from model.limits import MANY, require_between
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class CausalConfig:
     unknown: Unknown = "zeros"
 
     def __post_init__(self) -> None:
-        if self.block < 1 or not 0 <= self.context_noise < 1:
-            raise ValueError(
-                f"causal: block {self.block} must be 1 or more and context_noise {self.context_noise} in [0, 1)"
-            )
+        require_between("model.causal.", 1, MANY, block=self.block)
+        require_between("model.causal.", 1, 1 << 20, window=self.window or 1)
+        if not 0 <= self.context_noise < 1:
+            raise ValueError(f"model.causal.context_noise={self.context_noise} must be in [0, 1)")
         if self.window is not None and self.window < self.block:
             raise ValueError(
                 f"causal: window {self.window} is smaller than a block of {self.block} latent frames, which must see"

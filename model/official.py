@@ -15,22 +15,14 @@ import torch
 from torch import Tensor
 
 from configs import to_dict
+from configs.foreign import reading
 from model.action_dit import ActionDiT, ActionDiTConfig
-from model.foreign import load_foreign, read_json
-from model.weights import (
-    INDEX_SUFFIX,
-    OFFICIAL_PREFIX,
-    LazyWeights,
-    lazily,
-    official_prefix,
-    open_weights,
-    require_same_tensors,
-    without_prefix,
-)
+from model.bare_names import OFFICIAL_PREFIX, bare_names
+from model.foreign import PICKLES, open_foreign, read_json
+from model.weights import INDEX_SUFFIX, LazyWeights, finite, require_same_tensors
 
 Layout = Literal["official", "diffusers"]
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # what both layouts call the one file of a folder
-PICKLES = (".pth", ".pt", ".bin")
 
 # Of the official `action_config`; without a mouse those with `mouse_` are left out.
 ACTION_NAMES = (
@@ -82,6 +74,7 @@ class ExportConfig:
     out: str  # folder that gets the weights and their config.json
     weights: Literal["ema", "model"] = "ema"
     prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
 
 
@@ -92,14 +85,15 @@ def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeight
     than `config` (with the first settings that differ), names or shapes that are missing, unexpected or wrong.
     """
     file = weights_file(path)
-    stored = lazily(load_foreign(file)) if file.suffix in PICKLES else open_weights(file)
-    prefix = official_prefix(stored.specs)
-    weights = without_prefix(stored)
+    stored = open_foreign(file)
+    found = bare_names(stored.specs)
+    found.say(str(file))
+    weights = finite(stored.renamed(found.names))
     layout: Layout = "diffusers" if "proj_out.weight" in weights else "official"
     if layout == "diffusers":
         weights = weights.renamed({name: official_name(name) for name in weights})
     check_variant(config, weights.specs, config_beside(file), str(file))
-    return weights, Origin(str(file), layout, prefix)
+    return weights, Origin(str(file), layout, found.prefix)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -122,7 +116,8 @@ def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: 
     """Raises ValueError unless tensors like `specs`, and the config.json `beside` them, are those of `config`."""
     with torch.device("meta"):
         expected = ActionDiT(config).state_dict()
-    ours, theirs = flat(config), {**settings_of_tensors(specs), **settings_of_json(beside)}
+    with reading(f"the config.json beside {where}"):
+        ours, theirs = flat(config), {**settings_of_tensors(specs), **settings_of_json(beside)}
     differing = [
         f"model.{name}={_shown(value)} (config {_shown(ours[name])})"
         for name, value in theirs.items()
@@ -241,7 +236,7 @@ def _action_json(config: ActionDiTConfig) -> dict[str, Any]:
 
 def exported(weights: LazyWeights, export: ExportConfig) -> LazyWeights:
     """`weights` of a checkpoint under the names and in the dtype that `export` asks for."""
-    weights = without_prefix(weights)
+    weights = weights.renamed(bare_names(weights.specs).names)
     if export.dtype != "keep":
         weights = weights.cast({"bf16": torch.bfloat16, "fp32": torch.float32}[export.dtype])
     if export.format == "diffusers":

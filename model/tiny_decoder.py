@@ -103,9 +103,10 @@ def load_tiny_decoder(path: str | Path) -> TinyDecoder:
 
     The encoder that such a file also holds is left out. Raises ValueError in one line that names what does not fit.
     """
-    state = {name: tensor for name, tensor in load_foreign(path).items() if not name.startswith("encoder.")}
+    given = load_foreign(path)
+    state = given.renamed({name: name for name in given if not name.startswith("encoder.")})
     tiny = TinyDecoder()
-    require_same_tensors(tiny.state_dict(), state, f"{path} is no tiny decoder (TAEHV)")
+    require_same_tensors(tiny.state_dict(), state.specs, f"{path} is no tiny decoder (TAEHV)")
     tiny.load_state_dict(state)
     return tiny.eval()
 

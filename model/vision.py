@@ -13,10 +13,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Size, Tensor, nn
 
+from configs import build_from
 from configs.files import sha256_file
+from configs.foreign import reading
 from model.conditioning import masked
 from model.foreign import load_foreign, read_json
-from model.weights import require_same_tensors
+from model.limits import MANY, WIDE, require_between
+from model.weights import LazyWeights, lazily, require_same_tensors
 
 if TYPE_CHECKING:
     from model.codec import Codec
@@ -27,7 +30,7 @@ Vision = Literal["tokens", "pooled", "none"]  # ActionDiTConfig.vision
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-OFFICIAL_PREFIX, HF_PREFIX = "visual.", "vision_model."
+VISUAL_PREFIX, HF_PREFIX = "visual.", "vision_model."
 HF_CONFIG, HF_WEIGHTS = "config.json", "model.safetensors"
 NEEDS_TRANSFORMERS = "CLIP tokens need transformers: pip install 'transformers>=4.57'"
 
@@ -60,6 +63,13 @@ class TowerConfig:
     heads: int = 16
     layers: int = 31  # the last of its 32 is not used
     eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        require_between("vision.", 1, MANY, image_size=self.image_size, heads=self.heads, layers=self.layers)
+        require_between("vision.", 1, self.image_size, patch_size=self.patch_size)
+        require_between("vision.", 1, WIDE, width=self.width, mlp_width=self.mlp_width)
+        if self.width % self.heads:
+            raise ValueError(f"vision.width={self.width} must be a multiple of vision.heads={self.heads}")
 
 
 class VisionTower(nn.Module):
@@ -189,29 +199,27 @@ def _convert(
     state: Mapping[str, Tensor], own: Mapping[str, Tensor], config: TowerConfig, source: str
 ) -> dict[str, Tensor]:
     """The tensors of `own` names from a `state` of either layout; raises ValueError that names what does not fit."""
-    fault = f"{source} holds no such CLIP vision tower"
-    if not any(re.search(r"(^|\.)cls_embedding$", name) for name in state):
-        state = _strip(state, HF_PREFIX, HF_UNUSED, "encoder.layers.", config.layers)
-        require_same_tensors(own, state, fault)
-        return dict(state)
-    state = _strip(state, OFFICIAL_PREFIX, OFFICIAL_UNUSED, "transformer.", config.layers)
+    fault, given = f"{source} holds no such CLIP vision tower", lazily(state)
+    if not any(re.search(r"(^|\.)cls_embedding$", name) for name in given):
+        given = _strip(given, HF_PREFIX, HF_UNUSED, "encoder.layers.", config.layers)
+        require_same_tensors(own, given.specs, fault)
+        return dict(given)
+    given = _strip(given, VISUAL_PREFIX, OFFICIAL_UNUSED, "transformer.", config.layers)
     expected = {_official_name(name): _official_like(name, tensor) for name, tensor in own.items()}
-    require_same_tensors(expected, state, fault)
-    return {name: _take(state[_official_name(name)], name, tensor.shape) for name, tensor in own.items()}
+    require_same_tensors(expected, given.specs, fault)
+    return {name: _take(given[_official_name(name)], name, tensor.shape) for name, tensor in own.items()}
 
 
-def _strip(
-    state: Mapping[str, Tensor], prefix: str, unused: tuple[str, ...], layers: str, kept: int
-) -> dict[str, Tensor]:
+def _strip(state: LazyWeights, prefix: str, unused: tuple[str, ...], layers: str, kept: int) -> LazyWeights:
     """`state` without `prefix`, without what is unused and without the layers from number `kept` on."""
-    short = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    short = {name: name.removeprefix(prefix) for name in state}
     beyond = re.compile(re.escape(layers) + r"(\d+)\.")
 
     def wanted(name: str) -> bool:
         layer = beyond.match(name)
         return not (name.startswith(unused) or name.endswith("position_ids") or (layer and int(layer[1]) >= kept))
 
-    return {name: tensor for name, tensor in short.items() if wanted(name)}
+    return state.renamed({name: bare for name, bare in short.items() if wanted(bare)})
 
 
 def _official_name(name: str) -> str:
@@ -236,23 +244,26 @@ def _take(tensor: Tensor, name: str, shape: Size) -> Tensor:
 
 
 def _read_hf_config(path: Path) -> TowerConfig:
-    given = read_json(path)
-    vision_config = given.get("vision_config", given)
-    sizes = _transformers().CLIPVisionConfig.from_dict(vision_config)  # knows the defaults that files leave out
+    given, transformers = read_json(path), _transformers()
+    with reading(path):
+        # Knows the defaults that files leave out.
+        sizes = transformers.CLIPVisionConfig.from_dict(given.get("vision_config", given))
     if "clip" not in str(given.get("model_type")) or sizes.hidden_act != "gelu":
         raise ValueError(
             f"{path} describes a {given.get('model_type')} with {sizes.hidden_act}, not the CLIP vision tower of Wan, "
             "whose activation is gelu"
         )
-    return TowerConfig(
-        image_size=sizes.image_size,
-        patch_size=sizes.patch_size,
-        width=sizes.hidden_size,
-        mlp_width=sizes.intermediate_size,
-        heads=sizes.num_attention_heads,
-        layers=sizes.num_hidden_layers - 1,
-        eps=sizes.layer_norm_eps,
-    )
+    with reading(path):
+        found = {
+            "image_size": sizes.image_size,
+            "patch_size": sizes.patch_size,
+            "width": sizes.hidden_size,
+            "mlp_width": sizes.intermediate_size,
+            "heads": sizes.num_attention_heads,
+            "layers": sizes.num_hidden_layers - 1,
+            "eps": sizes.layer_norm_eps,
+        }
+    return build_from(TowerConfig, found, path)
 
 
 def _transformers() -> Any:

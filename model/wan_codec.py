@@ -15,8 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs import build, load_config, merge_words
+from configs import build, build_from, load_file, merge_words
+from configs.foreign import read_settings, require_inside
 from model.foreign import load_foreign, read_json
+from model.limits import MANY, require_between
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.weights import require_same_tensors
 
@@ -75,12 +77,16 @@ class WanCodecConfig:
     latent_std: tuple[float, ...] = STD
 
     def __post_init__(self) -> None:
+        require_between("codec.", 1, MANY, width=self.width, channels=self.channels, piece_latents=self.piece_latents)
+        require_between("codec.", 0, 64, num_res_blocks=self.num_res_blocks)
+        if not 1 <= len(self.dim_mult) <= 8 or not all(1 <= one <= 64 for one in self.dim_mult):
+            raise ValueError(f"codec.dim_mult={list(self.dim_mult)} must be 1 to 8 numbers of 1 to 64")
+        if min(self.latent_std, default=0) <= 0:
+            raise ValueError(f"latent_std {list(self.latent_std)} must be positive")
         if not len(self.latent_mean) == len(self.latent_std) == self.channels:
             raise ValueError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise ValueError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
-        if self.piece_latents < 1:
-            raise ValueError(f"piece_latents={self.piece_latents} must be 1 or more")
         if self.tile and not all(0 < step <= size for step, size in zip(self.tile_stride, self.tile, strict=True)):
             raise ValueError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
 
@@ -195,19 +201,21 @@ def is_wan_codec(path: str | Path) -> bool:
     if path.is_file() or (path / DIFFUSERS_CONFIG).is_file():
         return True
     config = path / CONFIG_FILE
-    return config.is_file() and bool(re.search(r"^name:\s*['\"]?wan\b", config.read_text(encoding="utf-8"), re.M))
+    return config.is_file() and read_settings(config).get("name") == "wan"
 
 
 def read_wan_config(path: str | Path, *words: str) -> tuple[WanCodecConfig, Path]:
     """The settings of the Wan codec at `path` (as in `is_wan_codec`), `words` winning, and its weights file."""
     path = Path(path)
     if path.is_file():
-        return load_config(WanCodecConfig, [f"weights={path.name}", *words]), path
+        return build(WanCodecConfig, {"weights": path.name, **merge_words(words)}), path
     if (path / CONFIG_FILE).is_file():
-        config = load_config(WanCodecConfig, [str(path / CONFIG_FILE), *words])
+        config = load_file(WanCodecConfig, path / CONFIG_FILE, words)
+        for name in (config.weights, config.tiny_weights):
+            require_inside(name, path / CONFIG_FILE)  # as text: links to where the weights lie are the user's own
         return config, path / config.weights
     given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_words(words)}
-    config = build(WanCodecConfig, given)
+    config = build_from(WanCodecConfig, given, path / DIFFUSERS_CONFIG)
     return config, path / config.weights
 
 
@@ -230,7 +238,7 @@ def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
     official = {official_name(name, config): name for name in own}
     names = official if len(official.keys() & state) > len(own.keys() & state) else {name: name for name in own}
     expected = {theirs: own[ours] for theirs, ours in names.items()}
-    require_same_tensors(expected, state, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
+    require_same_tensors(expected, state.specs, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
     vae.to_empty(device="cpu")
     vae.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
     return vae

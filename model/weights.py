@@ -1,9 +1,10 @@
 """Weights in and out: safetensors files that appear whole or not at all, read and written one tensor at a time."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.files import atomic_path
+from configs.foreign import parse_json, parse_object, reading, require_inside
+from model.bare_names import bare_names
 
-OFFICIAL_PREFIX = "model."  # of every key in the distilled official files; the base file has none
+HEADER_BYTES = 100_000_000  # the format's own limit
 INDEX_SUFFIX = ".index.json"  # of the file that says which shard holds which tensor
 
 DTYPES = {
@@ -31,6 +34,7 @@ class LazyWeights(Mapping[str, Tensor]):
     specs: Mapping[str, Tensor]  # on the meta device: shape and dtype
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, words without a meaning for the tensors
+    where: str = "these weights"  # the file, for errors
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
@@ -44,16 +48,18 @@ class LazyWeights(Mapping[str, Tensor]):
         return len(self.specs)
 
     def renamed(self, names: Mapping[str, str]) -> "LazyWeights":
-        """The same tensors under `names[name]`; every name must be there."""
-        old = {names[name]: name for name in self.specs}
-        assert len(old) == len(self.specs), "two tensors under one name"
+        """The tensors of `names`, each under `names[name]`. Raises ValueError if two would have one name."""
+        old = {new: name for name, new in names.items()}
+        if len(old) != len(names):
+            twice = [new for name, new in names.items() if old[new] != name]
+            raise ValueError(f"two tensors of {self.where} would be called {_some(twice)}")
         specs = {new: self.specs[name] for new, name in old.items()}
-        return LazyWeights(specs, lambda new: self.read(old[new]), self.metadata)
+        return replace(self, specs=specs, read=lambda new: self.read(old[new]))
 
     def cast(self, dtype: torch.dtype) -> "LazyWeights":
         """The same tensors in `dtype`."""
         specs = {name: spec.to(dtype) for name, spec in self.specs.items()}
-        return LazyWeights(specs, lambda name: self.read(name).to(dtype), self.metadata)
+        return replace(self, specs=specs, read=lambda name: self.read(name).to(dtype))
 
 
 def lazily(state: Mapping[str, Tensor]) -> LazyWeights:
@@ -103,13 +109,14 @@ def open_weights(path: str | Path) -> LazyWeights:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies `state` into the module's parameters and buffers; every one must be there, with its shape.
+    """Copies the model's weights in `state` (see `bare_names`) into the module's parameters and buffers; every one must
+    be there, with its shape.
 
-    The official prefix `model.` is taken off where all keys carry it. A module on the meta device gets its memory
-    here, tensor by tensor, in the dtypes of `state`. Raises ValueError in one line otherwise.
+    A module on the meta device gets its memory here, tensor by tensor, in the dtypes of `state`. Raises ValueError in
+    one line otherwise.
     """
-    own, given = module.state_dict(), without_prefix(lazily(state))
-    require_same_tensors(own, given.specs, f"these weights are of another {type(module).__name__}")
+    own, given = module.state_dict(), bare_weights(state)
+    require_same_tensors(own, given.specs, f"{given.where}: not the weights of this {type(module).__name__}")
     if any(tensor.is_meta for tensor in own.values()):
         module.load_state_dict({name: given[name] for name in own}, assign=True)
         return
@@ -117,16 +124,25 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         tensor.copy_(given[name])  # detached, sharing the parameter's memory
 
 
-def without_prefix(state: LazyWeights) -> LazyWeights:
-    """`state` with the official prefix taken off if all names carry it."""
-    if not official_prefix(state):
-        return state
-    return state.renamed({name: name.removeprefix(OFFICIAL_PREFIX) for name in state})
+def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:
+    """The model's weights in `state` under their own names (see `bare_names`); what those were is said on stderr."""
+    given = lazily(state)
+    found = bare_names(given.specs)
+    found.say(given.where)
+    return given.renamed(found.names)
 
 
-def official_prefix(names: Mapping[str, Tensor]) -> str:
-    """`model.` if all names begin with it, else nothing."""
-    return OFFICIAL_PREFIX if names and all(name.startswith(OFFICIAL_PREFIX) for name in names) else ""
+def finite(state: LazyWeights) -> LazyWeights:
+    """`state`, of which reading a tensor that holds NaN or infinity raises a ValueError that names the file."""
+
+    def read(name: str) -> Tensor:
+        tensor = state.read(name)
+        numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits: torch does not tell
+        if not torch.isfinite(numbers).all():
+            raise ValueError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
+        return tensor
+
+    return replace(state, read=read)
 
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
@@ -136,10 +152,16 @@ def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Ten
         for name in expected
         if name in given and given[name].shape != expected[name].shape
     ]
+    mistyped = [
+        f"{name} {given[name].dtype} for {expected[name].dtype}"
+        for name in expected
+        if name in given and given[name].is_floating_point() != expected[name].is_floating_point()
+    ]
     faults = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
         "misshapen": misshapen,
+        "mistyped": mistyped,
     }
     if any(faults.values()):
         found = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
@@ -151,20 +173,23 @@ def _opened(path: str | Path) -> BufferedReader:
 
 
 def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] = _opened) -> LazyWeights:
-    with opened(path) as file:
-        begin, header = _read_header(path, file)
-    metadata = header.pop("__metadata__", {})
-    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
-    if unknown:
-        raise ValueError(f"{path} has tensors of type {', '.join(unknown)}; known are: {', '.join(DTYPES)}")
-    specs = {
-        name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta") for name, entry in header.items()
-    }
-
-    spans = {name: entry["data_offsets"] for name, entry in header.items()}
-    misfits = [name for name, (start, end) in spans.items() if end - start != specs[name].nbytes]
-    if misfits:
-        raise ValueError(f"{path} is damaged: sizes and places of its tensors do not agree: {_some(misfits)}")
+    with opened(path) as file, reading(path):
+        begin, size, header = _read_header(path, file)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(word, str) for word in metadata.values()):
+            raise ValueError("__metadata__ holds more than words")
+        spans = {name: _span(name, entry) for name, entry in header.items()}
+        end = 0
+        for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
+            if start != end:
+                raise ValueError(f"tensors overlap, or leave a hole, at {_some([name])}")
+            end = stop
+        if begin + end != size:
+            raise ValueError(f"{path} is no complete safetensors file: {size} bytes, where it tells of {begin + end}")
+        specs = {
+            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
+            for name, entry in header.items()
+        }
 
     def read(name: str) -> Tensor:
         # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
@@ -175,30 +200,45 @@ def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] 
                 raise ValueError(f"{path} ends within {name}; it changed while it was read")
         return tensor
 
-    return LazyWeights(specs, read, metadata)
+    return LazyWeights(specs, read, metadata, str(path))
 
 
-def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, dict[str, Any]]:
-    """Where the tensors begin in a safetensors file, and what its header says; ValueError unless all is there."""
+def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
+    """Where the tensors begin in a safetensors file, where they end, and what its header says."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     begin = 8 + int.from_bytes(file.read(8), "little")
-    try:
-        header: dict[str, Any] = json.loads(file.read(begin - 8) if begin <= size else b"")
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ValueError(f"{path} is no complete safetensors file: its header cannot be read") from error
-    if begin + max(ends, default=0) != size:
-        raise ValueError(f"{path} is no complete safetensors file: it has {size} bytes, which is not what it tells of")
-    return begin, header
+    if not 8 < begin <= min(size, 8 + HEADER_BYTES):
+        raise ValueError(f"{path} is no complete safetensors file: its header cannot be read")
+    return begin, size, parse_object(file.read(begin - 8), path)
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor begins and ends. Raises ValueError unless `entry` tells that, a dtype and a shape that fit."""
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{_some([name])} lacks its dtype, shape or data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{_some([name])} is of type {str(dtype)[:80]}; known are: {', '.join(DTYPES)}")
+    for numbers in (shape, offsets):
+        if not isinstance(numbers, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in numbers):
+            raise ValueError(f"{_some([name])} has the shape {str(shape)[:80]} at {str(offsets)[:80]}")
+    if math.prod(max(one, 1) for one in shape) >= 1 << 59 or len(shape) > 64:  # whose bytes torch cannot count
+        raise ValueError(f"{_some([name])} has the shape {str(shape)[:80]}")
+    bytes_told = math.prod(shape) * DTYPES[dtype].itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != bytes_told:
+        raise ValueError(f"{_some([name])} has {bytes_told} bytes by its shape, and others at {str(offsets)[:80]}")
+    return offsets[0], offsets[1]
 
 
 def _open_shards(index: Path) -> LazyWeights:
-    try:
-        files: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        named = {name: Path(str(file)).name for name, file in files.items()}  # beside the index, never elsewhere
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of shards: a `weight_map` of names to files is needed") from error
+    with reading(index):
+        told = parse_json(index.read_bytes(), index)
+        files = told.get("weight_map") if isinstance(told, dict) else None
+        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+            raise ValueError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
+        # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
+        named = {name: require_inside(file, index) for name, file in files.items()}
     missing = sorted({file for file in named.values() if not (index.parent / file).is_file()})
     if missing or not named:
         raise FileNotFoundError(f"{index} names {len(set(named.values()))} shards; not there: {_some(missing)}")
@@ -208,7 +248,7 @@ def _open_shards(index: Path) -> LazyWeights:
         differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
         raise ValueError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
     specs = {name: shards[file].specs[name] for name, file in named.items()}
-    return LazyWeights(specs, lambda name: shards[named[name]].read(name))
+    return LazyWeights(specs, lambda name: shards[named[name]].read(name), where=str(index))
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -217,4 +257,5 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _some(names: list[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+    shown = (" ".join(name.split())[:80] for name in names[:limit])
+    return ", ".join(shown) + (", ..." if len(names) > limit else "")

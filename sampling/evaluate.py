@@ -23,6 +23,7 @@ from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
+from model.limits import require_device
 from sampling.denoising import Denoising
 from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
@@ -88,6 +89,7 @@ class EvaluateConfig:
     device: str = "cpu"
     precision: Precision = "fp32"  # of the DiT's weights
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
     def __post_init__(self) -> None:
         if self.clips < 1:
@@ -110,9 +112,11 @@ class EvaluateConfig:
 def evaluate(words: list[str]) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
     config = load_config(EvaluateConfig, words)
+    require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     read = {
         "recordings": config.recordings, "manifest": config.manifest, "beside": config.beside, "vision": config.vision,
+        "codec": config.codec and storage.files_at(config.codec),
         "checkpoint": checkpoint_files(checkpoint),
     }  # fmt: skip
     require_other_files([storage.join(config.out, name) for name in WRITTEN], read)
@@ -131,7 +135,7 @@ def evaluate(words: list[str]) -> None:
     episodes = heldout_episodes(config.recordings, config.reader, manifest)
     starts = read_starts(episodes, manifest.game, config.replay)
     held_starts = read_starts(episodes, manifest.game, config.held)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     begun = time.perf_counter()
     with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
         method = "chunked" if world.layout == "chunked" else "streaming"

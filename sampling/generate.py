@@ -23,6 +23,7 @@ from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
 from model.flow import FlowMatch
+from model.limits import require_device
 from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
@@ -60,6 +61,7 @@ class GenerateConfig:
     guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
     prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
     seed: int = 0
     prompt_frame: int = 0
@@ -92,6 +94,7 @@ class GenerateConfig:
 def generate(words: list[str]) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
     config = load_config(GenerateConfig, words)
+    require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
@@ -99,7 +102,7 @@ def generate(words: list[str]) -> None:
     game = said.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision)
+    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     world.dit.compile_blocks(config.compile)
     started = time.perf_counter()
     out, tiles, resident_mib = storage.path(config.out), [], []
@@ -129,7 +132,7 @@ def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoin
         "actions": config.actions if is_file(config.actions) else None,
         "vision": config.vision,
         "checkpoint": checkpoint_files(checkpoint),
-        "codec": storage.files_at(said.codec),
+        "codec": storage.files_at(config.codec or said.codec),
     }
     require_other_files(outs, read)
 

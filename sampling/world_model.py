@@ -1,24 +1,32 @@
 """A trained world model on disk or in a bucket: which checkpoints are whole, what they are, loading one to sample."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from configs import load_config
+from configs import load_file, save_config
+from configs.files import write_text
 from data_pipeline import storage
+from data_pipeline.s3_errors import bucket_and_key
 from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
-from model.codec import Codec, codec_hash, load_codec
+from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
+from model.limits import require_device
+from model.official import WEIGHTS_NAME, read_official
 from model.vision import VisionTower, load_vision, visual_context
-from model.weights import load_into, open_weights
+from model.weights import finite, load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
+CODEC = "codec"  # the folder in which a checkpoint, its run or the folder above holds its codec
 WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know besides weights
 STEP_FOLDERS = "step_*"  # seven digits follow, so that names sort like steps
 
@@ -117,7 +125,7 @@ def checkpoint_files(checkpoint: str) -> list[str]:
 def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
     """What `find_checkpoint` finds, on this machine: of an s3:// url a copy without what only resuming needs, and with
     no other weights than `weights` if that is given."""
-    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)}
+    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)} | {WEIGHTS_NAME}
     return storage.local(
         find_checkpoint(path), lambda name: "/" not in name and (name in files or not name.endswith(".safetensors"))
     )
@@ -125,7 +133,90 @@ def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
 
 def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
     """What the complete checkpoint `checkpoint` says about itself."""
-    return load_config(WorldModelConfig, [str(storage.local(storage.join(checkpoint, WORLD_FILE)))])
+    return load_file(WorldModelConfig, storage.local(storage.join(checkpoint, WORLD_FILE)))
+
+
+def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | None = None) -> str:
+    """The url of the codec with which the complete checkpoint `checkpoint` was trained, told by its hash: `codec` if
+    that is given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
+
+    A checkpoint names no place from which its codec is fetched but its own bucket. Raises ValueError in one line: no
+    codec of that hash, or one that is elsewhere.
+    """
+    here, seen = str(checkpoint), dict[str, str]()
+    places = dict.fromkeys([codec] if codec else _codec_places(here, config.codec))
+    for place in places:
+        try:
+            there = storage.path(place)
+            if there.is_file() or there.is_dir():
+                seen[place] = codec_hash(storage.local(place, lambda name: "/" not in name))
+        except (ValueError, OSError) as error:  # what merely lies there need not be a codec, nor be ours to read
+            if codec:
+                raise
+            seen[place] = f"none ({error})"
+        if seen.get(place) == config.codec_hash:
+            return place
+    fault = f"{here} was trained on latents of codec {config.codec_hash}"
+    if not codec and config.codec not in places:
+        raise ValueError(
+            f"{fault}; {config.codec} is in another bucket and not fetched: codec={config.codec} allows it"
+        )
+    found = ", ".join(f"{place} is {what}" for place, what in seen.items()) or f"{codec or config.codec} is missing"
+    raise ValueError(f"{fault}; {found}: give the right one as codec=")
+
+
+def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
+    """Where a codec that training had at `recorded` may lie, nearest first."""
+    folder = checkpoint if storage.is_s3(checkpoint) else os.path.abspath(checkpoint)
+    names = dict.fromkeys((CODEC, storage.name_of(recorded)))
+    for _ in range(3):  # the checkpoint, its run, the folder of the run
+        yield from (storage.join(folder, name) for name in names if name not in ("", ".", ".."))
+        folder = storage.parent(folder) or "/"
+        if storage.is_s3(folder) and len(PurePosixPath(folder).parts) < 2:  # above the bucket
+            break
+    if not storage.is_s3(checkpoint) and not storage.is_s3(recorded):
+        yield os.path.join(os.path.abspath(checkpoint), recorded)
+    if not storage.is_s3(recorded) or _same_bucket(recorded, checkpoint):
+        yield recorded
+
+
+def _same_bucket(codec: str, checkpoint: str) -> bool:
+    return storage.is_s3(checkpoint) and bucket_and_key(codec)[0] == bucket_and_key(checkpoint)[0]
+
+
+def keep_codec(codec: str, run: str) -> None:
+    """Puts a copy of `codec` into the folder `run`, unless one is there: its checkpoints then play wherever it goes."""
+    place = storage.join(run, CODEC)
+    if not storage.exists(storage.join(place, CONFIG_FILE)) and not _same_place(codec, place):
+        with storage.writing_folder(place, last=CONFIG_FILE) as folder:
+            copy_codec(storage.local(codec), folder)
+
+
+def _same_place(one: str, other: str) -> bool:
+    if storage.is_s3(one) or storage.is_s3(other):
+        return one.rstrip("/") == other.rstrip("/")
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+@contextmanager
+def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Iterator[Path]:
+    """A local folder to write weights into, model.safetensors being the averaged ones too; with what `world` says and a
+    copy of `codec` it becomes the checkpoint `out`, which plays wherever it is copied.
+
+    Raises ValueError in one line if something is in `out` already: it may be what is read.
+    """
+    if storage.list_files(out) or storage.list_folders(out):
+        what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
+        raise ValueError(f"{out} {what} already; choose another out=")
+    with storage.writing_folder(out, last=COMPLETE) as folder:
+        yield folder
+        one, average = folder / "model.safetensors", folder / "ema.safetensors"
+        if one.is_file():
+            os.link(one, average)  # no copy: files are replaced, never changed
+        if codec is not None:
+            copy_codec(storage.local(codec), folder / CODEC)
+        save_config(replace(world, codec=CODEC), folder / WORLD_FILE)
+        write_text(folder / COMPLETE, json.dumps({"bytes": storage.list_tree(folder)}, indent=1))
 
 
 def load_world(
@@ -134,25 +225,31 @@ def load_world(
     device: str = "cpu",
     precision: Precision = "fp32",
     vision: str | None = None,
+    codec: str | None = None,
 ) -> WorldModel:
     """The world model in a checkpoint or in the newest one of a run folder, ready to sample on `device`.
 
     `precision` bf16 puts the DiT's weights into bfloat16: half the memory, faster where the processor multiplies it.
     `vision`: weights of CLIP's vision tower, for a model that is shown the prompt through it.
+    `codec`: where the codec is, if `find_codec` does not find it by itself.
     Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
     """
-    checkpoint = newest_checkpoint(path, weights)
+    require_device(device)
+    url = find_checkpoint(path)
+    checkpoint = newest_checkpoint(url, weights)
     config = read_world_config(checkpoint)
-    codec = storage.local(config.codec)
-    found = codec_hash(codec) if codec.exists() else "missing"
-    if found != config.codec_hash:
-        raise ValueError(f"{checkpoint} was trained on latents of codec {config.codec_hash}; {config.codec} is {found}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={device}, but there is no CUDA device here; use device=cpu")
+    config = replace(config, codec=find_codec(url, config, codec))
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
         raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
-    return make_world(config, open_weights(checkpoint / f"{weights}.safetensors"), device, precision, vision)
+    return make_world(config, _open_weights(checkpoint, weights, config.model), device, precision, vision)
+
+
+def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) -> Mapping[str, Tensor]:
+    file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
+    if exported.is_file() and not file.is_file():
+        return read_official(exported, model)[0]
+    return finite(open_weights(file))
 
 
 def make_world(

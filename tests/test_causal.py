@@ -139,7 +139,7 @@ def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"block": 0}, "1 or more"),
+        ({"block": 0}, "must be 1 to"),
         ({"block": 3, "window": 2}, "smaller than a block"),
         ({"block": 3, "window": 6, "sink": 4}, "fit into the window"),
         ({"block": 3, "window": 6, "action_sink": -1}, "0 or more"),

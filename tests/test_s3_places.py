@@ -208,7 +208,7 @@ def test_a_checkpoint_in_a_bucket_plays_the_same_prompt_and_script(bucket, tmp_p
         script = tmp_path if place == checkpoint else bucket
         words = [
             f"prompt={prompts}/episode_00000/video.mp4", f"actions={script}/actions.csv", "frames=9", "steps=1",
-            f"out={out}/made/demo.mp4",
+            f"out={out}/made/demo.mp4", *([f"codec={bucket}/codec"] if place == checkpoint else []),
         ]  # fmt: skip
         assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
         made.append([storage.read_bytes(f"{out}/made/demo{suffix}") for suffix in (".mp4", ".png")])
@@ -223,7 +223,7 @@ def test_a_checkpoint_in_a_bucket_is_judged_alike(bucket, tmp_path, recordings, 
     few = ["starts=1", "chunks=1", "held_starts=1", "held_chunks=1", "steps=1", "clips=2"]
     here, there = newest_checkpoint(f"{bucket}/run"), f"{bucket}/run"
     words = [f"recordings={recordings}", f"manifest={encoded}/heldout/manifest.json", f"out={tmp_path}/report"]
-    assert run("sampling", VERBS, ["evaluate", str(here), *words, *few]) == 0
+    assert run("sampling", VERBS, ["evaluate", str(here), *words, *few, f"codec={bucket}/codec"]) == 0
     put(Path(encoded) / "heldout", f"{bucket}/heldout")
     put(tmp_path / "report", f"{bucket}/other")
     words = [f"recordings={bucket}/recordings", f"manifest={bucket}/heldout/manifest.json", f"out={bucket}/report"]

@@ -56,7 +56,7 @@ def _codec(words: list[str]) -> None:
 
 
 def _consolidate(words: list[str]) -> None:
-    """One safetensors file in official names from a checkpoint's trainer/ folder: <checkpoint> out=world.safetensors"""
+    """A world that plays anywhere, or one .safetensors file, from all ranks' parts: <checkpoint> out=..."""
     from train.checkpoint import consolidate
 
     consolidate(words)

@@ -10,7 +10,7 @@ from torch import nn
 
 from model.action_dit import ActionDiT
 from model.memory import give_back
-from model.weights import load_into, open_weights, require_same_tensors
+from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
 from train.engine import Engine, make_engine
 
@@ -29,12 +29,12 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | Non
         model = ActionDiT(config.model, None if sharded else generator)
     specs = {name: tensor.to(META) for name, tensor in model.state_dict().items()} if sharded and init else {}
     if init and not sharded:
-        load_into(model, open_weights(init))
+        load_into(model, finite(open_weights(init)))
     model.compile_blocks(config.engine.compile)
     engine = make_engine(accelerator, model, config)
     if sharded and init:
-        weights = open_weights(init)
-        require_same_tensors(specs, weights.specs, "these weights are of another model")
+        weights = finite(bare_weights(open_weights(init)))
+        require_same_tensors(specs, weights.specs, f"{weights.where} holds another model")
         for name in weights:
             engine.fill({name: weights[name]})
         engine.refresh()

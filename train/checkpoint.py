@@ -18,6 +18,7 @@ from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
+from model.foreign import PICKLES
 from model.weights import save_weights
 from sampling.world_model import (
     COMPLETE,
@@ -27,8 +28,10 @@ from sampling.world_model import (
     checkpoint_files,
     complete_steps,
     find_checkpoint,
+    find_codec,
     newest_step,
     read_world_config,
+    writing_world,
 )
 from train.config import TrainConfig
 from train.ema import Ema
@@ -223,12 +226,13 @@ class ConsolidateConfig:
     """`python -m train consolidate <checkpoint>`."""
 
     checkpoint: str  # a step folder, or a run folder: its newest complete step
-    out: str  # .safetensors
+    out: str  # a folder, which becomes a checkpoint with its codec; or a .safetensors, which gets the weights alone
     weights: Weights = "ema"
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
     def __post_init__(self) -> None:
-        if not self.out.endswith(".safetensors"):
-            raise ValueError(f"out={self.out} must end in .safetensors")
+        if Path(self.out).suffix in PICKLES:
+            raise ValueError(f"out={self.out} must be a folder, or end in .safetensors")
 
 
 def consolidate(words: list[str]) -> None:
@@ -236,8 +240,12 @@ def consolidate(words: list[str]) -> None:
     config = load_config(ConsolidateConfig, words)
     folder = find_checkpoint(config.checkpoint)
     require_other_files([config.out], {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)]})
-    position, saved = read_position(folder), state_of(folder)
-    whole = saved.whole(WEIGHTS[config.weights], weight_specs(read_world_config(folder)))
-    with storage.writing(config.out) as part:
-        save_weights(whole, part, {"step": str(position.step)})
+    position, saved, world = read_position(folder), state_of(folder), read_world_config(folder)
+    whole, told = saved.whole(WEIGHTS[config.weights], weight_specs(world)), {"step": str(position.step)}
+    if config.out.endswith(".safetensors"):
+        with storage.writing(config.out) as part:
+            save_weights(whole, part, told)
+    else:
+        with writing_world(config.out, world, find_codec(folder, world, config.codec)) as there:
+            save_weights(whole, there / "model.safetensors", told)
     print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")

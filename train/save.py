@@ -19,7 +19,7 @@ from configs.cli import one_line
 from configs.files import NO_ROOM
 from data_pipeline import cache, storage
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_steps
+from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec
 from train.checkpoint import (
     FORMAT,
     POSITION,
@@ -169,6 +169,7 @@ class Saver:
             with storage.writing(storage.join(folder, name)) as file:
                 save_config(config, file)
         storage.write_text(storage.join(folder, f"{TRAINER}/{POSITION}"), json.dumps(asdict(position)))
+        keep_codec(self.config.codec, self.config.checkpoints)
         push(Path(self.config.out), self.config.checkpoints)
         told = {"format": FORMAT, "step": position.step, "bytes": storage.list_tree(folder)}
         storage.write_text(storage.join(folder, COMPLETE), json.dumps(told, indent=1))

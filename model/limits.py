@@ -1,0 +1,26 @@
+"""What can be asked for: sizes that a model can have, devices that are here."""
+
+import torch
+
+WIDE, MANY = 1 << 17, 4096  # features of a layer; layers, heads and other things of which there are few
+
+
+def require_between(where: str, least: float, most: float, **numbers: float) -> None:
+    """Raises ValueError in one line for the first of `numbers`, called `where` and its name, that is outside."""
+    for name, number in numbers.items():
+        if not least <= number <= most:
+            raise ValueError(f"{where}{name}={number} must be {least} to {most}")
+
+
+def require_device(device: str) -> None:
+    """Raises ValueError in one line unless `device` is cpu, or a GPU that is here: cuda, cuda:1, mps."""
+    kind, colon, number = device.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (
+        colon and not (number.isascii() and number.isdigit() and len(number) < 4)
+    ):
+        raise ValueError(f"device={device!r} must be cpu, cuda, cuda:N or mps")
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
+    if int(number or 0) >= here:
+        name = {"cuda": "CUDA"}.get(kind, kind)
+        there = f"there is no {name} device" if here == 0 else f"the last {name} device is {kind}:{here - 1}"
+        raise ValueError(f"device={device}, but {there} here; use device=cpu")

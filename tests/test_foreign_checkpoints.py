@@ -1,0 +1,112 @@
+"""Checkpoints and codecs of others: nothing in their files is resolved, fetched from elsewhere or followed unsaid."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_world import write_checkpoint, write_codec
+
+from configs import load_config, save_config
+from data_pipeline import storage
+from model.codec import CONFIG_FILE, load_codec
+from sampling.world_model import WORLD_FILE, keep_codec, load_world, read_world_config
+from train.checkpoint import Position, require_same_data
+from train.config import TrainConfig
+
+SECRET = "${oc.env:WORLDLOOM_SECRET}"
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("WORLDLOOM_SECRET", "wJalr")
+    return "wJalr"
+
+
+def change(path: Path, **settings: object) -> None:
+    """Other values for keys of a YAML file; `a__b` is b in a."""
+    told = yaml.safe_load(path.read_text())
+    for name, value in settings.items():
+        *outer, last = name.split("__")
+        where = told
+        for key in outer:
+            where = where[key]
+        where[last] = value
+    path.write_text(yaml.safe_dump(told))
+
+
+@pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys"])
+def test_a_checkpoint_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
+    folder = write_checkpoint(tmp_path)
+    change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
+    with pytest.raises(ValueError, match=r"world.yaml refers to \$\{oc.env:WORLDLOOM_SECRET\}") as error:
+        read_world_config(folder)
+    assert secret not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["patch", "wan"])
+def test_a_codec_cannot_read_the_environment(tmp_path: Path, secret: str, name: str) -> None:
+    write_codec(tmp_path)
+    (tmp_path / CONFIG_FILE).write_text(f"name: {name}\nweights: {SECRET}.pth\n")
+    with pytest.raises(ValueError, match=r"config.yaml refers to \$\{oc.env") as error:
+        load_codec(tmp_path)
+    assert secret not in str(error.value)
+
+
+def test_a_run_that_is_gone_on_from_cannot_read_the_environment(
+    tmp_path: Path, secret: str, train_words: list[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(f"seed: {SECRET}\n")
+    config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "seed=1"])
+    with pytest.raises(ValueError, match=r"config.yaml refers to \$\{oc.env") as error:
+        require_same_data(config, "x", Position(1, 1, 1, 1, 0, "y"), tmp_path)
+    assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize("named", ["../Wan2.1_VAE.pth", "/Wan2.1_VAE.pth", "a//b.pth", "..\\b.pth", ""])
+@pytest.mark.parametrize("key", ["weights", "tiny_weights"])
+def test_a_codec_names_no_weights_outside_of_its_folder(tmp_path: Path, key: str, named: str) -> None:
+    (tmp_path / CONFIG_FILE).write_text(yaml.safe_dump({"name": "wan", "decoder": "tiny", key: named}))
+    with pytest.raises(ValueError, match="which is no file of a folder") as error:
+        load_codec(tmp_path)
+    assert CONFIG_FILE in str(error.value)
+
+
+def test_a_codec_in_another_bucket_is_not_fetched_unsaid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    shutil.move(tmp_path / "run" / "codec", tmp_path / "elsewhere")
+    change(folder / WORLD_FILE, codec="s3://evil/codec")
+    monkeypatch.setenv("S3_ENDPOINT_URL", "http://127.0.0.1:9")  # nobody there: a request would be another error
+    with pytest.raises(
+        ValueError, match=r"s3://evil/codec is in another bucket .* codec=s3://evil/codec allows it"
+    ) as error:
+        load_world(folder)
+    assert "\n" not in str(error.value)
+    assert load_world(folder, codec=str(tmp_path / "elsewhere"))
+
+
+def test_a_codec_in_the_bucket_of_its_checkpoint_is_fetched(bucket_folder: str, tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    for name in storage.list_tree(tmp_path / "run" / "codec"):
+        storage.write_file(tmp_path / "run" / "codec" / name, f"{bucket_folder}/far/from/it/{name}")
+    save_config(replace(read_world_config(folder), codec=f"{bucket_folder}/far/from/it"), folder / WORLD_FILE)
+    for name in storage.list_tree(folder):
+        storage.write_file(folder / name, f"{bucket_folder}/a/b/c/step_0000100/{name}")
+    shutil.rmtree(tmp_path / "run")
+    assert load_world(f"{bucket_folder}/a/b/c")
+
+
+@pytest.mark.parametrize("place", ["bucket", "folder"])
+def test_a_run_keeps_a_copy_of_its_codec(bucket_folder: str, tmp_path: Path, place: str) -> None:
+    folder, codec = write_checkpoint(tmp_path / "run"), tmp_path / "run" / "codec"
+    where = f"{bucket_folder}/codec" if place == "bucket" else str(tmp_path / "mine")
+    for name in storage.list_tree(codec):
+        storage.write_file(codec / name, f"{where}/{name}")
+    change(folder / WORLD_FILE, codec=where)
+    shutil.rmtree(codec)
+    for _ in range(2):  # it is there the second time
+        keep_codec(where, str(tmp_path / "run"))
+    storage.remove_folder(where)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert load_world(tmp_path / "moved")

@@ -1,0 +1,227 @@
+"""Weights as others leave them: wrapped names, sets within sets, damaged and hostile files, numbers that are none."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_official import SMALL, model_command, model_of, random_state, refusal, same_bits, yamls
+from tiny_world import random_dit, write_checkpoint, write_codec
+from torch import Tensor
+
+from model.bare_names import bare_names
+from model.codec import WEIGHTS_FILE, load_codec
+from model.foreign import load_foreign, open_foreign
+from model.weights import load_into, load_weights, open_weights, save_weights
+from sampling.world_model import load_world
+
+PLAIN = {"blocks.0.ffn.0.weight": torch.ones(2), "head.head.bias": torch.zeros(3)}
+OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}
+PREFIXES = [
+    "module.", "_orig_mod.", "_fsdp_wrapped_module.", "diffusion_model.", "model.diffusion_model.", "generator.model.",
+    "transformer.",
+    "module.model._orig_mod.", "_fsdp_wrapped_module._checkpoint_wrapped_module.", "model.module.model.",
+]  # fmt: skip
+
+
+def under(prefix: str, state: dict[str, Tensor] = PLAIN) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def saved(content: Any, path: Path) -> Path:
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_what_wraps_all_names_is_taken_off_and_said(
+    tmp_path: Path, prefix: str, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"x{suffix}"
+    if suffix == ".pt":
+        saved(under(prefix), path)
+    else:
+        save_weights(under(prefix), path)
+    assert same_bits(dict(load_foreign(path)), PLAIN)
+    said = capsys.readouterr().err.strip()
+    assert str(path) in said and "\n" not in said and all(part in said for part in prefix.split("."))
+
+
+def test_what_wraps_parts_of_a_model_is_taken_out_of_the_middle_of_names() -> None:
+    names = [
+        "_fsdp_wrapped_module.blocks.0._orig_mod.ffn.0.weight", "blocks.1._fsdp_wrapped_module.ffn.0.weight",
+        "blocks.2._checkpoint_wrapped_module.module.ffn.0.weight",
+    ]  # fmt: skip
+    found = bare_names({name: torch.ones(1) for name in names})
+    assert list(found.names.values()) == [f"blocks.{i}.ffn.0.weight" for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("content", "taken"),
+    [
+        ({"generator_ema": PLAIN, "generator": OTHER, "critic": OTHER, "step": 3}, "generator_ema/"),
+        ({"generator_ema": under("model._fsdp_wrapped_module."), "generator": OTHER}, "generator_ema/model."),
+        ({"generator": under("model."), "critic": OTHER, "critic_ema": OTHER}, "generator/model."),
+        ({"model": PLAIN, "step": torch.tensor(3), "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}}, "model/"),
+        ({"ema": {"module": PLAIN}, "model": OTHER}, "ema/"),
+        ({"ema_1000": OTHER, "ema_2000": PLAIN, "model": OTHER}, "ema_2000/"),
+        ({"ema_0.999": OTHER, "ema_0.9999": PLAIN}, "ema_0.9999/"),
+        ({"state_dict": {"n_averaged": torch.tensor(7), **under("module.")}, "epoch": 1}, "state_dict/"),
+        ({**under("ema_model."), **under("online_model.", OTHER), "initted": torch.tensor(True)}, "ema_model."),
+        ({"state": {"model": {"state_dict": PLAIN}}}, "state/model/state_dict/"),
+    ],
+)
+def test_of_several_sets_the_newest_average_is_taken_else_the_model(
+    tmp_path: Path, content: dict[str, Any], taken: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert same_bits(dict(load_foreign(saved(content, tmp_path / "x.pt"))), PLAIN)
+    assert f"the weights under {taken} are taken" in capsys.readouterr().err
+
+
+def test_names_of_the_model_itself_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert same_bits(dict(load_foreign(saved(PLAIN, tmp_path / "x.pt"))), PLAIN)
+    clip = under("transformer.") | {"cls_embedding": torch.ones(1), "head": torch.ones(2)}
+    assert same_bits(dict(load_foreign(saved(clip, tmp_path / "clip.pt"))), clip)
+    assert capsys.readouterr().err == ""
+
+
+def test_two_tensors_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="would be called"):
+        load_into(random_dit(), PLAIN | under("module.", OTHER))
+
+
+def test_a_wrapped_and_nested_file_is_imported(tmp_path: Path, codec_folder: Path) -> None:
+    given = random_state(model_of("universal", *SMALL))
+    content = {"generator": under("model.", given), "generator_ema": under("model._orig_mod.", given), "step": 9}
+    words = [*yamls("universal"), *SMALL, f"codec={codec_folder}", f"out={tmp_path / 'out'}"]
+    assert model_command("import", str(saved(content, tmp_path / "x.pt")), *words) == 0
+    assert same_bits(load_weights(tmp_path / "out" / "ema.safetensors"), given)
+
+
+def write_header(path: Path, header: Any, data: bytes = b"") -> Path:
+    """A safetensors file with this header, a text or what JSON makes of it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+DEEP = b'{"x": ' + b"[" * 200_000
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        *({"x": GOOD | {"shape": shape}} for shape in ([-2], [1 << 70], [1 << 40, 1 << 40], ["2"], [2.0], "2", None)),
+        *({"x": GOOD | {"shape": shape, "data_offsets": [0, 0]}} for shape in ([0, 1 << 61], [0] + [1 << 40] * 3)),
+        *({"x": GOOD | {"shape": shape}} for shape in ([True, 2], [[2]], [1] * 99 + [2], {"0": 2})),
+        *({"x": GOOD | {"dtype": dtype}} for dtype in (["F32"], None, "F4", 32, {})),
+        *({"x": GOOD | {"data_offsets": at}} for at in ([0.0, 8.0], [-8, 0], [0, 4, 8], [8, 0], "08", [0], None)),
+        *({"x": {key: value for key, value in GOOD.items() if key != left}} for left in GOOD),
+        {"x": GOOD, "y": GOOD}, {"x": GOOD | {"data_offsets": [4, 12]}}, {"x": GOOD, "__metadata__": {"a": {}}},
+        {"x": GOOD, "__metadata__": []}, {"x": [GOOD]}, {"x": 8}, [GOOD], "x", 8, None, b"\xff\xfe", b"{", DEEP,
+        b'{"x": 1e999}', b"",
+    ],
+    ids=lambda header: repr(header)[:60],
+)  # fmt: skip
+def test_a_damaged_header_is_one_line_that_names_the_file(tmp_path: Path, header: Any) -> None:
+    path = write_header(tmp_path / "x.safetensors", header, bytes(8))
+    with pytest.raises(ValueError, match=r"x\.safetensors") as error:
+        open_weights(path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_a_header_that_is_longer_than_its_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes((1 << 63).to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match="header cannot be read"):
+        open_weights(path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"{" * 100_000, b"[]", b'{"weight_map": []}', b'{"weight_map": {"x": 3}}', b'{"weight_map": {"x": "../y"}}',
+        b"", b'{"weight_map": {"x": "/etc/passwd"}}',
+        b'{"weight_map": {"x": "a\\u0000b"}}', b'{"weight_map": {"x": ".."}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_index_is_one_line_and_leads_nowhere(tmp_path: Path, index: bytes) -> None:
+    save_weights({"x": torch.ones(1)}, tmp_path.parent / "y")
+    (tmp_path / "x.safetensors.index.json").write_bytes(index)
+    with pytest.raises(ValueError, match=r"x\.safetensors\.index\.json"):
+        open_weights(tmp_path / "x.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"\x80\x02\x8a\xffgarbage", b"\x80\x02G\x00", b"\x80\x02X\xff\xff\xff\x7f", b"I\n."]
+)
+def test_a_torch_file_of_garbage_is_one_line(tmp_path: Path, garbage: bytes) -> None:
+    whole = saved(PLAIN, tmp_path / "whole.pth")
+    with zipfile.ZipFile(whole) as given, zipfile.ZipFile(tmp_path / "x.pth", "w") as spoilt:
+        for name in given.namelist():
+            spoilt.writestr(name, garbage if name.endswith("data.pkl") else given.read(name))
+    with pytest.raises(ValueError, match=r"x\.pth"):
+        open_foreign(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [], {}, {"step": 3}, 7, PLAIN["head.head.bias"], {"x": torch.ones(2).to_sparse()},
+        {"x": torch.ones(2, dtype=torch.cfloat)}, {"x": torch.ones(2, device="meta")},
+        {"model": {"x": [torch.ones(2)]}},
+    ],
+    ids=lambda content: repr(content)[:40],
+)  # fmt: skip
+def test_a_torch_file_without_plain_tensors_is_one_line(tmp_path: Path, content: Any) -> None:
+    with pytest.raises(ValueError, match=r"x\.pt must hold names and plain tensors"):
+        open_foreign(saved(content, tmp_path / "x.pt"))
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused_before_they_play(
+    tmp_path: Path, number: float, codec_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    state = random_dit().state_dict()
+    state["head.head.weight"][0, 3] = number
+    save_weights(state, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema\.safetensors holds NaN or infinity in head\.head\.weight"):
+        load_world(folder)
+    given = random_state(model_of("universal", *SMALL))
+    given["head.head.bias"][1] = number
+    save_weights(given, tmp_path / "official.safetensors")
+    words = [*yamls("universal"), *SMALL, f"codec={codec_folder}", f"out={tmp_path / 'out'}"]
+    said = refusal(capsys, "import", str(tmp_path / "official.safetensors"), *words)
+    assert "official.safetensors holds NaN or infinity in head.head.bias" in said and not (tmp_path / "out").exists()
+
+
+def test_a_codec_that_is_no_numbers_or_has_no_spread_is_refused(tmp_path: Path) -> None:
+    write_codec(tmp_path)
+    state = load_weights(tmp_path / WEIGHTS_FILE)
+    for name, value, said in (("enter.weight", float("nan"), "NaN or infinity"), ("latent_std", 0.0, "no spread")):
+        spoilt = {key: tensor.clone() for key, tensor in state.items()}
+        spoilt[name].view(-1)[0] = value
+        save_weights(spoilt, tmp_path / WEIGHTS_FILE)
+        with pytest.raises(ValueError, match=said):
+            load_codec(tmp_path)
+
+
+def test_weights_of_another_model_are_named_by_their_file(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    save_weights(PLAIN, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"ema\.safetensors: not the weights of this ActionDiT: \d+ missing"):
+        load_world(folder)
+
+
+def test_whole_numbers_where_weights_are_expected_are_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    state = random_dit().state_dict()
+    state["head.head.bias"] = state["head.head.bias"].long()
+    save_weights(state, folder / "ema.safetensors")
+    with pytest.raises(ValueError, match=r"1 mistyped: head\.head\.bias torch\.int64 for torch\.float32"):
+        load_world(folder)

@@ -1,0 +1,101 @@
+"""Checkpoints that go to other folders and machines find their codec, told by its hash, or say what is missing."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from test_official import SMALL, model_command, model_of, random_state, yamls
+from tiny_world import GAME, write_checkpoint, write_codec
+
+from configs.cli import run
+from data_pipeline import storage
+from model.weights import save_weights
+from sampling.__main__ import VERBS
+from sampling.world_model import load_world, read_world_config, writing_world
+
+
+def generate(checkpoint: Path, out: Path, *words: str) -> int:
+    Image.new("RGB", (GAME.width, GAME.height), "teal").save(out / "prompt.png")
+    fixed = [f"prompt={out / 'prompt.png'}", "actions=idle", "frames=9", "steps=1", f"out={out / 'film.mp4'}"]
+    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *words])
+
+
+@pytest.fixture
+def given(tmp_path: Path) -> tuple[Path, list[str]]:
+    """An official file and a codec, and the words that import them; both can be deleted."""
+    config = model_of("universal", *SMALL, "model.vision=none")
+    save_weights(random_state(config, "model."), tmp_path / "given" / "official.safetensors")
+    write_codec(tmp_path / "given" / "codec")
+    words = [*yamls("universal"), *SMALL, "model.vision=none", f"codec={tmp_path / 'given' / 'codec'}"]
+    return tmp_path / "given", words
+
+
+@pytest.mark.parametrize("format", ["official", "diffusers"])
+def test_what_was_imported_and_what_is_exported_play_elsewhere(
+    tmp_path: Path, given: tuple[Path, list[str]], format: str
+) -> None:
+    source, words = given
+    assert model_command("import", str(source / "official.safetensors"), *words, f"out={tmp_path / 'world'}") == 0
+    exported = ["export", str(tmp_path / "world"), f"format={format}", f"out={tmp_path / 'exported'}"]
+    assert model_command(*exported) == 0
+    here = load_world(tmp_path / "world").dit.state_dict()
+    shutil.rmtree(source)
+    for name in ("world", "exported"):
+        shutil.copytree(tmp_path / name, tmp_path / "other" / "place" / name)
+        shutil.rmtree(tmp_path / name)
+        there = load_world(tmp_path / "other" / "place" / name).dit.state_dict()
+        assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
+
+
+def test_nothing_is_written_into_a_folder_that_holds_something(tmp_path: Path, given: tuple[Path, list[str]]) -> None:
+    source, words = given
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    for out in (source, source / "codec"):
+        assert model_command("import", str(source / "official.safetensors"), *words, f"out={out}") == 2
+    assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+
+
+def test_a_world_that_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
+    world = read_world_config(write_checkpoint(tmp_path / "run"))
+    with pytest.raises(OSError, match="no room"), writing_world(str(tmp_path / "out"), world, None) as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("no room")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_codec_is_found_beside_the_checkpoint_and_not_by_its_name_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another one in the right place is not taken; `codec=` says where the right one is."""
+    folder = write_checkpoint(tmp_path / "run")
+    moved = (tmp_path / "run").rename(tmp_path / "moved") / folder.name
+    assert load_world(moved) and generate(moved, tmp_path) == 0
+    shutil.move(tmp_path / "moved" / "codec", tmp_path / "mine")
+    other = tmp_path / "moved" / "codec"
+    shutil.copytree(tmp_path / "mine", other)
+    spoil(other / "model.safetensors")
+    capsys.readouterr()
+    assert generate(moved, tmp_path) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        f"trained on latents of codec {read_world_config(moved).codec_hash}" in said
+        and "give the right one as codec=" in said
+    )
+    assert generate(moved, tmp_path, f"codec={other}") == 2
+    assert generate(moved, tmp_path, f"codec={tmp_path / 'mine'}") == 0
+
+
+def test_an_export_for_others_needs_no_codec(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_checkpoint(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "codec")
+    assert model_command("export", str(folder), "format=official", f"out={tmp_path / 'out'}") == 0
+    assert "note: without a codec" in capsys.readouterr().out
+
+
+def spoil(file: Path) -> None:
+    """Another last byte: a codec of other numbers."""
+    data = bytearray(storage.read_bytes(file))
+    data[-1] ^= 1
+    file.write_bytes(data)
