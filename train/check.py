@@ -68,9 +68,11 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
 def check_out(config: TrainConfig) -> None:
     """Raises OSError or ValueError in one line if `out` cannot become a run's folder, or lies in what the run reads;
     nothing is made."""
-    sets = [storage.parent(one.path) for one in config.sources]
-    heldout = config.validation.manifest and storage.parent(config.validation.manifest)
-    read = {"manifest": sets, "validation.manifest": heldout, "codec": config.codec, "resume": config.resume}
+    sets = [config.validation.manifest, *(source.path for source in config.sources)]
+    folders = [Path(one).parent for one in sets if one and not storage.is_s3(one)]
+    # A manifest may lie in a folder of many things; one that holds the shards too is theirs.
+    shards = [folder for folder in folders if next(folder.glob("*.tar"), None)]
+    read = {"manifest": shards, "codec": config.codec, "resume": config.resume}
     require_other_files([config.out, config.checkpoints], read)
     if storage.is_s3(config.out):
         return

@@ -112,7 +112,7 @@ class VideosConfig:
         require_within(1, 1000, validation__videos__prompts=self.prompts)
         require_within(CHUNK_FRAMES, 10_000, validation__videos__frames=self.frames)
         if not 1 <= len(self.actions) <= 64:
-            raise ValueError(f"validation.videos.actions holds 1 to 64 scripts, not {len(self.actions)}")
+            raise ValueError(f"validation.videos.actions must hold a script, and 64 at most, not {len(self.actions)}")
         _ = self.denoising  # checks of its own
 
     @property
