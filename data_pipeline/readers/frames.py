@@ -8,7 +8,6 @@ frames has ten rows. The times are there to be checked: they must go with the fr
 pictures have drifted apart. There is no mouse in this format.
 """
 
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline import storage
+from data_pipeline.pictures import read_picture
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.recording import RATE_TOLERANCE, Recording, list_files, list_folders, read_csv, read_number
 from data_pipeline.types import Actions, ActionSpace, GameConfig
@@ -116,12 +115,3 @@ def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int]]:
                 f"{drift:+.1f} too few at {fps:g} fps; set game.fps, or log and pictures have drifted apart"
             )
         yield where, key.strip(), int(frame)
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """(h w 3) uint8 RGB."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"cannot read the picture {path} ({error}); it is truncated or no picture") from error
