@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from configs.foreign import DAMAGE
@@ -36,7 +36,8 @@ def read_picture(path: str | Path) -> np.ndarray:
                     tqdm.write(f"{path} holds several pictures; the first one is taken", file=sys.stderr)
                 return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
     except (*DAMAGE, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
+        unknown = isinstance(error, UnidentifiedImageError)  # it names an object in memory
+        said = "no known format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
         known = ", ".join(FORMATS)
         raise ValueError(
             f"cannot read the picture {path} ({said}); it is truncated, too large or none of {known}"
