@@ -9,10 +9,16 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from data_pipeline.readers import csgo, event_log, frames, gf_minecraft, lerobot, owl_control, vpt, worldloom
-from data_pipeline.readers.recording import Recording, VideoEpisode, recording_of, require_text_name
+from data_pipeline.readers.recording import (
+    RATE_TOLERANCE,
+    Recording,
+    VideoEpisode,
+    recording_of,
+    require_text_name,
+)
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
-from data_pipeline.video import fit_frame
+from data_pipeline.video import fit_frame, frame_times
 
 __all__ = [
     "READERS", "Reader", "Recording", "count_cut", "find_recordings", "read_game_frames", "recording_of",
@@ -41,10 +47,27 @@ def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
 
 def _read_at_rate(recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
     require_text_name(f"{source}/{recording.name}")
-    if game.inputs.fps is None or game.inputs.fps == game.fps:
-        return recording.read(game)
-    recorded = recording.read(replace(game, fps=game.inputs.fps))
+    inputs = game.inputs
+    recorded = recording.read(game if inputs.fps is None else replace(game, fps=inputs.fps))
+    if inputs.times == "resample":
+        return [ResampledEpisode(episode, game.fps, _times_of(episode, game)) for episode in recorded]
+    if inputs.fps is None or inputs.fps == game.fps:
+        return recorded
     return [ResampledEpisode(episode, game.fps) for episode in recorded]
+
+
+def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:
+    """When each frame is shown, (n) seconds. Raises ValueError if nothing says so, or if they are too few."""
+    if not isinstance(episode, VideoEpisode):
+        raise ValueError(f"{episode.id} has no video that says when its frames are shown; set game.inputs.times=even")
+    times = frame_times(episode.video)[episode.first : episode.first + len(episode.actions)]
+    fps = (len(times) - 1) / max(float(np.ptp(times)), 1e-9) if len(times) > 1 else game.fps
+    if fps < (1 - RATE_TOLERANCE) * game.fps:
+        raise ValueError(
+            f"{episode.video} has {fps:.4g} frames a second, the game {game.name!r} {game.fps:g}: frames can be left "
+            "out, not invented; set game.fps"
+        )
+    return times
 
 
 def count_cut(episodes: Sequence[Episode]) -> int:
