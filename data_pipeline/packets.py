@@ -37,12 +37,16 @@ def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterat
         yield container
 
 
-def count_indexed(container: InputContainer, stream: av.VideoStream) -> int | None:
+def count_indexed(container: InputContainer, stream: av.VideoStream, path: str | Path) -> int | None:
     """How many frames are shown, if the file has a table of them in one piece: those that an edit list hides stand in
-    it too."""
+    it too. Raises ValueError if the file ends before the frames do."""
     if "mp4" not in container.format.name or not stream.frames:
         return None
-    return sum(not entry.is_discard for entry in stream.index_entries)
+    entries = list(stream.index_entries)
+    there = sum(entry.pos + entry.size <= container.size for entry in entries)
+    if there < len(entries):
+        raise ValueError(f"{path} is truncated: {there} of {len(entries)} frames are there; copy or record it again")
+    return sum(not entry.is_discard for entry in entries)
 
 
 class Packets(NamedTuple):
@@ -63,7 +67,7 @@ def packets_of(path: str | Path) -> Packets:
 def _kept_packets(path: Path, version: Hashable) -> Packets:
     with opened(path) as container:
         stream = choose_stream(container, path)
-        if storage.is_s3(path) and count_indexed(container, stream) and not stream.codec_context.reorder_depth:
+        if storage.is_s3(path) and count_indexed(container, stream, path) and not stream.codec_context.reorder_depth:
             return _read_index(container, stream)
         return _read_packets(container, stream, path)
 

@@ -54,12 +54,8 @@ def probe(path: str | Path) -> VideoInfo:
     """
     with _reading(path), opened(path, PROBE_BYTES) as container:
         stream = choose_stream(container, path)
-        display, picture, counted, indexed = (
-            Display(path, container, stream),
-            None,
-            0,
-            count_indexed(container, stream),
-        )
+        display, indexed = Display(path, container, stream), count_indexed(container, stream, path)
+        picture, counted = None, 0
         for packet in container.demux(stream):
             counted += bool(packet.size and not packet.is_discard)
             for frame in packet.decode() if picture is None else ():
@@ -93,7 +89,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
             for frame in wanted:
                 yield display.picture(frame, count)
                 count += 1
-            promised = (count_indexed(container, stream) or 0) if stop is None else stop
+            promised = (count_indexed(container, stream, path) or 0) if stop is None else stop
     except av.error.InvalidDataError as error:
         raise (damaged(path, count) if count > start else _unreadable(path, error)) from error
     except av.error.FFmpegError as error:
