@@ -49,6 +49,10 @@ def count_indexed(container: InputContainer, stream: av.VideoStream, path: str |
     return sum(not entry.is_discard for entry in entries)
 
 
+class DamagedVideoError(ValueError):
+    """A video whose pictures are not those that were encoded."""
+
+
 class Packets(NamedTuple):
     """One per frame in the order of the file, without those that an edit list hides."""
 
@@ -139,7 +143,7 @@ def undamaged(frame: VideoFrame, path: str | Path, number: int) -> VideoFrame:
 def require_unaltered(path: str | Path) -> None:
     """Raises ValueError for a video of ours whose checksum says that its pictures were altered; not on a server."""
     if not storage.is_s3(path) and storage.path(path).is_file() and _is_altered(Path(path), storage.version(path)):
-        raise ValueError(f"{path} is damaged: its checksum is of other pictures; copy or record it again")
+        raise DamagedVideoError(f"{path} is damaged: its checksum is of other pictures; copy or record it again")
 
 
 @lru_cache(maxsize=256)
@@ -147,5 +151,5 @@ def _is_altered(path: Path, version: Hashable) -> bool:
     return is_altered(path)
 
 
-def damaged(path: str | Path, number: int) -> ValueError:
-    return ValueError(f"{path} is damaged or truncated in or before its frame {number}; copy or record it again")
+def damaged(path: str | Path, number: int) -> DamagedVideoError:
+    return DamagedVideoError(f"{path} is damaged or truncated in or before its frame {number}; copy or record it again")

@@ -1,5 +1,6 @@
 """Recording formats by name: each finds the recordings of a source and reads them into episodes of a game."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,14 +19,15 @@ from data_pipeline.readers.recording import (
 )
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
-from data_pipeline.video import fit_frame, frame_times
+from data_pipeline.video import fit_frame, frame_times, kept_share
 
 __all__ = [
-    "READERS", "Reader", "Recording", "count_cut", "find_recordings", "read_game_frames", "recording_of",
-    "split_episodes",
+    "KEPT_WELL", "READERS", "Reader", "Recording", "count_cut", "describe_crop", "find_recordings", "kept_share",
+    "read_game_frames", "recording_of", "split_episodes",
 ]  # fmt: skip
 
 T = TypeVar("T")
+KEPT_WELL = 0.9  # of a picture that is cropped to the game's proportions: less is said
 Reader = Literal["worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log"]
 
 READERS: dict[Reader, Callable[[str | Path], list[Recording]]] = {
@@ -91,3 +93,15 @@ def read_game_frames(episode: Episode, game: GameConfig) -> Iterator[np.ndarray]
     """Every frame in order, (h w 3) uint8 RGB, resized and cropped at the centre to the game's size."""
     for frame in episode.frames():
         yield fit_frame(frame, game.height, game.width)
+
+
+def describe_crop(episodes: Sequence[Episode], game: GameConfig) -> str:
+    """One line that says how much of their pictures is kept in the game's size; none if nearly all is."""
+    sizes = Counter((episode.height, episode.width) for episode in episodes)
+    shares = {size: kept_share(size, game.height, game.width) for size in sizes}
+    cropped = sorted((size for size in sizes if shares[size] < KEPT_WELL), key=lambda size: shares[size])
+    if not cropped:
+        return ""
+    said = [f"of {h}x{w} px {shares[h, w]:.0%} is kept ({sizes[h, w]} episodes)" for h, w in cropped[:3]]
+    more = f", and of {len(cropped) - 3} other sizes more" if len(cropped) > 3 else ""
+    return f"pictures are cropped at the centre to {game.height}x{game.width} px: {', '.join(said)}{more}"

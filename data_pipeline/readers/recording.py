@@ -36,6 +36,10 @@ NAMED, NAME = 5, 200  # names that one line lists, letters of each
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
+class UnevenTimesError(ValueError):
+    """A video whose frames do not come evenly, so that nobody knows which row of a log is which frame's."""
+
+
 class Recording(NamedTuple):
     """One recording of a source; held-out recordings are chosen whole, since its episodes resemble each other."""
 
@@ -100,7 +104,7 @@ def check_times(video: Path, game: GameConfig) -> None:
     if len(wrong):
         frame = wrong[0]
         how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'}"
-        raise ValueError(
+        raise UnevenTimesError(
             f"{video}: frame {frame} is shown {how} at {times[frame]:.3f} s, its rate varies; record at a constant "
             "rate, or set game.inputs.times=resample to take frames by their times"
         )
