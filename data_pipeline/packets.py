@@ -15,6 +15,7 @@ from data_pipeline import storage
 from data_pipeline.checksum import is_altered
 from data_pipeline.display import choose_stream
 
+PROBE_BYTES = 256 << 10  # of a video on a server that is only asked what it is
 # FFmpeg's demuxers of files that hold a video themselves: playlists and scripts would have it open other files.
 CONTAINERS = (
     "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,mxf,nut,ivf,dv,rm,wtv,"
@@ -69,11 +70,13 @@ def packets_of(path: str | Path) -> Packets:
 
 @lru_cache(maxsize=16)  # what is cut into parts is read through once, and not for each part; 17 bytes a frame are kept
 def _kept_packets(path: Path, version: Hashable) -> Packets:
+    if storage.is_s3(path):
+        with opened(path, PROBE_BYTES) as container:
+            stream = choose_stream(container, path)
+            if count_indexed(container, stream, path) and not stream.codec_context.reorder_depth:
+                return _read_index(container, stream)
     with opened(path) as container:
-        stream = choose_stream(container, path)
-        if storage.is_s3(path) and count_indexed(container, stream, path) and not stream.codec_context.reorder_depth:
-            return _read_index(container, stream)
-        return _read_packets(container, stream, path)
+        return _read_packets(container, choose_stream(container, path), path)
 
 
 def _read_packets(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Packets:

@@ -23,6 +23,7 @@ from data_pipeline import storage
 from data_pipeline.checksum import append_checksum
 from data_pipeline.display import Display, choose_stream
 from data_pipeline.packets import (
+    PROBE_BYTES,
     count_indexed,
     damaged,
     decode_from,
@@ -32,7 +33,6 @@ from data_pipeline.packets import (
     undamaged,
 )
 
-PROBE_BYTES = 256 << 10  # of a video on a server that is only asked what it is
 LARGEST = 4  # times as many pixels as are wanted: what is longer is cut before it is resized
 
 
