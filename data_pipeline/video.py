@@ -76,7 +76,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
 
     A file that ends early, is damaged as far as the decoder sees it, or cannot be decoded raises ValueError.
     """
-    count = start
+    count, display = start, None
     require_unaltered(path)
     try:
         with opened(path) as container:
@@ -91,7 +91,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
                 count += 1
             promised = (count_indexed(container, stream, path) or 0) if stop is None else stop
     except av.error.InvalidDataError as error:
-        raise (damaged(path, count) if count > start else _unreadable(path, error)) from error
+        raise (_unreadable(path, error) if display is None else damaged(path, count)) from error
     except av.error.FFmpegError as error:
         raise _unreadable(path, error) from error
     if count == start or count < promised:

@@ -239,7 +239,7 @@ def test_damage_that_the_decoder_sees_is_refused_and_so_is_what_was_made_from_it
     rng = np.random.default_rng(1)
     wall = rng.integers(0, 256, (64, 160, 3), dtype=np.uint8)
     walk = [np.ascontiguousarray(wall[:, i : i + 96]) for i in range(30)]  # key frames are 0 and 20
-    path = write_foreign(tmp_path / "a.mp4", walk, options={"x264-params": "cabac=0:bframes=0"})
+    path = write_foreign(tmp_path / "a.mp4", walk, options={"x264-params": "cabac=0:bframes=0:threads=1"})
     data = path.read_bytes()
     first, end = data.find(b"mdat") + 4, data.find(b"moov") - 44
     refused = []

@@ -9,7 +9,7 @@ from typing import Any, cast
 import av
 import numpy as np
 
-H264 = {"crf": "12", "bf": "0"}
+H264 = {"crf": "12", "bf": "0", "threads": "1"}
 CORNER = (230, 230, 230)  # of the one bright corner of `corner_frames`, top left
 
 
