@@ -1,6 +1,7 @@
 """Picture files, read as a viewer shows them."""
 
 import io
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +27,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     `FORMATS`, or larger than `MOST_PIXELS`.
     """
     data = storage.read_bytes(path)
+    logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a damaged file is in the error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit is below
