@@ -50,6 +50,16 @@ def test_frames_that_an_edit_list_hides_do_not_count(reordered, tmp_path):
         shades(cut, 70, 73)
 
 
+def test_frames_behind_the_end_of_an_edit_list_do_not_count(tmp_path):
+    path = write_foreign(tmp_path / "a.mp4", numbered_frames(80))
+    data = bytearray(path.read_bytes())
+    place = data.find(b"elst") + 12  # how long its one edit lasts
+    data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") // 2).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert probe(path).frames == len(frame_times(path)) == 40
+    assert shades(path) == list(range(40)) and shades(path, 30, 32) == [30, 31]
+
+
 @pytest.mark.parametrize(
     ("degrees", "mirror", "shown"),
     [
