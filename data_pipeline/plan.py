@@ -13,8 +13,8 @@ from configs.cli import one_line
 from configs.foreign import parse_object
 from data_pipeline import storage
 from data_pipeline.left_out import LeftOut
-from data_pipeline.readers import Reader, Recording, count_cut, find_recordings, split_episodes
-from data_pipeline.readers.recording import BAD_RECORDING
+from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
+from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, clip_latents
 from data_pipeline.types import CHUNK_FRAMES, Episode, GameConfig, Layout, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash
@@ -116,6 +116,9 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     with tqdm(total=len(recordings), desc="check recordings", unit="recording", disable=None) as bar:
         for split, part in [("train", train), ("heldout", heldout)] if heldout else [("train", train)]:
             plans.append(_make_plan(config, codec, split, _read_all(config, part, bar)))
+    crop = describe_crop([one for plan in plans for shard in plan.shards for one in shard], config.game)
+    if crop:
+        say(crop)
     return plans
 
 

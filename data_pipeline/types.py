@@ -54,7 +54,7 @@ class InputConfig:
     """How recordings differ from the game: their rate, and what formats of others call its actions."""
 
     fps: float | None = None  # of the recordings, if it is more than the game's: they are resampled
-
+    times: Literal["even", "resample"] = "even"  # of a video's frames: uneven ones are refused, or taken by their times
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key of the action space: inputs, any holds it
     others: Literal["refuse", "drop"] = "refuse"  # what becomes of inputs that hold no key
     pitch_deg: float = 0.0  # degrees up per recorded unit of the mouse's y; a pixel, counted downwards: below 0

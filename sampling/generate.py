@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import psutil
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from configs import load_config
 from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
+from data_pipeline.pictures import read_picture
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
@@ -42,7 +42,7 @@ from sampling.world_model import (
 
 SHEET_TILES = 36  # pictures of the contact sheet at most
 MEMORY_NOTES = 6  # along a video
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".flv", ".wmv", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
@@ -221,9 +221,4 @@ def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.n
         return np.stack(pictures)
     if count != 1:
         raise ValueError(f"prompt_frames={count} needs a video as the prompt, not {path}")
-    try:
-        with storage.opened(path) as file, Image.open(file) as image:
-            picture = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: Pillow on a broken PNG
-        raise ValueError(f"the prompt {path} is no image that can be read ({error})") from error
-    return fit_frame(picture, game.height, game.width)[None]
+    return fit_frame(read_picture(path), game.height, game.width)[None]

@@ -80,7 +80,7 @@ def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_examined(cl
     video.write_bytes(video.read_bytes()[:3000])
     assert run("data_pipeline", VERBS, ["doctor", GAME, f"source={tmp_path / 'recordings'}"]) == 1
     said = capsys.readouterr().out
-    assert f"{video.parent.name}" in said and "truncated or no video" in said and "1 problem" in said
+    assert f"{video.parent.name}" in said and "is truncated" in said and "1 problem" in said
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tiny_world import GAME, write_checkpoint
 from configs import save_config, to_dict
 from configs.cli import run
 from configs.files import write_text
-from data_pipeline import storage
+from data_pipeline import s3, storage
 from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import READERS, find_recordings
@@ -29,6 +29,7 @@ from data_pipeline.s3 import DOWNLOADS
 from data_pipeline.shard_set import TRIES
 from data_pipeline.stream import LoaderConfig, Stream
 from data_pipeline.verify import verify_set
+from data_pipeline.video import frame_times, probe, read_frames, write_video
 from model.official import WEIGHTS_NAME
 from model.weights import load_weights, save_weights
 from sampling.__main__ import VERBS
@@ -216,6 +217,20 @@ def test_a_checkpoint_in_a_bucket_plays_the_same_prompt_and_script(bucket, tmp_p
         words[0] = f"prompt={out}/prompt.png"
         assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
     assert made[0][0] == made[1][0]
+
+
+def test_the_times_of_a_video_in_a_bucket_come_from_its_table(bucket_folder, tmp_path, monkeypatch) -> None:
+    rng = np.random.default_rng(0)
+    write_video(tmp_path / "a.mp4", rng.integers(0, 256, (120, 96, 160, 3), dtype=np.uint8), 10.0)
+    url, fetched, read = f"{bucket_folder}/a.mp4", [], s3.read
+    storage.write_file(tmp_path / "a.mp4", url)
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "read", lambda *given: fetched.append(data := read(*given)) or data)
+        np.testing.assert_allclose(frame_times(url), frame_times(tmp_path / "a.mp4"))
+    assert sum(map(len, fetched)) < storage.size(url) / 2 and probe(url) == probe(tmp_path / "a.mp4")
+    for start in (0, 7, 55):
+        here, there = (list(read_frames(place, start, start + 3)) for place in (tmp_path / "a.mp4", url))
+        np.testing.assert_array_equal(here, there)
 
 
 @pytest.mark.long

@@ -255,7 +255,7 @@ def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) ->
     ("words", "said"),
     [
         (["prompt=no.png"], "no prompt no.png"),
-        (["prompt=text.png"], "is no image"),
+        (["prompt=text.png"], "cannot read the picture"),
         (["prompt=text.mp4"], "text.mp4"),
         (["actions=foward"], "did you mean 'forward'"),
         (["actions=short.csv"], "short.csv has 1 rows for 81 frames"),

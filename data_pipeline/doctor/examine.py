@@ -15,10 +15,13 @@ from configs.files import require_other_files, yaml_files
 from data_pipeline import storage
 from data_pipeline.doctor.alignment import LEAST
 from data_pipeline.doctor.diagnosis import diagnose
-from data_pipeline.doctor.findings import Case, Finding
+from data_pipeline.doctor.findings import Case, Fault, Finding
+from data_pipeline.doctor.pictures import report_lengths, report_pictures
 from data_pipeline.doctor.report import Report
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
+from data_pipeline.packets import DamagedVideoError
 from data_pipeline.readers import Reader, Recording, find_recordings
+from data_pipeline.readers.recording import UnevenTimesError
 from data_pipeline.types import GameConfig
 
 
@@ -30,6 +33,7 @@ class DoctorConfig:
     source: str  # folder of recordings
     reader: Reader = "worldloom"  # format of the recordings
     out: str | None = None  # file for everything that was measured, as JSON
+    clip_frames: int = 18  # that encode will be told; shorter episodes are left out there
     fov_deg: float | None = None  # the game's horizontal field of view, to check the unit of yaw
     workers: int = os.cpu_count() or 1  # recordings that are read at the same time
 
@@ -38,8 +42,8 @@ class DoctorConfig:
             raise ValueError(
                 f"fov_deg={self.fov_deg:g} must be from 20 to 150, the horizontal field of view in degrees"
             )
-        if self.workers < 1:
-            raise ValueError(f"workers={self.workers} must be 1 or more")
+        if min(self.workers, self.clip_frames) < 1:
+            raise ValueError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
 
 
 def doctor(words: list[str]) -> int:
@@ -62,6 +66,7 @@ def examine(config: DoctorConfig) -> Report:
     short = tuple(one.name for one in signals if one.longest < LEAST)
     if short:
         findings.append(Finding("short", short, f"fewer than {LEAST} frames", "leave them out", harmful=False))
+    findings += [*report_pictures(signals, config.game), *report_lengths(signals, config.clip_frames)]
     case = Case(long_enough, config.game, config.reader)
     diagnosis = diagnose(case, config.fov_deg) if long_enough else None
     findings += diagnosis.findings if diagnosis else []
@@ -96,4 +101,7 @@ def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
     try:
         return measure_recording(recording, game)
     except PERSONS_FAULTS as error:
-        return Finding("unreadable", (recording.name,), one_line(error), "mend it or leave it out")
+        faults: dict[type[Exception], Fault] = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
+        return Finding(
+            faults.get(type(error), "unreadable"), (recording.name,), one_line(error), "mend it or leave it out"
+        )

@@ -11,6 +11,7 @@ from data_pipeline.types import GameConfig
 Fault = Literal[
     "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
     "still picture", "constant inputs", "dead input", "no effect", "swapped keys", "copy",
+    "damaged", "uneven times", "cropped", "shown otherwise",
 ]  # fmt: skip
 NAMED = 6  # recordings; of more their number is said
 # Readers that take the degrees of the mouse's units from the game's YAML; others know them by their format.

@@ -8,7 +8,10 @@ import numpy as np
 
 from data_pipeline.motion import Eye, Look, shrink
 from data_pipeline.readers import Recording
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.readers.recording import VideoEpisode
+from data_pipeline.resample import ResampledEpisode
+from data_pipeline.types import Actions, Episode, GameConfig
+from data_pipeline.video import probe
 
 HASH = 8  # rows and columns of a picture's fingerprint: 64 bits
 
@@ -49,6 +52,8 @@ class RecordingSignals:
 
     name: str
     episodes: tuple[EpisodeSignals, ...]
+    size: tuple[int, int] = (1, 1)  # px, height and width of its pictures
+    changes: str = ""  # what is done to the stored pictures to show them, in words
 
     @property
     def frames(self) -> int:
@@ -67,8 +72,15 @@ class RecordingSignals:
 def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignals:
     """The signals of a recording's episodes, one frame in memory at a time. Raises what its reader raises."""
     unit_deg = game.action_space.mouse_unit_deg
-    measured = [measure(one.id, one.frames(), one.actions, unit_deg) for one in recording.read(game)]
-    return RecordingSignals(recording.name, tuple(measured))
+    episodes = recording.read(game)
+    measured = tuple(measure(one.id, one.frames(), one.actions, unit_deg) for one in episodes)
+    sizes = [(one.height, one.width) for one in episodes] or [(game.height, game.width)]
+    return RecordingSignals(recording.name, measured, sizes[0], next(map(_changes, episodes), ""))
+
+
+def _changes(episode: Episode) -> str:
+    recorded = episode.recorded if isinstance(episode, ResampledEpisode) else episode
+    return probe(recorded.video).changes if isinstance(recorded, VideoEpisode) else ""
 
 
 def measure(name: str, frames: Iterable[np.ndarray], actions: Actions, unit_deg: float) -> EpisodeSignals:

@@ -1,5 +1,6 @@
 """Recording formats by name: each finds the recordings of a source and reads them into episodes of a game."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,17 +21,24 @@ from data_pipeline.readers import (
     vpt,
     worldloom,
 )
-from data_pipeline.readers.recording import Recording, VideoEpisode, recording_of, require_text_name
+from data_pipeline.readers.recording import (
+    RATE_TOLERANCE,
+    Recording,
+    VideoEpisode,
+    recording_of,
+    require_text_name,
+)
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.types import Episode, GameConfig
-from data_pipeline.video import fit_frame
+from data_pipeline.video import fit_frame, frame_times, kept_share
 
 __all__ = [
-    "READERS", "Reader", "Recording", "count_cut", "find_recordings", "read_game_frames", "recording_of",
-    "split_episodes",
+    "KEPT_WELL", "READERS", "Reader", "Recording", "count_cut", "describe_crop", "find_recordings", "kept_share",
+    "read_game_frames", "recording_of", "split_episodes",
 ]  # fmt: skip
 
 T = TypeVar("T")
+KEPT_WELL = 0.9  # of a picture that is cropped to the game's proportions: less is said
 Reader = Literal[
     "worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"
 ]
@@ -56,10 +64,27 @@ def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
 
 def _read_at_rate(recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
     require_text_name(f"{source}/{recording.name}")
-    if game.inputs.fps is None or game.inputs.fps == game.fps:
-        return recording.read(game)
-    recorded = recording.read(replace(game, fps=game.inputs.fps))
+    inputs = game.inputs
+    recorded = recording.read(game if inputs.fps is None else replace(game, fps=inputs.fps))
+    if inputs.times == "resample":
+        return [ResampledEpisode(episode, game.fps, _times_of(episode, game)) for episode in recorded]
+    if inputs.fps is None or inputs.fps == game.fps:
+        return recorded
     return [ResampledEpisode(episode, game.fps) for episode in recorded]
+
+
+def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:
+    """When each frame is shown, (n) seconds. Raises ValueError if nothing says so, or if they are too few."""
+    if not isinstance(episode, VideoEpisode):
+        raise ValueError(f"{episode.id} has no video that says when its frames are shown; set game.inputs.times=even")
+    times = frame_times(episode.video)[episode.first : episode.first + len(episode.actions)]
+    fps = (len(times) - 1) / max(float(np.ptp(times)), 1e-9) if len(times) > 1 else game.fps
+    if fps < (1 - RATE_TOLERANCE) * game.fps:
+        raise ValueError(
+            f"{episode.video} has {fps:.4g} frames a second, the game {game.name!r} {game.fps:g}: frames can be left "
+            "out, not invented; set game.fps"
+        )
+    return times
 
 
 def count_cut(episodes: Sequence[Episode]) -> int:
@@ -88,3 +113,15 @@ def read_game_frames(episode: Episode, game: GameConfig) -> Iterator[np.ndarray]
     """Every frame in order, (h w 3) uint8 RGB, resized and cropped at the centre to the game's size."""
     for frame in episode.frames():
         yield fit_frame(frame, game.height, game.width)
+
+
+def describe_crop(episodes: Sequence[Episode], game: GameConfig) -> str:
+    """One line that says how much of their pictures is kept in the game's size; none if nearly all is."""
+    sizes = Counter((episode.height, episode.width) for episode in episodes)
+    shares = {size: kept_share(size, game.height, game.width) for size in sizes}
+    cropped = sorted((size for size in sizes if shares[size] < KEPT_WELL), key=lambda size: shares[size])
+    if not cropped:
+        return ""
+    said = [f"of {h}x{w} px {shares[h, w]:.0%} is kept ({sizes[h, w]} episodes)" for h, w in cropped[:3]]
+    more = f", and of {len(cropped) - 3} other sizes more" if len(cropped) > 3 else ""
+    return f"pictures are cropped at the centre to {game.height}x{game.width} px: {', '.join(said)}{more}"

@@ -12,7 +12,6 @@ one per key that is held. Without a header a row is all that was held, and of se
 so does the program write and read them that this format comes from.
 """
 
-import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,9 +19,9 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data_pipeline import storage
+from data_pipeline.pictures import read_picture
 from data_pipeline.readers.keys import INPUTS, KeyMap, bind_keys, mouse_rows
 from data_pipeline.readers.recording import (
     RATE_TOLERANCE,
@@ -181,12 +180,3 @@ def _read_place(cells: list[str], where: str) -> tuple[float, float]:
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{where}: {len(cells)} cells, there must be {','.join(COLUMNS)}")
     return read_number(cells[1], f"{where}: time"), read_number(cells[2], f"{where}: frame")
-
-
-def read_picture(path: Path) -> np.ndarray:
-    """(h w 3) uint8 RGB."""
-    try:
-        with Image.open(io.BytesIO(path.read_bytes())) as picture:
-            return np.asarray(picture.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"cannot read the picture {path} ({error}); it is truncated or no picture") from error

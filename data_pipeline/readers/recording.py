@@ -20,9 +20,10 @@ from tqdm import tqdm
 from configs.foreign import parse_object
 from data_pipeline import storage
 from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
-from data_pipeline.video import VideoInfo, probe, read_frames
+from data_pipeline.video import VideoInfo, frame_times, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
+OFF = 0.25  # frames by which one may be shown early or late, as if all came evenly
 VIDEOS = (
     ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg",
     ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".nut", ".dv", ".rm", ".rmvb",
@@ -33,6 +34,10 @@ TEXT_BYTES = 1 << 29  # of a log; a larger one is none
 NAMED, NAME = 5, 200  # names that one line lists, letters of each
 # What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
 BAD_RECORDING = (ValueError, FileNotFoundError)
+
+
+class UnevenTimesError(ValueError):
+    """A video whose frames do not come evenly, so that nobody knows which row of a log is which frame's."""
 
 
 class Recording(NamedTuple):
@@ -75,18 +80,40 @@ class VideoEpisode:
 
 
 def probe_video(video: Path, game: GameConfig) -> VideoInfo:
-    """What the video says about itself. Raises ValueError for another rate than the game's."""
+    """What the video says about itself. Raises ValueError for another rate than the game's and for uneven times."""
     info = probe(video)
     check_rate(video, info.fps, game)
+    check_times(video, game)
     return info
 
 
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
-    """Raises ValueError for another rate than the game's."""
-    if abs(fps / game.fps - 1) > RATE_TOLERANCE:
+    """Raises ValueError for another rate than the game's; of frames that are taken by their times any is right."""
+    if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
         raise ValueError(
             f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; set game.fps, or game.inputs.fps to "
             "leave frames out"
+        )
+
+
+def check_times(video: Path, game: GameConfig) -> None:
+    """Raises ValueError unless the video's frames are shown evenly, or are to be taken by their times."""
+    if game.inputs.times != "even":
+        return
+    times = frame_times(video)
+    if len(times) < 2:
+        return
+    frames, lasts = np.arange(len(times)), float(np.ptp(times))
+    if abs(lasts * game.fps - frames[-1]) > OFF + RATE_TOLERANCE * frames[-1]:
+        check_rate(video, frames[-1] / lasts if lasts else 0.0, game)
+    off = (times - times[0]) * (frames[-1] / lasts) - frames
+    wrong = np.flatnonzero(np.abs(off) > OFF)
+    if len(wrong):
+        frame = wrong[0]
+        how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'}"
+        raise UnevenTimesError(
+            f"{video}: frame {frame} is shown {how} at {times[frame]:.3f} s, its rate varies; record at a constant "
+            "rate, or set game.inputs.times=resample to take frames by their times"
         )
 
 

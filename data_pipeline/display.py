@@ -1,0 +1,224 @@
+"""How a video's frames are to be shown: the one place where they become RGB pictures, as a player shows them."""
+
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import av
+import av.error
+import cv2
+import numpy as np
+from av.container import InputContainer
+from av.sidedata.sidedata import SideData, Type
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorPrimaries, ColorTrc, VideoReformatter
+
+# The numbers of ITU-T H.273 (AVColorSpace, AVColorTransferCharacteristic, AVColorPrimaries).
+UNSPECIFIED = (2, 3)  # 3 is reserved; encoders have written it for "unknown"
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # those that are honoured, by swscale's numbers
+BT709, BT601 = 1, 5
+HD = 577, 1280  # rows, columns from which players take untagged video for BT.709 (mpv, mp_csp_guess_colorspace)
+SHOWN_AS_THEY_ARE = (1, *UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15)  # transfers of displays with the usual contrast
+HDR = {16: "PQ", 18: "HLG"}
+LIKE_SRGB = (1, *UNSPECIFIED, 4, 5, 6, 7, 22)  # primaries that players show as if they were those of the screen
+ASPECTS = 1 / 4, 4.0  # of a pixel, width to height; what is beyond is no picture
+SQUARE = 0.01  # a pixel whose sides differ by less is square: encoders round
+REFUSED = {
+    "SPHERICAL": "a spherical video",
+    "DOVI_RPU_BUFFER": "Dolby Vision",
+    "DOVI_METADATA": "Dolby Vision",
+    "STEREO3D": "a stereoscopic video",
+}
+NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
+# Matroska's elements: the way to a track's picture, and pixels to cut off at the bottom, top, left and right.
+TRACK = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
+CROPS = b"\x54\xaa", b"\x54\xbb", b"\x54\xcc", b"\x54\xdd"
+REMEDY = "convert it to an H.264 mp4 (yuv420p, BT.709, square pixels)"
+
+
+class Look(NamedTuple):
+    """What a frame says of how it is to be shown; all frames of a video say the same."""
+
+    width: int  # px
+    height: int  # px
+    format: str
+    matrix: int
+    range: int
+    transfer: int
+    primaries: int
+    turned_deg: int  # counter-clockwise; half a turn is also what mirrored ones say
+    interlaced: bool
+
+
+def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
+    """The one video of the file, or of several the one that players choose; covers and thumbnails are none.
+
+    Raises ValueError if there is none, if there are several and none is the default, or if nothing decodes it.
+    """
+    streams = [one for one in container.streams.video if not one.disposition & NOT_SHOWN]
+    if len(streams) > 1:
+        default = [one for one in streams if one.disposition & Disposition.default]
+        if len(default) != 1:
+            raise ValueError(
+                f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read"
+            )
+        streams = default
+    if not streams:
+        raise ValueError(f"{path} holds no video")
+    if streams[0].codec_context is None:
+        raise ValueError(f"{path} holds a video that nothing here can decode; {REMEDY}")
+    return streams[0]
+
+
+class Display:
+    """Shows the frames of one video."""
+
+    def __init__(self, path: str | Path, container: InputContainer, stream: av.VideoStream) -> None:
+        self.path, self.container, self.stream = path, container, stream
+        self._convert = VideoReformatter()  # one for all: each frame's own would set up the conversion anew
+        self._look: Look | None = None
+        self._crop, self._turn, self._stretch = slice(None), (False, False, False), (1.0, 1.0)
+
+    def picture(self, frame: VideoFrame, number: int) -> np.ndarray:
+        """Frame `number` as (h w 3) uint8 RGB, cropped, stretched, turned and mirrored as the file says it.
+
+        Raises ValueError in one line for what cannot be shown so, and for a frame unlike those before it.
+        """
+        look = _look_at(frame)
+        if self._look is None:
+            self._crop, self._turn, self._stretch = self._read_facts(frame, look)
+            self._look = look
+        if look != self._look:
+            changed = next(name for name, one in look._asdict().items() if one != getattr(self._look, name))
+            was, now = getattr(self._look, changed), getattr(look, changed)
+            raise ValueError(f"{self.path}: the {changed} of frame {number} is {now}, before it was {was}; {REMEDY}")
+        return self._shown(self._to_rgb(frame, look, number))
+
+    @property
+    def changes(self) -> str:
+        """What is done to the stored pictures, in words; empty if they are shown as they are stored."""
+        transposed, _, _ = self._turn
+        high, wide = self._stretch
+        words = ["cropped"] if self._crop != slice(None) else []
+        words += [f"stretched, since its pixels are {wide / high:.3g} times as wide as high"] if high != wide else []
+        words += ["turned by a quarter"] if transposed else []
+        words += ["turned by half or mirrored"] if not transposed and any(self._turn) else []
+        return " and ".join(words)
+
+    def _read_facts(self, frame: VideoFrame, look: Look) -> tuple[slice | tuple[slice, slice], tuple, tuple]:
+        if look.transfer in HDR:
+            raise self._refuse(f"a video with high dynamic range ({HDR[look.transfer]})")
+        if look.transfer not in SHOWN_AS_THEY_ARE:
+            raise self._refuse(f"a video with the transfer characteristic {look.transfer}")
+        if look.interlaced:
+            raise self._refuse("an interlaced video")
+        if not frame.format.is_rgb and look.matrix not in (*MATRICES, *UNSPECIFIED):
+            raise self._refuse(f"a video with the colour matrix {look.matrix}")
+        if self.stream.metadata.get("alpha_mode") == "1":
+            raise self._refuse("a video with transparent pixels")
+        crop = _read_cropping(self.container, self.stream)
+        return _slices(crop), self._read_turn(frame, look), self._read_stretch()
+
+    def _read_turn(self, frame: VideoFrame, look: Look) -> tuple[bool, bool, bool]:
+        """Whether rows and columns change places, and then rows and columns are turned round."""
+        try:
+            found = {one.type.name: bytes(one) for one in cast(Iterable[SideData], frame.side_data)}
+        except ValueError:  # PyAV does not know a kind that FFmpeg knows (Exif)
+            if look.turned_deg == 0:
+                return False, False, False
+            raise self._refuse(f"a video that is turned by {-look.turned_deg} degrees") from None
+        for name in REFUSED.keys() & found.keys():
+            if name != "STEREO3D" or any(found[name][:4]):  # type 0 is a flat picture
+                raise self._refuse(REFUSED[name])
+        if Type.DISPLAYMATRIX.name not in found:
+            return False, False, False
+        # A stored place (x, y) is shown at (a x + c y, b x + d y), but for where the picture begins.
+        a, b, _, c, d = np.frombuffer(found[Type.DISPLAYMATRIX.name], np.int32)[:5].tolist()
+        if a and d and not b and not c:
+            return False, d < 0, a < 0
+        if b and c and not a and not d:
+            return True, b < 0, c < 0
+        raise self._refuse(f"a video that is turned by {-look.turned_deg} degrees, which is no quarter of a circle")
+
+    def _read_stretch(self) -> tuple[float, float]:
+        """By how much the rows and the columns of the stored picture are more, so that its pixels are square."""
+        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
+        if not ASPECTS[0] <= aspect <= ASPECTS[1]:
+            raise self._refuse(f"a video whose pixels are {aspect:.3g} times as wide as high")
+        if abs(aspect - 1) < SQUARE:
+            return 1.0, 1.0
+        return max(1 / aspect, 1.0), max(aspect, 1.0)
+
+    def _to_rgb(self, frame: VideoFrame, look: Look, number: int) -> np.ndarray:
+        height, width = HD
+        guess = BT709 if look.height >= height or look.width >= width else BT601
+        like = {"src_colorspace": MATRICES.get(look.matrix, guess)}
+        if look.primaries not in LIKE_SRGB:
+            like |= {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+        if not any(one.is_alpha for one in frame.format.components):
+            return self._convert.reformat(frame, format="rgb24", **like).to_ndarray()
+        pixels = self._convert.reformat(frame, format="rgba", **like).to_ndarray()
+        if pixels[..., 3].min() < 255:
+            raise self._refuse(f"frame {number} with transparent pixels")
+        return np.ascontiguousarray(pixels[..., :3])
+
+    def _shown(self, picture: np.ndarray) -> np.ndarray:
+        picture = picture[self._crop]
+        if self._stretch != (1.0, 1.0):
+            h, w = (round(size * more) for size, more in zip(picture.shape[:2], self._stretch, strict=True))
+            picture = cv2.resize(np.ascontiguousarray(picture), (w, h), interpolation=cv2.INTER_CUBIC)
+        transposed, rows, columns = self._turn
+        picture = picture.transpose(1, 0, 2) if transposed else picture
+        return np.ascontiguousarray(picture[:: -1 if rows else 1, :: -1 if columns else 1])
+
+    def _refuse(self, what: str) -> ValueError:
+        return ValueError(f"{self.path}: {what} cannot be read as players show it; {REMEDY}")
+
+
+def _look_at(frame: VideoFrame) -> Look:
+    tags = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+    return Look(frame.width, frame.height, frame.format.name, *tags, frame.rotation, frame.interlaced_frame)
+
+
+def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[int, int, int, int]:
+    """Pixels that the container (mp4's clap, Matroska's PixelCrop) cuts off: bottom, top, left, right.
+
+    The codec's own cropping is the decoder's business. PyAV gives no access to the container's, but a Matroska header
+    made for the same stream tells it.
+    """
+    if not {"mp4", "matroska"} & set(container.format.name.split(",")):
+        return 0, 0, 0, 0
+    file = io.BytesIO()
+    try:
+        with av.open(file, "w", format="matroska") as header:
+            header.add_stream_from_template(stream)
+            header.start_encoding()
+    except (av.error.FFmpegError, ValueError):  # a codec that Matroska does not know has no such header
+        return 0, 0, 0, 0
+    found = file.getvalue()
+    for name in TRACK:
+        found = dict(_elements(found)).get(name, b"")
+    numbers = dict(_elements(found))
+    bottom, top, left, right = (int.from_bytes(numbers.get(name, b""), "big") for name in CROPS)
+    return bottom, top, left, right
+
+
+def _elements(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Id and contents of each element of Matroska's `data` (RFC 8794): a length's first bit says how long it is."""
+    place = 0
+    while place < len(data) and data[place]:
+        name = data[place : place + 9 - data[place].bit_length()]
+        place += len(name)
+        length = 9 - data[place].bit_length()
+        size = int.from_bytes(data[place : place + length], "big") & ((1 << 7 * length) - 1)
+        yield name, data[place + length : place + length + size]
+        place += length + size
+
+
+def _slices(crop: tuple[int, int, int, int]) -> slice | tuple[slice, slice]:
+    bottom, top, left, right = crop
+    if not any(crop):
+        return slice(None)
+    return slice(top, -bottom or None), slice(left, -right or None)

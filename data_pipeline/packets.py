@@ -1,0 +1,158 @@
+"""Where a video's frames lie in its file, and how one is reached; no frame that is damaged passes for a whole one."""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+
+from data_pipeline import storage
+from data_pipeline.checksum import is_altered
+from data_pipeline.display import choose_stream
+
+PROBE_BYTES = 256 << 10  # of a video on a server that is only asked what it is
+# FFmpeg's demuxers of files that hold a video themselves: playlists and scripts would have it open other files.
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,asf,ogg,mxf,nut,ivf,dv,rm,wtv,"
+    "h264,hevc,av1,obu,m4v,mjpeg,yuv4mpegpipe,gif"
+)
+
+
+@contextmanager
+def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterator[InputContainer]:
+    """The file, wherever it lies, if it holds a video itself; from a server come `buffer_bytes` at a time."""
+    if not storage.path(path).is_file():
+        raise FileNotFoundError(f"no video {path}")
+    only: Any = {"container_options": {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}}
+    only["metadata_errors"] = "replace"
+    if not storage.is_s3(path):
+        with av.open(f"file:{path}", "r", **only) as container:  # else a name could be taken for a protocol
+            yield container
+        return
+    with storage.opened(path, buffer_bytes) as file, av.open(file, "r", **only) as container:
+        yield container
+
+
+def count_indexed(container: InputContainer, stream: av.VideoStream, path: str | Path) -> int | None:
+    """How many frames are shown, if the file has a table of them in one piece: those that an edit list hides stand in
+    it too. Raises ValueError if the file ends before the frames do."""
+    if "mp4" not in container.format.name or not stream.frames:
+        return None
+    entries = list(stream.index_entries)
+    there = sum(entry.pos + entry.size <= container.size for entry in entries)
+    if there < len(entries):
+        raise ValueError(f"{path} is truncated: {there} of {len(entries)} frames are there; copy or record it again")
+    return sum(not entry.is_discard for entry in entries)
+
+
+class DamagedVideoError(ValueError):
+    """A video whose pictures are not those that were encoded."""
+
+
+class Packets(NamedTuple):
+    """One per frame in the order of the file, without those that an edit list hides."""
+
+    pts: np.ndarray  # (n) when its frame is shown, in units
+    dts: np.ndarray  # (n) where it stands in the file
+    key: np.ndarray  # (n) bool
+    unit_s: float
+
+
+def packets_of(path: str | Path) -> Packets:
+    """Of the video of the file at `path`; what was read last is kept."""
+    return _kept_packets(storage.path(path), storage.version(path))
+
+
+@lru_cache(maxsize=16)  # what is cut into parts is read through once, and not for each part; 17 bytes a frame are kept
+def _kept_packets(path: Path, version: Hashable) -> Packets:
+    if storage.is_s3(path):
+        with opened(path, PROBE_BYTES) as container:
+            stream = choose_stream(container, path)
+            if count_indexed(container, stream, path) and not stream.codec_context.reorder_depth:
+                return _read_index(container, stream)
+    with opened(path) as container:
+        return _read_packets(container, choose_stream(container, path), path)
+
+
+def _read_packets(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Packets:
+    rows = []
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            if packet.pts is None:
+                raise ValueError(f"{path} does not say when its frames are shown; convert it to mp4")
+            dts = packet.pts if packet.dts is None else packet.dts  # Matroska, which seeks by pts, leaves some out
+            rows.append((packet.pts, dts, packet.is_keyframe))
+    return _packets(rows, stream)
+
+
+def _read_index(container: InputContainer, stream: av.VideoStream) -> Packets:
+    """The same without reading the file through, where frames are shown in the order in which they are stored."""
+    first = next(container.demux(stream))
+    late = (first.pts or 0) - (first.dts or 0)
+    rows = [
+        (one.timestamp + late, one.timestamp, one.is_keyframe) for one in stream.index_entries if not one.is_discard
+    ]
+    return _packets(rows, stream)
+
+
+def _packets(rows: list[tuple[int, int, bool]], stream: av.VideoStream) -> Packets:
+    table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+    return Packets(table[:, 0].copy(), table[:, 1].copy(), table[:, 2].astype(bool), float(stream.time_base or 0))
+
+
+def decode_from(
+    container: InputContainer, stream: av.VideoStream, path: str | Path, start: int
+) -> Iterator[VideoFrame]:
+    """Decoded frames from number `start` on, reached from the last key frame that is shown no later."""
+    if start == 0:
+        for i, frame in enumerate(container.decode(stream)):
+            yield undamaged(frame, path, i)
+        return
+    packets = packets_of(path)
+    if start >= len(packets.pts):
+        return
+    if "mp4" not in container.format.name or stream.frames < len(packets.pts):
+        _read_packets(container, stream, path)  # no table of frames in front: only what was read is surely found
+    first = int(np.sort(packets.pts)[start])
+    # What stands behind a key frame in the file may be shown before it, so pts chooses the key frame and dts finds it.
+    keys = np.flatnonzero(packets.key & (packets.pts <= first))
+    key = keys[np.argmax(packets.dts[keys])] if len(keys) else 0
+    container.seek(int(packets.dts[key]), stream=stream)
+    number = start
+    for frame in container.decode(stream):
+        if frame.pts is None or frame.pts < packets.pts[key]:
+            continue  # it needs frames before the key frame
+        undamaged(frame, path, number)
+        if frame.pts < first:
+            continue
+        if number == start and frame.pts != first:
+            raise ValueError(f"frame {start} of {path} cannot be reached alone; convert it to H.264 mp4")
+        yield frame
+        number += 1
+
+
+def undamaged(frame: VideoFrame, path: str | Path, number: int) -> VideoFrame:
+    """The frame. Raises ValueError if it is not what was encoded: FFmpeg makes up what is missing."""
+    if frame.is_corrupt:
+        raise damaged(path, number)
+    return frame
+
+
+def require_unaltered(path: str | Path) -> None:
+    """Raises ValueError for a video of ours whose checksum says that its pictures were altered; not on a server."""
+    if not storage.is_s3(path) and storage.path(path).is_file() and _is_altered(Path(path), storage.version(path)):
+        raise DamagedVideoError(f"{path} is damaged: its checksum is of other pictures; copy or record it again")
+
+
+@lru_cache(maxsize=256)
+def _is_altered(path: Path, version: Hashable) -> bool:
+    return is_altered(path)
+
+
+def damaged(path: str | Path, number: int) -> DamagedVideoError:
+    return DamagedVideoError(f"{path} is damaged or truncated in or before its frame {number}; copy or record it again")

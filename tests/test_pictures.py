@@ -1,0 +1,140 @@
+"""Picture files are read as a viewer shows them, or refused in one line."""
+
+import resource
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_world import GAME
+
+from data_pipeline.pictures import MOST_PIXELS, read_picture
+from data_pipeline.readers.frames import FramesEpisode
+from data_pipeline.types import Actions
+from sampling.generate import read_prompt
+
+RED = (220, 30, 30)
+
+
+def corner(height: int = 8, width: int = 12) -> Image.Image:
+    """Black, with a red top left corner."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[: height // 2, : width // 2] = RED
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("orientation", "corner_at"),
+    [(1, (0, 0)), (2, (0, -1)), (3, (-1, -1)), (4, (-1, 0)), (5, (0, 0)), (6, (0, -1)), (7, (-1, -1)), (8, (-1, 0))],
+)
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_a_picture_is_turned_as_its_exif_data_say(orientation, corner_at, suffix, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options: dict[str, Any] = (
+        {"lossless": True} if suffix == "webp" else {"quality": 100, "subsampling": 0} if suffix == "jpg" else {}
+    )
+    corner().save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    pixels = read_picture(tmp_path / f"a.{suffix}")
+    assert pixels.shape == ((12, 8, 3) if orientation > 4 else (8, 12, 3))
+    np.testing.assert_allclose(pixels[corner_at], RED, atol=8)
+
+
+def test_sixteen_bits_of_grey_become_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    for suffix in ("png", "tiff"):
+        Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
+        np.testing.assert_array_equal(read_picture(tmp_path / f"a.{suffix}")[..., 1], np.arange(256).reshape(16, 16))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_pixels_are_white_and_half_transparent_ones_half(mode, tmp_path):
+    pixels = np.zeros((1, 3, 4), np.uint8)
+    pixels[0, :, 3] = 0, 128, 255
+    picture = Image.fromarray(pixels).convert(mode)
+    picture.save(tmp_path / ("a.png" if mode != "PA" else "a.tiff"))
+    shown = read_picture(next(tmp_path.iterdir()))[0, :, 0]
+    np.testing.assert_allclose(shown, [255, 127, 0], atol=1)
+
+
+def test_a_palette_and_its_transparent_colour_are_shown(tmp_path):
+    picture = corner().quantize(4)
+    picture.save(tmp_path / "a.gif")
+    np.testing.assert_allclose(read_picture(tmp_path / "a.gif")[0, 0], RED, atol=2)
+    picture.save(tmp_path / "b.png", transparency=picture.getpixel((0, 0)))
+    assert read_picture(tmp_path / "b.png")[0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(("mode", "ink"), [("CMYK", (0, 255, 255, 0)), ("1", 0), ("L", 77), ("YCbCr", (76, 85, 255))])
+def test_other_channels_become_red_green_and_blue(mode, ink, tmp_path):
+    suffix = "png" if mode == "1" else "jpg" if mode == "YCbCr" else "tiff"
+    Image.new(mode, (8, 8), ink).save(tmp_path / f"a.{suffix}")
+    right = {"CMYK": (255, 0, 0), "1": (0, 0, 0), "L": (77, 77, 77), "YCbCr": (254, 0, 0)}[mode]
+    np.testing.assert_allclose(read_picture(tmp_path / f"a.{suffix}")[4, 4], right, atol=3)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+def test_of_an_animation_the_first_frame_is_taken_and_that_is_said(suffix, tmp_path, capsys):
+    others = [Image.new("RGB", (12, 8), shade) for shade in ("blue", "green")]
+    corner().save(tmp_path / f"a.{suffix}", save_all=True, append_images=others)
+    np.testing.assert_allclose(read_picture(tmp_path / f"a.{suffix}")[0, 0], RED, atol=8)
+    assert capsys.readouterr().err == f"{tmp_path}/a.{suffix} holds several pictures; the first one is taken\n"
+
+
+def test_other_formats_and_damaged_files_are_refused_in_one_line(tmp_path):
+    corner().save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    bad = {
+        "script": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n",
+        "text": b"hello",
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "altered": whole[:50] + b"\0\1\2\3" + whole[54:],
+    }
+    corner().save(tmp_path / "pixels.ppm")
+    bad["others"] = (tmp_path / "pixels.ppm").read_bytes()
+    for name, data in bad.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+        with pytest.raises(ValueError, match=f"cannot read the picture .*{name}.png") as error:
+            read_picture(tmp_path / f"{name}.png")
+        assert "\n" not in str(error.value)
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(bytes(100))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("side", [10_001, 14_000, 60_000])
+def test_a_decompression_bomb_is_one_line(side, tmp_path, recwarn):
+    assert side * side > MOST_PIXELS
+    (tmp_path / "a.png").write_bytes(png_that_says(side, side))
+    with pytest.raises(ValueError, match=r"cannot read the picture .*a.png"):
+        read_picture(tmp_path / "a.png")
+    assert not recwarn.list
+
+
+def test_a_prompt_of_one_row_is_cut_before_it_is_resized(tmp_path):
+    Image.new("RGB", (60_000, 1), RED).save(tmp_path / "a.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels = read_prompt(str(tmp_path / "a.png"), 0, GAME)
+    assert pixels.shape == (1, GAME.height, GAME.width, 3) and (pixels == RED).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_prompts_and_pictures_of_recordings_are_read_alike(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = corner(GAME.width, GAME.height)
+    turned.save(tmp_path / "a.png", exif=exif)
+    none = Actions(np.zeros((1, len(GAME.action_space.keys))), np.zeros((1, 2)))
+    size = GAME.height, GAME.width
+    episode = FramesEpisode("a", (Path(tmp_path / "a.png"),), GAME.fps, *size, GAME.action_space, none)
+    np.testing.assert_array_equal(read_prompt(str(tmp_path / "a.png"), 0, GAME)[0], next(episode.frames()))

@@ -1,0 +1,301 @@
+"""What a video says of how it is to be shown is done or refused by name, and what is damaged is seen."""
+
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from av.stream import Disposition
+from av.video.frame import VideoFrame
+from full_disk import full_disk
+from tiny_videos import (
+    CORNER,
+    add_box,
+    clean_aperture,
+    copy_packets,
+    corner_frames,
+    numbered_frames,
+    write_foreign,
+)
+
+from data_pipeline.video import fit_frame, frame_times, kept_share, probe, read_frames, write_video
+
+
+def bright_corner(picture: np.ndarray) -> tuple[str, str]:
+    """Where the bright corner is, and the dark one."""
+    h, w = picture.shape[:2]
+    spots = {"top left": (8, 8), "top right": (8, w - 8), "bottom left": (h - 8, 8), "bottom right": (h - 8, w - 8)}
+    grey = {name: float(picture[spot].mean()) for name, spot in spots.items()}
+    return max(grey, key=lambda name: grey[name]), min(grey, key=lambda name: grey[name])
+
+
+def shades(path: Path, start: int = 0, stop: int | None = None) -> list[int]:
+    """The numbers of `numbered_frames`."""
+    return [round(float(picture.mean()) / 3) for picture in read_frames(path, start, stop)]
+
+
+@pytest.mark.parametrize("reordered", ["0", "3"])
+def test_frames_that_an_edit_list_hides_do_not_count(reordered, tmp_path):
+    whole = write_foreign(tmp_path / "whole.mp4", numbered_frames(80), options={"crf": "12", "bf": reordered})
+    options = {"avoid_negative_ts": "disabled"}
+    cut = copy_packets(whole, tmp_path / "cut.mp4", lambda i, t: t - 8 / 20, options)
+    assert probe(cut).frames == 72 and len(frame_times(cut)) == 72
+    assert shades(cut) == list(range(8, 80))
+    for start in (0, 1, 11, 12, 13, 50, 71):
+        assert shades(cut, start, min(start + 2, 72)) == list(range(start + 8, min(start + 10, 80)))
+    with pytest.raises(ValueError, match="72 of 73 frames"):
+        shades(cut, 70, 73)
+
+
+def test_frames_behind_the_end_of_an_edit_list_do_not_count(tmp_path):
+    path = write_foreign(tmp_path / "a.mp4", numbered_frames(80))
+    data = bytearray(path.read_bytes())
+    place = data.find(b"elst") + 12  # how long its one edit lasts
+    data[place : place + 4] = (int.from_bytes(data[place : place + 4], "big") // 2).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert probe(path).frames == len(frame_times(path)) == 40
+    assert shades(path) == list(range(40)) and shades(path, 30, 32) == [30, 31]
+
+
+@pytest.mark.parametrize(
+    ("degrees", "mirror", "shown"),
+    [
+        (90, {}, ("bottom left", "top left")),  # counter-clockwise
+        (180, {}, ("bottom right", "bottom left")),
+        (270, {}, ("top right", "bottom right")),
+        (0, {"hflip": True}, ("top right", "top left")),
+        (0, {"vflip": True}, ("bottom left", "bottom right")),
+    ],
+)
+def test_a_video_is_turned_and_mirrored_as_a_player_shows_it(degrees, mirror, shown, tmp_path):
+    path = write_foreign(
+        tmp_path / "a.mp4", corner_frames(), lambda stream: stream.set_display_rotation(degrees, **mirror)
+    )
+    pictures, info = list(read_frames(path)), probe(path)
+    assert {bright_corner(picture) for picture in pictures} == {shown}
+    assert pictures[0].shape == ((96, 64, 3) if degrees in (90, 270) else (64, 96, 3))
+    assert (info.height, info.width) == pictures[0].shape[:2] and ("turned" in info.changes)
+
+
+def test_pixels_that_are_not_square_are_stretched(tmp_path):
+    def wide(stream):
+        stream.codec_context.sample_aspect_ratio = Fraction(4, 3)
+
+    path = write_foreign(tmp_path / "a.mp4", corner_frames(), wide)
+    assert next(read_frames(path)).shape == (64, 128, 3) and probe(path)[2:4] == (64, 128)
+    assert probe(path).changes == "stretched, since its pixels are 1.33 times as wide as high"
+
+
+def test_what_the_container_crops_is_cut_off(tmp_path):
+    path = write_foreign(tmp_path / "a.mp4", corner_frames())
+    add_box(path, clean_aperture(48, 64, 16, -8))  # the right two thirds, the upper three quarters
+    for copy in (path, copy_packets(path, tmp_path / "a.mkv", lambda i, t: t)):  # Matroska says it in its own way
+        picture = next(read_frames(copy))
+        assert picture.shape == (48, 64, 3) and probe(copy)[2:] == (48, 64, "cropped")
+        np.testing.assert_allclose(picture[8, [4, 60]].mean(axis=-1), [CORNER[0], 20], atol=6)
+
+
+RED = (220, 30, 30)
+
+
+def coloured(matrix, wide, tagged=True, size=(64, 96), **tags):
+    """What writes red pictures whose YUV is that of a matrix and range, and says so."""
+
+    def change(frame):
+        changed = frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=wide)
+        changed.colorspace, changed.color_range = (matrix, wide) if tagged else (2, 0)
+        return changed
+
+    def prepare(stream):
+        given = {"colorspace": matrix, "color_range": wide} if tagged else {}
+        for name, value in (given | tags).items():
+            setattr(stream.codec_context, name, value)
+
+    return [np.full((*size, 3), RED, np.uint8)] * 3, prepare, change
+
+
+@pytest.mark.parametrize("matrix", [1, 5, 9])
+@pytest.mark.parametrize("wide", [1, 2])
+def test_the_colour_matrix_and_range_that_a_video_says_are_used(matrix, wide, tmp_path):
+    frames, prepare, change = coloured(matrix, wide)
+    path = write_foreign(tmp_path / "a.mp4", frames, prepare, change=change)
+    np.testing.assert_allclose(next(read_frames(path))[30, 40], RED, atol=4)
+
+
+@pytest.mark.parametrize(("size", "matrix"), [((64, 96), 5), ((720, 1280), 1)])
+def test_a_video_that_says_nothing_of_its_colours_is_taken_as_players_take_it(size, matrix, tmp_path):
+    frames, prepare, change = coloured(matrix, 1, tagged=False, size=size)
+    path = write_foreign(tmp_path / "a.mp4", frames, prepare, change=change)
+    np.testing.assert_allclose(next(read_frames(path))[30, 40], RED, atol=4)
+
+
+@pytest.mark.parametrize(
+    ("tags", "named"),
+    [
+        ({"color_trc": 16, "color_primaries": 9}, "high dynamic range .PQ"),
+        ({"color_trc": 18, "color_primaries": 9}, "high dynamic range .HLG"),
+        ({"color_trc": 8}, "transfer characteristic 8"),
+        ({"colorspace": 10}, "colour matrix 10"),
+        ({"sample_aspect_ratio": Fraction(1, 60)}, "0.0167 times as wide as high"),
+    ],
+)
+def test_what_cannot_be_shown_as_a_player_does_is_refused_by_name(tags, named, tmp_path):
+    frames, prepare, _ = coloured(9, 1, **tags)
+    path = write_foreign(tmp_path / "a.mp4", frames, prepare)
+    for read in (probe, lambda path: list(read_frames(path))):
+        with pytest.raises(ValueError, match=f"a.mp4: .*{named}") as error:
+            read(path)
+        assert "\n" not in str(error.value)
+
+
+def test_an_interlaced_video_and_one_on_its_edge_are_refused_by_name(tmp_path):
+    fields = write_foreign(tmp_path / "a.mp4", corner_frames(), options={"x264-params": "tff=1"})
+    with pytest.raises(ValueError, match="interlaced"):
+        probe(fields)
+    askew = write_foreign(tmp_path / "b.mp4", corner_frames(), lambda stream: stream.set_display_rotation(45))
+    with pytest.raises(ValueError, match="turned by -45 degrees, which is no quarter"):
+        probe(askew)
+
+
+def test_transparent_pixels_of_a_video_are_refused_and_opaque_ones_read(tmp_path):
+    for name, alpha in (("opaque", 255), ("clear", 100)):
+        with av.open(str(tmp_path / f"{name}.mov"), "w") as container:
+            stream = container.add_stream("png", rate=20)
+            stream.height, stream.width, stream.pix_fmt = 64, 96, "rgba"
+            pixels = np.full((64, 96, 4), (*RED, alpha), np.uint8)
+            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgba")))
+            container.mux(stream.encode())
+    assert next(read_frames(tmp_path / "opaque.mov"))[5, 5].tolist() == list(RED)
+    with pytest.raises(ValueError, match="transparent pixels"):
+        probe(tmp_path / "clear.mov")
+
+
+def two_videos(path: Path, dispositions: list[int]) -> Path:
+    with av.open(str(path), "w") as container:
+        streams = [container.add_stream("libx264", rate=20, options=dict(bf="0")) for _ in dispositions]
+        stream: Any
+        for stream, disposition in zip(streams, dispositions, strict=True):
+            stream.height, stream.width, stream.pix_fmt, stream.disposition = 64, 96, "yuv420p", disposition
+        for i, stream in enumerate(streams):
+            for _ in range(2 + i):
+                picture = np.full((64, 96, 3), 200 * i + 20, np.uint8)
+                container.mux(stream.encode(VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+def test_of_several_videos_the_default_is_read_or_they_are_refused(tmp_path):
+    path = two_videos(tmp_path / "a.mkv", [0, 1])
+    assert [round(float(one.mean()), -1) for one in read_frames(path)] == [220] * 3 and probe(path).frames == 3
+    with pytest.raises(ValueError, match="holds 2 videos, none of which is the default"):
+        probe(two_videos(tmp_path / "b.mkv", [0, 0]))
+
+
+def test_a_cover_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        video = container.add_stream("libx264", rate=20, options={"bf": "0"})
+        cover = container.add_stream("png", rate=20)
+        cover.disposition = Disposition.attached_pic
+        shapes = ((cover, (32, 32), "rgb24"), (video, (64, 96), "yuv420p"))
+        for stream, size, pixels in shapes:
+            (stream.height, stream.width), stream.pix_fmt = size, pixels
+        for stream, size, _ in shapes:
+            container.mux(stream.encode(VideoFrame.from_ndarray(np.zeros((*size, 3), np.uint8), format="rgb24")))
+            container.mux(stream.encode())
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        assert len(container.streams.video) == 2
+    assert probe(tmp_path / "a.mp4")[1:4] == (1, 64, 96)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ffconcat version 1.0\nfile other.mp4\n",
+        "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n",
+        "v=0\no=- 0 0 IN IP4 127.0.0.1\n",
+    ],
+)
+def test_a_text_that_names_another_video_is_no_video(text, tmp_path):
+    write_foreign(tmp_path / "other.mp4", corner_frames())
+    (tmp_path / "video.mp4").write_text(text)
+    for read in (probe, frame_times, lambda path: list(read_frames(path))):
+        with pytest.raises(ValueError, match=r"video.mp4 .* or no video"):
+            read(tmp_path / "video.mp4")
+
+
+def test_a_name_that_looks_like_a_protocol_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_foreign(tmp_path / "a.mp4", corner_frames())
+    (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
+    assert probe("concat:a.mp4").frames == 6
+
+
+def test_every_altered_byte_of_our_own_pictures_is_seen(tmp_path):
+    write_video(tmp_path / "a.mp4", numbered_frames(30), 20.0)
+    data = (tmp_path / "a.mp4").read_bytes()
+    first = data.find(b"mdat") + 4
+    rng = np.random.default_rng(0)
+    for place in rng.integers(first, len(data) - 60, 10):
+        (tmp_path / "a.mp4").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        for read in (frame_times, lambda path: list(read_frames(path, 4, 5))):
+            with pytest.raises(ValueError, match=r"a.mp4 is damaged"):
+                read(tmp_path / "a.mp4")
+
+
+def test_damage_that_the_decoder_sees_is_refused_and_so_is_what_was_made_from_it(tmp_path):
+    rng = np.random.default_rng(1)
+    wall = rng.integers(0, 256, (64, 160, 3), dtype=np.uint8)
+    walk = [np.ascontiguousarray(wall[:, i : i + 96]) for i in range(30)]  # key frames are 0 and 20
+    path = write_foreign(tmp_path / "a.mp4", walk, options={"x264-params": "cabac=0:bframes=0:threads=1"})
+    data = path.read_bytes()
+    first, end = data.find(b"mdat") + 4, data.find(b"moov") - 44
+    refused = []
+    for place in rng.integers(first, end, 20).tolist():
+        noise = rng.integers(0, 256, 40, dtype=np.uint8).tobytes()
+        path.write_bytes(data[:place] + noise + data[place + 40 :])
+        try:
+            list(read_frames(path))
+        except ValueError as error:
+            number = re.search(r"a.mp4 is damaged or truncated in or before its frame (\d+)", str(error))
+            assert number is not None, error
+            refused.append(int(number[1]))
+            last = 19 if refused[-1] < 20 else 29  # before the next key frame
+            with pytest.raises(ValueError, match=r"a.mp4 is damaged or truncated"):
+                list(read_frames(path, last, last + 1))
+    assert len(refused) > 12
+
+
+def test_our_own_videos_say_what_their_colours_are_and_begin_with_their_table(tmp_path):
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, [np.full((64, 96, 3), RED, np.uint8)] * 3, 20.0)
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data == (tmp_path / "b.mp4").read_bytes() and 0 < data.find(b"moov") < data.find(b"mdat")
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        context = container.streams.video[0].codec_context  # as the container says it, before anything is decoded
+        said = context.colorspace, context.color_primaries, context.color_trc, context.color_range
+        frame = next(container.decode(video=0))
+    assert said == (1, 1, 1, 1)
+    assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == said
+    np.testing.assert_allclose(next(read_frames(tmp_path / "a.mp4"))[30, 40], RED, atol=4)
+    np.testing.assert_allclose(frame.to_ndarray(format="rgb24")[30, 40], RED, atol=4)
+
+
+def test_a_full_disk_is_one_error_of_the_disk_and_leaves_nothing(tmp_path, capfd):
+    rng = np.random.default_rng(0)
+    frames = (rng.integers(0, 256, (64, 96, 3), dtype=np.uint8) for _ in range(60))
+    with full_disk(50_000), pytest.raises(OSError, match=r"a.mp4") as error:
+        write_video(tmp_path / "a.mp4", frames, 20.0)
+    assert type(error.value) is OSError and list(tmp_path.iterdir()) == [] and capfd.readouterr().err == ""
+
+
+def test_a_long_thin_picture_is_cut_before_it_is_resized():
+    thin = np.zeros((1, 60000, 3), np.uint8)
+    thin[:, 29990:30010] = 255
+    assert fit_frame(thin, 96, 160).min() > 200 and fit_frame(thin.transpose(1, 0, 2), 96, 160).shape == (96, 160, 3)
+
+
+def test_the_share_of_a_picture_that_is_kept():
+    assert kept_share((160, 96), 96, 160) == pytest.approx(0.36) and kept_share((64, 112), 64, 112) == 1

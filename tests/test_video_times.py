@@ -1,0 +1,116 @@
+"""Where rows are paired with frames, the frames come evenly, or are taken by their times."""
+
+from dataclasses import replace
+
+import av
+import numpy as np
+import pytest
+from tiny_recordings import write_recording
+from tiny_videos import copy_packets
+
+from data_pipeline.readers import find_recordings, vpt
+from data_pipeline.readers.worldloom import read_episode
+from data_pipeline.resample import ResampledEpisode
+from data_pipeline.types import Actions, InputConfig
+from data_pipeline.video import frame_times, read_frames
+
+FRAMES = 60
+
+
+@pytest.fixture
+def retimed(game, tmp_path):
+    """What makes a recording whose frames are shown at other times."""
+
+    def make(retime, suffix="mp4"):
+        folder = tmp_path / "episode_00000"
+        write_recording(folder, game, frames=FRAMES)
+        options = {"video_track_timescale": "100000"} if suffix == "mp4" else {}
+        copied = copy_packets(folder / "video.mp4", tmp_path / f"copy.{suffix}", retime, options)
+        copied.rename(folder / "video.mp4")
+        return folder
+
+    return make
+
+
+def jitter(i: int, t: float) -> float:
+    """47 % of a frame late and early by turns, the first and last not."""
+    return t + (0.027 if i % 2 else -0.027) * (0 < i < FRAMES - 1)
+
+
+def burst(i: int, t: float) -> float:
+    """Twenty frames at double speed, then a hole."""
+    return t - max(0, min(i, 30) - 10) / 17.5 / 2 * (i < 31)
+
+
+@pytest.mark.parametrize(
+    ("retime", "frame"),
+    [(jitter, "frame 1 is shown 0.47 frames late"), (burst, "frame 11 is shown 0.50 frames early")],
+)
+def test_uneven_frames_are_refused_with_the_first_one_named(retime, frame, retimed, game):
+    folder = retimed(retime)
+    with av.open(str(folder / "video.mp4")) as container:
+        assert container.streams.video[0].average_rate == pytest.approx(game.fps, rel=0.005)
+    with pytest.raises(ValueError, match=f"video.mp4: {frame}.*game.inputs.times=resample") as error:
+        read_episode(folder, game)
+    assert "\n" not in str(error.value)
+
+
+def test_times_that_a_container_rounds_are_even(retimed, game):
+    folder = retimed(lambda i, t: t, "mkv")
+    assert len(read_episode(folder, game).actions) == FRAMES
+
+
+def test_every_reader_that_pairs_by_rows_refuses_uneven_frames(retimed, game):
+    folder = retimed(jitter)
+    with pytest.raises(ValueError, match="frame 1 is shown"):
+        vpt.probe_video(folder / "video.mp4", game)
+
+
+def test_a_rate_that_only_the_header_says_is_no_rate(retimed, game):
+    folder = retimed(lambda i, t: 1.02 * t)
+    with pytest.raises(ValueError, match=r"runs at 17\.1"):
+        read_episode(folder, game)
+
+
+def test_uneven_frames_can_be_taken_by_their_times(retimed, game):
+    folder = retimed(burst)
+    by_time = replace(game, inputs=InputConfig(times="resample"))
+    (recording,) = find_recordings("worldloom", folder.parent)
+    (episode,) = recording.read(by_time)
+    pictures, stored = list(episode.frames()), list(read_frames(folder / "video.mp4"))
+    assert len(pictures) == len(episode.actions) == FRAMES
+    times = frame_times(folder / "video.mp4")
+    for i in range(FRAMES):
+        on_screen = int(np.flatnonzero(times <= i / game.fps + 1e-3)[-1])
+        np.testing.assert_array_equal(pictures[i], stored[on_screen])
+    whole = read_episode(folder, by_time).actions
+    np.testing.assert_allclose(episode.actions.mouse.sum(axis=0), whole.mouse.sum(axis=0), atol=1e-4)
+
+
+class Numbered:
+    """An episode whose frames carry their number."""
+
+    def __init__(self, frames: int) -> None:
+        self.id, self.fps, self.height, self.width, self.action_space = "e", 10.0, 1, 1, None
+        self.actions = Actions(np.eye(frames, dtype=np.float32), np.ones((frames, 2), np.float32))
+
+    def frames(self):
+        return (np.full((1, 1, 3), i, np.uint8) for i in range(len(self.actions)))
+
+
+def test_a_frame_that_stays_has_its_movement_in_its_last_row_alone():
+    times = np.array([0, 0.1, 0.15, 0.2, 0.5, 0.6])  # frames 1 and 2 share a tenth of a second, frame 3 stays for three
+    episode = ResampledEpisode(Numbered(6), 10.0, times)  # type: ignore[arg-type]
+    assert [int(frame[0, 0, 0]) for frame in episode.frames()] == [0, 1, 3, 3, 3, 4, 5]
+    assert episode.actions.mouse[:, 0].tolist() == [1, 2, 0, 0, 1, 1, 1]
+    assert episode.actions.keyboard.argmax(axis=1).tolist() == [0, 1, 3, 3, 3, 4, 5]
+    assert episode.actions.keyboard[1].tolist() == [0, 1, 1, 0, 0, 0]
+
+
+def test_frames_by_time_are_not_invented(retimed, game):
+    folder = retimed(lambda i, t: 1.1 * t)
+    (recording,) = find_recordings("worldloom", folder.parent)
+    with pytest.raises(
+        ValueError, match=r"video.mp4 has 15\.\d+ frames a second, the game 'tiny' 17.5: frames can be left"
+    ):
+        recording.read(replace(game, inputs=InputConfig(times="resample")))
