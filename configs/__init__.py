@@ -65,7 +65,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {where + near[0]!r}?" if near else f"known here: {', '.join(names)}"
-            raise ValueError(f"unknown config key {where + str(key)!r}; {hint}")
+            raise ValueError(f"unknown setting {where + str(key)!r}; {hint}")
     for field in fields(typing.cast(Any, cls)):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise MissingSettingError(where + field.name)

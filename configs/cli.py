@@ -1,5 +1,6 @@
 """The one entry form: `python -m <folder> <verb> file.yaml ... key=value ...`."""
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,9 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
     A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
     """
     words = list(sys.argv[1:] if words is None else words)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in this locale
     if default and words and _is_setting(words[0]):
         words.insert(0, default)
     if not words or words[0] in ("-h", "--help", "help"):

@@ -39,10 +39,16 @@ def reading(where: str | Path, remedy: str = "copy, download or write it again")
 
 
 def parse_json(text: str | bytes, where: str | Path) -> Any:
-    """Whatever the JSON `text` is, its numbers finite. Raises ValueError in one line that begins with `where`."""
+    """Whatever the JSON `text` is, its numbers finite and its texts such as can be written in a file or a message.
+
+    Raises ValueError in one line that begins with `where`.
+    """
     try:
         plain = bytes(text).decode("utf-8-sig") if isinstance(text, bytes | bytearray | memoryview) else text
-        return json.loads(plain, parse_constant=_finite, parse_float=_finite)
+        loaded = json.loads(plain, parse_constant=_finite, parse_float=_finite)
+        if "\\u" in plain:  # only so is half of a character written, which no encoding has
+            json.dumps(loaded, ensure_ascii=False).encode()
+        return loaded
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
 

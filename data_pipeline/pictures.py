@@ -26,7 +26,11 @@ def read_picture(path: str | Path) -> np.ndarray:
     animation the first frame, which is said. Raises ValueError in one line for a file that is damaged, none of
     `FORMATS`, or larger than `MOST_PIXELS`.
     """
-    data = storage.read_bytes(path)
+    return decode_picture(storage.read_bytes(path), path)
+
+
+def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
+    """As `read_picture`, of a file's bytes; `path` names it."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a damaged file is in the error
     try:
         with warnings.catch_warnings():

@@ -28,7 +28,7 @@ from model.weights import finite, load_into, open_weights
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
 CODEC = "codec"  # the folder in which a checkpoint, its run or the folder above holds its codec
 WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know besides weights
-STEP_FOLDERS = "step_*"  # seven digits follow, so that names sort like steps
+STEP_FOLDERS = "step_" + "[0-9]" * 7  # so names sort like steps, and step_0000500_copy is none of them
 
 Weights = Literal["ema", "model"]
 Precision = Literal["fp32", "bf16"]
@@ -107,12 +107,12 @@ def find_checkpoint(path: str | Path) -> str:
     if storage.exists(storage.join(url, COMPLETE)):
         return url
     if not storage.is_s3(url) and not Path(url).is_dir():
-        raise FileNotFoundError(f"no checkpoint {url}; give a run folder or one of its {STEP_FOLDERS} folders")
+        raise FileNotFoundError(f"no checkpoint {url}; give a run folder or one of its step_* folders")
     if fnmatch(storage.name_of(url), STEP_FOLDERS) or storage.exists(storage.join(url, WORLD_FILE)):
         raise ValueError(f"{url} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
     newest = newest_step(url)
     if newest is None:
-        raise FileNotFoundError(f"no complete checkpoint in {url} ({STEP_FOLDERS}/{COMPLETE}); train first")
+        raise FileNotFoundError(f"no complete checkpoint in {url} (step_*/{COMPLETE}); train first")
     return newest
 
 

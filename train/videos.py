@@ -1,14 +1,13 @@
 """Videos during training: what the averaged weights make of held-out pictures under fixed actions and noise."""
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 from data_pipeline import storage
+from data_pipeline.pictures import decode_picture
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import clip_key
 from data_pipeline.types import CHUNK_FRAMES, Actions
@@ -85,8 +84,7 @@ class Videos:
 
     def _film(self, world: WorldModel, jpeg: bytes, name: str, title: str, alive: Callable[[], None]) -> Film:
         """All scripts from one picture and one noise."""
-        with Image.open(io.BytesIO(jpeg)) as image:
-            picture = torch.from_numpy(np.array(image.convert("RGB")))
+        picture = torch.from_numpy(decode_picture(jpeg, title))
         prompt = to_video(picture[None, None])[:, :, 0].to(world.device).expand(len(self.actions), -1, -1, -1)
         padding = ((0, -self.config.frames % CHUNK_FRAMES), (0, 0))  # chunks are whole; what is too much is cut
         keyboard, mouse = (
