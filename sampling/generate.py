@@ -18,6 +18,7 @@ from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.pictures import read_picture
+from data_pipeline.readers.recording import VIDEOS
 from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
@@ -42,7 +43,6 @@ from sampling.world_model import (
 
 SHEET_TILES = 36  # pictures of the contact sheet at most
 MEMORY_NOTES = 6  # along a video
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mkv", ".mov", ".webm", ".avi", ".ts", ".flv", ".wmv", ".mpg", ".mpeg")
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.n
     `frame` on."""
     if not storage.path(path).is_file():
         raise FileNotFoundError(f"no prompt {path}; give an image or a video")
-    if Path(path).suffix.lower() in VIDEO_SUFFIXES:
+    if Path(path).suffix.lower() in VIDEOS:
         pictures = [fit_frame(one, game.height, game.width) for one in islice(read_frames(path), frame, frame + count)]
         if len(pictures) < count:
             raise ValueError(

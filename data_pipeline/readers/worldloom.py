@@ -124,7 +124,8 @@ def read_episode(folder: str | Path, game: GameConfig) -> VideoEpisode:
 
 def _compare(path: Path, about: About, video: Path, info: VideoInfo) -> None:
     """Raises ValueError if `episode.json` tells of another video than the one beside it."""
-    for name in ("frames", "height", "width"):
+    # Of pictures that are turned or stretched, some recorders write the stored size and some the one that is shown.
+    for name in ("frames",) if info.changes else ("frames", "height", "width"):
         told, found = getattr(about, name), getattr(info, name)
         if told != found:
             raise ValueError(f"{path} says {name} {told}, {video} has {found}; it is of another video, or wrong")
