@@ -138,7 +138,7 @@ PLANTED = {
 
 def plant(planted: Planted, clean: Path, out: Path, game: GameConfig) -> list[str]:
     """Writes the recordings of `clean`, spoilt, into `out`; the names of those that are."""
-    folders = sorted(clean.iterdir())
+    folders = sorted(clean.glob("episode_*"))
     spoilt = []
     for i, folder in enumerate(folders):
         if i % planted.every:

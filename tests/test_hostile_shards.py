@@ -272,7 +272,7 @@ def test_shards_do_not_go_among_the_recordings(out, encode_config):
 def test_a_codec_that_makes_no_numbers_is_refused(encode_config, tmp_path):
     shutil.copytree(encode_config.codec, tmp_path / "codec")
     path = tmp_path / "codec" / "model.safetensors"
-    weights = {name: torch.full_like(tensor, float("nan")) for name, tensor in load_file(path).items()}
+    weights = {name: torch.full_like(tensor, 3e38) for name, tensor in load_file(path).items()}
     save_file(weights, path)
     with pytest.raises(ValueError, match=r"codec=.* makes latents of episode_00000.* not finite"):
         encode_recordings(replace(encode_config, codec=str(tmp_path / "codec"), out=str(tmp_path / "out")))
