@@ -26,8 +26,9 @@ from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.record import RecordConfig
 from data_pipeline.shard_set import read_clips
 from data_pipeline.verify import verify_set
-from launch.local import read_launch
+from launch.local import read_launch, train_task
 from launch.road import RoadConfig
+from launch.submit import submit
 from model.__main__ import import_official
 from model.weights import save_weights
 from sampling.evaluate import EvaluateConfig
@@ -38,7 +39,17 @@ from train.codec import CodecTrainConfig
 from train.config import TrainConfig
 from train.state import STARTS, STEP
 
-CONFIGS = (EncodeConfig, RecordConfig, EvaluateConfig, GenerateConfig, CodecTrainConfig, TrainConfig, RoadConfig)
+CONFIGS = Path(__file__).parent.parent / "configs"
+RUN = [f"{CONFIGS}/models/smoke.yaml", f"{CONFIGS}/train/demo_base.yaml", "manifest=x", "codec=x", "out=x"]
+WORDS: list[tuple[type, list[str]]] = [  # what is right before one of them is changed
+    (EncodeConfig, [f"{CONFIGS}/games/doom.yaml", "source=x", "codec=x", "out=x"]),
+    (RecordConfig, [f"{CONFIGS}/games/doom.yaml", "out=x", "episodes=1"]),
+    (EvaluateConfig, ["checkpoint=x", "recordings=x", "manifest=x", "out=x"]),
+    (GenerateConfig, ["checkpoint=x", "prompt=x", "actions=idle", "out=x"]),
+    (CodecTrainConfig, [f"{CONFIGS}/games/doom.yaml", f"{CONFIGS}/train/demo_codec.yaml", "source=x", "out=x"]),
+    (TrainConfig, RUN),
+    (RoadConfig, [f"{CONFIGS}/roads/smoke.yaml"]),
+]
 
 
 @dataclass(frozen=True)
@@ -134,10 +145,9 @@ def _scripts(folder: Path) -> None:
 
 
 def _play(folder: Path, rng: Random) -> None:
-    for path in sorted(folder.iterdir()):
-        read_script(str(path), SPACE, Scripted(27))
-    said = [f"{rng.choice(['idle', 'forward', 'turn_left', *TEXTS])}:{rng.choice(NUMBERS)}" for _ in range(2)]
-    read_script(",".join(said), SPACE, Scripted(27))
+    words = ["idle", "forward", "turn_left+back"]
+    said = f"{rng.choice(words)}:{rng.choice([*NUMBERS, '3'])},{rng.choice([*words, *TEXTS])}"
+    read_script(rng.choice([f"{folder}/a.csv", f"{folder}/a.json", said]), SPACE, Scripted(27))
 
 
 def _weights(folder: Path) -> None:
@@ -186,26 +196,32 @@ def _seal(step: Path) -> None:
 
 
 def _words(folder: Path, rng: Random) -> None:
-    cls = rng.choice(CONFIGS)
-    names = [one.name for one in fields(cls)]
-    words = [f"{_key(rng, names)}={rng.choice([*TEXTS, *NUMBERS, '[a, b]', '{a: b}', '[' * 5000])}" for _ in range(3)]
-    text = "\n".join(f"{_key(rng, names)}: {rng.choice([*TEXTS, *NUMBERS])}" for _ in range(3))
-    Path("made.yaml").write_text(text)
+    cls, words = rng.choice(WORDS)
+    changed = f"{_key(rng, [one.name for one in fields(cls)])}={_value(rng)}"
+    if rng.random() < 0.3:
+        Path("tmp.yaml").write_text(changed.replace("=", ": ", 1))
+        changed = "tmp.yaml"
     try:
-        load_config(cls, [*rng.sample(["made.yaml"], rng.randrange(2)), *words])
+        load_config(cls, [*words, changed])
     finally:
-        Path("made.yaml").unlink()
+        Path("tmp.yaml").unlink(missing_ok=True)
 
 
 def _key(rng: Random, names: list[str]) -> str:
-    return ".".join(rng.choice([*names, *TEXTS[:2], "env", "name", "keys"]) for _ in range(rng.choice([1, 1, 2])))
+    name = rng.choice(names)
+    return f"{name}.{rng.choice([*TEXTS[:2], 'name', 'keys', 'every', 'fps'])}" if rng.random() < 0.3 else name
+
+
+def _value(rng: Random) -> str:
+    return rng.choice([*TEXTS, *NUMBERS, "1", "2", "true", "[a, b]", "{a: b}", "[" * 5000])
 
 
 def _launch(folder: Path, rng: Random) -> None:
-    machines = Path(__file__).parent.parent / "configs" / "machines"
     names = ["name", "env.A", "slurm.logs", "slurm.partition", "port", "nodes", "processes", "kubernetes.image", "env"]
-    words = [f"machine.{rng.choice(names)}={rng.choice([*TEXTS, *NUMBERS])}" for _ in range(2)]
-    read_launch([str(rng.choice(sorted(machines.glob("*.yaml")))), "manifest=x", "codec=x", "out=x", *words])
+    machine = rng.choice(sorted((CONFIGS / "machines").glob("*.yaml")))
+    given = read_launch([str(machine), *RUN, f"machine.{rng.choice(names)}={_value(rng)}", f"out={_value(rng)}"])
+    if given.machine.kind != "local":
+        submit(given.machine, train_task(given), None, True)
 
 
 READERS: tuple[Reader, ...] = (
