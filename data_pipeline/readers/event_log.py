@@ -78,7 +78,7 @@ class Format(NamedTuple):
 def find_recordings(source: str | Path) -> list[Recording]:
     """The videos directly in `source` with the log of their names; or the folders in it with a video and a log."""
     by_name: dict[str, list[Path]] = defaultdict(list)
-    files = list_files(source, *VIDEOS, *LOGS)
+    files = list_files(source, *VIDEOS, *LOGS) if list_files(source, *VIDEOS) else []  # a table may list the folders
     for path in files:
         by_name[path.stem if len(files) > 2 else files[0].stem].append(path)
     if not files:

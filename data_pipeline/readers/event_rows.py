@@ -23,7 +23,7 @@ import numpy as np
 from configs.foreign import reading
 from data_pipeline import storage
 from data_pipeline.readers.keys import MOST_DEG, KeyMap, mouse_rows
-from data_pipeline.readers.recording import VideoEpisode, check_rate, cut_video, find_spans, say
+from data_pipeline.readers.recording import RATE_TOLERANCE, VideoEpisode, check_rate, cut_video, find_spans, say
 from data_pipeline.types import Actions, GameConfig
 from data_pipeline.video import VideoInfo, frame_times, probe
 
@@ -84,8 +84,12 @@ def open_screen(video: Path, game: GameConfig) -> Screen:
     """The video's frames in time, which is cheap beside reading a log, so comes first. Raises ValueError for another
     rate than the game's."""
     info, times = probe(video), frame_times(video)
-    step = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    check_rate(video, 1 / step if step else 0.0, game)  # whatever is left out
+    frames, lasts = len(times) - 1, float(np.ptp(times))
+    if abs(lasts * game.fps - frames) > 1 + RATE_TOLERANCE * frames:  # frames are left out, or the rate is another
+        steps = np.diff(times)
+        usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
+        step = float(steps[np.abs(steps - usual) <= usual / 2].mean())
+        check_rate(video, 1 / step if step else 0.0, game)
     return Screen(video, info, times - times[0])
 
 

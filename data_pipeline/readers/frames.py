@@ -64,7 +64,7 @@ class FramesEpisode:
 
 def find_recordings(source: str | Path) -> list[Recording]:
     """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
-    inner = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
+    inner = [storage.path(source)] if (storage.path(source) / LOG).is_file() else list_folders(source)
     folders = [folder for folder in inner if (folder / LOG).is_file() or list_pictures(folder)]
     say_left_out(source, [folder for folder in inner if folder not in folders], f"without pictures and {LOG}")
     if not folders:

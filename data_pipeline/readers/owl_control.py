@@ -103,13 +103,13 @@ def find_recordings(source: str | Path) -> list[Recording]:
 
     Those that the recorder or its server marked as invalid are left out, and what is no recording, and said.
     """
-    folders = [storage.path(source)] if list_files(source, LOG) else list_folders(source)
+    folders = [storage.path(source)] if (storage.path(source) / LOG).is_file() else list_folders(source)
     names = {folder: [folder.name, *(path.name for path in folder.iterdir())] for folder in folders}
     invalid = [folder for folder, held in names.items() if any(name.endswith(MARKS) for name in held)]
     say_left_out(source, invalid, "marked by the recorder as invalid")
-    strays = [folder for folder, held in names.items() if not any(one.lower().endswith((LOG, *VIDEOS)) for one in held)]
+    strays = [one for one in folders if not (one / LOG).is_file() and not list_files(one, *VIDEOS)]
     say_left_out(source, strays, f"neither a video nor {LOG}")
-    found = sorted(names.keys() - {*invalid, *strays})
+    found = sorted({*folders} - {*invalid, *strays})
     if not found:
         raise ValueError(f"{source} holds no folders with a video and {LOG}")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in found]

@@ -82,7 +82,6 @@ class VideoEpisode:
 def probe_video(video: Path, game: GameConfig) -> VideoInfo:
     """What the video says about itself. Raises ValueError for another rate than the game's and for uneven times."""
     info = probe(video)
-    check_rate(video, info.fps, game)
     check_times(video, game)
     return info
 
@@ -100,12 +99,12 @@ def check_times(video: Path, game: GameConfig) -> None:
     """Raises ValueError unless the video's frames are shown evenly, or are to be taken by their times."""
     if game.inputs.times != "even":
         return
-    times = frame_times(video)
+    times = frame_times(video)  # what a header says of the rate counts how long the last frame stays
     if len(times) < 2:
         return
     frames, lasts = np.arange(len(times)), float(np.ptp(times))
-    if abs(lasts * game.fps - frames[-1]) > OFF + RATE_TOLERANCE * frames[-1]:
-        check_rate(video, frames[-1] / lasts if lasts else 0.0, game)
+    if not lasts:
+        check_rate(video, 0.0, game)
     off = (times - times[0]) * (frames[-1] / lasts) - frames
     wrong = np.flatnonzero(np.abs(off) > OFF)
     if len(wrong):
@@ -115,6 +114,8 @@ def check_times(video: Path, game: GameConfig) -> None:
             f"{video}: frame {frame} is shown {how} at {times[frame]:.3f} s, its rate varies; record at a constant "
             "rate, or set game.inputs.times=resample to take frames by their times"
         )
+    if abs(lasts * game.fps - frames[-1]) > OFF + RATE_TOLERANCE * frames[-1]:
+        check_rate(video, frames[-1] / lasts, game)
 
 
 def cut_video(

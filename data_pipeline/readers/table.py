@@ -82,7 +82,7 @@ class Row(NamedTuple):
 
 def find_recordings(source: str | Path) -> list[Recording]:
     """The videos in `source` with a table of their name; or the folders in it with a video and a table each."""
-    files = list_files(source, *VIDEOS, *TABLES)
+    files = list_files(source, *VIDEOS, *TABLES) if list_files(source, *VIDEOS) else []  # one may list the folders
     if len(files) > 2 or (files and len({path.stem for path in files}) == 1):
         return find_pairs(storage.path(source), storage.path(source), TABLES, read_pair)
     inner = [storage.path(source)] if files else list_folders(source)

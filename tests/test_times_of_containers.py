@@ -1,0 +1,81 @@
+"""Rates as containers tell them: rounded times, headers that count how long the last frame stays, dropped frames."""
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from foreign_games import load_game, read_all
+from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_owl, write_table
+from tiny_recordings import copy_video
+from tiny_videos import copy_packets
+
+from data_pipeline.readers.event_rows import open_screen
+from data_pipeline.readers.recording import UnevenTimesError, probe_video
+
+
+def other_container(video, suffix):
+    """The same pictures in another container, instead of it."""
+    copy_video(video, video.with_suffix(suffix))
+    video.unlink()
+    return video.with_suffix(suffix)
+
+
+@pytest.mark.parametrize("suffix", [".mkv", ".flv"])
+@pytest.mark.parametrize(("reader", "write", "rows"), [("owl_control", write_owl, owl_rows),
+                                                       ("event_log", write_event_log, log_rows)])  # fmt: skip
+def test_milliseconds_of_a_container_are_no_other_rate(reader, write, rows, suffix, tmp_path):
+    play = draw_play(40, 5)
+    for kind in ("mp4", "other"):
+        folder = tmp_path / kind
+        write(folder / "one" if reader == "owl_control" else folder / "one.csv", play, rows(play))
+    (video,) = (tmp_path / "other").rglob("*.mp4")
+    other_container(video, suffix)
+    game = load_game(reader, tmp_path)
+    (given,), (copied,) = (read_all(reader, tmp_path / kind, game) for kind in ("mp4", "other"))
+    np.testing.assert_array_equal(copied.actions.keyboard, given.actions.keyboard)
+    with pytest.raises(ValueError, match=r"runs at (60|59\.9\d+|60\.\d+) fps"):
+        open_screen(video.with_suffix(suffix), replace(game, fps=50.0))
+
+
+def test_how_long_the_last_frame_stays_is_no_rate(tmp_path):
+    write_table(tmp_path / "one.csv", draw_play(40, 5))
+    game = load_game("table", tmp_path)
+    copy_packets(tmp_path / "one.mp4", tmp_path / "late.mp4", lambda i, t: t + (0.5 if i == 39 else 0))
+    with pytest.raises(UnevenTimesError, match=r"its rate varies.*game.inputs.times=resample"):  # and not the header's
+        probe_video(tmp_path / "late.mp4", game)
+    copy_packets(tmp_path / "one.mp4", tmp_path / "even.mkv", lambda i, t: t + 3)
+    assert probe_video(tmp_path / "even.mkv", game).frames == 40
+
+
+def test_events_know_the_rate_of_a_video_with_frames_left_out_and_of_a_jittery_one(tmp_path):
+    play = draw_play(40, 5)
+    write_event_log(tmp_path / "one.csv", play, log_rows(play))
+    game = load_game("event_log", tmp_path)
+    jitter = np.random.default_rng(0).uniform(-0.4, 0.4, 40) / game.fps
+    for name, retime in (("left", lambda i, t: t + i // 5 / game.fps), ("jitter", lambda i, t: t + jitter[i] + 1)):
+        copied = copy_packets(tmp_path / "one.mp4", tmp_path / f"{name}.mkv", retime)
+        assert len(open_screen(copied, game).times) == 40
+        with pytest.raises(ValueError, match="runs at"):
+            open_screen(copied, replace(game, fps=game.fps / 2))
+
+
+@pytest.mark.parametrize("reader", ["event_log", "table"])
+def test_a_table_beside_folders_is_no_recording(reader, tmp_path):
+    play = draw_play(40, 5)
+    if reader == "table":
+        write_table(tmp_path / "source" / "one" / "log.csv", play)
+    else:
+        write_event_log(tmp_path / "source" / "one" / "log.csv", play, log_rows(play))
+    (tmp_path / "source" / "metadata.csv").write_text("file,licence\none,cc0\n")
+    (episode,) = read_all(reader, tmp_path / "source", load_game(reader, tmp_path))
+    assert len(episode.actions) == 40
+
+
+def test_copies_and_leftovers_of_an_owl_control_log_are_no_recording(tmp_path):
+    play = draw_play(40, 5)
+    write_owl(tmp_path / "source" / "one", play, owl_rows(play))
+    (tmp_path / "source" / "__MACOSX").mkdir()
+    shutil.copy(tmp_path / "source" / "one" / "inputs.csv", tmp_path / "source" / "old_inputs.csv")
+    (tmp_path / "source" / "__MACOSX" / "._inputs.csv").write_bytes(b"\0\5\x16\7")
+    assert len(read_all("owl_control", tmp_path / "source", load_game("owl_control", tmp_path))) == 1
