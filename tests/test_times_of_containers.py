@@ -4,9 +4,11 @@ import shutil
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from foreign_games import load_game, read_all
-from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_owl, write_table
+from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lerobot, write_owl, write_table
 from tiny_recordings import copy_video
 from tiny_videos import copy_packets
 
@@ -79,3 +81,18 @@ def test_copies_and_leftovers_of_an_owl_control_log_are_no_recording(tmp_path):
     shutil.copy(tmp_path / "source" / "one" / "inputs.csv", tmp_path / "source" / "old_inputs.csv")
     (tmp_path / "source" / "__MACOSX" / "._inputs.csv").write_bytes(b"\0\5\x16\7")
     assert len(read_all("owl_control", tmp_path / "source", load_game("owl_control", tmp_path))) == 1
+
+
+def test_episodes_of_lerobot_may_lie_apart_in_their_video(tmp_path):
+    write_lerobot(tmp_path / "lerobot", [draw_play(30, 4)] * 3)
+    video, about = (next((tmp_path / "lerobot").rglob(f"{where}/**/file-000.*")) for where in ("videos", "episodes"))
+    copy_packets(video, tmp_path / "apart.mp4", lambda i, t: t + (1.025 if i >= 30 else 0)).rename(video)
+    rows = pq.read_table(about).to_pylist()
+    for column in (name for name in rows[1] if name.endswith("_timestamp")):
+        rows[1][column] += 1.025
+    pq.write_table(pa.Table.from_pylist(rows), about)
+    game = load_game("lerobot", tmp_path)
+    first, second, _ = read_all("lerobot", tmp_path / "lerobot", game)
+    assert len(first.actions) == len(second.actions) == 30 and len(list(second.frames())) == 30
+    with pytest.raises(ValueError, match="runs at 20 fps, the game 'own' at 25"):
+        read_all("lerobot", tmp_path / "lerobot", replace(game, fps=25.0))

@@ -31,14 +31,14 @@ from data_pipeline.readers.parquet import read_rows
 from data_pipeline.readers.recording import (
     Recording,
     VideoEpisode,
+    check_times,
     list_files,
     list_folders,
-    probe_video,
     read_json,
     read_number,
 )
 from data_pipeline.types import Actions, GameConfig
-from data_pipeline.video import frame_times
+from data_pipeline.video import frame_times, probe
 
 INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
 COMPONENTS = 10_000  # more than any vector of keys and axes has
@@ -174,12 +174,13 @@ def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -
         return []
     where = f"{table} episode {index}"
     actions = read_actions(where, dataset.components, [row[dataset.action] for row in rows], game)
-    info = probe_video(video, game)
+    info = probe(video)
     column = f"videos/{camera}/from_timestamp"
     begin = read_number(about.get(column), f"{dataset.root / EPISODES} {_name(about)}: {column}")
     times = [read_number(row["timestamp"], f"{where} frame {i}: timestamp") for i, row in enumerate(rows)]
     shown = begin + np.array(times)
     first = find_first(video, shown, game.fps)
+    check_times(video, frame_times(video)[first : first + len(rows)], game)  # episodes may lie apart in it
     size = info.height, info.width
     return [VideoEpisode(_name(about), video, first, game.fps, *size, game.action_space, actions)]
 

@@ -82,7 +82,7 @@ class VideoEpisode:
 def probe_video(video: Path, game: GameConfig) -> VideoInfo:
     """What the video says about itself. Raises ValueError for another rate than the game's and for uneven times."""
     info = probe(video)
-    check_times(video, game)
+    check_times(video, frame_times(video), game)
     return info
 
 
@@ -95,12 +95,10 @@ def check_rate(video: Path, fps: float, game: GameConfig) -> None:
         )
 
 
-def check_times(video: Path, game: GameConfig) -> None:
-    """Raises ValueError unless the video's frames are shown evenly, or are to be taken by their times."""
-    if game.inputs.times != "even":
-        return
-    times = frame_times(video)  # what a header says of the rate counts how long the last frame stays
-    if len(times) < 2:
+def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
+    """Raises ValueError unless frames of the video that are shown at `times` (n) come evenly and at the game's rate, or
+    are to be taken by their times. What a header says of the rate counts how long the last frame stays."""
+    if game.inputs.times != "even" or len(times) < 2:
         return
     frames, lasts = np.arange(len(times)), float(np.ptp(times))
     if not lasts:
