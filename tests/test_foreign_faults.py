@@ -178,6 +178,8 @@ FAULTS = {
     "a log that goes on": Fault("owl_control", lines(OWL, lambda r: [*r[:-2], "1760000009,VIDEO_END,[]"]), "7.8 s be"),
     "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one video, not 0"),
     "a state that is none": Fault("owl_control", lines(OWL, lambda r: [*r, "1,KEYBOARD,[87,2]"]), "has the ar"),
+    "a kind that is damaged": Fault("owl_control", lines(OWL, lambda r: [*r, "1,KEY\x01,[]"]), "line .* is damaged"),
+    "a comma in a number": Fault("owl_control", lines(OWL, lambda r: [*r, "17,5,END,[]"]), "line .* event_type is '5'"),
     "a time that is none": Fault("owl_control", lines(OWL, lambda r: [r[0], "1e300,END,", *r[1:]]), "line 2: time"),
     "a move beyond sense": Fault(
         "owl_control", lines(OWL, lambda r: [*r[:3], '1760000000.5,MOUSE_MOVE,"[1e300, 0]"', *r[3:]]), "line 4: .*1e"

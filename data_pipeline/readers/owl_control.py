@@ -11,6 +11,7 @@ The video's first frame is at `VIDEO_START`. Without one it is taken to be at `S
 published recording: `game.inputs.offset_s` mends that. How events become frames: event_rows.py.
 """
 
+import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ KINDS: dict[str, Kind] = {
     "FOCUS": "resume",
     "REFOCUS": "resume",
 }
+KIND = re.compile(r"[A-Za-z]\w*", re.ASCII)
 BUTTONS = {1: "mouse_left", 2: "mouse_right", 4: "mouse_middle", 5: "mouse_4", 6: "mouse_5"}
 # https://learn.microsoft.com/windows/win32/inputdev/virtual-key-codes; a key that says no side is the left one.
 KEYS = {
@@ -155,6 +157,8 @@ def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
                 if len(cells) != len(COLUMNS):
                     raise ValueError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
                 kind = cells[1].strip('" ')
+                if not KIND.fullmatch(kind):  # it may have been a kind that counts
+                    raise ValueError(f"{where} is damaged: event_type is {kind[:80]!r}")
                 if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
                     yield from _events(
                         line, read_number(cells[0].strip('" '), f"{where}: timestamp"), kind, cells[2], where
