@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,7 +111,7 @@ def decode_from(
 ) -> Iterator[VideoFrame]:
     """Decoded frames from number `start` on, reached from the last key frame that is shown no later."""
     if start == 0:
-        for i, frame in enumerate(container.decode(stream)):
+        for i, frame in enumerate(_decode(container, stream, path)):
             yield undamaged(frame, path, i)
         return
     packets = packets_of(path)
@@ -124,7 +125,7 @@ def decode_from(
     key = keys[np.argmax(packets.dts[keys])] if len(keys) else 0
     container.seek(int(packets.dts[key]), stream=stream)
     number = start
-    for frame in container.decode(stream):
+    for frame in _decode(container, stream, path, start, first):
         if frame.pts is None or frame.pts < packets.pts[key]:
             continue  # it needs frames before the key frame
         undamaged(frame, path, number)
@@ -134,6 +135,27 @@ def decode_from(
             raise ValueError(f"frame {start} of {path} cannot be reached alone; convert it to H.264 mp4")
         yield frame
         number += 1
+
+
+def _decode(
+    container: InputContainer, stream: av.VideoStream, path: str | Path, number: int = 0, first: int | None = None
+) -> Iterator[VideoFrame]:
+    """Decoded frames. Raises ValueError if one is not there when a later one comes, of all from `number` on, which is
+    shown at `first`: decoders leave out what they cannot decode, and players show what is left at its time."""
+    due: list[int] = []  # when frames are shown that are in packets, and did not come yet
+    known = True
+    for packet in container.demux(stream):
+        if packet.size and not packet.is_discard:
+            known = known and packet.pts is not None  # AVI does not say it
+            if packet.pts is not None and (first is None or packet.pts >= first):
+                heappush(due, packet.pts)
+        for frame in packet.decode():
+            if known and due and frame.pts is not None and frame.pts >= due[0]:
+                if heappop(due) < frame.pts:
+                    raise DamagedVideoError(f"{path} is damaged or truncated in or before its frame {number}, which "
+                                            "does not come in its place; convert, copy or record it again")  # fmt: skip
+                number += 1
+            yield frame
 
 
 def undamaged(frame: VideoFrame, path: str | Path, number: int) -> VideoFrame:

@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 
+import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,10 +11,11 @@ import pytest
 from foreign_games import load_game, read_all
 from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lerobot, write_owl, write_table
 from tiny_recordings import copy_video
-from tiny_videos import copy_packets
+from tiny_videos import copy_packets, numbered_frames, write_foreign
 
 from data_pipeline.readers.event_rows import open_screen
 from data_pipeline.readers.recording import UnevenTimesError, probe_video
+from data_pipeline.video import frame_times, read_frames
 
 
 def other_container(video, suffix):
@@ -96,3 +98,20 @@ def test_episodes_of_lerobot_may_lie_apart_in_their_video(tmp_path):
     assert len(first.actions) == len(second.actions) == 30 and len(list(second.frames())) == 30
     with pytest.raises(ValueError, match="runs at 20 fps, the game 'own' at 25"):
         read_all("lerobot", tmp_path / "lerobot", replace(game, fps=25.0))
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "ts"])
+def test_frames_that_a_decoder_leaves_out_move_no_other_to_their_place(suffix, tmp_path):
+    whole = write_foreign(tmp_path / f"a.{suffix}", numbered_frames(60), codec="mpeg2video", options={"bf": "2"})
+    assert len(list(read_frames(whole))) == 60
+    with av.open(str(whole)) as given, av.open(str(tmp_path / f"b.{suffix}"), "w") as container:
+        before = given.streams.video[0]
+        stream = container.add_stream_from_template(before)
+        packets = [packet for packet in given.demux(before) if packet.size]
+        second = [i for i, packet in enumerate(packets) if packet.is_keyframe][1]
+        for packet in packets[second:]:  # two frames are behind it, and shown before it, that need what was in front
+            packet.stream = stream
+            container.mux(packet)
+    assert len(frame_times(tmp_path / f"b.{suffix}")) == 60 - second
+    with pytest.raises(ValueError, match=r"before its frame 0, which does not come in its place"):
+        list(read_frames(tmp_path / f"b.{suffix}", 0, 5))
