@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
+from threading import get_ident
 from typing import NamedTuple, cast
 
 import av
@@ -77,7 +79,6 @@ class Display:
 
     def __init__(self, path: str | Path, container: InputContainer, stream: av.VideoStream) -> None:
         self.path, self.container, self.stream = path, container, stream
-        self._convert = VideoReformatter()  # one for all: each frame's own would set up the conversion anew
         self._look: Look | None = None
         self._crop, self._turn, self._stretch = slice(None), (False, False, False), (1.0, 1.0)
 
@@ -156,10 +157,12 @@ class Display:
         guess = BT709 if look.height >= height or look.width >= width else BT601
         like = {"src_colorspace": MATRICES.get(look.matrix, guess)}
         if look.primaries not in LIKE_SRGB:
-            like |= {"dst_color_trc": ColorTrc.BT709, "dst_color_primaries": ColorPrimaries.BT709}
+            same = ColorTrc.BT709 if look.transfer in UNSPECIFIED else look.transfer  # grey stays as it is
+            like |= {"dst_color_trc": same, "dst_color_primaries": ColorPrimaries.BT709}
+        convert = _reformatter(get_ident(), look)
         if not any(one.is_alpha for one in frame.format.components):
-            return self._convert.reformat(frame, format="rgb24", **like).to_ndarray()
-        pixels = self._convert.reformat(frame, format="rgba", **like).to_ndarray()
+            return convert.reformat(frame, format="rgb24", **like).to_ndarray()
+        pixels = convert.reformat(frame, format="rgba", **like).to_ndarray()
         if pixels[..., 3].min() < 255:
             raise self._refuse(f"frame {number} with transparent pixels")
         return np.ascontiguousarray(pixels[..., :3])
@@ -175,6 +178,13 @@ class Display:
 
     def _refuse(self, what: str) -> ValueError:
         return ValueError(f"{self.path}: {what} cannot be read as players show it; {REMEDY}")
+
+
+@lru_cache(maxsize=16)
+def _reformatter(thread: int, look: Look) -> VideoReformatter:
+    """One for all frames of a look that a thread converts; for primaries unlike the screen's it takes a second or more
+    until it is set up."""
+    return VideoReformatter()
 
 
 def _look_at(frame: VideoFrame) -> Look:

@@ -201,7 +201,7 @@ def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path
 
 def list_names(names: Sequence[str]) -> str:
     """The first few names, in one line."""
-    shown = [name if name.isprintable() else repr(name) for name in (name[:NAME] for name in names[:NAMED])]
+    shown = [name if name and name.isprintable() else repr(name) for name in (name[:NAME] for name in names[:NAMED])]
     return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
 
 

@@ -1,4 +1,4 @@
-"""Rates as containers tell them: rounded times, headers that count how long the last frame stays, dropped frames."""
+"""Recordings as recorders really leave them: rounded times, odd headers, frames left out, cuts, files beside them."""
 
 import shutil
 from dataclasses import replace
@@ -13,8 +13,10 @@ from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, w
 from tiny_recordings import copy_video
 from tiny_videos import copy_packets, numbered_frames, write_foreign
 
+from data_pipeline.display import _reformatter
 from data_pipeline.readers.event_rows import open_screen
 from data_pipeline.readers.recording import UnevenTimesError, probe_video
+from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.video import frame_times, read_frames
 
 
@@ -115,3 +117,23 @@ def test_frames_that_a_decoder_leaves_out_move_no_other_to_their_place(suffix, t
     assert len(frame_times(tmp_path / f"b.{suffix}")) == 60 - second
     with pytest.raises(ValueError, match=r"before its frame 0, which does not come in its place"):
         list(read_frames(tmp_path / f"b.{suffix}", 0, 5))
+
+
+def test_the_conversion_of_colours_is_set_up_once_for_a_look(tmp_path):
+    wide = {"color_primaries": 12, "color_trc": 13, "colorspace": 1, "color_range": 1}  # of a Mac's screen
+
+    def prepare(stream):
+        for name, value in wide.items():
+            setattr(stream.codec_context, name, value)
+
+    paths = [write_foreign(tmp_path / f"{i}.mp4", numbered_frames(3, step=60), prepare) for i in range(2)]
+    _reformatter.cache_clear()
+    for path in (*paths, *paths):
+        assert [round(float(one.mean()), -1) for one in read_frames(path)] == [0, 60, 120]
+    assert _reformatter.cache_info().misses == 1
+
+
+def test_a_column_without_a_name_is_said(game, tmp_path):
+    (tmp_path / "actions.csv").write_text("frame,forward,\n0,1,\n")
+    with pytest.raises(ValueError, match="unknown: ''"):
+        read_actions(tmp_path / "actions.csv", game.action_space)
