@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from configs import build_from, load_config
-from configs.files import write_text
+from configs.files import sole_writer, write_text
 from configs.foreign import parse_object, reading, require_inside
+from data_pipeline.storage import is_s3
 from launch.precision import precision_of_road
 
 STAMPS = ".road"
@@ -66,6 +67,13 @@ class Stamp:
 def road(words: list[str]) -> int:
     """Run the stages of a road; those that are done with the same commands and YAML files are reused."""
     config = load_config(RoadConfig, words)
+    if is_s3(config.out):
+        raise ValueError(f"out={config.out}: a road is walked in a folder of this machine, not in a bucket")
+    with sole_writer(Path(config.out) / STAMPS, "road"):  # another one might set aside what is being written here
+        return _walk(config, words)
+
+
+def _walk(config: RoadConfig, words: list[str]) -> int:
     if config.precision == "auto":
         precision = precision_of_road(Path(config.out) / STAMPS)
         print(f"precision: {precision}, the faster one on this machine")
