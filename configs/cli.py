@@ -26,6 +26,7 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
     A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
     """
     words = list(sys.argv[1:] if words is None else words)
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in this locale
@@ -48,6 +49,17 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
         return 2
     except KeyboardInterrupt:
         return 130
+
+
+def _open_closed_streams() -> None:
+    """Those that whoever started this program has closed lead nowhere: else a file of ours would get the number of one,
+    and what libraries say there would be written into it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            if (nowhere := os.open(os.devnull, os.O_RDWR)) != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def _is_setting(word: str) -> bool:

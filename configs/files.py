@@ -27,28 +27,32 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """
     path, part = Path(path), _part_of(Path(path))
     try:
-        yield part
-        sync(part)
-        os.replace(part, path)
+        with _no_room_for(path):
+            yield part
+            sync(part)
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 @contextmanager
-def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
+def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
     names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
-    files, those of one are there."""
+    files, those of one are there. If `folder` is to be `new`, it must not hold any when they appear."""
     folder, part = Path(folder), _part_of(Path(folder) / last)
     try:
         part.mkdir()
-        yield part
+        with _no_room_for(folder):
+            yield part
         found = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
         for name in found:
             sync(part / name)
             if (folder / name).is_dir():  # before anything is replaced
                 raise IsADirectoryError(f"{folder / name} is a folder, and a file is to be written there")
         with _alone_in(folder):
+            if new and holds_files(folder):
+                raise FileExistsError(f"{folder} holds files that another process wrote meanwhile; choose another out=")
             (folder / last).unlink(missing_ok=True)
             for name in sorted(found, key=lambda name: (str(name) == last, name)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -58,12 +62,32 @@ def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
 
 
 @contextmanager
+def _no_room_for(place: Path) -> Iterator[None]:
+    """A full disk is said with what could not be written: libraries and pipes leave it out."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in NO_ROOM and error.filename is None:
+            error.filename = str(place)
+        raise
+
+
+def holds_files(folder: Path) -> bool:
+    """Whether something is in `folder` but what writers have not finished, who live or were killed."""
+    return folder.is_dir() and not all(TEMPORARY.fullmatch(one.name) for one in folder.iterdir())
+
+
+@contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
     """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
     folder, part = Path(folder), _part_of(Path(folder))
     try:
         part.mkdir()
-        yield part
+        with _no_room_for(folder):
+            yield part
+            for path in part.rglob("*"):
+                if path.is_file():
+                    sync(path)
         os.rename(part, folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):

@@ -1,5 +1,6 @@
 """Where a video's frames lie in its file, and how one is reached; no frame that is damaged passes for a whole one."""
 
+import os
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -31,7 +32,8 @@ def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterat
         raise FileNotFoundError(f"no video {path}")
     only: Any = {"container_options": {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}}
     only["metadata_errors"] = "replace"
-    if not storage.is_s3(path):
+    utf8 = str(path).encode(errors="ignore") == os.fsencode(path)  # PyAV takes no other names
+    if utf8 and not storage.is_s3(path):
         with av.open(f"file:{path}", "r", **only) as container:  # else a name could be taken for a protocol
             yield container
         return

@@ -169,11 +169,12 @@ def writing(url: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(url: str | Path, last: str) -> Iterator[Path]:
+def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
-    called `last` does so after all others, so that its presence means that all are there."""
+    called `last` does so after all others, so that its presence means that all are there. If `url` is to be `new`, it
+    must not hold any then."""
     if not is_s3(url):
-        with atomic_files(url, last) as folder:
+        with atomic_files(url, last, new) as folder:
             yield folder
         return
     exists(join(url, last))  # which raises if there is no such bucket, before the work

@@ -155,7 +155,7 @@ class _Kept:
     PyAV print it."""
 
     def __init__(self, file: io.FileIO) -> None:
-        self.file, self.name, self.fault = file, file.name, None
+        self.file, self.name, self.fault = file, "", None  # a name that is no UTF-8 PyAV does not take
 
     def write(self, data: bytes) -> int:
         left = memoryview(data)

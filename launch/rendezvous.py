@@ -11,6 +11,8 @@ from ipaddress import ip_address
 
 import psutil
 from torch.distributed import TCPStore
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousInfo, static_tcp_rendezvous
 
 from configs.cli import one_line
@@ -79,5 +81,9 @@ def accelerate(words: list[str]) -> None:
     static_tcp_rendezvous.StaticTCPRendezvous = Rendezvous
     try:
         launch_command(given)
-    except OSError as error:  # as Accelerate ends: with 1, which is tried again, unlike a person's fault
+    except ChildFailedError as error:  # which has said what is wrong; torch would add its own traceback
+        rank, failed = error.get_first_failure()
+        how = failed.signal_name() if failed.exitcode < 0 else f"status {failed.exitcode}"
+        sys.exit(f"launch accelerate: rank {rank} ended with {how}")
+    except (OSError, SignalException) as error:  # as Accelerate ends: with 1, tried again, unlike a person's fault
         sys.exit(f"launch accelerate: {one_line(error)}")

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Literal
 
 from configs import build_from, load_config
-from configs.files import write_text
+from configs.files import sole_writer, write_text
 from configs.foreign import parse_object, reading, require_inside
+from data_pipeline.storage import is_s3
 from launch.precision import precision_of_road
 
 STAMPS = ".road"
@@ -31,9 +32,14 @@ class Stage:
 
     def __post_init__(self) -> None:
         require_inside(self.name, "the road")  # it names a file
+
+    @property
+    def line(self) -> list[str]:
+        """The command's words. Raises ValueError in one line."""
         try:
-            if not shlex.split(self.command):
-                raise ValueError("it is empty")
+            if words := shlex.split(self.command):
+                return words
+            raise ValueError("it is empty")
         except ValueError as error:
             raise ValueError(f"stage {self.name}: its command cannot be read: {error}") from error
 
@@ -66,16 +72,19 @@ class Stamp:
 def road(words: list[str]) -> int:
     """Run the stages of a road; those that are done with the same commands and YAML files are reused."""
     config = load_config(RoadConfig, words)
+    if is_s3(config.out):
+        raise ValueError(f"out={config.out}: a road is walked in a folder of this machine, not in a bucket")
+    with sole_writer(Path(config.out) / STAMPS, "road"):  # another one might set aside what is being written here
+        return _walk(config, words)
+
+
+def _walk(config: RoadConfig, words: list[str]) -> int:
     if config.precision == "auto":
         precision = precision_of_road(Path(config.out) / STAMPS)
         print(f"precision: {precision}, the faster one on this machine")
         words = [*words, f"precision={precision}"]
         config = load_config(RoadConfig, words)
-    # A command is a line of shell words: `out` in it is quoted, so that a folder `a b` stays one word.
-    quoted = load_config(RoadConfig, [*words, f"out={shlex.quote(config.out)}"]).stages
-    config = replace(
-        config, stages=tuple(replace(s, command=q.command) for s, q in zip(config.stages, quoted, strict=True))
-    )
+    config = _quoted(config, words)
     lines, before = [], None
     for i, stage in enumerate(config.stages, 1):
         path, stamp, key = stamp_path(config, stage), read_stamp(config, stage), key_of(stage, before)
@@ -107,6 +116,17 @@ def road(words: list[str]) -> int:
     return 0
 
 
+def _quoted(config: RoadConfig, words: list[str]) -> RoadConfig:
+    """A command is a line of shell words: `out` in it is quoted, so that a folder `a b` stays one word.
+
+    Raises ValueError in one line for a command that is none."""
+    stages = load_config(RoadConfig, [*words, f"out={shlex.quote(config.out)}"]).stages
+    found = tuple(replace(one, command=other.command) for one, other in zip(config.stages, stages, strict=True))
+    for stage in found:
+        _ = stage.line  # which raises
+    return replace(config, stages=found)
+
+
 def run_stage(config: RoadConfig, stage: Stage) -> tuple[int, float]:
     """Exit status and seconds of the stage's command, its output going straight through."""
     bin_folder = str(Path(sys.executable).parent)
@@ -117,7 +137,7 @@ def run_stage(config: RoadConfig, stage: Stage) -> tuple[int, float]:
         "PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
     }
     started = time.perf_counter()
-    process = subprocess.Popen(shlex.split(stage.command), env=env)
+    process = subprocess.Popen(stage.line, env=env)
     try:
         status = process.wait()
     except KeyboardInterrupt:
@@ -142,7 +162,7 @@ def read_stamp(config: RoadConfig, stage: Stage) -> Stamp | None:
 def key_of(stage: Stage, before: Stamp | None) -> str:
     """What decides whether an earlier output is still this stage's: its command, the YAML files that it names, and the
     run of the stage before (whose seconds tell one run from another)."""
-    files = [Path(word) for word in shlex.split(stage.command) if word.endswith((".yaml", ".yml"))]
+    files = [Path(word) for word in stage.line if word.endswith((".yaml", ".yml"))]
     contents = [path.read_text("utf-8", "surrogateescape") for path in files if path.is_file()]
     return hashlib.sha256(json.dumps([stage.command, contents, before and asdict(before)]).encode()).hexdigest()[:16]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from configs import load_file, save_config
-from configs.files import write_text
+from configs.files import holds_files, write_text
 from data_pipeline import storage
 from data_pipeline.s3_errors import bucket_and_key
 from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
@@ -205,14 +206,18 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
 
     Raises ValueError in one line if something is in `out` already: it may be what is read.
     """
-    if storage.list_files(out) or storage.list_folders(out):
+    s3 = storage.is_s3(out)
+    if (storage.list_files(out) or storage.list_folders(out)) if s3 else holds_files(Path(out)):
         what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
         raise ValueError(f"{out} {what} already; choose another out=")
-    with storage.writing_folder(out, last=COMPLETE) as folder:
+    with storage.writing_folder(out, last=COMPLETE, new=True) as folder:
         yield folder
         one, average = folder / "model.safetensors", folder / "ema.safetensors"
         if one.is_file():
-            os.link(one, average)  # no copy: files are replaced, never changed
+            try:
+                os.link(one, average)  # no copy: files are replaced, never changed
+            except OSError:  # a file system without hard links
+                shutil.copyfile(one, average)
         if codec is not None:
             copy_codec(storage.local(codec), folder / CODEC)
         save_config(replace(world, codec=CODEC), folder / WORLD_FILE)

@@ -72,3 +72,21 @@ def test_every_program_refuses_an_unknown_verb_in_one_line(program: str) -> None
     done = subprocess.run([sys.executable, "-m", program, "dance"], capture_output=True, text=True)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1 and "dance" in done.stderr
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_a_command_whose_streams_are_closed_does_its_work(closed: str, tmp_path: Path) -> None:
+    """And no file of its own gets the number of one, into which libraries would then write."""
+    code = """
+import sys
+from tqdm import tqdm
+from configs.cli import run
+def work(words):
+    with open(words[0], "w") as file:
+        tqdm.write("said", file=sys.stderr)
+        print("said", file=sys.stdout)
+        file.write(str(file.fileno() > 2))
+sys.exit(run("x", {"work": work}, ["work", sys.argv[1]]))
+"""
+    done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-c", code, str(tmp_path / "made")])
+    assert done.returncode == 0 and (tmp_path / "made").read_text() == "True"

@@ -548,9 +548,10 @@ def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_
     (run_folder / "step_0000007").symlink_to(elsewhere)
     (run_folder / "step_best").symlink_to(elsewhere)
     (run_folder / "step_notes" / "COMPLETE").unlink()
+    (run_folder / "step_00000009").mkdir()  # no name that a checkpoint gets
     remove_superseded(str(run_folder), CheckpointConfig(keep_last=2, keep_every=5))
     left = sorted(path.name for path in run_folder.iterdir())
-    assert left == ["step_0000005", "step_0000006", "step_0000007", "step_best", "step_notes"]
+    assert left == ["step_00000009", "step_0000005", "step_0000006", "step_0000007", "step_best", "step_notes"]
     assert sorted(path.name for path in elsewhere.iterdir()) == ["COMPLETE", "trainer"] and not capfd.readouterr().err
     monkeypatch.setattr(shutil, "rmtree", lambda folder: (_ for _ in ()).throw(PermissionError(13, "denied", folder)))
     remove_superseded(str(run_folder), CheckpointConfig(keep_last=1))

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -132,6 +133,15 @@ def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_sa
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0 and "as asked" in said, said[-2000:]
     assert (out / "STOPPED").exists() and [path.name for path in out.glob("step_*/COMPLETE")]
+
+
+def test_a_fault_of_the_processes_is_said_by_their_launcher_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("import os\nraise SystemExit(3 * int(os.environ['RANK']))\n")
+    given = ["--config_file", "launch/accelerate/cpu_plain.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    line = [sys.executable, "-m", "launch", "accelerate", *given, str(tmp_path / "fails.py")]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1] == "launch accelerate: rank 1 ended with status 3"
 
 
 def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> None:

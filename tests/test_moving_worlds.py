@@ -1,6 +1,10 @@
 """Checkpoints that go to other folders and machines find their codec, told by its hash, or say what is missing."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,43 @@ def test_a_world_that_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> 
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError("no room")
     assert not storage.list_tree(tmp_path / "out")
+
+
+KILLED = """
+import os, signal, sys
+from sampling.world_model import read_world_config, writing_world
+with writing_world(sys.argv[2], read_world_config(sys.argv[1]), None) as folder:
+    (folder / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_writer_of_a_world_left_does_not_refuse_the_next_one(tmp_path: Path) -> None:
+    checkpoint, out = write_checkpoint(tmp_path / "run"), tmp_path / "out"
+    assert subprocess.run([sys.executable, "-c", KILLED, checkpoint, out]).returncode == -signal.SIGKILL
+    assert len(list(out.iterdir())) == 1
+    with writing_world(str(out), read_world_config(checkpoint), None) as folder:
+        (folder / "model.safetensors").write_bytes(b"whole")
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
+
+
+def test_of_two_writers_of_a_world_the_second_one_adds_nothing_to_the_first_one_s(tmp_path: Path) -> None:
+    world, out = read_world_config(write_checkpoint(tmp_path / "run")), tmp_path / "out"
+    with pytest.raises(FileExistsError, match="holds files that another"), writing_world(str(out), world, None) as mine:
+        with writing_world(str(out), world, None) as theirs:
+            (theirs / "model.safetensors").write_bytes(b"theirs")
+        (mine / "config.json").write_bytes(b"mine")
+    assert {path.name for path in out.iterdir()} == {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
+
+
+def test_a_world_is_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    with writing_world(str(tmp_path / "out"), read_world_config(write_checkpoint(tmp_path / "run")), None) as folder:
+        (folder / "model.safetensors").write_bytes(b"whole")
+    assert (tmp_path / "out" / "ema.safetensors").read_bytes() == b"whole"
 
 
 def test_a_codec_is_found_beside_the_checkpoint_and_not_by_its_name_alone(

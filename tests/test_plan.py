@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_told_the_words_with_which_it_does(capsys) -> None:
         ((), "give manifest=..., or height= width= latents="),
         (("height=33", "width=48", "latents=3"), "must be multiples of"),
         (("height=96", "width=160", "latents=100000000000"), "beyond what a plan is for"),
-        ((*CLIP, "accumulation=1000000000000"), "beyond what a plan is for"),
+        ((*CLIP, "batch=60000", "accumulation=60000"), "beyond what a plan is for"),
         ((*CLIP, "memory_gib=-1"), "must be a positive number"),
         ((*CLIP, "mfu=0.5"), "peak_tflops="),
         ((*CLIP, "mfu=2", "peak_tflops=1"), "not above 1"),

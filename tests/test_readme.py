@@ -81,6 +81,8 @@ def check_command(command: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
         assert set(words[1:]) <= set(targets), command
         return
+    if words[:4] == ["python", "-m", "launch", "accelerate"]:  # with the same words
+        words = ["accelerate", "launch", *words[4:]]
     if words[0] == "accelerate":
         assert words[:3] == ["accelerate", "launch", "--config_file"], command
         assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] in ("DEEPSPEED", "MULTI_GPU")
@@ -124,6 +126,13 @@ def test_a_command_that_does_not_parse_is_found() -> None:
         check_command("python -m data_pipeline record configs/games/doom.yaml out=x episode=4")
     with pytest.raises(AssertionError):
         check_command("make dance")
+    with pytest.raises(ValueError, match="did you mean 'steps'"):
+        words = "--config_file launch/accelerate/cpu_zero2.yaml -m train configs/train/demo_base.yaml step=4"
+        check_command(f"python -m launch accelerate {words}")
+
+
+def test_the_processes_of_a_road_meet_where_nobody_else_is_let_in() -> None:
+    assert not [command for command in road_commands() if command.startswith("accelerate")]
 
 
 def test_every_yaml_of_ours_is_used_by_a_test_a_road_or_the_readme() -> None:

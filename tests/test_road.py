@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from configs.files import sole_writer
 from launch.precision import faster_precision, precision_of_road
 from launch.road import STAMPS, road
 
@@ -110,3 +111,26 @@ def test_a_precision_that_is_none_is_not_guessed(tmp_path: Path) -> None:
     (tmp_path / "precision").write_text("fp16")
     with pytest.raises(ValueError, match="holds neither fp32 nor bf16"):
         precision_of_road(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'a"b', "a;touch PWNED", "`touch PWNED`", "$HOME", "007", "#c", "a\\b"])
+def test_a_road_leads_into_a_folder_of_any_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = "{name: a, command: 'touch ${out}/a', makes: '${out}/a'}"
+    (tmp_path / "road.yaml").write_text(f"out: x\nopens: x\nprecision: fp32\nstages: [{stage}]\n")
+    monkeypatch.chdir(tmp_path)
+    assert road(["road.yaml", f"out={name}"]) == 0
+    assert (tmp_path / name / "a").exists() and {path.name for path in tmp_path.iterdir()} == {"road.yaml", name}
+
+
+def test_two_roads_do_not_go_through_one_folder(a_road: str, tmp_path: Path) -> None:
+    """The second one would set aside what a stage of the first one is writing."""
+    with sole_writer(tmp_path / STAMPS, "road"), pytest.raises(ValueError, match="is in use by the road of process"):
+        road([a_road, "precision=fp32"])
+    assert not (tmp_path / "a").exists() and road([a_road, "precision=fp32"]) == 0
+
+
+def test_a_road_does_not_lead_into_a_bucket(a_road: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="not in a bucket"):
+        road([a_road, "out=s3://bucket/road"])
+    assert [path.name for path in tmp_path.iterdir()] == ["road.yaml"]

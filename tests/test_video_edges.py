@@ -1,5 +1,6 @@
 """What a video says of how it is to be shown is done or refused by name, and what is damaged is seen."""
 
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -281,6 +282,12 @@ def test_our_own_videos_say_what_their_colours_are_and_begin_with_their_table(tm
     assert (frame.colorspace, frame.color_primaries, frame.color_trc, frame.color_range) == said
     np.testing.assert_allclose(next(read_frames(tmp_path / "a.mp4"))[30, 40], RED, atol=4)
     np.testing.assert_allclose(frame.to_ndarray(format="rgb24")[30, 40], RED, atol=4)
+
+
+def test_a_video_whose_name_is_no_utf8_is_written_and_read(tmp_path):
+    named = tmp_path / os.fsdecode(b"\xff.mp4")
+    write_video(named, np.zeros((3, 32, 48, 3), np.uint8), 10)
+    assert len(list(read_frames(named))) == 3
 
 
 def test_a_full_disk_is_one_error_of_the_disk_and_leaves_nothing(tmp_path, capfd):

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 from tiny_recordings import draw_frames, write_recording
 
 from configs.cli import run
@@ -92,6 +93,16 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> N
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "d") as folder:
         raise RuntimeError
     assert (tmp_path / "a.mp4").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("writer", [atomic_path, atomic_folder, lambda place: atomic_files(place, "b.png")])
+def test_a_full_disk_is_said_with_what_could_not_be_written(writer, tmp_path: Path) -> None:
+    place = tmp_path / "film.mp4"
+    with pytest.raises(OSError, match=r"File too large: '.*/film.mp4'"), full_disk(10), writer(place) as out:
+        file = os.open(out / "x" if out.is_dir() else out, os.O_CREAT | os.O_WRONLY)
+        os.write(file, bytes(10))
+        os.write(file, bytes(10))
+    assert not any(place.rglob("*"))
 
 
 def test_a_folder_in_which_another_one_records_is_refused_in_one_line(tmp_path: Path, capsys) -> None:

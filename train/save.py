@@ -1,13 +1,13 @@
 """Writing checkpoints: every rank its part, the main process what everyone reads, COMPLETE last."""
 
 import json
-import re
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from configs.cli import one_line
 from configs.files import NO_ROOM
 from data_pipeline import cache, storage
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec
+from sampling.world_model import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec
 from train.checkpoint import (
     FORMAT,
     POSITION,
@@ -202,7 +202,7 @@ def remove_superseded(run: str, config: CheckpointConfig) -> None:
     """Deletes the checkpoints of `run` that need not be kept, and what saves that never came to their end have left.
     Nothing but folders with the names that checkpoints get; of a link to one, the link. What stays is said."""
     whole, there = complete_steps(run), map(storage.name_of, storage.list_folders(run))
-    ours = [name for name in there if re.fullmatch(r"step_\d{7,}", name)]
+    ours = [name for name in there if fnmatch(name, STEP_FOLDERS)]
     old = superseded([name for name in whole if name in ours], config)
     for name in old + [name for name in ours if name not in whole]:
         place = storage.join(run, name)
