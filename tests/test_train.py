@@ -16,17 +16,13 @@ from test_moving_worlds import generate
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from tiny_world import DIT
 
-from configs import load_config
-from configs.cli import run as main
 from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.weights import load_weights
 from sampling.world_model import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
-from train.__main__ import VERBS
-from train.check import require_lasting
 from train.checkpoint import consolidate
-from train.config import OptimConfig, TrainConfig
+from train.config import OptimConfig
 from train.objectives import make_objective
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.draws import make_draws
@@ -236,18 +232,11 @@ def test_a_consolidated_world_plays_elsewhere(tmp_path: Path, alone: Path, capsy
         consolidate([f"checkpoint={alone}", f"out={tmp_path / 'world.pt'}"])
 
 
-def test_a_config_in_a_checkpoint_of_the_run_itself_is_refused_as_it_goes_with_that(
-    train_words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One beside the checkpoints stays as it is, and one of another run's checkpoint can be used."""
-    for place in ("config.yaml", "step_0000004/config.yaml"):
-        (tmp_path / "mine" / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(train_words[0], tmp_path / "mine" / place)
-    inside = str(tmp_path / "mine" / "step_0000004" / "config.yaml")
+def test_a_config_in_the_run_s_own_folder_is_read_and_stays_as_it_is(train_words: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "mine" / "config.yaml"
+    config.parent.mkdir()
+    shutil.copy(train_words[0], config)
     few = ["engine.name=ddp", "steps=1", "validation.every=99"]
-    assert main("train", VERBS, [inside, f"out={tmp_path / 'mine'}", *few], default="run") == 2
-    assert "config.yaml is deleted with its checkpoint; copy it out of" in capsys.readouterr().err
-    require_lasting([inside], load_config(TrainConfig, [inside, f"out={tmp_path}", *few]))
-    done = run([*ALONE, str(tmp_path / "mine" / "config.yaml"), f"out={tmp_path / 'mine'}", *few])
+    done = run([*ALONE, str(config), f"out={config.parent}", *few])
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "mine" / "config.yaml").read_bytes() == Path(train_words[0]).read_bytes()
+    assert config.read_bytes() == Path(train_words[0]).read_bytes()

@@ -2,19 +2,17 @@
 
 import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
-from configs.files import require_other_files, yaml_files
+from configs.files import require_other_files
 from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
-from sampling.world_model import STEP_FOLDERS, WorldModelConfig, find_checkpoint, newest_step, read_world_config
+from sampling.world_model import WorldModelConfig, find_checkpoint, newest_step, read_world_config
 from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
 from train.engine import gather_objects
@@ -84,15 +82,6 @@ def check_out(config: TrainConfig) -> None:
         raise NotADirectoryError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
     if not os.access(there, os.W_OK | os.X_OK):
         raise PermissionError(f"cannot write to the run folder {config.out}: no right to write in {there}")
-
-
-def require_lasting(words: Sequence[str], config: TrainConfig) -> None:
-    """Raises ValueError in one line if a YAML file among `words` lies in a checkpoint of the run itself: it goes when
-    that is superseded, and the same command could not go on."""
-    for file in yaml_files(words):
-        folder = Path(file).resolve().parent
-        if fnmatch(folder.name, STEP_FOLDERS) and folder.parent == Path(config.checkpoints).resolve():
-            raise ValueError(f"{file} is deleted with its checkpoint; copy it out of {config.checkpoints} first")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:

@@ -21,7 +21,7 @@ from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from sampling.world_model import WorldModelConfig
 from train.build import build_engine
-from train.check import agree, check_run, require_lasting
+from train.check import agree, check_run
 from train.checkpoint import Position, load_checkpoint
 from train.config import STOPPED, TrainConfig
 from train.ema import Ema
@@ -82,7 +82,6 @@ def train(words: list[str]) -> bool:
     """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint. Whether it was
     asked to stop before it was done."""
     asked = with_local_out(load_config(TrainConfig, words))
-    require_lasting(words, asked)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
     if asked.tensorboard:
