@@ -98,7 +98,7 @@ def generate(words: list[str]) -> None:
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
-    require_other_outs(config, said, checkpoint)
+    require_other_outs(config, checkpoint)
     game = said.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
@@ -121,7 +121,7 @@ def _sheet_of(config: GenerateConfig) -> Path:
     return storage.path(config.out).with_suffix(".png")
 
 
-def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
+def require_other_outs(config: GenerateConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
     outs = [config.out, _sheet_of(config)]
     for out in outs:
@@ -132,7 +132,7 @@ def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoin
         "actions": config.actions if is_file(config.actions) else None,
         "vision": config.vision,
         "checkpoint": checkpoint_files(checkpoint),
-        "codec": storage.files_at(config.codec or said.codec),
+        "codec": config.codec and storage.files_at(config.codec),
     }
     require_other_files(outs, read)
 
