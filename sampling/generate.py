@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from configs import load_config
-from configs.files import require_other_files
+from configs.files import require_no_folder, require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.pictures import read_picture
@@ -124,9 +124,7 @@ def _sheet_of(config: GenerateConfig) -> Path:
 def require_other_outs(config: GenerateConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
     outs = [config.out, _sheet_of(config)]
-    for out in outs:
-        if not storage.is_s3(out) and Path(out).is_dir():
-            raise ValueError(f"{out} is a folder; give out= the name of a file")
+    require_no_folder(outs)
     read = {
         "prompt": config.prompt,
         "actions": config.actions if is_file(config.actions) else None,
