@@ -18,7 +18,6 @@ from configs.words import as_mapping, as_sequence, merge_words, merged
 
 T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
-SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
 
 
 class MissingSettingError(ValueError):
@@ -138,9 +137,7 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
 def _meant(hint: type, text: str) -> Any:
     """The value of type `hint` that `text` stands for, or the text itself if it stands for none."""
     if hint is bool:
-        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
-            text.lower(), text
-        )
+        return SWITCH.get(text.lower(), text)
     if not re.fullmatch(r"[-+]?[0-9._]*([eE][-+]?[0-9]+)?", text, re.ASCII) or len(text) > 400:
         return text
     try:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 
+from configs.words import at_home
+
 # torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
 # by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -16,6 +18,7 @@ Verb = Callable[[list[str]], int | None]
 
 # What a person's input can cause: printed as one line, exit 2. Everything else is a bug and keeps its traceback.
 PERSONS_FAULTS = (ValueError, OSError)
+MOST_SAID = 2000  # characters of an error
 
 
 def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = None, default: str | None = None) -> int:
@@ -25,7 +28,7 @@ def run(program: str, verbs: Mapping[str, Verb], words: Sequence[str] | None = N
 
     A person's fault (ValueError, OSError) is one line on stderr and status 2; Ctrl-C is status 130.
     """
-    words = list(sys.argv[1:] if words is None else words)
+    words = [at_home(word) for word in (sys.argv[1:] if words is None else words)]
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -79,8 +82,9 @@ def first_is(name: str, verb: Verb) -> Verb:
 
 
 def one_line(error: BaseException) -> str:
-    """An error as one line: what happened, without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error as one line: what happened, without line breaks; of what quotes a whole file the two ends."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= MOST_SAID else f"{said[: MOST_SAID // 2]} ... {said[-MOST_SAID // 2 :]}"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -200,20 +200,33 @@ def require_other_files(outs: Iterable[str | Path], read: Read, word: str = "out
                 )
 
 
+def require_no_folder(outs: Iterable[str | Path]) -> None:
+    """Raises ValueError in one line if a folder lies where a file is to be written; to be called before the work."""
+    for out in outs:
+        if not str(out).startswith("s3:") and Path(out).is_dir():
+            raise ValueError(f"{out} is a folder; give out= the name of a file")
+
+
 def _is_or_lies_in(out: str, place: str) -> bool:
     if out.startswith("s3:") or place.startswith("s3:"):
         return f"{out.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
     here = Path(os.path.realpath(os.path.dirname(os.path.abspath(out)))) / os.path.basename(out)  # itself, if a link
     real = Path(os.path.realpath(out))
-    return any(_same_file(above, place) for above in {here, *here.parents, real, *real.parents})
+    if any(one.is_relative_to(os.path.realpath(place)) for one in (here, real)):
+        return True
+    return any(_samefile(above, place) for above in {here, *here.parents, real, *real.parents})
 
 
 def _same_file(one: str | Path, other: str | Path) -> bool:
     """Whether both are one, hard links included; of what is not there yet, whether both would be."""
+    return _samefile(one, other) or os.path.realpath(one) == os.path.realpath(other)
+
+
+def _samefile(one: str | Path, other: str | Path) -> bool:
     try:
         return os.path.samefile(one, other)
-    except OSError:
-        return os.path.realpath(one) == os.path.realpath(other)
+    except OSError:  # one is not there
+        return False
 
 
 def yaml_files(words: Sequence[str]) -> list[str]:

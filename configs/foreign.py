@@ -22,7 +22,7 @@ DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
     struct.error, zipfile.BadZipFile, csv.Error, pickle.UnpicklingError, yaml.YAMLError, OmegaConfBaseException,
 )  # fmt: skip
-SETTINGS_BYTES = 16 << 20  # of a file of settings; a larger one is none
+SETTINGS_BYTES = 512 << 10  # of a file of settings; a larger one is none, and 16 MiB take a minute to parse
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """YAML as it stands: scalars stay the text that was written, and the setting's type says what that text means."""
 
 import re
+from collections import Counter
 from collections.abc import Hashable
 from typing import Any, ClassVar
 
@@ -27,9 +28,8 @@ class PlainLoader(yaml.SafeLoader):
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(names) < len(node.value):
             raise ConstructorError(None, None, "a key is no text", node.start_mark)
-        for name in names:
-            if names.count(name) > 1:
-                raise ConstructorError(None, None, f"found duplicate key {name}", node.start_mark)
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise ConstructorError(None, None, f"found duplicate key {twice[0]}", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

@@ -1,5 +1,6 @@
 """Words: YAML files and `key.sub=value` settings, merged into one plain dict whose scalars are still text."""
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -10,6 +11,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs.foreign import reading
 from configs.plain_yaml import PlainLoader
+
+MOST_VALUES = 100_000  # of a file of settings
 
 
 def merge_words(words: Sequence[str], resolve: bool = True) -> dict[str, Any]:
@@ -68,7 +71,7 @@ def _read_word(word: str) -> dict[str, Any]:
         names = key.strip().split(".")
         if not all(names):
             raise ValueError(f"cannot read the setting {word!r}: nothing may be empty before the =")
-        settings: Any = str(Path.home()) if value == "~" else value or None  # `out=` is nothing, as `out:` is
+        settings: Any = at_home(value) or None  # `out=` is nothing, as `out:` is
         for name in reversed(names):
             settings = {name: settings}
         return settings
@@ -80,6 +83,8 @@ def _read_word(word: str) -> dict[str, Any]:
         loaded = yaml.load(Path(word).read_text(encoding="utf-8-sig"), PlainLoader)
         if loaded is not None and not isinstance(loaded, dict):
             raise ValueError(f"{word} must hold keys and values at its top level")
+        if _unfolded(loaded, {}) > MOST_VALUES:
+            raise ValueError(f"{word} holds more than {MOST_VALUES} values, counted as often as aliases repeat them")
         OmegaConf.create(loaded or {})
         return loaded or {}
 
@@ -89,9 +94,23 @@ def is_setting(word: str) -> bool:
     return "=" in word and not (word.endswith((".yaml", ".yml")) and Path(word).is_file())
 
 
+def at_home(text: str) -> str:
+    """`text` with the home folder for a `~` at its beginning, which a shell would have put there."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def _unfolded(value: Any, known: dict[int, int]) -> int:
+    """How many values there are in `value`, those that aliases repeat counted each time, within itself once."""
+    if id(value) not in known:
+        known[id(value)] = 0
+        within = [*value.values()] if isinstance(value, Mapping) else value if isinstance(value, list) else []
+        known[id(value)] = 1 + sum(_unfolded(one, known) for one in within)
+    return known[id(value)]
+
+
 def _at_home(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _at_home(one) for key, one in value.items()}
     if isinstance(value, list):
         return [_at_home(one) for one in value]
-    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
+    return at_home(value) if isinstance(value, str) and value != "~" else value

@@ -34,8 +34,10 @@ _held: dict[Path, IO[str]] = {}  # locks of the copies that this process reads, 
 
 def root() -> Path:
     """The folder of everything here, made if it is not there."""
-    told = os.environ.get("WORLDLOOM_CACHE")
-    folder = Path(told).expanduser().absolute() if told else Path.home() / ".cache" / "worldloom"
+    told = os.path.expanduser(os.environ.get("WORLDLOOM_CACHE") or "~/.cache/worldloom")
+    if told.startswith("~"):
+        raise OSError(f"{told}: this user has no home folder; set WORLDLOOM_CACHE to a folder with room")
+    folder = Path(told).absolute()
     try:
         folder.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
     except OSError as error:

@@ -54,7 +54,7 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     Raises ValueError in one line for anything else.
     """
     bucket, slash, key = url.removeprefix("s3://").partition("/")
-    if "@" in bucket or ":" in bucket:
+    if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
         raise ValueError(
             "an s3 url holds no credentials and no port: write s3://bucket/key, and set AWS_PROFILE, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and S3_ENDPOINT_URL"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from configs import build, load_config, merge_words, save_config
-from configs.cli import run
+from configs.cli import first_is, run
 from configs.files import require_other_files, write_text, yaml_files
 from data_pipeline import storage
 from model.action_dit import ActionDiT
@@ -104,18 +104,19 @@ def import_official(words: list[str]) -> None:
     # A checkpoint is sampling's; this verb and `export` are where the model's own files meet it.
     from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig, writing_world
 
-    if not words or "=" in words[0] or words[0].endswith((".yaml", ".yml")):
+    values = merge_words(words)
+    if values.get("file") is None:
         raise ValueError("the first word is the official file, or the folder that holds it")
-    values = merge_words(words[1:])
     missing = [name for name in ("model", "game", "codec", "out") if values.get(name) is None]
     if missing:
         raise ValueError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
-    if not isinstance(values["codec"], str) or not isinstance(values["out"], str):
-        raise ValueError(f"codec and out are paths, not {values['codec']} and {values['out']}")
-    out, given, codec = values.pop("out"), storage.local(words[0]), storage.local(values["codec"])
+    if not all(isinstance(values[name], str) for name in ("file", "codec", "out")):
+        raise ValueError(f"file, codec and out are paths, not {values['file']}, {values['codec']} and {values['out']}")
+    out, file = values.pop("out"), values.pop("file").rstrip("/")
+    given, codec = storage.local(file), storage.local(values["codec"])
     written = ("model.safetensors", "ema.safetensors", "config.yaml", WORLD_FILE, COMPLETE)
-    read = {"codec": storage.files_at(values["codec"]), "config": yaml_files(words[1:])}
-    read["official weights"] = storage.files_at(words[0])
+    read = {"codec": storage.files_at(values["codec"]), "config": yaml_files(words)}
+    read["official weights"] = storage.files_at(file)
     require_other_files([storage.join(out, name) for name in written], read)
     told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
     world = build(WorldModelConfig, told)
@@ -123,7 +124,7 @@ def import_official(words: list[str]) -> None:
     if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
         raise ValueError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
     weights, origin = read_official(given, world.model)
-    origin = replace(origin, source=words[0].rstrip("/") + origin.source.removeprefix(str(given)))
+    origin = replace(origin, source=file + origin.source.removeprefix(str(given)))
     with writing_world(out, world, values["codec"]) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(origin))
         save_config(origin, folder / "config.yaml")
@@ -135,8 +136,7 @@ def export(words: list[str]) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
     from sampling.world_model import find_checkpoint, find_codec, read_world_config, writing_world
 
-    bare = bool(words) and "=" not in words[0] and not words[0].endswith((".yaml", ".yml"))
-    config = load_config(ExportConfig, [f"checkpoint={words[0]}", *words[1:]] if bare else words)
+    config = load_config(ExportConfig, words)
     checkpoint = find_checkpoint(config.checkpoint)
     world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
     model, codec, lacking = world.model, None, ""
@@ -162,7 +162,8 @@ def export(words: list[str]) -> None:
         )
 
 
-VERBS = {"info": info, "parity": parity, "bench": bench, "import": import_official, "export": export}
+VERBS = {"info": info, "parity": parity, "bench": bench, "import": first_is("file", import_official),
+         "export": first_is("checkpoint", export)}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(run("model", VERBS))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import load_config, to_dict
-from configs.files import require_other_files, write_text, yaml_files
+from configs.files import require_no_folder, require_other_files, write_text, yaml_files
 from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
 from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
@@ -97,6 +97,7 @@ def bench(words: list[str]) -> None:
     require_device(config.device)
     if config.out:
         codec = config.codec if Path(config.codec or "").is_file() else None  # else a folder, or the name of a kind
+        require_no_folder([config.out])
         require_other_files([config.out], {"codec": codec, "config": yaml_files(words)})
     rows = []
     print(header(config))

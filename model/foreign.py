@@ -35,7 +35,7 @@ def open_foreign(path: str | Path) -> LazyWeights:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}")
     with reading(path):
-        tensors = dict(_tensors(_unpickled(path)))
+        tensors = dict(_tensors(_unpickled(path), set()))
         unfit = [name for name, one in tensors.items() if one.dtype not in DTYPE_NAMES or one.layout != torch.strided]
         if unfit or not tensors or any(one.is_meta for one in tensors.values()):
             raise ValueError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
@@ -55,13 +55,17 @@ def _unpickled(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or no torch file; copy or download it again") from error
 
 
-def _tensors(loaded: Any, where: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors in mappings of mappings; what else lies in them (steps, settings, lists) is passed over."""
-    for key, value in loaded.items() if isinstance(loaded, Mapping) else ():
+def _tensors(loaded: Any, seen: set[int], where: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in mappings of mappings; what else lies in them (steps, settings, lists) is passed over, and so is a
+    mapping that was `seen`: a few that hold each other twice would unfold to more than any memory."""
+    if not isinstance(loaded, Mapping) or id(loaded) in seen:
+        return
+    seen.add(id(loaded))
+    for key, value in loaded.items():
         if isinstance(value, Tensor):
             yield f"{where}{key}", value.detach()
         else:
-            yield from _tensors(value, f"{where}{key}/")
+            yield from _tensors(value, seen, f"{where}{key}/")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from configs import load_config
-from configs.files import require_other_files
+from configs.files import require_no_folder, require_other_files
 from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.pictures import read_picture
@@ -98,7 +98,7 @@ def generate(words: list[str]) -> None:
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
     check_request(config, said, checkpoint)
-    require_other_outs(config, said, checkpoint)
+    require_other_outs(config, checkpoint)
     game = said.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
@@ -121,18 +121,16 @@ def _sheet_of(config: GenerateConfig) -> Path:
     return storage.path(config.out).with_suffix(".png")
 
 
-def require_other_outs(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
+def require_other_outs(config: GenerateConfig, checkpoint: str) -> None:
     """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
     outs = [config.out, _sheet_of(config)]
-    for out in outs:
-        if not storage.is_s3(out) and Path(out).is_dir():
-            raise ValueError(f"{out} is a folder; give out= the name of a file")
+    require_no_folder(outs)
     read = {
         "prompt": config.prompt,
         "actions": config.actions if is_file(config.actions) else None,
         "vision": config.vision,
         "checkpoint": checkpoint_files(checkpoint),
-        "codec": storage.files_at(config.codec or said.codec),
+        "codec": config.codec and storage.files_at(config.codec),
     }
     require_other_files(outs, read)
 

@@ -21,6 +21,7 @@ from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
+from model.foreign import PICKLES
 from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.vision import VisionTower, load_vision, visual_context
@@ -141,7 +142,8 @@ def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | No
     """The url of the codec with which the complete checkpoint `checkpoint` was trained, told by its hash: `codec` if
     that is given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
 
-    A checkpoint names no place from which its codec is fetched but its own bucket. Raises ValueError in one line: no
+    A checkpoint names no place from which its codec is fetched but its own bucket, and no file that is not called as
+    weights are: reading some of a machine's files never ends. Raises ValueError in one line: no
     codec of that hash, or one that is elsewhere.
     """
     here, seen = str(checkpoint), dict[str, str]()
@@ -149,7 +151,7 @@ def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | No
     for place in places:
         try:
             there = storage.path(place)
-            if there.is_file() or there.is_dir():
+            if there.is_dir() or (there.is_file() and (codec or there.suffix in (".safetensors", *PICKLES))):
                 seen[place] = codec_hash(storage.local(place, lambda name: "/" not in name))
         except (ValueError, OSError) as error:  # what merely lies there need not be a codec, nor be ours to read
             if codec:

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
+from tiny_world import write_checkpoint
 
 from configs import load_config
 from data_pipeline.order import Order
@@ -395,9 +396,9 @@ def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_wor
 
 
 def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path, monkeypatch) -> None:
-    def refusal(out: str) -> str:
+    def refusal(out: str, *words: str) -> str:
         with pytest.raises((ValueError, OSError)) as refused:
-            check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}"]), ranks=1)
+            check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}", *words]), ranks=1)
         return str(refused.value)
 
     (tmp_path / "file").touch()
@@ -406,6 +407,10 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
     shards = Path(load_config(TrainConfig, [*train_words, "out=x"]).sources[0].path).parent
     assert "would be written into manifest=" in refusal(f"{shards}/run")
     assert "would be written over manifest=" in refusal(f"{shards}/../{shards.name}")
+    step = write_checkpoint(tmp_path / "run")
+    for init in (step, tmp_path / "run"):
+        assert "run/step_0000100/x would be written into init=" in refusal(f"{step}/x", f"init={init}")
+    shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
     assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,5 +1,6 @@
 """Checkpoints and codecs of others: nothing in their files is resolved, fetched from elsewhere or followed unsaid."""
 
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from tiny_world import write_checkpoint, write_codec
 from configs import load_config, save_config
 from data_pipeline import storage
 from model.codec import CONFIG_FILE, load_codec
-from sampling.world_model import WORLD_FILE, keep_codec, load_world, read_world_config
+from sampling.world_model import WORLD_FILE, find_codec, keep_codec, load_world, read_world_config
 from train.checkpoint import Position, require_same_data
 from train.config import TrainConfig
 
@@ -84,6 +85,17 @@ def test_a_codec_in_another_bucket_is_not_fetched_unsaid(tmp_path: Path, monkeyp
         load_world(folder)
     assert "\n" not in str(error.value)
     assert load_world(folder, codec=str(tmp_path / "elsewhere"))
+
+
+def test_no_other_file_than_weights_is_read_as_the_codec_that_a_checkpoint_names(tmp_path: Path) -> None:
+    """Some never end, as /proc/kmsg, and a strange name is no reason to refuse a codec that lies beside."""
+    folder = write_checkpoint(tmp_path / "run")
+    for name in ("/proc/kmsg", "/etc/passwd", "a\0b", "x" * 5000, "\ud800"):
+        said = replace(read_world_config(folder), codec=name)
+        assert find_codec(folder, said) == str(tmp_path / "run" / "codec")
+        with pytest.raises(ValueError, match="give the right one as codec=") as error:
+            find_codec(folder, replace(said, codec_hash="another"))
+        assert not re.search("(kmsg|passwd) is [0-9a-f]", str(error.value))
 
 
 def test_a_codec_in_the_bucket_of_its_checkpoint_is_fetched(bucket_folder: str, tmp_path: Path) -> None:

@@ -168,6 +168,15 @@ def test_a_torch_file_of_garbage_is_one_line(tmp_path: Path, garbage: bytes) -> 
         open_foreign(tmp_path / "x.pth")
 
 
+def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) -> None:
+    nested: dict[str, Any] = dict(PLAIN)
+    for _ in range(40):
+        nested = {"a": nested, "b": nested}
+    nested["a"]["itself"] = nested
+    path = saved({"ema": PLAIN, "model": PLAIN, "of the optimizer": nested}, tmp_path / "x.pt")
+    assert same_bits(dict(load_foreign(path)), PLAIN)
+
+
 @pytest.mark.parametrize(
     "content",
     [

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,8 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
         ("sampling evaluate run recordings=rec manifest=lat/report.json out=lat", "manifest=lat/report.json"),
         ("train consolidate run out=run/step_0000100/ema.safetensors", "checkpoint=run/step_0000100/ema.safetensors"),
         ("train consolidate run out=run/step_0000100/trainer/x.safetensors", "checkpoint=run/step_0000100/trainer"),
+        ("train consolidate run out=run/codec/model.safetensors", "run/codec/model.safetensors, which this reads"),
+        ("train consolidate run codec=codec out=codec/model.safetensors", "codec=codec/model.safetensors"),
         ("train codec game.yaml source=rec out=rec", "source=rec"),
         ("train codec game.yaml source=rec out=rec/codec", "source=rec"),
         ("train codec config.yaml source=rec out=.", "config=config.yaml"),
@@ -108,12 +111,39 @@ def test_no_command_writes_over_what_it_reads(
     assert listing(here) == before
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "data_pipeline doctor game.yaml source=rec out=folder.json",
+        "model bench model.yaml out=folder.json",
+        "train consolidate run out=folder.safetensors",
+        GENERATE + "prompt=mine.png out=folder.mp4",
+    ],
+)
+def test_a_folder_where_a_file_is_to_be_is_said_before_the_work(
+    command: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program, *words = command.split()
+    out = command.rpartition("out=")[2]
+    (here / out).mkdir()
+    assert run(program, VERBS[program], words) == 2
+    assert capsys.readouterr().err == f"{program} {words[0]}: {out} is a folder; give out= the name of a file\n"
+
+
 def test_what_lies_beside_is_another_file(here: Path) -> None:
     read = {"prompt": "mine.png", "source": "rec", "bucket": "s3://b/rec", "nothing": None}
     require_other_files(["mine.mp4", "recordings", "rec.png", "s3://b/recordings", "s3://b", "nowhere/x", "."], read)
     for out in ("s3://b/rec", "s3://b/rec/", "s3://b/rec/x", "rec/new/x", "films/rec"):
         with pytest.raises(ValueError, match="give another script="):
             require_other_files([out], read, "script")
+
+
+def test_a_long_path_is_compared_soon(here: Path) -> None:
+    began = time.monotonic()
+    require_other_files(["a/" + "b/" * 1900 + "x"], {"checkpoint": [f"run/{i}" for i in range(20)]})
+    with pytest.raises(ValueError, match="written into"):
+        require_other_files(["films/rec/" + "b/" * 1900 + "x"], {"source": "rec"})
+    assert time.monotonic() - began < 10  # every part of it was followed for every place: minutes
 
 
 def test_a_link_that_lies_in_a_source_counts_as_there(here: Path) -> None:

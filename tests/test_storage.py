@@ -216,6 +216,14 @@ def test_a_limit_of_the_cache_that_is_no_number_is_one_line(told, monkeypatch) -
         cache.limit_bytes()
 
 
+def test_a_user_without_a_home_is_told_to_name_a_cache(monkeypatch):
+    monkeypatch.setenv("HOME", "~")  # what an unknown user of a container has: nothing that ~ stands for
+    for told in ("", "~/x"):
+        monkeypatch.setenv("WORLDLOOM_CACHE", told)
+        with pytest.raises(OSError, match="no home folder; set WORLDLOOM_CACHE"):
+            cache.root()
+
+
 def test_nobody_else_can_look_into_the_cache(bucket_folder, own_cache) -> None:
     own_cache.mkdir()
     (own_cache / "copies").mkdir(mode=0o755)  # of an earlier version

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pytest
 
 from configs import load_config, load_file, save_config
-from configs.cli import first_is
+from configs.cli import first_is, one_line, run
 from configs.foreign import inside, parse_object, read_settings
 
 
@@ -122,6 +122,37 @@ def test_a_short_foreign_file_does_not_become_a_huge_one(tmp_path: Path) -> None
     with pytest.raises(ValueError, match=r"world\.yaml is damaged .*alias"):
         read_settings(tmp_path / "world.yaml")
     assert time.monotonic() - began < 5  # it is not unfolded; a hang would be hours
+
+
+def test_a_short_file_of_ones_own_does_not_become_a_huge_one_either(tmp_path: Path) -> None:
+    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
+    (tmp_path / "a.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"a\.yaml holds more than 100000 values"):
+        load_config(Settings, [str(tmp_path / "a.yaml")])
+    (tmp_path / "a.yaml").write_text("keys: &k [x, y]\nenv: {A: &a b, C: *a}\n")
+    assert load_config(Settings, [str(tmp_path / "a.yaml")]) == Settings(keys=("x", "y"), env={"A": "b", "C": "b"})
+
+
+def test_a_file_of_settings_is_read_or_refused_soon(tmp_path: Path) -> None:
+    many, began = "\n".join(f"k{i}: x" for i in range(40_000)), time.monotonic()
+    (tmp_path / "world.yaml").write_text(many)
+    assert len(read_settings(tmp_path / "world.yaml")) == 40_000
+    (tmp_path / "world.yaml").write_text("a: [" + "x," * 300_000 + "]")
+    with pytest.raises(ValueError, match="that is no file of settings"):
+        read_settings(tmp_path / "world.yaml")
+    assert time.monotonic() - began < 20  # every key was compared with every other: minutes
+
+
+def test_every_word_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[list[str]] = []
+    monkeypatch.setenv("HOME", "/home/me")
+    run("program", {"verb": lambda words: told.append(words)}, ["verb", "~/a.yaml", "~", "~x", "out=~/b"])
+    assert told == [["/home/me/a.yaml", "/home/me", "~x", "out=~/b"]]
+
+
+def test_an_error_that_quotes_a_file_is_cut() -> None:
+    said = one_line(ValueError("a" * 1500 + "\n" + "b" * 10**6))
+    assert len(said) < 2100 and said.startswith("aaa") and said.endswith("bbb") and " ... " in said
 
 
 def test_a_first_word_that_is_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:

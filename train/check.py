@@ -73,6 +73,7 @@ def check_out(config: TrainConfig) -> None:
     # A manifest may lie in a folder of many things; one that holds the shards too is theirs.
     shards = [folder for folder in folders if next(folder.glob("*.tar"), None)]
     read = {"manifest": shards, "codec": config.codec, "resume": config.resume}
+    read["init"] = config.init and (newest_step(config.init) or config.init)
     require_other_files([config.out, config.checkpoints], read)
     if storage.is_s3(config.out):
         return

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs import build_from, flat, load_config, load_file, to_dict
-from configs.files import require_other_files
+from configs.files import require_no_folder, require_other_files
 from configs.foreign import parse_object, read_settings, reading
 from data_pipeline import storage
 from data_pipeline.types import Manifest
@@ -239,10 +239,16 @@ def consolidate(words: list[str]) -> None:
     """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
     config = load_config(ConsolidateConfig, words)
     folder = find_checkpoint(config.checkpoint)
-    require_other_files([config.out], {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)]})
-    position, saved, world = read_position(folder), state_of(folder), read_world_config(folder)
+    world = read_world_config(folder)
+    read = {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)], "codec": list[str]()}
+    with suppress(ValueError):  # the weights alone need none
+        read["codec"] = storage.files_at(find_codec(folder, world, config.codec))
+    require_other_files([config.out], read)
+    if alone := config.out.endswith(".safetensors"):
+        require_no_folder([config.out])
+    position, saved = read_position(folder), state_of(folder)
     whole, told = saved.whole(WEIGHTS[config.weights], weight_specs(world)), {"step": str(position.step)}
-    if config.out.endswith(".safetensors"):
+    if alone:
         with storage.writing(config.out) as part:
             save_weights(whole, part, told)
     else:

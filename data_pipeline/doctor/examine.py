@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from configs import load_config
 from configs.cli import PERSONS_FAULTS, one_line
-from configs.files import require_other_files, yaml_files
+from configs.files import require_no_folder, require_other_files, yaml_files
 from data_pipeline import storage
 from data_pipeline.doctor.alignment import LEAST
 from data_pipeline.doctor.diagnosis import diagnose
@@ -50,6 +50,7 @@ def doctor(words: list[str]) -> int:
     """Find what would hurt training in recordings: GAME.yaml source= out=report.json; exit status 1 if there is any"""
     config = load_config(DoctorConfig, words)
     if config.out is not None:
+        require_no_folder([config.out])
         require_other_files([config.out], {"source": config.source, "config": yaml_files(words)})
     report = examine(config)
     print(report.text())
