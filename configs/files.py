@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -234,12 +235,21 @@ def yaml_files(words: Sequence[str]) -> list[str]:
     return [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
 
 
+def _is_special(path: Path) -> bool:
+    """Whether a device or a pipe is there. One look: another writer may delete what is there before a second one."""
+    with suppress(OSError):
+        mode = path.stat().st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+    return False
+
+
 def _part_of(path: Path) -> Path:
     """A name beside `path` that no other process, thread or machine takes; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
-    special = path.exists() and not (path.is_file() or path.is_dir())
-    if special or Path(os.path.abspath(path)).parent == Path("/dev"):  # root's rename would take the place of /dev/null
+    if _is_special(path) or Path(os.path.abspath(path)).parent == Path(
+        "/dev"
+    ):  # root's rename would take the place of /dev/null
         raise ValueError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)

@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -72,11 +72,8 @@ def test_files_that_are_written_together_are_of_one_writer(tmp_path: Path) -> No
                     (folder / name).parent.mkdir(exist_ok=True)
                     (folder / name).write_text(str(number))
 
-    threads = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))  # of which none may fail either
     texts = {(tmp_path / name).read_text() for name in ("a.mp4", "b.png", "more/c.txt")}
     assert len(texts) == 1 and {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.png", "more"}
 
