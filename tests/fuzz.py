@@ -136,6 +136,7 @@ def try_inputs(names: str, seed: int, first: int, count: int) -> None:
     targets = [target for target in TARGETS if target.name in names.split(",")]
     with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
         os.environ |= {"HOME": f"{root}/home", "TMPDIR": f"{root}/tmp", "WORLDLOOM_CACHE": f"{root}/cache"}
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{root}/cache/inductor"
         os.environ |= {
             "S3_ENDPOINT_URL": "http://127.0.0.1:9",
             "AWS_ACCESS_KEY_ID": "x",

@@ -29,7 +29,7 @@ from data_pipeline.verify import verify_set
 from launch.local import read_launch, train_task
 from launch.road import RoadConfig
 from launch.submit import submit
-from model.__main__ import import_official
+from model.__main__ import VERBS
 from model.weights import save_weights
 from sampling.evaluate import EvaluateConfig
 from sampling.generate import GenerateConfig, generate, read_prompt
@@ -167,7 +167,7 @@ def _weights(folder: Path) -> None:
 def _import(folder: Path, rng: Random) -> None:
     good = Path.cwd().parent / "good"
     given = folder / rng.choice(["a.safetensors", "a.pt", "sharded"])
-    import_official([str(given), str(good / "weights.yaml"), f"codec={good}/codec_of_weights", "out=made/world"])
+    VERBS["import"]([str(given), str(good / "weights.yaml"), f"codec={good}/codec_of_weights", "out=made/world"])
 
 
 def _run(folder: Path) -> None:

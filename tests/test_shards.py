@@ -359,7 +359,7 @@ def test_a_page_shows_pictures_actions_and_clips(encoded, encode_config, tmp_pat
 
 def test_a_page_shows_what_a_manifest_says_as_text_alone(encoded, tmp_path) -> None:
     shutil.copytree(encoded, tmp_path / "set")
-    url, planted = tmp_path / "set/train/manifest.json", PLANTED.replace("/", "&")
+    url, planted = tmp_path / "set/train/manifest.json", PLANTED.replace("/", "&").encode(errors="ignore").decode()
     loaded = json.loads(url.read_text())
     loaded["game"]["name"] = loaded["split"] = loaded["codec"] = loaded["game"]["action_space"]["keys"][0] = planted
     url.write_text(json.dumps(loaded))
