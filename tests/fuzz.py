@@ -181,7 +181,7 @@ def try_one(target: Target, seed: int, root: Path, writes: list[str]) -> Tried:
     shutil.rmtree(place, ignore_errors=True)
     shutil.copytree(root / "good" / target.name, place / "given")
     (place / "outside").mkdir()
-    (place / "outside" / "secret").write_text("SEKRIT")
+    (place / "outside" / "secret").write_text("theirs")
     files = sorted(path for path in (place / "given").rglob("*") if path.is_file() and target.changes(path))
     if files:
         change_file(rng.choice(files), rng)
@@ -197,7 +197,7 @@ def try_one(target: Target, seed: int, root: Path, writes: list[str]) -> Tried:
     line = next((one for one in said.getvalue().splitlines() if one.startswith(f"fuzz {target.name}:")), "")
     outcome = "success" if status in target.fine else "one line" if status == 2 and line else f"status {status}"
     outside = [path for path in writes if not _inside(path, place, root)]
-    if outside or _contents(place / "outside") != {"secret": b"SEKRIT"}:
+    if outside or _contents(place / "outside") != {"secret": b"theirs"}:
         outcome = f"a write outside of its folder: {outside[:3]}"
     elif not target.goes_on and (changed := [name for name in before if before[name] != _contents(place).get(name)]):
         outcome = f"a file that was given is another one: {changed[:3]}"
