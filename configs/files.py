@@ -236,7 +236,10 @@ def yaml_files(words: Sequence[str]) -> list[str]:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a device or a pipe is there. One look: another writer may delete what is there before a second one."""
+    """Whether a device or a pipe is there, or its place is among devices, where root's rename would succeed."""
+    if Path(os.path.abspath(path)).parent == Path("/dev"):
+        return True
+    # One look: another writer may delete what is there before a second one.
     with suppress(OSError):
         mode = path.stat().st_mode
         return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
@@ -247,9 +250,7 @@ def _part_of(path: Path) -> Path:
     """A name beside `path` that no other process, thread or machine takes; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
-    if _is_special(path) or Path(os.path.abspath(path)).parent == Path(
-        "/dev"
-    ):  # root's rename would take the place of /dev/null
+    if _is_special(path):
         raise ValueError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
