@@ -12,15 +12,16 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
+from configs.errors import UserError
 from configs.files import write_text
 from configs.foreign import read_settings
-from configs.words import as_mapping, as_sequence, merge_words, merged
+from configs.overrides import as_mapping, as_sequence, merge_words, merged
 
 T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
 
 
-class MissingSettingError(ValueError):
+class MissingSettingError(UserError):
     """A required key that nobody gave."""
 
     def __init__(self, key: str) -> None:
@@ -48,9 +49,9 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     try:
         return build(cls, values)
     except MissingSettingError as error:
-        raise ValueError(f"{file} lacks {error.key!r}") from error
+        raise UserError(f"{file} lacks {error.key!r}") from error
     except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -64,7 +65,7 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if key not in names:
             near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
             hint = f"did you mean {where + near[0]!r}?" if near else f"known here: {', '.join(names)}"
-            raise ValueError(f"unknown setting {where + str(key)!r}; {hint}")
+            raise UserError(f"unknown setting {where + str(key)!r}; {hint}")
     for field in fields(typing.cast(Any, cls)):
         if field.name not in values and field.default is MISSING and field.default_factory is MISSING:
             raise MissingSettingError(where + field.name)
@@ -79,20 +80,20 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is Literal:
         if str(value) not in map(str, args):
-            raise ValueError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
+            raise UserError(f"{where} must be one of {', '.join(map(str, args))}, not {value!r}")
         return next(one for one in args if str(one) == str(value))
     if is_dataclass(hint):
         settings = as_mapping(value)
         if settings is None:
-            raise ValueError(f"{where} holds settings of its own; {value!r} is none")
+            raise UserError(f"{where} holds settings of its own; {value!r} is none")
         return build(typing.cast(type, hint), settings, f"{where}.")
     if origin is tuple or origin is list:
         many = as_sequence(value)
         if many is None:
-            raise ValueError(f"{where} must be a list, not {value!r}")
+            raise UserError(f"{where} must be a list, not {value!r}")
         item_hints = [args[0]] * len(many) if origin is list or args[-1] is Ellipsis else list(args)
         if len(item_hints) != len(many):
-            raise ValueError(f"{where} needs {len(item_hints)} values, not {len(many)}")
+            raise UserError(f"{where} needs {len(item_hints)} values, not {len(many)}")
         items = [
             _convert(item, one, f"{where}[{i}]") for i, (item, one) in enumerate(zip(item_hints, many, strict=True))
         ]
@@ -100,7 +101,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         settings = as_mapping(value)
         if settings is None:
-            raise ValueError(f"{where} must be a mapping, not {value!r}")
+            raise UserError(f"{where} must be a mapping, not {value!r}")
         return {str(key): _convert(args[1], one, f"{where}.{key}") for key, one in settings.items()}
     return _convert_scalar(hint, value, where)
 
@@ -126,11 +127,11 @@ def _convert_scalar(hint: type, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1023:
         value = float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where} must be of type {hint.__name__}, not {value!r}")
+        raise UserError(f"{where} must be of type {hint.__name__}, not {value!r}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise ValueError(f"{where} must be a number of at most 64 bits, not {value}")
+        raise UserError(f"{where} must be a number of at most 64 bits, not {value}")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where} must be a finite number, not {value}")
+        raise UserError(f"{where} must be a finite number, not {value}")
     return value
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
+from configs.errors import FileError, FileInTheWayError, UserError
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
 ABANDONED_S = 86400.0  # what another machine has not touched for so long is a killed writer's
@@ -50,10 +52,10 @@ def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[P
         for name in found:
             sync(part / name)
             if (folder / name).is_dir():  # before anything is replaced
-                raise IsADirectoryError(f"{folder / name} is a folder, and a file is to be written there")
+                raise FileInTheWayError(f"{folder / name} is a folder, and a file is to be written there")
         with _alone_in(folder):
             if new and holds_files(folder):
-                raise FileExistsError(f"{folder} holds files that another process wrote meanwhile; choose another out=")
+                raise FileInTheWayError(f"{folder} holds files of another process; choose another out=")
             (folder / last).unlink(missing_ok=True)
             for name in sorted(found, key=lambda name: (str(name) == last, name)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +94,7 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
         os.rename(part, folder)
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileExistsError(f"{folder} is there already; delete it, or give another out=") from error
+            raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
         raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -107,15 +109,15 @@ def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         opened = open(folder / ".lock", "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
     except OSError as error:
-        raise OSError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
+        raise FileError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
     with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            raise ValueError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
+            raise UserError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
         except OSError as error:
-            raise OSError(
+            raise FileError(
                 f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
                 "or choose another out="
             ) from error
@@ -155,7 +157,7 @@ def utf8(text: str, path: str | Path) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         around = text[max(0, error.start - 20) : error.end + 20]
-        raise ValueError(f"{path} cannot hold {around!r}, which is no UTF-8; rename what is called so") from error
+        raise UserError(f"{path} cannot hold {around!r}, which is no UTF-8; rename what is called so") from error
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
@@ -178,34 +180,34 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+config_files: list[str] = []  # YAML files that the running command was given
 Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # places by the word that names them
 
 
 def require_other_files(outs: Iterable[str | Path], read: Read, word: str = "out") -> None:
     """Raises ValueError in one line if one of `outs`, which a command is about to write, is a file that it reads, under
-    whatever name or link, or lies in a folder that it reads. `word` is the setting that names them.
+    whatever name or link, or lies in a folder that it reads; the command's YAML files count too. `word` is the setting
+    that names them.
 
     To be called before anything is written. Of a folder of which only some files matter, name those.
     """
     places = [
         (label, one)
-        for label, given in read.items()
+        for label, given in {**read, "config": config_files}.items()
         for one in ([given] if isinstance(given, str | Path) else given or ())
     ]
     for out in outs:
         for label, place in places:
             if _is_or_lies_in(str(out), str(place)):
                 how = "over" if _same_file(str(out), str(place)) else "into"
-                raise ValueError(
-                    f"{out} would be written {how} {label}={place}, which this reads; give another {word}="
-                )
+                raise UserError(f"{out} would be written {how} {label}={place}, which this reads; give another {word}=")
 
 
 def require_no_folder(outs: Iterable[str | Path]) -> None:
     """Raises ValueError in one line if a folder lies where a file is to be written; to be called before the work."""
     for out in outs:
         if not str(out).startswith("s3:") and Path(out).is_dir():
-            raise ValueError(f"{out} is a folder; give out= the name of a file")
+            raise UserError(f"{out} is a folder; give out= the name of a file")
 
 
 def _is_or_lies_in(out: str, place: str) -> bool:
@@ -230,11 +232,6 @@ def _samefile(one: str | Path, other: str | Path) -> bool:
         return False
 
 
-def yaml_files(words: Sequence[str]) -> list[str]:
-    """The files of settings among a command's words."""
-    return [word for word in words if word.endswith((".yaml", ".yml")) and Path(word).is_file()]
-
-
 def _is_special(path: Path) -> bool:
     """Whether a device or a pipe is there, or its place is among devices, where root's rename would succeed."""
     if Path(os.path.abspath(path)).parent == Path("/dev"):
@@ -249,9 +246,9 @@ def _is_special(path: Path) -> bool:
 def _part_of(path: Path) -> Path:
     """A name beside `path` that no other process, thread or machine takes; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
-        raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
+        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if _is_special(path):
-        raise ValueError(f"{path} is a device or a pipe; give the name of a file")
+        raise UserError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
     writer = f"{_machine_digest()}-{os.getpid()}-{os.urandom(4).hex()}"

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.errors import MissingFileError, UserError
 from configs.plain_yaml import ForeignLoader
 
 # What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
@@ -35,7 +36,7 @@ def reading(where: str | Path, remedy: str = "copy, download or write it again")
         if isinstance(error, ValueError) and str(where) in str(error):
             raise
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{where} is damaged ({said or type(error).__name__}); {remedy}") from error
+        raise UserError(f"{where} is damaged ({said or type(error).__name__}); {remedy}") from error
 
 
 def parse_json(text: str | bytes, where: str | Path) -> Any:
@@ -50,21 +51,21 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
             json.dumps(loaded, ensure_ascii=False).encode()
         return loaded
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
 
 
 def parse_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
     """The object that the JSON `text` is; see `parse_json`."""
     loaded = parse_json(text, where)
     if not isinstance(loaded, dict):
-        raise ValueError(f"{where} must hold keys and values at its top level")
+        raise UserError(f"{where} must hold keys and values at its top level")
     return loaded
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is no finite number")
+        raise UserError(f"{text} is no finite number")
     return number
 
 
@@ -73,17 +74,17 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     machine's environment and put it where the file's author sees it. Raises ValueError in one line."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no config file {path}")
+        raise MissingFileError(f"no config file {path}")
     if path.stat().st_size > SETTINGS_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
+        raise UserError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
     with reading(path):
         loaded = yaml.load(path.read_text(encoding="utf-8-sig"), ForeignLoader)
         if not isinstance(loaded, dict):
-            raise ValueError(f"{path} must hold keys and values at its top level")
+            raise UserError(f"{path} must hold keys and values at its top level")
         for text in _texts(loaded):
             if "${" in text:
                 found = text[text.index("${") :][:80]
-                raise ValueError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
+                raise UserError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
     return loaded
 
 
@@ -107,7 +108,7 @@ def require_inside(name: str, where: str | Path) -> str:
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c in "\\\x7f" for c in name):
-        raise ValueError(f"{where} names {name!r}, which is no file of a folder; it was not read or written")
+        raise UserError(f"{where} names {name!r}, which is no file of a folder; it was not read or written")
     return name
 
 
@@ -117,5 +118,5 @@ def inside(folder: Path, name: str, where: str | Path | None = None) -> Path:
     if isinstance(folder, Path):  # an s3:// path has no links
         real = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle
         if not real.is_relative_to(os.path.realpath(folder)):
-            raise ValueError(f"{where or folder} names {name!r}, which lies in {real}; it was not read or written")
+            raise UserError(f"{where or folder} names {name!r}, which lies in {real}; it was not read or written")
     return path

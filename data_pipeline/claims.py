@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from configs import storage
+from configs.errors import UserError
 from configs.files import process_start, this_machine
 from configs.foreign import parse_object
-from data_pipeline import storage
-from data_pipeline.s3_errors import NotOffered
+from configs.s3_errors import NotOffered
 
 CLAIM = ".claim"
 STALE_S = 30.0  # after so long without a renewal, the machine that holds a url is gone
@@ -122,7 +123,7 @@ def claimed(url: str, what: str) -> Iterator[None]:
     try:
         while not claims.take(what):
             if time.monotonic() > deadline:
-                raise ValueError(
+                raise UserError(
                     f"{url} is in use by another {what}, which says so in {what}.claim; choose another out="
                 )
             time.sleep(1)

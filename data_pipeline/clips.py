@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from configs.errors import UserError
 from data_pipeline.plan import EncodeConfig, clip_starts
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.recording import BAD_RECORDING
@@ -24,7 +25,7 @@ from model.vision import VisionTower, image_conditions, visual_context
 T = TypeVar("T")
 
 
-class BadEpisodeError(ValueError):
+class BadEpisodeError(UserError):
     """An episode whose frames cannot be had."""
 
     def __init__(self, episode: str, error: Exception) -> None:
@@ -124,7 +125,7 @@ def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterabl
         encoded = encoder.latents(np.stack([run.frames for run in batch]))
         if not torch.isfinite(encoded).all():
             names = dict.fromkeys(episodes[run.episode].id for run in batch)
-            raise ValueError(f"codec={config.codec} makes latents of {', '.join(names)} that are not finite numbers")
+            raise UserError(f"codec={config.codec} makes latents of {', '.join(names)} that are not finite numbers")
         latents.update(zip(places, encoded, strict=True))
         pictures = {place: run.frames[0] for place, run in zip(places, batch, strict=True) if place in begins}
         first_frames.update((place, encoder.first_frame(frame)) for place, frame in pictures.items())

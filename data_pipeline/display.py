@@ -17,6 +17,8 @@ from av.stream import Disposition
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorPrimaries, ColorTrc, VideoReformatter
 
+from configs.errors import UserError
+
 # The numbers of ITU-T H.273 (AVColorSpace, AVColorTransferCharacteristic, AVColorPrimaries).
 UNSPECIFIED = (2, 3)  # 3 is reserved; encoders have written it for "unknown"
 MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # those that are honoured, by swscale's numbers
@@ -63,14 +65,14 @@ def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream
     if len(streams) > 1:
         default = [one for one in streams if one.disposition & Disposition.default]
         if len(default) != 1:
-            raise ValueError(
+            raise UserError(
                 f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read"
             )
         streams = default
     if not streams:
-        raise ValueError(f"{path} holds no video")
+        raise UserError(f"{path} holds no video")
     if streams[0].codec_context is None:
-        raise ValueError(f"{path} holds a video that nothing here can decode; {REMEDY}")
+        raise UserError(f"{path} holds a video that nothing here can decode; {REMEDY}")
     return streams[0]
 
 
@@ -94,7 +96,7 @@ class Display:
         if look != self._look:
             changed = next(name for name, one in look._asdict().items() if one != getattr(self._look, name))
             was, now = getattr(self._look, changed), getattr(look, changed)
-            raise ValueError(f"{self.path}: the {changed} of frame {number} is {now}, before it was {was}; {REMEDY}")
+            raise UserError(f"{self.path}: the {changed} of frame {number} is {now}, before it was {was}; {REMEDY}")
         return self._shown(self._to_rgb(frame, look, number))
 
     @property
@@ -177,7 +179,7 @@ class Display:
         return np.ascontiguousarray(picture[:: -1 if rows else 1, :: -1 if columns else 1])
 
     def _refuse(self, what: str) -> ValueError:
-        return ValueError(f"{self.path}: {what} cannot be read as players show it; {REMEDY}")
+        return UserError(f"{self.path}: {what} cannot be read as players show it; {REMEDY}")
 
 
 @lru_cache(maxsize=16)

@@ -15,20 +15,13 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from configs import storage
+from configs.errors import UserError
 from configs.files import require_other_files
-from data_pipeline import storage
 from data_pipeline.claims import Claims
 from data_pipeline.clips import BadEpisodeError, Encoder, Run, cut_episodes, encode_clips, read_ahead
 from data_pipeline.left_out import LEFT_OUT, LeftOut
-from data_pipeline.plan import (
-    PLAN,
-    EncodeConfig,
-    Plan,
-    describe_set,
-    make_plans,
-    require_same_plan,
-    without_bad,
-)
+from data_pipeline.plan import PLAN, EncodeConfig, Plan, describe_set, make_plans, require_same_plan, without_bad
 from data_pipeline.shards import MANIFEST, Index, save_manifest, write_shard
 from data_pipeline.types import Clip
 from data_pipeline.units import Unit, list_units
@@ -126,7 +119,7 @@ def _collect_left_out(config: EncodeConfig, plan: Plan, indexes: Sequence[Index]
     bad = {name: why for index in indexes for name, why in index.left_out.items()}
     if not any(index.info.clips for index in indexes):
         name, why = next(iter(bad.items()))
-        raise ValueError(f"no {plan.split} episode can be decoded; {name}: {why}")
+        raise UserError(f"no {plan.split} episode can be decoded; {name}: {why}")
     return without_bad(config, plan, bad)
 
 

@@ -10,15 +10,16 @@ import numpy as np
 import torch
 from einops import rearrange
 
-from configs import load_config
+from configs import storage
+from configs.errors import UserError
 from configs.files import require_other_files
-from data_pipeline import storage
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.page import Html, h, page_of
 from data_pipeline.shard_set import Shards
-from data_pipeline.types import CHUNK_LATENTS, Clip, Manifest
+from data_pipeline.types import Clip, Manifest
 from data_pipeline.video import to_uint8, write_video
 from model.codec import Codec, codec_hash, load_codec
+from model.layout import CHUNK_LATENTS
 
 BINS = 41  # of the mouse's histograms
 
@@ -36,15 +37,14 @@ class InspectConfig:
 
     def __post_init__(self) -> None:
         if min(self.videos, self.pictures) < 0 or self.looked_at < 1:
-            raise ValueError(
+            raise UserError(
                 f"videos={self.videos} and pictures={self.pictures} must be 0 or more, looked_at={self.looked_at} "
                 "1 or more"
             )
 
 
-def inspect(words: list[str]) -> None:
+def inspect(config: InspectConfig) -> None:
     """Say what a manifest holds, and write a page: inspect MANIFEST out=FOLDER codec=runs/my/codec"""
-    config = load_config(InspectConfig, words)
     if config.out is not None:
         read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
         require_other_files([storage.join(config.out, "index.html")], read)
@@ -138,7 +138,7 @@ def open_codec(path: str, manifest: Manifest) -> Codec:
     """The codec at `path`, if it is the one that encoded the set."""
     here = storage.local(path)
     if (found := codec_hash(here)) != manifest.codec_hash:
-        raise ValueError(f"codec={path} is {found}, the set was encoded by {manifest.codec_hash}; name that one")
+        raise UserError(f"codec={path} is {found}, the set was encoded by {manifest.codec_hash}; name that one")
     return load_codec(here)
 
 

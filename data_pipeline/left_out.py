@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
-from data_pipeline import storage
+from configs import storage
 from data_pipeline.readers.recording import list_names
 
 LEFT_OUT = "left_out.json"

@@ -7,7 +7,9 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from data_pipeline.types import Actions, ActionSpace
+from configs.errors import UserError
+from configs.game import ActionSpace
+from data_pipeline.types import Actions
 
 MIN_WIDTH = 640  # px; smaller pictures are enlarged before anything is drawn, so that the letters stay sharp
 SUPERSAMPLING = 4  # sprites are drawn this much larger and averaged down: smooth edges without a font file
@@ -72,7 +74,7 @@ class Overlay:
     def draw(self, frame: np.ndarray, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
         """A copy of `frame` (h w 3) uint8 with the held keys of `keyboard` (k) lit and the stick at `mouse` (2)."""
         if frame.shape != (self.height, self.width, 3):
-            raise ValueError(f"the overlay is made for {self.height}x{self.width} px, the frame is {frame.shape}")
+            raise UserError(f"the overlay is made for {self.height}x{self.width} px, the frame is {frame.shape}")
         drawn = frame.copy()
         lit = lit_caps(self.action_space, Actions(keyboard[None], mouse[None]))
         for (dark, bright), held in zip(self.caps, lit.values(), strict=True):

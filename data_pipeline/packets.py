@@ -13,7 +13,8 @@ import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
 
-from data_pipeline import storage
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from data_pipeline.checksum import is_altered
 from data_pipeline.display import choose_stream
 
@@ -29,7 +30,7 @@ CONTAINERS = (
 def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterator[InputContainer]:
     """The file, wherever it lies, if it holds a video itself; from a server come `buffer_bytes` at a time."""
     if not storage.path(path).is_file():
-        raise FileNotFoundError(f"no video {path}")
+        raise MissingFileError(f"no video {path}")
     only: Any = {"container_options": {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}}
     only["metadata_errors"] = "replace"
     utf8 = str(path).encode(errors="ignore") == os.fsencode(path)  # PyAV takes no other names
@@ -49,11 +50,11 @@ def count_indexed(container: InputContainer, stream: av.VideoStream, path: str |
     entries = list(stream.index_entries)
     there = sum(entry.pos + entry.size <= container.size for entry in entries)
     if there < len(entries):
-        raise ValueError(f"{path} is truncated: {there} of {len(entries)} frames are there; copy or record it again")
+        raise UserError(f"{path} is truncated: {there} of {len(entries)} frames are there; copy or record it again")
     return sum(not entry.is_discard for entry in entries)
 
 
-class DamagedVideoError(ValueError):
+class DamagedVideoError(UserError):
     """A video whose pictures are not those that were encoded."""
 
 
@@ -87,7 +88,7 @@ def _read_packets(container: InputContainer, stream: av.VideoStream, path: str |
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
             if packet.pts is None:
-                raise ValueError(f"{path} does not say when its frames are shown; convert it to mp4")
+                raise UserError(f"{path} does not say when its frames are shown; convert it to mp4")
             dts = packet.pts if packet.dts is None else packet.dts  # Matroska, which seeks by pts, leaves some out
             rows.append((packet.pts, dts, packet.is_keyframe))
     return _packets(rows, stream)
@@ -134,7 +135,7 @@ def decode_from(
         if frame.pts < first:
             continue
         if number == start and frame.pts != first:
-            raise ValueError(f"frame {start} of {path} cannot be reached alone; convert it to H.264 mp4")
+            raise UserError(f"frame {start} of {path} cannot be reached alone; convert it to H.264 mp4")
         yield frame
         number += 1
 

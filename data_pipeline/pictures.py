@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import DAMAGE
-from data_pipeline import storage
 
 # Of the others that Pillow knows, some start programs (EPS), some are no single picture (PDF).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
@@ -37,7 +38,7 @@ def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit is below
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
-                    raise ValueError(f"{picture.width}x{picture.height} px are more than {MOST_PIXELS:,}")
+                    raise UserError(f"{picture.width}x{picture.height} px are more than {MOST_PIXELS:,}")
                 if getattr(picture, "n_frames", 1) > 1:  # only formats that can have several say it
                     tqdm.write(f"{path} holds several pictures; the first one is taken", file=sys.stderr)
                 return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
@@ -45,7 +46,7 @@ def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
         unknown = isinstance(error, UnidentifiedImageError)  # it names an object in memory
         said = "no known format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
         known = ", ".join(FORMATS)
-        raise ValueError(
+        raise UserError(
             f"cannot read the picture {path} ({said}); it is truncated, too large or none of {known}"
         ) from error
 
@@ -54,10 +55,10 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode.startswith("I"):  # Pillow would cut off above 255
         values = np.asarray(picture).astype(np.int64)
         if not 0 <= values.min() <= values.max() <= 0xFFFF:
-            raise ValueError("its grey values are no 16 bits")
+            raise UserError("its grey values are no 16 bits")
         return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
-        raise ValueError("its grey values are no whole numbers")
+        raise UserError("its grey values are no whole numbers")
     profile = picture.info.get("icc_profile")
     if picture.mode == "CMYK":
         return _to_srgb(picture, profile) or picture.convert("RGB")

@@ -8,17 +8,18 @@ from typing import Any, Literal
 
 from tqdm import tqdm
 
-from configs import to_dict
-from configs.cli import one_line
+from configs import storage, to_dict
+from configs.errors import UserError, one_line
 from configs.foreign import parse_object
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.left_out import LeftOut
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, clip_latents
-from data_pipeline.types import CHUNK_FRAMES, Episode, GameConfig, Layout, Manifest, ShardInfo
+from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash
 from model.conditioning import Unknown
+from model.layout import CHUNK_FRAMES, Layout
 from model.vision import Vision, vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
@@ -57,18 +58,18 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         if self.layout == "chunked" and self.clip_frames % CHUNK_FRAMES:
-            raise ValueError(f"clip_frames={self.clip_frames}: chunked clips are multiples of {CHUNK_FRAMES} frames")
+            raise UserError(f"clip_frames={self.clip_frames}: chunked clips are multiples of {CHUNK_FRAMES} frames")
         if self.layout == "continuous" and self.clip_frames % TEMPORAL != 1:
-            raise ValueError(f"clip_frames={self.clip_frames}: continuous clips have 1 + {TEMPORAL}k frames")
+            raise UserError(f"clip_frames={self.clip_frames}: continuous clips have 1 + {TEMPORAL}k frames")
         if (self.vision == "none") != (self.vision_weights is None):
-            raise ValueError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
+            raise UserError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
         if self.unknown == "grey" and self.layout != "continuous":
-            raise ValueError("unknown=grey is how a causal model is conditioned; it needs layout=continuous")
+            raise UserError("unknown=grey is how a causal model is conditioned; it needs layout=continuous")
         for name, largest in LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
-                raise ValueError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
+                raise UserError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
         if not 0 < self.stale_s <= LONGEST_STALE_S:
-            raise ValueError(f"stale_s={self.stale_s} must be positive, and at most {LONGEST_STALE_S:g}")
+            raise UserError(f"stale_s={self.stale_s} must be positive, and at most {LONGEST_STALE_S:g}")
 
     @property
     def run_frames(self) -> int:
@@ -108,7 +109,7 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
-        raise ValueError(
+        raise UserError(
             f"{len(recordings)} recordings hold out none with heldout_every={config.heldout_every}; "
             "record more or set it smaller (0 holds out nothing)"
         )
@@ -152,7 +153,7 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, readings: Reading
     shards += [tuple(group)] if group else []
     if not shards:
         also = "".join(f"; {name} cannot be read: {why}" for name, why in [*readings.bad.items()][:1])
-        raise ValueError(
+        raise UserError(
             f"none of the {len(episodes)} {split} episodes has the {config.clip_frames} frames of a clip{also}"
         )
     _require_distinct_keys(shards)
@@ -217,7 +218,7 @@ def _require_distinct_keys(shards: Sequence[Sequence[Episode]]) -> None:
     for episode in (episode for shard in shards for episode in shard):
         other = seen.setdefault(clip_key(episode.id, 0), episode.id)
         if other != episode.id:
-            raise ValueError(f"episodes {other!r} and {episode.id!r} have the same name in a shard; rename one")
+            raise UserError(f"episodes {other!r} and {episode.id!r} have the same name in a shard; rename one")
 
 
 def require_same_plan(plan: Plan, folder: str) -> None:
@@ -227,15 +228,15 @@ def require_same_plan(plan: Plan, folder: str) -> None:
         if not any(name.endswith(INDEX) for name in storage.list_files(folder)):
             return
         if not storage.exists(url):  # even now: a worker that has just begun writes its plan before its first shard
-            raise ValueError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
+            raise UserError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
     try:
         found = parse_object(storage.read_bytes(url), url)
     except ValueError as error:
-        raise ValueError(f"{error}; it is no plan: delete {folder} or give another out=") from error
+        raise UserError(f"{error}; it is no plan: delete {folder} or give another out=") from error
     for name in plan.facts:
         if found.get(name) != plan.facts[name]:
             change = _name_change(found.get(name), plan.facts[name])
-            raise ValueError(f"{folder} holds shards of another plan: {name} {change}; give another out= or delete it")
+            raise UserError(f"{folder} holds shards of another plan: {name} {change}; give another out= or delete it")
 
 
 def _name_change(old: Any, new: Any) -> str:

@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs import to_dict
+from configs import storage, to_dict
+from configs.errors import MissingFileError, UserError
 from configs.files import sole_writer
 from configs.foreign import parse_object
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.claims import claimed
 from data_pipeline.players import ended_by_itself, playing
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
-from data_pipeline.types import GameConfig
 from data_pipeline.video import fit_frame
 
 TICS_PER_S = 35
@@ -58,16 +58,16 @@ class RecordConfig:
         bounds = {"episodes": (1, MOST), "frames": (2, MOST), "workers": (1, MOST_WORKERS)}
         for name, (least, most) in bounds.items():
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} must be from {least} to {most}")
+                raise UserError(f"{name}={getattr(self, name)} must be from {least} to {most}")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed} must be at least 0")
+            raise UserError(f"seed={self.seed} must be at least 0")
         if TICS_PER_S % self.game.fps:
-            raise ValueError(
+            raise UserError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
             )
         unknown = [key for key in self.game.action_space.keys if key not in BUTTONS]
         if unknown or not self.game.action_space.mouse:
-            raise ValueError(f"the recorder needs a mouse and knows the keys {', '.join(BUTTONS)}; unknown: {unknown}")
+            raise UserError(f"the recorder needs a mouse and knows the keys {', '.join(BUTTONS)}; unknown: {unknown}")
 
     @property
     def tics(self) -> int:
@@ -181,17 +181,17 @@ def import_vizdoom() -> Any:
     try:
         return importlib.import_module("vizdoom")
     except ImportError as error:
-        raise ValueError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
+        raise UserError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
 
 
 def find_scenario(recorder: RecorderConfig) -> Path:
     """The scenario's file. Raises ValueError if it lacks the map: the game would wait for ever, without a word."""
     scenario = Path(import_vizdoom().scenarios_path) / recorder.scenario
     if not scenario.is_file():
-        raise FileNotFoundError(f"ViZDoom has no scenario {recorder.scenario}")
+        raise MissingFileError(f"ViZDoom has no scenario {recorder.scenario}")
     maps = read_maps(scenario)
     if recorder.map.upper() not in maps:
-        raise ValueError(
+        raise UserError(
             f"ViZDoom's {recorder.scenario} has no map {recorder.map.upper()}, but {', '.join(maps) or 'none'}"
         )
     return scenario
@@ -209,7 +209,7 @@ def read_maps(wad: Path) -> list[str]:
     except struct.error:
         kind, entries = b"", []
     if kind not in (b"IWAD", b"PWAD"):
-        raise ValueError(f"{wad} is no WAD, or a damaged one")
+        raise UserError(f"{wad} is no WAD, or a damaged one")
     names = [name.partition(b"\0")[0].decode("latin-1").upper() for _, _, name in entries]
     return [name for name, content in pairwise(names) if content in ("THINGS", "TEXTMAP")]
 
@@ -288,12 +288,12 @@ def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
         return False
     lacking = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
     if lacking:
-        raise ValueError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded anew")
+        raise UserError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded anew")
     found, wanted = parse_object(path.read_bytes(), path), _about(config, index)
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         key = differing[0]
-        raise ValueError(f"{folder} was recorded with {key} {found.get(key)!r}, not {wanted[key]!r}; give another out=")
+        raise UserError(f"{folder} was recorded with {key} {found.get(key)!r}, not {wanted[key]!r}; give another out=")
     return True
 
 

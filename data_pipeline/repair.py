@@ -1,6 +1,6 @@
 """Shards of a plan that are not what they should be, dropped so that `encode` makes them anew."""
 
-from data_pipeline import storage
+from configs import storage
 from data_pipeline.encode import load_encoder, place
 from data_pipeline.plan import EncodeConfig, make_plans, require_same_plan
 from data_pipeline.shards import index_url, read_index

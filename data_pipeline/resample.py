@@ -6,7 +6,8 @@ from functools import cached_property
 
 import numpy as np
 
-from data_pipeline.types import Actions, ActionSpace, Episode
+from configs.game import ActionSpace
+from data_pipeline.types import Actions, Episode
 
 ROUNDED_S = 6e-4  # by which files round times; Matroska's unit is a millisecond
 

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 
-from data_pipeline import s3, storage
-from data_pipeline.s3_errors import Damaged
+from configs import s3, storage
+from configs.errors import UserError
+from configs.game import ActionSpace
+from configs.s3_errors import Damaged
 from data_pipeline.shards import (
     VERIFY,
     Entry,
@@ -24,7 +26,7 @@ from data_pipeline.shards import (
     shard_url,
     unpack_clip,
 )
-from data_pipeline.types import ActionSpace, Clip, Manifest, ShardInfo, Source
+from data_pipeline.types import Clip, Manifest, ShardInfo, Source
 from data_pipeline.verify import find_fault
 
 TRIES = 2  # a disk, or a copy, may be at fault for a moment
@@ -88,7 +90,7 @@ class Shards:
 
     def _require_shapes(self, url: str, entry: Entry, found: Mapping[str, tuple[int, ...]]) -> None:
         if strange := find_strange(clip_shapes(self.manifest), found):
-            raise ValueError(f"{url}: clip {entry.key} has {strange}; {VERIFY}")
+            raise UserError(f"{url}: clip {entry.key} has {strange}; {VERIFY}")
 
     def read_into(self, number: int, layout: Layout, rows: Mapping[str, memoryview]) -> None:
         """As `read`, into bytes that are there; the clip must have that layout."""
@@ -163,7 +165,7 @@ class Shards:
 
     def _error(self, shard: int, fault: str) -> ValueError:
         path, info = self.shards[shard]
-        return ValueError(f"shard {shard_url(path, info)}: {fault}; run python -m data_pipeline verify {path}")
+        return UserError(f"shard {shard_url(path, info)}: {fault}; run python -m data_pipeline verify {path}")
 
 
 OF_ALL = ("layout", "clip_frames", "clip_latents", "codec_hash", "vision", "unknown")
@@ -175,7 +177,7 @@ def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
     for source, manifest in zip(sources, manifests, strict=True):
         for name, times in Counter(info.url for info in manifest.shards).items():
             if times > 1:
-                raise ValueError(f"{source.path} lists {name} {times} times; encode into a new folder")
+                raise UserError(f"{source.path} lists {name} {times} times; encode into a new folder")
     for source, manifest in zip(sources[1:], manifests[1:], strict=True):
         require_same_kind(manifests[0], sources[0].path, manifest, source.path)
     return manifests
@@ -191,7 +193,7 @@ def require_same_kind(
     facts += [(name, getattr(manifest.game, name), getattr(other.game, name)) for name in of_game]
     for name, ours, theirs in facts:
         if ours != theirs:
-            raise ValueError(f"{other_url} has {name} {theirs}, {url} {ours}; they must agree in it; encode both alike")
+            raise UserError(f"{other_url} has {name} {theirs}, {url} {ours}; they must agree in it; encode both alike")
 
 
 def read_clips(manifest_url: str | Path, limit: int | None = None) -> list[Clip]:
@@ -204,6 +206,6 @@ def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> 
     """Raises ValueError, naming both, unless the clips' action vectors mean what `whose` take them to mean."""
     own = manifest.game.action_space
     if own.hash != space.hash:
-        raise ValueError(
+        raise UserError(
             f"the clips have the action space {own.describe()}, {whose} {space.describe()}; they must match"
         )

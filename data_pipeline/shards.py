@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from webdataset.writer import TarWriter
 
-from configs import build_from, to_dict
+from configs import build_from, storage, to_dict
+from configs.errors import MissingFileError, UserError
 from configs.files import sha256_file
 from configs.foreign import parse_object, reading, require_inside
-from data_pipeline import storage
-from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Clip, Manifest, ShardInfo
+from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.codec import SPATIAL, TEMPORAL
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 
 MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
@@ -126,7 +127,7 @@ def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
         try:
             return load(data)
         except SafetensorError as error:
-            raise ValueError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
+            raise UserError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
 
 
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a clip's tensors, as they lie there
@@ -168,11 +169,11 @@ def read_clip_into(url: str, entry: Entry, layout: Layout, rows: Mapping[str, me
     with storage.opened(url, entry.size) as file:
         found, first = _read_layout(file, url, entry)
         if found != layout:
-            raise ValueError(f"{url}: clip {entry.key} has {found}, others {layout}; {VERIFY}")
+            raise UserError(f"{url}: clip {entry.key} has {found}, others {layout}; {VERIFY}")
         file.seek(first)
         for name in found:
             if (got := file.readinto(rows[name])) != len(rows[name]):
-                raise ValueError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
+                raise UserError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
 
 
 def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layout, int]:
@@ -180,17 +181,17 @@ def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layou
     file.seek(entry.offset)
     length = int.from_bytes(file.read(8), "little")
     if length > entry.size - 8:
-        raise ValueError(f"{url} holds a damaged clip at {entry.offset}; {VERIFY}")
+        raise UserError(f"{url} holds a damaged clip at {entry.offset}; {VERIFY}")
     with reading(url, VERIFY):
         header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
         header.pop("__metadata__", None)
         tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
         layout = {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}
         if any(type(size) is not int or size < 0 for _, shape in layout.values() for size in shape):
-            raise ValueError(f"clip {entry.key} has a shape that is none")
+            raise UserError(f"clip {entry.key} has a shape that is none")
         told = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
     if told != entry.size - 8 - length:
-        raise ValueError(f"{url} holds a damaged clip ({told} bytes in {entry.size}); {VERIFY}")
+        raise UserError(f"{url} holds a damaged clip ({told} bytes in {entry.size}); {VERIFY}")
     return layout, entry.offset + 8 + length
 
 
@@ -200,7 +201,7 @@ def read_index(url: str) -> Index:
     try:
         data = storage.read_bytes(path)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing; run the same encode command again") from error
+        raise MissingFileError(f"{path} is missing; run the same encode command again") from error
     with reading(path, AGAIN):
         loaded = parse_object(data, path)
         info = build_from(ShardInfo, loaded["shard"], path)
@@ -212,11 +213,11 @@ def _read_entry(values: Any, info: ShardInfo) -> Entry:
     entry = Entry(*values)
     numbers = entry[2:]
     if not isinstance(entry.key, str) or not isinstance(entry.episode, str) or any(type(n) is not int for n in numbers):
-        raise ValueError(f"{values!r:.80} is no clip")
+        raise UserError(f"{values!r:.80} is no clip")
     largest = min(info.bytes, CLIP_BYTES)
     for offset, size in (numbers[1:3], numbers[3:5]):
         if offset < 0 or not 0 <= size <= largest or offset + size > info.bytes:
-            raise ValueError(f"clip {entry.key:.80} is said to lie at {offset}, {size} bytes of {info.bytes}")
+            raise UserError(f"clip {entry.key:.80} is said to lie at {offset}, {size} bytes of {info.bytes}")
     return entry
 
 
@@ -251,10 +252,10 @@ def save_manifest(manifest: Manifest, url: str | Path) -> None:
 def load_manifest(url: str | Path) -> Manifest:
     """The manifest at `url`. Raises in one line if it is not there, is none, contradicts itself, or lists no shards."""
     if not storage.exists(url):
-        raise FileNotFoundError(f"no manifest {url}; it is written last, so run the encode command (again) to its end")
+        raise MissingFileError(f"no manifest {url}; it is written last, so run the encode command (again) to its end")
     manifest = build_from(Manifest, parse_object(storage.read_bytes(url), url), url)
     if not manifest.shards:
-        raise ValueError(f"{url} lists no shards; encode some episodes first")
+        raise UserError(f"{url} lists no shards; encode some episodes first")
     _require_sound(manifest, str(url))
     return manifest
 
@@ -269,13 +270,13 @@ def _require_sound(manifest: Manifest, url: str) -> None:
     frames, latents, channels = manifest.clip_frames, manifest.clip_latents, manifest.latent_channels
     off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % TEMPORAL
     if frames < 1 or off or latents != clip_latents(manifest.layout, frames):
-        raise ValueError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
+        raise UserError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
     mean, std = manifest.latent_mean, manifest.latent_std
     if channels < 1 or len(mean) != channels or len(std) != channels or not all(one > 0 for one in std):
-        raise ValueError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
+        raise UserError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
     for info in manifest.shards:
         # The name alone: shards may be links to where their bytes lie, as in caches of downloads.
         named = "/" not in require_inside(info.url, url) and info.url.isprintable()
         if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
             told = f"{info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
-            raise ValueError(f"{url} lists a shard that cannot be: {told}")
+            raise UserError(f"{url} lists a shard that cannot be: {told}")

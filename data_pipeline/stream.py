@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import Literal
 
+from configs.errors import UserError
 from data_pipeline.batch_memory import Filling, Memory
 from data_pipeline.order import Order
 from data_pipeline.prefetch import Fetching, Reader
@@ -35,14 +36,14 @@ class LoaderConfig:
 
     def __post_init__(self) -> None:
         if self.shuffle_shards < 0:
-            raise ValueError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
+            raise UserError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
 
 
 def require_lanes(shards: int, world: int, workers: int, whose: str) -> None:
     """Raises ValueError in one line if there are fewer shards than loader lanes."""
     lanes = world * max(1, workers)
     if shards < lanes:
-        raise ValueError(
+        raise UserError(
             f"{whose}: {shards} shards for {lanes} loader lanes (ranks x workers); write more shards (encode with a "
             "smaller shard_clips), or use fewer workers or ranks"
         )
@@ -65,7 +66,7 @@ class Stream:
         shuffle: bool = True,
     ) -> None:
         if not 1 <= batch <= MOST_CLIPS or not 0 <= workers <= MOST_WORKERS or not 0 <= rank < world:
-            raise ValueError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
+            raise UserError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
                              f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip
         self.shards = Shards(sources, verify, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
         require_lanes(len(self.shards.shards), world, workers, self.shards.sources[0].path)
@@ -77,7 +78,7 @@ class Stream:
         self.order = Order(counts, weights, seed, loader.shuffle_shards, shuffle)
         for source, due in zip(self.shards.sources, self.order.dues, strict=True):
             if not due:
-                raise ValueError(
+                raise UserError(
                     f"weight {source.weight:g} of {source.path}: no clip of it would ever come; use a larger one"
                 )
 
@@ -131,7 +132,7 @@ class Stream:
                     damaged = isinstance(error, ValueError | FileNotFoundError)
                     if last and not (damaged and self.loader.on_corrupt == "skip"):
                         raise
-        raise ValueError(f"no clip of {self.shards.sources[0].path} can be read, the last one because: {fault}")
+        raise UserError(f"no clip of {self.shards.sources[0].path} can be read, the last one because: {fault}")
 
     def batches(self, start: int = 0, ahead: int = AHEAD) -> Generator[Batch, None, None]:
         """Batches from micro-step `start` on, without end; up to `ahead` of them are read before they are asked for.

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from data_pipeline import storage
+from configs import storage
 from data_pipeline.clips import BadEpisodeError
 from data_pipeline.plan import SHARD, EncodeConfig, Plan, count_clips, tell_why
 from data_pipeline.shards import Index, read_index

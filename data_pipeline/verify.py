@@ -12,8 +12,8 @@ from typing import IO, NamedTuple, cast
 
 import torch
 
+from configs import storage
 from configs.foreign import DAMAGE
-from data_pipeline import storage
 from data_pipeline.shards import (
     AGAIN,
     CLIP_BYTES,

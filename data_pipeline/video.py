@@ -19,7 +19,8 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from einops import rearrange
 from torch import Tensor
 
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError
 from data_pipeline.checksum import append_checksum
 from data_pipeline.display import Display, choose_stream
 from data_pipeline.packets import (
@@ -64,7 +65,7 @@ def probe(path: str | Path) -> VideoInfo:
             if picture is not None and indexed is not None:
                 break
         if picture is None:
-            raise ValueError(f"{path} is truncated: none of its frames can be decoded; copy or record it again")
+            raise UserError(f"{path} is truncated: none of its frames can be decoded; copy or record it again")
         frames = counted if indexed is None else indexed
         height, width = picture.shape[:2]
         return VideoInfo(float(stream.average_rate or 0), frames, height, width, display.changes)
@@ -95,7 +96,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
     except av.error.FFmpegError as error:
         raise _unreadable(path, error) from error
     if count == start or count < promised:
-        raise ValueError(f"{path} is truncated: {count} of {promised} frames can be decoded; copy or record it again")
+        raise UserError(f"{path} is truncated: {count} of {promised} frames can be decoded; copy or record it again")
 
 
 def frame_times(path: str | Path) -> np.ndarray:
@@ -206,7 +207,7 @@ def _reading(path: str | Path) -> Iterator[None]:
 
 
 def _unreadable(path: str | Path, error: av.error.FFmpegError) -> ValueError:
-    return ValueError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video")
+    return UserError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video")
 
 
 def to_uint8(video: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from configs.errors import UserError
 from launch.machine import MachineConfig, is_text
 from train.config import EngineConfig
 
@@ -25,7 +26,7 @@ def quoted(word: str) -> Shell:
     if isinstance(word, Shell):
         return word
     if not is_text(word):
-        raise ValueError(f"{word!r} is no text that a script can hold; rename the file or change the value")
+        raise UserError(f"{word!r} is no text that a script can hold; rename the file or change the value")
     return Shell(shlex.quote(word))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 
-from data_pipeline.storage import is_s3
+from configs.errors import UserError
+from configs.storage import is_s3
 from launch.links import Link, RankReport
 from launch.machine import MachineConfig
 from launch.node import MISSING, NodeFacts
@@ -31,7 +32,7 @@ class LimitsConfig:
 
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 0 or max(self.gpu_free, self.slow_share) > 1:
-            raise ValueError("limits.* must be 0 or more, limits.gpu_free and limits.slow_share at most 1")
+            raise UserError("limits.* must be 0 or more, limits.gpu_free and limits.slow_share at most 1")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class NodeReport:
         if self.address:
             ip_address(self.address)
         if not all(node.isdecimal() for node in self.unreached):
-            raise ValueError("unreached must be by the number of a node")
+            raise UserError("unreached must be by the number of a node")
 
 
 @dataclass(frozen=True)

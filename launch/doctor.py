@@ -18,10 +18,10 @@ from pathlib import Path
 import psutil
 
 from configs import build, merge_words, to_dict
-from configs.cli import one_line
+from configs.errors import UserError, one_line
 from configs.files import write_text
 from configs.foreign import parse_object
-from data_pipeline.storage import is_s3
+from configs.storage import is_s3
 from launch.command import Shell, Task, accelerate_words, environment, quoted
 from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
 from launch.links import RankReport, Ranks
@@ -58,14 +58,14 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         if not (5 <= self.timeout_s <= 86_400 and 0 < self.megabytes <= 100_000):
-            raise ValueError(
+            raise UserError(
                 f"timeout_s={self.timeout_s:g} must be 5 or more and at most a day, megabytes={self.megabytes:g} above "
                 "0 and at most 100000"
             )
         if self.bucket and not is_s3(self.bucket):
-            raise ValueError(f"bucket={self.bucket} must begin with s3://; a folder is given as shared=")
+            raise UserError(f"bucket={self.bucket} must begin with s3://; a folder is given as shared=")
         if self.machine.kind == "local" and self.script:
-            raise ValueError("script= is for machines of kind slurm and kubernetes; leave it out")
+            raise UserError("script= is for machines of kind slurm and kubernetes; leave it out")
 
     @property
     def places(self) -> list[str]:
@@ -89,7 +89,7 @@ def read_doctor(words: Sequence[str]) -> DoctorConfig:
     """The doctor's settings; those that only a run has are passed over, since a machine's file may hold them."""
     merged = merge_words(words)
     if "machine" not in merged:
-        raise ValueError("no machine: begin with a file of configs/machines")
+        raise UserError("no machine: begin with a file of configs/machines")
     of_runs = {one.name for one in fields(TrainConfig)} - {one.name for one in fields(DoctorConfig)}
     return build(DoctorConfig, {name: value for name, value in merged.items() if name not in of_runs})
 

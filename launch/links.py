@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store
 
-from configs import load_config, to_dict
-from configs.cli import one_line
+from configs import to_dict
+from configs.errors import FileInTheWayError, one_line
 from configs.files import write_text
 from launch.meeting import said, wait_for
 from launch.timed import Doing, within
@@ -124,11 +124,10 @@ def clock_ahead(pings: Sequence[tuple[float, float, float]]) -> tuple[float, flo
     return there - (sent + received) / 2, received - sent
 
 
-def links(words: list[str]) -> int:
+def links(config: LinksConfig) -> int:
     """What the doctor starts on every rank: clocks, transfers between pairs of ranks, all ranks together."""
-    config = load_config(LinksConfig, words)
     if Path(config.report).exists():
-        raise FileExistsError(f"report={config.report} is there already; name another file")
+        raise FileInTheWayError(f"report={config.report} is there already; name another file")
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # an error is to be reported, not to end the process
     timeout = timedelta(seconds=config.timeout_s)
     store, rank, ranks = next(dist.rendezvous("env://", timeout=timeout))

@@ -19,8 +19,9 @@ from typing import Any
 import psutil
 
 from configs import build, flat
-from configs.words import is_setting, merge_words
-from data_pipeline.storage import is_s3
+from configs.errors import MissingFileError, UserError
+from configs.overrides import is_setting, merge_words
+from configs.storage import is_s3
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
 from launch.submit import submit
@@ -56,7 +57,7 @@ def read_launch(words: Sequence[str]) -> Launch:
     words = sorted(words, key=lambda word: 2 if is_setting(word) else int("machine" in merge_words([word], False)))
     merged = merge_words(words)
     if "machine" not in merged:
-        raise ValueError("no machine: begin with a file of configs/machines")
+        raise UserError("no machine: begin with a file of configs/machines")
     own = build(Own, {name: merged.pop(name) for name in OWN if name in merged})
     mine = tuple(part for word in words for part in _of_training(word))
     return Launch(own.machine, build(TrainConfig, merged), mine, own.dry_run, own.script)
@@ -90,7 +91,7 @@ def launch(words: list[str]) -> int:
         kube = machine.kubernetes
         if machine.kind != "kubernetes" or not kube.volume_claim or Path(kube.mount).is_dir():
             raise
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{error} (this machine has no {kube.mount}, where the pods' volume is: start the run where it is mounted, "
             "or use s3:// urls)"
         ) from error
@@ -110,12 +111,12 @@ def train_task(given: Launch) -> Task:
     kept = is_s3(run) or (kube.volume_claim is not None and Path(run).is_relative_to(kube.mount))
     if given.machine.kind == "kubernetes" and not kept:
         where = f"under {kube.mount}" if kube.volume_claim else "there after machine.kubernetes.volume_claim= is given"
-        raise ValueError(f"out={run} ends with its pod: a place that stays is {where}, or an s3:// url")
+        raise UserError(f"out={run} ends with its pod: a place that stays is {where}, or an s3:// url")
     slurm = given.machine.slurm
     if given.machine.kind == "slurm" and slurm.container:
         for name, place in (("out", run), ("machine.slurm.logs", slurm.logs)):
             if not is_s3(place) and not any(Path(place).is_relative_to(mount) for mount in _same_inside(slurm.mounts)):
-                raise ValueError(
+                raise UserError(
                     f"{name}={place} ends with its container: give an absolute path under one of "
                     "machine.slurm.mounts=/path:/path, with the same path inside and outside"
                 )

@@ -5,6 +5,8 @@ import unicodedata
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
+from configs.errors import UserError
+
 
 def is_text(value: str) -> bool:
     """Whether `value` is UTF-8 without control characters but tabs and line ends: what scripts and manifests hold."""
@@ -15,7 +17,7 @@ def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]")
     """Raises ValueError if the setting `name` is given and is not one plain word, as an option of a scheduler is."""
     if value is not None and not (re.fullmatch(f"(?!-){characters}+", value) and value.isprintable()):
         least = "letters, digits, _ . and -" if "w" in characters else "no white space, quotes, \\ or #"
-        raise ValueError(f"{name}={value!r} must be one word that does not begin with - ({least})")
+        raise UserError(f"{name}={value!r} must be one word that does not begin with - ({least})")
 
 
 # 65535 s is what Slurm takes at most as the time of a signal.
@@ -40,9 +42,9 @@ class SlurmConfig:
         for name in ("time", "partition", "account", "memory", "logs"):  # sbatch reads their lines itself
             require_word(f"machine.slurm.{name}", getattr(self, name))
         if not is_text(self.setup):
-            raise ValueError(f"machine.slurm.setup={self.setup!r} holds control characters; leave them out")
+            raise UserError(f"machine.slurm.setup={self.setup!r} holds control characters; leave them out")
         if self.cpus_per_task is not None and not 1 <= self.cpus_per_task <= 65_535:
-            raise ValueError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more and at most 65535")
+            raise UserError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more and at most 65535")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class KubernetesConfig:
             if one.name != "mount":
                 require_word(f"machine.kubernetes.{one.name}", getattr(self, one.name))
         if not self.mount.startswith("/") or ":" in self.mount or not is_text(self.mount):
-            raise ValueError(f"machine.kubernetes.mount={self.mount!r} must be an absolute path without :")
+            raise UserError(f"machine.kubernetes.mount={self.mount!r} must be an absolute path without :")
 
 
 @dataclass(frozen=True)
@@ -89,22 +91,22 @@ class MachineConfig:
         require_word("machine.host", self.host, r"[\w.:%-]")
         for name, value in self.env.items():
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
+                raise UserError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
             if not is_text(value):
-                raise ValueError(f"machine.env.{name}={value!r} holds control characters; leave them out")
+                raise UserError(f"machine.env.{name}={value!r} holds control characters; leave them out")
         if not (self.port == 0 and self.kind == "local" and self.nodes == 1) and not 1 <= self.port <= 65535:
-            raise ValueError(f"machine.port={self.port} must be 1 to 65535 (0, a free one, is for one machine)")
+            raise UserError(f"machine.port={self.port} must be 1 to 65535 (0, a free one, is for one machine)")
         if self.kind == "kubernetes" and not re.fullmatch("[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
-            raise ValueError(
+            raise UserError(
                 f"machine.name={self.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter first"
             )
         for name, (least, most) in BOUNDS.items():
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"machine.{name}={getattr(self, name)} must be {least} or more and at most {most}")
+                raise UserError(f"machine.{name}={getattr(self, name)} must be {least} or more and at most {most}")
         if not 0 <= self.node_rank < self.nodes:
-            raise ValueError(f"machine.node_rank={self.node_rank} must be 0 or more and below nodes={self.nodes}")
+            raise UserError(f"machine.node_rank={self.node_rank} must be 0 or more and below nodes={self.nodes}")
         if self.kind == "local" and self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
-            raise ValueError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")
+            raise UserError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")
 
     @property
     def ranks(self) -> int:

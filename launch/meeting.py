@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch.distributed import DistNetworkError, Store, TCPStore
 
 from configs import build_from, to_dict
-from configs.cli import one_line
+from configs.errors import one_line
 from configs.foreign import parse_object, reading
 from launch.machine import MachineConfig
 from launch.rendezvous import serve_store

@@ -6,8 +6,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs.cli import one_line
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError, one_line
 from launch.meeting import Answer, Meeting
 from launch.timed import Doing
 
@@ -34,7 +34,7 @@ class Trial:
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w{1,32}", self.token):  # it names a folder, and another node says it
-            raise ValueError(f"the examination {self.token!r} is none of a doctor's")
+            raise UserError(f"the examination {self.token!r} is none of a doctor's")
 
     def file(self, url: str, node: int) -> str:
         return storage.join(url, f".doctor_{self.token}/node_{node:05d}")

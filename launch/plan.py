@@ -13,6 +13,7 @@ import torch
 
 from configs import build, merge_words
 from configs.cli import table
+from configs.errors import UserError
 from launch.command import environment
 from launch.local import Launch, read_launch
 from launch.machine import MachineConfig
@@ -40,9 +41,9 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
-            raise ValueError(f"memory_gib={self.memory_gib:g} must be a positive number")
+            raise UserError(f"memory_gib={self.memory_gib:g} must be a positive number")
         if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise ValueError(f"mfu={self.mfu:g} must lie above 0 and not above 1: it is a share of peak_tflops=")
+            raise UserError(f"mfu={self.mfu:g} must lie above 0 and not above 1: it is a share of peak_tflops=")
 
     @property
     def whole(self) -> bool:
@@ -84,7 +85,7 @@ class Planner:
         clip = clip_size(given.train, config.height, config.width, config.latents)
         step = clip.latents * clip.rows * clip.columns * given.train.batch * given.train.accumulation
         if step > MOST_PIXELS:
-            raise ValueError(
+            raise UserError(
                 f"a step of {step:.1e} latent pixels per process is beyond what a plan is for; give smaller or fewer "
                 "clips (latents=, height=, width=, batch=, accumulation=)"
             )
@@ -118,7 +119,7 @@ def read_plan(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     config, merged = build(PlanConfig, merge_words(mine)), merge_words(rest)
     data = "manifest" in merged or "manifests" in merged
     if not data and not config.whole:
-        raise ValueError("no clips to plan for: give manifest=..., or height= width= latents=")
+        raise UserError("no clips to plan for: give manifest=..., or height= width= latents=")
     absent = [name for name in UNPLANNED if name not in merged and not (name == "manifest" and data)]
     return config, [*rest, *(f"{name}=unplanned" for name in absent)]
 
@@ -131,7 +132,7 @@ def limit_gib(config: PlanConfig, machine: MachineConfig) -> float:
         return memory_gib()[0] / machine.processes
     if machine.kind == "local" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
-    raise ValueError("how much a device of that machine holds is not known here: give memory_gib=")
+    raise UserError("how much a device of that machine holds is not known here: give memory_gib=")
 
 
 def plan(words: list[str]) -> int:
@@ -140,7 +141,7 @@ def plan(words: list[str]) -> int:
     planner = Planner(rest, config)
     given = planner.read()
     if config.mfu is not None and given.train.peak_tflops is None:
-        raise ValueError(f"mfu={config.mfu:g} is a share of peak_tflops=, which is not given")
+        raise UserError(f"mfu={config.mfu:g} is a share of peak_tflops=, which is not given")
     limit = limit_gib(config, given.machine)
     os.environ.update(environment(given.machine))  # what the run's processes would have
     found = planner.plan()

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Literal, get_args
 
+from configs.errors import UserError
 from configs.files import write_text
 
 Precision = Literal["fp32", "bf16"]
@@ -20,7 +21,7 @@ def precision_of_road(folder: str | Path) -> Precision:
         for precision in get_args(Precision):
             if path.read_bytes().strip() == precision.encode():
                 return precision
-        raise ValueError(
+        raise UserError(
             f"{path} holds neither {' nor '.join(get_args(Precision))}; write there what the road began with"
         )
     found = faster_precision()

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousInfo, static_tcp_rendezvous
 
-from configs.cli import one_line
+from configs.errors import one_line
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_PORT = 29500  # Accelerate's

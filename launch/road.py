@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from configs import build_from, load_config
+from configs.errors import UserError
 from configs.files import sole_writer, write_text
 from configs.foreign import parse_object, reading, require_inside
-from data_pipeline.storage import is_s3
+from configs.storage import is_s3
 from launch.precision import precision_of_road
 
 STAMPS = ".road"
@@ -39,9 +40,9 @@ class Stage:
         try:
             if words := shlex.split(self.command):
                 return words
-            raise ValueError("it is empty")
+            raise UserError("it is empty")
         except ValueError as error:
-            raise ValueError(f"stage {self.name}: its command cannot be read: {error}") from error
+            raise UserError(f"stage {self.name}: its command cannot be read: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class RoadConfig:
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"two stages are called {twice}; give each a name of its own")
+            raise UserError(f"two stages are called {twice}; give each a name of its own")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def road(words: list[str]) -> int:
     """Run the stages of a road; those that are done with the same commands and YAML files are reused."""
     config = load_config(RoadConfig, words)
     if is_s3(config.out):
-        raise ValueError(f"out={config.out}: a road is walked in a folder of this machine, not in a bucket")
+        raise UserError(f"out={config.out}: a road is walked in a folder of this machine, not in a bucket")
     with sole_writer(Path(config.out) / STAMPS, "road"):  # another one might set aside what is being written here
         return _walk(config, words)
 

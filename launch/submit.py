@@ -5,8 +5,9 @@ import shlex
 import subprocess
 from pathlib import Path
 
+from configs.errors import FileInTheWayError, MissingFileError, UserError
 from configs.files import write_text
-from data_pipeline.storage import is_s3
+from configs.storage import is_s3
 from launch.command import MARK, Task
 from launch.kubernetes import kubernetes_text
 from launch.machine import MachineConfig
@@ -18,7 +19,7 @@ def require_own(path: str, mark: str) -> None:
     empty, and no line of whose first megabyte begins with `mark`."""
     place = Path(path)
     if is_s3(path):
-        raise ValueError(f"{path}: this is only written to a folder of this machine, not to a bucket")
+        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if not os.path.lexists(path):
         return
     if place.is_file():
@@ -26,7 +27,7 @@ def require_own(path: str, mark: str) -> None:
             beginning = file.read(1 << 20)
         if not beginning or any(line.startswith(mark.encode()) for line in beginning.split(b"\n")):
             return
-    raise FileExistsError(f"{path} is there and was not written by this command; move it, or name another file")
+    raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")
 
 
 def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool) -> int:
@@ -46,9 +47,9 @@ def submit(machine: MachineConfig, task: Task, script: str | None, dry_run: bool
     try:
         status = subprocess.call([*command, script])
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{script} is written, but there is no {command[0]} on this machine; submit it where there is one"
         ) from error
     if status and machine.kind == "kubernetes":  # a Job cannot be changed, and one of the same name may be there
-        raise ValueError(f"{script} was not taken; what is left of an earlier one goes by kubectl delete -f {script}")
+        raise UserError(f"{script} was not taken; what is left of an earlier one goes by kubectl delete -f {script}")
     return status

@@ -13,18 +13,11 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from configs.errors import UserError
 from model.actions import ActionConfig, ActionModule, StoredScale, action_rotation
 from model.attention import attend
 from model.kv_cache import NO_PAST, KVCache, LayerPast, LayerWindows, Past, Window, attend_along_time
-from model.layers import (
-    ExactLinear,
-    ImageEmbedding,
-    PatchEmbedding,
-    RMSNorm,
-    add_gated,
-    modulate,
-    time_sinusoid,
-)
+from model.layers import ExactLinear, ImageEmbedding, PatchEmbedding, RMSNorm, add_gated, modulate, time_sinusoid
 from model.limits import MANY, WIDE, require_between
 from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
@@ -64,16 +57,16 @@ class ActionDiTConfig:
         require_between("model.patch_size: ", 1, 64, columns=self.patch_size[2])
         require_between("model.", 0, 1, eps=self.eps)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
-            raise ValueError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
+            raise UserError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
         if self.patch_size[0] != 1:
-            raise ValueError(
+            raise UserError(
                 f"patch_size {self.patch_size}: one latent frame per patch; every frame has its own actions"
             )
         if self.checkpoint_every < 0 or self.freq_dim % 2:
-            raise ValueError(f"checkpoint_every {self.checkpoint_every} must be >= 0 and freq_dim {self.freq_dim} even")
+            raise UserError(f"checkpoint_every {self.checkpoint_every} must be >= 0 and freq_dim {self.freq_dim} even")
         outside = [i for i in self.action.blocks if not 0 <= i < self.num_layers] if self.action else []
         if outside:
-            raise ValueError(f"action.blocks names {outside}, but the blocks are 0 to {self.num_layers - 1}")
+            raise UserError(f"action.blocks names {outside}, but the blocks are 0 to {self.num_layers - 1}")
 
 
 class Inputs(NamedTuple):
@@ -290,7 +283,7 @@ class ActionDiT(nn.Module):
         """
         causal, action = self.config.causal, self.config.action
         if causal is None or causal.window is None:
-            raise ValueError(
+            raise UserError(
                 "this model cannot stream: it "
                 + ("was not trained causally (no `causal` section)" if causal is None else "has causal.window=null")
                 + "; train one with objective diffusion_forcing and give it a window"
@@ -345,7 +338,7 @@ class ActionDiT(nn.Module):
     def _check(self, x: Tensor, cond: Tensor, visual: Tensor | None, cache: KVCache | None) -> None:
         config = self.config
         if x.shape[1] != config.out_dim or x.shape[1] + cond.shape[1] != config.in_dim:
-            raise ValueError(
+            raise UserError(
                 f"{x.shape[1]} latent and {cond.shape[1]} conditioning channels for a model of {config.out_dim} and "
                 f"{config.in_dim - config.out_dim}"
             )
@@ -354,24 +347,24 @@ class ActionDiT(nn.Module):
             self._check_visual(visual)
             return
         if visual is not None:
-            raise ValueError("image tokens stay with the cache of a stream: give them to make_cache")
+            raise UserError("image tokens stay with the cache of a stream: give them to make_cache")
         grid = (len(x), x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2])
         if grid != cache.grid or config.causal is None or x.shape[2] != config.causal.block:
-            raise ValueError(
+            raise UserError(
                 f"a block of {x.shape[2]} latent frames of {grid} (samples, rows, columns of patches) for a cache of "
                 f"{cache.grid} and a model with {config.causal}; give one block of the cache's size"
             )
 
     def _check_sizes(self, height: int, width: int) -> None:
         if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
-            raise ValueError(f"latents of {height}x{width} do not divide into patches of {self.config.patch_size}")
+            raise UserError(f"latents of {height}x{width} do not divide into patches of {self.config.patch_size}")
 
     def _check_visual(self, visual: Tensor | None) -> None:
         vision = self.config.vision
         if (visual is None) != (vision == "none"):
-            raise ValueError(f"vision {vision!r}: image tokens must {'not ' if visual is not None else ''}be given")
+            raise UserError(f"vision {vision!r}: image tokens must {'not ' if visual is not None else ''}be given")
         if visual is not None and vision == "pooled" and visual.shape[1] != 1:
-            raise ValueError(f"vision 'pooled' takes one image token, not {visual.shape[1]}; use vision=tokens")
+            raise UserError(f"vision 'pooled' takes one image token, not {visual.shape[1]}; use vision=tokens")
 
     def _check_actions(self, keyboard: Tensor | None, mouse: Tensor | None, f: int) -> None:
         action = self.config.action
@@ -382,7 +375,7 @@ class ActionDiT(nn.Module):
                 continue
             expected = (f, action.window, channels) if action and channels else None
             if expected != tuple(windows.shape[1:]):
-                raise ValueError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
+                raise UserError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
 
 
 def initialise_part(name: str, part: nn.Module, generator: torch.Generator | None) -> None:

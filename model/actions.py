@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from model.kv_cache import NO_PAST, LayerPast, LayerWindows, attend_along_time
 from model.layers import unit_rms
 from model.limits import MANY, WIDE, require_between
@@ -46,7 +47,7 @@ class ActionConfig:
         if self.enable_mouse:
             require_between(where, 1, WIDE, mouse_dim_in=self.mouse_dim_in, mouse_hidden_dim=self.mouse_hidden_dim)
         if not self.rope_dim_list or self.rope_dim_list[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
-            raise ValueError(
+            raise UserError(
                 f"{where}rope_dim_list={list(self.rope_dim_list)} must begin with an even number and have none "
                 f"below 0, and {where}rope_theta={self.rope_theta} must be positive"
             )
@@ -57,9 +58,9 @@ class ActionConfig:
         for name, width in branches.items():
             turned = self.rope_dim_list[0]
             if width is not None and (width % self.heads_num or width // self.heads_num < turned):
-                raise ValueError(f"{name} {width} must be heads_num {self.heads_num} x at least {turned}")
+                raise UserError(f"{name} {width} must be heads_num {self.heads_num} x at least {turned}")
         if not self.enable_keyboard and not self.enable_mouse:
-            raise ValueError("action module without keyboard and mouse; leave `action` out instead")
+            raise UserError("action module without keyboard and mouse; leave `action` out instead")
 
     @property
     def window(self) -> int:
@@ -79,7 +80,7 @@ def action_windows(actions: Tensor, ends: Sequence[int], window: int = 12) -> Te
     last frame, never that frame's own action, which leads to the next frame.
     """
     if max(ends) > actions.shape[1]:
-        raise ValueError(f"{actions.shape[1]} actions for latents that end at frame {max(ends)}: give one per frame")
+        raise UserError(f"{actions.shape[1]} actions for latents that end at frame {max(ends)}: give one per frame")
     last = torch.tensor(list(ends), device=actions.device)[:, None]
     rows = (last + torch.arange(-window, 0, device=actions.device)).clamp(min=0)
     return actions[:, rows]

@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
+from configs.errors import UserError
 from model.masks import BlockCausalMask
 
 Backend = Callable[[Tensor, Tensor, Tensor, BlockCausalMask | None], Tensor]
@@ -22,7 +23,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None = None,
     Raises ValueError in one line for a backend that there is not, or not on this machine.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"no attention backend {backend!r}; there are: {', '.join(BACKENDS)}")
+        raise UserError(f"no attention backend {backend!r}; there are: {', '.join(BACKENDS)}")
     return BACKENDS[backend](q, k, v, mask)
 
 
@@ -71,7 +72,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tens
     if mask is None:
         return _sdpa_whole(q, k, v)
     if not q.is_cuda and torch.is_grad_enabled() and q.requires_grad:
-        raise ValueError("attention=flex trains on a CUDA GPU only (it has no backward pass here); use attention=sdpa")
+        raise UserError("attention=flex trains on a CUDA GPU only (it has no backward pass here); use attention=sdpa")
     compute: Callable[..., Any] = _compiled_flex() if q.is_cuda else flex_attention
     q, k, v = (rearrange(x, "b l a e -> b a l e") for x in (q, k, v))
     return rearrange(compute(q, k, v, block_mask=mask.flex(q.device)), "b a l e -> b l a e")
@@ -85,7 +86,7 @@ def _compiled_flex() -> Callable[..., Any]:
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
     found = flash_function()
     if found is None or not torch.cuda.is_available():
-        raise ValueError(
+        raise UserError(
             "attention=flash_attn needs a CUDA GPU and FlashAttention: pip install flash-attn --no-build-isolation, or "
             "flash_attn_interface from its hopper folder; use attention=sdpa without them"
         )

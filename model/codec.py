@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from configs import load_file, save_config
+from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path, sha256_file
 from model.limits import MANY, WIDE, require_between
 from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
@@ -129,9 +130,7 @@ class PatchCodec(nn.Module):
         lead = 1 if state is None else 0
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - lead) % TEMPORAL or height % SPATIAL or width % SPATIAL:
-            raise ValueError(
-                f"{frames} frames of {height}x{width} px: a clip has {lead} + 4k frames, multiples of 8 px"
-            )
+            raise UserError(f"{frames} frames of {height}x{width} px: a clip has {lead} + 4k frames, multiples of 8 px")
         first = repeat(video[:, :, :lead], "b c n h w -> b c (n t) h w", t=TEMPORAL)
         raw = (to_patches(torch.cat([first, video[:, :, lead:]], dim=2)) - self.centre) @ self.basis.T
         return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w"), []
@@ -215,7 +214,7 @@ Codec = PatchCodec | WanCodec  # the interface
 def make_codec(config: CodecConfig) -> PatchCodec:
     """An untrained codec of the kind that `config.name` names."""
     if config.name not in CODECS:
-        raise ValueError(f"no codec {config.name!r} to train; there are: {', '.join(CODECS)}")
+        raise UserError(f"no codec {config.name!r} to train; there are: {', '.join(CODECS)}")
     return CODECS[config.name](config)
 
 
@@ -229,13 +228,13 @@ def load_codec(path: str | Path, *words: str) -> Codec:
     if is_wan_codec(path):
         return load_wan_codec(path, *words)
     if not (path / WEIGHTS_FILE).is_file():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
         )
     codec = make_codec(load_file(CodecConfig, path / CONFIG_FILE, words))
     load_into(codec, finite(open_weights(path / WEIGHTS_FILE)))
     if not (codec.latent_std > 0).all():
-        raise ValueError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
+        raise UserError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
     return codec.eval()
 
 
@@ -260,5 +259,5 @@ def codec_hash(path: str | Path) -> str:
     """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
     weights = read_wan_config(path)[1] if is_wan_codec(path) else Path(path) / WEIGHTS_FILE
     if not weights.is_file():
-        raise FileNotFoundError(f"no codec in {path} ({weights.name} is missing)")
+        raise MissingFileError(f"no codec in {path} ({weights.name} is missing)")
     return sha256_file(weights)[:12]

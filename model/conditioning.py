@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
+
 # What stands for latents that are not given: zeros, or the codec's latents of grey frames (the released models).
 Unknown = Literal["zeros", "grey"]
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
@@ -28,6 +30,6 @@ def condition(latents: Tensor, known: int) -> Tensor:
     zero (the mean of a normalised latent) where unknown. `known` is 1 for a prompt frame and 3 for a context chunk.
     """
     if not 0 <= known <= latents.shape[2]:
-        raise ValueError(f"{known} known latent frames in a clip of {latents.shape[2]}")
+        raise UserError(f"{known} known latent frames in a clip of {latents.shape[2]}")
     unknown = torch.zeros_like(latents[:, :, known:])
     return masked(torch.cat([latents[:, :, :known], unknown], dim=2), known)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
+
 
 @dataclass(frozen=True)
 class FlowMatchConfig:
@@ -26,9 +28,9 @@ class FlowMatchConfig:
     def __post_init__(self) -> None:
         if not 1e-3 <= self.shift <= 1e3 or not 1 <= self.train_steps <= 1_000_000:
             told = f"flow.shift={self.shift} must lie between 0.001 and 1000"
-            raise ValueError(f"{told}, flow.train_steps={self.train_steps} between 1 and 1000000")
+            raise UserError(f"{told}, flow.train_steps={self.train_steps} between 1 and 1000000")
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
-            raise ValueError(f"flow: 0 <= sigma_min < sigma_max <= 1, not {self.sigma_min} and {self.sigma_max}")
+            raise UserError(f"flow: 0 <= sigma_min < sigma_max <= 1, not {self.sigma_min} and {self.sigma_max}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Schedule:
     def training_weight(self, timestep: Tensor) -> Tensor:
         """The bell-shaped loss weight (...) of each timestep (...)."""
         if self.training_weights is None:
-            raise ValueError("this schedule has no training weights; ask for schedule(n, training=True)")
+            raise UserError("this schedule has no training weights; ask for schedule(n, training=True)")
         return self.training_weights.to(timestep.device)[self.index(timestep)]
 
 
@@ -74,7 +76,7 @@ class FlowMatch:
     def schedule(self, n: int, denoising_strength: float = 1.0, training: bool = False) -> Schedule:
         """`n` levels from `denoising_strength` (1 = all the way from noise) down; with loss weights if `training`."""
         if n < 1 or not 0 < denoising_strength <= 1:
-            raise ValueError(f"a schedule needs steps >= 1 and 0 < denoising_strength <= 1: {n}, {denoising_strength}")
+            raise UserError(f"a schedule needs steps >= 1 and 0 < denoising_strength <= 1: {n}, {denoising_strength}")
         config = self.config
         start = config.sigma_min + (config.sigma_max - config.sigma_min) * denoising_strength
         sigmas = torch.linspace(start, config.sigma_min, n + 1 if config.extra_one_step else n)[:n]
@@ -112,7 +114,7 @@ class FlowMatch:
         """The timesteps (len(steps)) at which a few-step list such as 1000, 666, 333 stands after the shift."""
         count = self.config.train_steps
         if any(not 0 <= step <= count for step in steps):
-            raise ValueError(f"few-step list {list(steps)}: every step must be between 0 and {count}")
+            raise UserError(f"few-step list {list(steps)}: every step must be between 0 and {count}")
         table = torch.cat([self.schedule(count).timesteps, torch.zeros(1)])
         return table[count - torch.tensor(list(steps), dtype=torch.long)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs.errors import MissingFileError, UserError
 from configs.foreign import parse_object, reading
 from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
 
@@ -33,12 +34,12 @@ def open_foreign(path: str | Path) -> LazyWeights:
     if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
         return open_weights(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
+        raise MissingFileError(f"no weights file {path}")
     with reading(path):
         tensors = dict(_tensors(_unpickled(path), set()))
         unfit = [name for name, one in tensors.items() if one.dtype not in DTYPE_NAMES or one.layout != torch.strided]
         if unfit or not tensors or any(one.is_meta for one in tensors.values()):
-            raise ValueError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
+            raise UserError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
         return replace(lazily(tensors), where=str(path))
 
 
@@ -48,11 +49,11 @@ def _unpickled(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"wants to run {asked[1]}" if asked else "holds more than tensors"
-        raise ValueError(
+        raise UserError(
             f"{path} {what}; it was not run: get the file from its makers, as safetensors if any"
         ) from error
     except (RuntimeError, AssertionError) as error:  # torch's own for a file that is cut off
-        raise ValueError(f"{path} is damaged or no torch file; copy or download it again") from error
+        raise UserError(f"{path} is damaged or no torch file; copy or download it again") from error
 
 
 def _tensors(loaded: Any, seen: set[int], where: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -71,5 +72,5 @@ def _tensors(loaded: Any, seen: set[int], where: str = "") -> Iterator[tuple[str
 def read_json(path: str | Path) -> dict[str, Any]:
     """The settings in a JSON file. Raises ValueError in one line for a file that holds none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no config file {path}")
+        raise MissingFileError(f"no config file {path}")
     return parse_object(Path(path).read_bytes(), path)

@@ -2,6 +2,8 @@
 
 import torch
 
+from configs.errors import UserError
+
 WIDE, MANY = 1 << 17, 4096  # features of a layer; layers, heads and other things of which there are few
 
 
@@ -9,7 +11,7 @@ def require_between(where: str, least: float, most: float, **numbers: float) -> 
     """Raises ValueError in one line for the first of `numbers`, called `where` and its name, that is outside."""
     for name, number in numbers.items():
         if not least <= number <= most:
-            raise ValueError(f"{where}{name}={number} must be {least} to {most}")
+            raise UserError(f"{where}{name}={number} must be {least} to {most}")
 
 
 def require_device(device: str) -> None:
@@ -18,9 +20,9 @@ def require_device(device: str) -> None:
     if kind not in ("cpu", "cuda", "mps") or (
         colon and not (number.isascii() and number.isdigit() and len(number) < 4)
     ):
-        raise ValueError(f"device={device!r} must be cpu, cuda, cuda:N or mps")
+        raise UserError(f"device={device!r} must be cpu, cuda, cuda:N or mps")
     here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
     if int(number or 0) >= here:
         name = {"cuda": "CUDA"}.get(kind, kind)
         there = f"there is no {name} device" if here == 0 else f"the last {name} device is {kind}:{here - 1}"
-        raise ValueError(f"device={device}, but {there} here; use device=cpu")
+        raise UserError(f"device={device}, but {there} here; use device=cpu")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from configs.errors import UserError
 from model.conditioning import Unknown
 from model.limits import MANY, require_between
 
@@ -32,15 +33,15 @@ class CausalConfig:
         require_between("model.causal.", 1, MANY, block=self.block)
         require_between("model.causal.", 1, 1 << 20, window=self.window or 1)
         if not 0 <= self.context_noise < 1:
-            raise ValueError(f"model.causal.context_noise={self.context_noise} must be in [0, 1)")
+            raise UserError(f"model.causal.context_noise={self.context_noise} must be in [0, 1)")
         if self.window is not None and self.window < self.block:
-            raise ValueError(
+            raise UserError(
                 f"causal: window {self.window} is smaller than a block of {self.block} latent frames, which must see"
                 " itself; use a window of at least one block, better of two"
             )
         largest = max(self.sink, self.action_sink)
         if min(self.sink, self.action_sink) < 0 or (self.window is not None and largest > self.window - self.block):
-            raise ValueError(
+            raise UserError(
                 f"causal: sink {self.sink} and action_sink {self.action_sink} must be 0 or more and, with the block of "
                 f"{self.block}, fit into the window of {self.window}"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from configs import to_dict
+from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.bare_names import OFFICIAL_PREFIX, bare_names
@@ -102,13 +103,13 @@ def weights_file(path: str | Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"no weights {path}; give an official file, or the folder that holds it")
+        raise MissingFileError(f"no weights {path}; give an official file, or the folder that holds it")
     indices = sorted(path.glob(f"*{INDEX_SUFFIX}"))
     files = indices or sorted(path.glob("*.safetensors"))
     files = files or sorted(file for file in path.iterdir() if file.suffix in PICKLES)
     if len(files) != 1:
         found = f"{len(files)} of them: {', '.join(file.name for file in files)}" if files else "none"
-        raise ValueError(f"{path} must hold one weights file or index of shards, and there are {found}; name the file")
+        raise UserError(f"{path} must hold one weights file or index of shards, and there are {found}; name the file")
     return files[0]
 
 
@@ -126,7 +127,7 @@ def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: 
     named = f": it has {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}" if differing else ""
     require_same_tensors(expected, specs, f"{where} is of another variant than the config{named}")
     if differing:
-        raise ValueError(f"{where} is of another variant than the config{named}")
+        raise UserError(f"{where} is of another variant than the config{named}")
 
 
 def settings_of_tensors(specs: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Size, Tensor, nn
 
 from configs import build_from
+from configs.errors import UserError
 from configs.files import sha256_file
 from configs.foreign import reading
 from model.conditioning import masked
@@ -69,7 +70,7 @@ class TowerConfig:
         require_between("vision.", 1, self.image_size, patch_size=self.patch_size)
         require_between("vision.", 1, WIDE, width=self.width, mlp_width=self.mlp_width)
         if self.width % self.heads:
-            raise ValueError(f"vision.width={self.width} must be a multiple of vision.heads={self.heads}")
+            raise UserError(f"vision.width={self.width} must be a multiple of vision.heads={self.heads}")
 
 
 class VisionTower(nn.Module):
@@ -94,7 +95,7 @@ def visual_context(tower: VisionTower | None, images: Tensor, vision: Vision) ->
     if vision == "none":
         return None
     if tower is None:
-        raise ValueError(f"a model with vision {vision!r} needs the weights of CLIP's vision tower; give their path")
+        raise UserError(f"a model with vision {vision!r} needs the weights of CLIP's vision tower; give their path")
     tokens = tower(images)
     return tokens[:, :1] if vision == "pooled" else tokens
 
@@ -170,7 +171,7 @@ def preprocess_image(image: Image.Image, height: int, width: int) -> Tensor:
     else:
         kept_w, kept_h = int(h * width / height), h
     if kept_w < 1 or kept_h < 1:
-        raise ValueError(f"an image of {w}x{h} px has no {width}:{height} part; give one nearer to that shape")
+        raise UserError(f"an image of {w}x{h} px has no {width}:{height} part; give one nearer to that shape")
     image = image.crop(((w - kept_w) / 2, (h - kept_h) / 2, (w + kept_w) / 2, (h + kept_h) / 2))  # pyright: ignore[reportArgumentType]
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
@@ -249,7 +250,7 @@ def _read_hf_config(path: Path) -> TowerConfig:
         # Knows the defaults that files leave out.
         sizes = transformers.CLIPVisionConfig.from_dict(given.get("vision_config", given))
     if "clip" not in str(given.get("model_type")) or sizes.hidden_act != "gelu":
-        raise ValueError(
+        raise UserError(
             f"{path} describes a {given.get('model_type')} with {sizes.hidden_act}, not the CLIP vision tower of Wan, "
             "whose activation is gelu"
         )
@@ -271,5 +272,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(NEEDS_TRANSFORMERS) from error
+        raise UserError(NEEDS_TRANSFORMERS) from error
     return transformers

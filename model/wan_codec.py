@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from configs import build, build_from, load_file, merge_words
+from configs.errors import UserError
 from configs.foreign import read_settings, require_inside
 from model.foreign import load_foreign, read_json
 from model.limits import MANY, require_between
@@ -80,15 +81,15 @@ class WanCodecConfig:
         require_between("codec.", 1, MANY, width=self.width, channels=self.channels, piece_latents=self.piece_latents)
         require_between("codec.", 0, 64, num_res_blocks=self.num_res_blocks)
         if not 1 <= len(self.dim_mult) <= 8 or not all(1 <= one <= 64 for one in self.dim_mult):
-            raise ValueError(f"codec.dim_mult={list(self.dim_mult)} must be 1 to 8 numbers of 1 to 64")
+            raise UserError(f"codec.dim_mult={list(self.dim_mult)} must be 1 to 8 numbers of 1 to 64")
         if min(self.latent_std, default=0) <= 0:
-            raise ValueError(f"latent_std {list(self.latent_std)} must be positive")
+            raise UserError(f"latent_std {list(self.latent_std)} must be positive")
         if not len(self.latent_mean) == len(self.latent_std) == self.channels:
-            raise ValueError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
+            raise UserError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
-            raise ValueError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
+            raise UserError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
         if self.tile and not all(0 < step <= size for step, size in zip(self.tile_stride, self.tile, strict=True)):
-            raise ValueError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
+            raise UserError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
 
     @property
     def spatial(self) -> int:
@@ -135,7 +136,7 @@ class WanCodec(nn.Module):
         lead, step = (1 if state is None else 0), self.config.temporal
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - lead) % step or height % self.config.spatial or width % self.config.spatial:
-            raise ValueError(
+            raise UserError(
                 f"{frames} frames of {height}x{width} px: a clip has {lead} + {step}k frames, "
                 f"multiples of {self.config.spatial} px"
             )
@@ -262,7 +263,7 @@ def make_vae(config: WanCodecConfig) -> Any:
     try:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ImportError as error:
-        raise ValueError(NEEDS_DIFFUSERS) from error
+        raise UserError(NEEDS_DIFFUSERS) from error
     return AutoencoderKLWan(
         base_dim=config.width,
         z_dim=config.channels,
@@ -280,7 +281,7 @@ def _read_diffusers_config(path: Path) -> dict[str, Any]:
     named = given.get("_class_name")
     others = {name: given[name] for name in ("is_residual", "patch_size", "attn_scales") if given.get(name)}
     if named != "AutoencoderKLWan" or others:
-        raise ValueError(f"{path} describes {named} {others or ''}, not the autoencoder of Wan 2.1 (AutoencoderKLWan)")
+        raise UserError(f"{path} describes {named} {others or ''}, not the autoencoder of Wan 2.1 (AutoencoderKLWan)")
     ours = {"base_dim": "width", "z_dim": "channels", "latents_mean": "latent_mean", "latents_std": "latent_std"}
     same = ("dim_mult", "num_res_blocks", "temperal_downsample")
     renamed = {ours[name]: value for name, value in given.items() if name in ours}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path
 from configs.foreign import parse_json, parse_object, reading, require_inside
 from model.bare_names import bare_names
@@ -52,7 +53,7 @@ class LazyWeights(Mapping[str, Tensor]):
         old = {new: name for name, new in names.items()}
         if len(old) != len(names):
             twice = [new for name, new in names.items() if old[new] != name]
-            raise ValueError(f"two tensors of {self.where} would be called {_some(twice)}")
+            raise UserError(f"two tensors of {self.where} would be called {_some(twice)}")
         specs = {new: self.specs[name] for new, name in old.items()}
         return replace(self, specs=specs, read=lambda new: self.read(old[new]))
 
@@ -104,7 +105,7 @@ def open_weights(path: str | Path) -> LazyWeights:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}")
+        raise MissingFileError(f"no weights file {path}")
     return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
 
 
@@ -139,7 +140,7 @@ def finite(state: LazyWeights) -> LazyWeights:
         tensor = state.read(name)
         numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits: torch does not tell
         if not torch.isfinite(numbers).all():
-            raise ValueError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
+            raise UserError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
         return tensor
 
     return replace(state, read=read)
@@ -165,7 +166,7 @@ def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Ten
     }
     if any(faults.values()):
         found = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise ValueError(f"{what}: {found}")
+        raise UserError(f"{what}: {found}")
 
 
 def _opened(path: str | Path) -> BufferedReader:
@@ -177,15 +178,15 @@ def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] 
         begin, size, header = _read_header(path, file)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(word, str) for word in metadata.values()):
-            raise ValueError("__metadata__ holds more than words")
+            raise UserError("__metadata__ holds more than words")
         spans = {name: _span(name, entry) for name, entry in header.items()}
         end = 0
         for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
             if start != end:
-                raise ValueError(f"tensors overlap, or leave a hole, at {_some([name])}")
+                raise UserError(f"tensors overlap, or leave a hole, at {_some([name])}")
             end = stop
         if begin + end != size:
-            raise ValueError(f"{path} is no complete safetensors file: {size} bytes, where it tells of {begin + end}")
+            raise UserError(f"{path} is no complete safetensors file: {size} bytes, where it tells of {begin + end}")
         specs = {
             name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
             for name, entry in header.items()
@@ -197,7 +198,7 @@ def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] 
         with opened(path) as file:
             file.seek(begin + spans[name][0])
             if file.readinto(_bytes(tensor)) != tensor.nbytes:
-                raise ValueError(f"{path} ends within {name}; it changed while it was read")
+                raise UserError(f"{path} ends within {name}; it changed while it was read")
         return tensor
 
     return LazyWeights(specs, read, metadata, str(path))
@@ -209,25 +210,25 @@ def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict
     file.seek(0)
     begin = 8 + int.from_bytes(file.read(8), "little")
     if not 8 < begin <= min(size, 8 + HEADER_BYTES):
-        raise ValueError(f"{path} is no complete safetensors file: its header cannot be read")
+        raise UserError(f"{path} is no complete safetensors file: its header cannot be read")
     return begin, size, parse_object(file.read(begin - 8), path)
 
 
 def _span(name: str, entry: Any) -> tuple[int, int]:
     """Where a tensor begins and ends. Raises ValueError unless `entry` tells that, a dtype and a shape that fit."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise ValueError(f"{_some([name])} lacks its dtype, shape or data_offsets")
+        raise UserError(f"{_some([name])} lacks its dtype, shape or data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{_some([name])} is of type {str(dtype)[:80]}; known are: {', '.join(DTYPES)}")
+        raise UserError(f"{_some([name])} is of type {str(dtype)[:80]}; known are: {', '.join(DTYPES)}")
     for numbers in (shape, offsets):
         if not isinstance(numbers, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in numbers):
-            raise ValueError(f"{_some([name])} has the shape {str(shape)[:80]} at {str(offsets)[:80]}")
+            raise UserError(f"{_some([name])} has the shape {str(shape)[:80]} at {str(offsets)[:80]}")
     if math.prod(max(one, 1) for one in shape) >= 1 << 59 or len(shape) > 64:  # whose bytes torch cannot count
-        raise ValueError(f"{_some([name])} has the shape {str(shape)[:80]}")
+        raise UserError(f"{_some([name])} has the shape {str(shape)[:80]}")
     bytes_told = math.prod(shape) * DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != bytes_told:
-        raise ValueError(f"{_some([name])} has {bytes_told} bytes by its shape, and others at {str(offsets)[:80]}")
+        raise UserError(f"{_some([name])} has {bytes_told} bytes by its shape, and others at {str(offsets)[:80]}")
     return offsets[0], offsets[1]
 
 
@@ -236,17 +237,17 @@ def _open_shards(index: Path) -> LazyWeights:
         told = parse_json(index.read_bytes(), index)
         files = told.get("weight_map") if isinstance(told, dict) else None
         if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise ValueError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
+            raise UserError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
         # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
         named = {name: require_inside(file, index) for name, file in files.items()}
     missing = sorted({file for file in named.values() if not (index.parent / file).is_file()})
     if missing or not named:
-        raise FileNotFoundError(f"{index} names {len(set(named.values()))} shards; not there: {_some(missing)}")
+        raise MissingFileError(f"{index} names {len(set(named.values()))} shards; not there: {_some(missing)}")
     shards = {file: _open_file(index.parent / file) for file in dict.fromkeys(named.values())}
     held = {name: file for file, shard in shards.items() for name in shard}
     if held != named or sum(map(len, shards.values())) != len(named):
         differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
-        raise ValueError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
+        raise UserError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
     specs = {name: shards[file].specs[name] for name, file in named.items()}
     return LazyWeights(specs, lambda name: shards[named[name]].read(name), where=str(index))
 

@@ -2,11 +2,12 @@
 
 import sys
 
-from configs.cli import first_is, run
-from sampling.evaluate import evaluate
-from sampling.generate import generate
+from configs.cli import Verb, run
 
-VERBS = {"generate": first_is("checkpoint", generate), "evaluate": first_is("checkpoint", evaluate)}
+VERBS = {
+    "generate": Verb("sampling.generate:generate", first="checkpoint"),
+    "evaluate": Verb("sampling.evaluate:evaluate", first="checkpoint"),
+}
 
 if __name__ == "__main__":
     sys.exit(run("sampling", VERBS))

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
+from configs.errors import UserError
 from data_pipeline.video import to_uint8, to_video
 from model.actions import action_windows
 from model.conditioning import condition
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
+from model.world import WorldModel
 from sampling.denoising import Denoising, Rows, Velocity, guide, integrate
-from sampling.world_model import WorldModel
 
 
 def rollout(
@@ -26,7 +27,7 @@ def rollout(
     """
     frames = keyboard.shape[1]
     if frames % CHUNK_FRAMES or not len(prompt) == len(keyboard) == len(mouse) == len(seeds):
-        raise ValueError(
+        raise UserError(
             f"rollout: {frames} action rows must be a multiple of {CHUNK_FRAMES}, with as many seeds as rows"
         )
     known = prompt if prompt.ndim == 5 else encode_frames(world, prompt[:, :, None])

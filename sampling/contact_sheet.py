@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError
 
 PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
 TILE_WIDTH = 400  # px of one picture, unless another is asked for
@@ -31,7 +32,7 @@ class Tile:
 def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> Image.Image:
     """The `tiles` row by row, `width` px each and all of the first one's shape, under a title; even in size."""
     if not tiles:
-        raise ValueError("a contact sheet needs at least one picture")
+        raise UserError("a contact sheet needs at least one picture")
     columns = min(columns, len(tiles))
     rows = math.ceil(len(tiles) / columns)
     height = round(width * tiles[0].picture.shape[0] / tiles[0].picture.shape[1])

@@ -7,6 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from configs.errors import UserError
 from model.flow import FlowMatch
 
 MOST_STEPS = 1000  # as many levels as training draws from
@@ -27,12 +28,12 @@ class Denoising:
     def __post_init__(self) -> None:
         guided = 0 < self.guidance <= MOST_GUIDANCE
         if not 1 <= self.steps <= MOST_STEPS or not 0 <= (self.context_noise or 0) < 1 or not guided:
-            raise ValueError(
+            raise UserError(
                 f"steps {self.steps} must be from 1 to {MOST_STEPS}, context_noise {self.context_noise} in [0, 1), "
                 f"guidance {self.guidance} above 0 and at most {MOST_GUIDANCE}"
             )
         if any(after >= before for before, after in pairwise(self.few_steps)):
-            raise ValueError(
+            raise UserError(
                 f"few_steps {list(self.few_steps)[:10]} must descend between 0 and 1000, as in [1000,666,333]"
             )
 

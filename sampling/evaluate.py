@@ -15,15 +15,27 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import load_config
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.files import require_other_files
 from configs.foreign import SETTINGS_BYTES, parse_object, reading
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
-from data_pipeline.types import CHUNK_FRAMES, Batch, GameConfig
+from data_pipeline.types import Batch
+from model.layout import CHUNK_FRAMES
 from model.limits import require_device
+from model.world import (
+    Precision,
+    Weights,
+    WorldModel,
+    check_same_game,
+    checkpoint_files,
+    find_checkpoint,
+    load_world,
+    read_world_config,
+)
 from sampling.denoising import Denoising
 from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
@@ -49,16 +61,6 @@ from sampling.trials import (
     play_held,
     play_replay,
     read_starts,
-)
-from sampling.world_model import (
-    Precision,
-    Weights,
-    WorldModel,
-    check_same_game,
-    checkpoint_files,
-    find_checkpoint,
-    load_world,
-    read_world_config,
 )
 
 Figures = dict[str, Any]
@@ -93,7 +95,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         if self.clips < 1:
-            raise ValueError(f"clips={self.clips} must be at least 1")
+            raise UserError(f"clips={self.clips} must be at least 1")
         _ = self.replay, self.held, Scripted(1, 0, self.mouse_deg)  # checks of their own
 
     @property
@@ -109,9 +111,8 @@ class EvaluateConfig:
         return Denoising(self.steps, guidance=self.guidance)
 
 
-def evaluate(words: list[str]) -> None:
+def evaluate(config: EvaluateConfig) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
-    config = load_config(EvaluateConfig, words)
     require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     read = {
@@ -123,12 +124,12 @@ def evaluate(words: list[str]) -> None:
     manifest, trained = load_manifest(config.manifest), read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
     if manifest.codec_hash != trained.codec_hash:
-        raise ValueError(
+        raise UserError(
             f"{config.manifest} holds latents of codec {manifest.codec_hash}, {checkpoint} was trained on those of "
             f"{trained.codec_hash}"
         )
     if manifest.layout != trained.layout:
-        raise ValueError(
+        raise UserError(
             f"{config.manifest} holds {manifest.layout} clips, {checkpoint} was trained on {trained.layout} ones"
         )
     others = [read_other(path, config.out) for path in config.beside]
@@ -212,13 +213,13 @@ def read_other(path: str, out: str) -> Compared:
     """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`. Raises ValueError in one
     line for what is none."""
     if not storage.exists(path):
-        raise FileNotFoundError(f"no report {path}; beside= takes a report.json that evaluate wrote")
+        raise MissingFileError(f"no report {path}; beside= takes a report.json that evaluate wrote")
     page = str(storage.path(path).with_suffix(".html"))
     if storage.is_s3(page) == storage.is_s3(out):
         page = os.path.relpath(page, out)
     with reading(path, "beside= takes a report.json that evaluate wrote"):
         if (size := storage.size(path)) > SETTINGS_BYTES:
-            raise ValueError(f"it has {size} bytes")
+            raise UserError(f"it has {size} bytes")
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
 

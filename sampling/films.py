@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from configs.game import GameConfig
 from data_pipeline.overlay import Overlay, enlarge
-from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import write_video
+from model.layout import CHUNK_FRAMES
 from sampling.contact_sheet import Tile, draw_sheet, write_sheet
 from sampling.scripts import Scripted, read_script
 from sampling.trials import Replay, Start

@@ -13,24 +13,21 @@ import psutil
 import torch
 from tqdm import tqdm
 
-from configs import load_config
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder, require_other_files
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.pictures import read_picture
 from data_pipeline.readers.recording import VIDEOS
-from data_pipeline.types import CHUNK_FRAMES, Actions, GameConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.codec import TEMPORAL
 from model.flow import FlowMatch
+from model.layout import CHUNK_FRAMES
 from model.limits import require_device
-from sampling.chunked import rollout
-from sampling.contact_sheet import Tile, write_sheet
-from sampling.denoising import Denoising
-from sampling.scripts import Scripted, is_file, read_script
-from sampling.streaming import count_blocks, rollout_blocks
-from sampling.world_model import (
+from model.world import (
     Precision,
     Weights,
     WorldModel,
@@ -40,6 +37,11 @@ from sampling.world_model import (
     load_world,
     read_world_config,
 )
+from sampling.chunked import rollout
+from sampling.contact_sheet import Tile, write_sheet
+from sampling.denoising import Denoising
+from sampling.scripts import Scripted, is_file, read_script
+from sampling.streaming import count_blocks, rollout_blocks
 
 SHEET_TILES = 36  # pictures of the contact sheet at most
 MEMORY_NOTES = 6  # along a video
@@ -73,14 +75,14 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _ = self.denoising, self.scripted  # checks of their own
         if not 1 <= self.prompt_frames <= self.frames or self.seed < 0 or self.prompt_frame < 0:
-            raise ValueError(
+            raise UserError(
                 f"prompt_frames={self.prompt_frames} must be from 1 to frames={self.frames}, seed and prompt_frame at "
                 "least 0"
             )
         if Path(self.out).suffix.lower() != ".mp4":
-            raise ValueError(f"out={self.out} must end in .mp4")
+            raise UserError(f"out={self.out} must end in .mp4")
         if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
-            raise ValueError("few_steps, context_noise and prompt_frames belong to method=streaming")
+            raise UserError("few_steps, context_noise and prompt_frames belong to method=streaming")
 
     @property
     def denoising(self) -> Denoising:
@@ -91,9 +93,8 @@ class GenerateConfig:
         return Scripted(self.frames, self.seed, self.mouse_deg)
 
 
-def generate(words: list[str]) -> None:
+def generate(config: GenerateConfig) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
-    config = load_config(GenerateConfig, words)
     require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
     said = read_world_config(checkpoint)
@@ -149,12 +150,12 @@ def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: st
     causal = said.model.causal
     FlowMatch(said.flow).warp(config.few_steps)  # which raises
     if causal is None and config.method == "streaming":
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "
             "train one with objective diffusion_forcing"
         )
     if causal is not None and config.method == "chunked":
-        raise ValueError(f"{checkpoint} was trained causally, block after block; use method=streaming")
+        raise UserError(f"{checkpoint} was trained causally, block after block; use method=streaming")
     if causal is not None:
         count_blocks(config.frames, causal.block, TEMPORAL, "frames")
 
@@ -209,14 +210,14 @@ def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.n
     """Pictures (n h w 3) uint8 of the game's size: the image `path`, or `count` frames of the video `path` from number
     `frame` on."""
     if not storage.path(path).is_file():
-        raise FileNotFoundError(f"no prompt {path}; give an image or a video")
+        raise MissingFileError(f"no prompt {path}; give an image or a video")
     if Path(path).suffix.lower() in VIDEOS:
         pictures = [fit_frame(one, game.height, game.width) for one in islice(read_frames(path), frame, frame + count)]
         if len(pictures) < count:
-            raise ValueError(
+            raise UserError(
                 f"{path} has too few frames for prompt_frame={frame} and prompt_frames={count}; give smaller ones"
             )
         return np.stack(pictures)
     if count != 1:
-        raise ValueError(f"prompt_frames={count} needs a video as the prompt, not {path}")
+        raise UserError(f"prompt_frames={count} needs a video as the prompt, not {path}")
     return fit_frame(read_picture(path), game.height, game.width)[None]

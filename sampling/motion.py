@@ -7,8 +7,10 @@ from itertools import pairwise
 import cv2
 import numpy as np
 
+from configs.game import ActionSpace
 from data_pipeline.motion import EXPECTED, divergence
-from data_pipeline.types import CHUNK_FRAMES, Actions, ActionSpace
+from data_pipeline.types import Actions
+from model.layout import CHUNK_FRAMES
 
 EVALUATOR = f"OpenCV {cv2.__version__} Farneback flow, mean over a chunk's {CHUNK_FRAMES - 1} frame pairs"
 TURNING_DEG = 1.0  # degrees per frame from which a chunk's mean yaw counts as a commanded turn

@@ -9,8 +9,10 @@ from itertools import product
 
 import numpy as np
 
+from configs.errors import UserError
+from configs.game import ActionSpace
 from data_pipeline.overlay import lit_caps
-from data_pipeline.types import Actions, ActionSpace
+from data_pipeline.types import Actions
 
 SEGMENT_FRAMES = 12  # how long one preset is held (Matrix-Game 2.0's sampler)
 MOUSE_DEG = 3.0  # degrees per frame of turn_left, look_up, ...
@@ -77,7 +79,7 @@ def hold(entry: str, words: Mapping[str, Preset], action_space: ActionSpace) -> 
         if name not in words:
             near = difflib.get_close_matches(name, [*words, "random"], n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are: random, {', '.join(words)}, or a .csv file"
-            raise ValueError(f"no key or preset {name!r} in the action space {action_space.name!r}; {hint}")
+            raise UserError(f"no key or preset {name!r} in the action space {action_space.name!r}; {hint}")
     keyboard = np.max([words[name].keyboard for name in names], axis=0)
     mouse = np.sum([words[name].mouse for name in names], axis=0)
     return Preset(entry, tuple(keyboard.tolist()), tuple(mouse.tolist()))
@@ -111,7 +113,7 @@ def preset_actions(
     The draws are those of Matrix-Game 2.0's sampler: the same seed of Python's `random` gives the same play.
     """
     if not entries or frames < 1 or segment < 1:
-        raise ValueError(f"random play needs presets ({len(entries)}), frames ({frames}) and a segment ({segment})")
+        raise UserError(f"random play needs presets ({len(entries)}), frames ({frames}) and a segment ({segment})")
     rng = random.Random(seed) if isinstance(seed, int) else seed
     drawn: list[Preset] = []
     while len(drawn) < frames:
@@ -158,7 +160,7 @@ def cursor_path(mouse: np.ndarray) -> np.ndarray:
 def lit_keys(game: str, actions: Actions) -> np.ndarray:
     """Which caps upstream's overlay lights (n caps): W, A, S, D, and for templerun left and right, 0 or 1."""
     if game not in UPSTREAM_SPACES:
-        raise ValueError(f"no overlay of upstream's for {game!r}; there are: {', '.join(UPSTREAM_SPACES)}")
+        raise UserError(f"no overlay of upstream's for {game!r}; there are: {', '.join(UPSTREAM_SPACES)}")
     lit = lit_caps(UPSTREAM_SPACES[game], actions)
     order = [label for label in ("W", "A", "S", "D", "left", "right") if label in lit]
     return np.stack([lit[label] for label in order], axis=1).astype(np.float32)

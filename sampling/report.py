@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
+from configs.errors import UserError
+
 matplotlib.use("agg")
 import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data_pipeline import storage
+from configs import storage
 from data_pipeline.page import Html, as_utf8, h, page_of
 
 COLOURS = {
@@ -55,7 +57,7 @@ def compared(report: dict[str, Any], page: str) -> Compared:
     """Those parts of a report that may be another's. Of what they are not it makes errors of any kind."""
     by_frame = np.array(report["psnr_db"]["from_context"]["by_frame"], dtype=np.float64)
     if by_frame.ndim != 1 or not np.isfinite(by_frame).all():
-        raise ValueError("psnr_db.from_context.by_frame must be numbers")
+        raise UserError("psnr_db.from_context.by_frame must be numbers")
     if not isinstance(report["method"], str) or not isinstance(report["checkpoint"], str):
         raise TypeError("method and checkpoint must be text")
     return Compared(page, report["method"], report["checkpoint"], main_figures(report), by_frame)

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import CHUNK_FRAMES, CHUNK_LATENTS, Batch, Layout, latent_ends
+from data_pipeline.types import Batch
 from model.actions import action_windows
 from model.conditioning import condition, masked
 from model.flow import FlowMatch
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, Layout, latent_ends
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
 

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import parse_json
-from data_pipeline import storage
+from configs.game import ActionSpace
 from data_pipeline.readers.worldloom import read_actions
-from data_pipeline.types import Actions, ActionSpace
+from data_pipeline.types import Actions
 from sampling.presets import MOUSE_DEG, SEGMENT_FRAMES, hold, preset_actions, presets, random_table
 
 MOST_FRAMES = 1_000_000  # of one video: 16 hours at 17.5 frames/s
@@ -25,9 +27,9 @@ class Scripted:
 
     def __post_init__(self) -> None:
         if not 1 <= self.frames <= MOST_FRAMES:
-            raise ValueError(f"frames={self.frames} must be from 1 to {MOST_FRAMES}")
+            raise UserError(f"frames={self.frames} must be from 1 to {MOST_FRAMES}")
         if not abs(self.mouse_deg) <= MOST_DEG:
-            raise ValueError(
+            raise UserError(
                 f"mouse_deg={self.mouse_deg:g} must be from {-MOST_DEG:g} to {MOST_DEG:g} degrees per frame"
             )
 
@@ -62,7 +64,7 @@ def held_segments(segments: list[str], action_space: ActionSpace, scripted: Scri
         entry, colon, count = segment.strip().partition(":")
         digits = count.strip().lstrip("0")
         if colon and not (digits.isascii() and digits.isdecimal()):
-            raise ValueError(f"action script {segment!r}: after the colon comes a number of frames, as in idle:36")
+            raise UserError(f"action script {segment!r}: after the colon comes a number of frames, as in idle:36")
         held, frames = hold(entry, words, action_space), int(digits[:18]) if colon else SEGMENT_FRAMES
         room = scripted.frames - len(keyboard)  # more is never seen
         keyboard += [held.keyboard] * min(frames, room)
@@ -83,12 +85,12 @@ def _repeat(actions: Actions, frames: int) -> Actions:
 def _read_csv(path: Path, action_space: ActionSpace, frames: int) -> Actions:
     actions = read_actions(path, action_space)
     if len(actions) < frames:
-        raise ValueError(f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer")
+        raise UserError(f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer")
     return actions[:frames]
 
 
 def _read_json(path: Path) -> list[str]:
     segments = parse_json(path.read_bytes(), path)
     if not (isinstance(segments, list) and segments and all(isinstance(segment, str) for segment in segments)):
-        raise ValueError(f'{path} must hold a list of segments, as in ["forward:36", "forward+turn_left:24"]')
+        raise UserError(f'{path} must hold a list of segments, as in ["forward:36", "forward+turn_left:24"]')
     return segments

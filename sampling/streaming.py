@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_pipeline.types import latent_ends
+from configs.errors import UserError
 from data_pipeline.video import to_uint8
 from model.actions import action_windows
 from model.conditioning import condition
+from model.layout import latent_ends
 from model.vision import image_conditions
+from model.world import WorldModel
 from sampling.chunked import seeded_generator
 from sampling.denoising import Denoising, Rows, Velocity, denoise_in_few_steps, guide, integrate
-from sampling.world_model import WorldModel
 
 
 class Stream:
@@ -33,9 +34,9 @@ class Stream:
         causal, spatial = world.dit.config.causal, world.codec.config.spatial
         height, width, unit = *image.shape[2:], spatial * world.dit.config.patch_size[1]
         if height % unit or width % unit:
-            raise ValueError(f"a picture of {height}x{width} px: both must be multiples of {unit} (codec x patch)")
+            raise UserError(f"a picture of {height}x{width} px: both must be multiples of {unit} (codec x patch)")
         if len(seeds) != len(image):
-            raise ValueError(f"{len(seeds)} seeds for {len(image)} pictures: give one each")
+            raise UserError(f"{len(seeds)} seeds for {len(image)} pictures: give one each")
         self.cache = world.dit.make_cache(len(image), height // spatial, width // spatial, world.look(image))
         assert causal is not None  # make_cache refuses a model that is not causal
         self.world, self.seeds, self.denoising, self.causal = world, tuple(seeds), denoising, causal
@@ -135,12 +136,12 @@ def check_actions(world: WorldModel, keyboard: Tensor, mouse: Tensor, b: int, n:
     widths = {"keyboard": len(space.keys), "mouse": 2 if space.mouse else 0}
     for name, rows in (("keyboard", keyboard), ("mouse", mouse)):
         if tuple(rows.shape) != (b, n, widths[name]):
-            raise ValueError(
+            raise UserError(
                 f"{name} actions of shape {tuple(rows.shape)}: the next {n} frames of {b} samples want "
                 f"{(b, n, widths[name])}, for {space.describe()}"
             )
         if not rows.isfinite().all():
-            raise ValueError(f"{name} actions hold NaN or infinite numbers; give what was pressed and moved")
+            raise UserError(f"{name} actions hold NaN or infinite numbers; give what was pressed and moved")
 
 
 def rollout_blocks(
@@ -163,7 +164,7 @@ def rollout_blocks(
     count_blocks(keyboard.shape[1], block, temporal, "actions")
     known = count_blocks(clip.shape[2], block, temporal, "prompt") if clip is not None else 0
     if clip is not None and clip.shape[2] > keyboard.shape[1]:
-        raise ValueError(f"{keyboard.shape[1]} frames with a prompt of {clip.shape[2]}: ask for more than the prompt")
+        raise UserError(f"{keyboard.shape[1]} frames with a prompt of {clip.shape[2]}: ask for more than the prompt")
     return _play(stream, clip, known, (keyboard, mouse))
 
 
@@ -192,7 +193,7 @@ def count_blocks(frames: int, block: int, temporal: int, what: str) -> int:
     fitting = whole_blocks(frames, block, temporal)
     blocks = (1 + (fitting - 1) // temporal) // block
     if frames != fitting:
-        raise ValueError(
+        raise UserError(
             f"{what}: {frames} frames are no whole number of blocks of {block} latents ({fitting} are {blocks}); "
             f"the first block has {temporal * (block - 1) + 1} frames, every later one {temporal * block}"
         )

@@ -12,16 +12,19 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
+from configs.errors import UserError
+from configs.game import GameConfig
 from data_pipeline.motion import EXPECTED
 from data_pipeline.readers import Reader, find_recordings, read_game_frames, recording_of
-from data_pipeline.types import CHUNK_FRAMES, Actions, Episode, GameConfig, Manifest
+from data_pipeline.types import Actions, Episode, Manifest
 from data_pipeline.video import to_video
+from model.layout import CHUNK_FRAMES
+from model.world import WorldModel
 from sampling.chunked import decode_frames, encode_frames, rollout
 from sampling.denoising import Denoising, Rows
 from sampling.presets import presets
 from sampling.scripts import Scripted, read_script
 from sampling.streaming import count_blocks, rollout_blocks, whole_blocks
-from sampling.world_model import WorldModel
 
 MOST_ROLLOUTS = 10_000
 
@@ -53,7 +56,7 @@ class RolloutSettings:
     def __post_init__(self) -> None:
         counts = (self.starts, self.chunks, self.batch)
         if min(counts) < 1 or max(counts) > MOST_ROLLOUTS or self.seed < 0:
-            raise ValueError(
+            raise UserError(
                 f"rollouts: starts, chunks and batch must be at least 1 and at most {MOST_ROLLOUTS}, seed at least 0"
             )
 
@@ -65,7 +68,7 @@ def heldout_episodes(recordings: str | Path, reader: Reader, manifest: Manifest)
     found = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
     episodes = [episode for recording in found for episode in recording.read(manifest.game) if episode.id in listed]
     if not episodes:
-        raise ValueError(f"{recordings} holds none of the manifest's {len(listed)} episodes, such as {min(listed)}")
+        raise UserError(f"{recordings} holds none of the manifest's {len(listed)} episodes, such as {min(listed)}")
     return episodes
 
 
@@ -76,7 +79,7 @@ def read_starts(episodes: Sequence[Episode], game: GameConfig, settings: Rollout
     long = [episode for episode in episodes if len(episode.actions) >= length]
     if not long:
         most = max(len(episode.actions) for episode in episodes)
-        raise ValueError(f"no held-out episode has more than {most} frames, {length} are needed; use fewer chunks")
+        raise UserError(f"no held-out episode has more than {most} frames, {length} are needed; use fewer chunks")
     order = [long[i] for i in torch.randperm(len(long), generator=generator).tolist()]
     for i in tqdm(range(settings.starts), desc="read held-out episodes", unit="start"):
         episode = order[i % len(order)]

@@ -7,9 +7,9 @@ import torch
 
 from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame, to_video
+from model.world import WorldModel
 from sampling.denoising import Denoising
 from sampling.streaming import Stream
-from sampling.world_model import WorldModel
 
 
 class LiveWorld:

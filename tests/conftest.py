@@ -11,8 +11,7 @@ from tiny_recordings import EPISODES, write_recording
 from tiny_training import ALONE, STEPS, run
 from tiny_world import DIT, GAME, write_codec
 
-from configs import to_dict
-from data_pipeline import s3_client
+from configs import s3_client, to_dict
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from model.flow import FlowMatchConfig

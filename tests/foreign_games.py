@@ -25,8 +25,9 @@ from foreign_recordings import (
 )
 
 from configs import load_config
+from configs.game import GameConfig
 from data_pipeline.readers import Reader, find_recordings
-from data_pipeline.types import Episode, GameConfig
+from data_pipeline.types import Episode
 from train.codec import CodecTrainConfig
 
 GAMES = Path(__file__).parent.parent / "configs" / "games"

@@ -29,7 +29,7 @@ from fuzz_mutations import change_file
 from fuzz_targets import TARGETS, Target
 
 from configs import load_config
-from configs.cli import run
+from configs.cli import Verb, run
 
 WORK_S, WALL_S, MEMORY_GIB = 20, 90, 2.0  # the wall's limit is for a shared machine
 
@@ -191,7 +191,7 @@ def try_one(target: Target, seed: int, root: Path, writes: list[str]) -> Tried:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-            status = run("fuzz", {target.name: lambda words: target.deed(place / "given", rng)}, [target.name])
+            status = run("fuzz", {target.name: Verb(lambda args: target.deed(place / "given", rng))}, [target.name])
     except BaseException:  # noqa: BLE001 - whatever it is, it is what is looked for
         return Tried(target.name, seed, "traceback", traceback.format_exc()[-3000:])
     line = next((one for one in said.getvalue().splitlines() if one.startswith(f"fuzz {target.name}:")), "")
@@ -236,4 +236,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["try"]:
         try_inputs(sys.argv[2], *map(int, sys.argv[3:6]))
     else:
-        sys.exit(run("fuzz", {"run": main}, ["run", *sys.argv[1:]]))
+        sys.exit(run("fuzz", {"run": Verb(main)}, ["run", *sys.argv[1:]]))

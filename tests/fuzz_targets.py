@@ -19,8 +19,9 @@ from tiny_recordings import write_recording
 from tiny_world import GAME, SPACE, random_dit, write_checkpoint, write_codec
 
 from configs import load_config, to_dict
+from configs.cli import call
 from data_pipeline.encode import encode_recordings
-from data_pipeline.inspect import inspect
+from data_pipeline.inspect import InspectConfig, inspect
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.record import RecordConfig
@@ -31,8 +32,9 @@ from launch.road import RoadConfig
 from launch.submit import submit
 from model.__main__ import VERBS
 from model.weights import save_weights
+from sampling.__main__ import VERBS as SAMPLING
 from sampling.evaluate import EvaluateConfig
-from sampling.generate import GenerateConfig, generate, read_prompt
+from sampling.generate import GenerateConfig, read_prompt
 from sampling.scripts import Scripted, read_script
 from train.checkpoint import FORMAT, Position, read_position, state_of
 from train.codec import CodecTrainConfig
@@ -103,14 +105,16 @@ def _look(folder: Path, rng: Random) -> int | None:
     if what == 0:
         return 1 if verify_set(str(manifest)) else 0
     if what == 1:
-        return inspect([f"manifest={manifest}", "out=made/page.html"])
+        inspect(InspectConfig(str(manifest), "made/page.html"))
+        return 0
     read_clips(str(manifest))
     return 0
 
 
 def _sample(folder: Path, rng: Random) -> None:
     run = folder / "step_0000100"
-    generate([f"checkpoint={run}", f"prompt={folder}/prompt.png", "actions=idle", "frames=1", "steps=1", "device=cpu",
+    call(SAMPLING["generate"], [f"checkpoint={run}",
+              f"prompt={folder}/prompt.png", "actions=idle", "frames=1", "steps=1", "device=cpu",
               "out=made/a.mp4", f"weights={rng.choice(['ema', 'model'])}"])  # fmt: skip
 
 
@@ -167,7 +171,7 @@ def _weights(folder: Path) -> None:
 def _import(folder: Path, rng: Random) -> None:
     good = Path.cwd().parent / "good"
     given = folder / rng.choice(["a.safetensors", "a.pt", "sharded"])
-    VERBS["import"]([str(given), str(good / "weights.yaml"), f"codec={good}/codec_of_weights", "out=made/world"])
+    call(VERBS["import"], [str(given), str(good / "weights.yaml"), f"codec={good}/codec_of_weights", "out=made/world"])
 
 
 def _run(folder: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from configs.game import GameConfig
 from data_pipeline.doctor.findings import Fault
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, read_actions, write_actions, write_episode
-from data_pipeline.types import GameConfig
 from data_pipeline.video import read_frames
 
 YAW, PITCH = 1, 0

@@ -15,7 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
-from data_pipeline import s3_client
+from configs import s3_client
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common"

@@ -7,7 +7,7 @@ from collections import Counter
 
 import torch
 
-from configs.cli import run
+from configs.cli import Verb, run
 from train import loop
 from train.objectives.autoregressive import Autoregressive
 
@@ -30,4 +30,4 @@ def loss(self, model, flow, batch, progress, draws):
 
 if __name__ == "__main__":
     Autoregressive.loss = loss  # type: ignore[method-assign]
-    sys.exit(run("train", {"run": lambda words: loop.train(words)}, ["run", *sys.argv[1:]]))
+    sys.exit(run("train", {"run": Verb(loop.train)}, ["run", *sys.argv[1:]]))

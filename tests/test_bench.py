@@ -10,8 +10,8 @@ import torch
 from configs import load_config
 from configs.cli import run
 from model.__main__ import VERBS
-from model.bench import BenchConfig, inputs_for, measure_all
 from model.cost import clip_pass, count_flops, counted_dit, training_flops
+from tests.bench.network import BenchConfig, inputs_for, measure_all
 
 SMOKE = str(Path(__file__).parent.parent / "configs" / "models" / "smoke.yaml")
 TINY = [SMOKE, "height=32", "width=48", "repeats=2"]

@@ -86,7 +86,12 @@ def test_the_fit_starts_at_the_pca_and_does_not_fall_below(game, recordings) -> 
 
 def test_the_command_writes_a_codec_that_loads(game_yaml, recordings, tmp_path, capsys) -> None:
     small = [f"codec.{name}={value}" for name, value in to_dict(TINY).items() if name.endswith(("width", "blocks"))]
-    train_codec([game_yaml, *small, f"source={recordings}", f"out={tmp_path}", "steps=2", "batch=1", "heldout_every=3"])
+    train_codec(
+        load_config(
+            CodecTrainConfig,
+            [game_yaml, *small, f"source={recordings}", f"out={tmp_path}", "steps=2", "batch=1", "heldout_every=3"],
+        )
+    )
     codec = load_codec(tmp_path)
     assert codec.config == load_config(CodecConfig, [str(tmp_path / "config.yaml")])
     assert "dB on held-out episodes" in capsys.readouterr().out

@@ -80,13 +80,13 @@ def test_a_command_whose_streams_are_closed_does_its_work(closed: str, tmp_path:
     code = """
 import sys
 from tqdm import tqdm
-from configs.cli import run
+from configs.cli import Verb, run
 def work(words):
     with open(words[0], "w") as file:
         tqdm.write("said", file=sys.stderr)
         print("said", file=sys.stdout)
         file.write(str(file.fileno() > 2))
-sys.exit(run("x", {"work": work}, ["work", sys.argv[1]]))
+sys.exit(run("x", {"work": Verb(work)}, ["work", sys.argv[1]]))
 """
     done = subprocess.run(["bash", "-c", f'"$@" {closed}', "bash", sys.executable, "-c", code, str(tmp_path / "made")])
     assert done.returncode == 0 and (tmp_path / "made").read_text() == "True"

@@ -15,9 +15,8 @@ import pytest
 from tiny_training import ROOT, run
 from torch.distributed import TCPStore
 
-from configs import build, to_dict
+from configs import build, storage, to_dict
 from configs.cli import run as run_words
-from data_pipeline import storage
 from launch.__main__ import VERBS
 from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
 from launch.doctor import doctor_task, read_doctor

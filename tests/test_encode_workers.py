@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from configs import to_dict
-from data_pipeline import storage
+from configs import storage, to_dict
+from configs.game import InputConfig
 from data_pipeline.claims import Claims, process_start
 from data_pipeline.encode import Unit, Worker, encode_recordings
 from data_pipeline.plan import EncodeConfig, make_plans
 from data_pipeline.resample import ResampledEpisode
 from data_pipeline.shards import index_url
-from data_pipeline.types import Actions, InputConfig
+from data_pipeline.types import Actions
 from model.codec import load_codec
 
 # Runs the command line and kills itself at the n-th call of one function, before or after it did its work; with two,

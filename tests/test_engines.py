@@ -21,7 +21,7 @@ from tiny_world import write_checkpoint
 from configs import load_config
 from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
-from sampling.world_model import complete_checkpoints, load_world, newest_checkpoint, read_world_config
+from model.world import complete_checkpoints, load_world, newest_checkpoint, read_world_config
 from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks

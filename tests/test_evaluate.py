@@ -22,6 +22,7 @@ from data_pipeline.types import Actions, Batch
 from data_pipeline.video import probe, write_video
 from model.flow import FlowMatch, FlowMatchConfig
 from model.masks import CausalConfig
+from model.world import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 from sampling.__main__ import VERBS
 from sampling.evaluate import loss_of_clips
 from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
@@ -38,7 +39,6 @@ from sampling.scores import (
     sigma_bins,
     velocity_loss,
 )
-from sampling.world_model import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 
 FLOW = FlowMatch(FlowMatchConfig())
 

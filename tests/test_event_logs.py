@@ -11,9 +11,10 @@ from foreign_games import load_game, read_all
 from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lines, write_owl
 
 from configs import load_config
+from configs.game import GameConfig
 from data_pipeline.readers import event_rows, find_recordings
 from data_pipeline.readers.keys import KeyMap
-from data_pipeline.types import Episode, GameConfig
+from data_pipeline.types import Episode
 from data_pipeline.video import write_video
 from train.codec import CodecTrainConfig
 

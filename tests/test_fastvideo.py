@@ -16,9 +16,9 @@ from foreign_games import GAMES, read_all
 from foreign_recordings import draw_play, read_picture, write_fastvideo
 
 from configs import load_config
+from configs.game import GameConfig
 from data_pipeline.readers import find_recordings
 from data_pipeline.readers.npy import read_npy
-from data_pipeline.types import GameConfig
 from train.codec import CodecTrainConfig
 
 

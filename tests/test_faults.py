@@ -15,7 +15,7 @@ import torch
 from tiny_training import ROOT, launch, losses, run
 
 from model.weights import load_weights
-from sampling.world_model import COMPLETE, newest_checkpoint
+from model.world import COMPLETE, newest_checkpoint
 
 COMMAND = [*launch("cpu_zero2", "-m", "train")]
 SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100"]

@@ -16,13 +16,13 @@ from test_vision import STATE, TINY, hf_state
 
 from configs import load_config
 from configs.cli import run as run_words
+from configs.game import GameConfig
 from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
 from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
-from data_pipeline.types import GameConfig
 from data_pipeline.video import probe, to_video
 from model.__main__ import VERBS as MODEL_VERBS
 from model.codec import load_codec

@@ -9,10 +9,9 @@ import pytest
 import yaml
 from tiny_world import write_checkpoint, write_codec
 
-from configs import load_config, save_config
-from data_pipeline import storage
+from configs import load_config, save_config, storage
 from model.codec import CONFIG_FILE, load_codec
-from sampling.world_model import WORLD_FILE, find_codec, keep_codec, load_world, read_world_config
+from model.world import WORLD_FILE, find_codec, keep_codec, load_world, read_world_config
 from train.checkpoint import Position, require_same_data
 from train.config import TrainConfig
 

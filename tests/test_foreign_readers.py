@@ -28,6 +28,7 @@ from PIL import Image
 
 from configs import load_config
 from configs.cli import run
+from configs.game import GameConfig
 from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
@@ -37,7 +38,7 @@ from data_pipeline.readers.owl_control import read_events
 from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
-from data_pipeline.types import Episode, GameConfig
+from data_pipeline.types import Episode
 from sampling.trials import heldout_episodes
 from train.codec import CodecTrainConfig, read_runs
 

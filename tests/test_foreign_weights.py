@@ -15,7 +15,7 @@ from model.bare_names import bare_names
 from model.codec import WEIGHTS_FILE, load_codec
 from model.foreign import load_foreign, open_foreign
 from model.weights import load_into, load_weights, open_weights, save_weights
-from sampling.world_model import load_world
+from model.world import load_world
 
 PLAIN = {"blocks.0.ffn.0.weight": torch.ones(2), "head.head.bias": torch.zeros(3)}
 OTHER = {name: tensor + 1 for name, tensor in PLAIN.items()}

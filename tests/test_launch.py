@@ -26,8 +26,8 @@ from launch.kubernetes import kubernetes_text, manifests
 from launch.local import read_launch, supervise, train_task
 from launch.machine import MachineConfig
 from launch.slurm import slurm_script
-from train.__main__ import needs_a_person
 from train.config import EngineConfig, TrainConfig
+from train.entry import needs_a_person
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 

@@ -13,11 +13,8 @@ ALLOWED = {
     "data_pipeline": {"data_pipeline", "configs", "model"},
     "sampling": {"sampling", "configs", "model", "data_pipeline"},
     "train": {"train", "configs", "model", "data_pipeline", "sampling"},
-    "launch": {"launch", "configs", "data_pipeline", "train"},  # of data_pipeline its storage, for the doctor
+    "launch": {"launch", "configs", "model", "data_pipeline", "train"},
 }
-# parity also runs the cases of action scripts and overlay; import and export write and read checkpoints: sampling's, in
-# storage, which is data_pipeline's.
-EXCEPTIONS = {("model/__main__.py", "sampling"), ("model/__main__.py", "data_pipeline")}
 
 
 def imported_folders(path: Path) -> set[str]:
@@ -36,8 +33,7 @@ def test_a_folder_imports_only_what_the_map_allows(folder: str) -> None:
     assert files
     for path in files:
         name = str(path.relative_to(ROOT))
-        excepted = {other for file, other in EXCEPTIONS if file == name}
-        assert imported_folders(path) <= ALLOWED[folder] | excepted, name
+        assert imported_folders(path) <= ALLOWED[folder], name
 
 
 def test_init_files_are_empty_or_a_registry() -> None:

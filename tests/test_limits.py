@@ -14,7 +14,7 @@ from model.codec import CONFIG_FILE, load_codec
 from model.config import ModelConfig
 from model.limits import require_device
 from model.wan_codec import read_wan_config
-from sampling.world_model import WORLD_FILE, read_world_config
+from model.world import WORLD_FILE, read_world_config
 
 SIZES = [
     "dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "img_dim", "action.heads_num",

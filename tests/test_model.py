@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from configs import load_config
-from configs.cli import run
+from configs.cli import Verb, run
 from configs.files import sha256_file
-from model.__main__ import info
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.actions import action_windows
 from model.config import ModelConfig
+from model.info import info
 from model.weights import load_into, load_weights, save_weights
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -67,7 +67,7 @@ def test_an_official_variant_has_the_official_size(name: str, numbers: int, tens
 
 
 def test_info_prints_the_total_and_a_row_per_kind_of_tensor(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("model", {"info": info}, ["info", str(MODELS / "demo.yaml")]) == 0
+    assert run("model", {"info": Verb(info)}, ["info", str(MODELS / "demo.yaml")]) == 0
     printed = capsys.readouterr().out
     assert "blocks.{i}.action_model.t_qkv.weight" in printed and "total" in printed
 

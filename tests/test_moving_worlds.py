@@ -13,11 +13,11 @@ from PIL import Image
 from test_official import SMALL, model_command, model_of, random_state, yamls
 from tiny_world import GAME, write_checkpoint, write_codec
 
+from configs import storage
 from configs.cli import run
-from data_pipeline import storage
 from model.weights import save_weights
+from model.world import load_world, read_world_config, writing_world
 from sampling.__main__ import VERBS
-from sampling.world_model import load_world, read_world_config, writing_world
 
 
 def generate(checkpoint: Path, out: Path, *words: str) -> int:
@@ -71,7 +71,7 @@ def test_a_world_that_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> 
 
 KILLED = """
 import os, signal, sys
-from sampling.world_model import read_world_config, writing_world
+from model.world import read_world_config, writing_world
 with writing_world(sys.argv[2], read_world_config(sys.argv[1]), None) as folder:
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -19,7 +19,7 @@ from tiny_training import ROOT, launch, losses, run
 from launch.command import accelerate_words, environment
 from launch.machine import MachineConfig
 from model.weights import load_weights
-from sampling.world_model import newest_checkpoint
+from model.world import newest_checkpoint
 from train.config import EngineConfig
 
 SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100", "steps=40"]

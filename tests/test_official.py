@@ -26,7 +26,7 @@ from model.official import (
     settings_of_tensors,
 )
 from model.weights import LazyWeights, load_into, open_weights, save_weights
-from sampling.world_model import load_world, newest_checkpoint, read_world_config
+from model.world import load_world, newest_checkpoint, read_world_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS = {  # our file, the game, and what is published: numbers, tensors, bytes per number

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from configs.game import ActionSpace
 from data_pipeline.overlay import Overlay, cap_boxes, enlarge
-from data_pipeline.types import ActionSpace
 from sampling.contact_sheet import Tile, draw_sheet
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"))

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from configs.cli import run
-from model.__main__ import parity
-from model.fixtures import Fixture, read_fixtures, run_fixture
-from model.parity import CASES
-from sampling.parity import CASES as SAMPLING_CASES
+from configs.cli import Verb, run
 from sampling.presets import Preset, preset_actions
+from tests.parity.actions import CASES as SAMPLING_CASES
+from tests.parity.fixtures import Fixture, read_fixtures, run_fixture
+from tests.parity.network import CASES
+from tests.parity.run import parity
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURES = {fixture.case: fixture for fixture in read_fixtures(GOLDEN)}
@@ -48,25 +48,25 @@ def test_an_output_that_nothing_computes_is_named() -> None:
 
 def test_a_wrong_number_fails_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy_with(tmp_path, FIXTURES["action_both"], "out.full", 1e-3)
-    assert run("model", {"parity": parity}, ["parity", str(tmp_path)]) == 1
+    assert run("model", {"parity": Verb(parity)}, ["parity", str(tmp_path)]) == 1
     assert "FAIL" in capsys.readouterr().out
 
 
 def test_not_a_number_fails_the_command(tmp_path: Path) -> None:
     copy_with(tmp_path, FIXTURES["time_sinusoid"], "out.sin_32", float("nan"))
-    assert run("model", {"parity": parity}, ["parity", str(tmp_path)]) == 1
+    assert run("model", {"parity": Verb(parity)}, ["parity", str(tmp_path)]) == 1
 
 
 def test_an_exact_folder_passes_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy_with(tmp_path, FIXTURES["rope"], "out.rope_d24_start0", 0.0)
     copy_with(tmp_path, FIXTURES["time_sinusoid"], "out.surprise", 0.0)
-    assert run("model", {"parity": parity}, ["parity", str(tmp_path)]) == 0
+    assert run("model", {"parity": Verb(parity)}, ["parity", str(tmp_path)]) == 0
     assert " ok" in capsys.readouterr().out
 
 
 def test_a_folder_without_fixtures_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["parity"], ["parity", str(tmp_path / "missing")], ["parity", str(tmp_path)]):
-        assert run("model", {"parity": parity}, words) == 2
+        assert run("model", {"parity": Verb(parity)}, words) == 2
         assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
@@ -74,7 +74,7 @@ def test_a_fixture_whose_weights_are_missing_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     copy_with(tmp_path, FIXTURES["bidir_universal"], "out.flow_0", 0.0)
-    assert run("model", {"parity": parity}, ["parity", str(tmp_path)]) == 2
+    assert run("model", {"parity": Verb(parity)}, ["parity", str(tmp_path)]) == 2
     assert "bidir_universal.weights.safetensors" in capsys.readouterr().err
 
 

@@ -8,13 +8,14 @@ import pytest
 
 from configs import load_config
 from configs.files import write_text
+from configs.game import ActionSpace, GameConfig
 from data_pipeline.overlay import Overlay, lit_caps
-from data_pipeline.types import Actions, ActionSpace, GameConfig
+from data_pipeline.types import Actions
 from model.config import ModelConfig
-from model.fixtures import read_fixtures
+from model.world import WorldModelConfig
 from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, cursor_path, preset_actions, presets, random_table
 from sampling.scripts import Scripted, read_script
-from sampling.world_model import WorldModelConfig
+from tests.parity.fixtures import read_fixtures
 
 ROOT = Path(__file__).parent.parent
 GAMES = ROOT / "configs" / "games"

@@ -9,8 +9,7 @@ import yaml
 
 from configs import load_config
 from data_pipeline.__main__ import VERBS as DATA_VERBS
-from data_pipeline.__main__ import VerifyConfig
-from data_pipeline.bench import BenchConfig as LoadBenchConfig
+from data_pipeline.commands import VerifyConfig
 from data_pipeline.doctor.examine import DoctorConfig
 from data_pipeline.inspect import InspectConfig
 from data_pipeline.plan import EncodeConfig
@@ -21,12 +20,13 @@ from launch.local import read_launch
 from launch.plan import read_plan
 from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
-from model.bench import BenchConfig
 from model.config import ModelConfig
 from model.official import ExportConfig
 from sampling.__main__ import VERBS as SAMPLING_VERBS
 from sampling.evaluate import EvaluateConfig
 from sampling.generate import GenerateConfig
+from tests.bench.loader import BenchConfig as LoadBenchConfig
+from tests.bench.network import BenchConfig
 from train.__main__ import VERBS as TRAIN_VERBS
 from train.checkpoint import ConsolidateConfig
 from train.codec import CodecTrainConfig

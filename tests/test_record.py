@@ -14,21 +14,13 @@ import numpy as np
 import psutil
 import pytest
 
-from configs import load_config
+from configs import load_config, storage
 from configs.cli import run
-from data_pipeline import claims, storage
+from data_pipeline import claims
 from data_pipeline.__main__ import VERBS
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, find_episodes, read_episode
-from data_pipeline.record import (
-    Explorer,
-    RecordConfig,
-    import_vizdoom,
-    play,
-    read_maps,
-    record_episodes,
-    running_game,
-)
+from data_pipeline.record import Explorer, RecordConfig, import_vizdoom, play, read_maps, record_episodes, running_game
 
 DOOM = "configs/games/doom.yaml"
 

@@ -23,10 +23,11 @@ from foreign_recordings import (
     write_vpt,
 )
 
+from configs.game import GameConfig
 from data_pipeline.doctor.examine import DoctorConfig, examine
 from data_pipeline.readers import find_recordings, split_episodes
 from data_pipeline.readers.recording import say
-from data_pipeline.types import Episode, GameConfig
+from data_pipeline.types import Episode
 from data_pipeline.video import write_video
 
 

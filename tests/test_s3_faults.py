@@ -16,8 +16,8 @@ from fault_proxy import Fault
 from test_storage import unfinished_uploads
 from tiny_training import ROOT
 
+from configs import s3, s3_client, storage
 from configs.cli import run
-from data_pipeline import s3, s3_client, storage
 from data_pipeline.__main__ import VERBS
 
 
@@ -279,7 +279,7 @@ def test_a_writer_that_is_killed_leaves_no_half_file_and_no_parts(bucket_folder,
     storage.write_text(url, "as it was")
     held = proxy.add(Fault("held", "^PUT .*partNumber=3", times=1))
     program = (
-        "import sys; from data_pipeline import s3, storage\n"
+        "import sys; from configs import s3, storage\n"
         "s3.PART_BYTES = 5 << 20\n"
         "with storage.writing(sys.argv[1]) as part: part.write_bytes(bytes(32 << 20))"
     )

@@ -17,24 +17,23 @@ from test_official import SMALL, model_command, model_of, random_state, same_bit
 from tiny_recordings import draw_frames, write_recording
 from tiny_world import GAME, write_checkpoint
 
-from configs import save_config, to_dict
+from configs import load_config, s3, save_config, storage, to_dict
 from configs.cli import run
 from configs.files import write_text
-from data_pipeline import s3, storage
+from configs.s3 import DOWNLOADS
 from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import READERS, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
-from data_pipeline.s3 import DOWNLOADS
 from data_pipeline.shard_set import TRIES
 from data_pipeline.stream import LoaderConfig, Stream
 from data_pipeline.verify import verify_set
 from data_pipeline.video import frame_times, probe, read_frames, write_video
 from model.official import WEIGHTS_NAME
 from model.weights import load_weights, save_weights
+from model.world import COMPLETE, WORLD_FILE, newest_checkpoint, read_world_config
 from sampling.__main__ import VERBS
-from sampling.world_model import COMPLETE, WORLD_FILE, newest_checkpoint, read_world_config
-from train.codec import train_codec
+from train.codec import CodecTrainConfig, train_codec
 
 
 def put(folder: Path, url: str) -> str:
@@ -190,7 +189,7 @@ def test_a_codec_is_fitted_from_and_to_a_bucket(bucket, tmp_path, recordings) ->
     (tmp_path / "codec.yaml").write_text(yaml.safe_dump({"game": to_dict(GAME), "codec": {"width": 8}, "steps": 1}))
     for source, out in ((recordings, tmp_path / "here"), (f"{bucket}/recordings", f"{bucket}/fitted")):
         words = [f"source={source}", f"out={out}", "heldout_every=3", "batch=1"]
-        train_codec([str(tmp_path / "codec.yaml"), *words])
+        train_codec(load_config(CodecTrainConfig, [str(tmp_path / "codec.yaml"), *words]))
     here, there = (
         load_weights(storage.local(out) / "model.safetensors") for out in (tmp_path / "here", f"{bucket}/fitted")
     )

@@ -13,13 +13,13 @@ from fault_proxy import Fault
 from test_storage import unfinished_uploads
 from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 
-from configs import load_config
-from data_pipeline import claims, s3, storage
+from configs import load_config, s3, storage
+from data_pipeline import claims
 from data_pipeline.claims import Claims
 from model.weights import load_weights
-from sampling.world_model import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
+from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
 from train.check import check_run
-from train.checkpoint import consolidate
+from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import STOPPED, TrainConfig
 from train.run_folder import pull, push, sole_run, with_local_out
 from train.watchdog import Watchdog
@@ -74,7 +74,9 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     words = [str(storage.local(storage.join(newest, "config.yaml")))]
     assert load_config(TrainConfig, words).out == bucket_folder
     assert read_world_config(newest) == read_world_config(newest_checkpoint(alone))
-    consolidate([f"checkpoint={bucket_folder}", f"out={bucket_folder}/world.safetensors"])
+    consolidate(
+        load_config(ConsolidateConfig, [f"checkpoint={bucket_folder}", f"out={bucket_folder}/world.safetensors"])
+    )
     whole, ema = (
         load_weights(storage.local(url)) for url in (f"{bucket_folder}/world.safetensors", f"{newest}/ema.safetensors")
     )

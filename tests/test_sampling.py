@@ -10,23 +10,15 @@ from tiny_world import DIT, GAME, SPACE, random_video, write_checkpoint
 from torch import Tensor, nn
 
 from configs.cli import run as run_words
-from data_pipeline.types import ActionSpace
+from configs.game import ActionSpace
 from data_pipeline.video import probe, read_frames, to_video, write_video
 from model.action_dit import ActionDiT
 from model.vision import load_tower
+from model.world import WorldModel, check_same_game, load_world, newest_checkpoint
 from sampling.__main__ import VERBS
-from sampling.chunked import (
-    decode_frames,
-    denoise,
-    draw_noise,
-    encode_frames,
-    first_picture,
-    rollout,
-    to_uint8,
-)
+from sampling.chunked import decode_frames, denoise, draw_noise, encode_frames, first_picture, rollout, to_uint8
 from sampling.denoising import Denoising, Rows, Velocity, guide
 from sampling.scripts import Scripted, read_script
-from sampling.world_model import WorldModel, check_same_game, load_world, newest_checkpoint
 
 TWO = Denoising(steps=2)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipeline.types import Actions, ActionSpace
+from configs.game import ActionSpace
+from data_pipeline.types import Actions
 from sampling.presets import presets
 from sampling.scripts import Scripted, random_actions, read_script
 

@@ -17,11 +17,11 @@ from tiny_training import ALONE, ROOT, STEPS, read_metrics, run
 from tiny_world import DIT
 
 from configs import load_config
-from data_pipeline.types import CHUNK_LATENTS
 from data_pipeline.video import probe, read_frames
 from model.cost import training_flops
+from model.layout import CHUNK_LATENTS
 from model.weights import load_weights
-from sampling.world_model import load_world, newest_checkpoint, read_world_config
+from model.world import load_world, newest_checkpoint, read_world_config
 from train.check import check_run
 from train.config import TrainConfig
 from train.figures import Interval, Scale, StepFigures, describe, per_rank

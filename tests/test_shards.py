@@ -21,10 +21,9 @@ from safetensors.torch import load
 from tiny_recordings import write_recording
 from webdataset.compat import WebDataset
 
+from configs import storage
 from configs.cli import run
-from data_pipeline import storage
 from data_pipeline.__main__ import VERBS
-from data_pipeline.bench import write_mapped
 from data_pipeline.clips import cut_runs
 from data_pipeline.encode import encode_recordings
 from data_pipeline.readers import read_game_frames
@@ -35,6 +34,7 @@ from data_pipeline.shards import ALIGNMENT, load_manifest
 from data_pipeline.verify import verify_set
 from data_pipeline.video import probe
 from model.codec import load_codec
+from tests.bench.loader import write_mapped
 
 
 def files(folder):

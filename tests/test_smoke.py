@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipeline.shards import load_manifest
 from data_pipeline.video import probe
-from sampling.world_model import complete_checkpoints
+from model.world import complete_checkpoints
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,8 @@ from full_disk import full_disk
 from s3_server import missing_programs
 from tiny_training import ROOT
 
-from data_pipeline import cache, s3, storage
-from data_pipeline.remote_path import require_files
+from configs import cache, s3, storage
+from configs.remote_path import require_files
 
 MANY = 1005  # objects: a server lists a thousand at a time
 
@@ -381,7 +381,7 @@ def test_objects_that_stand_for_folders_are_no_files(bucket_folder, own_cache) -
 def test_what_a_killed_process_left_on_its_way_up_is_deleted(s3, tmp_path):
     command = [
         sys.executable, "-c",
-        "import os; from data_pipeline import cache\nwith cache.scratch() as folder:\n"
+        "import os; from configs import cache\nwith cache.scratch() as folder:\n"
         "    (folder / 'a').write_bytes(b'a'); print(folder, flush=True); os.kill(os.getpid(), 9)",
     ]  # fmt: skip
     done = subprocess.run(
@@ -458,7 +458,7 @@ def test_a_transfer_takes_no_more_memory_than_its_parts(bucket_folder, tmp_path)
     with open(tmp_path / "large.bin", "wb") as file:
         file.truncate(30 * part_bytes)
     program = (
-        "import resource, sys; from pathlib import Path; from data_pipeline import s3, storage\n"
+        "import resource, sys; from pathlib import Path; from configs import s3, storage\n"
         f"s3.PART_BYTES = {part_bytes}; s3.client()\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "storage.write_file(Path(sys.argv[1]), sys.argv[2]); storage.local(sys.argv[2])\n"
@@ -473,7 +473,7 @@ def test_processes_share_one_copy(bucket_folder, proxy):
     """Two that ask at the same moment, while a third that has it goes on living."""
     url = storage.join(bucket_folder, "shared.bin")
     storage.write_text(url, "x" * 1000)
-    program = f"from data_pipeline import storage; print(storage.local({url!r}), flush=True); input()"
+    program = f"from configs import storage; print(storage.local({url!r}), flush=True); input()"
     command = [sys.executable, "-c", program]
     readers = [
         subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)

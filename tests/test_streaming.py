@@ -23,12 +23,12 @@ from model.conditioning import condition
 from model.flow import FlowMatch, FlowMatchConfig
 from model.masks import CausalConfig
 from model.weights import load_into
+from model.world import WORLD_FILE, WorldModel, read_world_config
 from sampling.__main__ import VERBS
 from sampling.chunked import to_uint8
 from sampling.denoising import Denoising, denoise_in_few_steps, integrate
 from sampling.streaming import Stream, rollout_blocks
 from sampling.world import LiveWorld
-from sampling.world_model import WORLD_FILE, WorldModel, read_world_config
 
 CAUSAL = replace(DIT, causal=CausalConfig(block=3, window=6))
 FEW = Denoising(few_steps=(1000, 666, 333))

@@ -16,12 +16,13 @@ from test_moving_worlds import generate
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from tiny_world import DIT
 
+from configs import load_config
 from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.weights import load_weights
-from sampling.world_model import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
-from train.checkpoint import consolidate
+from model.world import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
+from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import OptimConfig
 from train.objectives import make_objective
 from train.objectives.autoregressive import Autoregressive
@@ -222,14 +223,16 @@ def test_an_objectives_mistyped_field_is_named() -> None:
 
 
 def test_a_consolidated_world_plays_elsewhere(tmp_path: Path, alone: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    consolidate([f"checkpoint={alone}", f"out={tmp_path / 'whole'}"])
+    consolidate(load_config(ConsolidateConfig, [f"checkpoint={alone}", f"out={tmp_path / 'whole'}"]))
     moved = (tmp_path / "whole").rename(tmp_path / "elsewhere")
     assert find_codec(moved, read_world_config(moved)) == str(moved / "codec")
     assert generate(moved, tmp_path) == 0, capsys.readouterr().err
     with pytest.raises(ValueError, match="would be written over checkpoint="):
-        consolidate([f"checkpoint={alone}", f"out={alone / 'step_0000008' / 'ema.safetensors'}"])
+        consolidate(
+            load_config(ConsolidateConfig, [f"checkpoint={alone}", f"out={alone / 'step_0000008' / 'ema.safetensors'}"])
+        )
     with pytest.raises(ValueError, match="must be a folder"):
-        consolidate([f"checkpoint={alone}", f"out={tmp_path / 'world.pt'}"])
+        consolidate(load_config(ConsolidateConfig, [f"checkpoint={alone}", f"out={tmp_path / 'world.pt'}"]))
 
 
 def test_a_config_in_the_run_s_own_folder_is_read_and_stays_as_it_is(train_words: list[str], tmp_path: Path) -> None:

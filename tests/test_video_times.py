@@ -8,10 +8,11 @@ import pytest
 from tiny_recordings import write_recording
 from tiny_videos import copy_packets
 
+from configs.game import InputConfig
 from data_pipeline.readers import find_recordings, vpt
 from data_pipeline.readers.worldloom import read_episode
 from data_pipeline.resample import ResampledEpisode
-from data_pipeline.types import Actions, InputConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import frame_times, read_frames
 
 FRAMES = 60

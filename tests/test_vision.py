@@ -9,8 +9,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.fixtures import read_fixtures, run_fixture
-from model.parity_codec import clip
 from model.vision import (
     TowerConfig,
     _make_tower,
@@ -21,6 +19,8 @@ from model.vision import (
     visual_context,
 )
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
+from tests.parity.codec import clip
+from tests.parity.fixtures import read_fixtures, run_fixture
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURE = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "clip")

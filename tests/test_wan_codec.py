@@ -17,11 +17,11 @@ from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
 from model.codec import PatchCodec, codec_hash, load_codec
-from model.fixtures import read_fixtures, run_fixture
-from model.parity_codec import vae
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae, official_name
 from model.weights import load_weights
+from tests.parity.codec import vae
+from tests.parity.fixtures import read_fixtures, run_fixture
 
 GOLDEN = Path(__file__).parent / "golden"
 WIDTH = 4  # of the golden weights

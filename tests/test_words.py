@@ -8,7 +8,8 @@ from typing import Any, Literal
 import pytest
 
 from configs import load_config, load_file, save_config
-from configs.cli import first_is, one_line, run
+from configs.cli import Verb, call, run
+from configs.errors import one_line
 from configs.foreign import inside, parse_object, read_settings
 
 
@@ -146,7 +147,7 @@ def test_a_file_of_settings_is_read_or_refused_soon(tmp_path: Path) -> None:
 def test_every_word_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[list[str]] = []
     monkeypatch.setenv("HOME", "/home/me")
-    run("program", {"verb": lambda words: told.append(words)}, ["verb", "~/a.yaml", "~", "~x", "out=~/b"])
+    run("program", {"verb": Verb(lambda args: told.append(args))}, ["verb", "~/a.yaml", "~", "~x", "out=~/b"])
     assert told == [["/home/me/a.yaml", "/home/me", "~x", "out=~/b"]]
 
 
@@ -158,8 +159,9 @@ def test_an_error_that_quotes_a_file_is_cut() -> None:
 def test_a_first_word_that_is_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
     told: list[list[str]] = []
     (tmp_path / "lr=3").mkdir()
-    first_is("checkpoint", lambda words: told.append(words))([str(tmp_path / "lr=3"), "seed=1"])
-    first_is("checkpoint", lambda words: told.append(words))(["seed=1"])
+    verb = Verb(lambda args: told.append(args), first="checkpoint")
+    call(verb, [str(tmp_path / "lr=3"), "seed=1"])
+    call(verb, ["seed=1"])
     assert told == [[f"checkpoint={tmp_path / 'lr=3'}", "seed=1"], ["seed=1"]]
 
 

@@ -12,9 +12,9 @@ import pytest
 from full_disk import full_disk
 from tiny_recordings import draw_frames, write_recording
 
+from configs import storage
 from configs.cli import run
 from configs.files import TEMPORARY, atomic_files, atomic_folder, atomic_path, sole_writer, write_text
-from data_pipeline import storage
 from data_pipeline.__main__ import VERBS
 from data_pipeline.readers.worldloom import describe_episode, write_episode
 
@@ -81,7 +81,7 @@ def test_files_that_are_written_together_are_of_one_writer(tmp_path: Path) -> No
 def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("old")
     (tmp_path / "b.png").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"b\.png is a folder"), atomic_files(tmp_path, "b.png") as folder:
+    with pytest.raises(FileExistsError, match=r"b\.png is a folder"), atomic_files(tmp_path, "b.png") as folder:
         for name in ("a.mp4", "b.png"):
             (folder / name).write_text("new")
     with pytest.raises(RuntimeError), atomic_files(tmp_path, "c.png") as folder:

@@ -6,13 +6,13 @@ import torch
 from torch import nn
 
 from configs import save_config
-from data_pipeline.types import ActionSpace, GameConfig
+from configs.game import ActionSpace, GameConfig
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.actions import ActionConfig
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, CodecConfig, codec_hash, make_codec, to_patches
 from model.flow import FlowMatchConfig
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, WORLD_FILE, WorldModelConfig
+from model.world import COMPLETE, WORLD_FILE, WorldModelConfig
 
 SPACE = ActionSpace("tiny", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
 GAME = GameConfig("tiny", SPACE, fps=17.5, height=32, width=48)

@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.memory import give_back
 from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
@@ -23,7 +24,7 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | Non
     With engine.build=sharded the model has no memory until it is cut up, and then takes its numbers part by part.
     """
     if (config.engine.name, config.engine.offload, accelerator.device.type) == ("fsdp2", "all", "cpu"):
-        raise ValueError("engine.offload=all of fsdp2 needs an accelerator; on a CPU all is there: leave it out")
+        raise UserError("engine.offload=all of fsdp2 needs an accelerator; on a CPU all is there: leave it out")
     sharded, generator = config.engine.build == "sharded", torch.Generator().manual_seed(config.seed)
     with META if sharded else nullcontext():
         model = ActionDiT(config.model, None if sharded else generator)

@@ -5,14 +5,15 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import storage
+from configs.errors import FileInTheWayError, RefusedError, UserError
 from configs.files import require_other_files
-from data_pipeline import storage
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
-from sampling.world_model import WorldModelConfig, find_checkpoint, newest_step, read_world_config
+from model.world import WorldModelConfig, find_checkpoint, newest_step, read_world_config
 from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
 from train.engine import gather_objects
@@ -57,7 +58,7 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
     if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
-        raise ValueError(
+        raise UserError(
             f"{here} is there, and {config.checkpoints} holds no checkpoint; copy {config.out} to it to go on, or "
             "choose another out="
         )
@@ -80,9 +81,9 @@ def check_out(config: TrainConfig) -> None:
     place = Path(config.out).absolute()
     there = next(one for one in (place, *place.parents) if one.exists())
     if not there.is_dir():
-        raise NotADirectoryError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
+        raise FileInTheWayError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
     if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"cannot write to the run folder {config.out}: no right to write in {there}")
+        raise RefusedError(f"cannot write to the run folder {config.out}: no right to write in {there}")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
@@ -96,10 +97,10 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
         time.sleep(1)
         again = check_run(asked, ranks)
         if again.config != checked.config:
-            raise ValueError(f"{asked.checkpoints} has been gone on with by other settings; start again")
+            raise UserError(f"{asked.checkpoints} has been gone on with by other settings; start again")
         checked = again
     told = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(found))
-    raise ValueError(f"{asked.checkpoints} is not the same on all nodes ({told}); use a shared folder or an s3:// url")
+    raise UserError(f"{asked.checkpoints} is not the same on all nodes ({told}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
@@ -107,14 +108,14 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
     space, action = manifest.game.action_space, config.model.action
     found = codec_hash(storage.local(config.codec))
     if found != manifest.codec_hash:
-        raise ValueError(f"{config.sources[0].path} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
+        raise UserError(f"{config.sources[0].path} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
     if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
-        raise ValueError(
+        raise UserError(
             f"model.action.keyboard_dim_in={action.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
             f"({', '.join(space.keys)})"
         )
     if action and action.enable_mouse and not space.mouse:
-        raise ValueError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
+        raise UserError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
     causal = config.model.causal
     for name, ours, theirs in (
         ("vision", config.model.vision, manifest.vision),
@@ -123,7 +124,7 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
         if ours != theirs:
             where = "model.vision" if name == "vision" else "model.causal.unknown"
             clips = f"the clips of {config.sources[0].path}"
-            raise ValueError(f"{where}={ours}, but {clips} were encoded with {name}={theirs}")
+            raise UserError(f"{where}={ours}, but {clips} were encoded with {name}={theirs}")
     return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
 
 

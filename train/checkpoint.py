@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configs import build_from, flat, load_config, load_file, to_dict
+from configs import build_from, flat, load_file, storage, to_dict
+from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder, require_other_files
 from configs.foreign import parse_object, read_settings, reading
-from data_pipeline import storage
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.foreign import PICKLES
 from model.weights import save_weights
-from sampling.world_model import (
+from model.world import (
     COMPLETE,
     STEP_FOLDERS,
     Weights,
@@ -58,7 +58,7 @@ class Position:
 
     def __post_init__(self) -> None:
         if self.step < 0 or min(self.ranks, self.batch, self.accumulation) < 1:
-            raise ValueError(f"no run stands at {self}")
+            raise UserError(f"no run stands at {self}")
 
     @property
     def clips_per_step(self) -> int:
@@ -94,7 +94,7 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
         _require_complete(origin.rstrip("/"))
     position = read_position(found)
     if own is None and position.step >= config.steps:
-        raise ValueError(f"resume={found} has {position.step} steps done, and steps={config.steps}; give more steps")
+        raise UserError(f"resume={found} has {position.step} steps done, and steps={config.steps}; give more steps")
     there, here = flat(to_dict(read_world_config(found))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
@@ -103,7 +103,7 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
     ]
     if differing:
         remedy = "choose another out=" if own else "use the same"
-        raise ValueError(f"{found} is of another run ({'; '.join(differing)}); {remedy}")
+        raise UserError(f"{found} is of another run ({'; '.join(differing)}); {remedy}")
     return found, position
 
 
@@ -112,7 +112,7 @@ def _require_complete(folder: str) -> None:
         return
     run = storage.parent(folder) if fnmatch(storage.name_of(folder), STEP_FOLDERS) else folder
     steps = ", ".join(complete_steps(run)[-8:]) or "none"
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"resume={folder} is no complete checkpoint (in {run}: {steps}); name one, as in resume=runs/my/step_0000500"
     )
 
@@ -122,7 +122,7 @@ def _require_branch(own: str, origin: str) -> None:
     with reading(place):
         began = read_settings(storage.local(place)).get("resume")
     if began != absolute(origin):
-        raise ValueError(
+        raise UserError(
             f"{own} is there, and no branch of resume={origin}; choose another out=, or go on from it without resume="
         )
 
@@ -142,7 +142,7 @@ def require_whole(folder: str | Path) -> int:
     there = storage.list_tree(folder)
     for name, size in sizes.items():
         if there.get(name) != size:
-            raise ValueError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
+            raise UserError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
     return version
 
 
@@ -151,7 +151,7 @@ def read_position(folder: str | Path) -> Position:
     found = require_whole(folder)
     if found != FORMAT:
         remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
-        raise ValueError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
+        raise UserError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
     place = storage.join(folder, f"{TRAINER}/{POSITION}")
     with reading(place):
         return build_from(Position, parse_object(storage.read_bytes(place), place), place)
@@ -181,7 +181,7 @@ def require_same_data(config: TrainConfig, data: str, position: Position, folder
     there, here = _data_settings(saved), _data_settings(to_dict(config))
     differing = [f"{name}={there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
     what = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
-    raise ValueError(f"{folder} was trained on other samples: {what}; use the same, or start anew with init={folder}")
+    raise UserError(f"{folder} was trained on other samples: {what}; use the same, or start anew with init={folder}")
 
 
 def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: st
         return config
     per_rank, rest = divmod(position.clips_per_step, ranks)
     if rest or ranks == position.ranks:
-        raise ValueError(
+        raise UserError(
             f"{folder} was written by {position.ranks} ranks x batch {position.batch} x accumulation "
             f"{position.accumulation} = {position.clips_per_step} clips per step, which {ranks} x {config.batch} x "
             f"{config.accumulation} is not{'' if ranks == position.ranks else ' and cannot be'}; use the same, or "
@@ -232,12 +232,11 @@ class ConsolidateConfig:
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix in PICKLES:
-            raise ValueError(f"out={self.out} must be a folder, or end in .safetensors")
+            raise UserError(f"out={self.out} must be a folder, or end in .safetensors")
 
 
-def consolidate(words: list[str]) -> None:
+def consolidate(config: ConsolidateConfig) -> None:
     """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
-    config = load_config(ConsolidateConfig, words)
     folder = find_checkpoint(config.checkpoint)
     world = read_world_config(folder)
     read = {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)], "codec": list[str]()}

@@ -12,13 +12,14 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import load_config, save_config
-from configs.files import require_other_files, yaml_files
-from data_pipeline import storage
+from configs import save_config, storage
+from configs.errors import UserError
+from configs.files import require_other_files
+from configs.game import GameConfig
 from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
-from data_pipeline.types import CHUNK_FRAMES, GameConfig
 from data_pipeline.video import to_video
 from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
+from model.layout import CHUNK_FRAMES
 from model.weights import save_weights
 from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, require_within
 
@@ -55,11 +56,10 @@ class CodecTrainConfig:
         require_within(0, MOST_SEED, seed=self.seed)
 
 
-def train_codec(words: list[str]) -> None:
+def train_codec(config: CodecTrainConfig) -> None:
     """Fit the demo's codec to recordings: PCA encoder, learned decoder; prints PSNR on held-out episodes."""
-    config = load_config(CodecTrainConfig, words)
     written = [storage.join(config.out, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    require_other_files([config.out, *written], {"source": config.source, "config": yaml_files(words)})
+    require_other_files([config.out, *written], {"source": config.source})
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     fitting, heldout = split_episodes(find_recordings(config.reader, config.source), config.heldout_every)
@@ -92,7 +92,7 @@ def read_runs(config: CodecTrainConfig, recordings: list[Recording]) -> Tensor:
                 runs.append(rearrange(torch.from_numpy(frames), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
             room -= whole
     if not runs:
-        raise ValueError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
+        raise UserError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
     return torch.cat(runs)
 
 

@@ -4,10 +4,12 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from configs.errors import UserError
 from data_pipeline.stream import LoaderConfig
-from data_pipeline.types import CHUNK_FRAMES, Source
+from data_pipeline.types import Source
 from model.action_dit import ActionDiTConfig, CompileMode
 from model.flow import FlowMatchConfig
+from model.layout import CHUNK_FRAMES
 from sampling.denoising import Denoising
 
 ENDED = "WORLDLOOM_ENDED"  # environment: the file that says how a run ended, for whoever started it through a launcher
@@ -23,7 +25,7 @@ def require_within(low: float, high: float, **values: float) -> None:
     lie between `low` and `high`, ends included."""
     for name, value in values.items():
         if not low <= value <= high:
-            raise ValueError(f"{name.replace('__', '.')}={value} must lie between {low} and {high}")
+            raise UserError(f"{name.replace('__', '.')}={value} must lie between {low} and {high}")
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ class EngineConfig:
     def __post_init__(self) -> None:
         require_within(0.1, 1e6, engine__timeout_s=self.timeout_s)
         if self.stage not in (1, 2, 3):
-            raise ValueError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
+            raise UserError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
         wants = {("deepspeed", "optimizer"): 1, ("deepspeed", "all"): 3, ("fsdp2", "all"): 0}
         least = 0 if self.offload == "nothing" else wants.get((self.name, self.offload))
         if least is None or self.stage < least:
-            raise ValueError(
+            raise UserError(
                 f"engine.offload={self.offload} is not for engine.name={self.name} engine.stage={self.stage}; "
                 "optimizer goes with deepspeed, all with deepspeed of stage 3 and with fsdp2"
             )
         if self.build == "sharded" and self.name != "fsdp2" and (self.name, self.stage) != ("deepspeed", 3):
-            raise ValueError(
+            raise UserError(
                 f"engine.build=sharded is not for engine.name={self.name} engine.stage={self.stage}, which hold the "
                 "whole model on every process; use engine.stage=3 of deepspeed, or engine.name=fsdp2"
             )
@@ -72,9 +74,9 @@ class OptimConfig:
         require_within(0, 10, optim__learning_rate=self.learning_rate, optim__weight_decay=self.weight_decay)
         require_within(0, MOST_STEPS, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps)
         if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optim.betas={list(self.betas)} must lie in [0, 1)")
+            raise UserError(f"optim.betas={list(self.betas)} must lie in [0, 1)")
         if not self.clip_norm > 0:
-            raise ValueError(f"optim.clip_norm={self.clip_norm} must be positive; a large number clips nothing: 1e9")
+            raise UserError(f"optim.clip_norm={self.clip_norm} must be positive; a large number clips nothing: 1e9")
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class VideosConfig:
         require_within(1, 1000, validation__videos__prompts=self.prompts)
         require_within(CHUNK_FRAMES, 10_000, validation__videos__frames=self.frames)
         if not 1 <= len(self.actions) <= 64:
-            raise ValueError(f"validation.videos.actions must hold a script, and 64 at most, not {len(self.actions)}")
+            raise UserError(f"validation.videos.actions must hold a script, and 64 at most, not {len(self.actions)}")
         _ = self.denoising  # checks of its own
 
     @property
@@ -133,7 +135,7 @@ class ValidationConfig:
         require_within(1, MOST_STEPS, validation__every=self.every)
         require_within(1, 1_000_000, validation__clips=self.clips)
         if self.videos.every and self.manifest is None:
-            raise ValueError("validation.videos begins with held-out pictures: give validation.manifest=")
+            raise UserError("validation.videos begins with held-out pictures: give validation.manifest=")
 
 
 @dataclass(frozen=True)
@@ -197,15 +199,15 @@ class TrainConfig:
         require_within(0, MOST_SEED, seed=self.seed)
         require_within(0, 1024, workers=self.workers)
         if (self.manifest is None) == (not self.manifests):
-            raise ValueError(
+            raise UserError(
                 "give the training shards: manifest=..., or manifests: [{path: ..., weight: ...}], not both"
             )
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+            raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise ValueError(f"peak_tflops={self.peak_tflops} must be a positive number, or left out")
+            raise UserError(f"peak_tflops={self.peak_tflops} must be a positive number, or left out")
         if self.profile.steps and self.profile.start + self.profile.steps > self.steps:
-            raise ValueError(
+            raise UserError(
                 f"profile.start={self.profile.start} and profile.steps={self.profile.steps} end after the run's "
                 f"{self.steps} steps; begin earlier"
             )

@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupK
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
+from configs.errors import UserError
 from configs.foreign import parse_json
 from train.config import TrainConfig
 from train.optim import make_optimizer
@@ -73,12 +74,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     engine, world = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
     launched_for_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
     if engine.name == "deepspeed" and not launched_for_deepspeed:
-        raise ValueError(
+        raise UserError(
             "engine.name=deepspeed needs accelerate launch --config_file launch/accelerate/cpu_zero2.yaml -m train ...;"
             " for one plain process say engine.name=ddp"
         )
     if engine.name != "deepspeed" and launched_for_deepspeed:
-        raise ValueError(f"engine.name={engine.name} under a DeepSpeed launch; use launch/accelerate/cpu_plain.yaml")
+        raise UserError(f"engine.name={engine.name} under a DeepSpeed launch; use launch/accelerate/cpu_plain.yaml")
     on_cpu = not torch.cuda.is_available()
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
@@ -222,7 +223,7 @@ def gather_objects(own: Any) -> list[Any]:
     dist.all_gather(sizes, torch.tensor([len(sent)], device=device))
     room = max(int(size) for size in sizes)
     if room > OBJECT_BYTES or min(int(size) for size in sizes) < 1:
-        raise ValueError(f"a rank tells the others {room} bytes, of {OBJECT_BYTES} at most")
+        raise UserError(f"a rank tells the others {room} bytes, of {OBJECT_BYTES} at most")
     found = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in ranks]
     dist.all_gather(found, torch.tensor(list(sent.ljust(room)), dtype=torch.uint8, device=device))
     told = [bytes(one.tolist())[: int(size)] for one, size in zip(found, sizes, strict=True)]

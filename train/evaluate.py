@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.stream import Stream
-from data_pipeline.types import CHUNK_LATENTS, Layout
 from model.flow import FlowMatch
+from model.layout import CHUNK_LATENTS, Layout
 from sampling.scores import action_variants, first_latents, velocity_loss
 from train.config import TrainConfig
 from train.engine import Engine

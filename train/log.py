@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configs.errors import UserError
 from configs.files import write_text
 from configs.foreign import reading
 from train.config import TrainConfig
@@ -19,7 +20,7 @@ def require_tensorboard() -> None:
     """Raises ValueError in one line if the package is not installed."""
     found = find_spec("tensorboard")
     if found is None or found.origin is None:  # none, or a folder of that name
-        raise ValueError("tensorboard=true needs a package that is not installed: pip install '.[tensorboard]'")
+        raise UserError("tensorboard=true needs a package that is not installed: pip install '.[tensorboard]'")
 
 
 class Log:

@@ -13,13 +13,13 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from configs import load_config
+from configs import storage
+from configs.errors import FileError, UserError
 from configs.files import write_text
-from data_pipeline import storage
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from sampling.world_model import WorldModelConfig
+from model.world import WorldModelConfig
 from train.build import build_engine
 from train.check import agree, check_run
 from train.checkpoint import Position, load_checkpoint
@@ -78,10 +78,10 @@ class Run:
     videos: Videos | None
 
 
-def train(words: list[str]) -> bool:
+def train(config: TrainConfig) -> bool:
     """Train a world model on latent shards; run again, it goes on from its newest complete checkpoint. Whether it was
     asked to stop before it was done."""
-    asked = with_local_out(load_config(TrainConfig, words))
+    asked = with_local_out(config)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
     if asked.tensorboard:
@@ -195,7 +195,7 @@ def compute_step(
             applied = engine.backward(loss, apply=fine)
         figures.add(part, batch.skipped)
     if fine and not applied and config.on_nonfinite == "stop":
-        raise ValueError(
+        raise UserError(
             f"step {step}: the gradient is not finite, though the loss is; nothing of it has reached the weights, and "
             f"the newest checkpoint of {config.out} is from before it: lower the learning rate, look at the clips, or "
             "say on_nonfinite=skip"
@@ -216,7 +216,7 @@ def spoiled(run: Run, step: int, finite: bool, batch: Batch) -> bool:
     if bad and run.config.on_nonfinite == "stop":
         clips = gather_objects(list(batch.ids))
         where = "; ".join(f"rank {one}: {', '.join(clips[one])}" for one in bad)
-        raise ValueError(
+        raise UserError(
             f"step {step}: the loss is not finite on {where}; the newest checkpoint of {run.config.out} is from before "
             "it: look at these clips, lower the learning rate, or say on_nonfinite=skip"
         )
@@ -255,7 +255,7 @@ def save(run: Run, done: int, last: bool, log: Log) -> None:
         with run.watchdog.main_alone(done - 1, "writing the last checkpoint"):
             run.saver.finish()
         if not all(gather_objects(run.saver.fault is None)):
-            raise run.saver.fault or OSError(f"another rank cannot write {folder}, and says why")
+            raise run.saver.fault or FileError(f"another rank cannot write {folder}, and says why")
     if run.saver.fault is None:  # else it has been said, or `check` raises it
         took = f"{time.perf_counter() - began:.1f} s"
         log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
@@ -272,7 +272,7 @@ def memory(config: TrainConfig) -> Iterator[None]:
             raise
         more = {"deepspeed": "engine.stage=3, engine.offload=optimizer", "ddp": "engine.name=deepspeed engine.stage=3"}
         words = ", ".join(["model.checkpoint_every=1", more.get(config.engine.name, "more processes")])
-        raise ValueError(
+        raise UserError(
             f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {said}; lower batch and "
             f"raise accumulation by as much, or try {words}"
         ) from error

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
+from configs.errors import UserError
 from data_pipeline.shards import load_manifest
-from data_pipeline.types import Batch, Layout, latent_ends
+from data_pipeline.types import Batch
 from model.action_dit import ActionDiTConfig
 from model.codec import SPATIAL
 from model.cost import IMAGE_TOKENS
 from model.flow import FlowMatch
+from model.layout import Layout, latent_ends
 from model.memory import peak_gib
 from train.build import build_engine
 from train.config import TrainConfig
@@ -63,7 +65,7 @@ def clip_size(config: TrainConfig, height: int | None, width: int | None, latent
         height, width = height or manifest.game.height, width or manifest.game.width
         latents, layout, unknown = latents or manifest.clip_latents, manifest.layout, manifest.unknown
     if min(height, width, latents) < 1 or height % SPATIAL or width % SPATIAL:
-        raise ValueError(
+        raise UserError(
             f"height={height} and width={width} must be multiples of {SPATIAL} px, latents={latents} 1 or more"
         )
     check_objective(objective, config.model, layout, latents)

@@ -12,12 +12,12 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from configs.cli import PERSONS_FAULTS, one_line
+from configs import cache, storage
+from configs.errors import UserError, one_line
 from configs.files import sole_writer, write_text
 from configs.foreign import parse_object
-from data_pipeline import cache, storage
 from data_pipeline.claims import claimed
-from sampling.world_model import STEP_FOLDERS
+from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import STOPPED, TrainConfig
 from train.engine import gather_objects
@@ -76,10 +76,10 @@ def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
         if rank == 0:
             try:
                 held.enter_context(sole_run(config))
-            except PERSONS_FAULTS as error:
+            except (UserError, OSError) as error:
                 refused = one_line(error)
         if refused := gather_objects(refused)[0]:
-            raise ValueError(refused)
+            raise UserError(refused)
         yield
 
 

@@ -14,12 +14,11 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import save_config
-from configs.cli import one_line
+from configs import cache, save_config, storage
+from configs.errors import FileError, one_line
 from configs.files import NO_ROOM
-from data_pipeline import cache, storage
 from model.weights import save_weights
-from sampling.world_model import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec
+from model.world import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec
 from train.checkpoint import (
     FORMAT,
     POSITION,
@@ -118,7 +117,7 @@ class Saver:
         except OSError as error:
             full = not self.remote or error.errno in NO_ROOM
             remedy = "make room on the disk" if full else "the server may be back later"
-            self.fault = OSError(
+            self.fault = FileError(
                 f"cannot write {folder}: {error.strerror or one_line(error)}; the checkpoint before it is whole: "
                 f"{remedy}, and the same command goes on from there"
             )
@@ -181,9 +180,9 @@ class Saver:
         deadline = time.monotonic() + patience
         while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(place)}):
             if self._store is not None and self._store.check([_failed(folder)]):
-                raise OSError("another rank could not write its part, and has said why")
+                raise FileError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
-                raise OSError(f"{', '.join(missing)} did not come in {patience:.0f} s")
+                raise FileError(f"{', '.join(missing)} did not come in {patience:.0f} s")
             time.sleep(0.5 if self.remote else 0.01)
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import parse_object, reading
-from data_pipeline import storage
 from model.weights import LazyWeights, open_weights, read_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
@@ -98,7 +99,7 @@ class SavedState:
         for path in self.paths:
             file = read_weights(path, partial(storage.opened, buffer_bytes=1))
             if STARTS not in file.metadata:
-                raise ValueError(f"{path} holds weights, but no state of a training run")
+                raise UserError(f"{path} holds weights, but no state of a training run")
             with reading(path):
                 starts = _starts(file, path)
                 self.steps = max(self.steps, int(file.metadata[STEP]))
@@ -119,7 +120,7 @@ class SavedState:
                 filled += high - low
         if filled != length:
             where = storage.parent(self.paths[0]) if self.paths else "no file"
-            raise ValueError(f"{where} holds {filled} of {length} numbers of {key}: it is of another model, or damaged")
+            raise UserError(f"{where} holds {filled} of {length} numbers of {key}: it is of another model, or damaged")
         return found
 
     def whole(self, what: str, specs: Mapping[str, Tensor]) -> LazyWeights:
@@ -149,7 +150,7 @@ def _starts(file: LazyWeights, path: str | Path) -> dict[str, int]:
     found = {key: starts[key.partition("/")[2]] for key in file}
     for key, start in found.items():
         if type(start) is not int or start < 0 or file.specs[key].ndim != 1 or file.specs[key].dtype != torch.float32:
-            raise ValueError(f"{key} is no run of float32 numbers")
+            raise UserError(f"{key} is no run of float32 numbers")
     return found
 
 
@@ -172,7 +173,7 @@ def _compared(file: LazyWeights, path: str | Path) -> LazyWeights:
         tensor = file.read(name)
         found = _crc32(tensor)
         if expected.get(name, found) != found:
-            raise ValueError(f"{path} is damaged in {name}; delete its checkpoint to resume from the one before it")
+            raise UserError(f"{path} is damaged in {name}; delete its checkpoint to resume from the one before it")
         return tensor
 
     return replace(file, read=read)

@@ -18,7 +18,7 @@ import psutil
 from PIL import Image
 from tqdm import tqdm
 
-from configs.cli import one_line
+from configs.errors import one_line
 from configs.files import write_text
 from train.config import TrainConfig
 

@@ -6,16 +6,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data_pipeline import storage
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from data_pipeline.pictures import decode_picture
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import clip_key
-from data_pipeline.types import CHUNK_FRAMES, Actions
+from data_pipeline.types import Actions
 from data_pipeline.video import to_video
+from model.layout import CHUNK_FRAMES
+from model.world import WorldModel, WorldModelConfig, make_world
 from sampling.films import HELD_FILM_WIDTH, Film, Take, write_film
 from sampling.scripts import Scripted, read_script
 from sampling.trials import block_by_block, chunk_by_chunk
-from sampling.world_model import WorldModel, WorldModelConfig, make_world
 from train.checkpoint import weight_specs
 from train.config import TrainConfig, VideosConfig
 from train.ema import Ema
@@ -27,17 +29,17 @@ FOLDER = "videos"  # in the run folder
 def check_videos(config: VideosConfig, clips: int, world: WorldModelConfig) -> None:
     """Raises ValueError or OSError in one line if no such videos can be made of a `world` with `clips` held out."""
     if config.prompts > clips:
-        raise ValueError(f"validation.videos.prompts={config.prompts}, but there are {clips} held-out clips; use fewer")
+        raise UserError(f"validation.videos.prompts={config.prompts}, but there are {clips} held-out clips; use fewer")
     if (world.model.vision == "none") != (config.vision is None):
         needs = "leave out" if config.vision else "give CLIP's weights as"
-        raise ValueError(f"the model has vision={world.model.vision}: {needs} validation.videos.vision")
+        raise UserError(f"the model has vision={world.model.vision}: {needs} validation.videos.vision")
     if config.vision and not storage.path(config.vision).is_file():
-        raise FileNotFoundError(f"validation.videos.vision={config.vision}: no such file")
+        raise MissingFileError(f"validation.videos.vision={config.vision}: no such file")
     causal = world.model.causal
     if causal and causal.window is None:
-        raise ValueError("validation.videos: a model with model.causal.window=null cannot stream; give it a window")
+        raise UserError("validation.videos: a model with model.causal.window=null cannot stream; give it a window")
     if config.few_steps and not causal:
-        raise ValueError("validation.videos.few_steps belongs to causal models; use validation.videos.steps")
+        raise UserError("validation.videos.few_steps belongs to causal models; use validation.videos.steps")
     _ = scripted(config, world)  # checks of its own
 
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from data_pipeline import storage
+from configs import storage
 
 BEAT_S = 0.5  # between two signs of life of a rank
 SILENT_S = 6 * BEAT_S  # after which a rank counts as gone

@@ -9,10 +9,10 @@ from functools import partial
 
 from tqdm import tqdm
 
-from configs import load_config
-from configs.cli import PERSONS_FAULTS, one_line
-from configs.files import require_no_folder, require_other_files, yaml_files
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError, one_line
+from configs.files import require_no_folder, require_other_files
+from configs.game import GameConfig
 from data_pipeline.doctor.alignment import LEAST
 from data_pipeline.doctor.diagnosis import diagnose
 from data_pipeline.doctor.findings import Case, Fault, Finding
@@ -22,7 +22,6 @@ from data_pipeline.doctor.signals import RecordingSignals, measure_recording
 from data_pipeline.packets import DamagedVideoError
 from data_pipeline.readers import Reader, Recording, find_recordings
 from data_pipeline.readers.recording import UnevenTimesError
-from data_pipeline.types import GameConfig
 
 
 @dataclass(frozen=True)
@@ -39,19 +38,16 @@ class DoctorConfig:
 
     def __post_init__(self) -> None:
         if self.fov_deg is not None and not 20 <= self.fov_deg <= 150:
-            raise ValueError(
-                f"fov_deg={self.fov_deg:g} must be from 20 to 150, the horizontal field of view in degrees"
-            )
+            raise UserError(f"fov_deg={self.fov_deg:g} must be from 20 to 150, the horizontal field of view in degrees")
         if min(self.workers, self.clip_frames) < 1:
-            raise ValueError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
+            raise UserError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
 
 
-def doctor(words: list[str]) -> int:
+def doctor(config: DoctorConfig) -> int:
     """Find what would hurt training in recordings: GAME.yaml source= out=report.json; exit status 1 if there is any"""
-    config = load_config(DoctorConfig, words)
     if config.out is not None:
         require_no_folder([config.out])
-        require_other_files([config.out], {"source": config.source, "config": yaml_files(words)})
+        require_other_files([config.out], {"source": config.source})
     report = examine(config)
     print(report.text())
     if config.out is not None:
@@ -101,7 +97,7 @@ def read_signals(
 def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
     try:
         return measure_recording(recording, game)
-    except PERSONS_FAULTS as error:
+    except (UserError, OSError) as error:
         faults: dict[type[Exception], Fault] = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
         return Finding(
             faults.get(type(error), "unreadable"), (recording.name,), one_line(error), "mend it or leave it out"

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from configs.game import GameConfig
 from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import Reader
-from data_pipeline.types import GameConfig
 
 Fault = Literal[
     "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",

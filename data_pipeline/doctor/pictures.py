@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from configs.game import GameConfig
 from data_pipeline.doctor.findings import Finding
 from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import KEPT_WELL, kept_share
-from data_pipeline.types import GameConfig
 
 KEPT_LEAST = 0.5  # of the picture: what is cropped further is another view
 

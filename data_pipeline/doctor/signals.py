@@ -6,11 +6,13 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from configs.errors import UserError
+from configs.game import GameConfig
 from data_pipeline.motion import Eye, Look, shrink
 from data_pipeline.readers import Recording
 from data_pipeline.readers.recording import VideoEpisode
 from data_pipeline.resample import ResampledEpisode
-from data_pipeline.types import Actions, Episode, GameConfig
+from data_pipeline.types import Actions, Episode
 from data_pipeline.video import probe
 
 HASH = 8  # rows and columns of a picture's fingerprint: 64 bits
@@ -91,12 +93,12 @@ def measure(name: str, frames: Iterable[np.ndarray], actions: Actions, unit_deg:
         prints.append(fingerprint(grey))
         contrast.append(grey.std())
         if before is not None and grey.shape != before.shape:
-            raise ValueError(f"{name}: frame {len(prints) - 1} has another size than those before; all must have one")
+            raise UserError(f"{name}: frame {len(prints) - 1} has another size than those before; all must have one")
         if before is not None:
             looks.append(eye.look(before, grey))
         before = grey
     if len(prints) != len(actions):
-        raise ValueError(f"{name} has {len(prints)} frames and {len(actions)} rows of inputs; there must be as many")
+        raise UserError(f"{name} has {len(prints)} frames and {len(actions)} rows of inputs; there must be as many")
     return EpisodeSignals(
         name,
         np.array(looks, np.float32).reshape(-1, len(Look._fields)),

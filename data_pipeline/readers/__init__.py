@@ -9,6 +9,8 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
+from configs.errors import UserError
+from configs.game import GameConfig
 from data_pipeline.readers import (
     csgo,
     event_log,
@@ -21,15 +23,9 @@ from data_pipeline.readers import (
     vpt,
     worldloom,
 )
-from data_pipeline.readers.recording import (
-    RATE_TOLERANCE,
-    Recording,
-    VideoEpisode,
-    recording_of,
-    require_text_name,
-)
+from data_pipeline.readers.recording import RATE_TOLERANCE, Recording, VideoEpisode, recording_of, require_text_name
 from data_pipeline.resample import ResampledEpisode
-from data_pipeline.types import Episode, GameConfig
+from data_pipeline.types import Episode
 from data_pipeline.video import fit_frame, frame_times, kept_share
 
 __all__ = [
@@ -76,11 +72,11 @@ def _read_at_rate(recording: Recording, source: str, game: GameConfig) -> Sequen
 def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:
     """When each frame is shown, (n) seconds. Raises ValueError if nothing says so, or if they are too few."""
     if not isinstance(episode, VideoEpisode):
-        raise ValueError(f"{episode.id} has no video that says when its frames are shown; set game.inputs.times=even")
+        raise UserError(f"{episode.id} has no video that says when its frames are shown; set game.inputs.times=even")
     times = frame_times(episode.video)[episode.first : episode.first + len(episode.actions)]
     fps = (len(times) - 1) / max(float(np.ptp(times)), 1e-9) if len(times) > 1 else game.fps
     if fps < (1 - RATE_TOLERANCE) * game.fps:
-        raise ValueError(
+        raise UserError(
             f"{episode.video} has {fps:.4g} frames a second, the game {game.name!r} {game.fps:g}: frames can be left "
             "out, not invented; set game.fps"
         )
@@ -101,7 +97,7 @@ def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T]
     Those of one session count as one.
     """
     if heldout_every < 0 or heldout_every == 1:
-        raise ValueError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
+        raise UserError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
     sessions = [one.session or one.name if isinstance(one, Recording) else one for one in recordings]
     chosen = set(list(dict.fromkeys(sessions))[heldout_every - 1 :: heldout_every] if heldout_every else [])
     heldout = [session in chosen for session in sessions]

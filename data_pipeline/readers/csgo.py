@@ -24,18 +24,13 @@ from typing import Any
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import reading
-from data_pipeline import storage
+from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
-from data_pipeline.readers.recording import (
-    Recording,
-    find_spans,
-    import_extra,
-    list_files,
-    list_folders,
-    name_part,
-)
-from data_pipeline.types import Actions, ActionSpace, GameConfig
+from data_pipeline.readers.recording import Recording, find_spans, import_extra, list_files, list_folders, name_part
+from data_pipeline.types import Actions
 
 FPS = 16
 NAMES = (
@@ -68,7 +63,7 @@ class HDF5Episode:
             for i in range(self.first, self.first + len(self.actions)):
                 frame = read_picture(file, i, self.path)
                 if frame.shape != (self.height, self.width, 3):
-                    raise ValueError(f"{self.path} frame_{i}_x has another size than frame_0_x")
+                    raise UserError(f"{self.path} frame_{i}_x has another size than frame_0_x")
                 yield frame
 
 
@@ -77,9 +72,9 @@ def find_recordings(source: str | Path) -> list[Recording]:
     files: dict[str, Path] = {}
     for path in _find_files(source, DEPTH):
         if files.setdefault(path.stem, path) != path:
-            raise ValueError(f"{files[path.stem]} and {path} have the same name; choose one of their folders as source")
+            raise UserError(f"{files[path.stem]} and {path} have the same name; choose one of their folders as source")
     if not files:
-        raise ValueError(f"{source} holds no .hdf5 files; unpack the tars first")
+        raise UserError(f"{source} holds no .hdf5 files; unpack the tars first")
     return [Recording(name, partial(read_file, files[name])) for name in sorted(files)]
 
 
@@ -95,7 +90,7 @@ def read_file(path: Path, game: GameConfig) -> list[HDF5Episode]:
     with another fps or without the degrees of a pixel.
     """
     if game.fps != FPS:
-        raise ValueError(
+        raise UserError(
             f"{path}: CS:GO recordings have {FPS} fps, the game {game.name!r} has {game.fps:g}; set game.fps"
         )
     require_mouse_scale(game, "CS:GO recordings")
@@ -129,7 +124,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
             with h5py.File(storage.opened(path) if storage.is_s3(path) else path, "r") as file:
                 yield file
         except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
-            raise ValueError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
+            raise UserError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
 
 
 def count_frames(file: Any, path: Path) -> int:
@@ -139,9 +134,9 @@ def count_frames(file: Any, path: Path) -> int:
     for i in range(count):
         for name in (f"frame_{i}_x", f"frame_{i}_y"):
             if name not in names:
-                raise ValueError(f"{path} has {count} pictures, but no {name}")
+                raise UserError(f"{path} has {count} pictures, but no {name}")
     if not count:
-        raise ValueError(f"{path} holds no frame_0_x, frame_0_y, ...")
+        raise UserError(f"{path} holds no frame_0_x, frame_0_y, ...")
     return count
 
 
@@ -149,7 +144,7 @@ def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
     """`frame_<i>_x` as (h w 3) uint8 RGB."""
     frame = find_array(file, f"frame_{i}_x", path)
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or not frame.size:
-        raise ValueError(f"{path} frame_{i}_x is {frame.dtype} {frame.shape}, no picture (h, w, 3) of uint8")
+        raise UserError(f"{path} frame_{i}_x is {frame.dtype} {frame.shape}, no picture (h, w, 3) of uint8")
     return np.ascontiguousarray(frame[()][:, :, ::-1])
 
 
@@ -162,14 +157,14 @@ def find_array(file: Any, name: str, path: Path) -> Any:
     h5py = import_extra("h5py", "CS:GO recordings")
     # To open what an external link names opens another file; h5py's `in` and `get` do, too.
     if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
-        raise ValueError(f"{path} {name} names data of another file or place; it was not read")
+        raise UserError(f"{path} {name} names data of another file or place; it was not read")
     array = file[name]
     if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "biuf":
-        raise ValueError(f"{path} {name} is {array}, no numbers")
+        raise UserError(f"{path} {name} is {array}, no numbers")
     if array.external is not None or array.is_virtual:
-        raise ValueError(f"{path} {name} names data of another file; it was not read")
+        raise UserError(f"{path} {name} names data of another file; it was not read")
     if max(array.size or 0, int(np.prod(array.chunks or 0, dtype=object))) * array.dtype.itemsize > LARGEST_BYTES:
-        raise ValueError(f"{path} {name} has the shape {array.shape}; that is no picture and no row of a game")
+        raise UserError(f"{path} {name} has the shape {array.shape}; that is no picture and no row of a game")
     return array
 
 
@@ -180,7 +175,7 @@ def read_death(file: Any, i: int, path: Path) -> bool:
         return False
     array = find_array(file, name, path)
     if array.shape != (2,):
-        raise ValueError(f"{path} {name} must be two values, [kill, death], not {array.shape}")
+        raise UserError(f"{path} {name} must be two values, [kill, death], not {array.shape}")
     return bool(array[1] != 0)
 
 
@@ -189,8 +184,8 @@ def read_row(file: Any, i: int, path: Path) -> np.ndarray:
     array = find_array(file, f"frame_{i}_y", path)
     row = array[()] if array.shape == (WIDTH,) else np.zeros(0)
     if row.shape != (WIDTH,) or not np.isin(row, (0, 1)).all():
-        raise ValueError(f"{path} frame_{i}_y must be {WIDTH} values of 0 or 1")
+        raise UserError(f"{path} frame_{i}_y must be {WIDTH} values of 0 or 1")
     x, y = row[len(NAMES) : len(NAMES) + len(MOUSE_X)], row[len(NAMES) + len(MOUSE_X) :]
     if x.sum() != 1 or y.sum() != 1:
-        raise ValueError(f"{path} frame_{i}_y has {x.sum():g} bins of mouse x and {y.sum():g} of mouse y; one of each")
+        raise UserError(f"{path} frame_{i}_y has {x.sum():g} bins of mouse x and {y.sum():g} of mouse y; one of each")
     return row

@@ -21,7 +21,9 @@ from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
+from configs.errors import UserError
 from configs.foreign import parse_object
+from configs.game import GameConfig
 from data_pipeline.readers.event_rows import (
     Event,
     EventLog,
@@ -43,7 +45,6 @@ from data_pipeline.readers.recording import (
     say,
     say_left_out,
 )
-from data_pipeline.types import GameConfig
 
 LOGS = (".csv", ".jsonl")
 COLUMNS = ("time", "kind", "key", "button", "state", "dx", "dy")
@@ -86,7 +87,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
         by_name = {folder.name: held for folder, held in folders.items() if held}
         say_left_out(source, [folder for folder, held in folders.items() if not held], "neither a video nor a log")
     if not by_name:
-        raise ValueError(f"{source} holds no videos with a log ({', '.join(LOGS)}) each")
+        raise UserError(f"{source} holds no videos with a log ({', '.join(LOGS)}) each")
     return [Recording(name, partial(read_pair, name, held)) for name, held in sorted(by_name.items())]
 
 
@@ -98,7 +99,7 @@ def read_pair(name: str, files: Sequence[Path], game: GameConfig) -> list[VideoE
     videos, logs = ([path for path in files if path.name.lower().endswith(kinds)] for kinds in (VIDEOS, LOGS))
     if len(videos) != 1 or len(logs) != 1:
         have = ", ".join(path.name for path in files)
-        raise ValueError(f"{files[0]}: a recording is one video and one log ({', '.join(LOGS)}), not {have}")
+        raise UserError(f"{files[0]}: a recording is one video and one log ({', '.join(LOGS)}), not {have}")
     require_mouse_scale(game, "logs of events")
     keys, form = bind_keys(game, None, "logs of events"), read_format(game)
     screen = open_screen(videos[0], game)
@@ -106,7 +107,7 @@ def read_pair(name: str, files: Sequence[Path], game: GameConfig) -> list[VideoE
     log = sort_events(logs[0], read_events(logs[0], form), columns, screen, game)
     start = log.first("start")
     if start is None and "start" in game.inputs.kinds:
-        raise ValueError(f"{logs[0]} has no event of the kind start ({', '.join(game.inputs.kinds['start'])})")
+        raise UserError(f"{logs[0]} has no event of the kind start ({', '.join(game.inputs.kinds['start'])})")
     zero_s = start.time if start else 0.0
     _compare_lengths(log, screen, zero_s - game.inputs.offset_s)
     return cut_by_log(name, screen, zero_s, log, keys)
@@ -117,7 +118,7 @@ def read_format(game: GameConfig) -> Format:
     inputs = game.inputs
     for setting, given, known in (("columns", inputs.columns, COLUMNS), ("kinds", inputs.kinds, WORDS)):
         if unknown := given.keys() - {*known}:
-            raise ValueError(f"game.inputs.{setting} has no {min(unknown)!r}; there are {', '.join(known)}")
+            raise UserError(f"game.inputs.{setting} has no {min(unknown)!r}; there are {', '.join(known)}")
     words: dict[str, Meaning] = {
         word: kind for kind, some in WORDS.items() if kind not in inputs.kinds for word in some
     }
@@ -125,7 +126,7 @@ def read_format(game: GameConfig) -> Format:
     for kind, some in cast(dict[Meaning, tuple[str, ...]], inputs.kinds).items():
         for word in some:
             if own.setdefault(word.casefold(), kind) != kind:
-                raise ValueError(f"game.inputs.kinds: {word!r} cannot be both {own[word.casefold()]} and {kind}")
+                raise UserError(f"game.inputs.kinds: {word!r} cannot be both {own[word.casefold()]} and {kind}")
     columns = {role: inputs.columns.get(role, role) for role in COLUMNS}
     return Format(columns, words | own, UNITS_S[inputs.time_unit], game.action_space.mouse)
 
@@ -151,20 +152,20 @@ def read_table(log: Path, text: io.TextIOWrapper, form: Format) -> Iterator[tupl
     try:
         yield from _rows(log, reader, form)
     except csv.Error as error:
-        raise ValueError(f"{log} line {reader.line_num}: {error}") from error
+        raise UserError(f"{log} line {reader.line_num}: {error}") from error
 
 
 def _rows(log: Path, reader: Any, form: Format) -> Iterator[tuple[int, Mapping[str, Any]]]:
     header = [name.strip() for name in next(reader, [])]
     if len({*header}) < len(header):
-        raise ValueError(f"{log} has two columns of one name: {header}"[:500])
+        raise UserError(f"{log} has two columns of one name: {header}"[:500])
     for role, column in form.columns.items():
         if column not in header and (role == "time" or role != column):
-            raise ValueError(f"{log} has no column {column!r} (game.inputs.columns.{role}), but {header}"[:500])
+            raise UserError(f"{log} has no column {column!r} (game.inputs.columns.{role}), but {header}"[:500])
     for cells in reader:
         if cells:
             if len(cells) != len(header):
-                raise ValueError(f"{log} line {reader.line_num}: {len(cells)} cells, the header has {len(header)}")
+                raise UserError(f"{log} line {reader.line_num}: {len(cells)} cells, the header has {len(header)}")
             yield reader.line_num, dict(zip(header, cells, strict=True))
 
 
@@ -180,11 +181,11 @@ def read_row(row: Mapping[str, Any], line: int, where: str, form: Format) -> Ite
     names = [name for name in (_key(row.get(form.columns["key"])), _button(cells.get("button"))) if name]
     moved = kind == "move" or (kind is None and ("dx" in cells or "dy" in cells))
     if (kind == "move" and not {"dx", "dy"} & cells.keys()) or (not moved and not names):
-        raise ValueError(f"{where} names neither a key nor a move (game.inputs.columns, kinds)")
+        raise UserError(f"{where} names neither a key nor a move (game.inputs.columns, kinds)")
     if kind != "move" and names:
         down = kind if kind in ("press", "release") else _word(cells, "state", where, form)
         if down not in ("press", "release"):
-            raise ValueError(f"{where}: {form.columns['state']} is {cells['state'][:80]!r}, no press and no release")
+            raise UserError(f"{where}: {form.columns['state']} is {cells['state'][:80]!r}, no press and no release")
         for name in names:
             yield Event(time, line, down, name)
     if moved and form.mouse:
@@ -196,7 +197,7 @@ def _word(cells: Mapping[str, str], role: str, where: str, form: Format) -> Mean
     word = cells.get(role, "")
     kind = form.words.get(word.casefold())
     if kind is None:
-        raise ValueError(
+        raise UserError(
             f"{where}: {form.columns[role]} is {word[:80]!r}; say in game.inputs.kinds what that is: {', '.join(WORDS)}"
         )
     return kind
@@ -228,12 +229,12 @@ def _compare_lengths(log: EventLog, screen: Screen, zero_s: float) -> None:
     length = float(screen.times[-1])
     if not ((times >= 0) & (times <= length)).any():
         seen = f"its times are {times.min():g} to {times.max():g} s" if len(times) else "it has no events"
-        raise ValueError(
+        raise UserError(
             f"{log.path}: nothing happened while {screen.video} ({length:g} s) was shown, {seen} (game.inputs."
             "time_unit, offset_s, kinds.start)"
         )
     if len(times) >= FEW and not length / ODD < np.ptp(times) < length * ODD:
-        raise ValueError(
+        raise UserError(
             f"{log.path} lasts {np.ptp(times):g} s, {screen.video} {length:g} s; is game.inputs.time_unit right?"
         )
     apart = float(times.max()) - length

@@ -20,11 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers.keys import MOST_DEG, KeyMap, mouse_rows
 from data_pipeline.readers.recording import RATE_TOLERANCE, VideoEpisode, check_rate, cut_video, find_spans, say
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import VideoInfo, frame_times, probe
 
 BACK_S = 1.0  # an event may be so much before one that stands above it
@@ -97,7 +99,7 @@ def open_screen(video: Path, game: GameConfig) -> Screen:
 def opened_log(path: Path) -> Iterator[io.TextIOWrapper]:
     """The log's text. What is wrong with it in the block becomes one ValueError that names it."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise MissingFileError(f"no file {path}")
     # Bytes that are no UTF-8 become \\xff, so that the row can be named, and rows that do not count may hold any.
     with reading(path), storage.opened(path) as file:
         yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
@@ -117,11 +119,11 @@ def sort_events(
     for count, event in enumerate(events, 1):
         where = f"{path} line {event.line}"
         if count > most:
-            raise ValueError(f"{where}: too many events for the {len(screen.times)} frames of {screen.video}")
+            raise UserError(f"{where}: too many events for the {len(screen.times)} frames of {screen.video}")
         if not abs(event.time) <= MOST_S:
-            raise ValueError(f"{where}: {columns[0]} of {event.time:g} s is no time of a recording")
+            raise UserError(f"{where}: {columns[0]} of {event.time:g} s is no time of a recording")
         if event.time < latest - BACK_S:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {columns[0]} is {latest - event.time:.3f} s before one above it; rows must be in the order "
                 f"of time, but for {BACK_S:g} s; split the recording there"
             )
@@ -131,7 +133,7 @@ def sort_events(
             continue
         for column, moved, unit in zip(columns[1:], event.value, degrees, strict=True):
             if not abs(moved * unit) <= MOST_DEG:
-                raise ValueError(f"{where}: {column} of {moved:g} turns by more than {MOST_DEG:g} degrees")
+                raise UserError(f"{where}: {column} of {moved:g} turns by more than {MOST_DEG:g} degrees")
         moves.extend((event.time, *event.value))
     others.sort(key=lambda event: event.time)
     return EventLog(path, others, np.array(moves).reshape(-1, 3))
@@ -146,7 +148,7 @@ def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: Ke
     shown = screen.times + zero_s - game.inputs.offset_s
     stop = log.first("stop", "end")
     if stop and shown[-1] < stop.time - SHORT_S:
-        raise ValueError(f"{screen.video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
+        raise UserError(f"{screen.video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
     gaps = np.diff(shown, append=np.inf) > 1.5 / game.fps
     # Intervals are between neighbouring edges: those of the frames, and those of gaps.
     edges = np.sort(np.concatenate([shown, shown[gaps] + 1 / game.fps]))

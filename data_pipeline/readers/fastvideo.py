@@ -19,20 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import inside, parse_json
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.npy import read_npy
-from data_pipeline.readers.recording import (
-    Recording,
-    VideoEpisode,
-    check_rows,
-    cut_video,
-    probe_video,
-    read_text,
-    say,
-)
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.readers.recording import Recording, VideoEpisode, check_rows, cut_video, probe_video, read_text, say
+from data_pipeline.types import Actions
 
 MERGE, ROWS = "merge.txt", 77
 
@@ -45,13 +39,13 @@ def find_recordings(source: str | Path) -> list[Recording]:
         if names == [""]:
             continue
         if len(names) != 2:
-            raise ValueError(f"{where} must be folder,annotations.json, not {line[:80]!r}")
+            raise UserError(f"{where} must be folder,annotations.json, not {line[:80]!r}")
         folder, annotations = (_find(merge.parent, name, where) for name in names)
         for name, recording in _read_annotations(folder, annotations).items():
             if found.setdefault(name, recording) is not recording:
-                raise ValueError(f"{where}: {annotations} names a second video {name}; rename one")
+                raise UserError(f"{where}: {annotations} names a second video {name}; rename one")
     if not found:
-        raise ValueError(f"{merge} leads to no videos")
+        raise UserError(f"{merge} leads to no videos")
     return [found[name] for name in sorted(found)]
 
 
@@ -59,14 +53,14 @@ def _read_annotations(folder: Path, annotations: Path) -> dict[str, Recording]:
     """The recordings that a json lists, by name."""
     items, found = parse_json(read_text(annotations), annotations), {}
     if not isinstance(items, list):
-        raise ValueError(f"{annotations} must hold a list of objects with path and action_path")
+        raise UserError(f"{annotations} must hold a list of objects with path and action_path")
     for i, item in enumerate(items):
         path = item.get("path") if isinstance(item, dict) else None
         if not isinstance(path, str):
-            raise ValueError(f"{annotations} item {i}: path is {path!r:.80}, which is no file's name")
+            raise UserError(f"{annotations} item {i}: path is {path!r:.80}, which is no file's name")
         name = PurePosixPath("-".join(part for part in PurePosixPath(path).parts if part != "/")).stem
         if name in found:
-            raise ValueError(f"{annotations} item {i}: {path[:80]!r} is listed twice")
+            raise UserError(f"{annotations} item {i}: {path[:80]!r} is listed twice")
         found[name] = Recording(name, partial(read_item, name, folder, item, f"{annotations} item {i}"))
     return found
 
@@ -81,7 +75,7 @@ def _find(folder: Path, name: str, where: str) -> Path:
         path = inside(folder, "/".join(parts[i:]), where)
         if path.is_file() or path.is_dir():
             return path
-    raise ValueError(f"{where} names {name[:200]!r}, which is not in {folder}")
+    raise UserError(f"{where} names {name[:200]!r}, which is not in {folder}")
 
 
 def read_item(name: str, folder: Path, item: Mapping[str, Any], where: str, game: GameConfig) -> list[VideoEpisode]:
@@ -90,7 +84,7 @@ def read_item(name: str, folder: Path, item: Mapping[str, Any], where: str, game
     Raises ValueError in one line: a file outside of `folder`, another fps, rows that are no actions of the game.
     """
     if not isinstance(item.get("action_path"), str):
-        raise ValueError(f"{where}: action_path is {item.get('action_path')!r:.80}; a video needs its actions")
+        raise UserError(f"{where}: action_path is {item.get('action_path')!r:.80}; a video needs its actions")
     # An absolute path was one on the machine where the json was written.
     video, log = (
         _find(folder, path, where) if path.startswith("/") else inside(folder, path, where)
@@ -110,15 +104,15 @@ def read_actions(log: Path, game: GameConfig) -> Actions:
     arrays = read_npy(log)
     keyboard, mouse = (arrays.get(key, arrays.get("") if key == "keyboard" else None) for key in ("keyboard", "mouse"))
     if keyboard is None or keyboard.ndim != 2:
-        raise ValueError(f"{log} holds no keyboard (rows, keys), but {_describe(arrays)}")
+        raise UserError(f"{log} holds no keyboard (rows, keys), but {_describe(arrays)}")
     if game.action_space.mouse and (mouse is None or mouse.shape != (len(keyboard), 2)):
-        raise ValueError(
+        raise UserError(
             f"{log} holds no mouse ({len(keyboard)}, 2), but {_describe(arrays)}; or set action_space.mouse=false"
         )
     wrong = np.argwhere((keyboard != 0) & (keyboard != 1))
     if len(wrong):
         row, column = (int(number) for number in wrong[0])
-        raise ValueError(f"{log} row {row}: keyboard column {column} is {keyboard[row, column]:g}; a key is 0 or 1")
+        raise UserError(f"{log} row {row}: keyboard column {column} is {keyboard[row, column]:g}; a key is 0 or 1")
     held = _bind_columns(log, keyboard.astype(np.float32), game)
     unit = game.action_space.mouse_unit_deg
     scale = game.inputs.pitch_deg or unit, game.inputs.yaw_deg or unit
@@ -131,7 +125,7 @@ def _bind_columns(log: Path, keyboard: np.ndarray, game: GameConfig) -> np.ndarr
     count = keyboard.shape[1]
     if not game.inputs.keys:
         if count != len(game.action_space.keys):
-            raise ValueError(
+            raise UserError(
                 f"{log}: keyboard has {count} columns, {game.name!r} has the keys {', '.join(game.action_space.keys)}; "
                 "bind keys to columns by number in game.inputs.keys"
             )

@@ -20,7 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError
+from configs.game import ActionSpace, GameConfig
 from data_pipeline.pictures import read_picture
 from data_pipeline.readers.keys import INPUTS, KeyMap, bind_keys, mouse_rows
 from data_pipeline.readers.recording import (
@@ -32,7 +34,7 @@ from data_pipeline.readers.recording import (
     read_number,
     say_left_out,
 )
-from data_pipeline.types import Actions, ActionSpace, GameConfig
+from data_pipeline.types import Actions
 
 LOG, COLUMNS = "input.csv", ["key", "time", "frame"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -58,7 +60,7 @@ class FramesEpisode:
         for path in self.pictures:
             frame = read_picture(path)
             if frame.shape != (self.height, self.width, 3):
-                raise ValueError(f"{path} has {frame.shape[0]}x{frame.shape[1]} px, not {self.height}x{self.width}")
+                raise UserError(f"{path} has {frame.shape[0]}x{frame.shape[1]} px, not {self.height}x{self.width}")
             yield frame
 
 
@@ -68,7 +70,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     folders = [folder for folder in inner if (folder / LOG).is_file() or list_pictures(folder)]
     say_left_out(source, [folder for folder in inner if folder not in folders], f"without pictures and {LOG}")
     if not folders:
-        raise ValueError(f"{source} holds no folders with pictures and {LOG}")
+        raise UserError(f"{source} holds no folders with pictures and {LOG}")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
 
 
@@ -79,16 +81,16 @@ def read_folder(folder: Path, game: GameConfig) -> list[FramesEpisode]:
     frames, a key that the game does not have.
     """
     if game.action_space.mouse:
-        raise ValueError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
+        raise UserError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
     if not (folder / LOG).is_file():
-        raise ValueError(f"{folder} has pictures, but no {LOG}")
+        raise UserError(f"{folder} has pictures, but no {LOG}")
     first, pictures = number_pictures(folder)
     keys = bind_keys(game, None, "pictures with a key log")
     keyboard = np.zeros((len(pictures), len(game.action_space.keys)), dtype=np.float32)
     add_up, rows = read_log(folder / LOG, game.fps)
     for where, cell, frame in rows:
         if not first <= frame < first + len(pictures):
-            raise ValueError(f"{where}: no picture of frame {frame}; there are {first} to {first + len(pictures) - 1}")
+            raise UserError(f"{where}: no picture of frame {frame}; there are {first} to {first + len(pictures) - 1}")
         held = keys.row(split_keys(cell, keys, where), where)
         keyboard[frame - first] = np.maximum(keyboard[frame - first], held) if add_up else held
     actions = Actions(keyboard, mouse_rows(game, np.zeros((len(pictures), 2))))
@@ -108,16 +110,16 @@ def number_pictures(folder: Path) -> tuple[int, tuple[Path, ...]]:
     for path in list_pictures(folder):
         digits = re.search(r"(\d+)$", path.stem)
         if digits is None:
-            raise ValueError(f"{path} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
+            raise UserError(f"{path} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
         other = numbered.setdefault(int(digits[1]), path)
         if other != path:
-            raise ValueError(f"{other} and {path} have the same number")
+            raise UserError(f"{other} and {path} have the same number")
     if not numbered:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
     first = min(numbered)
     missing = [number for number in range(first, first + len(numbered)) if number not in numbered]
     if missing:
-        raise ValueError(f"{folder}: frame {missing[0]} has no picture; split the recording there")
+        raise UserError(f"{folder}: frame {missing[0]} has no picture; split the recording there")
     return first, tuple(numbered[number] for number in sorted(numbered))
 
 
@@ -137,7 +139,7 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
     if len(unbound) == len(letters):
         return [name]
     if unbound and len(letters) > 3:
-        raise ValueError(
+        raise UserError(
             f"{where}: {name[:80]!r} may be one key or several, some of them bound; bind it in game.inputs.keys, or "
             "give each key a row of its own"
         )
@@ -152,7 +154,7 @@ def read_log(path: Path, fps: float) -> tuple[bool, Iterator[tuple[str, str, int
     try:
         _read_place(header, f"{path} line 1")
     except ValueError:
-        raise ValueError(f"{path}: columns must be {','.join(COLUMNS)}, not {','.join(header):.200}") from None
+        raise UserError(f"{path}: columns must be {','.join(COLUMNS)}, not {','.join(header):.200}") from None
     return False, _check_rows(path, [(1, header), *rows], fps)
 
 
@@ -164,11 +166,11 @@ def _check_rows(path: Path, rows: list[tuple[int, list[str]]], fps: float) -> It
         time, frame = _read_place(cells, where)
         start = start or (time, frame)
         if frame != int(frame) or (before and (time < before[0] or frame < before[1])):
-            raise ValueError(f"{where}: times must ascend, and frames be whole numbers that ascend")
+            raise UserError(f"{where}: times must ascend, and frames be whole numbers that ascend")
         before = time, frame
         drift = (time - start[0]) * fps - (frame - start[1])
         if abs(drift) > 1 + RATE_TOLERANCE * (frame - start[1]):  # keys of one frame may be logged at its two ends
-            raise ValueError(
+            raise UserError(
                 f"{where}: since line {rows[0][0]}, {time - start[0]:g} s went by and {frame - start[1]:g} frames, "
                 f"{drift:+.1f} too few at {fps:g} fps; set game.fps, or log and pictures have drifted apart"
             )
@@ -178,5 +180,5 @@ def _check_rows(path: Path, rows: list[tuple[int, list[str]]], fps: float) -> It
 def _read_place(cells: list[str], where: str) -> tuple[float, float]:
     """The time and the frame of a row."""
     if len(cells) != len(COLUMNS):
-        raise ValueError(f"{where}: {len(cells)} cells, there must be {','.join(COLUMNS)}")
+        raise UserError(f"{where}: {len(cells)} cells, there must be {','.join(COLUMNS)}")
     return read_number(cells[1], f"{where}: time"), read_number(cells[2], f"{where}: frame")

@@ -20,6 +20,8 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
+from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.recording import (
     Recording,
@@ -32,7 +34,7 @@ from data_pipeline.readers.recording import (
     read_number,
     say,
 )
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.types import Actions
 
 DEG_PER_DELTA = 15.0
 CHOICES = {"ws": ("", "w", "s"), "ad": ("", "a", "d"), "scs": ("", "space", "left_shift", "left_control")}
@@ -45,7 +47,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     folders = {path.name: path for path in list_folders(source)}
     videos = folders.get("video") or folders.get("videos")
     if videos is None or "metadata" not in folders:
-        raise ValueError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
+        raise UserError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
     return find_pairs(videos, folders["metadata"], (".json",), read_pair)
 
 
@@ -58,7 +60,7 @@ def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
     keys = bind_keys(game, KEYS, "GF-Minecraft recordings")
     info, entries = probe_video(video, game), read_entries(log)
     if len(entries) - info.frames not in (0, 1):
-        raise ValueError(
+        raise UserError(
             f"{log} has {len(entries)} entries, {video} has {info.frames} frames; there must be one entry per frame, "
             "or one more"
         )
@@ -86,11 +88,11 @@ def read_entries(log: Path) -> list[dict[str, Any]]:
     """The entries 0, 1, 2, ... of `actions`. Raises ValueError if one is left out."""
     found = read_json(log).get("actions")
     if not isinstance(found, dict) or len(found) < 4:
-        raise ValueError(f"{log} must hold actions, an object with the entries 0, 1, 2, 3, ...")
+        raise UserError(f"{log} must hold actions, an object with the entries 0, 1, 2, 3, ...")
     entries = [entry for i in range(len(found)) if isinstance(entry := found.get(str(i)), dict)]
     if len(entries) < len(found):
         missing = next(i for i in range(len(found)) if not isinstance(found.get(str(i)), dict))
-        raise ValueError(f"{log} has {len(found)} entries, but no entry {missing}")
+        raise UserError(f"{log} has {len(found)} entries, but no entry {missing}")
     return entries
 
 
@@ -102,7 +104,7 @@ def check_poses(log: Path, entries: list[dict[str, Any]], yaw_deg: np.ndarray) -
     agreeing = {shift: _agreement(np.diff(yaw), yaw_deg, shift) for shift in (0, -1, 1)}
     best = max(agreeing, key=lambda shift: agreeing[shift])
     if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
-        raise ValueError(
+        raise UserError(
             f"{log}: yaw changes by the yaw_delta of the entry {'before' if best < 0 else 'after'} in "
             f"{agreeing[best]:.0%} of the turns, by its own in {agreeing[0]:.0%}; the actions are shifted by one frame"
         )
@@ -119,5 +121,5 @@ def _agreement(turned: np.ndarray, yaw_deg: np.ndarray, shift: int) -> float:
 def _choice(entry: dict[str, Any], axis: str, where: str) -> str:
     names, value = CHOICES[axis], read_number(entry.get(axis), f"{where}: {axis}")
     if value not in range(len(names)):
-        raise ValueError(f"{where}: {axis} must be 0 to {len(names) - 1}, not {value:g}")
+        raise UserError(f"{where}: {axis} must be 0 to {len(names) - 1}, not {value:g}")
     return names[int(value)]

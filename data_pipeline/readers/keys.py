@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from configs.errors import UserError
+from configs.game import GameConfig
 from data_pipeline.readers.recording import LARGEST
-from data_pipeline.types import GameConfig
 
 MOST_DEG = 3600.0  # that anybody turns in a frame; more is damage, or another unit
 MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", *(f"mouse_{i}" for i in range(4, 9)))  # GLFW's
@@ -39,7 +40,7 @@ class KeyMap:
         """
         near = [] if name in self.places else _same_but_case(name, self.places)
         if len({tuple(self.places[one]) for one in near}) > 1:
-            raise ValueError(
+            raise UserError(
                 f"{where}: {name[:80]!r} may be {' or '.join(near)}, which hold different keys; bind it as well"
             )
         return near[0] if near else name
@@ -52,7 +53,7 @@ class KeyMap:
                 vector[self.places[name]] = 1
             elif self.game.inputs.others == "refuse":
                 binding = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
-                raise ValueError(
+                raise UserError(
                     f"{where}: {name[:80]!r} holds no key of {self.game.name!r}; {binding}set game.inputs.others=drop"
                 )
         return vector
@@ -72,7 +73,7 @@ def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> Ke
                 name = same[0] if len(same) == 1 else name
             if known is not None and name not in known:
                 near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
-                raise ValueError(
+                raise UserError(
                     f"game.inputs.keys.{key}: {where} have no input {name!r}, but {', '.join(near)}; "
                     "[] is a key that nothing holds"
                 )
@@ -87,7 +88,7 @@ def _same_but_case(name: str, names: Iterable[str]) -> list[str]:
 def require_mouse_scale(game: GameConfig, where: str) -> None:
     """Raises ValueError if the mouse counts, but not how many degrees one recorded unit is."""
     if game.action_space.mouse and not (game.inputs.pitch_deg and game.inputs.yaw_deg):
-        raise ValueError(
+        raise UserError(
             f"{where} count the mouse in units of their own: set game.inputs.pitch_deg and game.inputs.yaw_deg, the "
             "degrees up and right of one unit (of a pixel: pitch_deg < 0, since y counts downwards)"
         )
@@ -101,7 +102,7 @@ def mouse_rows(game: GameConfig, degrees: np.ndarray, where: Callable[[int], str
     space = game.action_space
     mouse = check_degrees(degrees if space.mouse else degrees[:, :0], where) / space.mouse_unit_deg
     if not (np.abs(mouse) <= LARGEST).all():
-        raise ValueError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
+        raise UserError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
     return mouse.astype(np.float32)
 
 
@@ -113,7 +114,7 @@ def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarra
     wrong = np.argwhere(~(np.abs(degrees) <= MOST_DEG))
     if len(wrong):
         row, axis = (int(number) for number in wrong[0])
-        raise ValueError(
+        raise UserError(
             f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
             f"{MOST_DEG:g} is possible"
         )

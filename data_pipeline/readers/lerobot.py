@@ -24,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import inside, reading
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
 from data_pipeline.readers.parquet import read_rows
 from data_pipeline.readers.recording import (
@@ -37,7 +39,7 @@ from data_pipeline.readers.recording import (
     read_json,
     read_number,
 )
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import frame_times, probe
 
 INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
@@ -64,7 +66,7 @@ class Dataset:
         """The feature that is the action."""
         found = [name for name in ACTIONS if name in self.features]
         if not found:
-            raise ValueError(f"{self.info} has no feature {' or '.join(ACTIONS)}, but {', '.join(self.features)}"[:500])
+            raise UserError(f"{self.info} has no feature {' or '.join(ACTIONS)}, but {', '.join(self.features)}"[:500])
         return found[0]
 
     @property
@@ -73,14 +75,14 @@ class Dataset:
         feature = self.features[self.action]
         names, shape = feature.get("names"), feature.get("shape")
         if not isinstance(shape, list) or [type(part) for part in shape] != [int] or not 0 < shape[0] < COMPONENTS:
-            raise ValueError(f"{self.info}: the feature {self.action} must be a vector, not of shape {shape!r:.80}")
+            raise UserError(f"{self.info}: the feature {self.action} must be a vector, not of shape {shape!r:.80}")
         with reading(self.info):
             if isinstance(names, dict):  # {"motors": [...]} or {"w": 0, "a": 1, ...}
                 groups = [group for group in names.values() if isinstance(group, list)]
                 names = groups[0] if groups else [name for _, name in sorted((at, name) for name, at in names.items())]
             names = [str(name) for name in names or range(shape[0])]
         if len(names) != shape[0] or len(set(names)) != len(names):
-            raise ValueError(
+            raise UserError(
                 f"{self.info}: {self.action} has {shape[0]} components and the names {', '.join(names):.200}"
             )
         return names
@@ -92,14 +94,14 @@ class Dataset:
             for kind in ("video", "image")
         )
         if pictures and (wanted in pictures or not cameras):
-            raise ValueError(
+            raise UserError(
                 f"{self.info}: {wanted or pictures[0]} has its pictures in the parquet files; make videos of them: "
                 "lerobot-edit-dataset --repo_id NAME --root FOLDER --operation.type convert_image_to_video"
             )
         if not self.video_path:
-            raise ValueError(f"{self.info} lacks video_path")
+            raise UserError(f"{self.info} lacks video_path")
         if wanted not in cameras and (wanted or len(cameras) != 1):
-            raise ValueError(
+            raise UserError(
                 f"{self.info}: choose a video by game.inputs.camera; there are: {', '.join(cameras) or 'none'}"
             )
         return wanted or cameras[0]
@@ -111,11 +113,11 @@ def find_recordings(source: str | Path) -> list[Recording]:
     files = [file for folder in list_folders(dataset.root / EPISODES) for file in list_files(folder, ".parquet")]
     abouts = [about for file in files for about in read_abouts(file)]
     if not abouts:
-        raise ValueError(f"{dataset.root / EPISODES} lists no episodes")
+        raise UserError(f"{dataset.root / EPISODES} lists no episodes")
     abouts.sort(key=lambda about: about[EPISODE])
     twice = [one for one, other in pairwise(abouts) if one[EPISODE] == other[EPISODE]]
     if twice:
-        raise ValueError(f"{dataset.root / EPISODES} lists {_name(twice[0])} twice")
+        raise UserError(f"{dataset.root / EPISODES} lists {_name(twice[0])} twice")
     return [Recording(_name(about), partial(read_episode, dataset, about)) for about in abouts]
 
 
@@ -125,7 +127,7 @@ def read_abouts(file: Path) -> list[dict[str, Any]]:
     for i, about in enumerate(abouts):
         for column in (EPISODE, "length"):
             if not isinstance(about[column], int) or about[column] < 0:
-                raise ValueError(f"{file} row {i}: {column} is {about[column]!r:.80}, which is no count")
+                raise UserError(f"{file} row {i}: {column} is {about[column]!r:.80}, which is no count")
     return abouts
 
 
@@ -138,19 +140,19 @@ def read_info(root: Path) -> Dataset:
     info = read_json(root / INFO)
     missing = [name for name in ("codebase_version", "features", "data_path") if not info.get(name)]
     if missing:
-        raise ValueError(f"{root / INFO} lacks {', '.join(missing)}")
+        raise UserError(f"{root / INFO} lacks {', '.join(missing)}")
     version = str(info["codebase_version"])
     if not version.startswith("v3."):
-        raise ValueError(
+        raise UserError(
             f"{root / INFO} is of version {version:.20}; convert it, in place: python -m "
             f"lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
         )
     features, paths = info["features"], (info["data_path"], info.get("video_path") or "")
     if not isinstance(features, dict) or not all(isinstance(path, str) for path in paths):
-        raise ValueError(f"{root / INFO}: features must be an object, data_path and video_path texts")
+        raise UserError(f"{root / INFO}: features must be an object, data_path and video_path texts")
     wrong = [name for name, feature in features.items() if not isinstance(feature, dict)]
     if wrong:
-        raise ValueError(f"{root / INFO}: the feature {wrong[0]:.80} must be an object, not {features[wrong[0]]!r:.80}")
+        raise UserError(f"{root / INFO}: the feature {wrong[0]:.80} must be an object, not {features[wrong[0]]!r:.80}")
     return Dataset(root, *paths, features)
 
 
@@ -166,7 +168,7 @@ def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -
     index = about[EPISODE]
     rows = read_rows(table, (dataset.action, "timestamp", "frame_index"), (EPISODE, index))
     if len(rows) != about["length"] or [row["frame_index"] for row in rows] != list(range(len(rows))):
-        raise ValueError(
+        raise UserError(
             f"{table}: episode {index} must have the rows frame_index 0 to {about['length'] - 1} in order; it has "
             f"{len(rows)} rows"
         )
@@ -192,13 +194,13 @@ def read_actions(where: str, components: list[str], vectors: Sequence[Any], game
     require_mouse_scale(game, "LeRobot recordings")
     unknown = [name for name in axes if name not in components]
     if unknown or len(axes) != 2 * game.action_space.mouse:
-        raise ValueError(
+        raise UserError(
             f"game.inputs.axes must name the mouse's y and x of {', '.join(components)}, not {list(axes)}; or set "
             "action_space.mouse=false"
         )
     unbound = [name for name in components if name not in keys.places and name not in axes]
     if unbound and game.inputs.others == "refuse":
-        raise ValueError(
+        raise UserError(
             f"{where}: {', '.join(unbound)} holds no key of {game.name!r}; bind it in game.inputs.keys or set "
             "game.inputs.others=drop"
         )
@@ -208,7 +210,7 @@ def read_actions(where: str, components: list[str], vectors: Sequence[Any], game
         column = table[:, components.index(name)]
         wrong = np.flatnonzero(~np.isin(column, (0, 1)))
         if len(wrong):
-            raise ValueError(f"{where} frame {wrong[0]}: {name} is {column[wrong[0]]:g}; a key must be 0 or 1")
+            raise UserError(f"{where} frame {wrong[0]}: {name} is {column[wrong[0]]:g}; a key must be 0 or 1")
         keyboard[:, places] = np.maximum(keyboard[:, places], column[:, None])
     degrees = (
         table[:, [components.index(name) for name in axes]] * (game.inputs.pitch_deg, game.inputs.yaw_deg)[: len(axes)]
@@ -230,7 +232,7 @@ def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
     if len(wrong):
         i = int(wrong[0])
         there = f"one at {found[i]:.3f} s" if np.isfinite(found[i]) else "none, the video is truncated"
-        raise ValueError(f"{video}: frame {i} of the episode should be shown at {shown[i]:.3f} s, there is {there}")
+        raise UserError(f"{video}: frame {i} of the episode should be shown at {shown[i]:.3f} s, there is {there}")
     return first
 
 
@@ -245,7 +247,7 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefi
             return camera
         number = about.get(prefix + field[1])
         if not isinstance(number, int) or number < 0:
-            raise ValueError(
+            raise UserError(
                 f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: {prefix}{field[1]} of "
                 f"{_name(about)} is {number!r:.80}"
             )
@@ -253,7 +255,7 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefi
 
     filled = FIELD.sub(fill, pattern)
     if "{" in FIELD.sub("", pattern) or "}" in FIELD.sub("", pattern):
-        raise ValueError(
+        raise UserError(
             f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: it may ask for "
             "{chunk_index:03d}, {file_index:03d} and {video_key}"
         )
@@ -263,6 +265,6 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefi
 def _vectors(where: str, vectors: Sequence[Any], count: int) -> np.ndarray:
     for i, vector in enumerate(vectors):
         if not isinstance(vector, list) or len(vector) != count:
-            raise ValueError(f"{where} frame {i}: the action is {vector!r:.80}, not {count} numbers")
+            raise UserError(f"{where} frame {i}: the action is {vector!r:.80}, not {count} numbers")
     table = [[read_number(part, f"{where} frame {i}: the action") for part in one] for i, one in enumerate(vectors)]
     return np.array(table, dtype=np.float64)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
 
 KINDS = re.compile("[biuf][1248]")  # bool, whole numbers, floats
@@ -22,23 +23,23 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
     Raises ValueError for a file that holds anything but numbers, and for a pickle that wants anything but arrays.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise MissingFileError(f"no file {path}")
     with reading(path):
         file = io.BytesIO(path.read_bytes())
         version = np.lib.format.read_magic(file)
         if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"its version is {version}")
+            raise UserError(f"its version is {version}")
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         try:
             shape, fortran, dtype = header(file)
         except (SyntaxError, tokenize.TokenError) as error:
-            raise ValueError(f"its header is damaged: {error}") from error
+            raise UserError(f"its header is damaged: {error}") from error
         if not dtype.hasobject:
             return {"": _shape(file.read(), dtype.str, shape, fortran)}
         outer = _Arrays(file, path).load()
         found = outer.held[0] if isinstance(outer, _Array) and isinstance(outer.held, list) and outer.held else None
         if math.prod(shape) != 1 or not isinstance(found, dict):
-            raise ValueError("it holds neither an array nor a dict of arrays")
+            raise UserError("it holds neither an array nor a dict of arrays")
         arrays = {name: one.held for name, one in found.items() if isinstance(one, _Array)}
         return {str(name): held for name, held in arrays.items() if isinstance(held, np.ndarray)}
 
@@ -46,7 +47,7 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
 def _shape(data: bytes, dtype: str, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
     """The array that `data` is."""
     if not KINDS.fullmatch(np.dtype(dtype).str[1:]):
-        raise ValueError(f"it holds {dtype!r:.80}, no numbers")
+        raise UserError(f"it holds {dtype!r:.80}, no numbers")
     return np.frombuffer(data, np.dtype(dtype)).reshape(shape, order="F" if fortran else "C")
 
 
@@ -120,5 +121,5 @@ class _Arrays(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> _Maker:
         wanted = f"{module}.{name}"
         if wanted not in ADMITTED:
-            raise ValueError(f"{self.path} wants to run {wanted[:80]!r}; only numpy arrays are read of it")
+            raise UserError(f"{self.path} wants to run {wanted[:80]!r}; only numpy arrays are read of it")
         return ADMITTED[wanted]()

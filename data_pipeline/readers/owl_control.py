@@ -17,16 +17,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import parse_json
-from data_pipeline import storage
-from data_pipeline.readers.event_rows import (
-    Event,
-    Kind,
-    cut_by_log,
-    open_screen,
-    opened_log,
-    sort_events,
-)
+from configs.game import GameConfig
+from data_pipeline.readers.event_rows import Event, Kind, cut_by_log, open_screen, opened_log, sort_events
 from data_pipeline.readers.keys import bind_keys, require_mouse_scale
 from data_pipeline.readers.recording import (
     VIDEOS,
@@ -38,7 +33,6 @@ from data_pipeline.readers.recording import (
     say,
     say_left_out,
 )
-from data_pipeline.types import GameConfig
 
 LOG, COLUMNS = "inputs.csv", ["timestamp", "event_type", "event_args"]
 # Empty files with which the recorder and its server mark a recording that is not to be used.
@@ -113,7 +107,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     say_left_out(source, strays, f"neither a video nor {LOG}")
     found = sorted({*folders} - {*invalid, *strays})
     if not found:
-        raise ValueError(f"{source} holds no folders with a video and {LOG}")
+        raise UserError(f"{source} holds no folders with a video and {LOG}")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in found]
 
 
@@ -127,7 +121,7 @@ def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
     keys = bind_keys(game, INPUTS, "owl-control recordings")
     videos, path = list_files(folder, *VIDEOS), folder / LOG
     if len(videos) != 1:
-        raise ValueError(f"{folder} must hold one video, not {len(videos)}")
+        raise UserError(f"{folder} must hold one video, not {len(videos)}")
     screen = open_screen(videos[0], game)
     log = sort_events(
         path, read_events(path, game.action_space.mouse), ("timestamp", *["event_args"] * 2), screen, game
@@ -135,7 +129,7 @@ def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
     start, stop = log.first("start", "begin"), log.first("stop", "end")
     if start is None or stop is None:
         missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
-        raise ValueError(f"{path} has no {missing}; nobody knows which part of the video it belongs to")
+        raise UserError(f"{path} has no {missing}; nobody knows which part of the video it belongs to")
     if start.kind == "begin" and not game.inputs.offset_s:
         say(
             f"{path} has no VIDEO_START: the video is taken to begin at START, which may be some frames off; let the "
@@ -152,13 +146,13 @@ def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
             where = f"{log} line {line}"
             if line == 1:
                 if [cell.strip('" ') for cell in cells] != COLUMNS:
-                    raise ValueError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]!r}")
+                    raise UserError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]!r}")
             elif cells != [""]:
                 if len(cells) != len(COLUMNS):
-                    raise ValueError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
+                    raise UserError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
                 kind = cells[1].strip('" ')
                 if not KIND.fullmatch(kind):  # it may have been a kind that counts
-                    raise ValueError(f"{where} is damaged: event_type is {kind[:80]!r}")
+                    raise UserError(f"{where} is damaged: event_type is {kind[:80]!r}")
                 if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
                     yield from _events(
                         line, read_number(cells[0].strip('" '), f"{where}: timestamp"), kind, cells[2], where
@@ -176,7 +170,7 @@ def _events(line: int, time: float, kind: str, args: str, where: str) -> Iterato
     codes = kind != "MOUSE_MOVE"
     if not isinstance(pair, list) or len(pair) != 2 or (codes and (type(pair[0]) is not int or pair[1] not in (0, 1))):
         wanted = "a code and whether it is pressed" if codes else "two numbers"
-        raise ValueError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not {wanted}")
+        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not {wanted}")
     if codes:
         names = KEYS if kind == "KEYBOARD" else BUTTONS
         yield Event(time, line, "press" if pair[1] else "release", names.get(pair[0], CODE.format(pair[0])))
@@ -191,7 +185,7 @@ def _held(args: Any, where: str) -> list[str]:
     for kind, named in (("keyboard", KEYS), ("mouse", BUTTONS)):
         codes = inputs.get(kind, []) if isinstance(inputs, dict) else None
         if not isinstance(codes, list) or not all(type(code) is int for code in codes):
-            raise ValueError(f"{where}: START has the arguments {str(args)[:80]}; keyboard and mouse hold numbers")
+            raise UserError(f"{where}: START has the arguments {str(args)[:80]}; keyboard and mouse hold numbers")
         names += [named.get(code, CODE.format(code)) for code in codes]
     return names
 

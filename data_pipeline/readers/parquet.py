@@ -6,8 +6,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
-from data_pipeline import storage
 from data_pipeline.readers.recording import import_extra
 
 
@@ -19,7 +20,7 @@ def read_rows(path: Path, columns: Sequence[str], only: tuple[str, int] | None =
     """
     compute = import_extra("pyarrow.compute", "LeRobot recordings")
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise MissingFileError(f"no file {path}")
     with _reading_parquet(path):
         if only is None:
             return _read_table(path, columns).to_pylist()
@@ -35,7 +36,7 @@ def _reading_parquet(path: Path) -> Iterator[None]:
             yield
         except (OSError, arrow.ArrowException) as error:
             said = " ".join(str(error).split())[:200]
-            raise ValueError(f"cannot read {path} ({said}); it is truncated or no parquet file") from error
+            raise UserError(f"cannot read {path} ({said}); it is truncated or no parquet file") from error
 
 
 @lru_cache(maxsize=2)
@@ -50,6 +51,6 @@ def _read_table(path: Path, columns: Sequence[str]) -> Any:
     wanted = [name for name in names if name in columns or name.startswith(tuple(c for c in columns if c[-1] == "/"))]
     missing = [name for name in columns if name not in wanted and name[-1] != "/"]
     if missing:
-        raise ValueError(f"{path} lacks the columns {', '.join(missing)}")
+        raise UserError(f"{path} lacks the columns {', '.join(missing)}")
     with storage.opened(path) as file:
         return parquet.read_table(file, columns=wanted)

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.foreign import parse_object
-from data_pipeline import storage
-from data_pipeline.types import Actions, ActionSpace, Episode, GameConfig
+from configs.game import ActionSpace, GameConfig
+from data_pipeline.types import Actions, Episode
 from data_pipeline.video import VideoInfo, frame_times, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
@@ -36,7 +38,7 @@ NAMED, NAME = 5, 200  # names that one line lists, letters of each
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
-class UnevenTimesError(ValueError):
+class UnevenTimesError(UserError):
     """A video whose frames do not come evenly, so that nobody knows which row of a log is which frame's."""
 
 
@@ -89,7 +91,7 @@ def probe_video(video: Path, game: GameConfig) -> VideoInfo:
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
     """Raises ValueError for another rate than the game's; of frames that are taken by their times any is right."""
     if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
-        raise ValueError(
+        raise UserError(
             f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; set game.fps, or game.inputs.fps to "
             "leave frames out"
         )
@@ -163,12 +165,12 @@ def find_pairs(
     for by_name, folder, kinds in ((found[0], videos, VIDEOS), (found[1], logs, suffixes)):
         for path in list_files(folder, *kinds):
             if by_name.setdefault(path.stem, path) != path:
-                raise ValueError(f"{by_name[path.stem]} and {path} have the same name; rename or delete one")
+                raise UserError(f"{by_name[path.stem]} and {path} have the same name; rename or delete one")
     pairs = found[0].keys() & found[1].keys()
     if not pairs:
         for path in [*found[0].values(), *found[1].values()]:
             _refuse_alone(path, suffix)
-        raise ValueError(f"{videos} holds no .mp4 with a {suffix} each")
+        raise UserError(f"{videos} holds no .mp4 with a {suffix} each")
     return [
         Recording(name, partial(read, found[0][name], found[1][name]))
         if name in pairs
@@ -178,13 +180,13 @@ def find_pairs(
 
 
 def _refuse_alone(path: Path, suffix: str, game: GameConfig | None = None) -> Sequence[Episode]:
-    raise ValueError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
+    raise UserError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
 
 
 def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
     """Raises ValueError if a log has not one row per frame: then nobody knows which row belongs to which frame."""
     if rows != info.frames:
-        raise ValueError(f"{log} has {rows} rows, {video} has {info.frames} frames; there must be one row per frame")
+        raise UserError(f"{log} has {rows} rows, {video} has {info.frames} frames; there must be one row per frame")
 
 
 def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path]:
@@ -222,7 +224,7 @@ def _list(source: str | Path) -> list[Path]:
 def _list_all(source: str | Path) -> list[Path]:
     source = storage.path(source)
     if not source.is_dir():
-        raise FileNotFoundError(f"no folder of recordings {source}")
+        raise MissingFileError(f"no folder of recordings {source}")
     return sorted(source.iterdir())
 
 
@@ -231,9 +233,7 @@ def require_text_name(where: str) -> None:
     try:
         where.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right"
-        ) from error
+        raise UserError(f"{where!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -244,13 +244,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """A file's text."""
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise MissingFileError(f"no file {path}")
     if storage.size(path) > TEXT_BYTES:
-        raise ValueError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {TEXT_BYTES}")
+        raise UserError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {TEXT_BYTES}")
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from error
+        raise UserError(f"{path} is no text: {error}") from error
 
 
 def read_csv(path: Path, frames: int | None = None) -> tuple[list[str], list[tuple[int, list[str]]]]:
@@ -265,14 +265,14 @@ def read_csv(path: Path, frames: int | None = None) -> tuple[list[str], list[tup
         rows = list(islice(numbered, frames))
         more = sum(1 for _ in numbered)
     except csv.Error as error:
-        raise ValueError(f"{path} line {reader.line_num}: {error}") from error
+        raise UserError(f"{path} line {reader.line_num}: {error}") from error
     if more:
-        raise ValueError(
+        raise UserError(
             f"{path} has {len(rows) + more} rows, its video has {frames} frames; there must be one row per frame"
         )
     for line, row in rows:
         if len(row) != len(header):
-            raise ValueError(f"{path} line {line}: {len(row)} cells, the header has {len(header)}")
+            raise UserError(f"{path} line {line}: {len(row)} cells, the header has {len(header)}")
     return header, rows
 
 
@@ -284,7 +284,7 @@ def read_number(value: Any, where: str) -> float:
         number = math.nan
     if not abs(number) <= LARGEST or isinstance(value, bool):
         limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
-        raise ValueError(f"{where} is {value!r:.80}, which is no number{limit}")
+        raise UserError(f"{where} is {value!r:.80}, which is no number{limit}")
     return number
 
 
@@ -293,4 +293,4 @@ def import_extra(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ValueError(f"{what} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error
+        raise UserError(f"{what} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error

@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import parse_object
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
 from data_pipeline.readers.recording import (
     VIDEOS,
@@ -39,7 +41,7 @@ from data_pipeline.readers.recording import (
     read_text,
     say_left_out,
 )
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.types import Actions
 
 TABLES, WHAT = (".csv", ".jsonl"), "tables"
 ROLES = ("keys", "dx", "dy", "frame")
@@ -56,7 +58,7 @@ class Row(NamedTuple):
     def cell(self, column: str) -> Any:
         if column not in self.cells:
             there = ", ".join(map(str, self.cells))
-            raise ValueError(f"{self.where} has no column {column!r}, but {there:.300}; see game.inputs.keys, columns")
+            raise UserError(f"{self.where} has no column {column!r}, but {there:.300}; see game.inputs.keys, columns")
         return self.cells[column]
 
     def number(self, column: str) -> float:
@@ -67,7 +69,7 @@ class Row(NamedTuple):
         number = float(value) if isinstance(value, bool) else DOWN.get(str(value).strip().casefold())
         number = self.number(column) if number is None else number
         if number not in (0, 1):
-            raise ValueError(f"{self.where}: {column} is {value!r:.80}; a key must be 0, 1, true or false")
+            raise UserError(f"{self.where}: {column} is {value!r:.80}; a key must be 0, 1, true or false")
         return bool(number)
 
     def words(self, column: str) -> list[str]:
@@ -76,7 +78,7 @@ class Row(NamedTuple):
         if isinstance(value, list) and all(isinstance(word, str) for word in value):
             return value
         if value is not None and not isinstance(value, str):
-            raise ValueError(f"{self.where}: {column} is {value!r:.80}; it must list the names of keys")
+            raise UserError(f"{self.where}: {column} is {value!r:.80}; it must list the names of keys")
         return WORD.findall(value or "")
 
 
@@ -89,7 +91,7 @@ def find_recordings(source: str | Path) -> list[Recording]:
     folders = [folder for folder in inner if list_files(folder, *VIDEOS, *TABLES)]
     say_left_out(source, [folder for folder in inner if folder not in folders], "without a video and a table")
     if not folders:
-        raise ValueError(f"{source} holds no videos with a table ({', '.join(TABLES)}) each")
+        raise UserError(f"{source} holds no videos with a table ({', '.join(TABLES)}) each")
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
 
 
@@ -97,7 +99,7 @@ def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
     """The one episode of a folder, by the folder's name; raises as `read_pair`."""
     videos, tables = (list_files(folder, *suffixes) for suffixes in (VIDEOS, TABLES))
     if len(videos) != 1 or len(tables) != 1:
-        raise ValueError(f"{folder} must hold one video and one table, not {len(videos)} and {len(tables)}")
+        raise UserError(f"{folder} must hold one video and one table, not {len(videos)} and {len(tables)}")
     return read_pair(videos[0], tables[0], game, folder.name)
 
 
@@ -109,7 +111,7 @@ def read_pair(video: Path, table: Path, game: GameConfig, name: str | None = Non
     """
     unknown = [role for role in game.inputs.columns if role not in ROLES]
     if unknown:
-        raise ValueError(f"game.inputs.columns has no {unknown[0]!r} in {WHAT}; there are {', '.join(ROLES)}")
+        raise UserError(f"game.inputs.columns has no {unknown[0]!r} in {WHAT}; there are {', '.join(ROLES)}")
     require_mouse_scale(game, WHAT)
     info, rows = probe_video(video, game), read_rows(table)
     check_rows(table, len(rows), video, info)
@@ -128,7 +130,7 @@ def read_rows(table: Path) -> list[Row]:
     header, rows = read_csv(table)
     twice = [column for column, count in Counter(header).items() if column and count > 1]
     if twice:
-        raise ValueError(f"{table} has two columns {twice[0]!r:.80}")
+        raise UserError(f"{table} has two columns {twice[0]!r:.80}")
     return [Row(f"{table} line {line}", dict(zip(header, row, strict=True))) for line, row in rows]
 
 
@@ -153,6 +155,6 @@ def _check_count(rows: Sequence[Row], column: str) -> None:
     numbers = [row.number(column) for row in rows]
     for row, number, expected in zip(rows, numbers, range(len(rows)), strict=True):
         if number != numbers[0] + expected:
-            raise ValueError(
+            raise UserError(
                 f"{row.where}: {column} must be {numbers[0] + expected:g}, not {number:g}; a frame is missing"
             )

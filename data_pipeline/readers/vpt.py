@@ -25,8 +25,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from configs import storage
+from configs.errors import UserError
 from configs.foreign import parse_object
-from data_pipeline import storage
+from configs.game import GameConfig
 from data_pipeline.readers.keys import INPUTS, MOUSE_BUTTONS, bind_keys, mouse_rows
 from data_pipeline.readers.recording import (
     Recording,
@@ -39,7 +41,7 @@ from data_pipeline.readers.recording import (
     read_number,
     read_text,
 )
-from data_pipeline.types import Actions, GameConfig
+from data_pipeline.types import Actions
 
 DEG_PER_PX = 360 / 2400
 KEY_PREFIX = "key.keyboard."
@@ -99,17 +101,17 @@ def read_ticks(log: Path) -> Iterator[Tick]:
         mouse, keyboard, gui = (tick.get(name) for name in ("mouse", "keyboard", "isGuiOpen"))
         parts = [part for part in (mouse, keyboard) if part is not None]
         if missing or not all(isinstance(part, dict) for part in parts) or not isinstance(gui, bool):
-            raise ValueError(f"{where} lacks {', '.join(missing) or 'a usual mouse, keyboard or isGuiOpen'}")
+            raise UserError(f"{where} lacks {', '.join(missing) or 'a usual mouse, keyboard or isGuiOpen'}")
         after, number = number, int(read_number(tick.get("tick", number + 1), f"{where}: tick"))
         if number <= after and i:
-            raise ValueError(f"{where}: tick {number} after {after}; the lines are out of order")
+            raise UserError(f"{where}: tick {number} after {after}; the lines are out of order")
         milli = math.nan if tick.get("milli") is None else read_number(tick["milli"], f"{where}: milli")
         if mouse is None or keyboard is None:
             yield Tick(where, [], (0.0, 0.0), False, number, milli)
             continue
         buttons, new_buttons = (read_list(mouse, name, where) for name in ("buttons", "newButtons"))
         if not all(type(button) is int for button in buttons):  # a bool is none
-            raise ValueError(f"{where}: buttons must be whole numbers, not {buttons!r}")
+            raise UserError(f"{where}: buttons must be whole numbers, not {buttons!r}")
         attack_stuck = new_buttons == [0] if i == 0 else attack_stuck and 0 not in new_buttons
         held = [MOUSE_BUTTONS[i] if i in range(len(MOUSE_BUTTONS)) else f"mouse_{i + 1}" for i in buttons]
         held = [name for name in held if not (attack_stuck and name == MOUSE_BUTTONS[0])]
@@ -122,7 +124,7 @@ def read_list(part: dict[str, Any], name: str, where: str) -> list[Any]:
     """A list of a line."""
     found = part.get(name)
     if not isinstance(found, list):
-        raise ValueError(f"{where}: {name} must be a list, not {found!r}")
+        raise UserError(f"{where}: {name} must be a list, not {found!r}")
     return found
 
 

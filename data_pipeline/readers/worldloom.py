@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from configs import build, build_from, to_dict
+from configs import build, build_from, storage, to_dict
+from configs.errors import MissingFileError, UserError
 from configs.files import atomic_folder, write_text
-from data_pipeline import storage
+from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import check_degrees
 from data_pipeline.readers.recording import (
     LARGEST,
@@ -34,7 +35,7 @@ from data_pipeline.readers.recording import (
     read_json,
     read_number,
 )
-from data_pipeline.types import Actions, ActionSpace, GameConfig
+from data_pipeline.types import Actions
 from data_pipeline.video import VideoInfo, write_video
 
 VIDEO, ACTIONS, ABOUT = "video.mp4", "actions.csv", "episode.json"
@@ -66,7 +67,7 @@ def find_episodes(source: str | Path) -> list[Path]:
     Folders with none of the files are left out."""
     found = find_folders(source, lambda folder: any(_find_files(folder).values()))
     if not found:
-        raise ValueError(f"{source} holds no episode folders ({VIDEO}, {ACTIONS}, {ABOUT} each); record some first")
+        raise UserError(f"{source} holds no episode folders ({VIDEO}, {ACTIONS}, {ABOUT} each); record some first")
     return found
 
 
@@ -81,26 +82,24 @@ def _find_files(folder: Path) -> dict[str, list[Path]]:
 def _only(folder: Path, name: str, found: Sequence[Path]) -> Path:
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
-        raise ValueError(f"{folder} holds {names}; leave the one that is its {name}")
+        raise UserError(f"{folder} holds {names}; leave the one that is its {name}")
     return found[0] if found else folder / name
 
 
 def read_about(path: Path, game: GameConfig) -> About:
     """`episode.json`, checked against the game's fps and action space."""
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}; every episode folder needs {VIDEO}, {ACTIONS} and {ABOUT}")
+        raise MissingFileError(f"no {path}; every episode folder needs {VIDEO}, {ACTIONS} and {ABOUT}")
     loaded, names = read_json(path), [field.name for field in fields(About)]
     missing = [name for name in names if name not in loaded]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
+        raise UserError(f"{path} lacks {', '.join(missing)}")
     about = build_from(About, {name: loaded[name] for name in names}, path)
     if about.fps != game.fps:
-        raise ValueError(
-            f"{path} says {about.fps} fps, the game {game.name!r} has {game.fps}; set game.fps or resample"
-        )
+        raise UserError(f"{path} says {about.fps} fps, the game {game.name!r} has {game.fps}; set game.fps or resample")
     space = about.action_space
     if space.hash != game.action_space.hash:
-        raise ValueError(
+        raise UserError(
             f"{path} has the action space {space.describe()}, the game {game.name!r} has "
             f"{game.action_space.describe()}; use the config of the game that was recorded"
         )
@@ -128,7 +127,7 @@ def _compare(path: Path, about: About, video: Path, info: VideoInfo) -> None:
     for name in ("frames",) if info.changes else ("frames", "height", "width"):
         told, found = getattr(about, name), getattr(info, name)
         if told != found:
-            raise ValueError(f"{path} says {name} {told}, {video} has {found}; it is of another video, or wrong")
+            raise UserError(f"{path} says {name} {told}, {video} has {found}; it is of another video, or wrong")
 
 
 def read_actions(path: str | Path, space: ActionSpace, frames: int | None = None) -> Actions:
@@ -142,7 +141,7 @@ def read_actions(path: str | Path, space: ActionSpace, frames: int | None = None
     missing = [name for name in ("frame", *columns) if name not in header]
     unknown = [name for name in header if name not in ("frame", *columns)]
     if missing or unknown or len(set(header)) != len(header):
-        raise ValueError(
+        raise UserError(
             f"{path}: columns must be frame,{','.join(columns)}; missing: {list_names(missing) or 'none'}; "
             f"unknown: {list_names(unknown) or 'none'}"
         )
@@ -156,7 +155,7 @@ def read_actions(path: str | Path, space: ActionSpace, frames: int | None = None
     degrees = table[:, [header.index(name) for name in MOUSE_COLUMNS if space.mouse]]
     mouse = check_degrees(degrees, lambda i: f"{path} line {rows[i][0]}") / space.mouse_unit_deg
     if not (np.abs(mouse) <= LARGEST).all():
-        raise ValueError(f"{path}: degrees of mouse_unit_deg={space.mouse_unit_deg:g} are too large; use a larger unit")
+        raise UserError(f"{path}: degrees of mouse_unit_deg={space.mouse_unit_deg:g} are too large; use a larger unit")
     return Actions(keyboard.astype(np.float32), mouse.astype(np.float32))
 
 
@@ -202,8 +201,8 @@ def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mo
 def _check_table(path: Path, lines: Sequence[int], table: np.ndarray, header: list[str], space: ActionSpace) -> None:
     wrong = np.flatnonzero(table[:, header.index("frame")] != np.arange(len(table)))
     if len(wrong):
-        raise ValueError(f"{path} line {lines[wrong[0]]}: frame must count 0, 1, 2, ... without gaps")
+        raise UserError(f"{path} line {lines[wrong[0]]}: frame must count 0, 1, 2, ... without gaps")
     for key in space.keys:
         wrong = np.flatnonzero(~np.isin(table[:, header.index(key)], (0, 1)))
         if len(wrong):
-            raise ValueError(f"{path} line {lines[wrong[0]]}: {key} must be 0 or 1")
+            raise UserError(f"{path} line {lines[wrong[0]]}: {key} must be 0 or 1")

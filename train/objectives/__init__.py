@@ -3,8 +3,9 @@
 from typing import Any
 
 from configs import build
-from data_pipeline.types import Layout
+from configs.errors import UserError
 from model.action_dit import ActionDiTConfig
+from model.layout import Layout
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
 from train.objectives.diffusion_forcing import DiffusionForcing
@@ -17,7 +18,7 @@ def make_objective(settings: dict[str, Any]) -> Objective:
     """The objective that `settings['name']` names, with the other entries as its fields."""
     name = settings.get("name")
     if not isinstance(name, str) or name not in OBJECTIVES:
-        raise ValueError(f"objective.name={name!r}; there are: {', '.join(OBJECTIVES)}")
+        raise UserError(f"objective.name={name!r}; there are: {', '.join(OBJECTIVES)}")
     fields = {key: value for key, value in settings.items() if key != "name"}
     return build(OBJECTIVES[name], fields, "objective.")
 
@@ -28,13 +29,13 @@ def check_objective(objective: Objective, model: ActionDiTConfig, layout: Layout
     forcing = objective if isinstance(objective, DiffusionForcing) else None
     wants = ("a model with", "continuous") if forcing else ("a model without", "chunked")
     if (causal is None) != (forcing is None) or layout != wants[1]:
-        raise ValueError(
+        raise UserError(
             f"this objective trains {wants[0]} a `causal` section on clips of layout {wants[1]}; the model is "
             f"{'causal' if causal else 'not causal'} and the clips are {layout}: change objective.name "
             "(diffusion_forcing is the causal one), model.causal or the manifest"
         )
     if forcing and causal and (forcing.block != causal.block or clip_latents % causal.block):
-        raise ValueError(
+        raise UserError(
             f"objective.block={forcing.block}, model.causal.block={causal.block}, clips of {clip_latents} latents: the "
             "two must be equal and divide the clips"
         )

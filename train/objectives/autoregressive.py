@@ -5,8 +5,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import CHUNK_LATENTS, Batch
+from data_pipeline.types import Batch
 from model.flow import FlowMatch
+from model.layout import CHUNK_LATENTS
 from sampling.scores import velocity_error
 from train.config import require_within
 from train.objectives.base import Base, Figures, figures_after

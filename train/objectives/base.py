@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data_pipeline.types import CHUNK_LATENTS, Batch
+from data_pipeline.types import Batch
 from model.flow import FlowMatch
+from model.layout import CHUNK_LATENTS
 from sampling.scores import Draw, cut_chunk, velocity_error
 from train.objectives.draws import Draws
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from configs.errors import UserError
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from sampling.scores import Draw, velocity_error
@@ -28,7 +29,7 @@ class DiffusionForcing:
 
     def __post_init__(self) -> None:
         if self.block < 1 or not 0 <= self.context_share <= 1 or not 0 <= self.context_noise < 1:
-            raise ValueError(
+            raise UserError(
                 f"diffusion_forcing: block {self.block} must be 1 or more, context_share {self.context_share} in [0, 1]"
                 f" and context_noise {self.context_noise} in [0, 1)"
             )
@@ -50,7 +51,7 @@ class DiffusionForcing:
         generator."""
         f = latents.shape[2]
         if f % self.block:
-            raise ValueError(
+            raise UserError(
                 f"clips of {f} latent frames do not divide into blocks of {self.block}; encode clips of a multiple"
             )
         sigmas = flow.schedule(flow.config.train_steps).sigmas.float()

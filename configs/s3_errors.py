@@ -17,7 +17,7 @@ from botocore.exceptions import (
     UnauthorizedSSOTokenError,
 )
 
-from configs.cli import one_line
+from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
 
 MISSING = ("404", "NoSuchKey", "NotFound")
 NO_BUCKET = "NoSuchBucket"
@@ -32,15 +32,15 @@ NO_IDENTITY = (
 )  # fmt: skip
 
 
-class MissingBucket(FileNotFoundError):
+class MissingBucket(MissingFileError):
     """Not even the bucket is there."""
 
 
-class NotOffered(OSError):
+class NotOffered(FileError):
     """The server cannot do what is asked."""
 
 
-class Damaged(OSError):
+class Damaged(FileError):
     """Other bytes lie at a url than should; `fault` says how, in a few words."""
 
     def __init__(self, url: str, fault: str) -> None:
@@ -55,12 +55,12 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     """
     bucket, slash, key = url.removeprefix("s3://").partition("/")
     if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
-        raise ValueError(
+        raise UserError(
             "an s3 url holds no credentials and no port: write s3://bucket/key, and set AWS_PROFILE, or "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and S3_ENDPOINT_URL"
         )
     if not url.startswith("s3://") or not bucket or not (key or slash):
-        raise ValueError(f"{url!r} is no s3 url; write s3://bucket/key")
+        raise UserError(f"{url!r} is no s3 url; write s3://bucket/key")
     return bucket, key
 
 
@@ -87,19 +87,19 @@ def named_errors(url: str) -> Iterator[None]:
     except ClientError as error:
         raise _named(url, error_code(error), error) from error
     except NO_IDENTITY as error:
-        raise PermissionError(
+        raise RefusedError(
             f"{url}: {clean(error)}; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
         ) from error
     except NO_ANSWER as error:
-        raise OSError(f"{url}: the server does not answer ({clean(error)}); is S3_ENDPOINT_URL right?") from error
+        raise FileError(f"{url}: the server does not answer ({clean(error)}); is S3_ENDPOINT_URL right?") from error
     except BotoCoreError as error:
-        raise OSError(f"{url}: {clean(error)}") from error
+        raise FileError(f"{url}: {clean(error)}") from error
 
 
 def _named(url: str, code: str, error: ClientError) -> OSError:
     bucket = bucket_and_key(url)[0]
     if code in MISSING:
-        return FileNotFoundError(f"{url} is not there")
+        return MissingFileError(f"{url} is not there")
     if code == NO_BUCKET:
         return MissingBucket(f"{url}: there is no bucket {bucket!r}; create it, or look at the name and the server")
     if code in FORBIDDEN:
@@ -112,4 +112,4 @@ def _named(url: str, code: str, error: ClientError) -> OSError:
             f"{url}: this server cannot write a file only if it is not there (If-None-Match); use one that can, or a "
             "local folder"
         )
-    return OSError(f"{url}: {clean(error)}")
+    return FileError(f"{url}: {clean(error)}")

@@ -19,11 +19,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO
 
+from configs import s3
+from configs.errors import FileError, UserError
 from configs.files import NO_ROOM, sha256_file, sync
 from configs.foreign import require_inside
-from data_pipeline import s3
-from data_pipeline.remote_path import require_files
-from data_pipeline.s3_errors import Damaged, MissingBucket, bucket_and_key
+from configs.remote_path import require_files
+from configs.s3_errors import Damaged, MissingBucket, bucket_and_key
 
 DEFAULT_GB = 50.0
 OWNER_ONLY = 0o700  # of a folder
@@ -36,12 +37,12 @@ def root() -> Path:
     """The folder of everything here, made if it is not there."""
     told = os.path.expanduser(os.environ.get("WORLDLOOM_CACHE") or "~/.cache/worldloom")
     if told.startswith("~"):
-        raise OSError(f"{told}: this user has no home folder; set WORLDLOOM_CACHE to a folder with room")
+        raise FileError(f"{told}: this user has no home folder; set WORLDLOOM_CACHE to a folder with room")
     folder = Path(told).absolute()
     try:
         folder.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
+        raise FileError(
             f"cannot write to {folder}: {error.strerror}; set WORLDLOOM_CACHE to a folder with room"
         ) from error
     return folder
@@ -72,7 +73,7 @@ def limit_bytes() -> int:
     try:
         return int(float(told) * 1e9)
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes") from error
+        raise UserError(f"WORLDLOOM_CACHE_GB={told} is no number of gigabytes") from error
 
 
 def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
@@ -159,8 +160,8 @@ def _fill(url: str, folder: Path, lock: IO[str], sizes: Mapping[str, int], fetch
             with _room_for(url, sum(sizes.values())), _filling(folder, lock, sum(sizes.values())) as part:
                 fetch(part)
                 if not _is_whole(part, sizes):
-                    raise OSError(f"{url} was changed while it was copied; run the command again")
-    raise OSError(
+                    raise FileError(f"{url} was changed while it was copied; run the command again")
+    raise FileError(
         f"{folder}, the copy of {url}, is damaged, and another process holds it; end that one, or set WORLDLOOM_CACHE "
         "to another folder"
     )
@@ -181,7 +182,7 @@ def _room_for(url: str, size: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        raise OSError(
+        raise FileError(
             f"no room in {root()} for a copy of {url} ({size} bytes): {error.strerror}; set WORLDLOOM_CACHE to a "
             "folder with room, or make some"
         ) from error

@@ -11,7 +11,7 @@ from typing import Any
 
 from botocore.exceptions import SSLError
 
-from data_pipeline.s3_errors import NO_ANSWER, code_of
+from configs.s3_errors import NO_ANSWER, code_of
 
 ATTEMPTS = 10  # of one request, and of going on with a body that breaks off without progress: about half a minute
 FIRST_ATTEMPTS = 3  # of a server that has never answered: its address may be wrong

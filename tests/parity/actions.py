@@ -7,13 +7,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from configs.errors import UserError
 from data_pipeline.types import Actions
-from model.fixtures import Case, Fixture, Row, judge, unsupported
 from model.flow import FlowMatch, FlowMatchConfig
-from model.parity_causal import causal_dit, model_inputs
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.denoising import denoise_in_few_steps
 from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
+from tests.parity.causal import causal_dit, model_inputs
+from tests.parity.fixtures import Case, Fixture, Row, judge, unsupported
 
 
 def actions(fixture: Fixture) -> Iterator[Row]:
@@ -78,7 +79,7 @@ def pipeline(fixture: Fixture) -> Iterator[Row]:
     meta, tensors = fixture.meta, fixture.tensors
     noise, n, steps = tensors["in.noise"], meta["config"]["num_frame_per_block"], meta["denoising_step_list"]
     if not meta.get("warp_denoising_step", True):
-        raise ValueError(f"{fixture.case}: a step list without warping; the sampler always warps it")
+        raise UserError(f"{fixture.case}: a step list without warping; the sampler always warps it")
     dit = causal_dit(fixture, meta["config"]["local_attn_size"], noise.shape[2])
     flow = FlowMatch(FlowMatchConfig(shift=meta["timestep_shift"]))
     cache = dit.make_cache(len(noise), noise.shape[3], noise.shape[4], tensors.get("in.visual_context"))

@@ -14,8 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from configs import load_config
-from data_pipeline import storage
+from configs import storage
+from configs.errors import UserError
 from data_pipeline.batch_memory import allocate
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import shard_url
@@ -39,21 +39,20 @@ class BenchConfig:
     def __post_init__(self) -> None:
         positive = self.batch > 0 and 0 < self.repeats <= MOST_REPEATS and 0 < self.megabytes < float("inf")
         if not positive or not self.workers or not 0 <= min(self.workers) <= max(self.workers) <= MOST_WORKERS:
-            raise ValueError(
+            raise UserError(
                 f"batch={self.batch}, repeats={self.repeats} and megabytes={self.megabytes:g} must be positive, "
                 f"repeats at most {MOST_REPEATS}, workers={list(self.workers)} numbers from 0 to {MOST_WORKERS}"
             )
 
 
-def bench(words: list[str]) -> None:
+def bench(config: BenchConfig) -> None:
     """How fast a set's stream is beside its bare bytes: bench MANIFEST batch=4 workers=[0,1]"""
-    config = load_config(BenchConfig, words)
     shards = Shards(config.manifest, verify=False)
     bytes_per_clip = sum(entry.size for _, entry in shards.places) / len(shards)
     clips = min(len(shards), max(config.batch, int(config.megabytes * 1e6 / bytes_per_clip)))
     clips -= clips % config.batch
     if not clips:
-        raise ValueError(
+        raise UserError(
             f"{config.manifest} has {len(shards)} clips, fewer than batch={config.batch}; use a smaller one"
         )
     print(

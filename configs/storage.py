@@ -1,4 +1,4 @@
-"""The one place that opens a url: a local path, or `s3://bucket/key` (`data_pipeline/s3.py` asks the server)."""
+"""The one place that opens a url: a local path, or `s3://bucket/key` (`configs/s3.py` asks the server)."""
 
 import hashlib
 import io
@@ -11,11 +11,12 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import cast
 
+from configs import cache, s3
+from configs.errors import FileError, UserError
 from configs.files import atomic_files, atomic_path, create_file, utf8
 from configs.files import write_text as write_local_text
-from data_pipeline import cache, s3
-from data_pipeline.remote_path import S3Path
-from data_pipeline.s3_errors import bucket_and_key
+from configs.remote_path import S3Path
+from configs.s3_errors import bucket_and_key
 
 BUFFER_BYTES = 4 << 20  # of a file that is read piece by piece from a server
 WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end
@@ -60,7 +61,7 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
         with open(url, "rb", buffering=0) as file:
             found = os.pread(file.fileno(), length, offset)
     if len(found) != length:
-        raise ValueError(f"{url} is truncated: {len(found)} of {length} bytes at {offset}; fetch or encode it again")
+        raise UserError(f"{url} is truncated: {len(found)} of {length} bytes at {offset}; fetch or encode it again")
     return found
 
 
@@ -195,7 +196,7 @@ def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: 
     if there != written:
         if there.get(last) == written[last]:
             remove(join(url, last))
-        raise OSError(f"{url} was written to by another process at the same time; run this again, alone")
+        raise FileError(f"{url} was written to by another process at the same time; run this again, alone")
 
 
 def write_file(file: Path, url: str | Path) -> None:

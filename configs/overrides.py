@@ -9,6 +9,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
 from configs.plain_yaml import PlainLoader
 
@@ -30,7 +31,7 @@ def merge_words(words: Sequence[str], resolve: bool = True) -> dict[str, Any]:
     try:
         return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.create(found), resolve=True))
     except (OmegaConfBaseException, RecursionError) as error:
-        raise ValueError(f"a value refers to something that is not there: {' '.join(str(error).split())}") from error
+        raise UserError(f"a value refers to something that is not there: {' '.join(str(error).split())}") from error
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,21 +71,21 @@ def _read_word(word: str) -> dict[str, Any]:
         key, _, value = word.partition("=")
         names = key.strip().split(".")
         if not all(names):
-            raise ValueError(f"cannot read the setting {word!r}: nothing may be empty before the =")
+            raise UserError(f"cannot read the setting {word!r}: nothing may be empty before the =")
         settings: Any = at_home(value) or None  # `out=` is nothing, as `out:` is
         for name in reversed(names):
             settings = {name: settings}
         return settings
     if not word.endswith((".yaml", ".yml")):
-        raise ValueError(f"{word!r} is neither a YAML file nor key=value")
+        raise UserError(f"{word!r} is neither a YAML file nor key=value")
     if not Path(word).is_file():
-        raise FileNotFoundError(f"no config file {word}")
+        raise MissingFileError(f"no config file {word}")
     with reading(word, "correct it"):
         loaded = yaml.load(Path(word).read_text(encoding="utf-8-sig"), PlainLoader)
         if loaded is not None and not isinstance(loaded, dict):
-            raise ValueError(f"{word} must hold keys and values at its top level")
+            raise UserError(f"{word} must hold keys and values at its top level")
         if _unfolded(loaded, {}) > MOST_VALUES:
-            raise ValueError(f"{word} holds more than {MOST_VALUES} values, counted as often as aliases repeat them")
+            raise UserError(f"{word} holds more than {MOST_VALUES} values, counted as often as aliases repeat them")
         OmegaConf.create(loaded or {})
         return loaded or {}
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from model.action_dit import ActionDiT
 from model.actions import ActionModule, action_rotation
-from model.fixtures import Fixture, Row, action_config, dit_config, fixture_windows, judge
 from model.kv_cache import KVCache, LayerPast, Window
 from model.masks import BlockCausalMask, CausalConfig
 from model.weights import load_into, load_weights
+from tests.parity.fixtures import Fixture, Row, action_config, dit_config, fixture_windows, judge
 
 KINDS = ("keyboard", "mouse")
 

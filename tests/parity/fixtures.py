@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from configs import build
+from configs.errors import UserError
 from model.action_dit import ActionDiTConfig
 from model.actions import ActionConfig, action_windows
 from model.weights import load_weights
@@ -70,7 +71,7 @@ def read_fixtures(folder: Path) -> list[Fixture]:
     """Every fixture of `folder`, by name. Raises ValueError where there is none."""
     paths = sorted(path for path in folder.glob("*.json") if path.with_suffix(".safetensors").is_file())
     if not paths:
-        raise ValueError(f"no fixtures in {folder}: pairs of <case>.json and <case>.safetensors are needed")
+        raise UserError(f"no fixtures in {folder}: pairs of <case>.json and <case>.safetensors are needed")
     found = []
     for path in paths:
         meta = json.loads(path.read_text(encoding="utf-8"))
@@ -101,7 +102,7 @@ def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionC
     _refuse_other_than_fixed(given)
     splits = [given[name] for name in ("rope_dim_list", "mouse_qk_dim_list") if name in given]
     if any(split != splits[0] for split in splits) or given.get("img_hidden_size", dim) != dim:
-        raise ValueError(
+        raise UserError(
             f"fixture with rope splits {splits} and img_hidden_size {given.get('img_hidden_size')}: one each"
         )
     ours = known_fields(ActionConfig, given) | {"blocks": blocks}
@@ -111,7 +112,7 @@ def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionC
 def _refuse_other_than_fixed(given: Mapping[str, Any]) -> None:
     for name, value in FIXED.items():
         if given.get(name, value) != value:
-            raise ValueError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
+            raise UserError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
 
 
 def known_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

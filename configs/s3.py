@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 
 from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError
 
+from configs import s3_client
+from configs.errors import FileError
 from configs.files import sha256_file
-from data_pipeline import s3_client
-from data_pipeline.s3_client import client, pause_s
-from data_pipeline.s3_errors import (
+from configs.s3_client import client, pause_s
+from configs.s3_errors import (
     MISSING,
     NO_ANSWER,
     NO_BUCKET,
@@ -179,7 +180,7 @@ def download(url: str, local: Path) -> None:
             except FlexibleChecksumError:  # what the server says of the bytes, if it does, was compared already
                 pass
             except Boto3Error as error:
-                raise OSError(f"cannot download {url}: {clean(error)}") from error
+                raise FileError(f"cannot download {url}: {clean(error)}") from error
         time.sleep(pause_s(failed))
     local.unlink(missing_ok=True)
     raise Damaged(url, f"damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
@@ -203,7 +204,7 @@ def upload(local: Path, url: str) -> None:
         except Boto3Error as error:
             if isinstance(error.__context__, ClientError):  # boto3 puts its own error around the one that tells
                 raise error.__context__ from error
-            raise OSError(f"cannot upload {url}: {clean(error)}") from error
+            raise FileError(f"cannot upload {url}: {clean(error)}") from error
     _require_kept(url, size, digest)
 
 
@@ -219,7 +220,7 @@ def put(url: str, data: bytes) -> None:
 def _require_kept(url: str, size: int, digest: str) -> None:
     found = head(url)
     if (found.bytes, found.sha256) != (size, digest):
-        raise OSError(
+        raise FileError(
             f"{url} has {found.bytes} bytes after {size} were written: this server does not keep what it is given; "
             "AWS_REQUEST_CHECKSUM_CALCULATION=when_required helps with older ones"
         )

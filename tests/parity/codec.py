@@ -8,9 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from model.fixtures import Fixture, Row, judge
+from configs.errors import UserError
 from model.vision import TowerConfig, clip_pixels, image_conditions, load_tower
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
+from tests.parity.fixtures import Fixture, Row, judge
 
 
 @torch.no_grad()
@@ -35,9 +36,7 @@ def vae(fixture: Fixture) -> Iterator[Row]:
 def _codec(fixture: Fixture) -> WanCodec:
     given = fixture.meta["config"]
     if given.get("attn_scales"):
-        raise ValueError(
-            f"fixture with attn_scales={given['attn_scales']}: Wan 2.1 has no attention between its levels"
-        )
+        raise UserError(f"fixture with attn_scales={given['attn_scales']}: Wan 2.1 has no attention between its levels")
     config = WanCodecConfig(
         width=given["dim"],
         channels=given["z_dim"],
@@ -82,7 +81,7 @@ def clip(fixture: Fixture) -> Iterator[Row]:
     """The picture on its way into the tower, and its tokens with and without the last layer."""
     given, layers = fixture.meta["config"], fixture.meta["config"]["num_layers"]
     if not given.get("pre_norm", True) or given.get("post_norm") or given.get("activation", "gelu") != "gelu":
-        raise ValueError(f"fixture with {given}: the tower has a norm before, none after its layers, and gelu")
+        raise UserError(f"fixture with {given}: the tower has a norm before, none after its layers, and gelu")
     state = {key.removeprefix("sd."): value for key, value in fixture.tensors.items() if key.startswith("sd.")}
     images = rearrange(fixture.tensors["in.image"], "b c 1 h w -> b c h w")
     config = TowerConfig(

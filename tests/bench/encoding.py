@@ -5,23 +5,22 @@ from itertools import chain
 
 import numpy as np
 
-from configs import load_config
-from data_pipeline import storage
-from data_pipeline.bench import timed
+from configs import storage
+from configs.errors import UserError
 from data_pipeline.clips import Encoder, cut_episodes, run_starts
 from data_pipeline.encode import encode_recordings, list_waits, load_encoder
 from data_pipeline.plan import PLAN, EncodeConfig, Plan, make_plans
+from tests.bench.loader import timed
 
 HELD_BYTES = 1 << 30  # of frames in memory, about
 
 
-def bench_encode(words: list[str]) -> None:
+def bench_encode(config: EncodeConfig) -> None:
     """How fast encoding is beside the codec alone, the words of `encode`: bench-encode GAME.yaml source= codec= out="""
-    config = load_config(EncodeConfig, words)
     encoder = load_encoder(config)
     plans = make_plans(config, encoder.codec)
     if any(storage.exists(storage.join(config.out, f"{plan.split}/{PLAN}")) for plan in plans):
-        raise ValueError(f"{config.out} holds shards already; give a folder that is not there (out=...)")
+        raise UserError(f"{config.out} holds shards already; give a folder that is not there (out=...)")
     batches = hold_frames(config, plans)
     encode_held(encoder, batches)  # warms up
     before = timed(encode_held, encoder, batches)

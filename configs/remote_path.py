@@ -4,9 +4,10 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import PurePosixPath
 
+from configs import s3
+from configs.errors import UserError
 from configs.foreign import require_inside
-from data_pipeline import s3
-from data_pipeline.s3_errors import MissingBucket, bucket_and_key
+from configs.s3_errors import MissingBucket, bucket_and_key
 
 NAME_BYTES = 255  # of a file's name, on every usual file system
 
@@ -60,7 +61,7 @@ def require_files(url: str, names: Collection[str]) -> None:
             refused = True
         if refused:
             shown = name if len(name) <= 200 else f"{name[:200]}..."
-            raise ValueError(f"{url} holds an object named {shown!r}, which is no file of a folder; it was not copied")
+            raise UserError(f"{url} holds an object named {shown!r}, which is no file of a folder; it was not copied")
 
 
 def _folders_of(name: str) -> Iterator[str]:

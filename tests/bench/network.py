@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs import load_config, to_dict
-from configs.files import require_no_folder, require_other_files, write_text, yaml_files
+from configs import to_dict
+from configs.errors import UserError
+from configs.files import require_no_folder, require_other_files, write_text
 from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
 from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
@@ -55,11 +56,11 @@ class BenchConfig:
     def __post_init__(self) -> None:
         for name in ("batch", "blocks", "block_latents", "steps", "repeats"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.warmup < 0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
-            raise ValueError(f"warmup={self.warmup} must be >= 0 and peak_tflops={self.peak_tflops} positive")
+            raise UserError(f"warmup={self.warmup} must be >= 0 and peak_tflops={self.peak_tflops} positive")
         if self.height % (2 * SPATIAL) or self.width % (2 * SPATIAL):
-            raise ValueError(f"{self.height}x{self.width} px must be multiples of {2 * SPATIAL} (codec x patch)")
+            raise UserError(f"{self.height}x{self.width} px must be multiples of {2 * SPATIAL} (codec x patch)")
 
     @property
     def latents(self) -> int:
@@ -91,14 +92,13 @@ class Measured:
     mfu: float | None  # model FLOPs per second over the stated peak
 
 
-def bench(words: list[str]) -> None:
+def bench(config: BenchConfig) -> None:
     """Measure passes and codec: configs/models/X.yaml device=cuda dtype=bf16 blocks=7 codec=wan peak_tflops=989"""
-    config = load_config(BenchConfig, words)
     require_device(config.device)
     if config.out:
         codec = config.codec if Path(config.codec or "").is_file() else None  # else a folder, or the name of a kind
         require_no_folder([config.out])
-        require_other_files([config.out], {"codec": codec, "config": yaml_files(words)})
+        require_other_files([config.out], {"codec": codec})
     rows = []
     print(header(config))
     for row in measure_all(config):
@@ -201,7 +201,7 @@ def bench_codec(config: BenchConfig) -> Codec:
     if not isinstance(codec, PatchCodec):
         codec = codec.to(CODEC_DTYPES[config.codec_dtype])
     elif config.codec_dtype != "fp32":
-        raise ValueError(f"codec_dtype={config.codec_dtype}: the patch codec runs in fp32")
+        raise UserError(f"codec_dtype={config.codec_dtype}: the patch codec runs in fp32")
     return codec.eval().requires_grad_(False).to(config.device)
 
 

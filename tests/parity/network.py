@@ -11,9 +11,17 @@ from PIL import Image
 from torch import Tensor
 
 from configs import build
+from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.actions import ActionConfig
-from model.fixtures import (
+from model.flow import FlowMatch, FlowMatchConfig
+from model.layers import time_sinusoid
+from model.rope import rotate, time_rotation, video_rotation
+from model.vision import preprocess_image
+from model.weights import load_into, load_weights
+from tests.parity.causal import action_module, causal_stream, causal_train
+from tests.parity.codec import clip, vae
+from tests.parity.fixtures import (
     Case,
     Fixture,
     Row,
@@ -24,13 +32,6 @@ from model.fixtures import (
     known_fields,
     unsupported,
 )
-from model.flow import FlowMatch, FlowMatchConfig
-from model.layers import time_sinusoid
-from model.parity_causal import action_module, causal_stream, causal_train
-from model.parity_codec import clip, vae
-from model.rope import rotate, time_rotation, video_rotation
-from model.vision import preprocess_image
-from model.weights import load_into, load_weights
 
 TIMESTEP_TOLERANCE = 1e-6  # relative: timesteps are around 1000
 GRADIENT_TOLERANCE = 1e-4  # of the largest expected entry: gradients are small
@@ -168,7 +169,7 @@ def _velocity(fixture: Fixture, dit: ActionDiT, prefix: str, which: int, inputs:
 def _gradients(fixture: Fixture, dit: ActionDiT) -> Iterator[Row]:
     recipe = re.search(r"loss = ([\d.]+) \* mean\(flow\(x, t\[(\d+)\]\)", fixture.meta["gradients"])
     if recipe is None:
-        raise ValueError(f"{fixture.case}: cannot read the loss {fixture.meta['gradients']!r}")
+        raise UserError(f"{fixture.case}: cannot read the loss {fixture.meta['gradients']!r}")
     names = [
         key.removeprefix("in.") for key in fixture.tensors if f"out.grad_{key.removeprefix('in.')}" in fixture.tensors
     ]

@@ -13,15 +13,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from configs import load_file, save_config
+from configs import load_file, save_config, storage
+from configs.errors import MissingFileError, UserError
 from configs.files import holds_files, write_text
-from data_pipeline import storage
-from data_pipeline.s3_errors import bucket_and_key
-from data_pipeline.types import CHUNK_LATENTS, GameConfig, Layout
+from configs.game import GameConfig
+from configs.s3_errors import bucket_and_key
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.flow import FlowMatch, FlowMatchConfig
 from model.foreign import PICKLES
+from model.layout import CHUNK_LATENTS, Layout
 from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.vision import VisionTower, load_vision, visual_context
@@ -109,12 +110,12 @@ def find_checkpoint(path: str | Path) -> str:
     if storage.exists(storage.join(url, COMPLETE)):
         return url
     if not storage.is_s3(url) and not Path(url).is_dir():
-        raise FileNotFoundError(f"no checkpoint {url}; give a run folder or one of its step_* folders")
+        raise MissingFileError(f"no checkpoint {url}; give a run folder or one of its step_* folders")
     if fnmatch(storage.name_of(url), STEP_FOLDERS) or storage.exists(storage.join(url, WORLD_FILE)):
-        raise ValueError(f"{url} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
+        raise UserError(f"{url} has no {COMPLETE} file: it was never written to the end; give the run folder instead")
     newest = newest_step(url)
     if newest is None:
-        raise FileNotFoundError(f"no complete checkpoint in {url} (step_*/{COMPLETE}); train first")
+        raise MissingFileError(f"no complete checkpoint in {url} (step_*/{COMPLETE}); train first")
     return newest
 
 
@@ -161,11 +162,9 @@ def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | No
             return place
     fault = f"{here} was trained on latents of codec {config.codec_hash}"
     if not codec and config.codec not in places:
-        raise ValueError(
-            f"{fault}; {config.codec} is in another bucket and not fetched: codec={config.codec} allows it"
-        )
+        raise UserError(f"{fault}; {config.codec} is in another bucket and not fetched: codec={config.codec} allows it")
     found = ", ".join(f"{place} is {what}" for place, what in seen.items()) or f"{codec or config.codec} is missing"
-    raise ValueError(f"{fault}; {found}: give the right one as codec=")
+    raise UserError(f"{fault}; {found}: give the right one as codec=")
 
 
 def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
@@ -211,7 +210,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
     s3 = storage.is_s3(out)
     if (storage.list_files(out) or storage.list_folders(out)) if s3 else holds_files(Path(out)):
         what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
-        raise ValueError(f"{out} {what} already; choose another out=")
+        raise UserError(f"{out} {what} already; choose another out=")
     with storage.writing_folder(out, last=COMPLETE, new=True) as folder:
         yield folder
         one, average = folder / "model.safetensors", folder / "ema.safetensors"
@@ -248,7 +247,7 @@ def load_world(
     config = replace(config, codec=find_codec(url, config, codec))
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
-        raise ValueError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
+        raise UserError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
     return make_world(config, _open_weights(checkpoint, weights, config.model), device, precision, vision)
 
 
@@ -279,9 +278,9 @@ def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> No
     """Raises ValueError in one line if recordings of `other` cannot be put to a model of `world_game`."""
     ours, theirs = world_game.action_space, other.action_space
     if ours.hash != theirs.hash:
-        raise ValueError(
+        raise UserError(
             f"{where} has the action space {theirs.describe()}, the checkpoint was trained on {ours.describe()}"
         )
     sizes = [f"{game.height}x{game.width} px at {game.fps:g} fps" for game in (world_game, other)]
     if sizes[0] != sizes[1]:
-        raise ValueError(f"{where} has {sizes[1]}, the checkpoint was trained on {sizes[0]}")
+        raise UserError(f"{where} has {sizes[1]}, the checkpoint was trained on {sizes[0]}")
