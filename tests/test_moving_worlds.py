@@ -89,7 +89,7 @@ def test_what_a_killed_writer_of_a_world_left_does_not_refuse_the_next_one(tmp_p
 
 def test_of_two_writers_of_a_world_the_second_one_adds_nothing_to_the_first_one_s(tmp_path: Path) -> None:
     world, out = read_world_config(write_checkpoint(tmp_path / "run")), tmp_path / "out"
-    with pytest.raises(FileExistsError, match="holds files that another"), writing_world(str(out), world, None) as mine:
+    with pytest.raises(FileExistsError, match="holds files of another"), writing_world(str(out), world, None) as mine:
         with writing_world(str(out), world, None) as theirs:
             (theirs / "model.safetensors").write_bytes(b"theirs")
         (mine / "config.json").write_bytes(b"mine")
