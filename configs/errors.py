@@ -7,8 +7,8 @@ class UserError(ValueError):
     """What was given, what is allowed and what to do, in one short line."""
 
 
-class FileError(UserError, OSError):
-    """The same about a file or a folder."""
+class FileError(OSError):
+    """The same about a file or a folder. No ValueError: a server that does not answer has not sent damaged data."""
 
 
 class MissingFileError(FileError, FileNotFoundError):
@@ -24,8 +24,8 @@ class RefusedError(FileError, PermissionError):
 
 
 def is_users(error: BaseException) -> bool:
-    """Whether the user can put it right: a UserError, or what the operating system says about a file by its name."""
-    return isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None)
+    """Whether the user can put it right: one of ours, or what the operating system says about a file by its name."""
+    return isinstance(error, UserError | FileError) or (isinstance(error, OSError) and error.filename is not None)
 
 
 def one_line(error: BaseException) -> str:

@@ -22,20 +22,38 @@ ABANDONED_S = 86400.0  # what another machine has not touched for so long is a k
 
 
 @contextmanager
+def temporary(path: Path, folder: bool) -> Iterator[Path]:
+    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. What a killed process left there
+    is deleted by the next one."""
+    part = _part_of(path)
+    try:
+        if folder:
+            part.mkdir()
+        yield part
+    except OSError as error:
+        if (
+            error.errno in NO_ROOM and error.filename is None
+        ):  # libraries and pipes do not say what they could not write
+            error.filename = str(path)
+        raise
+    finally:
+        if folder:
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and deleted when it does not.
 
     The temporary name keeps the suffix, so that writers that look at it (ffmpeg, matplotlib) work. The file is
     synced to disk before the rename, so that a machine that stops cannot leave an empty file under the good name.
     """
-    path, part = Path(path), _part_of(Path(path))
-    try:
-        with _no_room_for(path):
-            yield part
-            sync(part)
-            os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with temporary(Path(path), folder=False) as part:
+        yield part
+        sync(part)
+        os.replace(part, path)
 
 
 @contextmanager
@@ -43,61 +61,42 @@ def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[P
     """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
     names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
     files, those of one are there. If `folder` is to be `new`, it must not hold any when they appear."""
-    folder, part = Path(folder), _part_of(Path(folder) / last)
-    try:
-        part.mkdir()
-        with _no_room_for(folder):
-            yield part
-        found = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
-        for name in found:
+    folder = Path(folder)
+    with temporary(folder / last, folder=True) as part:
+        yield part
+        names = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
+        for name in names:
             sync(part / name)
             if (folder / name).is_dir():  # before anything is replaced
                 raise FileInTheWayError(f"{folder / name} is a folder, and a file is to be written there")
-        with _alone_in(folder):
+        with _locked(folder):
             if new and holds_files(folder):
                 raise FileInTheWayError(f"{folder} holds files of another process; choose another out=")
             (folder / last).unlink(missing_ok=True)
-            for name in sorted(found, key=lambda name: (str(name) == last, name)):
+            for name in sorted(names, key=lambda name: (str(name) == last, name)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part / name, folder / name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
-def _no_room_for(place: Path) -> Iterator[None]:
-    """A full disk is said with what could not be written: libraries and pipes leave it out."""
+def atomic_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
     try:
-        yield
+        with temporary(Path(folder), folder=True) as part:
+            yield part
+            for path in part.rglob("*"):
+                if path.is_file():
+                    sync(path)
+            os.rename(part, folder)
     except OSError as error:
-        if error.errno in NO_ROOM and error.filename is None:
-            error.filename = str(place)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
         raise
 
 
 def holds_files(folder: Path) -> bool:
     """Whether something is in `folder` but what writers have not finished, who live or were killed."""
     return folder.is_dir() and not all(TEMPORARY.fullmatch(one.name) for one in folder.iterdir())
-
-
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
-    folder, part = Path(folder), _part_of(Path(folder))
-    try:
-        part.mkdir()
-        with _no_room_for(folder):
-            yield part
-            for path in part.rglob("*"):
-                if path.is_file():
-                    sync(path)
-        os.rename(part, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
-        raise
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 @contextmanager
@@ -133,15 +132,15 @@ def _no_link(path: str, flags: int) -> int:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _locked(folder: Path) -> Iterator[None]:
     """For the moment of a few renames. Where a folder cannot be locked, nothing but that moment is at risk."""
-    opened = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(opened, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -162,15 +161,13 @@ def utf8(text: str, path: str | Path) -> bytes:
 
 def create_file(path: str | Path, data: bytes) -> bool:
     """Writes `data` to `path` atomically unless something is there, and says whether it did: one of all is first."""
-    part = _part_of(Path(path))
-    try:
+    with temporary(Path(path), folder=False) as part:
         part.write_bytes(data)
         sync(part)
-        os.link(part, path)
-    except FileExistsError:
-        return False
-    finally:
-        part.unlink(missing_ok=True)
+        try:
+            os.link(part, path)
+        except FileExistsError:
+            return False
     return True
 
 

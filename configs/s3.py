@@ -1,52 +1,88 @@
-"""Requests to a server that speaks S3: what is moved is compared, what breaks off is continued."""
+"""Requests to an S3 server: transfers are compared with their SHA-256, and repeated when they break off.
+
+Credentials, profiles, roles, regions and the server are found by boto3's own rules; `S3_ENDPOINT_URL` comes before its
+`AWS_ENDPOINT_URL_S3`. boto3 is imported only where s3 is used.
+"""
 
 import hashlib
-import io
 import os
+import random
 import time
 from collections.abc import Iterator
 from contextlib import suppress
 from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError
 
-from configs import s3_client
-from configs.errors import FileError
+from configs.errors import FileError, MissingFileError, RefusedError
 from configs.files import sha256_file
-from configs.s3_client import client, pause_s
 from configs.s3_errors import (
     MISSING,
     NO_ANSWER,
-    NO_BUCKET,
-    NOT_OFFERED,
     Damaged,
     NotOffered,
     bucket_and_key,
-    clean,
     error_code,
     named_errors,
+    without_password,
 )
 
+ATTEMPTS = 7  # of a request: half a minute of pauses on average
+SILENT_S = 60.0  # after which a server that says nothing more is asked again
+CONNECTIONS = 32  # at a time
 PART_BYTES, PARALLEL = 16 << 20, 8  # of a large file's transfer: so many parts at a time, and no more in memory
 SHA256 = "sha256"  # the name under which an object's metadata holds the digest of its bytes
-ABANDONED_S = 86400.0  # an upload in parts that was begun so long ago and is not done is a killed writer's
+ABANDONED_S = 86400.0  # an unfinished upload in parts that is older was left by a killed process
 DOWNLOADS = 3  # of a file whose bytes are not what they should be
 PAST_THE_END = ("416", "InvalidRange")
 TAKEN = ("412", "PreconditionFailed")
-BOTH_AT_ONCE = ("409", "ConditionalRequestConflict")
+CONFLICT = ("409", "ConditionalRequestConflict")
 BROKEN_BODY = (*NO_ANSWER, IncompleteReadError, FlexibleChecksumError)
+
+
+def client() -> Any:
+    """boto3's client of this process, replaced when the environment names another server or identity."""
+    chosen = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_") or k == "S3_ENDPOINT_URL"))
+    return _client(os.getpid(), chosen)  # a client does not survive a fork
+
+
+@lru_cache(maxsize=1)
+def _client(pid: int, chosen: tuple[tuple[str, str], ...]) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        # The mode "standard" has 500 tokens for all threads, 14 a retry (botocore 1.44): the 8 parts of one transfer
+        # use them up within a second of an outage. And it does not repeat BadDigest.
+        retries={"mode": "legacy", "total_max_attempts": ATTEMPTS},
+        connect_timeout=10,
+        read_timeout=SILENT_S,
+        max_pool_connections=CONNECTIONS,
+        tcp_keepalive=True,
+    )
+    # A session of its own: the default one keeps the credentials that it found first.
+    return boto3.Session().client("s3", endpoint_url=dict(chosen).get("S3_ENDPOINT_URL") or None, config=config)
+
+
+def _transfer() -> Any:
+    from boto3.s3.transfer import TransferConfig
+
+    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL)
+
+
+def _pause(failed: int) -> None:
+    """Waits before another attempt: longer each time, and a random part of it."""
+    time.sleep(random.random() * 0.1 * 2**failed)
 
 
 class Found(NamedTuple):
     """What a server says about an object."""
 
-    bytes: int
-    etag: str
-    age_s: float  # since it was written, by the server's own clock
+    st_size: int  # named as in os.stat
+    etag: str  # another one once the object is written again
     sha256: str | None  # of its bytes, if Worldloom wrote it
 
 
@@ -59,7 +95,7 @@ class Listed(NamedTuple):
 
 
 def head(url: str) -> Found:
-    """What is known about `url`. Raises FileNotFoundError if it, or its bucket, is not there."""
+    """What is known about `url`. A FileNotFoundError if it, or its bucket, is not there."""
     bucket, key = bucket_and_key(url)
     with named_errors(url):
         try:
@@ -68,213 +104,135 @@ def head(url: str) -> Found:
             if error_code(error) in MISSING:  # a HEAD has no body that would say which of the two is missing
                 _require_bucket(client(), bucket)
             raise
-    told_at = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
-    age_s = (told_at - answer["LastModified"]).total_seconds()
-    return Found(int(answer["ContentLength"]), answer["ETag"], age_s, answer["Metadata"].get(SHA256))
+    return Found(int(answer["ContentLength"]), answer["ETag"], answer["Metadata"].get(SHA256))
 
 
 @lru_cache(maxsize=64)
 def _require_bucket(asked: Any, bucket: str) -> None:
-    """Raises ClientError with the code NO_BUCKET if there is no such bucket."""
     try:
         asked.head_bucket(Bucket=bucket)
     except ClientError as error:
-        if error_code(error) in (*MISSING, NO_BUCKET):
-            raise ClientError({"Error": {"Code": NO_BUCKET}}, "HeadBucket") from error
+        if error_code(error) in (*MISSING, "NoSuchBucket"):
+            raise ClientError({"Error": {"Code": "NoSuchBucket"}}, "HeadBucket") from error
 
 
 def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
     """`length` bytes from `offset` on, fewer if the object ends before; all that follow if None.
 
-    A body that breaks off is continued where it stopped. A whole object is compared with the digest that was uploaded
-    with it.
+    A body that breaks off is asked for again; a whole object is compared with the digest that was uploaded with it.
     """
     bucket, key = bucket_and_key(url)
-    found, etag, failed, whole = bytearray(), None, 0, not offset and length is None
-    while length is None or len(found) < length:
-        start, before = offset + len(found), len(found)
-        end = "" if length is None else offset + length - 1
-        wanted = {"Range": f"bytes={start}-{end}"} if start or length is not None else {}
+    if length == 0:
+        return b""
+    last = "" if length is None else offset + length - 1
+    ranged = {"Range": f"bytes={offset}-{last}"} if offset or length is not None else {}
+    for failed in range(1, ATTEMPTS + 1):
         with named_errors(url):
             try:
-                answer = client().get_object(Bucket=bucket, Key=key, **wanted)
+                answer = client().get_object(Bucket=bucket, Key=key, **ranged)
             except ClientError as error:
                 if error_code(error) in PAST_THE_END:
-                    break
+                    return b""
                 raise
-            if etag not in (None, answer["ETag"]):  # it was written anew meanwhile
-                found, etag = bytearray(), None
-                continue
-            etag = answer["ETag"]
             try:
-                for block in answer["Body"].iter_chunks(1 << 20):
-                    found += block
-                if whole:
-                    _compare(found, answer["Metadata"].get(SHA256))
-                break
-            except BROKEN_BODY as error:
-                damaged = isinstance(error, FlexibleChecksumError)
-                failed = failed + 1 if damaged or len(found) == before else 1
-                if failed >= s3_client.ATTEMPTS:
+                data = answer["Body"].read()
+                if not ranged:
+                    _compare(data, answer["Metadata"].get(SHA256))
+                return data
+            except BROKEN_BODY:
+                if failed == ATTEMPTS:
                     raise
-                found = bytearray() if damaged else found
-                time.sleep(pause_s(failed))
-    return bytes(found)
+        _pause(failed)
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def _compare(data: bytes | bytearray, sha256: str | None) -> None:
+def _compare(data: bytes, sha256: str | None) -> None:
     actual = hashlib.sha256(data).hexdigest()
     if sha256 not in (None, actual):
-        raise FlexibleChecksumError(error_msg=f"its bytes have the SHA-256 {actual}, not {sha256}: it is damaged")
+        raise FlexibleChecksumError(error_msg=f"damaged: its SHA-256 is {actual}, not {sha256}")
 
 
-class RemoteFile(io.RawIOBase):
-    """An object as a file for reading, each read a request for just those bytes."""
-
-    def __init__(self, url: str) -> None:
-        self.url, self.name, self.place = url, url, 0
-
-    @cached_property
-    def size(self) -> int:
-        return head(self.url).bytes
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = self.size if whence == io.SEEK_END else self.place if whence == io.SEEK_CUR else 0
-        self.place = max(0, start + offset)
-        return self.place
-
-    def readinto(self, buffer: Any) -> int:
-        memory = memoryview(buffer).cast("B")
-        data = read(self.url, self.place, len(memory))
-        memory[: len(data)] = data
-        self.place += len(data)
-        return len(data)
-
-    def readall(self) -> bytes:
-        data = read(self.url, self.place)  # io's own asks for 8 kB at a time
-        self.place += len(data)
-        return data
-
-
-def download(url: str, local: Path) -> None:
-    """Writes the object to the file `local`, large ones in parallel, and compares its bytes with the digest."""
-    from boto3.exceptions import Boto3Error
+def download(url: str, file: Path) -> None:
+    """Writes the object to `file`, a large one in parallel, and compares its bytes with the digest."""
+    from s3transfer.exceptions import RetriesExceededError
 
     bucket, key = bucket_and_key(url)
     for failed in range(1, DOWNLOADS + 1):
         found = head(url)
-        with named_errors(url):
+        with named_errors(url), suppress(FlexibleChecksumError), open(file, "wb") as out:
             try:
-                client().download_file(bucket, key, str(local), Config=_transfer())
-                if found.bytes == local.stat().st_size and found.sha256 in (None, sha256_file(local)):
-                    return
-            except FlexibleChecksumError:  # what the server says of the bytes, if it does, was compared already
-                pass
-            except Boto3Error as error:
-                raise FileError(f"cannot download {url}: {clean(error)}") from error
-        time.sleep(pause_s(failed))
-    local.unlink(missing_ok=True)
+                client().download_fileobj(bucket, key, out, Config=_transfer())
+            except RetriesExceededError as error:
+                raise FileError(f"cannot download {url}: {without_password(error)}") from error
+            out.flush()
+            if found.st_size == file.stat().st_size and found.sha256 in (None, sha256_file(file)):
+                return
+        _pause(failed)
+    file.unlink(missing_ok=True)
     raise Damaged(url, f"damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
-def upload(local: Path, url: str) -> None:
-    """Writes the file `local` to `url`, large ones in parts that are taken back if one of them fails."""
-    from boto3.exceptions import Boto3Error
-
+def upload(data: IO[bytes], url: str) -> None:
+    """Writes `data`, an open file, to `url`: a large one in parts, which are taken back if one of them fails."""
     bucket, key = bucket_and_key(url)
-    size, digest = local.stat().st_size, sha256_file(local)
+    digest = hashlib.file_digest(data, SHA256).hexdigest()  # type: ignore[arg-type]
+    size, metadata = data.seek(0, os.SEEK_END), {SHA256: digest}
+    data.seek(0)
     if size <= PART_BYTES:
-        put(url, local.read_bytes())
-        return
-    with suppress(OSError):  # they can wait
-        abort_uploads(url, ABANDONED_S)
-    with named_errors(url):
-        try:
-            more = {"Metadata": {SHA256: digest}}
-            client().upload_file(str(local), bucket, key, ExtraArgs=more, Config=_transfer())
-        except Boto3Error as error:
-            if isinstance(error.__context__, ClientError):  # boto3 puts its own error around the one that tells
-                raise error.__context__ from error
-            raise FileError(f"cannot upload {url}: {clean(error)}") from error
-    _require_kept(url, size, digest)
-
-
-def put(url: str, data: bytes) -> None:
-    """Writes `data` to `url` in one request."""
-    bucket, key = bucket_and_key(url)
-    digest = hashlib.sha256(data).hexdigest()
-    with named_errors(url):
-        client().put_object(Bucket=bucket, Key=key, Body=data, Metadata={SHA256: digest})
-    _require_kept(url, len(data), digest)
-
-
-def _require_kept(url: str, size: int, digest: str) -> None:
-    found = head(url)
-    if (found.bytes, found.sha256) != (size, digest):
+        with named_errors(url):
+            client().put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
+    else:
+        with suppress(OSError):  # they can wait
+            abort_uploads(url, ABANDONED_S)
+        with named_errors(url):
+            client().upload_fileobj(data, bucket, key, ExtraArgs={"Metadata": metadata}, Config=_transfer())
+    kept = head(url)
+    if (kept.st_size, kept.sha256) != (size, digest):
         raise FileError(
-            f"{url} has {found.bytes} bytes after {size} were written: this server does not keep what it is given; "
+            f"{url} has {kept.st_size} bytes after {size} were written: this server does not keep what it is given; "
             "AWS_REQUEST_CHECKSUM_CALCULATION=when_required helps with older ones"
         )
-
-
-def _transfer() -> Any:
-    from boto3.s3.transfer import TransferConfig
-
-    return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL)
 
 
 def create(url: str, data: bytes) -> bool:
     """Writes `data` to `url` if nothing is there, and says whether it did. `data` must tell this writer from others.
 
-    Raises OSError in one line if the server cannot do that, whether it says so or overwrites without a word.
+    Raises NotOffered if the server cannot do that, whether it says so or overwrites silently.
     """
     bucket, key = bucket_and_key(url)
     with named_errors(url):
-        _require_creation(client(), bucket, key.rpartition("/")[0])
-        if _put_new(client(), bucket, key, data):
-            return True
+        _require_conditions(client(), bucket, key.rpartition("/")[0])
+        for failed in range(1, ATTEMPTS + 1):
+            try:
+                client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+                return True
+            except ClientError as error:
+                if error_code(error) in TAKEN:
+                    break
+                if error_code(error) not in CONFLICT or failed == ATTEMPTS:
+                    raise
+            _pause(failed)  # two writers at the same moment: the server wants to be asked again
     return read(url) == data  # ours, if the answer to a first attempt was lost
 
 
-def _put_new(asked: Any, bucket: str, key: str, data: bytes) -> bool:
-    for attempt in range(1, s3_client.ATTEMPTS + 1):
-        try:
-            asked.put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-            return True
-        except ClientError as error:
-            if error_code(error) in TAKEN:
-                return False
-            if error_code(error) not in BOTH_AT_ONCE or attempt == s3_client.ATTEMPTS:
-                raise
-            time.sleep(pause_s(attempt))  # two writers at the same moment: the server asks again
-    raise AssertionError("unreachable: the last attempt returns or raises")
-
-
 @lru_cache(maxsize=64)
-def _require_creation(asked: Any, bucket: str, folder: str) -> None:
+def _require_conditions(asked: Any, bucket: str, folder: str) -> None:
     """Raises if the server ignores `If-None-Match`, as some do: then two writers would both be first."""
-    probe = f"{folder}/.probe-{os.urandom(8).hex()}".lstrip("/")
+    probe = {"Bucket": bucket, "Key": f"{folder}/.probe-{os.urandom(8).hex()}".lstrip("/")}
     try:
-        asked.put_object(Bucket=bucket, Key=probe, Body=b"", IfNoneMatch="*")
-        if _put_new(asked, bucket, probe, b""):
-            raise ClientError({"Error": {"Code": NOT_OFFERED[0]}}, "PutObject")
+        asked.put_object(**probe, Body=b"", IfNoneMatch="*")
+        asked.put_object(**probe, Body=b"", IfNoneMatch="*")
+        raise ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
+    except ClientError as error:
+        if error_code(error) not in TAKEN:
+            raise
     finally:
-        asked.delete_object(Bucket=bucket, Key=probe)
+        asked.delete_object(**probe)
 
 
-def remove(url: str) -> None:
-    """Deletes `url`; nothing happens if it is not there."""
-    bucket, key = bucket_and_key(url)
-    with named_errors(url):
+def remove(bucket: str, key: str) -> None:
+    """Deletes the object, if it is there. By its key: some keys are no part of a url that is accepted."""
+    with named_errors(f"s3://{bucket}/"):
         client().delete_object(Bucket=bucket, Key=key)
 
 
@@ -285,27 +243,35 @@ def list_objects(folder: str, delimiter: str = "") -> Iterator[Listed]:
     with named_errors(folder):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
         for page in pages:
-            yield from (Listed(one["Prefix"], 0, "") for one in page.get("CommonPrefixes", ()))
-            yield from (Listed(one["Key"], one["Size"], one["ETag"]) for one in page.get("Contents", ()))
+            yield from (Listed(entry["Prefix"], 0, "") for entry in page.get("CommonPrefixes", ()))
+            yield from (Listed(entry["Key"], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ()))
+
+
+def list_tree(folder: str) -> dict[str, Listed]:
+    """Every file below `folder` by its path in there; objects that stand for folders are no files."""
+    _, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
+    listed = list_objects(f"{folder.rstrip('/')}/")
+    return {entry.key.removeprefix(prefix): entry for entry in listed if not entry.key.endswith("/")}
+
+
+def list_names(folder: str) -> Iterator[str]:
+    """The names of what is directly in `folder`; those of folders end in `/`."""
+    _, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
+    names = (entry.key.removeprefix(prefix) for entry in list_objects(f"{folder.rstrip('/')}/", "/"))
+    return (name for name in names if name)  # an empty one stands for the folder itself
 
 
 def abort_uploads(url: str, older_s: float) -> None:
     """Ends unfinished uploads begun more than `older_s` ago: those to `url`, or below it if it ends in `/`.
 
-    They stay where the server does not list them, or not to whoever asks: not everybody who may write may list.
+    They stay where the server does not list them, or not for this user: not everyone who may write may list.
     """
     bucket, prefix = bucket_and_key(url)
-    with suppress(PermissionError, NotOffered), named_errors(url):
+    with suppress(RefusedError, NotOffered), named_errors(url):
         for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            for one in page.get("Uploads", ()):
-                meant = url.endswith("/") or one["Key"] == prefix
-                if meant and (datetime.now(UTC) - one["Initiated"]).total_seconds() >= older_s:
-                    _abort(bucket, one["Key"], one["UploadId"])
-
-
-def _abort(bucket: str, key: str, upload: str) -> None:
-    try:
-        client().abort_multipart_upload(Bucket=bucket, Key=key, UploadId=upload)
-    except ClientError as error:
-        if error_code(error) != "NoSuchUpload":  # it has come to its end meanwhile
-            raise
+            for begun in page.get("Uploads", ()):
+                wanted = url.endswith("/") or begun["Key"] == prefix
+                if not wanted or (datetime.now(UTC) - begun["Initiated"]).total_seconds() < older_s:
+                    continue
+                with suppress(MissingFileError), named_errors(url):  # it has come to its end meanwhile
+                    client().abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])

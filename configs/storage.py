@@ -1,13 +1,12 @@
-"""The one place that opens a url: a local path, or `s3://bucket/key` (`configs/s3.py` asks the server)."""
+"""The one place that opens urls: local paths, and `s3://bucket/key` (`configs/s3.py` asks the server)."""
 
 import hashlib
 import io
 import os
 import shutil
-import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -15,15 +14,15 @@ from configs import cache, s3
 from configs.errors import FileError, UserError
 from configs.files import atomic_files, atomic_path, create_file, utf8
 from configs.files import write_text as write_local_text
-from configs.remote_path import S3Path
 from configs.s3_errors import bucket_and_key
+from configs.s3_path import S3Path
 
-BUFFER_BYTES = 4 << 20  # of a file that is read piece by piece from a server
+BUFFER_BYTES = 4 << 20  # of a file on a server that is read piece by piece
 WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end
 
 
 def is_s3(url: str | Path) -> bool:
-    """Whether `url` is on a server; a Path is always local, but for one that was a url with its slashes swallowed."""
+    """Whether `url` is on a server; a Path too, which turns the two slashes of a url into one."""
     return str(url).startswith("s3:/")
 
 
@@ -45,83 +44,87 @@ def name_of(url: str | Path) -> str:
 
 def path(url: str | Path) -> Path:
     """`url` as a path for reading: its names, whether it is there, what is in it and its bytes can be asked for."""
-    return cast(Path, S3Path(url)) if is_s3(url) else Path(url)
+    if not is_s3(url):
+        return Path(url)
+    if isinstance(url, str):
+        bucket_and_key(join(url, ""))
+    return cast(Path, S3Path(url))
 
 
 def read_bytes(url: str | Path) -> bytes:
-    """The whole of `url`. Raises FileNotFoundError if it is not there."""
-    return s3.read(str(url)) if is_s3(url) else Path(url).read_bytes()
+    """The whole of `url`."""
+    return path(url).read_bytes()
 
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
-    """`length` bytes of `url` from `offset` on. Raises ValueError if it ends before."""
+    """`length` bytes of `url` from `offset` on. A UserError if it ends before."""
     if is_s3(url):
-        found = s3.read(str(url), offset, length)
+        data = s3.read(str(url), offset, length)
     else:
-        with open(url, "rb", buffering=0) as file:
-            found = os.pread(file.fileno(), length, offset)
-    if len(found) != length:
-        raise UserError(f"{url} is truncated: {len(found)} of {length} bytes at {offset}; fetch or encode it again")
-    return found
+        with Path(url).open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), length, offset)
+    if len(data) != length:
+        raise UserError(f"{url} is truncated: {len(data)} of {length} bytes at {offset}; fetch or encode it again")
+    return data
 
 
-def opened(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
-    """A file for reading, to be closed. From a server come just the bytes that are asked for, `buffer_bytes` of them or
-    more at a time: 1 for somebody who knows what he wants."""
-    return io.BufferedReader(s3.RemoteFile(str(url)), buffer_bytes) if is_s3(url) else open(url, "rb")
+def open(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
+    """A file for reading. From a server come only the bytes that are asked for, at least `buffer_bytes` at a time."""
+    return cast(io.BufferedReader, path(url).open("rb", buffer_bytes if is_s3(url) else -1))
 
 
 def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
-    """The file or folder `url` as one on this machine: itself, or a copy, of a folder that of the files whose path in
-    it is `wanted`. Raises FileNotFoundError if `url` is on a server and not there."""
+    """The file or folder `url` on this machine: itself, or a copy, of a folder that of the files whose path in it is
+    `wanted`. A FileNotFoundError if `url` is on a server and not there."""
     return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
 
 
-@contextmanager
-def borrowed(url: str | Path) -> Iterator[Path]:
-    """The file `url` as one on this machine within the block: itself, or a copy that may be deleted afterwards."""
-    if not is_s3(url):
-        yield Path(url)
-        return
-    with cache.borrowed(str(url)) as copy:
-        yield copy
-
-
-def copy_of(url: str, size: int, sha256: str) -> AbstractContextManager[Path]:
-    """A copy on this machine of the file `url` on a server, whose bytes are known; see `cache.copy_of`."""
-    return cache.copy_of(url, size, sha256)
+def cached_file(url: str | Path, size: int | None = None, sha256: str | None = None) -> AbstractContextManager[Path]:
+    """The file `url` on this machine: itself, or a copy that may be deleted when the block ends. Of a copy that has the
+    given `size` and `sha256` the server is not asked."""
+    return cache.cached_file(str(url), size, sha256) if is_s3(url) else nullcontext(Path(url))
 
 
 def size(url: str | Path) -> int:
-    """Bytes of `url`. Raises FileNotFoundError if it is not there."""
-    return s3.head(str(url)).bytes if is_s3(url) else Path(url).stat().st_size
+    """Bytes of `url`."""
+    return path(url).stat().st_size
 
 
 def version(url: str | Path) -> Hashable:
-    """What is another one once `url` is written anew. Raises FileNotFoundError if it is not there."""
-    if is_s3(url):
-        return s3.head(str(url)).etag
-    found = Path(url).stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    """What changes when `url` is written again."""
+    found = path(url).stat()
+    return found.etag if isinstance(found, s3.Found) else (found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def sha256(url: str | Path) -> str:
     """The SHA-256 of the bytes at `url` as hex digits; all of them are read."""
-    with opened(url, WHOLE_BYTES) as file:
+    with open(url, WHOLE_BYTES) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def exists(url: str | Path) -> bool:
-    """Whether there is a file at `url`. Raises FileNotFoundError if not even the bucket is there."""
+    """Whether there is a file at `url`. A FileNotFoundError if not even the bucket is there."""
     return path(url).is_file()
 
 
 def list_files(folder: str | Path) -> list[str]:
     """The urls of the files directly in `folder`, sorted; none if there is no such folder."""
-    if not is_s3(folder):
-        found = Path(folder).iterdir() if Path(folder).is_dir() else ()
-        return sorted(join(folder, path.name) for path in found if path.is_file())
-    return sorted(url for url in _listed(folder) if not url.endswith("/"))
+    return sorted(join(folder, name) for name in _names(folder) if not name.endswith("/"))
+
+
+def list_folders(folder: str | Path) -> list[str]:
+    """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
+    return sorted(join(folder, name.rstrip("/")) for name in _names(folder) if name.endswith("/"))
+
+
+def _names(folder: str | Path) -> Iterator[str]:
+    """Of what is directly in `folder`; those of folders end in `/`."""
+    if is_s3(folder):
+        yield from s3.list_names(str(folder))
+    elif Path(folder).is_dir():
+        for found in Path(folder).iterdir():
+            if found.is_dir() or found.is_file():
+                yield f"{found.name}/" if found.is_dir() else found.name
 
 
 def files_at(url: str | Path) -> list[str]:
@@ -129,26 +132,10 @@ def files_at(url: str | Path) -> list[str]:
     return list_files(url) if not is_s3(url) and Path(url).is_dir() else [str(url)]
 
 
-def list_folders(folder: str | Path) -> list[str]:
-    """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
-    if not is_s3(folder):
-        found = Path(folder).iterdir() if Path(folder).is_dir() else ()
-        return sorted(join(folder, path.name) for path in found if path.is_dir())
-    return sorted(url.rstrip("/") for url in _listed(folder) if url.endswith("/"))
-
-
-def _listed(folder: str | Path) -> Iterator[str]:
-    bucket, prefix = bucket_and_key(join(folder, ""))
-    found = s3.list_objects(join(folder, ""), "/")
-    return (f"s3://{bucket}/{one.key}" for one in found if one.key != prefix)  # not what stands for the folder itself
-
-
 def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
-        _, prefix = bucket_and_key(join(folder, ""))
-        files = (one for one in s3.list_objects(join(folder, "")) if not one.key.endswith("/"))
-        found = {one.key.removeprefix(prefix): one.bytes for one in files}
+        found = {name: entry.bytes for name, entry in s3.list_tree(str(folder)).items()}
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
         found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
@@ -162,24 +149,23 @@ def writing(url: str | Path) -> Iterator[Path]:
         with atomic_path(url) as part:
             yield part
         return
-    bucket_and_key(str(url))  # a fault of the url, before the work
-    name = cache.local_name(str(url))
-    with cache.scratch() as folder:
-        yield folder / name
-        write_file(folder / name, url)
+    bucket_and_key(str(url))  # an error before the work
+    with cache.tmp_dir() as folder:
+        yield folder / name_of(url)
+        write_file(folder / name_of(url), url)
 
 
 @contextmanager
 def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
-    called `last` does so after all others, so that its presence means that all are there. If `url` is to be `new`, it
-    must not hold any then."""
+    called `last` after all others, so that its presence means that all are there. If `url` is to be `new`, it must
+    not hold any then."""
     if not is_s3(url):
         with atomic_files(url, last, new) as folder:
             yield folder
         return
-    exists(join(url, last))  # which raises if there is no such bucket, before the work
-    with cache.scratch() as folder:
+    exists(join(url, last))  # raises if there is no such bucket, before the work
+    with cache.tmp_dir() as folder:
         yield folder
         remove(join(url, last))  # of what was there before
         written: dict[str, Hashable] = {}
@@ -190,8 +176,10 @@ def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Pa
 
 
 def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: str) -> None:
-    """Raises OSError in one line if another process wrote to some of the files meanwhile: of a mixture, the file `last`
-    is not there. A server has no lock; whoever finds the other's file takes its own `last` back."""
+    """Raises FileError if another process wrote to some of the files meanwhile, and leaves no mixture with `last`.
+
+    A server has no lock: a writer that finds the other's file takes its own `last` back.
+    """
     there = {name: version(join(url, name)) for name in written if exists(join(url, name))}
     if there != written:
         if there.get(last) == written[last]:
@@ -200,9 +188,10 @@ def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: 
 
 
 def write_file(file: Path, url: str | Path) -> None:
-    """Copies the file `file` of this machine to `url`, where it appears whole or not at all."""
+    """Copies the local `file` to `url`, where it appears whole or not at all."""
     if is_s3(url):
-        s3.upload(file, str(url))
+        with file.open("rb") as data:
+            s3.upload(data, str(url))
         return
     with atomic_path(url) as part:
         shutil.copyfile(file, part)
@@ -211,7 +200,7 @@ def write_file(file: Path, url: str | Path) -> None:
 def write_text(url: str | Path, text: str) -> None:
     """Writes `text` to `url` as UTF-8, whole or not at all."""
     if is_s3(url):
-        s3.put(str(url), utf8(text, url))
+        s3.upload(io.BytesIO(utf8(text, url)), str(url))
     else:
         write_local_text(url, text)
 
@@ -219,7 +208,7 @@ def write_text(url: str | Path, text: str) -> None:
 def create(url: str | Path, data: bytes) -> bool:
     """Writes `data` to `url` unless something is there, and says whether it did: of all who try, one is first.
 
-    `data` must tell this writer from all others. Raises OSError in one line if the server cannot do that.
+    `data` must tell this writer from all others. Raises NotOffered if the server cannot do that.
     """
     return s3.create(str(url), data) if is_s3(url) else create_file(url, data)
 
@@ -227,14 +216,14 @@ def create(url: str | Path, data: bytes) -> bool:
 def remove(url: str | Path) -> None:
     """Deletes the file at `url`, if there is one."""
     if is_s3(url):
-        s3.remove(str(url))
+        s3.remove(*bucket_and_key(str(url)))
     else:
         Path(url).unlink(missing_ok=True)
 
 
 def remove_folder(folder: str | Path, first: str = "") -> None:
     """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
-    that looks whole. Of a link to a folder, the link alone goes."""
+    that looks whole. Of a link to a folder, only the link is deleted."""
     if not is_s3(folder) and Path(folder).is_symlink():
         Path(folder).unlink()
         return
@@ -243,19 +232,19 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
     if is_s3(folder):
         bucket, _ = bucket_and_key(join(folder, ""))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            list(pool.map(lambda one: remove(f"s3://{bucket}/{one.key}"), list(s3.list_objects(join(folder, "")))))
+            list(pool.map(lambda entry: s3.remove(bucket, entry.key), list(s3.list_objects(join(folder, "")))))
     elif Path(folder).is_dir():
         shutil.rmtree(folder)
 
 
-def remove_unfinished(folder: str | Path, older_s: float = 0.0) -> None:
+def remove_unfinished(folder: str | Path) -> None:
     """Deletes what killed writers left in `folder`: temporary files, or uploads that never came to their end.
 
-    Only what is older than `older_s`: with 0, somebody else who is writing there now gets an OSError.
+    A process that is writing there now gets an OSError.
     """
     if is_s3(folder):
-        s3.abort_uploads(join(folder, ""), older_s)
+        s3.abort_uploads(join(folder, ""), 0.0)
         return
-    for left in Path(folder).glob(".*.tmp*") if Path(folder).is_dir() else ():
-        if left.is_file() and time.time() - left.stat().st_mtime >= older_s:
+    for left in Path(folder).glob(".*.tmp*"):
+        if left.is_file():
             left.unlink(missing_ok=True)

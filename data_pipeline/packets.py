@@ -38,7 +38,7 @@ def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterat
         with av.open(f"file:{path}", "r", **only) as container:  # else a name could be taken for a protocol
             yield container
         return
-    with storage.opened(path, buffer_bytes) as file, av.open(file, "r", **only) as container:
+    with storage.open(path, buffer_bytes) as file, av.open(file, "r", **only) as container:
         yield container
 
 

@@ -138,7 +138,7 @@ class Shards:
             with self._looking[shard]:
                 self._require_hope(shard)
                 try:
-                    copy = held.enter_context(storage.copy_of(url, info.bytes, info.sha256))
+                    copy = held.enter_context(storage.cached_file(url, info.bytes, info.sha256))
                 except Damaged as error:
                     raise self._found(shard, error.fault) from error
             yield copy

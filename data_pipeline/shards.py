@@ -157,7 +157,7 @@ def find_strange(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tupl
 
 def clip_layout(url: str, entry: Entry) -> Layout:
     """What the tensors of a clip are."""
-    with storage.opened(url, entry.size) as file:
+    with storage.open(url, entry.size) as file:
         return _read_layout(file, url, entry)[0]
 
 
@@ -166,7 +166,7 @@ def read_clip_into(url: str, entry: Entry, layout: Layout, rows: Mapping[str, me
 
     Raises ValueError if the clip is damaged or has another layout.
     """
-    with storage.opened(url, entry.size) as file:
+    with storage.open(url, entry.size) as file:
         found, first = _read_layout(file, url, entry)
         if found != layout:
             raise UserError(f"{url}: clip {entry.key} has {found}, others {layout}; {VERIFY}")

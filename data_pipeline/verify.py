@@ -74,7 +74,7 @@ class _Members(NamedTuple):
 def _read_members(url: str, shapes: Shapes) -> tuple[str, _Members | None]:
     """The SHA-256 of a tar and what lies in it, from one pass over its bytes; None if it is no tar."""
     found = None
-    with storage.opened(url, storage.WHOLE_BYTES) as file:
+    with storage.open(url, storage.WHOLE_BYTES) as file:
         read = _Hashed(file)
         with (
             suppress(tarfile.TarError, *DAMAGE),

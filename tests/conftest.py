@@ -11,7 +11,8 @@ from tiny_recordings import EPISODES, write_recording
 from tiny_training import ALONE, STEPS, run
 from tiny_world import DIT, GAME, write_codec
 
-from configs import s3_client, to_dict
+from configs import to_dict
+from configs.s3 import client
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from model.flow import FlowMatchConfig
@@ -34,7 +35,7 @@ def s3(tmp_path_factory):
         patch.setenv("WORLDLOOM_CACHE", str(cache))
         for name, value in s3_server.environment(server.url).items():
             patch.setenv(name, value)
-        s3_client.client().create_bucket(Bucket=BUCKET)
+        client().create_bucket(Bucket=BUCKET)
         yield server
     server.stop()
 

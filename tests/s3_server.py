@@ -15,7 +15,7 @@ import time
 import uuid
 from pathlib import Path
 
-from configs import s3_client
+from configs.s3 import client
 
 PROGRAMS = ("ceph", "ceph-authtool", "ceph-mon", "ceph-osd", "monmaptool", "radosgw", "radosgw-admin")
 INSTALL = "apt-get install --no-install-recommends radosgw ceph-mon ceph-osd ceph-common"
@@ -212,7 +212,7 @@ def main() -> None:
             print(f"# an emulator, which forgets everything when it ends; for Ceph, as root: {INSTALL}")
         exported = environment(server.url)
         os.environ.update(exported)
-        s3_client.client().create_bucket(Bucket="demo")
+        client().create_bucket(Bucket="demo")
         print(*(f"export {name}={value}" for name, value in exported.items()), sep="\n", flush=True)
         signal.pause()
     except KeyboardInterrupt:

@@ -16,18 +16,17 @@ from fault_proxy import Fault
 from test_storage import unfinished_uploads
 from tiny_training import ROOT
 
-from configs import s3, s3_client, storage
+from configs import s3, storage
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
 
 
 @pytest.fixture
 def few_attempts(monkeypatch):
-    monkeypatch.setattr(s3_client, "ATTEMPTS", 3)
-    monkeypatch.setattr(s3_client, "LONGEST_PAUSE_S", 0.1)
-    s3_client._client.cache_clear()
+    monkeypatch.setattr(s3, "ATTEMPTS", 3)
+    s3._client.cache_clear()
     yield
-    s3_client._client.cache_clear()
+    s3._client.cache_clear()
 
 
 @pytest.fixture
@@ -59,7 +58,7 @@ def test_refusals_that_pass_are_repeated_as_often_as_what_is_broken(bucket_folde
     fault = proxy.add(Fault(kind, "a.txt"))
     with pytest.raises(OSError, match=r"a\.txt: "):
         storage.read_bytes(url)
-    assert fault.met == s3_client.ATTEMPTS
+    assert fault.met == s3.ATTEMPTS
 
 
 @pytest.mark.parametrize("kind", ["busy", "broken", "dropped"])
@@ -71,10 +70,10 @@ def test_requests_that_fail_for_good_are_one_line(bucket_folder, proxy, few_atte
         with pytest.raises(OSError, match=r"a\.txt: ") as said:
             action(url)
         assert "\n" not in str(said.value) and s3_server.SECRET_KEY not in str(said.value)
-        assert fault.met == s3_client.ATTEMPTS
+        assert fault.met == s3.ATTEMPTS
 
 
-def test_a_body_that_breaks_off_is_continued_where_it_stopped(bucket_folder, proxy) -> None:
+def test_a_body_that_breaks_off_is_asked_for_again(bucket_folder, proxy) -> None:
     url, data = storage.join(bucket_folder, "a.bin"), os.urandom(1 << 20)
     write(url, data)
     fault = proxy.add(Fault("cut", "^GET ", times=4))
@@ -110,7 +109,7 @@ def test_bytes_that_change_on_their_way_are_noticed(bucket_folder, proxy, few_at
 
 
 def test_a_server_that_stops_speaking_is_asked_again(bucket_folder, proxy, monkeypatch, few_attempts) -> None:
-    monkeypatch.setattr(s3_client, "SILENT_S", 0.5)
+    monkeypatch.setattr(s3, "SILENT_S", 0.5)
     url = storage.join(bucket_folder, "a.txt")
     storage.write_text(url, "text")
     slow = proxy.add(Fault("slow", "^GET ", times=1, seconds=0.2))
@@ -234,7 +233,7 @@ def test_a_read_survives_a_server_that_is_killed_and_restarted(s3, bucket_folder
     write(url, data)
     cut = proxy.add(Fault("cut", "^GET .*large.bin", times=1))
     held = proxy.add(Fault("held", "^GET .*large.bin", times=1))  # what goes on where the body was cut
-    with ThreadPoolExecutor(1) as pool, storage.opened(url) as file:
+    with ThreadPoolExecutor(1) as pool, storage.open(url) as file:
         reading = pool.submit(storage.read_bytes, url)
         while not held.met:
             time.sleep(0.01)

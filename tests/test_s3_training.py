@@ -68,7 +68,7 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     assert not [name for name in left if name.startswith("step_") and name[:12] not in ("step_0000004", "step_0000008")]
     assert not [name for name in left if name.endswith(".claim")] and "metrics.jsonl" in left
     assert unfinished_uploads(*s3.bucket_and_key(f"{bucket_folder}/")) == []
-    assert not list((tmp_path / "cache" / "scratch").glob("*/*"))
+    assert not list((tmp_path / "cache" / "tmp").glob("*/*"))
 
     newest = find_checkpoint(bucket_folder)
     words = [str(storage.local(storage.join(newest, "config.yaml")))]

@@ -142,7 +142,7 @@ class Saver:
         """Writes this rank's part to this machine's disk: where it is then, until the stack is closed."""
         name = state_file(self.engine.accelerator.process_index)
         with ExitStack() as stack:
-            place = stack.enter_context(cache.scratch()) if self.remote else Path(folder) / TRAINER
+            place = stack.enter_context(cache.tmp_dir()) if self.remote else Path(folder) / TRAINER
             if self.engine.writes_state:
                 save_weights(tensors, place / name, {**metadata, **checksums(tensors)})
             return place / name, stack.pop_all()

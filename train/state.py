@@ -97,7 +97,7 @@ class SavedState:
         self.runs: dict[str, list[tuple[int, LazyWeights]]] = {}
         self.steps, self.paths = 0, list(paths)
         for path in self.paths:
-            file = read_weights(path, partial(storage.opened, buffer_bytes=1))
+            file = read_weights(path, partial(storage.open, buffer_bytes=1))
             if STARTS not in file.metadata:
                 raise UserError(f"{path} holds weights, but no state of a training run")
             with reading(path):
@@ -159,7 +159,7 @@ def _reading_copy(path: str | Path, copies: ExitStack) -> Callable[[str], Tensor
 
     def read(name: str) -> Tensor:
         if not copied:
-            copied.append(open_weights(copies.enter_context(storage.borrowed(path))))
+            copied.append(open_weights(copies.enter_context(storage.cached_file(path))))
         return copied[0].read(name)
 
     return read

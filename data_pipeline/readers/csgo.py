@@ -121,7 +121,7 @@ def open_hdf5(path: Path) -> Iterator[Any]:
     h5py = import_extra("h5py", "CS:GO recordings")
     with reading(path):
         try:
-            with h5py.File(storage.opened(path) if storage.is_s3(path) else path, "r") as file:
+            with h5py.File(storage.open(path) if storage.is_s3(path) else path, "r") as file:
                 yield file
         except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
             raise UserError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error

@@ -101,7 +101,7 @@ def opened_log(path: Path) -> Iterator[io.TextIOWrapper]:
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
     # Bytes that are no UTF-8 become \\xff, so that the row can be named, and rows that do not count may hold any.
-    with reading(path), storage.opened(path) as file:
+    with reading(path), storage.open(path) as file:
         yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
 
 

@@ -46,11 +46,11 @@ def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
 
 def _read_table(path: Path, columns: Sequence[str]) -> Any:
     parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
-    with storage.opened(path) as file:
+    with storage.open(path) as file:
         names = parquet.read_schema(file).names
     wanted = [name for name in names if name in columns or name.startswith(tuple(c for c in columns if c[-1] == "/"))]
     missing = [name for name in columns if name not in wanted and name[-1] != "/"]
     if missing:
         raise UserError(f"{path} lacks the columns {', '.join(missing)}")
-    with storage.opened(path) as file:
+    with storage.open(path) as file:
         return parquet.read_table(file, columns=wanted)

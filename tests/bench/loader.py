@@ -116,7 +116,7 @@ def read_bare(shards: Shards, clips: int, buffers: Sequence[memoryview]) -> None
     left = sum(entry.size for _, entry in shards.places[:clips])
     turns = cycle(buffers)
     for path, info in shards.shards:
-        with storage.opened(shard_url(path, info)) as file:
+        with storage.open(shard_url(path, info)) as file:
             while left > 0 and (read := file.readinto(next(turns))):
                 left -= read
 
