@@ -19,7 +19,7 @@ from data_pipeline.readers.recording import BAD_RECORDING
 from data_pipeline.types import Clip, Episode
 from data_pipeline.video import to_video
 from model.codec import TEMPORAL, Codec
-from model.conditioning import MASK_CHANNELS
+from model.inputs import MASK_CHANNELS
 from model.vision import VisionTower, image_conditions, visual_context
 
 T = TypeVar("T")

@@ -18,8 +18,7 @@ from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, clip_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import TEMPORAL, Codec, codec_hash
-from model.conditioning import Unknown
-from model.layout import CHUNK_FRAMES, Layout
+from model.layout import CHUNK_FRAMES, CondFill, Layout
 from model.vision import Vision, vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
@@ -46,7 +45,7 @@ class EncodeConfig:
     heldout_every: int = 10  # every n-th episode is held out; 0 holds out nothing
     vision: Vision = "none"  # CLIP tokens of each clip's first frame, for a model with that model.vision
     vision_weights: str | None = None  # of CLIP's vision tower
-    unknown: Unknown = "zeros"  # grey: each clip carries its first frame's conditioning as the released models have it
+    unknown: CondFill = "zeros"  # grey: each clip carries its first frame's conditioning as the released models have it
     # Runs of frames, of all episodes of a shard, that the codec encodes at once. Few, so that the next ones are decoded
     # meanwhile; and tensors above 32 MB are given back to the system after every use (glibc), which cost as much time
     # as the encoding. It is part of the plan: in another batch, a product may round its last bit differently.

@@ -9,8 +9,7 @@ import torch
 
 from configs.errors import UserError
 from configs.game import ActionSpace, GameConfig
-from model.conditioning import Unknown
-from model.layout import Layout
+from model.layout import CondFill, Layout
 from model.vision import Vision
 
 
@@ -131,7 +130,7 @@ class Manifest:
     plan_hash: str  # over everything that decides what is in the shards
     split: str  # train or heldout
     vision: Vision = "none"  # CLIP tokens that the clips carry
-    unknown: Unknown = "zeros"  # of the conditioning's latents that are not given; grey: the clips carry it
+    unknown: CondFill = "zeros"  # of the conditioning's latents that are not given; grey: the clips carry it
     shards: tuple[ShardInfo, ...] = field(default_factory=tuple)
 
     @property

@@ -231,7 +231,7 @@ class ActionDiT(nn.Module):
     ) -> Tensor:
         """Velocity (b c f h w) float32 of noisy latents x (b c f h w).
 
-        `timestep` = 1000 sigma, a float, (b) or (b f); `cond` (b 4+c f h w) from `conditioning.condition`; `keyboard`
+        `timestep` = 1000 sigma, a float, (b) or (b f); `cond` (b 4+c f h w) from `inputs.condition`; `keyboard`
         (b f window k) and `mouse` (b f window 2) from `action_windows`, None for no such input; `visual` (b m img_dim).
 
         A causal model takes a clip from its first frame on, whose frames see what the mask lets them; or, with a

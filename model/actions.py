@@ -1,6 +1,5 @@
 """Keyboard and mouse: windows of actions per latent frame, and the module that lets tokens attend to them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,19 +70,6 @@ class ActionConfig:
 def action_rotation(config: ActionConfig, f: int, start: int = 0, device: torch.device | None = None) -> Tensor:
     """Rotations (f 1 e) that place `f` latent frames in time, the first at latent frame `start`."""
     return time_rotation(f, config.rope_dim_list[0], start, config.rope_theta, device)
-
-
-def action_windows(actions: Tensor, ends: Sequence[int], window: int = 12) -> Tensor:
-    """Windows (b f window k) of actions (b n k) for latent frames that end with pixel frames `ends`.
-
-    Latent i sees rows ends[i] - window ... ends[i] - 1, row 0 in place of negative ones: the actions that led to its
-    last frame, never that frame's own action, which leads to the next frame.
-    """
-    if max(ends) > actions.shape[1]:
-        raise UserError(f"{actions.shape[1]} actions for latents that end at frame {max(ends)}: give one per frame")
-    last = torch.tensor(list(ends), device=actions.device)[:, None]
-    rows = (last + torch.arange(-window, 0, device=actions.device)).clamp(min=0)
-    return actions[:, rows]
 
 
 class StoredScale(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configs.errors import UserError
-from model.conditioning import Unknown
+from model.layout import CondFill
 from model.limits import MANY, require_between
 
 
@@ -27,7 +27,7 @@ class CausalConfig:
     positions: Literal["absolute", "relative"] = "absolute"
     context_noise: float = 0.0  # noise level (sigma) at which a finished block enters the cache
     # Conditioning of the latents that are not given: zeros, or the codec's latents of mid-grey frames (official files).
-    unknown: Unknown = "zeros"
+    unknown: CondFill = "zeros"
 
     def __post_init__(self) -> None:
         require_between("model.causal.", 1, MANY, block=self.block)

@@ -17,8 +17,8 @@ from configs import build_from
 from configs.errors import UserError
 from configs.files import sha256_file
 from configs.foreign import reading
-from model.conditioning import masked
 from model.foreign import load_foreign, read_json
+from model.inputs import with_mask
 from model.limits import MANY, WIDE, require_between
 from model.weights import LazyWeights, lazily, require_same_tensors
 
@@ -155,7 +155,7 @@ def image_conditions(codec: "Codec", image: Tensor, latents: int) -> Iterator[Te
     while True:
         first = state is None
         encoded, state = codec.encode_stream(video, state)
-        yield masked(encoded, known=int(first))
+        yield with_mask(encoded, known=int(first))
         video = grey
 
 

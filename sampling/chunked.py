@@ -2,15 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
 from data_pipeline.video import to_uint8, to_video
-from model.actions import action_windows
-from model.conditioning import condition
-from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, latent_ends
+from model.inputs import condition, model_inputs
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
+from model.noise import seeded_noise
 from model.world import WorldModel
 from sampling.denoising import Denoising, Rows, Velocity, guide, integrate
 
@@ -43,19 +42,10 @@ def rollout(
         yield frames_made
 
 
-def seeded_generator(*key: int) -> torch.Generator:
-    """A CPU generator that depends on every number of `key`; neighbouring keys give unrelated numbers."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
-
-
 def draw_noise(like: Tensor, latents: int, seeds: Sequence[int], chunk: int) -> Tensor:
     """Noise (b c f h w) of `latents` frames with the other sizes of `like`; a function of each seed and the chunk."""
-    channels, height, width = like.shape[1], like.shape[3], like.shape[4]
-    drawn = []
-    for seed in seeds:
-        drawn.append(torch.randn(channels, latents, height, width, generator=seeded_generator(seed, chunk)))
-    return torch.stack(drawn).to(like.device)
+    _, channels, _, height, width = like.shape
+    return seeded_noise((channels, latents, height, width), seeds, chunk).to(like.device)
 
 
 @torch.inference_mode()
@@ -73,12 +63,12 @@ def denoise(
     the slots of the known latents carry them at the current noise level, with one fixed noise, and the conditioning
     carries them clean; only the other slots are integrated. `visual` (b m c) are the tokens of the first known frame.
     """
-    count, ends = known.shape[2], latent_ends("chunked", noise.shape[2])
+    count = known.shape[2]
     cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
 
     def answer(rows: Rows) -> Velocity:
-        keyboard, mouse = (action_windows(one, ends) if one.shape[-1] else None for one in rows)
-        return lambda x, timestep: world.dit(x, timestep, cond, keyboard, mouse, visual)
+        given = model_inputs(world.dit, rows, "chunked", cond, visual)
+        return lambda x, timestep: world.dit(x, timestep, **given)
 
     made = actions[0].shape[1] - CHUNK_FRAMES * (count // CHUNK_LATENTS)  # rows of frames that are not known
     velocity = guide(answer, actions, made, denoising.guidance)

@@ -26,6 +26,7 @@ from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.layout import CHUNK_FRAMES
 from model.limits import require_device
+from model.loss import NoiseSample, sigma_bins, velocity_error
 from model.world import (
     Precision,
     Weights,
@@ -40,16 +41,7 @@ from sampling.denoising import Denoising
 from sampling.films import Film, held_film, replay_film, write_film
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import Compared, compared, write_page
-from sampling.scores import (
-    Draw,
-    action_loss_table,
-    action_variants,
-    first_latents,
-    picture_statistics,
-    psnr,
-    sigma_bins,
-    velocity_error,
-)
+from sampling.scores import action_loss_table, action_variants, first_latents, picture_statistics, psnr
 from sampling.scripts import Scripted
 from sampling.trials import (
     Replay,
@@ -172,7 +164,7 @@ def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figu
     batch = Stream(config.manifest, clips, config.seed, workers=0).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
     kinds = {
-        f"{name}_chunk": first_latents(batch, count * world.block, world.layout)
+        f"{name}_chunk": first_latents(batch, count * world.block, world.layout, world.codec.config.temporal)
         for name, count in (("first", 1), ("next", 2))
     }
     kinds = {name: part for name, part in kinds.items() if part is not None}
@@ -183,7 +175,7 @@ def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figu
             losses: dict[str, dict[str, Tensor]] = {variant: {} for variant in variants}
             for name, levels in bins:
                 sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
-                draw = Draw(sigma, torch.randn(part.latents.shape, generator=generator))
+                draw = NoiseSample(sigma, torch.randn(part.latents.shape, generator=generator))
                 for variant, acted in variants.items():
                     losses[variant][name] = loss_of_clips(world, acted, draw, config.batch)
                 progress.update()
@@ -191,7 +183,7 @@ def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figu
     return tables
 
 
-def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Tensor:
+def loss_of_clips(world: WorldModel, clips: Batch, draw: NoiseSample, batch: int) -> Tensor:
     """The loss (b) of the newest chunk or block on the CPU, `batch` clips at a time."""
     latents, causal = clips.latents.shape[2], world.dit.config.causal
     given = 1 if latents == world.block else world.block
@@ -203,7 +195,7 @@ def loss_of_clips(world: WorldModel, clips: Batch, draw: Draw, batch: int) -> Te
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
         some = clips[part].to(world.device)
-        noise = Draw(sigma[part].to(world.device), draw.noise[part].to(world.device))
+        noise = NoiseSample(sigma[part].to(world.device), draw.noise[part].to(world.device))
         error = velocity_error(world.dit, world.flow, some, known, noise, world.layout)
         parts.append(error[:, given:].mean(dim=1).cpu())
     return torch.cat(parts)

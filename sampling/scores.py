@@ -1,53 +1,17 @@
 """Figures of a model and of its pictures: held-out velocity loss, PSNR, drift."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import cv2
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_pipeline.types import Batch
-from model.actions import action_windows
-from model.conditioning import condition, masked
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, Layout, latent_ends
-
-SIGMA_BINS = 4  # of equal width over [0, 1]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Noise levels and the noise of each clip; used for all action variants, so that their losses can be subtracted."""
-
-    sigma: Tensor  # (b), or (b f) for a model that takes one per latent frame
-    noise: Tensor  # (b c f h w)
-
-
-def velocity_error(
-    dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw, layout: Layout = "chunked"
-) -> Tensor:
-    """Mean squared velocity error (b f) of every latent frame, the first `known` of which the model is given.
-
-    `batch.latents` (b c f h w) in `layout` with the actions of their frames. Known latents are noised like all others
-    in the model's input and clean in its conditioning. Clips with `image_latents` give their first frame so.
-    """
-    x0 = batch.latents.float()
-    ends = latent_ends(layout, x0.shape[2])
-    keyboard, mouse = (action_windows(rows, ends) if rows.shape[-1] else None for rows in (batch.keyboard, batch.mouse))
-    noisy = flow.add_noise(x0, draw.noise, draw.sigma)
-    cond = condition(x0, known) if batch.image_latents is None else masked(batch.image_latents.float(), 1)
-    velocity = dit(noisy, flow.config.train_steps * draw.sigma, cond, keyboard, mouse, batch.visual)
-    error = (velocity.float() - flow.training_target(x0, draw.noise)).square()
-    return error.mean(dim=(1, 3, 4))
-
-
-def velocity_loss(
-    dit: nn.Module, flow: FlowMatch, batch: Batch, known: int, draw: Draw, layout: Layout = "chunked"
-) -> Tensor:
-    """Mean squared velocity error (b) of the latents after the first `known`."""
-    return velocity_error(dit, flow, batch, known, draw, layout)[:, known:].mean(dim=1)
+from model.loss import sigma_bins
 
 
 def cut_chunk(batch: Batch, index: int) -> Batch:
@@ -58,11 +22,11 @@ def cut_chunk(batch: Batch, index: int) -> Batch:
     return replace(batch, **cut, mouse=batch.mouse[:, frames])
 
 
-def first_latents(batch: Batch, count: int, layout: Layout) -> Batch | None:
+def first_latents(batch: Batch, count: int, layout: Layout, frames_per_latent: int) -> Batch | None:
     """The batch cut to the first `count` latents of its clips and their frames; None if they are shorter."""
     if batch.latents.shape[2] < count:
         return None
-    frames = latent_ends(layout, count)[-1] + 1
+    frames = latent_ends(layout, count, frames_per_latent)[-1] + 1
     given = batch.image_latents
     return replace(
         batch,
@@ -98,14 +62,6 @@ def action_variants(batch: Batch) -> dict[str, Batch]:
         variants["shuffled"] = replace(batch, keyboard=batch.keyboard[partner], mouse=batch.mouse[partner])
     still = {"keyboard": torch.zeros_like(batch.keyboard), "mouse": torch.zeros_like(batch.mouse)}
     return variants | {"none": replace(batch, **still)}
-
-
-def sigma_bins(flow: FlowMatch) -> list[tuple[str, Tensor]]:
-    """The training levels in bins of sigma: names such as `sigma_0.75-1.00`, levels (n); empty bins are left out."""
-    levels = flow.schedule(flow.config.train_steps).sigmas
-    index = (levels * SIGMA_BINS).long().clamp(0, SIGMA_BINS - 1)
-    names = [f"sigma_{i / SIGMA_BINS:.2f}-{(i + 1) / SIGMA_BINS:.2f}" for i in range(SIGMA_BINS)]
-    return [(names[i], levels[index == i]) for i in range(SIGMA_BINS) if (index == i).any()]
 
 
 def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> dict[str, dict[str, float]]:

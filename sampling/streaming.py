@@ -8,12 +8,10 @@ from torch import Tensor
 
 from configs.errors import UserError
 from data_pipeline.video import to_uint8
-from model.actions import action_windows
-from model.conditioning import condition
-from model.layout import latent_ends
+from model.inputs import condition, model_inputs
+from model.noise import seeded_noise
 from model.vision import image_conditions
 from model.world import WorldModel
-from sampling.chunked import seeded_generator
 from sampling.denoising import Denoising, Rows, Velocity, denoise_in_few_steps, guide, integrate
 
 
@@ -65,12 +63,10 @@ class Stream:
         cond, flow = next(self._conditions), self.world.flow
 
         def answer(rows: Rows) -> Velocity:
-            windows = self._windows(rows)
-            return lambda x, timestep: self.world.dit(x, timestep, cond, *windows, cache=self.cache)
+            given = self._inputs(rows, cond)
+            return lambda x, timestep: self.world.dit(x, timestep, **given, cache=self.cache)
 
-        # What stands before the very first row is that row again.
-        made = rows[0].shape[1] if self.blocks == 0 else keyboard.shape[1]
-        velocity = guide(answer, rows, made, self.denoising.guidance)
+        velocity = guide(answer, rows, keyboard.shape[1], self.denoising.guidance)
         if self.denoising.few_steps:
             latents = denoise_in_few_steps(velocity, flow, self._noise, self.denoising.few_steps, self._known)
         else:
@@ -85,12 +81,13 @@ class Stream:
 
     def _finish(self, latents: Tensor, cond: Tensor, rows: Rows) -> Tensor:
         """One more pass over the finished block, which fills the caches, and its frames."""
-        windows, flow, level = self._windows(rows), self.world.flow, self.denoising.context_noise
+        flow, level = self.world.flow, self.denoising.context_noise
         level = self.causal.context_noise if level is None else level
         sigma = torch.full((len(latents),), level, device=latents.device)
         x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
-        self.world.dit(x, flow.config.train_steps * sigma, cond, *windows, cache=self.cache, keep=True)
-        past = rows[0].shape[1] - self._window
+        given = self._inputs(rows, cond)
+        self.world.dit(x, flow.config.train_steps * sigma, **given, cache=self.cache, keep=True)
+        past = max(0, rows[0].shape[1] - self._window)
         self._history = rows[0][:, past:], rows[1][:, past:]
         self.blocks, self._known = self.blocks + 1, None
         with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.world.dtype == torch.bfloat16):
@@ -101,15 +98,18 @@ class Stream:
         """Noise (b c f h w) that depends on each seed, the block and the level (-1: of the context)."""
         (_, rows, columns), (_, p, q) = self.cache.grid, self.world.dit.config.patch_size
         shape = (self.world.dit.config.out_dim, self.causal.block, rows * p, columns * q)
-        drawn = [torch.randn(shape, generator=seeded_generator(seed, self.blocks, level + 1)) for seed in self.seeds]
-        return torch.stack(drawn).to(self.world.device)
+        return seeded_noise(shape, self.seeds, self.blocks, level + 1).to(self.world.device)
 
     def _rows(self, keyboard: Tensor, mouse: Tensor) -> Rows:
-        """The rows of the next block behind the window's worth of those before it."""
+        """The rows of the next block behind those of the past that its windows may show."""
         check_actions(self.world, keyboard, mouse, len(self.seeds), self.frames_due)
         given = keyboard.to(self.world.device), mouse.to(self.world.device)
-        before = self._history or tuple(rows[:, :1].expand(-1, self._window, -1) for rows in given)
-        return torch.cat([before[0], given[0]], dim=1), torch.cat([before[1], given[1]], dim=1)
+        before = self._history
+        return (
+            given
+            if before is None
+            else (torch.cat([before[0], given[0]], dim=1), torch.cat([before[1], given[1]], dim=1))
+        )
 
     @property
     def _window(self) -> int:
@@ -117,17 +117,11 @@ class Stream:
         action = self.world.dit.config.action
         return 0 if action is None else action.window
 
-    def _windows(self, rows: Rows) -> tuple[Tensor | None, Tensor | None]:
-        """Windows of the next block's latents, from what `_rows` gave."""
-        action, temporal = self.world.dit.config.action, self.world.codec.config.temporal
-        if action is None:
-            return None, None
-        first = action.window if self.blocks == 0 else action.window + temporal - 1
-        ends = [first + end for end in latent_ends("continuous", self.causal.block)]
-        return (
-            action_windows(rows[0], ends, action.window) if action.enable_keyboard else None,
-            action_windows(rows[1], ends, action.window) if action.enable_mouse else None,
-        )
+    def _inputs(self, rows: Rows, cond: Tensor) -> dict[str, Tensor | None]:
+        """What the model is given for the next block, with actions as of `_rows`."""
+        # A later block's first latent ends with the last of its own frames.
+        offset = rows[0].shape[1] - self.frames_due + (self.world.codec.config.temporal - 1 if self.blocks else 0)
+        return model_inputs(self.world.dit, rows, "continuous", cond, offset=offset)
 
 
 def check_actions(world: WorldModel, keyboard: Tensor, mouse: Tensor, b: int, n: int) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from data_pipeline.types import Batch
 from model.action_dit import ActionDiT
-from model.conditioning import condition
 from model.flow import FlowMatch, FlowMatchConfig
+from model.inputs import condition
 from model.masks import CausalConfig
 from train.figures import Scale, StepFigures, describe
 from train.objectives import check_objective, make_objective
@@ -56,9 +56,11 @@ def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
     draw, seen = objective.draw(batch.latents, FLOW, make_draws(0, 0, 0, 2)), []
 
     class Watcher(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, *rest: Tensor) -> Tensor:
+        config = CAUSAL
+
+        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, **rest: Tensor) -> Tensor:
             seen.append((timestep, cond))
-            return dit(x, timestep, cond, *rest)
+            return dit(x, timestep, cond, **rest)
 
     again, _ = objective.loss(Watcher(), FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
     assert torch.equal(loss, again)

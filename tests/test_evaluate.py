@@ -21,6 +21,7 @@ from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
 from data_pipeline.types import Actions, Batch
 from data_pipeline.video import probe, write_video
 from model.flow import FlowMatch, FlowMatchConfig
+from model.loss import NoiseSample, sigma_bins, velocity_loss
 from model.masks import CausalConfig
 from model.world import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 from sampling.__main__ import VERBS
@@ -28,7 +29,6 @@ from sampling.evaluate import loss_of_clips
 from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
 from sampling.report import compared, write_page
 from sampling.scores import (
-    Draw,
     action_loss_table,
     action_variants,
     cut_chunk,
@@ -36,8 +36,6 @@ from sampling.scores import (
     other_episodes,
     picture_statistics,
     psnr,
-    sigma_bins,
-    velocity_loss,
 )
 
 FLOW = FlowMatch(FlowMatchConfig())
@@ -137,9 +135,9 @@ def random_batch(ids: tuple[str, ...] = ("a:0", "b:0", "c:0", "d:0"), latents: i
     return Batch(torch.randn(b, DIT.out_dim, latents, 4, 6, generator=generator), keyboard, mouse, ids)
 
 
-def random_draw(batch: Batch) -> Draw:
+def random_draw(batch: Batch) -> NoiseSample:
     generator = torch.Generator().manual_seed(2)
-    return Draw(torch.linspace(0.2, 0.9, len(batch.ids)), torch.randn(batch.latents.shape, generator=generator))
+    return NoiseSample(torch.linspace(0.2, 0.9, len(batch.ids)), torch.randn(batch.latents.shape, generator=generator))
 
 
 def test_the_true_velocity_has_no_loss() -> None:
@@ -147,7 +145,9 @@ def test_the_true_velocity_has_no_loss() -> None:
     draw = random_draw(batch)
 
     class Oracle(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
+        config = DIT
+
+        def forward(self, x: Tensor, timestep: Tensor, **rest: Tensor) -> Tensor:
             return draw.noise - batch.latents
 
     assert velocity_loss(Oracle(), FLOW, batch, 3, draw).max() == 0
@@ -159,7 +159,7 @@ def test_the_loss_of_a_clip_does_not_depend_on_the_other_clips_and_sees_its_acti
     with torch.inference_mode():
         together = velocity_loss(dit, FLOW, batch, 3, draw)
         one = Batch(batch.latents[2:3], batch.keyboard[2:3], batch.mouse[2:3], ("c:0",))
-        alone = velocity_loss(dit, FLOW, one, 3, Draw(draw.sigma[2:3], draw.noise[2:3]))
+        alone = velocity_loss(dit, FLOW, one, 3, NoiseSample(draw.sigma[2:3], draw.noise[2:3]))
         shuffled = velocity_loss(dit, FLOW, action_variants(batch)["shuffled"], 3, draw)
     assert alone.item() == pytest.approx(together[2].item(), rel=1e-5)  # float32 sums in another order
     assert (shuffled != together).all()
@@ -170,7 +170,9 @@ def test_known_latents_are_no_part_of_the_loss() -> None:
     draw = random_draw(batch)
 
     class RightAboutTheKnown(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor, *rest: Tensor) -> Tensor:
+        config = DIT
+
+        def forward(self, x: Tensor, timestep: Tensor, **rest: Tensor) -> Tensor:
             velocity = draw.noise - batch.latents
             velocity[:, :, 3:] += 1
             return velocity
@@ -195,10 +197,10 @@ def test_clips_are_cut_to_chunks_and_to_their_first_latents_with_the_actions_of_
     second = cut_chunk(batch, 1)
     assert torch.equal(second.latents, batch.latents[:, :, 3:]) and torch.equal(second.mouse, batch.mouse[:, 9:])
     longer = Batch(torch.zeros(4, 8, 9, 4, 6), torch.zeros(4, 33, 4), torch.zeros(4, 33, 2), batch.ids)
-    chunked, continuous = first_latents(longer, 6, "chunked"), first_latents(longer, 6, "continuous")
+    chunked, continuous = (first_latents(longer, 6, layout, 4) for layout in ("chunked", "continuous"))
     assert chunked is not None and continuous is not None
     assert (chunked.keyboard.shape[1], continuous.keyboard.shape[1]) == (18, 21) and chunked.latents.shape[2] == 6
-    assert first_latents(batch, 9, "chunked") is None
+    assert first_latents(batch, 9, "chunked", 4) is None
 
 
 def test_psnr_of_a_known_error() -> None:

@@ -12,9 +12,9 @@ from configs import load_config
 from configs.cli import Verb, run
 from configs.files import sha256_file
 from model.action_dit import ActionDiT, ActionDiTConfig
-from model.actions import action_windows
 from model.config import ModelConfig
 from model.info import info
+from model.inputs import action_windows
 from model.weights import load_into, load_weights, save_weights
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -161,13 +161,13 @@ def test_only_the_chosen_blocks_have_action_modules() -> None:
 
 def test_a_latent_sees_the_actions_that_led_to_it_and_never_its_own_last_frames() -> None:
     actions = torch.arange(9.0)[None, :, None].requires_grad_()  # row i holds i
-    windows = action_windows(actions, [0, 4, 8])
+    windows = action_windows(actions, [0, 4, 8], 12)
     assert windows[0, :, :, 0].tolist() == [[0] * 12, [0] * 8 + [0, 1, 2, 3], [0] * 4 + list(range(8))]
     for latent, end in enumerate([0, 4, 8]):
         (seen,) = torch.autograd.grad(windows[:, latent].sum(), actions, retain_graph=True)
         assert not seen[0, max(end, 1) :].any() and seen[0, max(end - 1, 0)] > 0
     with pytest.raises(ValueError, match="one per frame"):
-        action_windows(actions, [0, 4, 12])
+        action_windows(actions, [0, 4, 12], 12)
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

@@ -95,12 +95,14 @@ def test_actions_after_a_chunk_do_not_change_it(world: WorldModel) -> None:
 class Oracle(nn.Module):
     """The true velocity towards one clip."""
 
+    config = DIT
+
     def __init__(self, x0: Tensor) -> None:
         super().__init__()
         self.x0 = nn.Parameter(x0)
         self.noise = torch.zeros_like(x0)
 
-    def forward(self, x: Tensor, *rest: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, *rest: Tensor, **given: Tensor | None) -> Tensor:
         return self.noise - self.x0
 
 
@@ -120,7 +122,9 @@ def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: W
     noise, seen = draw_noise(x0, 6, [0], 1), []
 
     class Watcher(nn.Module):
-        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, *actions: Tensor) -> Tensor:
+        config = DIT
+
+        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, **actions: Tensor) -> Tensor:
             sigma = timestep[0] / 1000
             seen.append((x[:, :, :3] - (1 - sigma) * x0 - sigma * noise[:, :, :3]).abs().max().item())
             assert torch.equal(cond[:, 4:, :3], x0) and not cond[:, :, 3:].any() and (cond[:, :4, :3] == 1).all()

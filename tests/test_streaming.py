@@ -17,10 +17,9 @@ from configs.cli import run as run_words
 from data_pipeline.types import Actions
 from data_pipeline.video import probe, write_video
 from model.action_dit import ActionDiT
-from model.actions import action_windows
 from model.codec import load_codec
-from model.conditioning import condition
 from model.flow import FlowMatch, FlowMatchConfig
+from model.inputs import action_windows, condition
 from model.masks import CausalConfig
 from model.weights import load_into
 from model.world import WORLD_FILE, WorldModel, read_world_config
@@ -112,7 +111,9 @@ def test_blocks_see_the_windows_and_conditions_that_a_whole_clip_has(world: Worl
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
     whole = rows(33)
     handle = world.dit.register_forward_pre_hook(
-        lambda module, given, named: seen.append((given[2], given[3], given[4])) if named.get("keep") else None,
+        lambda module, given, named: (
+            seen.append((named["cond"], named["keyboard"], named["mouse"])) if named.get("keep") else None
+        ),
         with_kwargs=True,
     )
     stream = Stream(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
@@ -122,7 +123,7 @@ def test_blocks_see_the_windows_and_conditions_that_a_whole_clip_has(world: Worl
         frames = range(3 * block, 3 * block + 3)
         _, *windows = seen[-1]
         for one, window in zip(whole, windows, strict=True):
-            assert torch.equal(window, action_windows(one, [4 * i for i in frames]))
+            assert torch.equal(window, action_windows(one, [4 * i for i in frames], 12))
     handle.remove()
     known = world.codec.encode(random_video(1))
     clip = torch.cat([known, torch.zeros_like(known).expand(-1, -1, 8, -1, -1)], dim=2)

@@ -5,9 +5,11 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.stream import Stream
+from model.codec import TEMPORAL
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS, Layout
-from sampling.scores import action_variants, first_latents, velocity_loss
+from model.loss import velocity_loss
+from sampling.scores import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
 from train.objectives import make_objective
@@ -39,7 +41,8 @@ class Validation:
         for done in range(self.rounds):
             place = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(place).to(accelerator.device)
-            clips = first_latents(batch, CHUNK_LATENTS, self.layout) if self.known == 1 and not self.forcing else batch
+            chunk = first_latents(batch, CHUNK_LATENTS, self.layout, TEMPORAL)
+            clips = chunk if self.known == 1 and not self.forcing else batch
             assert clips is not None
             draws = make_draws(0, place, place * self.batch, self.batch)
             if self.forcing:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from model.action_dit import ActionDiTConfig
 from model.cost import training_flops
+from model.loss import SIGMA_BINS
 from model.memory import memory_gib
-from sampling.scores import SIGMA_BINS
 from train.objectives.base import Figures
 
 flops_of_pass = lru_cache(training_flops)  # counted once per shape: it builds the model, on the meta device

@@ -12,7 +12,7 @@ from configs.errors import UserError
 from data_pipeline.shards import load_manifest
 from data_pipeline.types import Batch
 from model.action_dit import ActionDiTConfig
-from model.codec import SPATIAL
+from model.codec import SPATIAL, TEMPORAL
 from model.cost import IMAGE_TOKENS
 from model.flow import FlowMatch
 from model.layout import Layout, latent_ends
@@ -196,7 +196,7 @@ class Rehearsal:
 def random_batch(config: TrainConfig, clip: ClipSize) -> Batch:
     """A batch of clips as the stream gives it."""
     b, model, action = config.batch, config.model, config.model.action
-    frames = latent_ends(clip.layout, clip.latents)[-1] + 1
+    frames = latent_ends(clip.layout, clip.latents, TEMPORAL)[-1] + 1
     latents = torch.zeros(b, model.out_dim, clip.latents, clip.rows, clip.columns, dtype=torch.bfloat16)
     keys = action.keyboard_dim_in if action and action.enable_keyboard else 0
     axes = action.mouse_dim_in if action and action.enable_mouse else 0

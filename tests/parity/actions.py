@@ -13,7 +13,7 @@ from model.flow import FlowMatch, FlowMatchConfig
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.denoising import denoise_in_few_steps
 from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
-from tests.parity.causal import causal_dit, model_inputs
+from tests.parity.causal import causal_dit, fixture_inputs
 from tests.parity.fixtures import Case, Fixture, Row, judge, unsupported
 
 
@@ -85,7 +85,7 @@ def pipeline(fixture: Fixture) -> Iterator[Row]:
     cache = dit.make_cache(len(noise), noise.shape[3], noise.shape[4], tensors.get("in.visual_context"))
     blocks = []
     for i in range(noise.shape[2] // n):
-        given = model_inputs(fixture, dit, n * i, n) | {"visual": None}
+        given = fixture_inputs(fixture, dit, n * i, n) | {"visual": None}
 
         def draw(level: int, i: int = i) -> Tensor:
             """The first noise, then those that follow each level."""

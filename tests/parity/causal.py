@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model.action_dit import ActionDiT
 from model.actions import ActionModule, action_rotation
+from model.inputs import model_inputs
 from model.kv_cache import KVCache, LayerPast, Window
 from model.masks import BlockCausalMask, CausalConfig
 from model.weights import load_into, load_weights
@@ -76,7 +77,7 @@ def causal_train(fixture: Fixture) -> Iterator[Row]:
         dit = causal_dit(fixture, int(window))
         timestep = tensors[f"in.{times}"]
         with torch.no_grad():
-            actual = dit(timestep=timestep, **model_inputs(fixture, dit, 0, tensors["in.x"].shape[2]))
+            actual = dit(timestep=timestep, **fixture_inputs(fixture, dit, 0, tensors["in.x"].shape[2]))
         yield judge(fixture, name, actual, tensors[f"out.{name}"])
 
 
@@ -89,7 +90,7 @@ def causal_stream(fixture: Fixture) -> Iterator[Row]:
     context = torch.full((len(clean), n), float(fixture.meta["context_timestep"]))
     with torch.no_grad():
         for i in range(clean.shape[2] // n):
-            given = model_inputs(fixture, dit, n * i, n) | {"visual": None}
+            given = fixture_inputs(fixture, dit, n * i, n) | {"visual": None}
             passes = [(f"p{j}", timestep.expand(len(clean), n)) for j, timestep in enumerate(tensors["in.t_passes"])]
             for name, timestep in [*passes, ("update", context)]:
                 update = name == "update"
@@ -128,16 +129,18 @@ def causal_dit(fixture: Fixture, local_attn_size: int, frames: int | None = None
     return dit
 
 
-def model_inputs(fixture: Fixture, dit: ActionDiT, start: int, n: int) -> dict[str, Tensor | None]:
+def fixture_inputs(fixture: Fixture, dit: ActionDiT, start: int, n: int) -> dict[str, Tensor | None]:
     """What latent frames `start` ... `start + n - 1` of a fixture's clip are given besides time."""
     tensors, frames, action = fixture.tensors, slice(start, start + n), dit.config.action
     assert action is not None
-    windows = {name: fixture_windows(tensors.get(f"in.{name}_cond"), action, n, start) for name in KINDS}
-    x = tensors.get("in.x")
-    given = {} if x is None else {"x": x[:, :, frames]}
-    return (
-        given | {"cond": tensors["in.cond_concat"][:, :, frames], "visual": tensors.get("in.visual_context")} | windows
+    rows, cond = (
+        (tensors.get("in.keyboard_cond"), tensors.get("in.mouse_cond")),
+        tensors["in.cond_concat"][:, :, frames],
     )
+    offset = start * action.vae_time_compression_ratio
+    given = model_inputs(dit, rows, "continuous", cond, tensors.get("in.visual_context"), offset)
+    x = tensors.get("in.x")
+    return given if x is None else given | {"x": x[:, :, frames]}
 
 
 def _causal(given: Mapping[str, Any], local_attn_size: int, frames: int | None = None) -> CausalConfig:

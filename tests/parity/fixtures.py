@@ -11,7 +11,9 @@ from torch import Tensor
 from configs import build
 from configs.errors import UserError
 from model.action_dit import ActionDiTConfig
-from model.actions import ActionConfig, action_windows
+from model.actions import ActionConfig
+from model.inputs import action_windows
+from model.layout import latent_ends
 from model.weights import load_weights
 
 Verdict = Literal["ok", "FAIL", "differs by design", "not supported"]
@@ -125,5 +127,5 @@ def fixture_windows(actions: Tensor | None, config: ActionConfig, f: int, start:
     """Windows (b f window k) of a fixture's actions (b n k) for latent frames from `start` on; None for none."""
     if actions is None:
         return None
-    ends = [config.vae_time_compression_ratio * i for i in range(start, start + f)]
+    ends = latent_ends("continuous", start + f, config.vae_time_compression_ratio)[start:]
     return action_windows(actions, ends, config.window)

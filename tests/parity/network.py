@@ -15,6 +15,7 @@ from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.actions import ActionConfig
 from model.flow import FlowMatch, FlowMatchConfig
+from model.inputs import model_inputs
 from model.layers import time_sinusoid
 from model.rope import rotate, time_rotation, video_rotation
 from model.vision import preprocess_image
@@ -27,7 +28,6 @@ from tests.parity.fixtures import (
     Row,
     Verdict,
     dit_config,
-    fixture_windows,
     judge,
     known_fields,
     unsupported,
@@ -159,11 +159,11 @@ def _velocity(fixture: Fixture, dit: ActionDiT, prefix: str, which: int, inputs:
     def given(name: str) -> Tensor | None:
         return inputs.get(name, fixture.tensors.get(prefix + name))
 
-    x, cond, config = given("x"), given("cond_concat"), dit.config.action
-    assert x is not None and cond is not None and config is not None
-    keyboard, mouse = (fixture_windows(given(name), config, x.shape[2]) for name in ("keyboard_cond", "mouse_cond"))
+    x, cond = given("x"), given("cond_concat")
+    assert x is not None and cond is not None
+    actions = given("keyboard_cond"), given("mouse_cond")
     timestep = fixture.tensors["in.t"][which].expand(len(x))
-    return dit(x, timestep, cond, keyboard, mouse, given("visual_context"))
+    return dit(x, timestep, **model_inputs(dit, actions, "continuous", cond, given("visual_context")))
 
 
 def _gradients(fixture: Fixture, dit: ActionDiT) -> Iterator[Row]:

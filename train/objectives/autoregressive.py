@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
-from sampling.scores import velocity_error
+from model.loss import velocity_error
 from train.config import require_within
 from train.objectives.base import Base, Figures, figures_after
 from train.objectives.draws import Draws

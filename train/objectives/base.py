@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
-from sampling.scores import Draw, cut_chunk, velocity_error
+from model.loss import NoiseSample, velocity_error
+from sampling.scores import cut_chunk
 from train.objectives.draws import Draws
 
 
@@ -22,7 +23,7 @@ class Figures:
     sequence: torch.Size  # (b c f h w) of the latents that the model was given
 
 
-def figures_after(known: int, error: Tensor, draw: Draw) -> Figures:
+def figures_after(known: int, error: Tensor, draw: NoiseSample) -> Figures:
     """Figures of velocity errors (b f). The first `known` latents are given, and no achievement: they may count for the
     gradient, but not for the figures."""
     sigma = draw.sigma if draw.sigma.ndim == 2 else draw.sigma[:, None].expand_as(error)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from configs.errors import UserError
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from sampling.scores import Draw, velocity_error
+from model.loss import NoiseSample, velocity_error
 from train.objectives.base import Figures, figures_after
 from train.objectives.draws import Draws
 
@@ -46,7 +46,7 @@ class DiffusionForcing:
             weight = schedule.training_weight(flow.config.train_steps * draw.sigma)
         return (error * weight).mean(), figures_after(1, error, draw)
 
-    def draw(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Draw:
+    def draw(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> NoiseSample:
         """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w); each sample's from its own
         generator."""
         f = latents.shape[2]
@@ -56,7 +56,7 @@ class DiffusionForcing:
             )
         sigmas = flow.schedule(flow.config.train_steps).sigmas.float()
         levels = torch.stack([self._levels(f // self.block, sigmas, generator) for generator in draws.samples])
-        return Draw(levels.repeat_interleave(self.block, dim=1).to(latents.device), draws.noise(latents))
+        return NoiseSample(levels.repeat_interleave(self.block, dim=1).to(latents.device), draws.noise(latents))
 
     def _levels(self, blocks: int, sigmas: Tensor, generator: torch.Generator) -> Tensor:
         """The noise level of each block of one clip."""

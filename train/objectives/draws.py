@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from model.flow import FlowMatch
-from sampling.chunked import seeded_generator
-from sampling.scores import Draw
+from model.loss import NoiseSample
+from model.noise import seeded_generator
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Draws:
         drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.samples]
         return torch.stack(drawn).to(like.device)
 
-    def draw(self, latents: Tensor, flow: FlowMatch) -> Draw:
+    def draw(self, latents: Tensor, flow: FlowMatch) -> NoiseSample:
         """A noise level per sample, uniform over the flow's training table, and noise for `latents` (b c f h w)."""
         sigmas = flow.schedule(flow.config.train_steps).sigmas
         index = [torch.randint(len(sigmas), (1,), generator=generator) for generator in self.samples]
-        return Draw(sigmas[torch.cat(index)].float().to(latents.device), self.noise(latents))
+        return NoiseSample(sigmas[torch.cat(index)].float().to(latents.device), self.noise(latents))
 
     def uniform(self) -> Tensor:
         """Numbers (b) in [0, 1)."""

@@ -1,0 +1,75 @@
+"""What the model is given besides noise and time: known latents behind a mask, windows of actions, image tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs.errors import UserError
+from model.action_dit import ActionDiTConfig
+from model.layout import Layout, latent_ends
+
+MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
+Rows = tuple[Tensor | None, Tensor | None]  # keyboard (b n k) and mouse (b n 2), one row per frame; None: no such input
+
+
+def config_of(dit: nn.Module) -> ActionDiTConfig:
+    """The settings of an ActionDiT, also of one inside a training engine's wrapper."""
+    inner: Any = getattr(dit, "module", dit)
+    return inner.config
+
+
+def model_inputs(
+    dit: nn.Module, actions: Rows, layout: Layout, cond: Tensor, visual: Tensor | None = None, offset: int = 0
+) -> dict[str, Tensor | None]:
+    """The keyword arguments of `ActionDiT.forward` besides noise and time, for the f latents of `cond` (b 4+c f h w).
+
+    `actions` hold a row per frame of these latents in `layout`, the first frame's at row `offset`, with as many rows
+    of the past before it. Branches that the model does not have, and action spaces without keys or mouse, give None.
+    `visual` (b m c) are image tokens.
+    """
+    action = config_of(dit).action
+    windows: list[Tensor | None] = [None, None]
+    if action:
+        ends = [offset + end for end in latent_ends(layout, cond.shape[2], action.vae_time_compression_ratio)]
+        for i, enabled in enumerate((action.enable_keyboard, action.enable_mouse)):
+            rows = actions[i]
+            if enabled and rows is not None and rows.shape[-1]:
+                windows[i] = action_windows(rows, ends, action.window)
+    return {"cond": cond, "keyboard": windows[0], "mouse": windows[1], "visual": visual}
+
+
+def action_windows(actions: Tensor, ends: Sequence[int], window: int) -> Tensor:
+    """Windows (b f window k) of actions (b n k) for latent frames that end with pixel frames `ends`.
+
+    Latent i sees rows ends[i] - window ... ends[i] - 1, row 0 in place of negative ones: the actions that led to its
+    last frame, never that frame's own action, which leads to the next frame.
+    """
+    if max(ends) > actions.shape[1]:
+        raise UserError(f"{actions.shape[1]} actions for latents that end at frame {max(ends)}: give one per frame")
+    last = torch.tensor(list(ends), device=actions.device)[:, None]
+    rows = (last + torch.arange(-window, 0, device=actions.device)).clamp(min=0)
+    return actions[:, rows]
+
+
+def condition(latents: Tensor, known: int) -> Tensor:
+    """The conditioning (b 4+c f h w) of `latents` (b c f h w) whose first `known` latent frames are given.
+
+    The other latents are zero, the mean of a normalised latent. `known` is 1 for a prompt frame, 3 for a context chunk.
+    """
+    if not 0 <= known <= latents.shape[2]:
+        raise UserError(f"{known} known latent frames in a clip of {latents.shape[2]}")
+    zeros = torch.zeros_like(latents[:, :, known:])
+    return with_mask(torch.cat([latents[:, :, :known], zeros], dim=2), known)
+
+
+def with_mask(latents: Tensor, known: int) -> Tensor:
+    """(b 4+c f h w): the mask, 1 at the first `known` latent frames, before `latents` (b c f h w) as they are.
+
+    With the latents of an image and grey frames this is the released models' conditioning; `known` is 1, or 0 if the
+    image came earlier.
+    """
+    mask = torch.zeros_like(latents[:, :1])
+    mask[:, :, :known] = 1
+    return torch.cat([mask.repeat_interleave(MASK_CHANNELS, dim=1), latents], dim=1)
