@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from configs.errors import UserError
-from configs.game import ActionSpace, GameConfig
+from configs.game import GameConfig
 from model.layout import CondFill, Layout
 from model.vision import Vision
 
@@ -27,30 +28,38 @@ class Actions:
         return Actions(self.keyboard[rows], self.mouse[rows])
 
 
-class Episode(Protocol):
-    """One recording, whatever format it came in."""
+@dataclass(frozen=True)
+class Footage:
+    """The pictures of a recording, decoded when asked for."""
 
-    @property
-    def id(self) -> str: ...
+    path: Path  # the video, or what else holds the pictures
+    frames: int
+    height: int  # px
+    width: int  # px
+    read: Callable[[int, int], Iterator[np.ndarray]]  # frames start to before stop, (h w 3) uint8 RGB, as recorded
+    is_video: bool = True
+    changes: str = ""  # what is done to the stored pictures to show them as a player does, in words
 
-    @property
-    def fps(self) -> float: ...
 
-    @property
-    def height(self) -> int: ...
+@dataclass(frozen=True)
+class Episode:
+    """A span of a recording's frames with their actions, whatever format it came in."""
 
-    @property
-    def width(self) -> int: ...
-
-    @property
-    def action_space(self) -> ActionSpace: ...
-
-    @property
-    def actions(self) -> Actions: ...
+    id: str
+    actions: Actions  # (n) rows, one per frame of the episode
+    footage: Footage
+    first: int  # recorded frame
+    stop: int  # one past the last recorded frame
+    shown: np.ndarray | None = None  # (stop - first) how often each recorded frame comes; once without
 
     def frames(self) -> Iterator[np.ndarray]:
-        """Every frame in order, (h w 3) uint8 RGB."""
-        ...
+        """Every frame in order, (h w 3) uint8 RGB, as recorded."""
+        recorded = self.footage.read(self.first, self.stop)
+        if self.shown is None:
+            yield from recorded
+        else:
+            for frame, times in zip(recorded, self.shown.tolist(), strict=True):
+                yield from repeat(frame, times)
 
 
 @dataclass(frozen=True)

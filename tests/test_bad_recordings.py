@@ -14,9 +14,9 @@ from configs.cli import run
 from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.readers.recording import VideoEpisode
 from data_pipeline.repair import drop_faulty
 from data_pipeline.shards import load_manifest, read_index
+from data_pipeline.types import Episode
 from data_pipeline.verify import verify_set
 
 
@@ -120,15 +120,15 @@ def test_repair_tries_a_left_out_episode_again(recordings, spoilt, made, tmp_pat
 
 def test_damage_behind_the_last_clip_is_damage_too(encode_config, encoded, tmp_path, monkeypatch):
     """Frames 0 to 26 are in clips, and all of these are made when the damage is seen."""
-    whole = VideoEpisode.frames
+    whole = Episode.frames
 
-    def frames(episode: VideoEpisode):
+    def frames(episode: Episode):
         for i, frame in enumerate(whole(episode)):
             if episode.id == "episode_00001" and i == 28:
                 raise ValueError("concealed damage")
             yield frame
 
-    monkeypatch.setattr(VideoEpisode, "frames", frames)
+    monkeypatch.setattr(Episode, "frames", frames)
     done = encode_recordings(replace(encode_config, out=str(tmp_path), on_bad_recording="skip"))
     assert done.clips == 10 and done.left_out[0].bad_recordings == {"episode_00001": "concealed damage"}
     assert (tmp_path / "train" / "shard-000000.tar").read_bytes() == Path(

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_recordings import numbered_episode
 
 from configs import storage, to_dict
 from configs.game import InputConfig
 from data_pipeline.claims import Claims, process_start
 from data_pipeline.encode import Unit, Worker, encode_recordings
 from data_pipeline.plan import EncodeConfig, make_plans
-from data_pipeline.resample import ResampledEpisode
+from data_pipeline.resample import resample
 from data_pipeline.shards import index_url
-from data_pipeline.types import Actions
 from model.codec import load_codec
 
 # Runs the command line and kills itself at the n-th call of one function, before or after it did its work; with two,
@@ -292,23 +292,12 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
     assert {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)} == theirs
 
 
-class Recorded:
-    """An episode whose frames carry their number."""
-
-    def __init__(self, frames: int, fps: float) -> None:
-        self.id, self.fps, self.height, self.width, self.action_space = "e", fps, 1, 1, None
-        self.actions = Actions(np.eye(frames, 2, dtype=np.float32), np.ones((frames, 2), np.float32))
-
-    def frames(self):
-        return (np.full((1, 1, 3), i, np.uint8) for i in range(len(self.actions)))
-
-
 @pytest.mark.parametrize(
     ("recorded", "fps", "kept"),
     [(60, 20, [0, 3, 6]), (60, 16, [0, 3, 7]), (20, 20, list(range(12))), (30, 17.5, [0, 1, 3, 5, 6, 8])],
 )
 def test_a_resampled_episode_keeps_frames_and_everything_that_was_done(recorded, fps, kept):
-    episode = ResampledEpisode(Recorded(12, recorded), fps)  # type: ignore[arg-type]
+    episode = resample(numbered_episode(np.eye(12, 2, dtype=np.float32)), fps, recorded)
     numbers = [int(frame[0, 0, 0]) for frame in episode.frames()]
     assert numbers[: len(kept)] == kept and len(numbers) == len(episode.actions)
     spans = np.diff([*numbers, numbers[-1] + int(episode.actions.mouse[-1, 0])])

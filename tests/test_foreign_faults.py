@@ -108,8 +108,8 @@ FAULTS = {
     "a key of no use": Fault("frames", lines(LOG, lambda r: [r[0], "q,100,1", *r[1:]]), "line 2: 'q' holds no key"),
     "rows out of order": Fault("frames", lines(LOG, lambda r: [r[0], *r[:0:-1]]), "line .* must ascend"),
     "a word for a time": Fault("frames", lines(LOG, lambda r: [r[0], "w,x,1", *r[1:]]), "line 2: time is 'x'"),
-    "a log that drifts": Fault("frames", None, "line .* too few at 22 fps; set game.fps", ("game.fps=22",)),
-    "other columns": Fault("frames", lines(LOG, lambda r: ["key,frame,time", *r[1:]]), "must be key,time,frame"),
+    "a log that drifts": Fault("frames", None, "line .* at 22 fps; set game.fps", ("game.fps=22",)),
+    "other columns": Fault("frames", lines(LOG, lambda r: ["key,frame,time", *r[1:]]), "line 1: time is 'frame'"),
     "a mouse that is not there": Fault("frames", None, "hold no mouse", ("game.action_space.mouse=true",)),
     "a line left out": Fault("vpt", lines(f"{VPT}.jsonl", lambda r: r[2:]), "28 rows, .*mp4 has 30 frames"),
     "a damaged line": Fault("vpt", lines(f"{VPT}.jsonl", lambda r: [*r[:4], "{", *r[5:]]), "line 5 is not valid JSON"),
@@ -123,9 +123,9 @@ FAULTS = {
     "another rate": Fault("vpt", None, "mp4 runs at 20 fps, the game .* at 30", ("game.fps=30",)),
     "a video cut off": Fault("vpt", half(f"{VPT}.mp4"), "mp4 .*truncated"),
     "half a button": Fault(
-        "vpt", entry(f"{VPT}.jsonl", lambda r: r["mouse"].update(buttons=[1.0]), 3), r"line 4: buttons .*\[1\.0\]"
+        "vpt", entry(f"{VPT}.jsonl", lambda r: r["mouse"].update(buttons=[1.0]), 3), "line 4: buttons .*1.0"
     ),
-    "a video alone": Fault("vpt", gone(f"{VPT}.jsonl"), f"{VPT}.mp4 stands alone"),
+    "a video alone": Fault("vpt", gone(f"{VPT}.jsonl"), f"{VPT}.mp4: a recording needs one video and one log"),
     "an entry left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("7")), "29 entries, but no"),
     "an entry too few": Fault("gf_minecraft", entry(GF, lambda r: r["actions"].pop("29")), "29 entries, .* 30"),
     "an unknown choice": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].update(ws=3)), "entry 5: ws must"),
@@ -140,7 +140,7 @@ FAULTS = {
     ),
     "a unit of no degrees": Fault("csgo", None, "unit_deg=1e-40 overflow", ("game.action_space.mouse_unit_deg=1e-40",)),
     "a pixel of too many degrees": Fault("csgo", None, "frame_0_y: yaw turns by", ("game.inputs.yaw_deg=1e30",)),
-    "a delta left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].pop("yaw_delta")), "5: yaw_d"),
+    "a delta left out": Fault("gf_minecraft", entry(GF, lambda r: r["actions"]["5"].pop("yaw_delta")), "5 .*yaw_d"),
     "actions a frame late": Fault("gf_minecraft", shifted(1), "entry after in 100%.* shifted by one frame"),
     "actions a frame early": Fault("gf_minecraft", shifted(-1), "entry before in 100%.* shifted by one frame"),
     "HDF5 cut off": Fault("csgo", half("hdf5_dm_july2021_1.hdf5"), "truncated or no HDF5"),
@@ -150,12 +150,12 @@ FAULTS = {
     "text for numbers": Fault("csgo", array("frame_9_y", "cos\nsystem"), "frame_9_y is .* no numbers"),
     "a smaller picture": Fault("csgo", array("frame_9_x", np.zeros((8, 8, 3), np.uint8)), "frame_9_x has another size"),
     "a picture that is none": Fault("csgo", array("frame_9_x", np.zeros((8, 8))), "frame_9_x is float64"),
-    "another rate than 16": Fault("csgo", None, "16 fps, the game 'csgo' has 20", ("game.fps=20",)),
+    "another rate than 16": Fault("csgo", None, "16 fps, .*'csgo' has 20", ("game.fps=20",)),
     "a mouse without scale": Fault("csgo", None, "set game.inputs.pitch_deg", ("game.inputs.yaw_deg=0",)),
     "a row left out": Fault("lerobot", rows(DATA, lambda r: r[:5] + r[6:]), "must have the rows .* 0 to 30"),
     "an older version": Fault("lerobot", entry(INFO, lambda r: r.update(codebase_version="v2.1")), "of version v2.1"),
-    "a path of another kind": Fault("lerobot", entry(INFO, lambda r: r.update(data_path="{x}")), "do not go together"),
-    "a component of no use": Fault("lerobot", None, "episode 0: a holds no key", ("game.inputs.keys.left=[]",)),
+    "a path of another kind": Fault("lerobot", entry(INFO, lambda r: r.update(data_path="{x}")), "info.json: the pat"),
+    "a component of no use": Fault("lerobot", None, "frame .: 'a' holds no key", ("game.inputs.keys.left=[]",)),
     "half a key": Fault("lerobot", rows(DATA, lambda r: [{**r[0], "action": [0.5] * 6}, *r[1:]]), "frame 0: . is 0.5"),
     "a hole in an action": Fault("lerobot", rows(DATA, lambda r: [{**r[0], "action": [1.0] * 5}, *r[1:]]), "not 6"),
     "pictures between": Fault("lerobot", rows(ABOUT, lambda r: [{**r[0], FROM: 0.026}, *r[1:]]), "should be sh"),
@@ -168,7 +168,7 @@ FAULTS = {
     "a dataset's video cut off": Fault("lerobot", half(SCREEN), "file-000.mp4 .*truncated"),
     "a parquet cut off": Fault("lerobot", half(DATA), "cannot read .*file-000.parquet"),
     "events out of order": Fault(
-        "owl_control", lines(OWL, lambda r: [*r[:6], "1759999998.9,END,", *r[6:]]), "line 7: timestamp is 1.6"
+        "owl_control", lines(OWL, lambda r: [*r[:6], "1759999998.9,END,", *r[6:]]), "line 7: its time is 1.6"
     ),
     "arguments left out": Fault("owl_control", lines(OWL, lambda r: [r[0], "1,KEYBOARD,[87]", *r[1:]]), "line 2: KEYB"),
     "a cell too few": Fault("owl_control", lines(OWL, lambda r: [*r[:3], "1760000000.5,FOCUS"]), "line 4: 2 cells"),
@@ -176,7 +176,7 @@ FAULTS = {
     "keys that are no numbers": Fault("owl_control", lines(OWL, begun('{""mouse"": [[1]]}')), "line 2: START has .*1"),
     "no beginning": Fault("owl_control", lines(OWL, lambda r: [i for i in r if "START" not in i]), "no VIDEO_START"),
     "a log that goes on": Fault("owl_control", lines(OWL, lambda r: [*r[:-2], "1760000009,VIDEO_END,[]"]), "7.8 s be"),
-    "no video": Fault("owl_control", gone("one/recording.mp4"), "must hold one video, not 0"),
+    "no video": Fault("owl_control", gone("one/recording.mp4"), "needs one video and one log"),
     "a state that is none": Fault("owl_control", lines(OWL, lambda r: [*r, "1,KEYBOARD,[87,2]"]), "has the ar"),
     "a kind that is damaged": Fault("owl_control", lines(OWL, lambda r: [*r, "1,KEY\x01,[]"]), "line .* is damaged"),
     "a comma in a number": Fault("owl_control", lines(OWL, lambda r: [*r, "17,5,END,[]"]), "line .* event_type is '5'"),
@@ -187,7 +187,7 @@ FAULTS = {
     "a move beyond any number": Fault(
         "owl_control", lines(OWL, lambda r: [*r[:3], f"1760000000.5,MOUSE_MOVE,[{10**400}, 0]", *r[3:]]), "inputs.csv"
     ),
-    "no log": Fault("event_log", gone("two.jsonl"), "two.mp4: a recording is one video and one log"),
+    "no log": Fault("event_log", gone("two.jsonl"), "two.mp4: a recording needs one video and one log"),
     "a word of no kind": Fault(
         "event_log", entry("two.jsonl", lambda r: r.update(what="Wheel")), "line 1: what is 'Wheel'; say in game.inputs"
     ),
@@ -197,11 +197,11 @@ FAULTS = {
     "a row of a cell more": Fault("event_log", lines("one.csv", lambda r: [*r, "9,motion,,0,0,0"]), "line .*: 6 cells"),
     "a press of nothing": Fault("event_log", lines("one.csv", lambda r: [*r, "9,KeyDown,,,"]), "line .* names neither"),
     "a key of no binding": Fault("event_log", lines("one.csv", lambda r: [*r, "650,KeyDown,q,,"]), "'q' holds"),
-    "a log of seconds": Fault("event_log", None, "csv lasts 0.0006.* right", ("game.inputs.time_unit=us",)),
+    "a log of seconds": Fault("event_log", None, "csv lasts 0.0006.*time_unit", ("game.inputs.time_unit=us",)),
     "a log of another time": Fault("event_log", None, "nothing happened while", ("game.inputs.offset_s=-1760000000",)),
-    "a column that is not there": Fault("event_log", None, "no column 'ms' ", ("game.inputs.columns.time=ms",)),
+    "a column that is not there": Fault("event_log", None, "no column 'ms'", ("game.inputs.columns.time=ms",)),
     "a role that is none": Fault("event_log", None, "columns has no 'tme'; there", ("game.inputs.columns={tme: t}",)),
-    "no start": Fault("event_log", None, "csv has no event of the kind start .rec", ("game.inputs.kinds.start=[rec]",)),
+    "no start": Fault("event_log", None, "csv has no .*kinds.start .rec", ("game.inputs.kinds.start=[rec]",)),
     "a word of two kinds": Fault(
         "event_log", None, "both press and release", ("game.inputs.kinds={press: [a], release: [A]}",)
     ),

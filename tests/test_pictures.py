@@ -3,7 +3,6 @@
 import resource
 import struct
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,7 @@ from PIL import Image
 from tiny_world import GAME
 
 from data_pipeline.pictures import MOST_PIXELS, read_picture
-from data_pipeline.readers.frames import FramesEpisode
-from data_pipeline.types import Actions
+from data_pipeline.readers.frames import read_pictures
 from sampling.generate import read_prompt
 
 RED = (220, 30, 30)
@@ -134,7 +132,5 @@ def test_prompts_and_pictures_of_recordings_are_read_alike(tmp_path):
     exif[0x0112] = 6
     turned = corner(GAME.width, GAME.height)
     turned.save(tmp_path / "a.png", exif=exif)
-    none = Actions(np.zeros((1, len(GAME.action_space.keys))), np.zeros((1, 2)))
-    size = GAME.height, GAME.width
-    episode = FramesEpisode("a", (Path(tmp_path / "a.png"),), GAME.fps, *size, GAME.action_space, none)
-    np.testing.assert_array_equal(read_prompt(str(tmp_path / "a.png"), 0, GAME)[0], next(episode.frames()))
+    (frame,) = read_pictures([tmp_path / "a.png"], (GAME.height, GAME.width), 0, 1)
+    np.testing.assert_array_equal(read_prompt(str(tmp_path / "a.png"), 0, GAME)[0], frame)

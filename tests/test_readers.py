@@ -38,7 +38,7 @@ def test_a_row_leads_from_its_frame_to_the_next(game, recordings):
 def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
     assert [path.name for path in find_episodes(recordings)] == [f"episode_{i:05d}" for i in range(6)]
     (tmp_path / ".episode_00000.tmp").mkdir()
-    with pytest.raises(ValueError, match="holds no episode folders"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
         find_episodes(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder of recordings"):
         find_episodes(tmp_path / "nowhere")
@@ -54,9 +54,8 @@ def test_what_is_no_episode_is_named_once_and_left_out(recordings, tmp_path, cap
         (tmp_path / name).touch()
     for _ in range(2):
         assert [path.name for path in find_episodes(tmp_path)] == ["a"]
-    assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}: left out, being no recordings: .DS_Store, README.md, __MACOSX, notes"
-    ]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}: left out") and line.endswith(": .DS_Store, README.md, __MACOSX, notes")
 
 
 @pytest.mark.parametrize("name", ["video.mkv", "Video.MP4", "video.AVI", "VIDEO.mov"])
@@ -90,7 +89,7 @@ def test_a_table_that_is_much_longer_than_its_video_is_not_parsed(game, recordin
     shutil.copytree(recordings / "episode_00000", tmp_path / "a")
     with open(tmp_path / "a" / "actions.csv", "a") as file:
         file.write("x,0,0,0,0,0,0\n" * 50_000)
-    with pytest.raises(ValueError, match=r"actions.csv has 50030 rows, its video has 30 frames"):
+    with pytest.raises(ValueError, match=r"actions.csv has 50030 rows, .* 30 frames"):
         read_episode(tmp_path / "a", game)
 
 
@@ -130,10 +129,10 @@ FAULTS = {
     "not a number": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,nan,0", *r[4:]]), "line 4: pitch_deg"),
     "too large": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,1e308", *r[4:]]), "4: yaw_deg is '1e308'"),
     "ten turns": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,-3601", *r[4:]]), "4: yaw turns by -3601"),
-    "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "back must be 0 or 1"),
+    "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "line 4: back is '0.5'"),
     "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
-    "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:]]), "line 4: frame must count"),
-    "no rows at all": (lambda f: (f / "actions.csv").write_text(""), "columns must be frame,forward"),
+    "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:], r[-1]]), "line 4: frame must be 2, not 3"),
+    "no rows at all": (lambda f: (f / "actions.csv").write_text(""), "actions.csv has 0 rows"),
     "no actions": (lambda f: (f / "actions.csv").unlink(), "no file"),
     "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
     "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),

@@ -15,7 +15,7 @@ from tiny_videos import copy_packets, numbered_frames, write_foreign
 
 from data_pipeline.display import _reformatter
 from data_pipeline.readers.event_rows import open_screen
-from data_pipeline.readers.recording import UnevenTimesError, probe_video
+from data_pipeline.readers.recording import UnevenTimesError, open_video
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.video import frame_times, read_frames
 
@@ -49,9 +49,9 @@ def test_how_long_the_last_frame_stays_is_no_rate(tmp_path):
     game = load_game("table", tmp_path)
     copy_packets(tmp_path / "one.mp4", tmp_path / "late.mp4", lambda i, t: t + (0.5 if i == 39 else 0))
     with pytest.raises(UnevenTimesError, match=r"its rate varies.*game.inputs.times=resample"):  # and not the header's
-        probe_video(tmp_path / "late.mp4", game)
+        open_video(tmp_path / "late.mp4", game)
     copy_packets(tmp_path / "one.mp4", tmp_path / "even.mkv", lambda i, t: t + 3)
-    assert probe_video(tmp_path / "even.mkv", game).frames == 40
+    assert open_video(tmp_path / "even.mkv", game).frames == 40
 
 
 def test_events_know_the_rate_of_a_video_with_frames_left_out_and_of_a_jittery_one(tmp_path):

@@ -96,7 +96,7 @@ def test_a_video_or_a_log_alone_is_a_bad_recording_beside_good_ones(tmp_path: Pa
     game = load_game("vpt", tmp_path)
     assert len(good.read(game)) == 1
     for bad, path in ((first, "a.mp4"), (last, "c.jsonl")):
-        with pytest.raises(ValueError, match=f"{path} stands alone"):
+        with pytest.raises(ValueError, match=f"{path}: a recording needs one video and one log"):
             bad.read(game)
 
 
@@ -121,7 +121,7 @@ def test_gf_minecraft_needs_no_deltas_for_a_game_without_a_mouse(deltas: bool, t
     entries[0] = {}  # it is to be ignored
     write_gf(tmp_path, "one", play, entries)
     if deltas:
-        with pytest.raises(ValueError, match="entry 1: pitch_delta is None"):
+        with pytest.raises(ValueError, match=r"entry 1 has no .*pitch_delta"):
             read_all("gf_minecraft", tmp_path, load_game("gf_minecraft", tmp_path))
         return
     game = load_game("gf_minecraft", tmp_path, "game.action_space.mouse=false")
@@ -254,4 +254,4 @@ def test_what_is_no_recording_beside_folders_of_pictures_is_left_out_and_said(tm
     assert (one.name, two.name) == ("one", "two")  # pictures without a log are a bad recording
     with pytest.raises(ValueError, match=r"two has pictures, but no input\.csv"):
         two.read(load_game("frames", tmp_path))
-    assert "left out __MACOSX: without pictures and input.csv" in capsys.readouterr().err
+    assert "pictures and input.csv: __MACOSX" in capsys.readouterr().err

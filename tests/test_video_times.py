@@ -5,14 +5,14 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-from tiny_recordings import write_recording
+from tiny_recordings import numbered_episode, write_recording
 from tiny_videos import copy_packets
 
 from configs.game import InputConfig
-from data_pipeline.readers import find_recordings, vpt
+from data_pipeline.readers import find_recordings
+from data_pipeline.readers.recording import open_video
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.resample import ResampledEpisode
-from data_pipeline.types import Actions
+from data_pipeline.resample import resample
 from data_pipeline.video import frame_times, read_frames
 
 FRAMES = 60
@@ -64,7 +64,7 @@ def test_times_that_a_container_rounds_are_even(retimed, game):
 def test_every_reader_that_pairs_by_rows_refuses_uneven_frames(retimed, game):
     folder = retimed(jitter)
     with pytest.raises(ValueError, match="frame 1 is shown"):
-        vpt.probe_video(folder / "video.mp4", game)
+        open_video(folder / "video.mp4", game)
 
 
 def test_a_rate_that_only_the_header_says_is_no_rate(retimed, game):
@@ -88,20 +88,9 @@ def test_uneven_frames_can_be_taken_by_their_times(retimed, game):
     np.testing.assert_allclose(episode.actions.mouse.sum(axis=0), whole.mouse.sum(axis=0), atol=1e-4)
 
 
-class Numbered:
-    """An episode whose frames carry their number."""
-
-    def __init__(self, frames: int) -> None:
-        self.id, self.fps, self.height, self.width, self.action_space = "e", 10.0, 1, 1, None
-        self.actions = Actions(np.eye(frames, dtype=np.float32), np.ones((frames, 2), np.float32))
-
-    def frames(self):
-        return (np.full((1, 1, 3), i, np.uint8) for i in range(len(self.actions)))
-
-
 def test_a_frame_that_stays_has_its_movement_in_its_last_row_alone():
     times = np.array([0, 0.1, 0.15, 0.2, 0.5, 0.6])  # frames 1 and 2 share a tenth of a second, frame 3 stays for three
-    episode = ResampledEpisode(Numbered(6), 10.0, times)  # type: ignore[arg-type]
+    episode = resample(numbered_episode(np.eye(6, dtype=np.float32)), 10.0, 10.0, times)
     assert [int(frame[0, 0, 0]) for frame in episode.frames()] == [0, 1, 3, 3, 3, 4, 5]
     assert episode.actions.mouse[:, 0].tolist() == [1, 2, 0, 0, 1, 1, 1]
     assert episode.actions.keyboard.argmax(axis=1).tolist() == [0, 1, 3, 3, 3, 4, 5]

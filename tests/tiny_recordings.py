@@ -1,10 +1,13 @@
 """Synthetic recordings, written by the recorder's own writer."""
 
+from pathlib import Path
+
 import av
 import cv2
 import numpy as np
 
 from data_pipeline.readers.worldloom import describe_episode, write_episode
+from data_pipeline.types import Actions, Episode, Footage
 
 EPISODES, FRAMES = 6, 30
 
@@ -23,6 +26,13 @@ def write_recording(folder, game, frames=FRAMES, seed=0):
     """One episode folder."""
     pictures, keyboard, mouse_deg = draw_frames(game, frames, seed)
     write_episode(folder, {**describe_episode(game, frames), "seed": seed}, pictures, keyboard, mouse_deg)
+
+
+def numbered_episode(keyboard):
+    """An episode whose frames carry their number; its mouse moves by 1 in each."""
+    frames = len(keyboard)
+    footage = Footage(Path("e"), frames, 1, 1, lambda start, stop: (np.full((1, 1, 3), i) for i in range(start, stop)))
+    return Episode("e", Actions(keyboard, np.ones((frames, 2), np.float32)), footage, 0, frames)
 
 
 def copy_video(source, target, **how):

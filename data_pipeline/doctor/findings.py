@@ -6,7 +6,7 @@ from typing import Literal
 
 from configs.game import GameConfig
 from data_pipeline.doctor.signals import RecordingSignals
-from data_pipeline.readers import Reader
+from data_pipeline.readers import READERS, Reader
 
 Fault = Literal[
     "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
@@ -14,8 +14,6 @@ Fault = Literal[
     "damaged", "uneven times", "cropped", "shown otherwise",
 ]  # fmt: skip
 NAMED = 6  # recordings; of more their number is said
-# Readers that take the degrees of the mouse's units from the game's YAML; others know them by their format.
-SCALED: tuple[Reader, ...] = ("csgo", "lerobot", "owl_control", "event_log", "table")
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ def drifting(rate: float, fps: float) -> tuple[str, str]:
 def inverted(axis: Literal["yaw", "pitch"], case: Case) -> tuple[str, str]:
     """The picture moves the wrong way."""
     what = f"{axis} is inverted: " + {"yaw": "above 0 it turns left", "pitch": "above 0 it looks down"}[axis]
-    if case.reader in SCALED:
+    if READERS[case.reader].scaled_mouse:
         degrees = {"yaw": case.game.inputs.yaw_deg, "pitch": case.game.inputs.pitch_deg}[axis]
         return what, f"set game.inputs.{axis}_deg={-degrees:g}"
     return what, f"give {axis} its other sign in the inputs"

@@ -10,10 +10,7 @@ from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.motion import Eye, Look, shrink
 from data_pipeline.readers import Recording
-from data_pipeline.readers.recording import VideoEpisode
-from data_pipeline.resample import ResampledEpisode
-from data_pipeline.types import Actions, Episode
-from data_pipeline.video import probe
+from data_pipeline.types import Actions
 
 HASH = 8  # rows and columns of a picture's fingerprint: 64 bits
 
@@ -76,13 +73,8 @@ def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignal
     unit_deg = game.action_space.mouse_unit_deg
     episodes = recording.read(game)
     measured = tuple(measure(one.id, one.frames(), one.actions, unit_deg) for one in episodes)
-    sizes = [(one.height, one.width) for one in episodes] or [(game.height, game.width)]
-    return RecordingSignals(recording.name, measured, sizes[0], next(map(_changes, episodes), ""))
-
-
-def _changes(episode: Episode) -> str:
-    recorded = episode.recorded if isinstance(episode, ResampledEpisode) else episode
-    return probe(recorded.video).changes if isinstance(recorded, VideoEpisode) else ""
+    sizes = [(one.footage.height, one.footage.width) for one in episodes] or [(game.height, game.width)]
+    return RecordingSignals(recording.name, measured, sizes[0], next((one.footage.changes for one in episodes), ""))
 
 
 def measure(name: str, frames: Iterable[np.ndarray], actions: Actions, unit_deg: float) -> EpisodeSignals:

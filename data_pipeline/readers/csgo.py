@@ -7,7 +7,7 @@ shift, 1, 2, 3, r), the left and the right mouse button, one of 23 bins of mouse
 pixels, not evenly spaced (MOUSE_X, MOUSE_Y: those of the authors' config), x to the right and y downwards; how many
 degrees a pixel is depends on the player's sensitivity, and `game.inputs.yaw_deg` and `pitch_deg` say it.
 
-`frame_i_helperarr` is [kill, death]. At a death the picture jumps to where the player appears anew, so frame i is left
+`frame_i_helperarr` is [kill, death]. At a death the picture jumps to where the player respawns, so frame i is left
 out then, an episode ends there and another begins behind. The files lie in `source` itself, or in folders as DIAMOND
 keeps them (`full_res/1-200/*.hdf5`).
 
@@ -17,7 +17,6 @@ Only these three kinds of arrays are read, as numbers that the file itself holds
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,10 +26,18 @@ import numpy as np
 from configs import storage
 from configs.errors import UserError
 from configs.foreign import reading
-from configs.game import ActionSpace, GameConfig
-from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
-from data_pipeline.readers.recording import Recording, find_spans, import_extra, list_files, list_folders, name_part
-from data_pipeline.types import Actions
+from configs.game import GameConfig
+from data_pipeline.readers.keys import bind_keys, scale_mouse
+from data_pipeline.readers.recording import (
+    Format,
+    Recording,
+    cut_episodes,
+    find_spans,
+    import_extra,
+    list_files,
+    list_folders,
+)
+from data_pipeline.types import Actions, Episode, Footage
 
 FPS = 16
 NAMES = (
@@ -44,29 +51,6 @@ DEPTH = 3  # of folders in folders; full_res/1-200/ is two deep
 LARGEST_BYTES = 1 << 28  # of an array: more than an 8K picture
 
 
-@dataclass(frozen=True)
-class HDF5Episode:
-    """A span of a file's frames; pictures are read when asked for."""
-
-    id: str
-    path: Path
-    first: int
-    fps: float
-    height: int  # px
-    width: int  # px
-    action_space: ActionSpace
-    actions: Actions
-
-    def frames(self) -> Iterator[np.ndarray]:
-        """Every frame in order, (h w 3) uint8 RGB, as recorded."""
-        with open_hdf5(self.path) as file:
-            for i in range(self.first, self.first + len(self.actions)):
-                frame = read_picture(file, i, self.path)
-                if frame.shape != (self.height, self.width, 3):
-                    raise UserError(f"{self.path} frame_{i}_x has another size than frame_0_x")
-                yield frame
-
-
 def find_recordings(source: str | Path) -> list[Recording]:
     """The HDF5 files in `source` and in its folders, by name."""
     files: dict[str, Path] = {}
@@ -78,46 +62,47 @@ def find_recordings(source: str | Path) -> list[Recording]:
     return [Recording(name, partial(read_file, files[name])) for name in sorted(files)]
 
 
+FORMAT = Format(find_recordings, scaled_mouse=True)
+
+
 def _find_files(folder: str | Path, depth: int) -> list[Path]:
     inner = list_folders(folder) if depth else []
     return [*list_files(folder, ".hdf5", ".h5"), *(path for one in inner for path in _find_files(one, depth - 1))]
 
 
-def read_file(path: Path, game: GameConfig) -> list[HDF5Episode]:
-    """The episodes of a file, between deaths.
-
-    Raises ValueError in one line: a truncated file, a frame left out, a row that is not as described above, a game
-    with another fps or without the degrees of a pixel.
-    """
+def read_file(path: Path, game: GameConfig) -> list[Episode]:
+    """The episodes of a file, between deaths."""
     if game.fps != FPS:
-        raise UserError(
-            f"{path}: CS:GO recordings have {FPS} fps, the game {game.name!r} has {game.fps:g}; set game.fps"
-        )
-    require_mouse_scale(game, "CS:GO recordings")
+        raise UserError(f"{path} has {FPS} fps, as all of its format; the game {game.name!r} has {game.fps:g}")
     keys = bind_keys(game, NAMES, "CS:GO recordings")
     with open_hdf5(path) as file:
         numbers = range(count_frames(file, path))
-        rows = [read_row(file, i, path) for i in numbers]
+        table = np.stack([read_row(file, i, path) for i in numbers])
         died = np.array([read_death(file, i, path) for i in numbers])
         height, width, _ = read_picture(file, 0, path).shape
-    held = [[name for name, down in zip(NAMES, row, strict=False) if down] for row in rows]
-    keyboard = [keys.row(names, f"{path} frame_{i}_y") for i, names in enumerate(held)]
-    table = np.stack(rows)[:, len(NAMES) :]
-    x, y = table[:, : len(MOUSE_X)] @ np.array(MOUSE_X), table[:, len(MOUSE_X) :] @ np.array(MOUSE_Y)
-    degrees = np.stack([y * game.inputs.pitch_deg, x * game.inputs.yaw_deg], axis=1)
-    actions = Actions(np.stack(keyboard), mouse_rows(game, degrees, lambda i: f"{path} frame_{i}_y"))
-    spans = find_spans(~died, np.zeros(len(died), dtype=bool))
-    return [
-        HDF5Episode(
-            name_part(path.stem, first, spans), path, first, FPS, height, width, game.action_space, actions[first:end]
-        )
-        for first, end in spans
-    ]
+    held, x, y = np.split(table, [len(NAMES), len(NAMES) + len(MOUSE_X)], axis=1)
+    moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
+    actions = Actions(
+        keys.rows(NAMES, held, lambda i: f"{path} frame_{i}_y"),
+        scale_mouse(game, moves, lambda i: f"{path} frame_{i}_y"),
+    )
+    footage = Footage(path, len(died), height, width, partial(read_pictures, path, (height, width, 3)), is_video=False)
+    return cut_episodes(path.stem, footage, actions, find_spans(~died, np.zeros(len(died), dtype=bool)))
+
+
+def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int) -> Iterator[np.ndarray]:
+    """Frames `start` to before `stop` (h w 3) uint8 RGB, all of one `shape`."""
+    with open_hdf5(path) as file:
+        for i in range(start, stop):
+            frame = read_picture(file, i, path)
+            if frame.shape != shape:
+                raise UserError(f"{path} frame_{i}_x has another size than frame_0_x")
+            yield frame
 
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
-    """The file, open for reading. Raises ValueError if it is none, or as soon as it proves to be damaged."""
+    """The file, open for reading. Raises UserError if it is none, or as soon as it proves to be damaged."""
     h5py = import_extra("h5py", "CS:GO recordings")
     with reading(path):
         try:
@@ -131,12 +116,9 @@ def count_frames(file: Any, path: Path) -> int:
     """How many frames a file has; all of them, from 0 on, with picture and row."""
     names = set(file)
     count = sum(name.startswith("frame_") and name.endswith("_x") for name in names)
-    for i in range(count):
-        for name in (f"frame_{i}_x", f"frame_{i}_y"):
-            if name not in names:
-                raise UserError(f"{path} has {count} pictures, but no {name}")
-    if not count:
-        raise UserError(f"{path} holds no frame_0_x, frame_0_y, ...")
+    missing = [name for i in range(max(count, 1)) for name in (f"frame_{i}_x", f"frame_{i}_y") if name not in names]
+    if missing:
+        raise UserError(f"{path} has {count} pictures, but no {missing[0]}")
     return count
 
 
@@ -151,7 +133,7 @@ def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
 def find_array(file: Any, name: str, path: Path) -> Any:
     """A dataset of numbers, which are not read yet.
 
-    Raises ValueError for anything else, for one whose numbers lie in another file, and for one that would need more
+    Raises UserError for anything else, for one whose numbers lie in another file, and for one that would need more
     memory than any picture.
     """
     h5py = import_extra("h5py", "CS:GO recordings")

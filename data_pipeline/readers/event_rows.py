@@ -9,25 +9,21 @@ Clocks are corrected and threads overtake each other, so events are put in the o
 than a second before an event above it is refused: that log has two clocks.
 """
 
-import io
 import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from configs import storage
-from configs.errors import MissingFileError, UserError
-from configs.foreign import reading
+from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.readers.keys import MOST_DEG, KeyMap, mouse_rows
-from data_pipeline.readers.recording import RATE_TOLERANCE, VideoEpisode, check_rate, cut_video, find_spans, say
-from data_pipeline.types import Actions
-from data_pipeline.video import VideoInfo, frame_times, probe
+from data_pipeline.readers.keys import MOST_DEG, KeyMap, scale_mouse
+from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, find_spans, probe_footage, say
+from data_pipeline.types import Actions, Episode, Footage
+from data_pipeline.video import frame_times
 
 BACK_S = 1.0  # an event may be so much before one that stands above it
 SHORT_S = 1.0  # a video that ends this much before its log is truncated
@@ -39,6 +35,7 @@ FUNCTION_KEY = re.compile(r"f\d{1,2}", re.IGNORECASE)
 MOST_S = 1e11  # of any clock, since 1970 or not; milliseconds since 1970 are more
 # Mice report up to 8,000 times a second. A log of more is of another video, or none, and not worth reading to its end.
 MOST_EVENTS, MOST_EVENTS_PER_S = 200_000, 20_000
+EVENT_BYTES = 1 << 36  # of a log: days of such a mouse
 
 # begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: of the
 # video, its first and its last picture. hook: pictures before are black.
@@ -49,7 +46,7 @@ class Event(NamedTuple):
     """One thing that happened."""
 
     time: float  # s, by the log's clock
-    line: int  # of the log
+    where: str  # file and line
     kind: Kind
     value: Any = None  # press, release: the input's name; move: (x, y), to the right and down
 
@@ -69,8 +66,7 @@ class EventLog(NamedTuple):
 class Screen(NamedTuple):
     """A video and when its frames are shown."""
 
-    video: Path
-    info: VideoInfo
+    footage: Footage
     times: np.ndarray  # (n) s since its first frame
 
 
@@ -79,92 +75,76 @@ class Press(NamedTuple):
 
     down: float  # s, by the log's clock
     up: float
-    line: int  # of the log
+    where: str  # file and line
 
 
 def open_screen(video: Path, game: GameConfig) -> Screen:
-    """The video's frames in time, which is cheap beside reading a log, so comes first. Raises ValueError for another
-    rate than the game's."""
-    info, times = probe(video), frame_times(video)
+    """The video's frames in time, which is cheap beside reading a log, so comes first.
+
+    Raises UserError for another rate than the game's.
+    """
+    footage, times = probe_footage(video), frame_times(video)
     frames, lasts = len(times) - 1, float(np.ptp(times))
     if abs(lasts * game.fps - frames) > 1 + RATE_TOLERANCE * frames:  # frames are left out, or the rate is another
         steps = np.diff(times)
         usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
         step = float(steps[np.abs(steps - usual) <= usual / 2].mean())
         check_rate(video, 1 / step if step else 0.0, game)
-    return Screen(video, info, times - times[0])
+    return Screen(footage, times - times[0])
 
 
-@contextmanager
-def opened_log(path: Path) -> Iterator[io.TextIOWrapper]:
-    """The log's text. What is wrong with it in the block becomes one ValueError that names it."""
-    if not path.is_file():
-        raise MissingFileError(f"no file {path}")
-    # Bytes that are no UTF-8 become \\xff, so that the row can be named, and rows that do not count may hold any.
-    with reading(path), storage.open(path) as file:
-        yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
-
-
-def sort_events(
-    path: Path, events: Iterable[Event], columns: Sequence[str], screen: Screen, game: GameConfig
-) -> EventLog:
+def sort_events(path: Path, events: Iterable[Event], screen: Screen, game: GameConfig) -> EventLog:
     """The `events` of a log in the order of time; those of one time stay in the order of the file.
 
-    `columns` are what the log calls time, x and y. Raises ValueError with line and column for a time or a move that is
-    none, a time more than `BACK_S` before one above it, and more events than the video can have.
+    Raises UserError for a time or a move beyond sense, and for more events than the video can have.
     """
     most = MOST_EVENTS + int(MOST_EVENTS_PER_S * screen.times[-1])
-    degrees = game.inputs.yaw_deg, game.inputs.pitch_deg
     latest, others, moves = -np.inf, [], array("d")
     for count, event in enumerate(events, 1):
-        where = f"{path} line {event.line}"
         if count > most:
-            raise UserError(f"{where}: too many events for the {len(screen.times)} frames of {screen.video}")
+            raise UserError(f"{event.where}: too many events for {len(screen.times)} frames of {screen.footage.path}")
         if not abs(event.time) <= MOST_S:
-            raise UserError(f"{where}: {columns[0]} of {event.time:g} s is no time of a recording")
+            raise UserError(f"{event.where}: a time of {event.time:g} s is no time of a recording")
         if event.time < latest - BACK_S:
-            raise UserError(
-                f"{where}: {columns[0]} is {latest - event.time:.3f} s before one above it; rows must be in the order "
-                f"of time, but for {BACK_S:g} s; split the recording there"
-            )
+            late_s = latest - event.time
+            raise UserError(f"{event.where}: its time is {late_s:.3f} s before a row above; split the recording there")
         latest = max(latest, event.time)
         if event.kind != "move":
             others.append(event)
             continue
-        for column, moved, unit in zip(columns[1:], event.value, degrees, strict=True):
-            if not abs(moved * unit) <= MOST_DEG:
-                raise UserError(f"{where}: {column} of {moved:g} turns by more than {MOST_DEG:g} degrees")
-        moves.extend((event.time, *event.value))
+        x, y = event.value
+        if max(abs(x * game.inputs.yaw_deg), abs(y * game.inputs.pitch_deg)) > MOST_DEG:
+            raise UserError(f"{event.where}: a move of {x:g}, {y:g} turns by more than {MOST_DEG:g} degrees")
+        moves.extend((event.time, x, y))
     others.sort(key=lambda event: event.time)
     return EventLog(path, others, np.array(moves).reshape(-1, 3))
 
 
-def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: KeyMap) -> list[VideoEpisode]:
+def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: KeyMap) -> list[Episode]:
     """The episodes of a video whose clock is at 0 when the log's is at `zero_s`; `game.inputs.offset_s` comes on top.
 
-    Raises ValueError in one line for a video that is shorter than its log and for an input that holds no key.
+    Raises UserError for a video that is shorter than its log and for an input that holds no key.
     """
-    game = keys.game
+    game, video = keys.game, screen.footage.path
     shown = screen.times + zero_s - game.inputs.offset_s
     stop = log.first("stop", "end")
     if stop and shown[-1] < stop.time - SHORT_S:
-        raise UserError(f"{screen.video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
+        raise UserError(f"{video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
     gaps = np.diff(shown, append=np.inf) > 1.5 / game.fps
     # Intervals are between neighbouring edges: those of the frames, and those of gaps.
     edges = np.sort(np.concatenate([shown, shown[gaps] + 1 / game.fps]))
     frames = np.arange(len(shown)) + np.cumsum(gaps) - gaps
     logged = find_logged(log)
-    keyboard, moved = hold_keys(log, keys, logged, edges)[frames], sum_moves(log.moves, edges)[frames]
-    degrees = moved * (game.inputs.pitch_deg, game.inputs.yaw_deg)
-    actions = Actions(keyboard, mouse_rows(game, degrees, lambda i: f"{log.path}: frame {i}"))
+    keyboard, moves = hold_keys(log, keys, logged, edges)[frames], sum_moves(log.moves, edges)[frames]
+    actions = Actions(keyboard, scale_mouse(game, moves, lambda i: f"{log.path}: frame {i}"))
     spans = find_spans(cover_logged(logged, edges)[frames], np.roll(gaps, 1))
     if not spans:
-        say(f"{log.path}: nothing was logged while {screen.video} was shown; it is left out")
-    return cut_video(name, screen.video, screen.info, game, actions, spans)
+        say(f"{log.path}: nothing was logged while {video} was shown; it is left out")
+    return cut_episodes(name, screen.footage, actions, spans)
 
 
 def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Which keys are held in each interval, (n k) of 0 and 1. Raises ValueError for an input that holds no key.
+    """Which keys are held in each interval, (n k) of 0 and 1. Raises UserError for an input that holds no key.
 
     Those that start or stop the recorder are passed over: see `HOTKEY_S`.
     """
@@ -172,19 +152,19 @@ def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray
     for name, presses in find_presses(log, keys).items():
         if name in keys.places:
             down, up = np.array([(press.down, press.up) for press in presses]).T
-            held = held_intervals(down, up, edges)
-            keyboard[np.flatnonzero(held)[:, None], keys.places[name]] = 1
-        elif keys.game.inputs.others == "refuse":
-            for press in presses:
-                stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(name))
-                until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
-                if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
-                    keys.row([name], f"{log.path} line {press.line}")
+            held = np.flatnonzero(held_intervals(down, up, edges))
+            keyboard[held[:, None], keys.places[name]] = 1
+            continue
+        for press in presses:
+            stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(name))
+            until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
+            if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
+                keys.row([name], press.where)  # refuses it, unless others are dropped
     return keyboard
 
 
 def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
-    """Every input's presses: to its release, to a pause, to the log's end, or for ever."""
+    """Every input's presses: to its release, to a pause, to the log's end, or without an end."""
     held: dict[str, Press] = {}
     folded: dict[str, str] = {}  # names as they were pressed last
     presses = defaultdict(list)
@@ -194,9 +174,9 @@ def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
                 presses[name].append(press._replace(up=event.time))
             held.clear()
         elif event.kind in ("press", "release"):
-            name = keys.spell(event.value, f"{log.path} line {event.line}")
+            name = keys.spell(event.value, event.where)
             if event.kind == "press":
-                held.setdefault(name, Press(event.time, np.inf, event.line))  # a key that is held repeats its press
+                held.setdefault(name, Press(event.time, np.inf, event.where))  # a held key repeats its press
                 folded[name.casefold()] = name
                 continue
             if name not in held:  # Shift may change the letter between press and release
@@ -228,7 +208,7 @@ def held_intervals(down: np.ndarray, up: np.ndarray, edges: np.ndarray) -> np.nd
 
 
 def sum_moves(moves: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """How far the mouse moved in each interval, (n 2): down, to the right."""
+    """How far the mouse moved in each interval, (n 2): y (down), x (to the right)."""
     numbers = np.searchsorted(edges, moves[:, 0], side="right") - 1
     inside = (numbers >= 0) & (numbers < len(edges) - 1)
     summed = np.zeros((len(edges) - 1, 2))

@@ -9,32 +9,31 @@ There is no mouse in this format.
 
 Keys may be in either case, and several in one cell (`WA`). With the header `key,time,frame` the rows of a frame add up,
 one per key that is held. Without a header a row is all that was held, and of several rows of one frame the last counts:
-so does the program write and read them that this format comes from.
+the program that this format comes from writes and reads them so.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from configs import storage
 from configs.errors import UserError
-from configs.game import ActionSpace, GameConfig
+from configs.game import GameConfig
 from data_pipeline.pictures import read_picture
 from data_pipeline.readers.keys import INPUTS, KeyMap, bind_keys, mouse_rows
+from data_pipeline.readers.logs import open_text, read_cells, read_number
 from data_pipeline.readers.recording import (
     RATE_TOLERANCE,
+    Format,
     Recording,
+    cut_episodes,
+    find_folders,
     list_files,
     list_folders,
-    read_csv,
-    read_number,
-    say_left_out,
 )
-from data_pipeline.types import Actions
+from data_pipeline.types import Actions, Episode, Footage
 
 LOG, COLUMNS = "input.csv", ["key", "time", "frame"]
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -43,43 +42,17 @@ NOTHING, BETWEEN = ("", "="), " +,;|/&"  # in a cell without a key; between seve
 WORDS = INPUTS | {"shift", "ctrl", "control", "alt", "esc", "return", "del", "ins", "cmd", "win", "fn", "caps", "altgr"}
 
 
-@dataclass(frozen=True)
-class FramesEpisode:
-    """One folder; pictures are decoded when asked for."""
-
-    id: str
-    pictures: tuple[Path, ...]
-    fps: float
-    height: int  # px
-    width: int  # px
-    action_space: ActionSpace
-    actions: Actions
-
-    def frames(self) -> Iterator[np.ndarray]:
-        """Every frame in order, (h w 3) uint8 RGB, as recorded."""
-        for path in self.pictures:
-            frame = read_picture(path)
-            if frame.shape != (self.height, self.width, 3):
-                raise UserError(f"{path} has {frame.shape[0]}x{frame.shape[1]} px, not {self.height}x{self.width}")
-            yield frame
-
-
 def find_recordings(source: str | Path) -> list[Recording]:
     """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
-    inner = [storage.path(source)] if (storage.path(source) / LOG).is_file() else list_folders(source)
-    folders = [folder for folder in inner if (folder / LOG).is_file() or list_pictures(folder)]
-    say_left_out(source, [folder for folder in inner if folder not in folders], f"without pictures and {LOG}")
-    if not folders:
-        raise UserError(f"{source} holds no folders with pictures and {LOG}")
+    folders = find_folders(source, f"pictures and {LOG}", lambda one: bool(list_pictures(one)), log=LOG)
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
 
 
-def read_folder(folder: Path, game: GameConfig) -> list[FramesEpisode]:
-    """The one episode of `folder`.
+FORMAT = Format(find_recordings)
 
-    Raises ValueError in one line: a picture left out, a row that names no picture, times that do not go with the
-    frames, a key that the game does not have.
-    """
+
+def read_folder(folder: Path, game: GameConfig) -> list[Episode]:
+    """The one episode of `folder`."""
     if game.action_space.mouse:
         raise UserError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
     if not (folder / LOG).is_file():
@@ -87,15 +60,24 @@ def read_folder(folder: Path, game: GameConfig) -> list[FramesEpisode]:
     first, pictures = number_pictures(folder)
     keys = bind_keys(game, None, "pictures with a key log")
     keyboard = np.zeros((len(pictures), len(game.action_space.keys)), dtype=np.float32)
-    add_up, rows = read_log(folder / LOG, game.fps)
-    for where, cell, frame in rows:
+    for where, cell, frame, adds_up in read_log(folder / LOG, game.fps):
         if not first <= frame < first + len(pictures):
             raise UserError(f"{where}: no picture of frame {frame}; there are {first} to {first + len(pictures) - 1}")
         held = keys.row(split_keys(cell, keys, where), where)
-        keyboard[frame - first] = np.maximum(keyboard[frame - first], held) if add_up else held
-    actions = Actions(keyboard, mouse_rows(game, np.zeros((len(pictures), 2))))
+        keyboard[frame - first] = np.maximum(keyboard[frame - first], held) if adds_up else held
+    actions = Actions(keyboard, mouse_rows(game.action_space, np.zeros((len(pictures), 2))))
     height, width, _ = read_picture(pictures[0]).shape
-    return [FramesEpisode(folder.name, pictures, game.fps, height, width, game.action_space, actions)]
+    read = partial(read_pictures, pictures, (height, width))
+    return cut_episodes(folder.name, Footage(folder, len(pictures), height, width, read, is_video=False), actions)
+
+
+def read_pictures(pictures: Sequence[Path], size: tuple[int, int], start: int, stop: int) -> Iterator[np.ndarray]:
+    """Frames `start` to before `stop` (h w 3) uint8, all of one `size` (h w)."""
+    for path in pictures[start:stop]:
+        frame = read_picture(path)
+        if frame.shape[:2] != size:
+            raise UserError(f"{path} has {frame.shape[0]}x{frame.shape[1]} px, not {size[0]}x{size[1]}")
+        yield frame
 
 
 def list_pictures(folder: Path) -> list[Path]:
@@ -104,7 +86,7 @@ def list_pictures(folder: Path) -> list[Path]:
     return list_files(inner[0] if inner else folder, *PICTURES)
 
 
-def number_pictures(folder: Path) -> tuple[int, tuple[Path, ...]]:
+def number_pictures(folder: Path) -> tuple[int, list[Path]]:
     """The first number and the pictures in the order of their numbers."""
     numbered: dict[int, Path] = {}
     for path in list_pictures(folder):
@@ -120,13 +102,13 @@ def number_pictures(folder: Path) -> tuple[int, tuple[Path, ...]]:
     missing = [number for number in range(first, first + len(numbered)) if number not in numbered]
     if missing:
         raise UserError(f"{folder}: frame {missing[0]} has no picture; split the recording there")
-    return first, tuple(numbered[number] for number in sorted(numbered))
+    return first, [numbered[number] for number in sorted(numbered)]
 
 
 def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
-    """The inputs that a cell of the log names: none, one, or several that are letters; bound ones as they are bound.
+    """The inputs that a cell of the log names: none, one, or several letters; bound ones as they are bound.
 
-    Raises ValueError where one letter of a long word that nobody knows is bound: nothing that is bound is left out.
+    Raises UserError for a long unknown word of which some letters are bound: a bound key is never left out.
     """
     name = "space" if cell == " " else cell.strip()
     if name in NOTHING:
@@ -139,46 +121,33 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
     if len(unbound) == len(letters):
         return [name]
     if unbound and len(letters) > 3:
-        raise UserError(
-            f"{where}: {name[:80]!r} may be one key or several, some of them bound; bind it in game.inputs.keys, or "
-            "give each key a row of its own"
-        )
+        raise UserError(f"{where}: {name[:80]!r} may be one key or several, some of them bound; give each its own row")
     return letters
 
 
-def read_log(path: Path, fps: float) -> tuple[bool, Iterator[tuple[str, str, int]]]:
-    """Whether the rows of a frame add up; file and line, key and frame of each row."""
-    header, rows = read_csv(path)
-    if header == COLUMNS:
-        return True, _check_rows(path, rows, fps)
-    try:
-        _read_place(header, f"{path} line 1")
-    except ValueError:
-        raise UserError(f"{path}: columns must be {','.join(COLUMNS)}, not {','.join(header):.200}") from None
-    return False, _check_rows(path, [(1, header), *rows], fps)
+def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int, bool]]:
+    """File and line, key and frame of each row, and whether the rows of a frame add up.
 
-
-def _check_rows(path: Path, rows: list[tuple[int, list[str]]], fps: float) -> Iterator[tuple[str, str, int]]:
-    """File and line, key and frame of each row. Raises ValueError where time and frame drift apart."""
+    Raises UserError where time and frame drift apart.
+    """
     start = before = None
-    for line, cells in rows:
-        where = f"{path} line {line}"
-        time, frame = _read_place(cells, where)
-        start = start or (time, frame)
-        if frame != int(frame) or (before and (time < before[0] or frame < before[1])):
-            raise UserError(f"{where}: times must ascend, and frames be whole numbers that ascend")
-        before = time, frame
-        drift = (time - start[0]) * fps - (frame - start[1])
-        if abs(drift) > 1 + RATE_TOLERANCE * (frame - start[1]):  # keys of one frame may be logged at its two ends
-            raise UserError(
-                f"{where}: since line {rows[0][0]}, {time - start[0]:g} s went by and {frame - start[1]:g} frames, "
-                f"{drift:+.1f} too few at {fps:g} fps; set game.fps, or log and pictures have drifted apart"
-            )
-        yield where, cells[0], int(frame)
-
-
-def _read_place(cells: list[str], where: str) -> tuple[float, float]:
-    """The time and the frame of a row."""
-    if len(cells) != len(COLUMNS):
-        raise UserError(f"{where}: {len(cells)} cells, there must be {','.join(COLUMNS)}")
-    return read_number(cells[1], f"{where}: time"), read_number(cells[2], f"{where}: frame")
+    adds_up = False
+    with open_text(path) as text:
+        for number, (where, cells) in enumerate(read_cells(path, text)):
+            if number == 0 and [name.strip() for name in cells] == COLUMNS:
+                adds_up = True
+                continue
+            if len(cells) != len(COLUMNS):
+                raise UserError(f"{where}: {len(cells)} cells; columns must be {','.join(COLUMNS)}")
+            time, frame = (read_number(cells[i], f"{where}: {COLUMNS[i]}") for i in (1, 2))
+            start = start or (time, frame)
+            if frame != int(frame) or (before and (time < before[0] or frame < before[1])):
+                raise UserError(f"{where}: times must ascend, and frames be whole numbers that ascend")
+            before = time, frame
+            drift = (time - start[0]) * fps - (frame - start[1])
+            if abs(drift) > 1 + RATE_TOLERANCE * (frame - start[1]):  # keys of one frame may be logged at its two ends
+                raise UserError(
+                    f"{where}: {time - start[0]:g} s after the first row it should be {drift:+.1f} frames further at "
+                    f"{fps:g} fps; set game.fps, or log and pictures have drifted apart"
+                )
+            yield where, cells[0], int(frame), adds_up

@@ -15,26 +15,17 @@ file where it goes by that of a neighbour is refused. Keys have the names of tho
 space, left_shift, left_control. Minecraft's pitch grows downwards, here it grows upwards; its yaw grows to the right.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows
-from data_pipeline.readers.recording import (
-    Recording,
-    VideoEpisode,
-    cut_video,
-    find_pairs,
-    list_folders,
-    probe_video,
-    read_json,
-    read_number,
-    say,
-)
-from data_pipeline.types import Actions
+from data_pipeline.readers.logs import Row, read_json
+from data_pipeline.readers.recording import Format, Recording, cut_episodes, find_pairs, list_folders, open_video, say
+from data_pipeline.types import Actions, Episode
 
 DEG_PER_DELTA = 15.0
 CHOICES = {"ws": ("", "w", "s"), "ad": ("", "a", "d"), "scs": ("", "space", "left_shift", "left_control")}
@@ -48,60 +39,61 @@ def find_recordings(source: str | Path) -> list[Recording]:
     videos = folders.get("video") or folders.get("videos")
     if videos is None or "metadata" not in folders:
         raise UserError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    return find_pairs(videos, folders["metadata"], (".json",), read_pair)
+    return find_pairs(videos, folders["metadata"], (".json",), read_recording)
 
 
-def read_pair(video: Path, log: Path, game: GameConfig) -> list[VideoEpisode]:
-    """The one episode of a pair.
+FORMAT = Format(find_recordings)
 
-    Raises ValueError in one line: entries and frames that do not go together, an entry that is damaged, another fps,
-    actions that are shifted against the poses.
-    """
+
+def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
+    """The one episode of a pair."""
     keys = bind_keys(game, KEYS, "GF-Minecraft recordings")
-    info, entries = probe_video(video, game), read_entries(log)
-    if len(entries) - info.frames not in (0, 1):
-        raise UserError(
-            f"{log} has {len(entries)} entries, {video} has {info.frames} frames; there must be one entry per frame, "
-            "or one more"
-        )
+    footage, entries = open_video(video, game), read_entries(log)
+    if len(entries) - footage.frames not in (0, 1):
+        raise UserError(f"{log} has {len(entries)} entries, {video} has {footage.frames} frames; as many or one more")
     first = game.inputs.first_entry
-    if len(entries) > info.frames:
+    if len(entries) > footage.frames:
         say(
             f"recordings with one entry more than frames: entry {first} is taken to lead on from frame 0; the doctor "
             "finds out whether it does, and game.inputs.first_entry changes it"
         )
-    keyboard, degrees = [], np.zeros((len(entries), 2))
-    for i, entry in enumerate(entries[first:], start=first):
-        where = f"{log} entry {i}"
-        if game.action_space.mouse:
-            pitch, yaw = (read_number(entry.get(name), f"{where}: {name}") for name in ("pitch_delta", "yaw_delta"))
-            degrees[i] = -DEG_PER_DELTA * pitch, DEG_PER_DELTA * yaw
-        keyboard.append(keys.row([name for name in (_choice(entry, axis, where) for axis in CHOICES) if name], where))
+    keyboard = np.stack([keys.row(_held(entry), entry.where) for entry in entries[first:]])
+    degrees = np.zeros((len(entries), 2))
     if game.action_space.mouse:
+        deltas = [[-entry.number("pitch_delta"), entry.number("yaw_delta")] for entry in entries[first:]]
+        degrees[first:] = DEG_PER_DELTA * np.array(deltas)
         check_poses(log, entries, degrees[:, 1])
-    mouse = mouse_rows(game, degrees, lambda i: f"{log} entry {i}")[first:]
-    actions = Actions(np.stack(keyboard), mouse)[: info.frames]
-    return cut_video(video.stem, video, info, game, actions, [(0, len(actions))])
+    mouse = mouse_rows(game.action_space, degrees, lambda i: entries[i].where)
+    return cut_episodes(name, footage, Actions(keyboard, mouse[first:])[: footage.frames])
 
 
-def read_entries(log: Path) -> list[dict[str, Any]]:
-    """The entries 0, 1, 2, ... of `actions`. Raises ValueError if one is left out."""
+def read_entries(log: Path) -> list[Row]:
+    """The entries 0, 1, 2, ... of `actions`."""
     found = read_json(log).get("actions")
     if not isinstance(found, dict) or len(found) < 4:
         raise UserError(f"{log} must hold actions, an object with the entries 0, 1, 2, 3, ...")
-    entries = [entry for i in range(len(found)) if isinstance(entry := found.get(str(i)), dict)]
-    if len(entries) < len(found):
-        missing = next(i for i in range(len(found)) if not isinstance(found.get(str(i)), dict))
-        raise UserError(f"{log} has {len(found)} entries, but no entry {missing}")
-    return entries
+    missing = [i for i in range(len(found)) if not isinstance(found.get(str(i)), dict)]
+    if missing:
+        raise UserError(f"{log} has {len(found)} entries, but no entry {missing[0]}")
+    return [Row(f"{log} entry {i}", found[str(i)]) for i in range(len(found))]
 
 
-def check_poses(log: Path, entries: list[dict[str, Any]], yaw_deg: np.ndarray) -> None:
-    """Raises ValueError if the `yaw` of `entries` goes by the `yaw_deg` (n) of the entries before or after them."""
-    if any("yaw" not in entry for entry in entries):
+def _held(entry: Row) -> list[str]:
+    names = []
+    for axis, choices in CHOICES.items():
+        value = entry.number(axis)
+        if value not in range(len(choices)):
+            raise UserError(f"{entry.where}: {axis} must be 0 to {len(choices) - 1}, not {value:g}")
+        names.append(choices[int(value)])
+    return [name for name in names if name]
+
+
+def check_poses(log: Path, entries: Sequence[Row], yaw_deg: np.ndarray) -> None:
+    """Raises UserError if the `yaw` of `entries` goes by the `yaw_deg` (n) of the entries before or after them."""
+    if any("yaw" not in entry.cells for entry in entries):
         return
-    yaw = np.array([read_number(entry["yaw"], f"{log} entry {i}: yaw") for i, entry in enumerate(entries)])
-    agreeing = {shift: _agreement(np.diff(yaw), yaw_deg, shift) for shift in (0, -1, 1)}
+    turned = np.diff([entry.number("yaw") for entry in entries])
+    agreeing: dict[int, float] = {shift: _agreement(turned, yaw_deg, shift) for shift in (0, -1, 1)}
     best = max(agreeing, key=lambda shift: agreeing[shift])
     if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
         raise UserError(
@@ -116,10 +108,3 @@ def _agreement(turned: np.ndarray, yaw_deg: np.ndarray, shift: int) -> float:
     places = places[np.abs(turned[places - 1]) > SAME_DEG]
     off = (turned[places - 1] - yaw_deg[places + shift] + 180) % 360 - 180
     return float(np.mean(np.abs(off) < SAME_DEG)) if len(places) else 0.0
-
-
-def _choice(entry: dict[str, Any], axis: str, where: str) -> str:
-    names, value = CHOICES[axis], read_number(entry.get(axis), f"{where}: {axis}")
-    if value not in range(len(names)):
-        raise UserError(f"{where}: {axis} must be 0 to {len(names) - 1}, not {value:g}")
-    return names[int(value)]

@@ -1,16 +1,16 @@
-"""What recordings call keys and mouse buttons, and which key of the action space each of them holds."""
+"""From what recordings call keys and mouse buttons, and how they count the mouse, to the game's action vectors."""
 
 import difflib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from configs.errors import UserError
-from configs.game import GameConfig
-from data_pipeline.readers.recording import LARGEST
+from configs.game import ActionSpace, GameConfig
+from data_pipeline.readers.logs import LARGEST
 
-MOST_DEG = 3600.0  # that anybody turns in a frame; more is damage, or another unit
+MOST_DEG = 3600.0  # a turn in one frame; more is damage, or another unit
 MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", *(f"mouse_{i}" for i in range(4, 9)))  # GLFW's
 # One name for a key whatever format it comes from: those of Minecraft and GLFW, with _ for the dot.
 NAMED_KEYS = (
@@ -27,19 +27,19 @@ INPUTS = frozenset((*"abcdefghijklmnopqrstuvwxyz0123456789", *NAMED_KEYS, *MOUSE
 
 @dataclass(frozen=True)
 class KeyMap:
-    """Names of inputs to places in the keyboard vector."""
+    """Which elements of the keyboard vector each input of a recording sets."""
 
     game: GameConfig
-    places: dict[str, list[int]]  # of each input that holds something
+    places: dict[str, list[int]]  # of each input that is bound
     known: Collection[str] | None  # inputs that can be bound; None: any
 
     def spell(self, name: str, where: str) -> str:
-        """The input `name` as it is bound: by its own spelling, else by one in other case. As it is, if by none.
+        """The input `name` as it is bound: by its own spelling, else in other case; as it is if it is not bound.
 
-        Raises ValueError, whatever becomes of others, if it could be either of two.
+        Raises UserError if it could be either of two, even where `others` are dropped.
         """
-        near = [] if name in self.places else _same_but_case(name, self.places)
-        if len({tuple(self.places[one]) for one in near}) > 1:
+        near = [] if name in self.places else _ignoring_case(name, self.places)
+        if len({tuple(self.places[other]) for other in near}) > 1:
             raise UserError(
                 f"{where}: {name[:80]!r} may be {' or '.join(near)}, which hold different keys; bind it as well"
             )
@@ -52,70 +52,84 @@ class KeyMap:
             if name in self.places:
                 vector[self.places[name]] = 1
             elif self.game.inputs.others == "refuse":
-                binding = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
+                fix = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
                 raise UserError(
-                    f"{where}: {name[:80]!r} holds no key of {self.game.name!r}; {binding}set game.inputs.others=drop"
+                    f"{where}: {name[:80]!r} holds no key of {self.game.name!r}; {fix}set game.inputs.others=drop"
                 )
         return vector
 
+    def rows(self, names: Sequence[str], table: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+        """The keyboard vectors (n k) of a `table` (n c) of 0 and 1 with a column per input of `names`."""
+        keyboard = np.zeros((len(table), len(self.game.action_space.keys)), dtype=np.float32)
+        for name, column in zip(names, table.T, strict=True):
+            used = np.flatnonzero(column != 0)
+            places = self.places.get(name, [])
+            if len(used) and not places:
+                self.row([name], where(int(used[0])))  # refuses it, unless others are dropped
+            wrong = used[column[used] != 1]
+            if places and len(wrong):
+                value = column[wrong[0]]
+                raise UserError(f"{where(int(wrong[0]))}: {name} is {value:g}; a key must be 0 or 1")
+            keyboard[used[:, None], places] = 1
+        return keyboard
 
-def bind_keys(game: GameConfig, known: Collection[str] | None, where: str) -> KeyMap:
+
+def bind_keys(game: GameConfig, known: Collection[str] | None, format_name: str) -> KeyMap:
     """The game's bindings; without any, a key is held by the input of its own name.
 
-    Raises ValueError for an input that is not in `known`, which is what the recordings `where` can hold.
+    Raises UserError for an input that is not in `known`, which is what recordings of this format can hold.
     """
-    bound = game.inputs.keys or {key: (key,) for key in game.action_space.keys}
     places: dict[str, list[int]] = {}
-    for key, inputs in bound.items():
+    for key, inputs in (game.inputs.keys or {key: (key,) for key in game.action_space.keys}).items():
         for name in inputs:
             if known is not None and name not in known:
-                same = _same_but_case(name, known)
-                name = same[0] if len(same) == 1 else name
-            if known is not None and name not in known:
-                near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
-                raise UserError(
-                    f"game.inputs.keys.{key}: {where} have no input {name!r}, but {', '.join(near)}; "
-                    "[] is a key that nothing holds"
-                )
+                name = _known_spelling(name, key, known, format_name)
             places.setdefault(name, []).append(game.action_space.keys.index(key))
     return KeyMap(game, places, known)
 
 
-def _same_but_case(name: str, names: Iterable[str]) -> list[str]:
-    return [one for one in names if one.casefold() == name.casefold()]
+def _known_spelling(name: str, key: str, known: Collection[str], format_name: str) -> str:
+    same = _ignoring_case(name, known)
+    if len(same) == 1:
+        return same[0]
+    near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
+    raise UserError(
+        f"game.inputs.keys.{key}: {format_name} have no input {name!r}, but {', '.join(near)}; [] binds nothing"
+    )
 
 
-def require_mouse_scale(game: GameConfig, where: str) -> None:
-    """Raises ValueError if the mouse counts, but not how many degrees one recorded unit is."""
+def _ignoring_case(name: str, names: Iterable[str]) -> list[str]:
+    return [other for other in names if other.casefold() == name.casefold()]
+
+
+def require_mouse_scale(game: GameConfig, reader: str) -> None:
+    """Raises UserError if the mouse counts, but not how many degrees one recorded unit is."""
     if game.action_space.mouse and not (game.inputs.pitch_deg and game.inputs.yaw_deg):
         raise UserError(
-            f"{where} count the mouse in units of their own: set game.inputs.pitch_deg and game.inputs.yaw_deg, the "
-            "degrees up and right of one unit (of a pixel: pitch_deg < 0, since y counts downwards)"
+            f"reader={reader}: set game.inputs.pitch_deg and game.inputs.yaw_deg, the degrees up and right of one unit "
+            "of the recorded mouse (of a pixel: pitch_deg < 0, since y counts downwards)"
         )
 
 
-def mouse_rows(game: GameConfig, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
+def scale_mouse(game: GameConfig, moves: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
+    """The mouse vectors (n 2) of `moves` (n 2), y and x in the units of `game.inputs.pitch_deg` and `yaw_deg`."""
+    return mouse_rows(game.action_space, moves * (game.inputs.pitch_deg, game.inputs.yaw_deg), where)
+
+
+def mouse_rows(space: ActionSpace, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
     """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
 
-    Raises ValueError as `check_degrees`.
+    Raises UserError for more than `MOST_DEG`, no number and what float32 cannot hold; `where` names a row's file and
+    place.
     """
-    space = game.action_space
-    mouse = check_degrees(degrees if space.mouse else degrees[:, :0], where) / space.mouse_unit_deg
+    if not space.mouse:
+        return np.zeros((len(degrees), 0), dtype=np.float32)
+    wrong = np.argwhere(~(np.abs(degrees) <= MOST_DEG))
+    if len(wrong):
+        row, axis = wrong[0].tolist()
+        turn = f"{('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame"
+        raise UserError(f"{where(row)}: {turn}; at most {MOST_DEG:g} is possible")
+    mouse = degrees / space.mouse_unit_deg
     if not (np.abs(mouse) <= LARGEST).all():
         raise UserError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
     return mouse.astype(np.float32)
-
-
-def check_degrees(degrees: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
-    """`degrees` (n 2) of (pitch, yaw), if a frame can turn by each; `where` names file and place of a row's number.
-
-    Raises ValueError for one that is no number or beyond `MOST_DEG`: the actions would be infinite, or nonsense.
-    """
-    wrong = np.argwhere(~(np.abs(degrees) <= MOST_DEG))
-    if len(wrong):
-        row, axis = (int(number) for number in wrong[0])
-        raise UserError(
-            f"{where(row)}: {('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame; at most "
-            f"{MOST_DEG:g} is possible"
-        )
-    return degrees

@@ -15,58 +15,56 @@ the dataset. Datasets of version 2 and those with pictures in the parquet files 
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs import storage
-from configs.errors import UserError
+from configs.errors import MissingFileError, UserError
 from configs.foreign import inside, reading
 from configs.game import GameConfig
-from data_pipeline.readers.keys import bind_keys, mouse_rows, require_mouse_scale
-from data_pipeline.readers.parquet import read_rows
+from data_pipeline.readers.keys import bind_keys, scale_mouse
+from data_pipeline.readers.logs import read_json, read_number
 from data_pipeline.readers.recording import (
+    Format,
     Recording,
-    VideoEpisode,
     check_times,
+    import_extra,
     list_files,
     list_folders,
-    read_json,
-    read_number,
+    probe_footage,
 )
-from data_pipeline.types import Actions
-from data_pipeline.video import frame_times, probe
+from data_pipeline.types import Actions, Episode
+from data_pipeline.video import frame_times
 
 INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
 COMPONENTS = 10_000  # more than any vector of keys and axes has
 # What a pattern of info.json may ask for; str.format would give it attributes and widths of any size.
 FIELD = re.compile(r"\{(?:(chunk_index|file_index)(?::0(\d)d)?|(video_key))\}")
+CONVERT = "python -m lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME --push-to-hub=false --root="
+CONVERT_IMAGES = "lerobot-edit-dataset --repo_id NAME --root FOLDER --operation.type convert_image_to_video"
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """A folder in this format."""
 
     root: Path
+    info: Path
     data_path: str
     video_path: str
     features: Mapping[str, Mapping[str, Any]]
-
-    @property
-    def info(self) -> Path:
-        return self.root / INFO
 
     @property
     def action(self) -> str:
         """The feature that is the action."""
         found = [name for name in ACTIONS if name in self.features]
         if not found:
-            raise UserError(f"{self.info} has no feature {' or '.join(ACTIONS)}, but {', '.join(self.features)}"[:500])
+            raise UserError(f"{self.info} has no feature {' or '.join(ACTIONS)}, but {', '.join(self.features):.300}")
         return found[0]
 
     @property
@@ -82,9 +80,8 @@ class Dataset:
                 names = groups[0] if groups else [name for _, name in sorted((at, name) for name, at in names.items())]
             names = [str(name) for name in names or range(shape[0])]
         if len(names) != shape[0] or len(set(names)) != len(names):
-            raise UserError(
-                f"{self.info}: {self.action} has {shape[0]} components and the names {', '.join(names):.200}"
-            )
+            given = ", ".join(names)
+            raise UserError(f"{self.info}: {self.action} has {shape[0]} components and the names {given:.200}")
         return names
 
     def camera(self, wanted: str | None) -> str:
@@ -94,16 +91,12 @@ class Dataset:
             for kind in ("video", "image")
         )
         if pictures and (wanted in pictures or not cameras):
-            raise UserError(
-                f"{self.info}: {wanted or pictures[0]} has its pictures in the parquet files; make videos of them: "
-                "lerobot-edit-dataset --repo_id NAME --root FOLDER --operation.type convert_image_to_video"
-            )
+            raise UserError(f"{self.info}: {wanted or pictures[0]} has its pictures in the tables: {CONVERT_IMAGES}")
         if not self.video_path:
             raise UserError(f"{self.info} lacks video_path")
         if wanted not in cameras and (wanted or len(cameras) != 1):
-            raise UserError(
-                f"{self.info}: choose a video by game.inputs.camera; there are: {', '.join(cameras) or 'none'}"
-            )
+            there = ", ".join(cameras) or "none"
+            raise UserError(f"{self.info}: choose a video by game.inputs.camera; there are: {there}")
         return wanted or cameras[0]
 
 
@@ -111,18 +104,20 @@ def find_recordings(source: str | Path) -> list[Recording]:
     """The episodes of the dataset `source`, by number; the parquet files in `meta/episodes` are read."""
     dataset = read_info(storage.path(source))
     files = [file for folder in list_folders(dataset.root / EPISODES) for file in list_files(folder, ".parquet")]
-    abouts = [about for file in files for about in read_abouts(file)]
+    abouts = sorted((about for file in files for about in read_abouts(file)), key=lambda about: about[EPISODE])
     if not abouts:
         raise UserError(f"{dataset.root / EPISODES} lists no episodes")
-    abouts.sort(key=lambda about: about[EPISODE])
     twice = [one for one, other in pairwise(abouts) if one[EPISODE] == other[EPISODE]]
     if twice:
         raise UserError(f"{dataset.root / EPISODES} lists {_name(twice[0])} twice")
     return [Recording(_name(about), partial(read_episode, dataset, about)) for about in abouts]
 
 
+FORMAT = Format(find_recordings, scaled_mouse=True)
+
+
 def read_abouts(file: Path) -> list[dict[str, Any]]:
-    """The rows of a file of `meta/episodes`. Raises ValueError for a number that is none."""
+    """The rows of a file of `meta/episodes`."""
     abouts = read_rows(file, (EPISODE, "length", "data/", "videos/"))
     for i, about in enumerate(abouts):
         for column in (EPISODE, "length"):
@@ -136,98 +131,76 @@ def _name(about: Mapping[str, Any]) -> str:
 
 
 def read_info(root: Path) -> Dataset:
-    """What `meta/info.json` says. Raises ValueError for another version of the format."""
-    info = read_json(root / INFO)
+    """What `meta/info.json` says."""
+    path = root / INFO
+    info = read_json(path)
     missing = [name for name in ("codebase_version", "features", "data_path") if not info.get(name)]
     if missing:
-        raise UserError(f"{root / INFO} lacks {', '.join(missing)}")
+        raise UserError(f"{path} lacks {', '.join(missing)}")
     version = str(info["codebase_version"])
     if not version.startswith("v3."):
-        raise UserError(
-            f"{root / INFO} is of version {version:.20}; convert it, in place: python -m "
-            f"lerobot.datasets.v30.convert_dataset_v21_to_v30 --repo-id=NAME --root={root} --push-to-hub=false"
-        )
+        raise UserError(f"{path} is of version {version:.20}; convert it, in place: {CONVERT}{root}")
     features, paths = info["features"], (info["data_path"], info.get("video_path") or "")
-    if not isinstance(features, dict) or not all(isinstance(path, str) for path in paths):
-        raise UserError(f"{root / INFO}: features must be an object, data_path and video_path texts")
+    if not isinstance(features, dict) or not all(isinstance(pattern, str) for pattern in paths):
+        raise UserError(f"{path}: features must be an object, data_path and video_path texts")
     wrong = [name for name, feature in features.items() if not isinstance(feature, dict)]
     if wrong:
-        raise UserError(f"{root / INFO}: the feature {wrong[0]:.80} must be an object, not {features[wrong[0]]!r:.80}")
-    return Dataset(root, *paths, features)
+        raise UserError(f"{path}: the feature {wrong[0]:.80} must be an object, not {features[wrong[0]]!r:.80}")
+    return Dataset(root, path, *paths, features)
 
 
-def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -> list[VideoEpisode]:
-    """The one episode that the row `about` of `meta/episodes` describes.
-
-    Raises ValueError in one line: rows or pictures left out or out of time, another fps, a component that is bound
-    to no key.
-    """
-    camera = dataset.camera(game.inputs.camera)
+def read_episode(dataset: Dataset, about: Mapping[str, Any], game: GameConfig) -> list[Episode]:
+    """The one episode that the row `about` of `meta/episodes` describes."""
+    camera, index, length = dataset.camera(game.inputs.camera), about[EPISODE], about["length"]
     table = fill_pattern(dataset, dataset.data_path, about, "data/")
     video = fill_pattern(dataset, dataset.video_path, about, f"videos/{camera}/", camera)
-    index = about[EPISODE]
-    rows = read_rows(table, (dataset.action, "timestamp", "frame_index"), (EPISODE, index))
-    if len(rows) != about["length"] or [row["frame_index"] for row in rows] != list(range(len(rows))):
-        raise UserError(
-            f"{table}: episode {index} must have the rows frame_index 0 to {about['length'] - 1} in order; it has "
-            f"{len(rows)} rows"
-        )
+    rows, where = read_rows(table, (dataset.action, "timestamp", "frame_index"), index), f"{table} episode {index}"
+    if len(rows) != length or [row["frame_index"] for row in rows] != list(range(len(rows))):
+        raise UserError(f"{where} must have the rows frame_index 0 to {length - 1} in order; it has {len(rows)} rows")
     if not rows:
         return []
-    where = f"{table} episode {index}"
     actions = read_actions(where, dataset.components, [row[dataset.action] for row in rows], game)
-    info = probe(video)
     column = f"videos/{camera}/from_timestamp"
     begin = read_number(about.get(column), f"{dataset.root / EPISODES} {_name(about)}: {column}")
-    times = [read_number(row["timestamp"], f"{where} frame {i}: timestamp") for i, row in enumerate(rows)]
-    shown = begin + np.array(times)
-    first = find_first(video, shown, game.fps)
+    shown = [begin + read_number(row["timestamp"], f"{where} frame {i}: timestamp") for i, row in enumerate(rows)]
+    footage = replace(probe_footage(video), frames=len(rows))
+    first = find_first(video, np.array(shown), game.fps)
     check_times(video, frame_times(video)[first : first + len(rows)], game)  # episodes may lie apart in it
-    size = info.height, info.width
-    return [VideoEpisode(_name(about), video, first, game.fps, *size, game.action_space, actions)]
+    return [Episode(_name(about), actions, footage, first, first + len(rows))]
 
 
 def read_actions(where: str, components: list[str], vectors: Sequence[Any], game: GameConfig) -> Actions:
     """The rows of `action` (n c) as the game's actions; `where` names file and episode in errors."""
     axes = game.inputs.axes if game.action_space.mouse else ()
-    keys = bind_keys(game, [name for name in components if name not in axes], "these LeRobot recordings")
-    require_mouse_scale(game, "LeRobot recordings")
-    unknown = [name for name in axes if name not in components]
-    if unknown or len(axes) != 2 * game.action_space.mouse:
-        raise UserError(
-            f"game.inputs.axes must name the mouse's y and x of {', '.join(components)}, not {list(axes)}; or set "
-            "action_space.mouse=false"
-        )
-    unbound = [name for name in components if name not in keys.places and name not in axes]
-    if unbound and game.inputs.others == "refuse":
-        raise UserError(
-            f"{where}: {', '.join(unbound)} holds no key of {game.name!r}; bind it in game.inputs.keys or set "
-            "game.inputs.others=drop"
-        )
+    if len(axes) != 2 * game.action_space.mouse or not set(axes) <= set(components):
+        there = ", ".join(components)
+        raise UserError(f"game.inputs.axes must name the mouse's y and x of {there}, or set action_space.mouse=false")
+    names = [name for name in components if name not in axes]
+    keys = bind_keys(game, names, "these LeRobot recordings")
     table = _vectors(where, vectors, len(components))
-    keyboard = np.zeros((len(table), len(game.action_space.keys)), dtype=np.float32)
-    for name, places in keys.places.items():
-        column = table[:, components.index(name)]
-        wrong = np.flatnonzero(~np.isin(column, (0, 1)))
-        if len(wrong):
-            raise UserError(f"{where} frame {wrong[0]}: {name} is {column[wrong[0]]:g}; a key must be 0 or 1")
-        keyboard[:, places] = np.maximum(keyboard[:, places], column[:, None])
-    degrees = (
-        table[:, [components.index(name) for name in axes]] * (game.inputs.pitch_deg, game.inputs.yaw_deg)[: len(axes)]
-    )
-    return Actions(keyboard, mouse_rows(game, degrees, lambda i: f"{where} frame {i}"))
+    columns = dict(zip(components, table.T, strict=True))
+    keyboard = keys.rows(names, np.stack([columns[name] for name in names], axis=1), lambda i: f"{where} frame {i}")
+    moves = np.stack([columns[name] for name in axes], axis=1) if axes else np.zeros((len(table), 2))
+    return Actions(keyboard, scale_mouse(game, moves, lambda i: f"{where} frame {i}"))
+
+
+def _vectors(where: str, vectors: Sequence[Any], count: int) -> np.ndarray:
+    for i, vector in enumerate(vectors):
+        if not isinstance(vector, list) or len(vector) != count:
+            raise UserError(f"{where} frame {i}: the action is {vector!r:.80}, not {count} numbers")
+    table = [[read_number(part, f"{where} frame {i}: the action") for part in one] for i, one in enumerate(vectors)]
+    return np.array(table, dtype=np.float64)
 
 
 def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
     """The number of the frame at `shown[0]`, given when an episode's frames are shown, (n) seconds.
 
-    Raises ValueError if one of them is not in the video at its time, within a quarter of a frame.
+    Raises UserError if one of them is not in the video at its time, within a quarter of a frame.
     """
     times = frame_times(video)
     first = int(np.argmin(np.abs(times - shown[0])))
-    found = np.full(len(shown), np.inf)
     part = times[first : first + len(shown)]
-    found[: len(part)] = part
+    found = np.pad(part, (0, len(shown) - len(part)), constant_values=np.inf)
     wrong = np.flatnonzero(~(np.abs(found - shown) < 0.25 / fps))
     if len(wrong):
         i = int(wrong[0])
@@ -237,34 +210,53 @@ def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
 
 
 def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefix: str, camera: str = "") -> Path:
-    """The file that a pattern of info.json gives for an episode.
-
-    Raises ValueError if it asks for more than the numbers in `about` and the video's name, or leads out of the dataset.
-    """
+    """The file that a pattern of info.json gives for an episode: the numbers in `about` and the video's name are filled
+    in, and it lies in the dataset."""
 
     def fill(field: re.Match[str]) -> str:
         if field[3]:
             return camera
         number = about.get(prefix + field[1])
         if not isinstance(number, int) or number < 0:
-            raise UserError(
-                f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: {prefix}{field[1]} of "
-                f"{_name(about)} is {number!r:.80}"
-            )
+            name = f"{prefix}{field[1]} of {_name(about)}"
+            raise UserError(f"{dataset.info}: {name} is {number!r:.80}, no number for the pattern {pattern!r:.200}")
         return f"{number:0{field[2] or 0}d}"
 
-    filled = FIELD.sub(fill, pattern)
-    if "{" in FIELD.sub("", pattern) or "}" in FIELD.sub("", pattern):
-        raise UserError(
-            f"{dataset.info}: {pattern!r:.200} and meta/episodes do not go together: it may ask for "
-            "{chunk_index:03d}, {file_index:03d} and {video_key}"
-        )
-    return inside(dataset.root, filled, dataset.info)
+    if re.search(r"[{}]", FIELD.sub("", pattern)):
+        allowed = "{chunk_index:03d}, {file_index:03d} and {video_key}"
+        raise UserError(f"{dataset.info}: the pattern {pattern!r:.200} may ask for {allowed} alone")
+    return inside(dataset.root, FIELD.sub(fill, pattern), dataset.info)
 
 
-def _vectors(where: str, vectors: Sequence[Any], count: int) -> np.ndarray:
-    for i, vector in enumerate(vectors):
-        if not isinstance(vector, list) or len(vector) != count:
-            raise UserError(f"{where} frame {i}: the action is {vector!r:.80}, not {count} numbers")
-    table = [[read_number(part, f"{where} frame {i}: the action") for part in one] for i, one in enumerate(vectors)]
-    return np.array(table, dtype=np.float64)
+def read_rows(path: Path, columns: Sequence[str], episode: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a parquet file, of one `episode` if it is given, as plain values: `columns`, and all that begin with
+    those that end in a slash."""
+    arrow, compute = (import_extra(module, "LeRobot recordings") for module in ("pyarrow", "pyarrow.compute"))
+    if not path.is_file():
+        raise MissingFileError(f"no file {path}")
+    with reading(path):
+        try:
+            if episode is None:
+                return _read_table(path, columns).to_pylist()
+            table = _kept_table(path, (*columns, EPISODE), storage.version(path))
+            return table.filter(compute.equal(table[EPISODE], episode)).to_pylist()
+        except (OSError, arrow.ArrowException) as error:
+            said = " ".join(str(error).split())[:200]
+            raise UserError(f"cannot read {path} ({said}); it is truncated or no parquet file") from error
+
+
+@lru_cache(maxsize=2)  # many episodes share a file
+def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
+    return _read_table(path, columns)
+
+
+def _read_table(path: Path, columns: Sequence[str]) -> Any:
+    parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
+    with storage.open(path) as file:
+        table = parquet.ParquetFile(file)
+        names = table.schema_arrow.names
+        missing = [name for name in columns if name not in names and name[-1] != "/"]
+        if missing:
+            raise UserError(f"{path} lacks the columns {', '.join(missing)}")
+        prefixes = tuple(name for name in columns if name[-1] == "/")
+        return table.read(columns=[name for name in names if name in columns or name.startswith(prefixes)])

@@ -17,22 +17,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs import storage
 from configs.errors import UserError
 from configs.foreign import parse_json
 from configs.game import GameConfig
-from data_pipeline.readers.event_rows import Event, Kind, cut_by_log, open_screen, opened_log, sort_events
-from data_pipeline.readers.keys import bind_keys, require_mouse_scale
+from data_pipeline.readers.event_rows import EVENT_BYTES, Event, Kind, cut_by_log, open_screen, sort_events
+from data_pipeline.readers.keys import bind_keys
+from data_pipeline.readers.logs import open_text, read_number
 from data_pipeline.readers.recording import (
     VIDEOS,
+    Format,
     Recording,
-    VideoEpisode,
+    find_folders,
     list_files,
-    list_folders,
-    read_number,
+    list_names,
+    read_pair,
     say,
-    say_left_out,
 )
+from data_pipeline.types import Episode
 
 LOG, COLUMNS = "inputs.csv", ["timestamp", "event_type", "event_args"]
 # Empty files with which the recorder and its server mark a recording that is not to be used.
@@ -95,87 +96,76 @@ INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in
 
 
 def find_recordings(source: str | Path) -> list[Recording]:
-    """The folders with a video and an `inputs.csv` directly in `source`; `source` itself if it has the latter.
+    """The folders with a video or an `inputs.csv` directly in `source`; `source` itself if it has the latter.
 
-    Those that the recorder or its server marked as invalid are left out, and what is no recording, and said.
+    Those that the recorder or its server marked as invalid are left out.
     """
-    folders = [storage.path(source)] if (storage.path(source) / LOG).is_file() else list_folders(source)
-    names = {folder: [folder.name, *(path.name for path in folder.iterdir())] for folder in folders}
-    invalid = [folder for folder, held in names.items() if any(name.endswith(MARKS) for name in held)]
-    say_left_out(source, invalid, "marked by the recorder as invalid")
-    strays = [one for one in folders if not (one / LOG).is_file() and not list_files(one, *VIDEOS)]
-    say_left_out(source, strays, f"neither a video nor {LOG}")
-    found = sorted({*folders} - {*invalid, *strays})
+    folders = find_folders(source, f"a video and {LOG}", lambda one: bool(list_files(one, *VIDEOS)), log=LOG)
+    invalid = [folder for folder in folders if any(path.name.endswith(MARKS) for path in (folder, *folder.iterdir()))]
+    if invalid:
+        say(f"{source}: left out {list_names([one.name for one in invalid])}: marked by the recorder as invalid")
+    found = {one.name: [*list_files(one, *VIDEOS), one / LOG] for one in folders if one not in invalid}
     if not found:
-        raise UserError(f"{source} holds no folders with a video and {LOG}")
-    return [Recording(folder.name, partial(read_folder, folder)) for folder in found]
+        raise UserError(f"{source} holds no recordings but those that are marked as invalid")
+    return [Recording(name, partial(read_pair, name, files, read_recording)) for name, files in found.items()]
 
 
-def read_folder(folder: Path, game: GameConfig) -> list[VideoEpisode]:
-    """The episodes of `folder` between losses of focus and gaps of the video.
+FORMAT = Format(find_recordings, scaled_mouse=True)
 
-    Raises ValueError in one line: a damaged row, times out of order, another fps, a video shorter than its log, a key
-    that the game does not have.
-    """
-    require_mouse_scale(game, "owl-control recordings")
-    keys = bind_keys(game, INPUTS, "owl-control recordings")
-    videos, path = list_files(folder, *VIDEOS), folder / LOG
-    if len(videos) != 1:
-        raise UserError(f"{folder} must hold one video, not {len(videos)}")
-    screen = open_screen(videos[0], game)
-    log = sort_events(
-        path, read_events(path, game.action_space.mouse), ("timestamp", *["event_args"] * 2), screen, game
-    )
-    start, stop = log.first("start", "begin"), log.first("stop", "end")
+
+def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
+    """The episodes between losses of focus and gaps of the video."""
+    keys, screen = bind_keys(game, INPUTS, "owl-control recordings"), open_screen(video, game)
+    events = sort_events(log, read_events(log, game.action_space.mouse), screen, game)
+    start, stop = events.first("start", "begin"), events.first("stop", "end")
     if start is None or stop is None:
         missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
-        raise UserError(f"{path} has no {missing}; nobody knows which part of the video it belongs to")
+        raise UserError(f"{log} has no {missing}; it is unknown which part of the video it belongs to")
     if start.kind == "begin" and not game.inputs.offset_s:
         say(
-            f"{path} has no VIDEO_START: the video is taken to begin at START, which may be some frames off; let the "
+            f"{log} has no VIDEO_START: the video is taken to begin at START, which may be some frames off; let the "
             "doctor measure it and set game.inputs.offset_s"
         )
-    return cut_by_log(folder.name, screen, start.time, log, keys)
+    return cut_by_log(name, screen, start.time, events, keys)
 
 
 def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
     """The rows in their order, those of kinds that count; moves only if the `mouse` does."""
-    with opened_log(log) as text:
-        for line, row in enumerate(text, 1):
-            cells = row.strip().split(",", 2)
-            where = f"{log} line {line}"
-            if line == 1:
-                if [cell.strip('" ') for cell in cells] != COLUMNS:
-                    raise UserError(f"{log}: columns must be {','.join(COLUMNS)}, not {row.strip()[:80]!r}")
-            elif cells != [""]:
-                if len(cells) != len(COLUMNS):
-                    raise UserError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
-                kind = cells[1].strip('" ')
-                if not KIND.fullmatch(kind):  # it may have been a kind that counts
-                    raise UserError(f"{where} is damaged: event_type is {kind[:80]!r}")
-                if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
-                    yield from _events(
-                        line, read_number(cells[0].strip('" '), f"{where}: timestamp"), kind, cells[2], where
-                    )
+    with open_text(log, EVENT_BYTES) as text:
+        header = next(text, "").strip()
+        if [cell.strip('" ') for cell in header.split(",")] != COLUMNS:
+            raise UserError(f"{log}: columns must be {','.join(COLUMNS)}, not {header[:80]!r}")
+        for number, row in enumerate(text, 2):
+            where, cells = f"{log} line {number}", row.strip().split(",", 2)
+            if cells == [""]:
+                continue
+            if len(cells) != len(COLUMNS):
+                raise UserError(f"{where}: {len(cells)} cells, the header has {len(COLUMNS)}")
+            time, kind = (cell.strip('" ') for cell in cells[:2])
+            if not KIND.fullmatch(kind):  # it may have been a kind that counts
+                raise UserError(f"{where} is damaged: event_type is {kind[:80]!r}")
+            if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
+                yield from _events(read_number(time, f"{where}: timestamp"), where, kind, cells[2])
 
 
-def _events(line: int, time: float, kind: str, args: str, where: str) -> Iterator[Event]:
+def _events(time: float, where: str, kind: str, args: str) -> Iterator[Event]:
     """What one row says."""
     if kind in KINDS:
-        yield Event(time, line, KINDS[kind])
+        yield Event(time, where, KINDS[kind])
         for name in _held(_parse(args, where), where) if kind == "START" else []:
-            yield Event(time, line, "press", name)
+            yield Event(time, where, "press", name)
         return
-    pair = _parse(args, where)
-    codes = kind != "MOUSE_MOVE"
-    if not isinstance(pair, list) or len(pair) != 2 or (codes and (type(pair[0]) is not int or pair[1] not in (0, 1))):
-        wanted = "a code and whether it is pressed" if codes else "two numbers"
-        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not {wanted}")
-    if codes:
-        names = KEYS if kind == "KEYBOARD" else BUTTONS
-        yield Event(time, line, "press" if pair[1] else "release", names.get(pair[0], CODE.format(pair[0])))
-    else:
-        yield Event(time, line, "move", tuple(read_number(one, f"{where}: {kind}") for one in pair))
+    pair, is_move = _parse(args, where), kind == "MOUSE_MOVE"
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not two")
+    if is_move:
+        yield Event(time, where, "move", [read_number(part, f"{where}: {kind}") for part in pair])
+        return
+    code, pressed = pair
+    if type(code) is not int or pressed not in (0, 1):
+        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not a code and whether it is pressed")
+    names = KEYS if kind == "KEYBOARD" else BUTTONS
+    yield Event(time, where, "press" if pressed else "release", names.get(code, CODE.format(code)))
 
 
 def _held(args: Any, where: str) -> list[str]:

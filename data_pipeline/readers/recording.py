@@ -1,16 +1,12 @@
-"""What readers share: a recording, an episode that is a span of a video's frames, how files are found and read."""
+"""What the formats share: how recordings and their files are found, and how a recording is cut into episodes."""
 
-import csv
 import importlib
-import io
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,77 +15,68 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object
-from configs.game import ActionSpace, GameConfig
-from data_pipeline.types import Actions, Episode
-from data_pipeline.video import VideoInfo, frame_times, probe, read_frames
+from configs.game import GameConfig
+from data_pipeline.types import Actions, Episode, Footage
+from data_pipeline.video import frame_times, probe, read_frames
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
-OFF = 0.25  # frames by which one may be shown early or late, as if all came evenly
+MOST_OFF = 0.25  # frames by which one may be shown early or late, as if all came evenly
 VIDEOS = (
     ".mp4", ".m4v", ".mov", ".qt", ".mkv", ".webm", ".avi", ".divx", ".wmv", ".asf", ".flv", ".f4v", ".mpg", ".mpeg",
     ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".ogm", ".mxf", ".nut", ".dv", ".rm", ".rmvb",
     ".y4m", ".h264", ".264", ".hevc", ".h265", ".265", ".ivf", ".obu",
 )  # fmt: skip
-LARGEST = float(np.finfo(np.float32).max)  # of a number: rows of actions are float32
-TEXT_BYTES = 1 << 29  # of a log; a larger one is none
-NAMED, NAME = 5, 200  # names that one line lists, letters of each
-# What a recording that is damaged, or not whole, raises. A disk or a server that refuses to give it is another matter.
+MOST_NAMES, MOST_LETTERS = 5, 200  # names in one line, letters of each
+# What a recording that is damaged or incomplete raises. A disk or a server that refuses to give it is another matter.
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
 class UnevenTimesError(UserError):
-    """A video whose frames do not come evenly, so that nobody knows which row of a log is which frame's."""
+    """A video whose frames do not come evenly, so that it is unknown which row of a log belongs to which frame."""
 
 
 class Recording(NamedTuple):
     """One recording of a source; held-out recordings are chosen whole, since its episodes resemble each other."""
 
     name: str
-    read: Callable[[GameConfig], Sequence[Episode]]  # its actions are read, its frames only when asked for
+    read: Callable[[GameConfig], Sequence[Episode]]  # reads its actions; frames only when asked for
     session: str | None = None  # recordings of one session are parts of one play, and held out together
+
+
+class Format(NamedTuple):
+    """What the module of a recording format declares, as its FORMAT."""
+
+    find: Callable[[str | Path], list[Recording]]  # the recordings in a source, by name; little is read of them yet
+    scaled_mouse: bool = False  # its mouse counts in units whose degrees only the game's YAML says
+
+
+ReadPair = Callable[[str, Path, Path, GameConfig], Sequence[Episode]]  # name, video and log
 
 
 @cache
 def say(line: str) -> None:
-    """Says something about recordings on stderr; the same line just once."""
+    """Prints a line about recordings on stderr; the same line only once."""
     tqdm.write(line, file=sys.stderr)
 
 
-def say_left_out(source: str | Path, folders: Sequence[Path], why: str) -> None:
-    """Says which folders are no recordings, if any."""
-    if folders:
-        say(f"{source}: left out {list_names([one.name for one in folders])}: {why}")
+def open_video(video: Path, game: GameConfig) -> Footage:
+    """The pictures of a video that are paired with rows by their number.
 
-
-@dataclass(frozen=True)
-class VideoEpisode:
-    """Frames `first` to `first` + n of a video with their n actions; frames are decoded when asked for."""
-
-    id: str
-    video: Path
-    first: int
-    fps: float
-    height: int  # px, as recorded
-    width: int  # px
-    action_space: ActionSpace
-    actions: Actions
-    recorded: int | None = None  # frames of the whole recording, where it was cut
-
-    def frames(self) -> Iterator[np.ndarray]:
-        """Every frame in order, (h w 3) uint8 RGB, as recorded."""
-        return read_frames(self.video, self.first, self.first + len(self.actions))
-
-
-def probe_video(video: Path, game: GameConfig) -> VideoInfo:
-    """What the video says about itself. Raises ValueError for another rate than the game's and for uneven times."""
-    info = probe(video)
+    Raises UserError for another rate than the game's and for uneven times.
+    """
+    footage = probe_footage(video)
     check_times(video, frame_times(video), game)
-    return info
+    return footage
+
+
+def probe_footage(video: Path) -> Footage:
+    info = probe(video)
+    read = partial(read_frames, video)
+    return Footage(video, info.frames, info.height, info.width, read, changes=info.changes)
 
 
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
-    """Raises ValueError for another rate than the game's; of frames that are taken by their times any is right."""
+    """Raises UserError for another rate than the game's, unless frames are taken by their times."""
     if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
         raise UserError(
             f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; set game.fps, or game.inputs.fps to "
@@ -98,15 +85,15 @@ def check_rate(video: Path, fps: float, game: GameConfig) -> None:
 
 
 def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
-    """Raises ValueError unless frames of the video that are shown at `times` (n) come evenly and at the game's rate, or
-    are to be taken by their times. What a header says of the rate counts how long the last frame stays."""
+    """Raises UserError unless frames that are shown at `times` (n) come evenly and at the game's rate, or are taken by
+    their times. The rate in a header is not used: it counts how long the last frame stays."""
     if game.inputs.times != "even" or len(times) < 2:
         return
     frames, lasts = np.arange(len(times)), float(np.ptp(times))
     if not lasts:
         check_rate(video, 0.0, game)
     off = (times - times[0]) * (frames[-1] / lasts) - frames
-    wrong = np.flatnonzero(np.abs(off) > OFF)
+    wrong = np.flatnonzero(np.abs(off) > MOST_OFF)
     if len(wrong):
         frame = wrong[0]
         how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'}"
@@ -114,28 +101,23 @@ def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
             f"{video}: frame {frame} is shown {how} at {times[frame]:.3f} s, its rate varies; record at a constant "
             "rate, or set game.inputs.times=resample to take frames by their times"
         )
-    if abs(lasts * game.fps - frames[-1]) > OFF + RATE_TOLERANCE * frames[-1]:
+    if abs(lasts * game.fps - frames[-1]) > MOST_OFF + RATE_TOLERANCE * frames[-1]:
         check_rate(video, frames[-1] / lasts, game)
 
 
-def cut_video(
-    name: str, video: Path, info: VideoInfo, game: GameConfig, actions: Actions, spans: Sequence[tuple[int, int]]
-) -> list[VideoEpisode]:
-    """One episode per span of frames: first, one past the last. `actions` has a row for each frame up to the last span.
+def cut_episodes(
+    name: str, footage: Footage, actions: Actions, spans: Sequence[tuple[int, int]] | None = None
+) -> list[Episode]:
+    """One episode per span of frames (first, one past the last); without `spans` one of all that have an action.
 
     Where a recording was cut, an episode is called `<name>-f<its first frame, six digits>`.
     """
-    episodes = []
-    for first, end in spans:
-        part, size = name_part(name, first, spans), (info.height, info.width)
-        rows = actions[first:end]
-        episodes.append(VideoEpisode(part, video, first, game.fps, *size, game.action_space, rows, info.frames))
-    return episodes
-
-
-def name_part(name: str, first: int, spans: Sequence[tuple[int, int]]) -> str:
-    """The id of the episode of the recording `name` that begins with frame `first`, of `spans` that it was cut into."""
-    return name if len(spans) == 1 and first == 0 else f"{name}-f{first:06d}"
+    spans = [(0, len(actions))] if spans is None else spans
+    whole = len(spans) == 1 and spans[0][0] == 0
+    return [
+        Episode(name if whole else f"{name}-f{first:06d}", actions[first:stop], footage, first, stop)
+        for first, stop in spans
+    ]
 
 
 def recording_of(episode: str) -> str:
@@ -154,71 +136,74 @@ def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
 
 
-def find_pairs(
-    videos: Path, logs: Path, suffixes: tuple[str, ...], read: Callable[[Path, Path, GameConfig], Sequence[Episode]]
-) -> list[Recording]:
-    """Each video in `videos` with the log of its name in `logs`, to be read by `read`, in the order of their names.
+def find_pairs(videos: Path, logs: Path, suffixes: tuple[str, ...], read: ReadPair) -> list[Recording]:
+    """Each video in `videos` with the log of its name in `logs`, by name; one without the other cannot be read."""
+    by_name: dict[str, list[Path]] = defaultdict(list)
+    for path in [*list_files(videos, *VIDEOS), *list_files(logs, *suffixes)]:
+        by_name[path.stem].append(path)
+    if not by_name:
+        raise UserError(f"{videos} holds no videos with a {' or '.join(suffixes)} each")
+    return [Recording(name, partial(read_pair, name, files, read)) for name, files in sorted(by_name.items())]
 
-    One without the other is a recording that cannot be read; where there are no others, this raises ValueError.
+
+def find_pairs_or_folders(source: str | Path, suffixes: tuple[str, ...], read: ReadPair) -> list[Recording]:
+    """The videos in `source` with the log of their name; or the folders in it, or itself, with one of each."""
+    source = storage.path(source)
+    files = list_files(source, *VIDEOS, *suffixes)
+    if not any(path.name.lower().endswith(VIDEOS) for path in files):
+        files = []  # a table beside folders may list them
+    if len(files) > 2 or len({path.stem for path in files}) == 1:
+        return find_pairs(source, source, suffixes, read)
+    what = f"a video and a {' or '.join(suffixes)}"
+    folders = [source] if files else find_folders(source, what, lambda one: bool(list_files(one, *VIDEOS, *suffixes)))
+    held = {folder.name: list_files(folder, *VIDEOS, *suffixes) for folder in folders}
+    return [Recording(name, partial(read_pair, name, files, read)) for name, files in held.items()]
+
+
+def read_pair(name: str, files: Sequence[Path], read: ReadPair, game: GameConfig) -> Sequence[Episode]:
+    """The episodes of a recording that must be one video and one log."""
+    videos = [path for path in files if path.name.lower().endswith(VIDEOS)]
+    logs = [path for path in files if path not in videos]
+    if len(videos) != 1 or len(logs) != 1:
+        names = list_names([path.name for path in files])
+        raise UserError(f"{files[0]}: a recording needs one video and one log, there is {names}")
+    return read(name, videos[0], logs[0], game)
+
+
+def find_folders(source: str | Path, what: str, holds: Callable[[Path], bool], log: str = "") -> list[Path]:
+    """The folders directly in `source` that hold `what`, by name; what else lies there is named on stderr.
+
+    With the name of a `log`, also those that have just that file; or `source` alone, if it has one.
     """
-    suffix, found = " or ".join(suffixes), [{}, {}]
-    for by_name, folder, kinds in ((found[0], videos, VIDEOS), (found[1], logs, suffixes)):
-        for path in list_files(folder, *kinds):
-            if by_name.setdefault(path.stem, path) != path:
-                raise UserError(f"{by_name[path.stem]} and {path} have the same name; rename or delete one")
-    pairs = found[0].keys() & found[1].keys()
-    if not pairs:
-        for path in [*found[0].values(), *found[1].values()]:
-            _refuse_alone(path, suffix)
-        raise UserError(f"{videos} holds no .mp4 with a {suffix} each")
-    return [
-        Recording(name, partial(read, found[0][name], found[1][name]))
-        if name in pairs
-        else Recording(name, partial(_refuse_alone, found[0].get(name) or found[1][name], suffix))
-        for name in sorted(found[0].keys() | found[1].keys())
-    ]
-
-
-def _refuse_alone(path: Path, suffix: str, game: GameConfig | None = None) -> Sequence[Episode]:
-    raise UserError(f"{path} stands alone; every <name>.mp4 needs a <name>{suffix}, and the other way round")
-
-
-def check_rows(log: Path, rows: int, video: Path, info: VideoInfo) -> None:
-    """Raises ValueError if a log has not one row per frame: then nobody knows which row belongs to which frame."""
-    if rows != info.frames:
-        raise UserError(f"{log} has {rows} rows, {video} has {info.frames} frames; there must be one row per frame")
-
-
-def find_folders(source: str | Path, holds: Callable[[Path], bool]) -> list[Path]:
-    """The folders directly in `source` that hold a recording, by name. What else lies there is left out, and one line
-    on stderr says what; names that begin with a dot are unfinished ones or the system's."""
     listed = _list_all(source)
-    found = [path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)]
-    names = {path.name for path in found}
-    others = [path.name for path in listed if path.name not in names and path.name != ".lock"]  # of `record`
+    if log and (storage.path(source) / log).is_file():
+        return [storage.path(source)]
+    folders = [path for path in listed if not path.name.startswith(".") and path.is_dir()]
+    found = [path for path in folders if (log and (path / log).is_file()) or holds(path)]
+    if not found:
+        raise UserError(f"{source} holds no folders with {what}")
+    others = [path.name for path in listed if path not in found and path.name != ".lock"]  # `record` makes it
     if others and os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"{source}: left out, being no recordings: {list_names(others)}")
+        say(f"{source}: left out, as they are no folders with {what}: {list_names(others)}")
     return found
 
 
 def list_names(names: Sequence[str]) -> str:
     """The first few names, in one line."""
-    shown = [name if name and name.isprintable() else repr(name) for name in (name[:NAME] for name in names[:NAMED])]
-    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+    cut = [name[:MOST_LETTERS] for name in names[:MOST_NAMES]]
+    shown = ", ".join(name if name and name.isprintable() else repr(name) for name in cut)
+    return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def list_folders(source: str | Path) -> list[Path]:
-    """The folders directly in `source`, by name. Names that begin with a dot are unfinished ones."""
-    return [path for path in _list(source) if path.is_dir()]
+    """The folders directly in `source`, by name. Names that begin with a dot are unfinished ones or the system's."""
+    return [path for path in _list_all(source) if not path.name.startswith(".") and path.is_dir()]
 
 
 def list_files(source: str | Path, *suffixes: str) -> list[Path]:
-    """The files directly in `source` whose names end in one of `suffixes`, by name."""
-    return [path for path in _list(source) if path.name.lower().endswith(suffixes) and path.is_file()]
-
-
-def _list(source: str | Path) -> list[Path]:
-    return [path for path in _list_all(source) if not path.name.startswith(".")]
+    """The files directly in `source` whose names end in one of `suffixes`, by name; none that begin with a dot."""
+    named = [path for path in _list_all(source) if path.name.lower().endswith(suffixes)]
+    return [path for path in named if not path.name.startswith(".") and path.is_file()]
 
 
 def _list_all(source: str | Path) -> list[Path]:
@@ -228,69 +213,9 @@ def _list_all(source: str | Path) -> list[Path]:
     return sorted(source.iterdir())
 
 
-def require_text_name(where: str) -> None:
-    """Raises ValueError for a name that is no text: neither JSON nor a shard could hold it."""
-    try:
-        where.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    return parse_object(read_text(path), path)
-
-
-def read_text(path: Path) -> str:
-    """A file's text."""
-    if not path.is_file():
-        raise MissingFileError(f"no file {path}")
-    if storage.size(path) > TEXT_BYTES:
-        raise UserError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {TEXT_BYTES}")
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text: {error}") from error
-
-
-def read_csv(path: Path, frames: int | None = None) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and the rows of a table, each row with its line's number in the file; empty lines are left out.
-
-    With `frames`, those of its video, a table that has more rows is refused before they take memory.
-    """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        numbered = ((reader.line_num, row) for row in reader if row)
-        rows = list(islice(numbered, frames))
-        more = sum(1 for _ in numbered)
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: {error}") from error
-    if more:
-        raise UserError(
-            f"{path} has {len(rows) + more} rows, its video has {frames} frames; there must be one row per frame"
-        )
-    for line, row in rows:
-        if len(row) != len(header):
-            raise UserError(f"{path} line {line}: {len(row)} cells, the header has {len(header)}")
-    return header, rows
-
-
-def read_number(value: Any, where: str) -> float:
-    """A number that float32 can hold, given as one or as its text; `where` names it in errors."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not abs(number) <= LARGEST or isinstance(value, bool):
-        limit = f" up to {LARGEST:.2g}" if abs(number) > LARGEST else ""
-        raise UserError(f"{where} is {value!r:.80}, which is no number{limit}")
-    return number
-
-
-def import_extra(module: str, what: str) -> Any:
-    """An optional package; raises ValueError with what to install."""
+def import_extra(module: str, format_name: str) -> Any:
+    """An optional package; raises UserError with what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{what} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error
+        raise UserError(f"{format_name} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error
