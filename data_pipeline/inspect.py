@@ -2,9 +2,10 @@
 
 import base64
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from configs import storage
 from configs.errors import UserError
 from configs.files import require_other_files
 from data_pipeline.overlay import Overlay, enlarge
-from data_pipeline.page import Html, h, page_of
+from data_pipeline.page import render
 from data_pipeline.shard_set import Shards
 from data_pipeline.types import Clip, Manifest
 from data_pipeline.video import to_uint8, write_video
@@ -49,49 +50,51 @@ def inspect(config: InspectConfig) -> None:
         read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
         require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
-    actions = read_actions(shards, config.looked_at)
-    for line in summarise(config.manifest, shards, actions):
-        print(line)
+    actions = sample_actions(shards, config.looked_at)
+    print("\n".join(summarise(config.manifest, shards, actions)))
     if config.out is not None:
         with storage.writing_folder(config.out, last="index.html") as folder:
-            write_page(config, shards, actions, folder)
+            storage.write_text(folder / "index.html", make_page(config, shards, actions, folder))
         print(storage.join(config.out, "index.html"))
 
 
-@dataclass(frozen=True)
-class Counted:
+class SampledActions(NamedTuple):
     """The actions of some clips, one row per frame."""
 
     keyboard: torch.Tensor  # (n k)
     mouse_deg: torch.Tensor  # (n 2) pitch and yaw; (n 0) without a mouse
 
 
-def read_actions(shards: Shards, looked_at: int) -> Counted:
-    """Those of `looked_at` clips spread over all of the set."""
-    clips = [shards.read(number) for number in spread(shards, looked_at)]
-    keyboard, mouse = (torch.cat([clip[name] for clip in clips]) for name in ("keyboard", "mouse"))
-    return Counted(keyboard, mouse * shards.manifest.game.action_space.mouse_unit_deg)
+def sample_actions(shards: Shards, clips: int) -> SampledActions:
+    """Those of `clips` clips spread over the set."""
+    read = [shards.read(number) for number in spread(shards, clips)]
+    keyboard, mouse = (torch.cat([clip[name] for clip in read]) for name in ("keyboard", "mouse"))
+    return SampledActions(keyboard, mouse * shards.manifest.game.action_space.mouse_unit_deg)
 
 
 def spread(shards: Shards, wanted: int) -> list[int]:
-    """Up to `wanted` numbers of clips from the first to the last."""
+    """Up to `wanted` clip numbers from the first to the last."""
     count = min(wanted, len(shards))
     return np.unique(np.linspace(0, len(shards) - 1, count).astype(int)).tolist() if count else []
 
 
-def summarise(url: str, shards: Shards, actions: Counted) -> list[str]:
+def clips_per_episode(shards: Shards) -> list[int]:
+    return list(Counter(entry.episode for _, entry in shards.places).values())
+
+
+def summarise(url: str, shards: Shards, actions: SampledActions) -> list[str]:
     """Lines that say what the set at `url` holds."""
     manifest, game, space = shards.manifest, shards.manifest.game, shards.manifest.game.action_space
     megabytes = sum(info.bytes for info in manifest.shards) / 1e6
     shares = ", ".join(f"{key} {share:.0%}" for key, share in key_shares(manifest, actions).items())
-    per_episode = list(Counter(entry.episode for _, entry in shards.places).values())
+    clips = clips_per_episode(shards)
     lines = [
         f"{url}: {manifest.split}, {manifest.clips} clips in {len(manifest.shards)} shards, {megabytes:.1f} MB",
         f"game {game.name!r}, {game.width}x{game.height} px, {game.fps:g} fps, action space {space.describe()}",
         f"{manifest.layout} clips of {manifest.clip_frames} frames = {manifest.clip_latents} latents, "
         f"{manifest.clip_frames / game.fps:.1f} s, codec {manifest.codec} {manifest.codec_hash}, "
         f"plan {manifest.plan_hash}",
-        f"{len(per_episode)} episodes of {min(per_episode)} to {max(per_episode)} clips",
+        f"{len(clips)} episodes of {min(clips)} to {max(clips)} clips",
         f"keys held: {shares}",
     ]
     if space.mouse:
@@ -100,72 +103,57 @@ def summarise(url: str, shards: Shards, actions: Counted) -> list[str]:
     return lines
 
 
-def key_shares(manifest: Manifest, actions: Counted) -> dict[str, float]:
-    """In which share of the frames each key is held, and none."""
-    found = dict(zip(manifest.game.action_space.keys, actions.keyboard.mean(0).tolist(), strict=True))
-    return {**found, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
+def key_shares(manifest: Manifest, actions: SampledActions) -> dict[str, float]:
+    """The share of frames in which each key is held, and none."""
+    shares = dict(zip(manifest.game.action_space.keys, actions.keyboard.mean(0).tolist(), strict=True))
+    return {**shares, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
 
 
-def write_page(config: InspectConfig, shards: Shards, actions: Counted, folder: Path) -> None:
-    """Writes `index.html` and the videos into `folder`.
-
-    Raises ValueError in one line for another codec than the set's.
-    """
-    manifest, parts = shards.manifest, list[Html]()
-    codec = open_codec(config.codec, manifest) if config.codec is not None else None
-    lines = summarise(config.manifest, shards, actions)
-    parts += [h("p", *(part for line in lines for part in (line, h("br")))), h("h2", "Keys held")]
-    parts += [bar(key, share, f"{share:.1%}") for key, share in key_shares(manifest, actions).items()]
-    parts += [histogram(f"{axis} per frame", column) for axis, column in zip(
-        ("pitch", "yaw"), actions.mouse_deg.T, strict=False)]  # fmt: skip
-    lengths = Counter(Counter(entry.episode for _, entry in shards.places).values())
-    parts.append(h("h2", "Clips per episode"))
-    parts += [
-        bar(f"{clips} clips", episodes / max(lengths.values()), f"{episodes} episodes")
-        for clips, episodes in sorted(lengths.items())
-    ]
-    if codec is not None:
-        parts.append(h("h2", "Clips"))
-        parts.append(h("p", "Decoded from the latents, with the actions drawn onto them.", class_="faint"))
-        parts += list(write_videos(folder, codec, shards, spread(shards, config.videos)))
-    parts.append(h("h2", "First frames"))
-    parts += [picture(shards.clip(number)) for number in spread(shards, config.pictures)]
-    title = f"{manifest.game.name}, {manifest.split}"
-    storage.write_text(folder / "index.html", page_of(title, h("h1", title), *parts))
+def make_page(config: InspectConfig, shards: Shards, actions: SampledActions, folder: Path) -> str:
+    """The page as HTML; its videos are written into `folder`."""
+    manifest = shards.manifest
+    videos = None
+    if config.codec is not None:
+        codec = open_codec(config.codec, manifest)
+        videos = list(write_videos(folder, codec, shards, spread(shards, config.videos)))
+    clips = [shards.clip(number) for number in spread(shards, config.pictures)]
+    lengths = Counter(clips_per_episode(shards))
+    return render(
+        Path(__file__).with_name("inspect.html"),
+        title=f"{manifest.game.name}, {manifest.split}",
+        lines=summarise(config.manifest, shards, actions),
+        keys=key_shares(manifest, actions),
+        mouse=[histogram(*axis) for axis in zip(("pitch", "yaw"), actions.mouse_deg.T, strict=False)],
+        episodes_of=dict(sorted(lengths.items())),
+        most_episodes=max(lengths.values()),
+        videos=videos,
+        pictures=[(base64.b64encode(clip.first_frame).decode(), caption(clip)) for clip in clips],
+    )
 
 
 def open_codec(path: str, manifest: Manifest) -> Codec:
     """The codec at `path`, if it is the one that encoded the set."""
     here = storage.local(path)
-    if (found := codec_hash(here)) != manifest.codec_hash:
-        raise UserError(f"codec={path} is {found}, the set was encoded by {manifest.codec_hash}; name that one")
+    if (own_hash := codec_hash(here)) != manifest.codec_hash:
+        raise UserError(f"codec={path} is {own_hash}, the set was encoded by {manifest.codec_hash}; name that one")
     return load_codec(here)
 
 
-def bar(name: str, share: float, said: str) -> Html:
-    """A line of a bar chart."""
-    return h("div", h("b", name), h("i", style=f"width: {400 * share:.0f}px"), said, class_="row")
-
-
-def histogram(title: str, values: torch.Tensor) -> Html:
-    """Bars of how often values (n) in degrees come; the middle 99 % of them."""
+def histogram(name: str, values: torch.Tensor) -> dict[str, Any]:
+    """How often values (n) in degrees come, relative to the most frequent one; the middle 99 % of them."""
     bound = max(float(values.abs().quantile(0.995)), 1e-3)
     counts = torch.histc(values, BINS, -bound, bound)
-    bars = (h("i", style=f"height: {90 * count / counts.max():.0f}px") for count in counts.tolist())
     still = (values == 0).float().mean()
     note = f"from {-bound:.2f} to {bound:.2f} degrees; exactly 0 in {still:.0%} of the frames"
-    return h("section", h("h2", title), h("div", *bars, class_="bars"), h("p", note, class_="faint"))
+    return {"name": name, "heights": (counts / counts.max()).tolist(), "note": note}
 
 
-def picture(clip: Clip) -> Html:
-    """A clip's first frame."""
-    data = base64.b64encode(clip.first_frame).decode()
-    shown = h("img", src=f"data:image/jpeg;base64,{data}", height=96)
-    return h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
+def caption(clip: Clip) -> str:
+    return f"{clip.episode}, frame {clip.start}"
 
 
-def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: Sequence[int]) -> Iterator[Html]:
-    """Writes each clip as mp4 with its actions drawn onto it; gives the HTML that shows it."""
+def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: list[int]) -> Iterator[tuple[str, str]]:
+    """Writes each clip as mp4 with its actions drawn onto it; yields the file's name and a caption."""
     game = shards.manifest.game
     for number in numbers:
         clip = shards.clip(number)
@@ -174,8 +162,7 @@ def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: Sequence[i
         overlay = Overlay(game.action_space, *frames[0].shape[:2])
         actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
         write_video(folder / name, (overlay.draw(*shown) for shown in actions), game.fps)
-        shown = h("video", src=name, controls="", loop="", width=320)
-        yield h("figure", shown, h("figcaption", f"{clip.episode}, frame {clip.start}"))
+        yield name, caption(clip)
 
 
 @torch.no_grad()
