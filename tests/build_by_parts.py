@@ -10,16 +10,17 @@ from model.action_dit import ActionDiT
 from model.weights import save_weights
 from train.build import build_engine
 from train.config import TrainConfig
-from train.engine import Engine, start_accelerator
+from train.engine import Engine
+from train.engines import start_accelerator
 
 
 def starts_as(engine: Engine, whole: ActionDiT) -> int:
     """How many numbers all ranks compared."""
     wanted, compared = dict(whole.named_parameters()), 0
-    for part in engine.fragments():
-        run = wanted[part.name].detach().flatten()[part.start : part.start + len(part.weight)]
-        assert torch.equal(part.weight, run), part.name
-        compared += len(run)
+    for shard in engine.shards():
+        span = wanted[shard.name].detach().flatten()[shard.start : shard.start + len(shard.weight)]
+        assert torch.equal(shard.weight, span), shard.name
+        compared += len(span)
     for name, buffer in engine.buffers():
         assert torch.equal(buffer.float(), whole.get_buffer(name)), name
     return int(engine.sum_over_ranks(torch.tensor(compared)))

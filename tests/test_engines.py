@@ -19,6 +19,7 @@ from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
 from tiny_world import write_checkpoint
 
 from configs import load_config
+from configs.errors import UserError
 from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
 from model.world import complete_checkpoints, load_world, newest_checkpoint, read_world_config
@@ -26,6 +27,7 @@ from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
+from train.engines import engine_of
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.draws import make_draws
@@ -194,8 +196,8 @@ def test_a_model_that_is_built_part_by_part_starts_as_one_that_is_built_whole(
 
 @pytest.mark.parametrize("words", [["engine.name=ddp"], ["engine.stage=2"]])
 def test_an_engine_that_holds_the_whole_model_cannot_build_it_by_parts(train_words, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="hold the whole model"):
-        load_config(TrainConfig, [*train_words, "out=x", "engine.build=sharded", *words])
+    with pytest.raises(UserError, match="build=sharded is not for"):
+        engine_of(load_config(TrainConfig, [*train_words, "out=x", "engine.build=sharded", *words]))
 
 
 @pytest.mark.parametrize(
@@ -640,10 +642,21 @@ def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> Non
         assert done.returncode == 0 and wanted in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("words", [["engine.name=ddp", "engine.offload=all"], ["engine.stage=2", "engine.offload=all"]])
-def test_an_offload_that_an_engine_has_not_is_refused(train_words, words: list[str]) -> None:
-    with pytest.raises(ValueError, match="is not for"):
-        load_config(TrainConfig, [*train_words, "out=x", *words])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["engine.name=ddp", "engine.offload=all"], "engine.offload=all is not for"),
+        (["engine.stage=2", "engine.offload=all"], "engine.offload=all is not for"),
+        (["engine.name=fsdp2", "engine.offload=optimizer"], "engine.offload=optimizer is not for"),
+        (["engine.name=fsdp3"], "engine.name=fsdp3; there are: ddp, fsdp2, deepspeed"),
+    ],
+)
+def test_an_engine_or_offload_that_there_is_not_is_refused_before_anything_starts(
+    train_words, tmp_path, words: list[str], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        check_run(load_config(TrainConfig, [*train_words, f"out={tmp_path / 'run'}", *words]), ranks=1)
+    assert not (tmp_path / "run").exists()
 
 
 class Bomb:
@@ -660,11 +673,11 @@ def test_ranks_tell_each_other_small_json_and_never_open_a_pickle(tmp_path, monk
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
     try:
         assert engine.gather_objects(("größe", None)) == [["größe", None]]
-        with pytest.raises(ValueError, match="a rank tells the others 1048578 bytes"):
+        with pytest.raises(ValueError, match="a rank sends the others 1048578 bytes"):
             engine.gather_objects("x" * engine.OBJECT_BYTES)
         bomb = pickle.dumps(Bomb(tmp_path / "exploded"), protocol=0).decode()
         monkeypatch.setattr(engine.json, "dumps", lambda _: bomb)  # what a peer could send
-        with pytest.raises(ValueError, match="what rank 0 says is not valid JSON"):
+        with pytest.raises(ValueError, match="what rank 0 sends is not valid JSON"):
             engine.gather_objects("")
         assert not (tmp_path / "exploded").exists()
         pickle.loads(bomb.encode()).close()

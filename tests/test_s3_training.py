@@ -1,5 +1,6 @@
 """Training with its run folder in a bucket: what is saved, lost, refused and resumed there."""
 
+import json
 import os
 import subprocess
 import sys
@@ -14,10 +15,9 @@ from test_storage import unfinished_uploads
 from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 
 from configs import load_config, s3, storage
-from data_pipeline import claims
-from data_pipeline.claims import Claims
 from model.weights import load_weights
 from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
+from train import run_folder
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import STOPPED, TrainConfig
@@ -129,26 +129,20 @@ def config(train_words, bucket_folder) -> TrainConfig:
 
 
 def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(claims, "STALE_S", 0.5)
+    monkeypatch.setattr(run_folder, "EXPIRED_S", 0.5)
     elsewhere = replace(config, out=str(tmp_path / "another machine"))
     with sole_run(config):
         with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
             pass
-        with (
-            pytest.raises(ValueError, match=r"is in use by another run, which says so in run\.claim"),
-            sole_run(elsewhere),
-        ):
+        with pytest.raises(ValueError, match=r"is in use by another run \(see run\.claim\)"), sole_run(elsewhere):
             pass
     with sole_run(elsewhere):
         pass
 
 
 def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
-    monkeypatch.setattr(claims, "STALE_S", 0.5)
-    killed = Claims(config.checkpoints, 0.5)
-    assert killed.take("run")
-    words = storage.read_bytes(f"{config.checkpoints}/run.claim").decode()
-    storage.write_text(f"{config.checkpoints}/run.claim", words.replace('"host": "', '"host": "other-'))
+    monkeypatch.setattr(run_folder, "EXPIRED_S", 0.5)
+    storage.write_text(f"{config.checkpoints}/run.claim", json.dumps({"holder": "another machine", "renewed": 7}))
     with sole_run(config):
         assert storage.exists(f"{config.checkpoints}/run.claim")
     assert not storage.exists(f"{config.checkpoints}/run.claim")

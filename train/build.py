@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.memory import give_back
 from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
-from train.engine import Engine, make_engine
+from train.engine import Engine
+from train.engines import engine_of
 
 META = torch.device("meta")
 
@@ -23,8 +23,6 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | Non
 
     With engine.build=sharded the model has no memory until it is cut up, and then takes its numbers part by part.
     """
-    if (config.engine.name, config.engine.offload, accelerator.device.type) == ("fsdp2", "all", "cpu"):
-        raise UserError("engine.offload=all of fsdp2 needs an accelerator; on a CPU all is there: leave it out")
     sharded, generator = config.engine.build == "sharded", torch.Generator().manual_seed(config.seed)
     with META if sharded else nullcontext():
         model = ActionDiT(config.model, None if sharded else generator)
@@ -32,13 +30,13 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | Non
     if init and not sharded:
         load_into(model, finite(open_weights(init)))
     model.compile_blocks(config.engine.compile)
-    engine = make_engine(accelerator, model, config)
+    engine = engine_of(config).prepare(accelerator, model, config)
     if sharded and init:
         weights = finite(bare_weights(open_weights(init)))
         require_same_tensors(specs, weights.specs, f"{weights.where} holds another model")
         for name in weights:
-            engine.fill({name: weights[name]})
-        engine.refresh()
+            engine.load_shard({name: weights[name]})
+        engine.sync_compute_weights()
     elif sharded:
         fill_at_random(engine, config, generator)
     return engine
@@ -53,11 +51,11 @@ def fill_at_random(engine: Engine, config: TrainConfig, generator: torch.Generat
         name, part = named
         part.to_empty(device="cpu")
         yield
-        engine.fill({f"{name}.{key}": tensor for key, tensor in part.state_dict().items()})
+        engine.load_shard({f"{name}.{key}": tensor for key, tensor in part.state_dict().items()})
         part.to(META)
         give_back()
 
     with META:
         template = ActionDiT(config.model)
     template.initialise(generator, present)
-    engine.refresh()
+    engine.sync_compute_weights()

@@ -17,6 +17,7 @@ from model.world import WorldModelConfig, find_checkpoint, newest_step, read_wor
 from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
 from train.config import TrainConfig
 from train.engine import gather_objects
+from train.engines import engine_of
 from train.objectives import Objective, check_objective, make_objective
 from train.videos import check_videos
 
@@ -41,6 +42,7 @@ class CheckedRun:
 def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
     check_out(config)
+    engine_of(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
     require_lanes(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)

@@ -32,7 +32,7 @@ def require_within(low: float, high: float, **values: float) -> None:
 class EngineConfig:
     """How the model is put on processes."""
 
-    name: Literal["deepspeed", "fsdp2", "ddp"] = "deepspeed"
+    name: str = "deepspeed"  # of train/engines.py
     stage: int = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
     build: Literal["whole", "sharded"] = "whole"  # sharded: part by part, no process ever holding the whole model
@@ -45,18 +45,6 @@ class EngineConfig:
         require_within(0.1, 1e6, engine__timeout_s=self.timeout_s)
         if self.stage not in (1, 2, 3):
             raise UserError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
-        wants = {("deepspeed", "optimizer"): 1, ("deepspeed", "all"): 3, ("fsdp2", "all"): 0}
-        least = 0 if self.offload == "nothing" else wants.get((self.name, self.offload))
-        if least is None or self.stage < least:
-            raise UserError(
-                f"engine.offload={self.offload} is not for engine.name={self.name} engine.stage={self.stage}; "
-                "optimizer goes with deepspeed, all with deepspeed of stage 3 and with fsdp2"
-            )
-        if self.build == "sharded" and self.name != "fsdp2" and (self.name, self.stage) != ("deepspeed", 3):
-            raise UserError(
-                f"engine.build=sharded is not for engine.name={self.name} engine.stage={self.stage}, which hold the "
-                "whole model on every process; use engine.stage=3 of deepspeed, or engine.name=fsdp2"
-            )
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ class Ema:
 
     def __init__(self, engine: Engine, decay: float) -> None:
         self.engine, self.decay = engine, decay
-        self.averages: dict[str, Tensor] = {part.name: part.weight.clone() for part in engine.fragments()}
+        self.averages: dict[str, Tensor] = {shard.name: shard.weight.clone() for shard in engine.shards()}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """After optimizer step `step` (from 0); early steps average over fewer, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = {part.name: part.weight for part in self.engine.fragments()}
+        weights = {shard.name: shard.weight for shard in self.engine.shards()}
         averages = [self.averages[name] for name in weights]
         torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)
 
@@ -28,7 +28,7 @@ class Ema:
     def whole(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """The averages of all ranks put together, and the model's buffers: names and float32 tensors on the CPU, one
         after the other in the order of `specs`, the model's state on the meta device. All ranks must go through it."""
-        own = {part.name: part for part in self.engine.fragments()} if self.engine.writes_state else {}
+        own = {shard.name: shard for shard in self.engine.shards()} if self.engine.writes_state else {}
         buffers = dict(self.engine.buffers())
         for name, spec in specs.items():
             if name in buffers:
@@ -42,5 +42,5 @@ class Ema:
 
     def restore(self, saved: SavedState) -> None:
         """The averages of a saved run, in the parts that this rank has now."""
-        for part in self.engine.fragments():
-            self.averages[part.name].copy_(saved.read("ema", part.name, part.start, len(part.weight)))
+        for shard in self.engine.shards():
+            self.averages[shard.name].copy_(saved.read("ema", shard.name, shard.start, len(shard.weight)))

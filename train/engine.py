@@ -1,8 +1,7 @@
-"""TrainConfig -> Accelerator, DeepSpeed's settings in one function, and the few calls that differ between engines."""
+"""What an engine is: it puts a model on processes, steps it, and says which part of the weights each rank owns."""
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -13,105 +12,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DistributedType, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
 from configs.foreign import parse_json
-from train.config import TrainConfig
+from train.config import EngineConfig, TrainConfig
 from train.optim import make_optimizer
-from train.state import Fragment, SavedState
+from train.state import ParamShard, SavedState
 
-OBJECT_BYTES = 1 << 20  # of what a rank tells the others by `gather_objects`
-
-
-def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything DeepSpeed is told; there is no second file that could disagree."""
-    engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
-    if engine.offload != "nothing":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if engine.offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": config.batch,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
-        "zero_optimization": zero,
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW has a kernel for CPUs too, and needs no compiler
-    }
-
-
-def describe_engine(config: TrainConfig) -> dict[str, Any]:
-    """What the engine of `config` is told, as plain words and numbers."""
-    if config.engine.name == "deepspeed":
-        return {"deepspeed": deepspeed_settings(config)}
-    bf16 = config.engine.precision == "bf16"
-    if config.engine.name == "fsdp2":
-        return {
-            "fsdp2": {
-                "fully_shard": ["each of blocks", "the model"],
-                "param_dtype": "bfloat16" if bf16 else "float32",
-                "reduce_dtype": "float32",
-                "offload": config.engine.offload,
-                "gradient_accumulation_steps": config.accumulation,
-                "gradient_clipping": config.optim.clip_norm,
-            }
-        }
-    return {
-        "ddp": {
-            "autocast": "bfloat16" if bf16 else "no",
-            "gradient_accumulation_steps": config.accumulation,
-            "gradient_clipping": config.optim.clip_norm,
-        }
-    }
-
-
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """The Accelerator of `config.engine`; refuses launch forms under which ranks would train unsynchronised."""
-    engine, world = config.engine, int(os.environ.get("WORLD_SIZE", "1"))
-    launched_for_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true"
-    if engine.name == "deepspeed" and not launched_for_deepspeed:
-        raise UserError(
-            "engine.name=deepspeed needs accelerate launch --config_file launch/accelerate/cpu_zero2.yaml -m train ...;"
-            " for one plain process say engine.name=ddp"
-        )
-    if engine.name != "deepspeed" and launched_for_deepspeed:
-        raise UserError(f"engine.name={engine.name} under a DeepSpeed launch; use launch/accelerate/cpu_plain.yaml")
-    on_cpu = not torch.cuda.is_available()
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
-    backend, handlers = "gloo" if on_cpu else "nccl", list[Any]()
-    if not on_cpu and engine.name == "fsdp2" and engine.offload == "all":
-        backend = "cuda:nccl,cpu:gloo"  # its gradients lie on the CPU, and their norm is summed there
-    if world > 1 or engine.name == "deepspeed":
-        timeout = timedelta(seconds=engine.timeout_s)
-        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timeout))
-    mixed = "bf16" if engine.precision == "bf16" and engine.name != "fsdp2" else "no"  # FSDP2 casts by itself
-    deepspeed = engine.name == "deepspeed"
-    accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed,  # with it, Accelerate drops DeepSpeed without a word
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config)) if deepspeed else None,
-        gradient_accumulation_steps=config.accumulation,
-        mixed_precision=mixed,
-        kwargs_handlers=handlers,
-    )
-    expected = DistributedType.DEEPSPEED if deepspeed else None
-    if engine.name == "fsdp2" and not dist.is_initialized():  # one process by itself
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-    _set_timeouts(config)
-    got = (accelerator.distributed_type, accelerator.num_processes)
-    if got[1] != world or (expected and got[0] != expected):
-        raise RuntimeError(f"asked for {engine.name} on {world} processes, Accelerate gave {got}")
-    return accelerator
+OBJECT_BYTES = 1 << 20  # that a rank may send with `gather_objects`
 
 
 @dataclass
 class Engine:
     """A prepared model with its optimizer; the same calls whatever shards them. This one shards nothing: one process,
-    or several under DDP."""
+    or several under DDP. Others stand in a file of their own and in `train/engines.py`."""
 
     accelerator: Accelerator
     model: nn.Module
@@ -119,9 +35,45 @@ class Engine:
     config: TrainConfig
     grad_norm: float = 0.0  # of the newest step that was applied, before clipping
 
+    all_write_state = False  # whether every rank owns a part of the state; else rank 0 writes all of it
+    accelerate_casts = True  # whether Accelerate, not the engine, runs the passes in engine.precision
+
+    @staticmethod
+    def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
+        """Which settings of `config` this engine has, where it has not all of them."""
+        return {"offload": ("nothing",), "build": ("whole",)}
+
+    @staticmethod
+    def plugin(config: TrainConfig) -> Any:
+        """The plugin of Accelerate that this engine is, if it is one."""
+        return None
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        """What `python -m train engine` prints."""
+        return {
+            "precision": config.engine.precision,
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_clipping": config.optim.clip_norm,
+        }
+
+    @classmethod
+    def backend(cls, config: TrainConfig, device: str) -> str:
+        """Of the process group, on `device` cpu or cuda."""
+        return "gloo" if device == "cpu" else "nccl"
+
+    @classmethod
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> "Engine":
+        """The engine with `model`. A model on the meta device gets memory for this rank's part alone, without numbers:
+        `load_shard` must follow."""
+        if accelerator.num_processes == 1:
+            model = model.to(accelerator.device)
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
+        return cls(accelerator, model, optimizer, config)
+
     @property
     def module(self) -> nn.Module:
-        """The model as it was before the engine wrapped it."""
+        """The model without the engine's wrapper."""
         unwrapped = self.accelerator.unwrap_model(self.model)
         assert isinstance(unwrapped, nn.Module)
         return unwrapped
@@ -141,8 +93,8 @@ class Engine:
             group["lr"] = rate
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
-        """Gradients of one micro-step. At the last one they are clipped and applied, and `grad_norm` is set; but if
-        their norm is not finite, or without `apply`, all of the step's are dropped. Whether they were not dropped."""
+        """Gradients of one micro-step. At the last one they are clipped and applied, and `grad_norm` is set; if their
+        norm is not finite, or without `apply`, those of the whole step are dropped. Whether they were kept."""
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return True
@@ -157,44 +109,43 @@ class Engine:
         self.optimizer.zero_grad()
         return applied
 
-    def fragments(self) -> list[Fragment]:
-        """What this rank optimises, in float32, and answers for in a checkpoint: here the whole, on every rank."""
+    def shards(self) -> list[ParamShard]:
+        """What this rank optimises, in float32, and writes into a checkpoint: here the whole, on every rank."""
         trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        return [Fragment(name, 0, p.data.view(-1), p, 0) for name, p in trained]
-
-    all_write_state = False  # whether every rank's fragments are its own
+        return [ParamShard(name, 0, p.data.view(-1), p, 0) for name, p in trained]
 
     @property
     def writes_state(self) -> bool:
-        """Whether this rank's fragments go into a checkpoint."""
+        """Whether this rank's shards go into a checkpoint."""
         return self.all_write_state or self.accelerator.is_main_process
 
     def buffers(self) -> Iterator[tuple[str, Tensor]]:
-        """The module's buffers that its weights files carry."""
+        """The module's buffers that its weights files hold."""
         kept = self.module.state_dict().keys()
         return ((name, buffer) for name, buffer in self.module.named_buffers() if name in kept)
 
     def restore(self, saved: SavedState) -> None:
         """Weights, moments and buffers of a saved run. All ranks must call."""
-        saved.restore(self.fragments(), self.adam)
+        saved.restore(self.shards(), self.adam)
         for name, buffer in self.buffers():
             buffer.copy_(saved.read("weight", name, 0, buffer.numel()).reshape(buffer.shape))
-        self.refresh()
+        self.sync_compute_weights()
 
     @torch.no_grad()
-    def fill(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes this rank's runs of some whole parameters, and whole buffers; `refresh` must follow in the end."""
-        own = {part.name: part for part in self.fragments()}
+    def load_shard(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes this rank's part of some whole parameters, and whole buffers; `sync_compute_weights` must follow in the
+        end."""
+        own = {shard.name: shard for shard in self.shards()}
         buffers = dict(self.buffers())
         for name, whole in weights.items():
             if name in buffers:
                 buffers[name].copy_(whole)
             elif name in own:
-                part = own[name]
-                part.weight.copy_(whole.flatten()[part.start : part.start + len(part.weight)])
+                shard = own[name]
+                shard.weight.copy_(whole.flatten()[shard.start : shard.start + len(shard.weight)])
 
-    def refresh(self) -> None:
-        """After new numbers in the fragments: whatever the engine keeps beside them."""
+    def sync_compute_weights(self) -> None:
+        """After new numbers in the shards: updates the copies that the passes use, where there are any."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks; the same on each."""
@@ -209,11 +160,18 @@ class Engine:
         time.sleep(0.2)
 
 
+def set_timeouts(config: TrainConfig) -> None:
+    """Of all process groups: DeepSpeed clones them and drops the timeout on the way."""
+    for group in list(distributed_c10d._world.pg_map):
+        # Longer than the watchdog's limit, which says more.
+        distributed_c10d._set_pg_timeout(timedelta(seconds=2 * config.engine.timeout_s), group)
+
+
 def gather_objects(own: Any) -> list[Any]:
     """What every rank gives, by rank; the same on each. For rare and small things, which travel as JSON: torch's own
     collectives of objects unpickle what a peer sends, which may be any code. Tuples become lists.
 
-    Raises ValueError on all ranks if one sends more than OBJECT_BYTES, or what is no JSON.
+    Raises UserError on all ranks if one sends more than OBJECT_BYTES, or what is not JSON.
     """
     if not dist.is_initialized():
         return [own]
@@ -221,38 +179,10 @@ def gather_objects(own: Any) -> list[Any]:
     sent, ranks = json.dumps(own).encode(), range(dist.get_world_size())
     sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in ranks]
     dist.all_gather(sizes, torch.tensor([len(sent)], device=device))
-    room = max(int(size) for size in sizes)
-    if room > OBJECT_BYTES or min(int(size) for size in sizes) < 1:
-        raise UserError(f"a rank tells the others {room} bytes, of {OBJECT_BYTES} at most")
-    found = [torch.zeros(room, dtype=torch.uint8, device=device) for _ in ranks]
-    dist.all_gather(found, torch.tensor(list(sent.ljust(room)), dtype=torch.uint8, device=device))
-    told = [bytes(one.tolist())[: int(size)] for one, size in zip(found, sizes, strict=True)]
-    return [parse_json(text, f"what rank {rank} says") for rank, text in enumerate(told)]
-
-
-def make_engine(accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
-    """Prepares model and optimizer; the loader is never prepared, since Accelerate would read it on rank 0 alone.
-
-    A model on the meta device gets memory for this rank's part alone, without numbers: `fill` must follow.
-    """
-    from train.fsdp2 import Fsdp2Engine, shard  # these two build on this module
-    from train.zero import ZeroEngine, cut_up
-
-    if config.engine.name == "fsdp2":
-        model = shard(model, config, accelerator.device)
-        return Fsdp2Engine(accelerator, model, make_optimizer(model, config.optim), config)
-    if config.engine.name == "ddp" and accelerator.num_processes == 1:
-        model = model.to(accelerator.device)
-    if next(model.parameters()).is_meta:
-        cut_up(model, config, accelerator.device)
-    model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
-    _set_timeouts(config)
-    kind = ZeroEngine if config.engine.name == "deepspeed" else Engine
-    return kind(accelerator, model, optimizer, config)
-
-
-def _set_timeouts(config: TrainConfig) -> None:
-    """Of all process groups: DeepSpeed clones them and drops the timeout on the way."""
-    for group in list(distributed_c10d._world.pg_map):
-        # A little longer than the watchdog's, which knows better what to say.
-        distributed_c10d._set_pg_timeout(timedelta(seconds=2 * config.engine.timeout_s), group)
+    longest = max(int(size) for size in sizes)
+    if longest > OBJECT_BYTES or min(int(size) for size in sizes) < 1:
+        raise UserError(f"a rank sends the others {longest} bytes, of {OBJECT_BYTES} at most")
+    received = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in ranks]
+    dist.all_gather(received, torch.tensor(list(sent.ljust(longest)), dtype=torch.uint8, device=device))
+    texts = [bytes(text.tolist())[: int(size)] for text, size in zip(received, sizes, strict=True)]
+    return [parse_json(text, f"what rank {rank} sends") for rank, text in enumerate(texts)]

@@ -12,7 +12,7 @@ from configs import load_config
 from configs.errors import is_users
 from configs.files import NO_ROOM
 from train.config import ASKED, ENDED, FAULT, TrainConfig
-from train.engine import describe_engine
+from train.engines import engine_of
 from train.loop import train
 
 
@@ -49,5 +49,5 @@ def _say_how_it_ended(how: str) -> None:
 
 
 def print_engine(config: TrainConfig) -> None:
-    """Print what a run's engine would be told, without starting it: the same settings as for training"""
-    print(json.dumps(describe_engine(config), indent=2))
+    """Print the settings of a run's engine without starting it: the same arguments as for training"""
+    print(json.dumps({config.engine.name: engine_of(config).settings(config)}, indent=2))

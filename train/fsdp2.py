@@ -2,47 +2,68 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from configs.errors import UserError
 from model.action_dit import ActionDiT
-from train.config import TrainConfig
+from train.config import EngineConfig, TrainConfig
 from train.engine import Engine
-from train.state import Fragment, local_part
-
-
-def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
-    """Every block by itself, and the rest: float32 weights cut along their first axis over all ranks, on `device`.
-
-    A model on the meta device gets memory for this rank's part alone, without numbers.
-    """
-    assert isinstance(model, ActionDiT)
-    if not (meta := next(model.parameters()).is_meta):
-        model.to(device)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # The model casts its inputs itself: times and angles stay float32.
-    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    policy = bf16 if config.engine.precision == "bf16" else MixedPrecisionPolicy(cast_forward_inputs=False)
-    offload = OffloadPolicy() if config.engine.offload == "nothing" else CPUOffloadPolicy()
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    if meta:
-        model.to_empty(device="cpu" if config.engine.offload == "all" else device)
-    return model
+from train.optim import make_optimizer
+from train.state import ParamShard, local_part
 
 
 class Fsdp2Engine(Engine):
-    """Gradients are averaged and applied at the last micro-step, all by torch."""
+    """Every block by itself, and the rest: float32 weights sharded along their first axis over all ranks. Gradients are
+    averaged and applied at the last micro-step, all by torch."""
 
     all_write_state = True
+    accelerate_casts = False  # FSDP2 casts by itself
     micro_steps = 0
+
+    @staticmethod
+    def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
+        return {"offload": ("nothing", "all")}
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        dtype = "bfloat16" if config.engine.precision == "bf16" else "float32"
+        sharded = {"fully_shard": ["each of blocks", "the model"], "offload": config.engine.offload}
+        return {**super().settings(config), **sharded, "param_dtype": dtype, "reduce_dtype": "float32"}
+
+    @classmethod
+    def backend(cls, config: TrainConfig, device: str) -> str:
+        # The gradients of an offloaded model lie on the CPU, and their norm is summed there.
+        both = device == "cuda" and config.engine.offload == "all"
+        return "cuda:nccl,cpu:gloo" if both else super().backend(config, device)
+
+    @classmethod
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
+        assert isinstance(model, ActionDiT)
+        device, offloaded = accelerator.device, config.engine.offload == "all"
+        if offloaded and device.type == "cpu":
+            raise UserError("engine.offload=all of fsdp2 needs an accelerator; on a CPU leave it out")
+        if not (meta := next(model.parameters()).is_meta):
+            model.to(device)
+        # The model casts its inputs itself: times and angles stay float32.
+        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
+        if config.engine.precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        offload = CPUOffloadPolicy() if offloaded else OffloadPolicy()
+        for module in (*model.blocks, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+        if meta:
+            model.to_empty(device="cpu" if offloaded else device)
+        return cls(accelerator, model, make_optimizer(model, config.optim), config)
 
     @property
     def module(self) -> nn.Module:
@@ -71,13 +92,13 @@ class Fsdp2Engine(Engine):
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
         return self._step(float(norm.full_tensor() if isinstance(norm, DTensor) else norm), apply)
 
-    def fragments(self) -> list[Fragment]:
+    def shards(self) -> list[ParamShard]:
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # a pass without a backward one, as in validation, leaves the outermost weights whole
-        parts = []
+        shards = []
         for name, p in self.model.named_parameters():
             assert isinstance(p, DTensor)
             _, first = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
             start = first[0] * p.shape[1:].numel()
-            parts.append(Fragment(name, start, local_part(p.data).view(-1), p, 0))
-        return parts
+            shards.append(ParamShard(name, start, local_part(p.data).view(-1), p, 0))
+        return shards

@@ -25,7 +25,8 @@ from train.check import agree, check_run
 from train.checkpoint import Position, load_checkpoint
 from train.config import STOPPED, TrainConfig
 from train.ema import Ema
-from train.engine import Engine, gather_objects, start_accelerator
+from train.engine import Engine, gather_objects
+from train.engines import start_accelerator
 from train.evaluate import Validation
 from train.figures import Interval, Scale, StepFigures, describe, per_rank
 from train.log import Log, require_tensorboard

@@ -20,7 +20,8 @@ from model.memory import peak_gib
 from train.build import build_engine
 from train.config import TrainConfig
 from train.ema import Ema
-from train.engine import Engine, start_accelerator
+from train.engine import Engine
+from train.engines import start_accelerator
 from train.figures import Scale
 from train.ledger import EXCHANGED, Ledger
 from train.objectives import Autoregressive, DiffusionForcing, check_objective, make_objective
@@ -171,7 +172,7 @@ class Rehearsal:
         if not self.engine.writes_state:
             return {}
         buffers = dict(self.engine.buffers())
-        tensors, _ = collect_state(self.engine.fragments(), self.engine.adam, self.ema.averages, buffers)
+        tensors, _ = collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
         if self.config.checkpoint.background:
             self.ledger.tag = "checkpoint"
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -183,7 +184,7 @@ class Rehearsal:
         states = (value for state in adam.state.values() for value in state.values())
         ledger.name((value for value in states if isinstance(value, Tensor)), "optimizer's states")
         ledger.name(self.ema.averages.values(), "average")
-        ledger.name((part.owner for part in self.engine.fragments()), "float32 weights")
+        ledger.name((part.owner for part in self.engine.shards()), "float32 weights")
         ledger.name((getattr(p, "ds_tensor", p) for p in module.parameters()), "weights")
         ledger.name(module.buffers(), "weights")
 

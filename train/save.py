@@ -136,7 +136,7 @@ class Saver:
             return {}, {}
         main = self.engine.accelerator.is_main_process
         buffers = dict(self.engine.buffers()) if main else {}
-        return collect_state(self.engine.fragments(), self.engine.adam, self.ema.averages, buffers)
+        return collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
 
     def _stage(self, folder: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[Path, ExitStack]:
         """Writes this rank's part to this machine's disk: where it is then, until the stack is closed."""

@@ -26,7 +26,7 @@ STARTS, STEP, CHECKSUMS = "starts", "step", "crc32"  # in a file's metadata
 
 
 @dataclass(frozen=True, eq=False)
-class Fragment:
+class ParamShard:
     """A run of one parameter that this rank optimises, as views: what is written into them is restored."""
 
     name: str
@@ -54,22 +54,22 @@ def adam_steps(optimizer: torch.optim.Optimizer) -> int:
 
 
 def collect_state(
-    fragments: Iterable[Fragment],
+    shards: Iterable[ParamShard],
     optimizer: torch.optim.Optimizer,
     averages: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of this rank's file; `averages` (n) by the fragments' names, `buffers` whole."""
+    """Tensors and metadata of this rank's file; `averages` (n) by the shards' names, `buffers` whole."""
     tensors: dict[str, Tensor] = {}
     starts: dict[str, int] = {}
-    for fragment in fragments:
-        if not len(fragment.weight):  # fewer rows than ranks
+    for shard in shards:
+        if not len(shard.weight):  # fewer rows than ranks
             continue
-        starts[fragment.name] = fragment.start
-        tensors[f"weight/{fragment.name}"] = fragment.weight
-        tensors[f"ema/{fragment.name}"] = averages[fragment.name]
-        if fragment.owner in optimizer.state:
-            tensors |= {f"{key}/{fragment.name}": fragment.moment(optimizer, key) for key in MOMENTS}
+        starts[shard.name] = shard.start
+        tensors[f"weight/{shard.name}"] = shard.weight
+        tensors[f"ema/{shard.name}"] = averages[shard.name]
+        if shard.owner in optimizer.state:
+            tensors |= {f"{key}/{shard.name}": shard.moment(optimizer, key) for key in MOMENTS}
     for name, buffer in buffers.items():
         starts[name] = 0
         tensors |= {f"{what}/{name}": buffer.detach().float().flatten() for what in ("weight", "ema")}
@@ -131,17 +131,17 @@ class SavedState:
         )
 
     @torch.no_grad()
-    def restore(self, fragments: Iterable[Fragment], optimizer: torch.optim.Optimizer) -> None:
-        """Writes weights and moments into the fragments' views; the optimizer goes on counting from the saved step."""
-        for fragment in fragments:
-            if self.steps and fragment.owner not in optimizer.state:
-                own = optimizer.state[fragment.owner]
-                own["step"] = torch.tensor(float(self.steps), device=fragment.weight.device)
-                own |= {key: torch.zeros_like(fragment.owner) for key in MOMENTS}
-            span = (fragment.name, fragment.start, len(fragment.weight))
-            fragment.weight.copy_(self.read("weight", *span))
+    def restore(self, shards: Iterable[ParamShard], optimizer: torch.optim.Optimizer) -> None:
+        """Writes weights and moments into the shards' views; the optimizer goes on counting from the saved step."""
+        for shard in shards:
+            if self.steps and shard.owner not in optimizer.state:
+                own = optimizer.state[shard.owner]
+                own["step"] = torch.tensor(float(self.steps), device=shard.weight.device)
+                own |= {key: torch.zeros_like(shard.owner) for key in MOMENTS}
+            span = (shard.name, shard.start, len(shard.weight))
+            shard.weight.copy_(self.read("weight", *span))
             for key in MOMENTS if self.steps else ():
-                fragment.moment(optimizer, key).copy_(self.read(key, *span))
+                shard.moment(optimizer, key).copy_(self.read(key, *span))
 
 
 def _starts(file: LazyWeights, path: str | Path) -> dict[str, int]:

@@ -1,20 +1,41 @@
-"""DeepSpeed ZeRO 1, 2 and 3: optimizer states, gradients and weights cut up over the ranks."""
+"""DeepSpeed ZeRO 1, 2 and 3: optimizer states, gradients and weights sharded over the ranks."""
 
 import math
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from model.action_dit import ActionDiT
 from model.memory import give_back
-from train.config import TrainConfig
-from train.engine import Engine, deepspeed_settings
-from train.state import Fragment
+from train.config import EngineConfig, TrainConfig
+from train.engine import Engine, set_timeouts
+from train.optim import make_optimizer
+from train.state import ParamShard
 
 
-def cut_up(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """Gives the parts of a `model` on the meta device memory, one after the other, and cuts each up over the ranks at
+def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
+    """Everything DeepSpeed is told; there is no second file that could disagree."""
+    engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
+    if engine.offload != "nothing":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW has a kernel for CPUs too, and needs no compiler
+    }
+
+
+def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    """Gives the parts of a `model` on the meta device memory, one after the other, and shards each over the ranks at
     once. What the memory holds means nothing."""
     from deepspeed.runtime.zero.partition_parameters import Init  # costs a second, and prints
 
@@ -33,6 +54,26 @@ class ZeroEngine(Engine):
     """DeepSpeed steps inside of the last backward, and clips there."""
 
     all_write_state = True
+
+    @staticmethod
+    def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
+        return {} if config.stage == 3 else {"offload": ("nothing", "optimizer"), "build": ("whole",)}
+
+    @staticmethod
+    def plugin(config: TrainConfig) -> DeepSpeedPlugin:
+        return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config))
+
+    @classmethod
+    def settings(cls, config: TrainConfig) -> dict[str, Any]:
+        return deepspeed_settings(config)
+
+    @classmethod
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
+        if next(model.parameters()).is_meta:
+            shard(model, config, accelerator.device)
+        model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
+        set_timeouts(config)
+        return cls(accelerator, model, optimizer, config)
 
     @property
     def zero(self) -> Any:
@@ -54,24 +95,24 @@ class ZeroEngine(Engine):
         self.grad_norm = float(self.model.get_global_grad_norm())  # type: ignore[operator]
         return True
 
-    def fragments(self) -> list[Fragment]:
+    def shards(self) -> list[ParamShard]:
         return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
 
-    def _of_stage_1_or_2(self) -> list[Fragment]:
+    def _of_stage_1_or_2(self) -> list[ParamShard]:
         """Each group of parameters is one flat tensor, of which every rank optimises an equal part."""
-        parts = []
+        shards = []
         for name, p in self.module.named_parameters():
             link = getattr(p, "_hp_mapping", None)
             if link is None:  # wholly in another rank's part
                 continue
             owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
-            run, offset = link.lp_fragment_address, link.hp_fragment_address.start
-            parts.append(Fragment(name, run.start, owner.data[offset : offset + run.numel], owner, offset))
-        return parts
+            span, offset = link.lp_fragment_address, link.hp_fragment_address.start
+            shards.append(ParamShard(name, span.start, owner.data[offset : offset + span.numel], owner, offset))
+        return shards
 
-    def _of_stage_3(self) -> list[Fragment]:
-        """Each parameter is cut into equal parts, the last one padded."""
-        parts = []
+    def _of_stage_3(self) -> list[ParamShard]:
+        """Each parameter is sharded into equal parts, the last one padded."""
+        shards = []
         for name, p in self.module.named_parameters():
             if not p.requires_grad:
                 continue
@@ -79,12 +120,11 @@ class ZeroEngine(Engine):
             owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
             whole: Any = p  # DeepSpeed's fields: `p` itself is empty
             length = max(0, min(share, whole.ds_numel - start))
-            parts.append(Fragment(name, start, owner.data[offset : offset + length], owner, offset))
-        return parts
+            shards.append(ParamShard(name, start, owner.data[offset : offset + length], owner, offset))
+        return shards
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """The weights that the passes use, in bf16 or float32, from the float32 ones."""
+    def sync_compute_weights(self) -> None:
         if self.config.engine.stage != 3:
             self.zero.update_lp_params()
             return
