@@ -15,10 +15,10 @@ export PYTHONWARNINGS := ignore
 .PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan test-fuzz check setup clean
 
 demo: setup
-	@python -m launch road configs/roads/demo.yaml
+	@python -m launch pipeline configs/pipelines/demo.yaml
 
 smoke: setup
-	@python -m launch road configs/roads/smoke.yaml
+	@python -m launch pipeline configs/pipelines/smoke.yaml
 
 # Two files of tests at a time; most of them wait for processes that they started.
 test: check

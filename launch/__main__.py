@@ -1,4 +1,4 @@
-"""`python -m launch configs/machines/X.yaml configs/train/Y.yaml ...` starts a run; `road` the whole road."""
+"""`python -m launch configs/machines/X.yaml configs/train/Y.yaml ...` starts a run; `pipeline` a whole pipeline."""
 
 import sys
 
@@ -10,7 +10,7 @@ VERBS = {
     "plan": Verb("launch.plan:plan"),
     "links": Verb("launch.links:links"),
     "accelerate": Verb("launch.rendezvous:accelerate"),
-    "road": Verb("launch.road:road"),
+    "pipeline": Verb("launch.pipeline:pipeline"),
     "warm": Verb("launch.warm:warm"),
 }
 

@@ -1,19 +1,21 @@
-"""The port at which processes find each other: it listens where they need it, not on every interface.
+"""`accelerate launch`, but the port at which processes meet is open only to those that need it.
 
-Whoever reaches it can read and write what the processes tell each other: torch's store knows no password.
+Whoever reaches that port can read and write what the processes tell each other: torch's store knows no password, and
+by itself torch listens on every interface.
 """
 
 import os
 import socket
 import sys
+from argparse import Namespace
 from datetime import timedelta
 from ipaddress import ip_address
+from pathlib import Path
 
 import psutil
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.rendezvous import RendezvousInfo, static_tcp_rendezvous
 
 from configs.errors import one_line
 
@@ -22,15 +24,15 @@ DEFAULT_PORT = 29500  # Accelerate's
 
 
 def own_address(host: str) -> str:
-    """The address of this machine at which others find it by the name `host`; empty if that means none of its own
-    here (but loopback's, as Debian has it in /etc/hosts), or several."""
+    """The address of this machine that others know as `host`; empty if that means another machine's address, only
+    loopback (as in Debian's /etc/hosts), or several."""
     try:
-        meant = {str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        known = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
         return ""
-    own = {one.address for interface in psutil.net_if_addrs().values() for one in interface}
-    meant = {one for one in meant if not ip_address(one).is_loopback}
-    return meant.pop() if len(meant) == 1 and meant <= own else ""
+    own = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
+    known = {address for address in known if not ip_address(address).is_loopback}
+    return known.pop() if len(known) == 1 and known <= own else ""
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -40,50 +42,72 @@ def listen(address: str, port: int) -> socket.socket:
     return socket.create_server((address, port), family=family, backlog=512, dualstack_ipv6=everywhere)
 
 
-def serve_store(
-    host: str, port: int, nodes: int, timeout: timedelta, wait_for_workers: bool = False, multi_tenant: bool = False
-) -> TCPStore:
-    """The first node's store of `nodes`, which the others reach at `host`: one node listens on loopback alone.
+def serve_store(host: str, port: int, nodes: int, timeout: timedelta) -> TCPStore:
+    """The first node's store, which the others reach at `host`; for one node it listens on loopback alone.
 
-    Raises OSError if it cannot listen at `port`.
+    torch's own launcher, in this process and given the same port, shares its server (`multi_tenant`). Raises OSError if
+    the port cannot be listened on.
     """
     address = LOOPBACK if nodes == 1 else own_address(host)
-    # Given a port, torch listens on all interfaces; a socket it takes as it is.
-    door = listen(address, port)
-    there = (address or host, door.getsockname()[1], nodes, True, timeout, wait_for_workers)
-    return TCPStore(*there, multi_tenant=multi_tenant, master_listen_fd=door.detach())
+    listener = listen(address, port)
+    where = (address or host, listener.getsockname()[1], nodes, True, timeout)
+    return TCPStore(*where, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach())
 
 
-class Rendezvous(static_tcp_rendezvous.StaticTCPRendezvous):
-    """torch's own, which every launcher uses, with a store of ours on the first node."""
-
-    def next_rendezvous(self) -> RendezvousInfo:
-        """Raises OSError if the first node cannot listen at its port."""
-        if self.rank == 0 and not self._store:
-            self._store = serve_store(
-                self.master_addr, self.master_port, self.world_size, self.timeout, True, multi_tenant=True
-            )
-        return super().next_rendezvous()
-
-
-def accelerate(words: list[str]) -> None:
-    """`accelerate launch` of these words; one machine's rendezvous is closed to all others."""
+def accelerate(args: list[str]) -> None:
+    """`accelerate launch` with these arguments; the rendezvous of one machine is closed to all others."""
     from accelerate.commands.launch import launch_command, launch_command_parser
-    from accelerate.utils import is_port_in_use
 
-    given = launch_command_parser().parse_args(words)  # numbers that a file gives are None here
-    if given.num_machines == 1 or given.num_machines == given.machine_rank is None:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
-        port = DEFAULT_PORT if given.main_process_port is None else given.main_process_port
-        if port and is_port_in_use(port):  # Accelerate would turn to another rendezvous, which listens everywhere
-            given.main_process_port = 0
-    static_tcp_rendezvous.StaticTCPRendezvous = Rendezvous
+    given = launch_command_parser().parse_args(args)
     try:
+        store = _open_rendezvous(given)
         launch_command(given)
-    except ChildFailedError as error:  # which has said what is wrong; torch would add its own traceback
+    except ChildFailedError as error:  # it has said what is wrong; torch would add its own traceback
         rank, failed = error.get_first_failure()
         how = failed.signal_name() if failed.exitcode < 0 else f"status {failed.exitcode}"
         sys.exit(f"launch accelerate: rank {rank} ended with {how}")
-    except (OSError, SignalException) as error:  # as Accelerate ends: with 1, tried again, unlike a person's fault
+    except (OSError, SignalException) as error:  # status 1, as of Accelerate: a run may be tried again
         sys.exit(f"launch accelerate: {one_line(error)}")
+    del store  # it serves until the processes have ended
+
+
+def _open_rendezvous(given: Namespace) -> TCPStore | None:
+    """The store of the first node; `given` then says where it is, in torch's words instead of Accelerate's.
+
+    Accelerate tests whether its own port is free and listens everywhere if it is not: it is given another port.
+    """
+    nodes, rank, host, port = _endpoint(given)
+    if nodes == 1:
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, "lo")
+    store = None
+    if rank == 0:
+        timeout = timedelta(minutes=10)
+        try:
+            store = serve_store(host, port, nodes, timeout)
+        except OSError:
+            if nodes > 1:
+                raise
+            store = serve_store(host, 0, nodes, timeout)  # the other nodes would not know a free port; one node does
+        port = store.port
+    given.rdzv_endpoint = f"{host}:{port}"
+    given.main_process_port, given.same_network = 0, True
+    return store
+
+
+def _endpoint(given: Namespace) -> tuple[int, int, str, int]:
+    """Number of nodes, this one's rank, host and port of the first, of arguments or else of Accelerate's file."""
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    file = load_config_from_file(given.config_file) if given.config_file or Path(default_config_file).exists() else None
+
+    def value(name: str, default: int) -> int:
+        found = getattr(given, name)
+        found = getattr(file, name, None) if found is None else found
+        return default if found is None else int(found)
+
+    nodes = value("num_machines", 1)
+    if nodes == 1:
+        return 1, 0, LOOPBACK, value("main_process_port", DEFAULT_PORT)
+    host = given.main_process_ip or getattr(file, "main_process_ip", None) or LOOPBACK
+    return nodes, value("machine_rank", 0), host, value("main_process_port", DEFAULT_PORT)

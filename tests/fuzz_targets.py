@@ -28,7 +28,7 @@ from data_pipeline.record import RecordConfig
 from data_pipeline.shard_set import read_clips
 from data_pipeline.verify import verify_set
 from launch.local import read_launch, train_task
-from launch.road import RoadConfig
+from launch.pipeline import PipelineConfig
 from launch.submit import submit
 from model.__main__ import VERBS
 from model.weights import save_weights
@@ -50,7 +50,7 @@ WORDS: list[tuple[type, list[str]]] = [  # what is right before one of them is c
     (GenerateConfig, ["checkpoint=x", "prompt=x", "actions=idle", "out=x"]),
     (CodecTrainConfig, [f"{CONFIGS}/games/doom.yaml", f"{CONFIGS}/train/demo_codec.yaml", "source=x", "out=x"]),
     (TrainConfig, RUN),
-    (RoadConfig, [f"{CONFIGS}/roads/smoke.yaml"]),
+    (PipelineConfig, [f"{CONFIGS}/pipelines/smoke.yaml"]),
 ]
 
 

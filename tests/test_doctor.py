@@ -14,6 +14,7 @@ import psutil
 import pytest
 from tiny_training import ROOT, run
 from torch.distributed import TCPStore
+from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
 from configs import build, storage, to_dict
 from configs.cli import run as run_words
@@ -27,7 +28,7 @@ from launch.meeting import Answer, Meeting, meet
 from launch.mesh import Door, Hello, door_name, knock
 from launch.node import NodeFacts, inspect_node, parse_gpus
 from launch.places import Place, Trial
-from launch.rendezvous import LOOPBACK, Rendezvous, listen, own_address
+from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
 from launch.slurm import slurm_script
 from launch.tables import examination_text, printable
 from launch.timed import Doing, within
@@ -259,10 +260,12 @@ def test_a_peer_cannot_name_a_file_outside_the_places_nor_steer_the_terminal(mee
 
 def test_on_one_machine_ports_and_doors_are_closed_to_others() -> None:
     meeting, door = meet(MachineConfig(port=0), 5), Door(door_name(0), LOOPBACK)
-    run_s = Rendezvous("127.0.0.1", 0, 0, 1, "a run", 5)
-    run_s.next_rendezvous()
+    run_s = serve_store("node0", 0, 1, timedelta(seconds=5))
+    torchs = StaticTCPRendezvous(LOOPBACK, run_s.port, 0, 1, "a run", 5)  # as the launcher then meets, in this process
+    torchs.next_rendezvous().store.set("key", "value")
+    assert run_s.get("a run/key") == b"value"
     listening = [one.laddr for one in psutil.Process().net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    ports = {meeting.store.port, run_s._store.port, door.port}  # type: ignore[attr-defined]
+    ports = {meeting.store.port, run_s.port, door.port}
     assert {one.port for one in listening} >= ports
     assert {one.ip for one in listening if one.port in ports} == {LOOPBACK}
     door.close()

@@ -1,4 +1,4 @@
-"""Every command of the README and of the roads parses, and every YAML loads."""
+"""Every command of the README and of the pipelines parses, and every YAML loads."""
 
 import re
 import shlex
@@ -17,8 +17,8 @@ from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
 from launch.doctor import read_doctor
 from launch.local import read_launch
+from launch.pipeline import PipelineConfig
 from launch.plan import read_plan
-from launch.road import RoadConfig
 from model.__main__ import VERBS as MODEL_VERBS
 from model.config import ModelConfig
 from model.official import ExportConfig
@@ -55,9 +55,9 @@ CONFIGS = {
     ("model", "info"): ModelConfig,
     ("model", "bench"): BenchConfig,
     ("model", "export"): ExportConfig,
-    ("launch", "road"): RoadConfig,
+    ("launch", "pipeline"): PipelineConfig,
 }
-ROADS = sorted((ROOT / "configs/roads").glob("*.yaml"))
+PIPELINES = sorted((ROOT / "configs/pipelines").glob("*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +71,12 @@ def readme_commands() -> list[str]:
     return [line.strip() for line in lines if re.match(r"    (make|python|accelerate) ", line)]
 
 
-def road_commands() -> list[str]:
-    return [stage.command for path in ROADS for stage in load_config(RoadConfig, [str(path), "precision=fp32"]).stages]
+def pipeline_commands() -> list[str]:
+    return [
+        stage.command
+        for path in PIPELINES
+        for stage in load_config(PipelineConfig, [str(path), "precision=fp32"]).stages
+    ]
 
 
 def check_command(command: str) -> None:
@@ -116,7 +120,7 @@ def test_the_readme_has_commands() -> None:
     assert len(readme_commands()) >= 12
 
 
-@pytest.mark.parametrize("command", [*readme_commands(), *road_commands()])
+@pytest.mark.parametrize("command", [*readme_commands(), *pipeline_commands()])
 def test_every_command_parses(command: str) -> None:
     check_command(command)
 
@@ -131,12 +135,12 @@ def test_a_command_that_does_not_parse_is_found() -> None:
         check_command(f"python -m launch accelerate {words}")
 
 
-def test_the_processes_of_a_road_meet_where_nobody_else_is_let_in() -> None:
-    assert not [command for command in road_commands() if command.startswith("accelerate")]
+def test_the_processes_of_a_pipeline_meet_where_nobody_else_is_let_in() -> None:
+    assert not [command for command in pipeline_commands() if command.startswith("accelerate")]
 
 
-def test_every_yaml_of_ours_is_used_by_a_test_a_road_or_the_readme() -> None:
-    known = {"games": "game:", "machines": "machine:", "models": "model:", "train": "", "roads": "stages:"}
+def test_every_yaml_of_ours_is_used_by_a_test_a_pipeline_or_the_readme() -> None:
+    known = {"games": "game:", "machines": "machine:", "models": "model:", "train": "", "pipelines": "stages:"}
     for path in sorted((ROOT / "configs").rglob("*.yaml")):
         text = path.read_text()
         assert path.parent.name in known and known[path.parent.name] in text, path
@@ -146,5 +150,5 @@ def test_every_yaml_of_ours_is_used_by_a_test_a_road_or_the_readme() -> None:
             load_config(EncodeConfig, [str(path), "source=x", "codec=x", "out=x"])
         if path.parent.name == "train":
             name = str(path.relative_to(ROOT))
-            commands = [*readme_commands(), *road_commands()]
-            assert any(name in command for command in commands), f"no road and no command of the README uses {name}"
+            commands = [*readme_commands(), *pipeline_commands()]
+            assert any(name in command for command in commands), f"no pipeline and no command of the README uses {name}"

@@ -1,4 +1,4 @@
-"""The whole road with tiny settings, from the game to the report, and a second time for nothing."""
+"""The whole pipeline with tiny settings, from the game to the report, and a second time for nothing."""
 
 import json
 import os
@@ -18,23 +18,23 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("road") / "smoke"
+    return tmp_path_factory.mktemp("pipeline") / "smoke"
 
 
-def run_road(out: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "launch", "road", "configs/roads/smoke.yaml", f"out={out}"]
+def run_pipeline(out: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch", "pipeline", "configs/pipelines/smoke.yaml", f"out={out}"]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ}, timeout=550)
 
 
 @pytest.fixture(scope="module")
-def road(out) -> subprocess.CompletedProcess[str]:
-    done = run_road(out)
+def pipeline(out) -> subprocess.CompletedProcess[str]:
+    done = run_pipeline(out)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done
 
 
-def test_the_road_ends_with_times_and_the_file_to_open(road, out) -> None:
-    lines = road.stdout.strip().splitlines()
+def test_the_pipeline_ends_with_times_and_the_file_to_open(pipeline, out) -> None:
+    lines = pipeline.stdout.strip().splitlines()
     assert lines[-1] == f"open {out}/report/streaming/report.html"
     assert [line.split()[0] for line in lines[-12:] if line.startswith(("record", "codec", "encode", "judge", "all"))]
     assert "../chunked/report.html" in (out / "report" / "streaming" / "report.html").read_text()
@@ -42,21 +42,21 @@ def test_the_road_ends_with_times_and_the_file_to_open(road, out) -> None:
 
 
 @pytest.mark.parametrize("name", ["demo", "stream"])
-def test_the_road_makes_playable_videos_at_the_games_rate(road, out, name: str) -> None:
+def test_the_pipeline_makes_playable_videos_at_the_games_rate(pipeline, out, name: str) -> None:
     info = probe(out / f"{name}.mp4")
     assert (info.frames, info.fps) == (81, 17.5)
     sheet = Image.open(out / f"{name}.png")
     assert sheet.width > 600 and sheet.height > 200
 
 
-def test_the_road_holds_out_whole_episodes(road, out) -> None:
+def test_the_pipeline_holds_out_whole_episodes(pipeline, out) -> None:
     train, heldout = (load_manifest(out / "latents" / split / "manifest.json") for split in ("train", "heldout"))
     names = [{name for shard in manifest.shards for name in shard.episodes} for manifest in (train, heldout)]
     assert names[0] and names[1] and not names[0] & names[1]
 
 
 @pytest.mark.parametrize("method", ["chunked", "streaming"])
-def test_the_reports_have_every_figure(road, out, method: str) -> None:
+def test_the_reports_have_every_figure(pipeline, out, method: str) -> None:
     report = json.loads((out / "report" / method / "report.json").read_text())
     assert report["method"] == method
     text = json.dumps(report)
@@ -65,14 +65,14 @@ def test_the_reports_have_every_figure(road, out, method: str) -> None:
     assert "NaN" not in text
 
 
-def test_every_stage_trained_to_the_end(road, out) -> None:
+def test_every_stage_trained_to_the_end(pipeline, out) -> None:
     for run in ("base", "world", "causal"):
         assert complete_checkpoints(out / run)[-1].name == "step_0000012"
         last = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()][-1]
         assert last["step"] == 12
 
 
-def test_a_second_time_reuses_every_stage(road, out) -> None:
-    done = run_road(out)
+def test_a_second_time_reuses_every_stage(pipeline, out) -> None:
+    done = run_pipeline(out)
     assert done.returncode == 0
     assert done.stdout.count("complete, reused") == 11
