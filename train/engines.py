@@ -43,15 +43,14 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
-    backend, handlers = engine.backend(config, "cpu" if on_cpu else "cuda"), []
-    if world > 1 or deepspeed:
-        handlers = [InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.engine.timeout_s))]
+    backend = engine.backend(config, "cpu" if on_cpu else "cuda")
+    groups = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.engine.timeout_s))
     accelerator = Accelerator(
         cpu=on_cpu and not deepspeed,  # with it, Accelerate drops DeepSpeed without a word
         deepspeed_plugin=engine.plugin(config),
         gradient_accumulation_steps=config.accumulation,
         mixed_precision="bf16" if engine.accelerate_casts and config.engine.precision == "bf16" else "no",
-        kwargs_handlers=handlers,
+        kwargs_handlers=[groups] if world > 1 or deepspeed else None,
     )
     if engine is Fsdp2Engine and not dist.is_initialized():  # one process by itself
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
