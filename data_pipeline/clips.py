@@ -18,8 +18,9 @@ from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.recording import BAD_RECORDING
 from data_pipeline.types import Clip, Episode
 from data_pipeline.video import to_video
-from model.codec import TEMPORAL, Codec
+from model.codec import Codec
 from model.inputs import MASK_CHANNELS
+from model.patch_codec import TEMPORAL
 from model.vision import VisionTower, image_conditions, visual_context
 
 T = TypeVar("T")

@@ -17,8 +17,9 @@ from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, f
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, clip_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
-from model.codec import TEMPORAL, Codec, codec_hash
+from model.codec import Codec, codec_hash
 from model.layout import CHUNK_FRAMES, CondFill, Layout
+from model.patch_codec import TEMPORAL
 from model.vision import Vision, vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"

@@ -24,8 +24,8 @@ from configs.errors import MissingFileError, UserError
 from configs.files import sha256_file
 from configs.foreign import parse_object, reading, require_inside
 from data_pipeline.types import Clip, Manifest, ShardInfo
-from model.codec import SPATIAL, TEMPORAL
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
+from model.patch_codec import SPATIAL, TEMPORAL
 
 MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"

@@ -1,263 +1,73 @@
-"""The video autoencoder: pixels to latents and back, 8x in space, 4x in time, causal, 16 channels (Wan 2.1's geometry).
+"""The codecs there are, and codecs as files: a folder with a config.yaml and weights, or a third party's own layout.
 
-`PatchCodec` is the demo's: a closed-form linear encoder (PCA of 4 x 8 x 8 patches, so latents exist in seconds) and a
-learned decoder that starts at the PCA's own reconstruction and adds what convolutions with a memory of earlier latents
-can add. `WanCodec` (model/wan_codec.py) is Wan's own. Every codec has the same things: `encode`, `encode_stream`,
-`decode`, `decode_stream`, `latent_mean`, `latent_std`, and a `config` with `name`, `channels`, `spatial`, `temporal`.
+A new codec is its own file and a line in CODECS.
 """
 
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from einops import rearrange, repeat
-from torch import Tensor, nn
-from torch.nn import functional
-
-from configs import load_file, save_config
+from configs import build_from, load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path, sha256_file
-from model.limits import MANY, WIDE, require_between
-from model.wan_codec import CONFIG_FILE, WanCodec, is_wan_codec, load_wan_codec, read_wan_config
-from model.weights import finite, load_into, open_weights
+from configs.foreign import read_settings, require_inside
+from configs.overrides import merge_words
+from model.patch_codec import PatchCodec
+from model.video_codec import Codec
+from model.wan_codec import WanCodec
 
-SPATIAL = 8  # pixels per latent, each way
-TEMPORAL = 4  # frames per latent, after the first
-WEIGHTS_FILE = "model.safetensors"
+CODECS: dict[str, type[Codec]] = {"patch": PatchCodec, "wan": WanCodec}
+CONFIG_FILE = "config.yaml"  # in a folder of ours
 
-State = list[Tensor]  # the newest features (b c h w) of each memory block: what the next latents need of the past
-
-
-@dataclass(frozen=True)
-class CodecConfig:
-    """Sizes of a codec; `name` picks the class in CODECS."""
-
-    name: str = "patch"
-    channels: int = 16  # of the latents
-    width: int = 128  # features at latent resolution
-    fine_width: int = 64  # features at half the pixel resolution
-    memory_blocks: int = 3  # residual blocks at latent resolution, each seeing one latent further back
-    fine_blocks: int = 2  # residual blocks at half the pixel resolution
-    # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
-    # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
-    whitening: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_between("codec.", 1, 3 * TEMPORAL * SPATIAL * SPATIAL, channels=self.channels)  # numbers in a patch
-        require_between("codec.", 1, WIDE, width=self.width, fine_width=self.fine_width)
-        require_between("codec.", 0, MANY, memory_blocks=self.memory_blocks, fine_blocks=self.fine_blocks)
-
-    @property
-    def spatial(self) -> int:
-        """Pixels per latent, each way."""
-        return SPATIAL
-
-    @property
-    def temporal(self) -> int:
-        """Frames per latent, after the first."""
-        return TEMPORAL
+Located = tuple[type[Codec], Any, Path]  # the kind of a codec, its config and the folder of its weights
 
 
-class MemoryBlock(nn.Module):
-    """A residual block over one latent frame and the one before it."""
+def locate_codec(url: str | Path, overrides: Sequence[str] = ()) -> Located:
+    """What kind of codec lies at `url`, without reading its weights; `overrides` (key=value) change its settings.
 
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(2 * width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor, last: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(b f c h w) and the features (b c h w) before it, or None at the start -> (b f c h w) and its own last."""
-        first = torch.zeros_like(x[:, :1]) if last is None else last[:, None].to(x.dtype)
-        both = torch.cat([x, torch.cat([first, x[:, :-1]], dim=1)], dim=2)
-        y = self.out(functional.silu(self.mix(functional.silu(rearrange(both, "b f c h w -> (b f) c h w")))))
-        return x + rearrange(y, "(b f) c h w -> b f c h w", f=x.shape[1]), x[:, -1]
-
-
-class FineBlock(nn.Module):
-    """A residual block within one latent's frames."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.out(functional.silu(self.mix(functional.silu(x))))
-
-
-class PatchCodec(nn.Module):
-    """Linear encoder from a PCA, learned residual decoder; fitted by `python -m train codec`."""
-
-    basis: Tensor
-    centre: Tensor
-    latent_mean: Tensor
-    latent_std: Tensor
-
-    def __init__(self, config: CodecConfig) -> None:
-        super().__init__()
-        self.config = config
-        patch = 3 * TEMPORAL * SPATIAL * SPATIAL
-        self.register_buffer("basis", torch.zeros(config.channels, patch))  # orthonormal rows
-        self.register_buffer("centre", torch.zeros(patch))
-        self.register_buffer("latent_mean", torch.zeros(config.channels))
-        self.register_buffer("latent_std", torch.ones(config.channels))
-        pixels = 3 * TEMPORAL * 4  # one position at half resolution: four frames of 2 x 2 pixels
-        self.enter = nn.Conv2d(config.channels, config.width, 3, padding=1)
-        self.memory = nn.ModuleList(MemoryBlock(config.width) for _ in range(config.memory_blocks))
-        self.widen = nn.Conv2d(config.width, config.fine_width * 16, 1)
-        self.look = nn.Conv2d(pixels, config.fine_width, 3, padding=1)
-        self.fine = nn.ModuleList(FineBlock(config.fine_width) for _ in range(config.fine_blocks))
-        self.leave = nn.Conv2d(config.fine_width, pixels, 3, padding=1)
-        nn.init.zeros_(self.leave.weight)  # training starts at the PCA's reconstruction and never below it
-        assert self.leave.bias is not None
-        nn.init.zeros_(self.leave.bias)
-
-    def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents (b 16 f h/8 w/8) of `video` (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1).
-
-        The first frame is repeated four times, so that one set of weights serves it too; every latent depends on its
-        own frames alone, so a clip of any length can be encoded in pieces.
-        """
-        return self.encode_stream(video, None)[0]
-
-    def encode_stream(self, video: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """The next latents (b 16 f h/8 w/8) and the state that the frames after them need; `state` None starts a clip.
-
-        `video` (b 3 n h w) in [-1, 1] has 1 + 4 (f - 1) frames at the start and 4 f later.
-        """
-        lead = 1 if state is None else 0
-        frames, height, width = video.shape[2:]
-        if frames < 1 or (frames - lead) % TEMPORAL or height % SPATIAL or width % SPATIAL:
-            raise UserError(f"{frames} frames of {height}x{width} px: a clip has {lead} + 4k frames, multiples of 8 px")
-        first = repeat(video[:, :, :lead], "b c n h w -> b c (n t) h w", t=TEMPORAL)
-        raw = (to_patches(torch.cat([first, video[:, :, lead:]], dim=2)) - self.centre) @ self.basis.T
-        return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w"), []
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b 16 f h/8 w/8)."""
-        return self.decode_stream(latents, None)[0].clamp(-1, 1)
-
-    def decode_stream(self, latents: Tensor, state: State | None) -> tuple[Tensor, State]:
-        """The next frames and the state that the block after it needs; `state` None starts a clip.
-
-        Latents (b 16 f h/8 w/8) give 4 f frames, or 1 + 4 (f - 1) at the start; block by block equals the whole.
-        Not clamped, so that training sees a gradient everywhere.
-        """
-        linear = self.linear_decode(latents)
-        coarse = rearrange(latents, "b c f h w -> (b f) c h w").to(self.enter.weight.dtype)
-        x = rearrange(self.enter(coarse), "(b f) c h w -> b f c h w", f=latents.shape[2])
-        following = []
-        for i, block in enumerate(self.memory):
-            x, newest = block(x, None if state is None else state[i])
-            following.append(newest)
-        x = functional.pixel_shuffle(self.widen(rearrange(x, "b f c h w -> (b f) c h w")), 4)
-        pixels = rearrange(linear, "b c (f t) (h y) (w x) -> (b f) (c t y x) h w", t=TEMPORAL, y=2, x=2)
-        x = x + self.look(pixels)
-        for block in self.fine:
-            x = block(x)
-        added = rearrange(
-            self.leave(functional.silu(x)),
-            "(b f) (c t y x) h w -> b c (f t) (h y) (w x)",
-            b=len(latents), t=TEMPORAL, y=2, x=2,
-        )  # fmt: skip
-        video = linear + added.to(linear.dtype)
-        if state is None:
-            first = video[:, :, :TEMPORAL].mean(dim=2, keepdim=True)
-            video = torch.cat([first, video[:, :, TEMPORAL:]], dim=2)
-        return video, following
-
-    def linear_decode(self, latents: Tensor) -> Tensor:
-        """The PCA's own reconstruction (b 3 4f h w), four frames for the first latent too."""
-        raw = rearrange(latents, "b c f h w -> b f h w c").float() * self.latent_std + self.latent_mean
-        return from_patches(raw @ self.basis + self.centre)
-
-    @torch.no_grad()
-    def fit_pca(self, patches: Tensor) -> Tensor:
-        """Sets encoder and latent statistics from `patches` (m 768) in [-1, 1]; returns the variance kept, in [0, 1].
-
-        The normalised channels have standard deviations of variance ** `whitening` and a mean square of 1.
-        """
-        centre = patches.mean(dim=0)
-        centred = (patches - centre).double()
-        variances, vectors = torch.linalg.eigh(centred.T @ centred / len(patches))
-        variances, vectors = variances.flip(0), vectors.flip(1)
-        kept = variances[: self.config.channels].clamp_min(1e-12)
-        normalised_std = kept**self.config.whitening
-        normalised_std = normalised_std / normalised_std.square().mean().sqrt()
-        self.centre.copy_(centre)
-        self.basis.copy_(vectors[:, : self.config.channels].T)
-        self.latent_mean.zero_()
-        self.latent_std.copy_(kept.sqrt() / normalised_std)
-        return kept.sum() / variances.sum()
-
-
-def to_patches(video: Tensor) -> Tensor:
-    """(b 3 4f 8h 8w) -> (b f h w 768), one row per latent position."""
-    return rearrange(
-        video, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
-    )  # fmt: skip
-
-
-def from_patches(patches: Tensor) -> Tensor:
-    """(b f h w 768) -> (b 3 4f 8h 8w)."""
-    return rearrange(
-        patches, "b f h w (c t y x) -> b c (f t) (h y) (w x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
-    )  # fmt: skip
-
-
-CODECS = {"patch": PatchCodec}
-Codec = PatchCodec | WanCodec  # the interface
-
-
-def make_codec(config: CodecConfig) -> PatchCodec:
-    """An untrained codec of the kind that `config.name` names."""
-    if config.name not in CODECS:
-        raise UserError(f"no codec {config.name!r} to train; there are: {', '.join(CODECS)}")
-    return CODECS[config.name](config)
-
-
-def load_codec(path: str | Path, *words: str) -> Codec:
-    """The codec at `path`, in eval mode on the CPU; `words` (key=value) change its settings, such as decoder=tiny.
-
-    `path` is a folder that training wrote (config.yaml and model.safetensors), or Wan's autoencoder: its official file,
-    a folder in the diffusers layout, or a folder whose config.yaml says `name: wan` (WanCodecConfig).
+    `url` is a folder of ours, Wan's official file, or a folder in the diffusers layout. Raises UserError or FileError.
     """
-    path = Path(path)
-    if is_wan_codec(path):
-        return load_wan_codec(path, *words)
-    if not (path / WEIGHTS_FILE).is_file():
-        raise MissingFileError(
-            f"no codec in {path} ({WEIGHTS_FILE} is missing); fit one with python -m train codec or give Wan2.1_VAE.pth"
-        )
-    codec = make_codec(load_file(CodecConfig, path / CONFIG_FILE, words))
-    load_into(codec, finite(open_weights(path / WEIGHTS_FILE)))
-    if not (codec.latent_std > 0).all():
-        raise UserError(f"{path / WEIGHTS_FILE} is damaged: its latents have no spread (latent_std); fit it again")
-    return codec.eval()
+    path = storage.local(url, lambda name: "/" not in name)
+    file = path / CONFIG_FILE
+    if file.is_file():
+        name = read_settings(file).get("name", "patch")
+        if name not in CODECS:
+            raise UserError(f"{file}: name={str(name)[:80]} is no codec; there are: {', '.join(CODECS)}")
+        config = load_file(CODECS[name].Config, file, overrides)
+        for weights in CODECS[name].weight_files(config).values():
+            require_inside(weights, file)  # as text: links to where the weights lie are the user's own
+        return CODECS[name], config, path
+    for kind in CODECS.values():
+        if found := kind.third_party_settings(path):
+            config = build_from(kind.Config, found[0] | merge_words(overrides), found[1])
+            return kind, config, path if path.is_dir() else path.parent
+    raise MissingFileError(f"no codec in {url}; fit one with python -m train codec, or give Wan2.1_VAE.pth")
 
 
-def copy_codec(path: str | Path, folder: Path) -> None:
-    """Writes the codec at `path`, whatever its layout, into `folder` as one with a config.yaml, which comes last."""
-    path = Path(path)
-    if is_wan_codec(path):
-        config, weights = read_wan_config(path)
-        tiny = [weights.parent / config.tiny_weights]
-        tiny = tiny if config.decoder == "tiny" or tiny[0].is_file() else []
-        names = {"weights": weights.name, "tiny_weights": Path(config.tiny_weights).name}
-        config, files = replace(config, **names), [weights, *tiny]
-    else:
-        config, files = load_file(CodecConfig, path / CONFIG_FILE), [path / WEIGHTS_FILE]
-    for file in files:
-        with atomic_path(folder / file.name) as part:
-            shutil.copyfile(file, part)
-    save_config(config, folder / CONFIG_FILE)
+def load_codec(url: str | Path, *overrides: str) -> Codec:
+    """The codec at `url` (see `locate_codec`), in eval mode on the CPU."""
+    kind, config, folder = locate_codec(url, overrides)
+    return kind.load(config, folder).eval()
 
 
-def codec_hash(path: str | Path) -> str:
+def copy_codec(url: str | Path, folder: Path) -> None:
+    """Writes the codec at `url`, whatever its layout, into `folder` as one with a config.yaml, which comes last."""
+    kind, config, source = locate_codec(url)
+    files = {setting: source / name for setting, name in kind.weight_files(config).items()}
+    for i, file in enumerate(files.values()):
+        if i == 0 or file.is_file():
+            with atomic_path(folder / file.name) as part:
+                shutil.copyfile(file, part)
+    names = {setting: file.name for setting, file in files.items() if setting}
+    save_config(replace(config, **names), folder / CONFIG_FILE)
+
+
+def codec_hash(url: str | Path) -> str:
     """Twelve hex digits over the codec's weights file: latents of one codec mean nothing to another."""
-    weights = read_wan_config(path)[1] if is_wan_codec(path) else Path(path) / WEIGHTS_FILE
+    kind, config, folder = locate_codec(url)
+    weights = folder / next(iter(kind.weight_files(config).values()))
     if not weights.is_file():
-        raise MissingFileError(f"no codec in {path} ({weights.name} is missing)")
+        raise MissingFileError(f"no codec in {url} ({weights.name} is missing)")
     return sha256_file(weights)[:12]

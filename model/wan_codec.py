@@ -9,21 +9,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs import build, build_from, load_file, merge_words
 from configs.errors import UserError
-from configs.foreign import read_settings, require_inside
 from model.foreign import load_foreign, read_json
 from model.limits import MANY, require_between
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
+from model.video_codec import Codec
 from model.weights import require_same_tensors
 
-CONFIG_FILE = "config.yaml"  # in a folder of ours
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 NEEDS_DIFFUSERS = "the Wan codec needs diffusers: pip install 'diffusers>=0.42'"
 
@@ -102,11 +100,10 @@ class WanCodecConfig:
         return 2 ** sum(self.temperal_downsample)
 
 
-class WanCodec(nn.Module):
+class WanCodec(Codec):
     """Encoder and decoder of `AutoencoderKLWan`, or its encoder and the tiny decoder."""
 
-    latent_mean: Tensor
-    latent_std: Tensor
+    Config = WanCodecConfig
 
     def __init__(self, config: WanCodecConfig, vae: Any, tiny: TinyDecoder | None = None) -> None:
         super().__init__()
@@ -119,20 +116,31 @@ class WanCodec(nn.Module):
         self.register_buffer("latent_mean", torch.tensor(config.latent_mean), persistent=False)
         self.register_buffer("latent_std", torch.tensor(config.latent_std), persistent=False)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents (b 16 f h/8 w/8), float32, of `video` (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1).
+    @classmethod
+    def third_party_settings(cls, path: Path) -> tuple[dict[str, Any], Path] | None:
+        """Wan's official weights file, or a folder in the diffusers layout."""
+        if path.is_file():
+            return {"weights": path.name}, path
+        described = path / DIFFUSERS_CONFIG
+        if not described.is_file():
+            return None
+        return {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(described)}, described
 
-        The means, not samples, as upstream. With `tile` in the config, overlapping parts are encoded by themselves
-        and blended.
-        """
+    @classmethod
+    def weight_files(cls, config: WanCodecConfig) -> dict[str, str]:
+        return {"weights": config.weights, "tiny_weights": config.tiny_weights}
+
+    @classmethod
+    def load(cls, config: WanCodecConfig, folder: Path) -> Self:
+        tiny = load_tiny_decoder(folder / config.tiny_weights) if config.decoder == "tiny" else None
+        return cls(config, load_vae(config, folder / config.weights), tiny)
+
+    def encode(self, video: Tensor) -> Tensor:
+        """The means, not samples, float32, as upstream. With `tile`, overlapping tiles are encoded and blended."""
         return self.encode_stream(video, None)[0] if self.config.tile is None else self._encode_tiles(video)
 
     def encode_stream(self, video: Tensor, state: WanState | None) -> tuple[Tensor, WanState]:
-        """The next latents (b 16 f h/8 w/8) and the state that the frames after them need; `state` None starts a clip.
-
-        `video` (b 3 n h w) in [-1, 1] has 1 + 4 (f - 1) frames at the start and 4 f later. Block by block equals the
-        whole, so an episode of any length is encoded in the memory of one block. Tiles do not apply.
-        """
+        """An episode of any length is encoded in the memory of one block. Tiles do not apply."""
         lead, step = (1 if state is None else 0), self.config.temporal
         frames, height, width = video.shape[2:]
         if frames < 1 or (frames - lead) % step or height % self.config.spatial or width % self.config.spatial:
@@ -149,7 +157,6 @@ class WanCodec(nn.Module):
         return (torch.cat(means, dim=2) - mean) / std, cache
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b 16 f h/8 w/8)."""
         videos, state = [], None
         for piece in latents.split(self.config.piece_latents, dim=2):
             video, state = self.decode_stream(piece, state)
@@ -157,10 +164,6 @@ class WanCodec(nn.Module):
         return torch.cat(videos, dim=2)
 
     def decode_stream(self, latents: Tensor, state: WanState | None) -> tuple[Tensor, WanState]:
-        """The next frames, float32 and not clamped, and the state for the block after it; `state` None starts a clip.
-
-        Latents (b 16 f h/8 w/8) give 4 f frames, or 1 + 4 (f - 1) at the start; block by block equals the whole.
-        """
         if self.tiny is not None:
             return self.tiny.decode_stream(latents, state)
         mean, std = self._statistics()
@@ -194,41 +197,6 @@ class WanCodec(nn.Module):
                 weight = weight + nn.functional.pad(mask, around)
         assert isinstance(total, Tensor)
         return total / weight
-
-
-def is_wan_codec(path: str | Path) -> bool:
-    """Whether `path` is Wan's: a weights file, a folder in the diffusers layout, or a folder with `name: wan`."""
-    path = Path(path)
-    if path.is_file() or (path / DIFFUSERS_CONFIG).is_file():
-        return True
-    config = path / CONFIG_FILE
-    return config.is_file() and read_settings(config).get("name") == "wan"
-
-
-def read_wan_config(path: str | Path, *words: str) -> tuple[WanCodecConfig, Path]:
-    """The settings of the Wan codec at `path` (as in `is_wan_codec`), `words` winning, and its weights file."""
-    path = Path(path)
-    if path.is_file():
-        return build(WanCodecConfig, {"weights": path.name, **merge_words(words)}), path
-    if (path / CONFIG_FILE).is_file():
-        config = load_file(WanCodecConfig, path / CONFIG_FILE, words)
-        for name in (config.weights, config.tiny_weights):
-            require_inside(name, path / CONFIG_FILE)  # as text: links to where the weights lie are the user's own
-        return config, path / config.weights
-    given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_words(words)}
-    config = build_from(WanCodecConfig, given, path / DIFFUSERS_CONFIG)
-    return config, path / config.weights
-
-
-def load_wan_codec(path: str | Path, *words: str) -> WanCodec:
-    """The Wan codec at `path`, in eval mode on the CPU; `words` like `decoder=tiny` change its settings.
-
-    Raises in one line: diffusers not installed, no such file, a file with code in it, names or shapes that do not fit.
-    """
-    config, weights = read_wan_config(path, *words)
-    vae = load_vae(config, weights)
-    tiny = load_tiny_decoder(weights.parent / config.tiny_weights) if config.decoder == "tiny" else None
-    return WanCodec(config, vae, tiny).eval()
 
 
 def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:

@@ -23,10 +23,10 @@ from data_pipeline.readers.recording import VIDEOS
 from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
-from model.codec import TEMPORAL
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
 from model.limits import require_device
+from model.patch_codec import TEMPORAL
 from model.world import (
     Precision,
     Weights,

@@ -1,22 +1,30 @@
 """The codec: causal, streamable, never below its linear part, and one file away from use."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_world import random_video
+from toy_codec import ToyCodec
 
 from configs import load_config, to_dict
+from configs.errors import UserError
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import find_recordings
-from model.codec import CodecConfig, codec_hash, load_codec, make_codec, to_patches
+from data_pipeline.shards import load_manifest
+from model.codec import CODECS, codec_hash, copy_codec, load_codec
+from model.patch_codec import PatchCodec, PatchCodecConfig, to_patches
 from train.codec import CodecTrainConfig, fit_decoder, psnr, read_runs, train_codec
 
-TINY = CodecConfig(width=8, fine_width=8, memory_blocks=2, fine_blocks=1)
+TINY = PatchCodecConfig(width=8, fine_width=8, memory_blocks=2, fine_blocks=1)
 
 
 @pytest.fixture
 def codec():
     """A fitted encoder, and a decoder whose every weight matters."""
     torch.manual_seed(0)
-    codec = make_codec(TINY).eval()
+    codec = PatchCodec(TINY).eval()
     codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
     torch.nn.init.normal_(codec.leave.weight, std=0.1)
     return codec.requires_grad_(False)
@@ -64,16 +72,32 @@ def test_a_clip_of_another_length_is_refused(codec, frames: int) -> None:
         codec.encode(random_video(frames))
 
 
-def test_an_unknown_codec_is_refused() -> None:
-    with pytest.raises(ValueError, match="no codec 'wan'"):
-        make_codec(CodecConfig(name="wan"))
+def test_an_unknown_codec_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("name: other")
+    with pytest.raises(UserError, match=r"name=other.*patch, wan"):
+        load_codec(tmp_path)
+
+
+def test_a_codec_is_a_file_and_a_line(tmp_path: Path, monkeypatch, game, recordings) -> None:
+    monkeypatch.setitem(CODECS, "toy", ToyCodec)
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "toy.txt").write_text("its weights")
+    (tmp_path / "codec" / "config.yaml").write_text("name: toy")
+    config = EncodeConfig(game, str(recordings), str(tmp_path / "codec"), str(tmp_path / "latents"), heldout_every=0)
+    encode_recordings(config)
+    manifest = load_manifest(str(tmp_path / "latents" / "train" / "manifest.json"))
+    assert (manifest.codec, manifest.latent_channels) == ("toy", 3)
+    copy_codec(tmp_path / "codec", tmp_path / "copy")
+    assert codec_hash(tmp_path / "copy") == manifest.codec_hash
+    video = random_video(5)
+    assert load_codec(tmp_path / "copy").decode(load_codec(tmp_path / "copy").encode(video)).shape == video.shape
 
 
 def test_the_fit_starts_at_the_pca_and_does_not_fall_below(game, recordings) -> None:
     config = CodecTrainConfig(game, str(recordings), "unused", TINY, steps=30, batch=2, warmup_steps=5)
     runs = read_runs(config, find_recordings("worldloom", recordings)[:2])
     torch.manual_seed(0)
-    codec = make_codec(TINY)
+    codec = PatchCodec(TINY)
     video = random_video(256)
     codec.fit_pca(to_patches(video).flatten(0, 3))
     latents = codec.encode(random_video(9))
@@ -93,7 +117,7 @@ def test_the_command_writes_a_codec_that_loads(game_yaml, recordings, tmp_path, 
         )
     )
     codec = load_codec(tmp_path)
-    assert codec.config == load_config(CodecConfig, [str(tmp_path / "config.yaml")])
+    assert codec.config == load_config(PatchCodecConfig, [str(tmp_path / "config.yaml")])
     assert "dB on held-out episodes" in capsys.readouterr().out
     assert len(codec_hash(tmp_path)) == 12
 

@@ -12,8 +12,9 @@ from tiny_world import random_dit, write_checkpoint, write_codec
 from torch import Tensor
 
 from model.bare_names import bare_names
-from model.codec import WEIGHTS_FILE, load_codec
+from model.codec import load_codec
 from model.foreign import load_foreign, open_foreign
+from model.patch_codec import WEIGHTS_FILE
 from model.weights import load_into, load_weights, open_weights, save_weights
 from model.world import load_world
 

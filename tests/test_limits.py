@@ -10,10 +10,9 @@ from test_official import refusal, yamls
 from tiny_world import write_checkpoint, write_codec
 
 from configs import load_config
-from model.codec import CONFIG_FILE, load_codec
+from model.codec import CONFIG_FILE, load_codec, locate_codec
 from model.config import ModelConfig
 from model.limits import require_device
-from model.wan_codec import read_wan_config
 from model.world import WORLD_FILE, read_world_config
 
 SIZES = [
@@ -52,7 +51,7 @@ def test_a_size_of_a_codec_that_cannot_be_is_named(tmp_path: Path, settings: str
 def test_a_size_in_the_json_of_an_autoencoder_is_one_line(tmp_path: Path, settings: dict[str, object]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **settings}))
     with pytest.raises(ValueError, match=r"config\.json"):
-        read_wan_config(tmp_path)
+        locate_codec(tmp_path)
 
 
 @pytest.mark.parametrize("device", ["foo", "meta", "", "cuda:x", "cpu:1", "xpu", "cuda:-1", "cuda:99", "CPU", "cuda:"])

@@ -16,7 +16,8 @@ from configs import to_dict
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
-from model.codec import PatchCodec, codec_hash, load_codec
+from model.codec import codec_hash, load_codec
+from model.patch_codec import PatchCodec
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae, official_name
 from model.weights import load_weights

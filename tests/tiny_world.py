@@ -9,8 +9,9 @@ from configs import save_config
 from configs.game import ActionSpace, GameConfig
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.actions import ActionConfig
-from model.codec import CONFIG_FILE, WEIGHTS_FILE, CodecConfig, codec_hash, make_codec, to_patches
+from model.codec import CONFIG_FILE, codec_hash
 from model.flow import FlowMatchConfig
+from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights
 from model.world import COMPLETE, WORLD_FILE, WorldModelConfig
 
@@ -42,9 +43,9 @@ def random_video(frames: int, seed: int = 0) -> torch.Tensor:
 
 def write_codec(folder: Path) -> None:
     """A codec with a fitted encoder and an untrained decoder."""
-    config = CodecConfig(width=8, fine_width=8, memory_blocks=1, fine_blocks=1)
+    config = PatchCodecConfig(width=8, fine_width=8, memory_blocks=1, fine_blocks=1)
     torch.manual_seed(0)  # the layers' own initialisation takes no generator
-    codec = make_codec(config)
+    codec = PatchCodec(config)
     codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
     save_config(config, folder / CONFIG_FILE)
     save_weights(codec.state_dict(), folder / WEIGHTS_FILE)

@@ -18,8 +18,9 @@ from configs.files import require_other_files
 from configs.game import GameConfig
 from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
 from data_pipeline.video import to_video
-from model.codec import CONFIG_FILE, WEIGHTS_FILE, Codec, CodecConfig, make_codec, to_patches
+from model.codec import CONFIG_FILE, Codec
 from model.layout import CHUNK_FRAMES
+from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights
 from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, require_within
 
@@ -33,7 +34,7 @@ class CodecTrainConfig:
     game: GameConfig
     source: str  # folder of recordings
     out: str  # the codec's folder
-    codec: CodecConfig = field(default_factory=CodecConfig)
+    codec: PatchCodecConfig = field(default_factory=PatchCodecConfig)
     reader: Reader = "worldloom"  # format of the recordings
     heldout_every: int = 10  # every n-th episode is never trained on
     episodes: int = 120  # recordings held in memory
@@ -67,7 +68,7 @@ def train_codec(config: CodecTrainConfig) -> None:
     heldout_clips = read_runs(config, heldout[: config.heldout_episodes])
     with storage.writing_folder(config.out, last=WEIGHTS_FILE) as folder:  # a fault of out= is said before the work
         torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
-        codec = make_codec(config.codec)
+        codec = PatchCodec(config.codec)
         kept = codec.fit_pca(_sample_patches(clips, generator))
         linear_db = psnr(codec, heldout_clips)
         runs = f"{len(heldout_clips)} held-out runs of 9 frames"

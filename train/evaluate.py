@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 
 from data_pipeline.stream import Stream
-from model.codec import TEMPORAL
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS, Layout
 from model.loss import velocity_loss
+from model.patch_codec import TEMPORAL
 from sampling.scores import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine

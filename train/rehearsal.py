@@ -12,11 +12,11 @@ from configs.errors import UserError
 from data_pipeline.shards import load_manifest
 from data_pipeline.types import Batch
 from model.action_dit import ActionDiTConfig
-from model.codec import SPATIAL, TEMPORAL
 from model.cost import IMAGE_TOKENS
 from model.flow import FlowMatch
 from model.layout import Layout, latent_ends
 from model.memory import peak_gib
+from model.patch_codec import SPATIAL, TEMPORAL
 from train.build import build_engine
 from train.config import TrainConfig
 from train.ema import Ema

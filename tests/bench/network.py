@@ -18,12 +18,13 @@ from configs import to_dict
 from configs.errors import UserError
 from configs.files import require_no_folder, require_other_files, write_text
 from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
-from model.codec import SPATIAL, TEMPORAL, Codec, CodecConfig, PatchCodec, load_codec
+from model.codec import Codec, load_codec
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
 from model.limits import require_device
 from model.memory import peak_gib, reset_peak
+from model.patch_codec import SPATIAL, TEMPORAL, PatchCodec, PatchCodecConfig
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
 
@@ -191,7 +192,7 @@ def bench_codec(config: BenchConfig) -> Codec:
     """The codec at the path `config.codec`, or the one that it names with random weights."""
     assert config.codec
     if config.codec == "patch":
-        codec: Codec = PatchCodec(CodecConfig())
+        codec: Codec = PatchCodec(PatchCodecConfig())
     elif config.codec in ("wan", "wan-tiny"):
         tiny = TinyDecoder() if config.codec == "wan-tiny" else None
         settings = WanCodecConfig(decoder="tiny" if tiny else "full")
