@@ -127,8 +127,8 @@ def load_encoder(config: EncodeConfig) -> Encoder:
     """Codec and vision tower on this worker's device."""
     on_gpu = config.device == "auto" and torch.cuda.is_available()
     device = torch.device("cuda", place("LOCAL_RANK", 0) % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
-    tower = load_vision(storage.local(config.vision_weights)) if config.vision_weights else None
-    codec = load_codec(storage.local(config.codec)).to(device)
+    tower = load_vision(config.vision_weights) if config.vision_weights else None
+    codec = load_codec(config.codec).to(device)
     return Encoder(codec, tower.to(device) if tower else None, config, device)
 
 

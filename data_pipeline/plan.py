@@ -161,8 +161,8 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, readings: Reading
     facts = {
         **settings,
         "codec": codec.config.name,
-        "codec_hash": codec_hash(storage.local(config.codec)),
-        "vision_hash": vision_hash(storage.local(config.vision_weights)) if config.vision_weights else None,
+        "codec_hash": codec_hash(config.codec),
+        "vision_hash": vision_hash(config.vision_weights) if config.vision_weights else None,
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }

@@ -1,19 +1,22 @@
 """`python -m model import` and `export`: checkpoints of official weights, and official weights of checkpoints."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field
 
-from configs import build, save_config, storage
+from configs import save_config, storage
 from configs.errors import UserError
 from configs.files import require_other_files, write_text
-from configs.overrides import merge_words
+from configs.game import GameConfig
+from model.action_dit import ActionDiTConfig
 from model.codec import codec_hash
+from model.flow import FlowMatchConfig
+from model.layout import Layout
 from model.official import (
     WEIGHTS_NAME,
     ExportConfig,
     check_variant,
+    converted,
     diffusers_json,
-    exported,
     official_json,
     read_official,
     unused_scales,
@@ -30,34 +33,35 @@ from model.world import (
 )
 
 
-def import_official(args: list[str]) -> None:
+@dataclass(frozen=True)
+class ImportConfig:
+    """`python -m model import <file or folder>`."""
+
+    file: str  # official weights, or the folder that holds them
+    model: ActionDiTConfig
+    game: GameConfig
+    codec: str  # the one that the model was trained with
+    out: str  # the checkpoint's folder
+    layout: Layout = "continuous"
+    flow: FlowMatchConfig = field(default_factory=FlowMatchConfig)
+
+
+def import_official(config: ImportConfig) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
-    values = merge_words(args)
-    if values.get("file") is None:
-        raise UserError("the first word is the official file, or the folder that holds it")
-    missing = [name for name in ("model", "game", "codec", "out") if values.get(name) is None]
-    if missing:
-        raise UserError(f"no {', '.join(missing)}: say configs/models/X.yaml configs/games/Y.yaml codec=... out=...")
-    if not all(isinstance(values[name], str) for name in ("file", "codec", "out")):
-        raise UserError(f"file, codec and out are paths, not {values['file']}, {values['codec']} and {values['out']}")
-    out, file = values.pop("out"), values.pop("file").rstrip("/")
-    given, codec = storage.local(file), storage.local(values["codec"])
+    file, out, codec = config.file.rstrip("/"), config.out, config.codec
     written = ("model.safetensors", "ema.safetensors", "config.yaml", WORLD_FILE, COMPLETE)
-    read = {"codec": storage.files_at(values["codec"])}
-    read["official weights"] = storage.files_at(file)
+    read = {"codec": storage.files_at(codec), "official weights": storage.files_at(file)}
     require_other_files([storage.join(out, name) for name in written], read)
-    told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
-    world = build(WorldModelConfig, told)
+    world = WorldModelConfig(config.model, config.flow, config.game, config.layout, codec, codec_hash(codec))
     action, keys = world.model.action, world.game.action_space.keys
     if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
         raise UserError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
-    weights, origin = read_official(given, world.model)
-    origin = replace(origin, source=file + origin.source.removeprefix(str(given)))
-    with writing_world(out, world, values["codec"]) as folder:
-        save_weights(weights, folder / "model.safetensors", asdict(origin))
-        save_config(origin, folder / "config.yaml")
+    weights, provenance = read_official(file, world.model)
+    with writing_world(out, world, codec) as folder:
+        save_weights(weights, folder / "model.safetensors", asdict(provenance))
+        save_config(provenance, folder / "config.yaml")
     stored = sum(spec.nbytes for spec in weights.specs.values())
-    print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {origin.layout} names, from {origin.source}")
+    print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {provenance.layout} names, {provenance.source}")
 
 
 def export(config: ExportConfig) -> None:
@@ -71,9 +75,9 @@ def export(config: ExportConfig) -> None:
         if config.codec:
             raise
         lacking = f"note: without a codec, so that others can read it, but nobody can play it here: {error}"
-    weights = open_weights(storage.local(file))
+    weights = open_weights(file)
     check_variant(model, weights.specs, {}, file)
-    given = exported(weights, config)
+    given = converted(weights, config)
     described = diffusers_json(model) if config.format == "diffusers" else official_json(model)
     with writing_world(config.out, world, codec) as folder:
         save_weights(given, folder / WEIGHTS_NAME)

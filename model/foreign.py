@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configs import storage
 from configs.errors import MissingFileError, UserError
 from configs.foreign import parse_object, reading
 from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
@@ -30,7 +31,7 @@ def open_foreign(path: str | Path) -> LazyWeights:
 
     Code in a pickle is never run. Raises ValueError in one line for such a file and for one that is damaged.
     """
-    path = Path(path)
+    path = storage.local(path)
     if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
         return open_weights(path)
     if not path.is_file():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs import to_dict
+from configs import storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
 from model.action_dit import ActionDiT, ActionDiTConfig
@@ -58,7 +58,7 @@ OFFICIAL_NAMES = (*((port, ours) for ours, port in DIFFUSERS_NAMES), ("patch_emb
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where the weights of an imported checkpoint come from; its config.yaml."""
 
     source: str  # file or index of shards
@@ -79,13 +79,14 @@ class ExportConfig:
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
 
 
-def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeights, Origin]:
+def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeights, Provenance]:
     """The weights, official or FastVideo-style, in the file or folder `path`, under the model's own names.
 
     Raises in one line: nothing there, more than one candidate, a damaged file, one with code in it, a variant other
     than `config` (with the first settings that differ), names or shapes that are missing, unexpected or wrong.
     """
-    file = weights_file(path)
+    local = storage.local(str(path).rstrip("/"))
+    file = weights_file(local)
     stored = open_foreign(file)
     found = bare_names(stored.specs)
     found.say(str(file))
@@ -94,7 +95,7 @@ def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeight
     if layout == "diffusers":
         weights = weights.renamed({name: official_name(name) for name in weights})
     check_variant(config, weights.specs, config_beside(file), str(file))
-    return weights, Origin(str(file), layout, found.prefix)
+    return weights, Provenance(str(path) + str(file).removeprefix(str(local)), layout, found.prefix)
 
 
 def weights_file(path: str | Path) -> Path:
@@ -235,7 +236,7 @@ def _action_json(config: ActionDiTConfig) -> dict[str, Any]:
     return {"action_config": {**action, **fixed}}
 
 
-def exported(weights: LazyWeights, export: ExportConfig) -> LazyWeights:
+def converted(weights: LazyWeights, export: ExportConfig) -> LazyWeights:
     """`weights` of a checkpoint under the names and in the dtype that `export` asks for."""
     weights = weights.renamed(bare_names(weights.specs).names)
     if export.dtype != "keep":

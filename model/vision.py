@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Size, Tensor, nn
 
-from configs import build_from
+from configs import build_from, storage
 from configs.errors import UserError
 from configs.files import sha256_file
 from configs.foreign import reading
@@ -106,7 +106,7 @@ def load_vision(path: str | Path) -> VisionTower:
     A folder holds model.safetensors and config.json, whose sizes count. Text towers and unused layers are left out.
     Raises in one line: transformers not installed, no such file, one with code in it, names or shapes that do not fit.
     """
-    path = Path(path)
+    path = storage.local(path)
     config = _read_hf_config(path / HF_CONFIG) if path.is_dir() else TowerConfig()
     weights = path / HF_WEIGHTS if path.is_dir() else path
     return load_tower(load_foreign(weights), config, str(weights))
@@ -114,7 +114,7 @@ def load_vision(path: str | Path) -> VisionTower:
 
 def vision_hash(path: str | Path) -> str:
     """Twelve hex digits over the tower's weights file: tokens of one tower mean nothing to another."""
-    path = Path(path)
+    path = storage.local(path)
     return sha256_file(path / HF_WEIGHTS if path.is_dir() else path)[:12]
 
 

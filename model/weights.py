@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs import storage
 from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path
 from configs.foreign import parse_json, parse_object, reading, require_inside
@@ -103,7 +104,7 @@ def open_weights(path: str | Path) -> LazyWeights:
 
     Raises in one line: no such file, a truncated one, shards that are not what their index says.
     """
-    path = Path(path)
+    path = storage.local(path)
     if not path.is_file():
         raise MissingFileError(f"no weights file {path}")
     return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)

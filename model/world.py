@@ -153,7 +153,7 @@ def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | No
         try:
             there = storage.path(place)
             if there.is_dir() or (there.is_file() and (codec or there.suffix in (".safetensors", *PICKLES))):
-                seen[place] = codec_hash(storage.local(place, lambda name: "/" not in name))
+                seen[place] = codec_hash(place)
         except (ValueError, OSError) as error:  # what merely lies there need not be a codec, nor be ours to read
             if codec:
                 raise
@@ -191,7 +191,7 @@ def keep_codec(codec: str, run: str) -> None:
     place = storage.join(run, CODEC)
     if not storage.exists(storage.join(place, CONFIG_FILE)) and not _same_place(codec, place):
         with storage.writing_folder(place, last=CONFIG_FILE) as folder:
-            copy_codec(storage.local(codec), folder)
+            copy_codec(codec, folder)
 
 
 def _same_place(one: str, other: str) -> bool:
@@ -220,7 +220,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
             except OSError:  # a file system without hard links
                 shutil.copyfile(one, average)
         if codec is not None:
-            copy_codec(storage.local(codec), folder / CODEC)
+            copy_codec(codec, folder / CODEC)
         save_config(replace(world, codec=CODEC), folder / WORLD_FILE)
         write_text(folder / COMPLETE, json.dumps({"bytes": storage.list_tree(folder)}, indent=1))
 
@@ -268,9 +268,9 @@ def make_world(
     return WorldModel(
         dit.eval().requires_grad_(False).to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
         FlowMatch(config.flow),
-        load_codec(storage.local(config.codec)).requires_grad_(False).to(device),
+        load_codec(config.codec).requires_grad_(False).to(device),
         config.game,
-        load_vision(storage.local(vision)).requires_grad_(False).to(device) if vision else None,
+        load_vision(vision).requires_grad_(False).to(device) if vision else None,
     )
 
 

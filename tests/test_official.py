@@ -290,10 +290,10 @@ def test_a_pickle_of_tensors_alone_is_read(tmp_path: Path, import_words: list[st
 @pytest.mark.parametrize(
     ("left_out", "said"),
     [
-        ("codec=", "no codec"),
-        ("out=", "no out"),
-        (str(CONFIGS / "games"), "no game"),
-        (str(CONFIGS / "models"), "no model"),
+        ("codec=", "'codec' is required"),
+        ("out=", "'out' is required"),
+        (str(CONFIGS / "games"), "'game' is required"),
+        (str(CONFIGS / "models"), "'model' is required"),
     ],
 )
 def test_an_import_says_what_it_was_not_told(

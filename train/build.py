@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -18,8 +17,8 @@ from train.engines import engine_of
 META = torch.device("meta")
 
 
-def build_engine(accelerator: Accelerator, config: TrainConfig, init: Path | None) -> Engine:
-    """The engine of `config` with random weights by its seed, or with those of the file `init`.
+def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None) -> Engine:
+    """The engine of `config` with random weights by its seed, or with those of the file at the url `init`.
 
     With engine.build=sharded the model has no memory until it is cut up, and then takes its numbers part by part.
     """

@@ -108,7 +108,7 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
     """What the sampler will need; raises if manifest, codec and model do not belong together."""
     space, action = manifest.game.action_space, config.model.action
-    found = codec_hash(storage.local(config.codec))
+    found = codec_hash(config.codec)
     if found != manifest.codec_hash:
         raise UserError(f"{config.sources[0].path} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
     if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):

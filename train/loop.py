@@ -97,7 +97,7 @@ def train(config: TrainConfig) -> bool:
         checked = agree(asked, checked, ranks)
         resumed, start = checked.resumed, checked.start
         watchdog.begins(start, "building the model")
-        engine = build_engine(accelerator, config, storage.local(checked.init) if checked.init else None)
+        engine = build_engine(accelerator, config, checked.init)
         ema = Ema(engine, config.ema_decay)
         if resumed:
             watchdog.begins(start, "loading the checkpoint")
