@@ -13,7 +13,7 @@ from typing import Any, get_type_hints
 from configs import load_config
 from configs.errors import is_users, one_line
 from configs.files import config_files
-from configs.overrides import at_home
+from configs.overrides import expand_home
 
 # torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
 # by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
@@ -45,7 +45,7 @@ def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = No
     Arguments that begin with a setting instead are those of the verb `default`. An error that the user can put right
     is one line on stderr and status 2; Ctrl-C is status 130.
     """
-    args = [at_home(arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = [expand_home(arg) for arg in (sys.argv[1:] if args is None else args)]
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

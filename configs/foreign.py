@@ -7,7 +7,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import MissingFileError, UserError
-from configs.plain_yaml import ForeignLoader
+from configs.errors import UserError
 
 # What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
 DAMAGE = (
@@ -67,37 +66,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(number):
         raise UserError(f"{text} is no finite number")
     return number
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file that a program wrote. Nothing in it is resolved: `${...}` could read this
-    machine's environment and put it where the file's author sees it. Raises ValueError in one line."""
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"no config file {path}")
-    if path.stat().st_size > SETTINGS_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
-    with reading(path):
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), ForeignLoader)
-        if not isinstance(loaded, dict):
-            raise UserError(f"{path} must hold keys and values at its top level")
-        for text in _texts(loaded):
-            if "${" in text:
-                found = text[text.index("${") :][:80]
-                raise UserError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
-    return loaded
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in keys and values, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _texts(one)
 
 
 def require_inside(name: str, where: str | Path) -> str:

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from configs import build, save_config, storage
 from configs.errors import UserError
 from configs.files import require_other_files, write_text
-from configs.overrides import merge_words
+from configs.overrides import merge_args
 from model.codec import codec_hash
 from model.official import (
     WEIGHTS_NAME,
@@ -32,7 +32,7 @@ from model.world import (
 
 def import_official(args: list[str]) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
-    values = merge_words(args)
+    values = merge_args(args)
     if values.get("file") is None:
         raise UserError("the first word is the official file, or the folder that holds it")
     missing = [name for name in ("model", "game", "codec", "out") if values.get(name) is None]

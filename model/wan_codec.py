@@ -15,9 +15,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from configs import build, build_from, load_file, merge_words
+from configs import build, build_from, load_file, merge_args
 from configs.errors import UserError
-from configs.foreign import read_settings, require_inside
+from configs.foreign import require_inside
+from configs.overrides import read_settings
 from model.foreign import load_foreign, read_json
 from model.limits import MANY, require_between
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
@@ -209,13 +210,13 @@ def read_wan_config(path: str | Path, *words: str) -> tuple[WanCodecConfig, Path
     """The settings of the Wan codec at `path` (as in `is_wan_codec`), `words` winning, and its weights file."""
     path = Path(path)
     if path.is_file():
-        return build(WanCodecConfig, {"weights": path.name, **merge_words(words)}), path
+        return build(WanCodecConfig, {"weights": path.name, **merge_args(words)}), path
     if (path / CONFIG_FILE).is_file():
         config = load_file(WanCodecConfig, path / CONFIG_FILE, words)
         for name in (config.weights, config.tiny_weights):
             require_inside(name, path / CONFIG_FILE)  # as text: links to where the weights lie are the user's own
         return config, path / config.weights
-    given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_words(words)}
+    given = {"weights": DIFFUSERS_WEIGHTS, **_read_diffusers_config(path / DIFFUSERS_CONFIG), **merge_args(words)}
     config = build_from(WanCodecConfig, given, path / DIFFUSERS_CONFIG)
     return config, path / config.weights
 
