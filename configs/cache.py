@@ -74,10 +74,10 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
     except MissingBucket:
         raise
     except FileNotFoundError:
-        tree = s3.list_tree(url)
+        tree = {path: entry for path, entry in s3.list_folder(url).items() if not path.endswith("/")}
         if not tree:
             raise
-        files = {f"{name}/{path}": (entry.bytes, entry.etag) for path, entry in tree.items() if wanted(path)}
+        files = {f"{name}/{path}": (entry.st_size, entry.etag) for path, entry in tree.items() if wanted(path)}
     folder, lock = _copy(url, files)
     if folder in _held:
         lock.close()

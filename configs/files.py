@@ -184,7 +184,7 @@ Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folde
 
 def require_other_files(outs: Iterable[str | Path], read: Read, name: str = "out") -> None:
     """Raises UserError if one of `outs`, which a command is about to write, is a file that it reads, by any path or
-    link, or lies in a folder that it reads; the command's YAML files count too. `name` is the setting that gives `outs`.
+    link, or lies in a folder that it reads; the command's YAML files count too. The setting `name` gives `outs`.
 
     To be called before anything is written. Of a folder of which only some files matter, give those.
     """

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -58,11 +57,9 @@ def read_bytes(url: str | Path) -> bytes:
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
     """`length` bytes of `url` from `offset` on. A UserError if it ends before."""
-    if is_s3(url):
-        data = s3.read(str(url), offset, length)
-    else:
-        with Path(url).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
+    with open(url, 1) as file:
+        file.seek(offset)
+        data = file.read(length)
     if len(data) != length:
         raise UserError(f"{url} is truncated: {len(data)} of {length} bytes at {offset}; fetch or encode it again")
     return data
@@ -120,7 +117,7 @@ def list_folders(folder: str | Path) -> list[str]:
 def _names(folder: str | Path) -> Iterator[str]:
     """Of what is directly in `folder`; those of folders end in `/`."""
     if is_s3(folder):
-        yield from s3.list_names(str(folder))
+        yield from s3.list_folder(str(folder), "/")
     elif Path(folder).is_dir():
         for found in Path(folder).iterdir():
             if found.is_dir() or found.is_file():
@@ -135,7 +132,8 @@ def files_at(url: str | Path) -> list[str]:
 def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
-        found = {name: entry.bytes for name, entry in s3.list_tree(str(folder)).items()}
+        listed = s3.list_folder(str(folder)).items()
+        found = {name: entry.st_size for name, entry in listed if not name.endswith("/")}  # that stand for folders
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
         found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
@@ -232,7 +230,7 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
     if is_s3(folder):
         bucket, _ = bucket_and_key(join(folder, ""))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            list(pool.map(lambda entry: s3.remove(bucket, entry.key), list(s3.list_objects(join(folder, "")))))
+            list(pool.map(lambda entry: s3.remove(bucket, entry[0]), list(s3.list_objects(join(folder, "")))))
     elif Path(folder).is_dir():
         shutil.rmtree(folder)
 
