@@ -21,13 +21,13 @@ from configs.errors import FileError, FileInTheWayError, UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
-ABANDONED_S = 86400.0  # what another machine has not touched for so long is a killed writer's
+ABANDONED_S = 86400.0  # a temporary file of another machine that is older was left by a killed writer
 
 
 @contextmanager
 def temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. What a killed process left there
-    is deleted by the next one."""
+    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. The next process deletes what a
+    killed one left."""
     part = _part_of(path)
     try:
         if folder:
@@ -62,8 +62,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
-    names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
-    files, those of one are there. If `folder` is to be `new`, it must not hold any when they appear."""
+    names; the file `last` comes after all others, so that it is there only if they are. Of several writers, one wins
+    with all its files. A `new` folder must not hold any files when they appear."""
     folder = Path(folder)
     with temporary(folder / last, folder=True) as part:
         yield part
@@ -134,7 +134,7 @@ def _no_link(path: str, flags: int) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """For the moment of a few renames. Where a folder cannot be locked, nothing but that moment is at risk."""
+    """Locks `folder` for a few renames. Where a folder cannot be locked, only that moment is at risk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -161,7 +161,7 @@ def utf8(text: str, path: str | Path) -> bytes:
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
-    """Writes `data` to `path` atomically unless something is there, and says whether it did: one of all is first."""
+    """Writes `data` to `path` atomically unless something is there, and says whether it did."""
     with temporary(Path(path), folder=False) as part:
         part.write_bytes(data)
         sync(part)
@@ -223,7 +223,7 @@ def _same_file(first: str, second: str) -> bool:
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a device or a pipe is there, or its place is among devices, where root's rename would succeed."""
+    """Whether `path` is a device or a pipe, or lies in /dev, where root's rename would succeed."""
     if Path(os.path.abspath(path)).parent == Path("/dev"):
         return True
     # One look: another writer may delete what is there before a second one.
@@ -234,7 +234,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _part_of(path: Path) -> Path:
-    """A name beside `path` that no other process, thread or machine takes; its folder is made."""
+    """A path beside `path` that no other process, thread or machine uses; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if _is_special(path):
@@ -246,12 +246,12 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
 
 
-@cache  # once a process: what killed ones leave is no matter of seconds
+@cache  # once a process is often enough
 def _sweep(folder: Path) -> None:
-    """Deletes what writers that were killed left in `folder`."""
+    """Deletes what killed writers left in `folder`."""
     for left in folder.glob(".*.tmp*"):
         found = TEMPORARY.fullmatch(left.name)
-        with suppress(OSError):  # another one sweeps too, or it is somebody else's
+        with suppress(OSError):  # another process sweeps too, or the file belongs to another user
             if found and _is_left_behind(left, found["machine"], int(found["pid"])):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
@@ -278,7 +278,7 @@ def process_start(pid: int) -> str | None:
 
 @cache
 def this_machine() -> str:
-    """What tells this machine, or container, from all others: on it a process id is one process."""
+    """What tells this machine or container from all others, so that with a process id it names one process."""
     about = [socket.gethostname()]
     with suppress(OSError):  # not Linux
         about += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
@@ -291,6 +291,6 @@ def _machine_digest() -> str:
 
 
 def sync(path: Path) -> None:
-    """Has the file on the disk: a machine that stops then leaves no empty one."""
-    with open(path, "rb+") as written:
-        os.fsync(written.fileno())
+    """Flushes the file to the disk: a machine that stops afterwards leaves no empty one."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

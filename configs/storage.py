@@ -155,9 +155,8 @@ def writing(url: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
-    """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
-    called `last` after all others, so that its presence means that all are there. If `url` is to be `new`, it must
-    not hold any then."""
+    """An empty local folder for files that appear in the folder `url` when the block ends well; the file `last` comes
+    after all others, so that it is there only if they are. A `new` folder must not hold any files then."""
     if not is_s3(url):
         with atomic_files(url, last, new) as folder:
             yield folder
@@ -204,9 +203,9 @@ def write_text(url: str | Path, text: str) -> None:
 
 
 def create(url: str | Path, data: bytes) -> bool:
-    """Writes `data` to `url` unless something is there, and says whether it did: of all who try, one is first.
+    """Writes `data` to `url` unless something is there, and says whether it did.
 
-    `data` must tell this writer from all others. Raises NotOffered if the server cannot do that.
+    `data` must differ from that of all other writers. Raises NotOffered if the server cannot do that.
     """
     return s3.create(str(url), data) if is_s3(url) else create_file(url, data)
 
@@ -236,10 +235,7 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what killed writers left in `folder`: temporary files, or uploads that never came to their end.
-
-    A process that is writing there now gets an OSError.
-    """
+    """Deletes temporary files and unfinished uploads in `folder`. A process that is writing there gets an OSError."""
     if is_s3(folder):
         s3.abort_uploads(join(folder, ""), 0.0)
         return
