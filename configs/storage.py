@@ -76,7 +76,7 @@ def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
     return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
 
 
-def cached_file(url: str | Path, size: int | None = None, sha256: str | None = None) -> AbstractContextManager[Path]:
+def cached_file(url: str | Path, size: int = 0, sha256: str | None = None) -> AbstractContextManager[Path]:
     """The file `url` on this machine: itself, or a copy that may be deleted when the block ends. Of a copy that has the
     given `size` and `sha256` the server is not asked."""
     return cache.cached_file(str(url), size, sha256) if is_s3(url) else nullcontext(Path(url))
