@@ -1,7 +1,7 @@
 """Copies of a bucket's files on this machine, and files on their way to it, in `$WORLDLOOM_CACHE`.
 
 Copies are kept from run to run up to `$WORLDLOOM_CACHE_GB` (50). The least recently used are deleted first, and none
-that a running process uses.
+that a running process uses: a process holds a shared lock on those that it reads.
 """
 
 import fcntl
@@ -16,7 +16,7 @@ from typing import IO
 
 from configs import s3
 from configs.errors import FileError, UserError
-from configs.files import NO_ROOM, sha256_file, sync, temporary
+from configs.files import sha256_file, sync, temporary
 from configs.foreign import require_inside
 from configs.s3_errors import Damaged, MissingBucket
 
@@ -48,8 +48,8 @@ def run_folder(url: str) -> Path:
 
 
 def tmp_dir() -> AbstractContextManager[Path]:
-    """An empty folder for a file on its way to a bucket, deleted afterwards."""
-    return temporary(root("tmp") / "upload", folder=True)
+    """An empty folder for files on their way from or to a bucket, deleted afterwards."""
+    return temporary(root("tmp") / "files", folder=True)
 
 
 def limit_bytes() -> int:
@@ -74,10 +74,10 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
     except MissingBucket:
         raise
     except FileNotFoundError:
-        tree = s3.list_tree(url)
+        tree = {path: entry for path, entry in s3.list_folder(url).items() if not path.endswith("/")}
         if not tree:
             raise
-        files = {f"{name}/{path}": (entry.bytes, entry.etag) for path, entry in tree.items() if wanted(path)}
+        files = {f"{name}/{path}": (entry.st_size, entry.etag) for path, entry in tree.items() if wanted(path)}
     folder, lock = _copy(url, files)
     if folder in _held:
         lock.close()
@@ -87,30 +87,24 @@ def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
 
 
 @contextmanager
-def cached_file(url: str, size: int | None = None, sha256: str | None = None) -> Iterator[Path]:
+def cached_file(url: str, size: int = 0, sha256: str | None = None) -> Iterator[Path]:
     """The file at the s3 `url` on this machine; the copy may be deleted afterwards.
 
-    Of a file whose `size` and `sha256` are given the server is not asked if the copy is there; other bytes are Damaged.
+    The server is not asked about a copy of the given `size` and `sha256`. Raises Damaged if the file has another one.
     """
-
-    def check(copy: Path) -> None:
-        if sha256 not in (None, sha256_file(copy)):
-            raise Damaged(url, "altered: its SHA-256 is not the manifest's")
-
-    if size is None or sha256 is None:
-        size, version, known = s3.head(url)
-        folder, lock = _copy(url, {_name_of(url): (size, known or version)})
-    else:
-        folder, lock = _copy(url, {_name_of(url): (size, sha256)}, check)
+    name, version = _name_of(url), sha256
+    if version is None:
+        size, version, _ = s3.head(url)
+    folder, lock = _copy(url, {name: (size, version)}, sha256)
     with lock:
-        yield folder / _name_of(url)
+        yield folder / name
 
 
 def _name_of(url: str) -> str:
     return require_inside(url.rpartition("/")[2], url)
 
 
-def _copy(url: str, files: Files, check: Callable[[Path], None] = lambda copy: None) -> tuple[Path, IO[str]]:
+def _copy(url: str, files: Files, sha256: str | None = None) -> tuple[Path, IO[str]]:
     """The folder that holds `files`, fetched if they are not there, and the open lock that protects it."""
     about = json.dumps([url, sorted(files.items())])
     folder = root("copies") / hashlib.sha256(about.encode()).hexdigest()[:16]
@@ -118,11 +112,10 @@ def _copy(url: str, files: Files, check: Callable[[Path], None] = lambda copy: N
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
         os.utime(lock.name)
-        if not _is_whole(folder, files):
-            with open(folder.with_suffix(".fetch"), "a") as fetching:
-                fcntl.flock(fetching, fcntl.LOCK_EX)
-                if not _is_whole(folder, files):  # another process may have fetched it meanwhile
-                    _fetch(url, folder, files, check)
+        with open(folder.with_suffix(".fetch"), "a") as fetching:
+            fcntl.flock(fetching, fcntl.LOCK_EX)  # waits for a process that fetches it
+            if not _is_whole(folder, files):
+                _fetch(url, folder, files, sha256)
     except BaseException:
         lock.close()
         raise
@@ -136,53 +129,39 @@ def _is_whole(folder: Path, files: Files) -> bool:
         return False
 
 
-def _fetch(url: str, folder: Path, files: Files, check: Callable[[Path], None]) -> None:
+def _fetch(url: str, folder: Path, files: Files, sha256: str | None) -> None:
     """Copies `files`, which lie beside or below `url`, to `folder`, which appears with all of them."""
-    part, needed = folder.with_suffix(".part"), sum(size for size, _ in files.values())
-    try:
-        _make_room(needed)
+    _make_room(sum(size for size, _ in files.values()))
+    with tmp_dir() as part:
         for path in files:
             copy = part / require_inside(path, url)
             copy.parent.mkdir(parents=True, exist_ok=True)
             s3.download(f"{url.rpartition('/')[0]}/{path}", copy)
-            check(copy)
+            if sha256 not in (None, sha256_file(copy)):
+                raise Damaged(url, "altered: its SHA-256 is not the manifest's")
             sync(copy)
         if not _is_whole(part, files):
             raise FileError(f"{url} was changed while it was copied; run the command again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         part.rename(folder)
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise
-        raise FileError(
-            f"no room in {folder.parent} for a copy of {url} ({needed} bytes): {error.strerror}; make some, or set "
-            "WORLDLOOM_CACHE to another folder"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _make_room(needed: int) -> None:
     """Deletes unused copies, the least recently used first, until `needed` more bytes are within the limit and fit on
     the disk, or there are no more."""
-    sizes = {
-        lock: sum(_bytes_of(lock.with_suffix(suffix)) for suffix in ("", ".part"))
-        for lock in root("copies").glob("*.lock")
-    }
-    excess = max(sum(sizes.values()) + needed - limit_bytes(), needed - shutil.disk_usage(root("copies")).free)
+    copies = root("copies")
+    sizes = {lock: _bytes_of(lock.with_suffix("")) for lock in copies.glob("*.lock")}
+    excess = max(sum(sizes.values()) + needed - limit_bytes(), needed - shutil.disk_usage(copies).free)
     for lock in sorted(sizes, key=lambda lock: lock.stat().st_mtime):
         if excess <= 0:
             return
         with open(lock, "a") as file, suppress(BlockingIOError):  # a process uses it
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            for suffix in ("", ".part"):  # the latter of a killed process
-                shutil.rmtree(lock.with_suffix(suffix), ignore_errors=True)
+            shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
             excess -= sizes[lock]
 
 
 def _bytes_of(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process deletes or renames it
-            total += path.stat().st_size if path.is_file() else 0
-    return total
+    with suppress(FileNotFoundError):  # another process deletes it
+        return sum(path.stat().st_size for path in folder.rglob("*"))
+    return 0

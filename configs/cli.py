@@ -13,19 +13,19 @@ from typing import Any, get_type_hints
 from configs import load_config
 from configs.errors import is_users, one_line
 from configs.files import config_files
-from configs.overrides import at_home
+from configs.overrides import expand_home
 
-# torch's CPU build reads these when it is loaded, after this module in every program that trains or samples. It spins
-# by default: with another job on the cores, one step took 21 s so and 2 s waiting passively.
+# torch's CPU build reads these when it is imported, after this module in every program that trains or samples. Its
+# default is to spin: with another job on the cores, a step took 21 s with it and 2 s without.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """A command as the function that does it, `module:name`, imported only when it is asked for.
+    """A command: a function, or its `module:name`, which is imported only when the command is run.
 
-    The function takes one config, a dataclass that is loaded from the arguments, or as `args: list[str]` the arguments
+    The function takes one config, a dataclass that is loaded from the arguments, or `args: list[str]`, the arguments
     themselves, and returns an exit status or None.
     """
 
@@ -42,14 +42,14 @@ class Verb:
 def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = None, default: str | None = None) -> int:
     """Runs the verb that `args` (default: the command line) begin with and returns the exit status.
 
-    Arguments that begin with a setting instead are those of the verb `default`. An error that the user can put right
-    is one line on stderr and status 2; Ctrl-C is status 130.
+    Arguments that begin with a setting belong to the verb `default`. An error that the user can fix is one line on
+    stderr and status 2; Ctrl-C is status 130.
     """
-    args = [at_home(arg) for arg in (sys.argv[1:] if args is None else args)]
+    args = [expand_home(arg) for arg in (sys.argv[1:] if args is None else args)]
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text in this locale
+            stream.reconfigure(errors="backslashreplace")  # a file's name may not be encodable in this locale
     if default and args and is_setting(args[0]):
         args.insert(0, default)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -84,23 +84,23 @@ def call(verb: Verb, args: list[str]) -> int | None:
 
 
 def is_setting(arg: str) -> bool:
-    """Whether it is a YAML file or key=value, as load_config takes them; a path that is there is neither."""
+    """Whether `arg` is a YAML file or key=value, as `load_config` takes them; a path that is there is neither."""
     return arg.endswith((".yaml", ".yml")) or ("=" in arg and not Path(arg).exists())
 
 
 def _open_closed_streams() -> None:
-    """Those that whoever started this program has closed lead nowhere: else a file of ours would get the number of one,
-    and what libraries say there would be written into it."""
+    """Opens standard streams that are closed, to nowhere: else a file of ours would get the number of one, and what
+    libraries print would be written into it."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            if (nowhere := os.open(os.devnull, os.O_RDWR)) != number:
-                os.dup2(nowhere, number)
-                os.close(nowhere)
+            if (null := os.open(os.devnull, os.O_RDWR)) != number:
+                os.dup2(null, number)
+                os.close(null)
             setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equal length as columns, the first one as their titles."""
+    """Rows of equal length as aligned columns; the first row holds their titles."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

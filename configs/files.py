@@ -12,19 +12,22 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
+
+import psutil
 
 from configs.errors import FileError, FileInTheWayError, UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
-ABANDONED_S = 86400.0  # what another machine has not touched for so long is a killed writer's
+ABANDONED_S = 86400.0  # a temporary file of another machine that is older was left by a killed writer
 
 
 @contextmanager
 def temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. What a killed process left there
-    is deleted by the next one."""
+    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. The next process deletes what a
+    killed one left."""
     part = _part_of(path)
     try:
         if folder:
@@ -59,8 +62,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
-    names; the one called `last` after all others, so that its presence means that they are there. Of several writers'
-    files, those of one are there. If `folder` is to be `new`, it must not hold any when they appear."""
+    names; the file `last` comes after all others, so that it is there only if they are. Of several writers, one wins
+    with all its files. A `new` folder must not hold any files when they appear."""
     folder = Path(folder)
     with temporary(folder / last, folder=True) as part:
         yield part
@@ -95,31 +98,29 @@ def atomic_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether something is in `folder` but what writers have not finished, who live or were killed."""
-    return folder.is_dir() and not all(TEMPORARY.fullmatch(one.name) for one in folder.iterdir())
+    """Whether there is anything in `folder` but unfinished files of writers, running or killed."""
+    return folder.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
 
 
 @contextmanager
 def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
-    """Holds `folder`, which is made, for a `what` within the block: another process that asks for it meanwhile gets a
-    ValueError in one line. Raises OSError if it cannot be written to or locked."""
-    folder = Path(folder)
+    """Locks `folder`, which is made, for a `what`: another process that asks for it meanwhile gets a UserError. A
+    FileError if it cannot be written to or locked."""
+    lock = Path(folder) / ".lock"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        opened = open(folder / ".lock", "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
     except OSError as error:
         raise FileError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
-    with opened as file:
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             raise UserError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
         except OSError as error:
-            raise FileError(
-                f"cannot lock {folder}/.lock: {error.strerror}; mount that file system with locks (Lustre: -o flock), "
-                "or choose another out="
-            ) from error
+            fix = "mount that file system with locks (Lustre: -o flock), or choose another out="
+            raise FileError(f"cannot lock {lock}: {error.strerror}; {fix}") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -127,13 +128,13 @@ def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
 
 
 def _no_link(path: str, flags: int) -> int:
-    """A lock's file is emptied: a link of its name in a folder of somebody else could be to any file of the user."""
+    """Follows no link: the lock's file is emptied, and a link in somebody else's folder could lead to any file."""
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """For the moment of a few renames. Where a folder cannot be locked, nothing but that moment is at risk."""
+    """Locks `folder` for a few renames. Where a folder cannot be locked, only that moment is at risk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
@@ -144,14 +145,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically, as UTF-8. Raises ValueError in one line as `utf8`."""
+    """Writes `text` to `path` atomically, as UTF-8."""
     data = utf8(text, path)
     with atomic_path(path) as part:
         part.write_bytes(data)
 
 
 def utf8(text: str, path: str | Path) -> bytes:
-    """What the file `path` is to hold. Raises ValueError in one line for names in it that are bytes of another kind."""
+    """The bytes of `text`, which `path` is to hold. A UserError for a file's name in it that is no UTF-8."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -160,7 +161,7 @@ def utf8(text: str, path: str | Path) -> bytes:
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
-    """Writes `data` to `path` atomically unless something is there, and says whether it did: one of all is first."""
+    """Writes `data` to `path` atomically unless something is there, and says whether it did."""
     with temporary(Path(path), folder=False) as part:
         part.write_bytes(data)
         sync(part)
@@ -178,59 +179,51 @@ def sha256_file(path: str | Path) -> str:
 
 
 config_files: list[str] = []  # YAML files that the running command was given
-Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # places by the word that names them
+Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folders by the setting that names them
 
 
-def require_other_files(outs: Iterable[str | Path], read: Read, word: str = "out") -> None:
-    """Raises ValueError in one line if one of `outs`, which a command is about to write, is a file that it reads, under
-    whatever name or link, or lies in a folder that it reads; the command's YAML files count too. `word` is the setting
-    that names them.
+def require_other_files(outs: Iterable[str | Path], read: Read, name: str = "out") -> None:
+    """Raises UserError if one of `outs`, which a command is about to write, is a file that it reads, by any path or
+    link, or lies in a folder that it reads; the command's YAML files count too. The setting `name` gives `outs`.
 
-    To be called before anything is written. Of a folder of which only some files matter, name those.
+    To be called before anything is written. Of a folder of which only some files matter, give those.
     """
-    places = [
-        (label, one)
-        for label, given in {**read, "config": config_files}.items()
-        for one in ([given] if isinstance(given, str | Path) else given or ())
-    ]
-    for out in outs:
-        for label, place in places:
-            if _is_or_lies_in(str(out), str(place)):
-                how = "over" if _same_file(str(out), str(place)) else "into"
-                raise UserError(f"{out} would be written {how} {label}={place}, which this reads; give another {word}=")
+    outs = [str(out) for out in outs]
+    for label, given in {**read, "config": config_files}.items():
+        places = [given] if isinstance(given, str | Path) else given or ()
+        for out, place in product(outs, map(str, places)):
+            if how := _how_written(out, place):
+                raise UserError(f"{out} would be written {how} {label}={place}, which this reads; give another {name}=")
 
 
 def require_no_folder(outs: Iterable[str | Path]) -> None:
-    """Raises ValueError in one line if a folder lies where a file is to be written; to be called before the work."""
+    """Raises UserError if a folder lies where a file is to be written; to be called before the work."""
     for out in outs:
         if not str(out).startswith("s3:") and Path(out).is_dir():
             raise UserError(f"{out} is a folder; give out= the name of a file")
 
 
-def _is_or_lies_in(out: str, place: str) -> bool:
+def _how_written(out: str, place: str) -> str:
+    """Whether writing `out` would write `over` or `into` the file or folder `place`; nothing if neither."""
     if out.startswith("s3:") or place.startswith("s3:"):
-        return f"{out.rstrip('/')}/".startswith(f"{place.rstrip('/')}/")
-    here = Path(os.path.realpath(os.path.dirname(os.path.abspath(out)))) / os.path.basename(out)  # itself, if a link
-    real = Path(os.path.realpath(out))
-    if any(one.is_relative_to(os.path.realpath(place)) for one in (here, real)):
-        return True
-    return any(_samefile(above, place) for above in {here, *here.parents, real, *real.parents})
+        spots, target = [out.rstrip("/")], place.rstrip("/")
+    else:
+        folder, name = os.path.split(os.path.abspath(out))
+        spots, target = [os.path.join(os.path.realpath(folder), name), os.path.realpath(out)], os.path.realpath(place)
+    if target in spots or _same_file(out, place):
+        return "over"
+    return "into" if any(spot.startswith(f"{target.rstrip('/')}/") for spot in spots) else ""
 
 
-def _same_file(one: str | Path, other: str | Path) -> bool:
-    """Whether both are one, hard links included; of what is not there yet, whether both would be."""
-    return _samefile(one, other) or os.path.realpath(one) == os.path.realpath(other)
-
-
-def _samefile(one: str | Path, other: str | Path) -> bool:
-    try:
-        return os.path.samefile(one, other)
-    except OSError:  # one is not there
-        return False
+def _same_file(first: str, second: str) -> bool:
+    """Whether both are there and are one file: hard links."""
+    with suppress(OSError):
+        return os.path.samefile(first, second)
+    return False
 
 
 def _is_special(path: Path) -> bool:
-    """Whether a device or a pipe is there, or its place is among devices, where root's rename would succeed."""
+    """Whether `path` is a device or a pipe, or lies in /dev, where root's rename would succeed."""
     if Path(os.path.abspath(path)).parent == Path("/dev"):
         return True
     # One look: another writer may delete what is there before a second one.
@@ -241,7 +234,7 @@ def _is_special(path: Path) -> bool:
 
 
 def _part_of(path: Path) -> Path:
-    """A name beside `path` that no other process, thread or machine takes; its folder is made."""
+    """A path beside `path` that no other process, thread or machine uses; its folder is made."""
     if str(path).startswith("s3:"):  # else a folder of that name would appear here
         raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if _is_special(path):
@@ -253,50 +246,42 @@ def _part_of(path: Path) -> Path:
     return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
 
 
-@cache  # once a process: what killed ones leave is no matter of seconds
+@cache  # once a process is often enough
 def _sweep(folder: Path) -> None:
-    """Deletes what writers that were killed left in `folder`."""
+    """Deletes what killed writers left in `folder`."""
     for left in folder.glob(".*.tmp*"):
         found = TEMPORARY.fullmatch(left.name)
-        with suppress(OSError):  # another one sweeps too, or it is somebody else's
+        with suppress(OSError):  # another process sweeps too, or the file belongs to another user
             if found and _is_left_behind(left, found["machine"], int(found["pid"])):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
 def _is_left_behind(left: Path, machine: str, pid: int) -> bool:
     if machine == _machine_digest():
-        return has_ended(pid)
+        return _has_ended(pid)
     return time.time() - left.lstat().st_mtime > ABANDONED_S
 
 
-def has_ended(pid: int) -> bool:
-    """Whether there is no such process on this machine, or nothing of it but its exit status."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return Path("/proc/self/stat").exists() and process_start(pid) is None
+def _has_ended(pid: int) -> bool:
+    """Whether there is no such process on this machine, or only its exit status."""
+    with suppress(psutil.Error):
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return not psutil.pid_exists(pid)
 
 
 def process_start(pid: int) -> str | None:
-    """When the process began, in ticks of its machine; None if it has ended, or nobody can tell here."""
-    try:
-        state, *facts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if state in "ZX" else facts[18]  # Z, X: it has ended, but its parent has not asked for its status
+    """When the process began; None if it has ended."""
+    with suppress(psutil.Error):
+        return None if _has_ended(pid) else str(psutil.Process(pid).create_time())
+    return None
 
 
 @cache
 def this_machine() -> str:
-    """Its name, and what tells it from others of that name, containers too: within it a process id is one process."""
+    """What tells this machine or container from all others, so that with a process id it names one process."""
     about = [socket.gethostname()]
-    for place in ("/proc/sys/kernel/random/boot_id", "/proc/self/ns/pid"):
-        path = Path(place)
-        with suppress(OSError):  # not Linux
-            about.append(str(path.readlink()) if path.is_symlink() else path.read_text().strip())
+    with suppress(OSError):  # not Linux
+        about += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
     return " ".join(about)
 
 
@@ -306,6 +291,6 @@ def _machine_digest() -> str:
 
 
 def sync(path: Path) -> None:
-    """Has the file on the disk: a machine that stops then leaves no empty one."""
-    with open(path, "rb+") as written:
-        os.fsync(written.fileno())
+    """Flushes the file to the disk: a machine that stops afterwards leaves no empty one."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())

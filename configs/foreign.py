@@ -1,4 +1,4 @@
-"""Files of others: read as plain values, one line for a damaged one, and no name in them leads out of its folder."""
+"""Untrusted files: read as plain values, one line for a damaged one, and no path in them leads out of its folder."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,47 +15,42 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from configs.errors import MissingFileError, UserError
-from configs.plain_yaml import ForeignLoader
+from configs.errors import UserError, one_line
 
-# What parsers make of a damaged or hostile file. Elsewhere these are faults of ours and keep their traceback.
+# What parsers raise for a damaged or hostile file. Elsewhere these are bugs of ours and keep their traceback.
 DAMAGE = (
     ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError, EOFError,
     struct.error, zipfile.BadZipFile, csv.Error, pickle.UnpicklingError, yaml.YAMLError, OmegaConfBaseException,
 )  # fmt: skip
-SETTINGS_BYTES = 512 << 10  # of a file of settings; a larger one is none, and 16 MiB take a minute to parse
+SETTINGS_BYTES = 512 << 10  # the largest file of settings; 16 MiB take a minute to parse
 
 
 @contextmanager
 def reading(where: str | Path, remedy: str = "copy, download or write it again") -> Iterator[None]:
-    """The one place where a foreign file's damage becomes one line: whatever the block makes of its contents is a
-    ValueError that begins with `where`, its name. Errors that name it already, and of the disk, stay as they are."""
+    """Turns what a parser raises for the damaged file `where` into a UserError that names it. Errors that name it
+    already, and those of the disk, stay as they are."""
     try:
         yield
     except DAMAGE as error:
         if isinstance(error, ValueError) and str(where) in str(error):
             raise
-        said = " ".join(str(error).split())[:200]
-        raise UserError(f"{where} is damaged ({said or type(error).__name__}); {remedy}") from error
+        raise UserError(f"{where} is damaged ({one_line(error)[:200]}); {remedy}") from error
 
 
 def parse_json(text: str | bytes, where: str | Path) -> Any:
-    """Whatever the JSON `text` is, its numbers finite and its texts such as can be written in a file or a message.
-
-    Raises ValueError in one line that begins with `where`.
-    """
+    """The value of the JSON `text`: its numbers are finite, its strings encodable. Errors begin with `where`."""
     try:
         plain = bytes(text).decode("utf-8-sig") if isinstance(text, bytes | bytearray | memoryview) else text
         loaded = json.loads(plain, parse_constant=_finite, parse_float=_finite)
-        if "\\u" in plain:  # only so is half of a character written, which no encoding has
+        if "\\u" in plain:  # may be half of a surrogate pair, which no file or message can hold
             json.dumps(loaded, ensure_ascii=False).encode()
         return loaded
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid JSON: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(f"{where} is not valid JSON: {one_line(error)[:200]}") from error
 
 
 def parse_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
-    """The object that the JSON `text` is; see `parse_json`."""
+    """The JSON object in `text`; see `parse_json`."""
     loaded = parse_json(text, where)
     if not isinstance(loaded, dict):
         raise UserError(f"{where} must hold keys and values at its top level")
@@ -69,42 +64,10 @@ def _finite(text: str) -> float:
     return number
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The keys and values of a YAML file that a program wrote. Nothing in it is resolved: `${...}` could read this
-    machine's environment and put it where the file's author sees it. Raises ValueError in one line."""
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"no config file {path}")
-    if path.stat().st_size > SETTINGS_BYTES:
-        raise UserError(f"{path} has {path.stat().st_size} bytes; that is no file of settings")
-    with reading(path):
-        loaded = yaml.load(path.read_text(encoding="utf-8-sig"), ForeignLoader)
-        if not isinstance(loaded, dict):
-            raise UserError(f"{path} must hold keys and values at its top level")
-        for text in _texts(loaded):
-            if "${" in text:
-                found = text[text.index("${") :][:80]
-                raise UserError(f"{path} refers to {found}; files of checkpoints and codecs hold plain values")
-    return loaded
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in keys and values, however deep."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.items():
-            yield from _texts(item)
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _texts(one)
-
-
 def require_inside(name: str, where: str | Path) -> str:
-    """`name`, if it is a plain relative path that stays in its folder. `where`, a folder or file, named it.
+    """`name`, found in the folder or file `where`, if it is a plain relative path that stays in its folder.
 
-    Raises ValueError for one that is absolute or empty, has a part `.`, `..` or none, a backslash or a control
-    character.
+    A UserError if it is absolute or empty, has an empty part, `.` or `..`, a backslash or a control character.
     """
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c in "\\\x7f" for c in name):
@@ -113,7 +76,7 @@ def require_inside(name: str, where: str | Path) -> str:
 
 
 def inside(folder: Path, name: str, where: str | Path | None = None) -> Path:
-    """The path of `name` in `folder`, where it also lies once links are followed. Raises as `require_inside`."""
+    """The path of `name` in `folder`, checked as by `require_inside` and once links are followed."""
     path = folder / require_inside(name, where or folder)
     if isinstance(folder, Path):  # an s3:// path has no links
         real = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle

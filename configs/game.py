@@ -1,4 +1,4 @@
-"""What is true of a game: which keys exist, its frame rate and its size. Plain data without any behaviour."""
+"""Facts about a game: which keys exist, its frame rate and its size."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Literal
 from configs import to_dict
 from configs.errors import UserError
 
-MOST_PX = 8192  # of a picture's side
+MOST_PX = 8192  # of a frame's side
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class ActionSpace:
 
 @dataclass(frozen=True)
 class InputConfig:
-    """How recordings differ from the game: their rate, and what formats of others call its actions."""
+    """How recordings differ from the game: their frame rate, and their names for its actions."""
 
     fps: float | None = None  # of the recordings, if it is more than the game's: they are resampled
     times: Literal["even", "resample"] = "even"  # of a video's frames: uneven ones are refused, or taken by their times
-    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key of the action space: inputs, any holds it
-    others: Literal["refuse", "drop"] = "refuse"  # what becomes of inputs that hold no key
+    keys: dict[str, tuple[str, ...]] = field(default_factory=dict)  # key: inputs, any of which holds it
+    others: Literal["refuse", "drop"] = "refuse"  # inputs that hold no key
     pitch_deg: float = 0.0  # degrees up per recorded unit of the mouse's y; a pixel, counted downwards: below 0
     yaw_deg: float = 0.0  # degrees right per recorded unit of the mouse's x
     axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
@@ -66,7 +66,7 @@ class InputConfig:
 
 @dataclass(frozen=True)
 class GameConfig:
-    """What is true of a game and of every clip cut from it."""
+    """A game, and every clip cut from it."""
 
     name: str
     action_space: ActionSpace
@@ -76,22 +76,12 @@ class GameConfig:
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
-        sizes = (self.height, self.width)
-        if not 0.1 <= self.fps <= 1000 or min(sizes) < 1 or max(sizes) > MOST_PX:
-            raise UserError(
-                f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000, height={self.height} and width={self.width} "
-                f"from 1 to {MOST_PX}"
-            )
+        if not 0.1 <= self.fps <= 1000:
+            raise UserError(f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000")
+        if not all(16 <= px <= MOST_PX and px % 16 == 0 for px in (self.height, self.width)):  # codec 8 x patch 2
+            raise UserError(f"{self.name}: height and width must be multiples of 16 up to {MOST_PX} px")
         if self.inputs.fps is not None and self.inputs.fps < self.fps:
-            raise UserError(
-                f"{self.name}: inputs.fps={self.inputs.fps:g} must be at least the game's {self.fps:g}: frames can be "
-                "left out, not invented"
-            )
-        if self.height % 16 or self.width % 16:
-            raise UserError(f"{self.name}: {self.height}x{self.width} px must be multiples of 16 (codec 8 x patch 2)")
-        differing = set(self.inputs.keys) ^ set(self.action_space.keys) if self.inputs.keys else set()
-        if differing:
-            raise UserError(
-                f"{self.name}: inputs.keys must name every key of the action space and no other; "
-                f"{', '.join(sorted(differing))} stands on one side only ([] is a key that nothing holds)"
-            )
+            raise UserError(f"{self.name}: inputs.fps={self.inputs.fps:g} must be at least fps={self.fps:g}")
+        if self.inputs.keys and set(self.inputs.keys) != set(self.action_space.keys):
+            differing = ", ".join(sorted(set(self.inputs.keys) ^ set(self.action_space.keys)))
+            raise UserError(f"{self.name}: inputs.keys must name all keys of the action space; see {differing}")

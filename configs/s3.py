@@ -15,20 +15,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from botocore.exceptions import ClientError, FlexibleChecksumError, IncompleteReadError
+from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError
 
 from configs.errors import FileError, MissingFileError, RefusedError
 from configs.files import sha256_file
-from configs.s3_errors import (
-    MISSING,
-    NO_ANSWER,
-    Damaged,
-    NotOffered,
-    bucket_and_key,
-    error_code,
-    named_errors,
-    without_password,
-)
+from configs.s3_errors import BROKEN_OFF, MISSING, Damaged, NotOffered, bucket_and_key, error_code, named_errors
 
 ATTEMPTS = 7  # of a request: half a minute of pauses on average
 SILENT_S = 60.0  # after which a server that says nothing more is asked again
@@ -40,7 +31,6 @@ DOWNLOADS = 3  # of a file whose bytes are not what they should be
 PAST_THE_END = ("416", "InvalidRange")
 TAKEN = ("412", "PreconditionFailed")
 CONFLICT = ("409", "ConditionalRequestConflict")
-BROKEN_BODY = (*NO_ANSWER, IncompleteReadError, FlexibleChecksumError)
 
 
 def client() -> Any:
@@ -82,16 +72,8 @@ class Found(NamedTuple):
     """What a server says about an object."""
 
     st_size: int  # named as in os.stat
-    etag: str  # another one once the object is written again
+    etag: str  # changes when the object is written again
     sha256: str | None  # of its bytes, if Worldloom wrote it
-
-
-class Listed(NamedTuple):
-    """An object in a listing."""
-
-    key: str
-    bytes: int
-    etag: str
 
 
 def head(url: str) -> Found:
@@ -139,7 +121,7 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
                 if not ranged:
                     _compare(data, answer["Metadata"].get(SHA256))
                 return data
-            except BROKEN_BODY:
+            except BROKEN_OFF:
                 if failed == ATTEMPTS:
                     raise
         _pause(failed)
@@ -163,7 +145,7 @@ def download(url: str, file: Path) -> None:
             try:
                 client().download_fileobj(bucket, key, out, Config=_transfer())
             except RetriesExceededError as error:
-                raise FileError(f"cannot download {url}: {without_password(error)}") from error
+                raise HTTPClientError(error=error.last_exception) from error
             out.flush()
             if found.st_size == file.stat().st_size and found.sha256 in (None, sha256_file(file)):
                 return
@@ -236,29 +218,22 @@ def remove(bucket: str, key: str) -> None:
         client().delete_object(Bucket=bucket, Key=key)
 
 
-def list_objects(folder: str, delimiter: str = "") -> Iterator[Listed]:
-    """Everything below `folder`, which ends in `/`; with the delimiter `/` only what is directly in it, the folders
-    there as keys that end in `/`. Page by page, a thousand at a time."""
+def list_objects(folder: str, delimiter: str = "") -> Iterator[tuple[str, Found]]:
+    """The keys of everything below `folder`, which ends in `/`; with the delimiter `/` only what is directly in it, the
+    folders there as keys that end in `/`. Page by page, a thousand at a time."""
     bucket, prefix = bucket_and_key(folder)
     with named_errors(folder):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
         for page in pages:
-            yield from (Listed(entry["Prefix"], 0, "") for entry in page.get("CommonPrefixes", ()))
-            yield from (Listed(entry["Key"], entry["Size"], entry["ETag"]) for entry in page.get("Contents", ()))
+            yield from ((entry["Prefix"], Found(0, "", None)) for entry in page.get("CommonPrefixes", ()))
+            yield from ((entry["Key"], Found(entry["Size"], entry["ETag"], None)) for entry in page.get("Contents", ()))
 
 
-def list_tree(folder: str) -> dict[str, Listed]:
-    """Every file below `folder` by its path in there; objects that stand for folders are no files."""
+def list_folder(folder: str, delimiter: str = "") -> dict[str, Found]:
+    """As `list_objects`, by the path from `folder`, without the object that may stand for `folder` itself."""
     _, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
-    listed = list_objects(f"{folder.rstrip('/')}/")
-    return {entry.key.removeprefix(prefix): entry for entry in listed if not entry.key.endswith("/")}
-
-
-def list_names(folder: str) -> Iterator[str]:
-    """The names of what is directly in `folder`; those of folders end in `/`."""
-    _, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
-    names = (entry.key.removeprefix(prefix) for entry in list_objects(f"{folder.rstrip('/')}/", "/"))
-    return (name for name in names if name)  # an empty one stands for the folder itself
+    listed = list_objects(f"{folder.rstrip('/')}/", delimiter)
+    return {key.removeprefix(prefix): found for key, found in listed if key != prefix}
 
 
 def abort_uploads(url: str, older_s: float) -> None:

@@ -1,4 +1,4 @@
-"""boto3's errors as UserErrors: what is wrong with which url, and what to do."""
+"""boto3's errors as FileErrors: what is wrong with which url, and what to do."""
 
 import re
 from collections.abc import Iterator
@@ -8,22 +8,17 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,
+    FlexibleChecksumError,
     HTTPClientError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
+    IncompleteReadError,
 )
 
 from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
 from configs.foreign import require_inside
 
-NO_ANSWER = (HTTPClientError, ConnectionError)
-NO_CREDENTIALS = (
-    NoCredentialsError, PartialCredentialsError, ProfileNotFound, TokenRetrievalError, UnauthorizedSSOTokenError,
-)  # fmt: skip
-SET_CREDENTIALS = "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+BAD_BODY = (IncompleteReadError, FlexibleChecksumError)
+BROKEN_OFF = (HTTPClientError, ConnectionError, *BAD_BODY)  # another attempt may succeed
+SETTINGS = "check S3_ENDPOINT_URL and the credentials: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 class MissingBucket(MissingFileError):
@@ -42,23 +37,19 @@ class Damaged(FileError):
         self.fault = fault
 
 
-# The server's error code, or for an answer without a body the HTTP status: our error and what it says.
-MISSING = dict.fromkeys(("404", "NoSuchKey", "NotFound", "NoSuchUpload"), (MissingFileError, "it is not there"))
+# By the server's name for the error, or for an answer without a body the HTTP status.
+MISSING = ("404", "NoSuchKey", "NotFound", "NoSuchUpload")
+REFUSED = (
+    "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
+    "RequestTimeTooSkewed",
+)  # fmt: skip
 NAMED: dict[str, tuple[type[FileError], str]] = {
-    **MISSING,
+    **dict.fromkeys(MISSING, (MissingFileError, "it is not there")),
+    **dict.fromkeys(REFUSED, (RefusedError, f"the server refuses ({{code}}); {SETTINGS}")),
     "NoSuchBucket": (MissingBucket, "there is no bucket {bucket!r}; create it, or check the name and the server"),
-    **dict.fromkeys(
-        (
-            "401", "403", "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken",
-            "RequestTimeTooSkewed",
-        ),
-        (RefusedError, f"the server refuses ({{code}}); {SET_CREDENTIALS}, and check what they may do in {{bucket!r}}"),
-    ),
-    **dict.fromkeys(
-        ("501", "NotImplemented"),
-        (NotOffered, "this server cannot write a file only if it is not there (If-None-Match); use another"),
-    ),
-}  # fmt: skip
+    "NotImplemented": (NotOffered, "the server cannot write a file only if it is not there (If-None-Match)"),
+}
+NAMED["501"] = NAMED["NotImplemented"]
 
 
 def bucket_and_key(url: str) -> tuple[str, str]:
@@ -68,9 +59,7 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     """
     bucket, slash, key = url.removeprefix("s3://").partition("/")
     if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
-        raise UserError(
-            f"an s3 url holds no credentials and no port: write s3://bucket/key, {SET_CREDENTIALS}, and S3_ENDPOINT_URL"
-        )
+        raise UserError(f"an s3 url holds no credentials and no port; write s3://bucket/key, and {SETTINGS}")
     if not url.startswith("s3://") or not bucket or not (key or slash):
         raise UserError(f"{url!r} is no s3 url; write s3://bucket/key")
     require_inside(f"{bucket}/{key}".rstrip("/"), url)
@@ -82,26 +71,18 @@ def error_code(error: ClientError) -> str:
     return str(error.response.get("Error", {}).get("Code", ""))
 
 
-def without_password(error: BaseException) -> str:
-    """The error in one line, without the password that the server's address may hold before an @."""
-    return re.sub(r"//[^/@\s]+@", "//***@", one_line(error))
-
-
 @contextmanager
 def named_errors(url: str) -> Iterator[None]:
     """Turns boto3's errors into FileErrors about `url`."""
     try:
         yield
-    except ClientError as error:
-        code = error_code(error)
-        kind, text = NAMED.get(code, (FileError, "{error}"))
-        text = text.format(bucket=bucket_and_key(url)[0], code=code, error=without_password(error))
+    except (ClientError, BotoCoreError) as error:
+        # The server's address may hold a password before an @.
+        text = re.sub(r"//[^/@\s]+@", "//***@", one_line(error))
+        kind = FileError if isinstance(error, (ClientError, *BROKEN_OFF)) else RefusedError
+        if isinstance(error, ClientError) and error_code(error) in NAMED:
+            kind, text = NAMED[error_code(error)]
+            text = text.format(code=error_code(error), bucket=bucket_and_key(url)[0])
+        elif isinstance(error, BotoCoreError) and not isinstance(error, BAD_BODY):
+            text = f"{text}; {SETTINGS}"
         raise kind(f"{url}: {text}") from error
-    except NO_CREDENTIALS as error:
-        raise RefusedError(f"{url}: {without_password(error)}; {SET_CREDENTIALS}") from error
-    except NO_ANSWER as error:
-        raise FileError(
-            f"{url}: the server does not answer ({without_password(error)}); check S3_ENDPOINT_URL"
-        ) from error
-    except BotoCoreError as error:
-        raise FileError(f"{url}: {without_password(error)}") from error

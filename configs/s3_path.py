@@ -72,7 +72,7 @@ class S3Path(PurePosixPath):
 
     def iterdir(self) -> Iterator["S3Path"]:
         """The files and folders directly in it. A UserError for a key that no path can have, such as `a//b`."""
-        return (self / require_inside(name.removesuffix("/"), str(self)) for name in s3.list_names(str(self)))
+        return (self / require_inside(name.removesuffix("/"), str(self)) for name in s3.list_folder(str(self), "/"))
 
     def open(self, mode: str = "rb", buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
         """Only the bytes that are asked for are fetched, `buffering` of them or more at a time."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -58,11 +57,9 @@ def read_bytes(url: str | Path) -> bytes:
 
 def read_range(url: str | Path, offset: int, length: int) -> bytes:
     """`length` bytes of `url` from `offset` on. A UserError if it ends before."""
-    if is_s3(url):
-        data = s3.read(str(url), offset, length)
-    else:
-        with Path(url).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), length, offset)
+    with open(url, 1) as file:
+        file.seek(offset)
+        data = file.read(length)
     if len(data) != length:
         raise UserError(f"{url} is truncated: {len(data)} of {length} bytes at {offset}; fetch or encode it again")
     return data
@@ -79,7 +76,7 @@ def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
     return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
 
 
-def cached_file(url: str | Path, size: int | None = None, sha256: str | None = None) -> AbstractContextManager[Path]:
+def cached_file(url: str | Path, size: int = 0, sha256: str | None = None) -> AbstractContextManager[Path]:
     """The file `url` on this machine: itself, or a copy that may be deleted when the block ends. Of a copy that has the
     given `size` and `sha256` the server is not asked."""
     return cache.cached_file(str(url), size, sha256) if is_s3(url) else nullcontext(Path(url))
@@ -120,7 +117,7 @@ def list_folders(folder: str | Path) -> list[str]:
 def _names(folder: str | Path) -> Iterator[str]:
     """Of what is directly in `folder`; those of folders end in `/`."""
     if is_s3(folder):
-        yield from s3.list_names(str(folder))
+        yield from s3.list_folder(str(folder), "/")
     elif Path(folder).is_dir():
         for found in Path(folder).iterdir():
             if found.is_dir() or found.is_file():
@@ -135,7 +132,8 @@ def files_at(url: str | Path) -> list[str]:
 def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
-        found = {name: entry.bytes for name, entry in s3.list_tree(str(folder)).items()}
+        listed = s3.list_folder(str(folder)).items()
+        found = {name: entry.st_size for name, entry in listed if not name.endswith("/")}  # that stand for folders
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
         found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
@@ -157,9 +155,8 @@ def writing(url: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
-    """An empty local folder to write files into, which appear in the folder `url` when the block ends well; the one
-    called `last` after all others, so that its presence means that all are there. If `url` is to be `new`, it must
-    not hold any then."""
+    """An empty local folder for files that appear in the folder `url` when the block ends well; the file `last` comes
+    after all others, so that it is there only if they are. A `new` folder must not hold any files then."""
     if not is_s3(url):
         with atomic_files(url, last, new) as folder:
             yield folder
@@ -206,9 +203,9 @@ def write_text(url: str | Path, text: str) -> None:
 
 
 def create(url: str | Path, data: bytes) -> bool:
-    """Writes `data` to `url` unless something is there, and says whether it did: of all who try, one is first.
+    """Writes `data` to `url` unless something is there, and says whether it did.
 
-    `data` must tell this writer from all others. Raises NotOffered if the server cannot do that.
+    `data` must differ from that of all other writers. Raises NotOffered if the server cannot do that.
     """
     return s3.create(str(url), data) if is_s3(url) else create_file(url, data)
 
@@ -232,16 +229,13 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
     if is_s3(folder):
         bucket, _ = bucket_and_key(join(folder, ""))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            list(pool.map(lambda entry: s3.remove(bucket, entry.key), list(s3.list_objects(join(folder, "")))))
+            list(pool.map(lambda entry: s3.remove(bucket, entry[0]), list(s3.list_objects(join(folder, "")))))
     elif Path(folder).is_dir():
         shutil.rmtree(folder)
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Deletes what killed writers left in `folder`: temporary files, or uploads that never came to their end.
-
-    A process that is writing there now gets an OSError.
-    """
+    """Deletes temporary files and unfinished uploads in `folder`. A process that is writing there gets an OSError."""
     if is_s3(folder):
         s3.abort_uploads(join(folder, ""), 0.0)
         return

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from configs import build, merge_words, to_dict
+from configs import build, merge_args, to_dict
 from configs.errors import UserError, one_line
 from configs.files import write_text
 from configs.foreign import parse_object
@@ -87,7 +87,7 @@ class Told:
 
 def read_doctor(words: Sequence[str]) -> DoctorConfig:
     """The doctor's settings; those that only a run has are passed over, since a machine's file may hold them."""
-    merged = merge_words(words)
+    merged = merge_args(words)
     if "machine" not in merged:
         raise UserError("no machine: begin with a file of configs/machines")
     of_runs = {one.name for one in fields(TrainConfig)} - {one.name for one in fields(DoctorConfig)}

@@ -20,7 +20,7 @@ import psutil
 
 from configs import build, flat
 from configs.errors import MissingFileError, UserError
-from configs.overrides import is_setting, merge_words
+from configs.overrides import is_override, merge_args
 from configs.storage import is_s3
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
@@ -54,8 +54,8 @@ class Launch:
 def read_launch(words: Sequence[str]) -> Launch:
     """Splits the words into the machine's and the run's. What a machine's file says of the run counts more than the
     run's own files, and less than the words after them. Raises ValueError in one line."""
-    words = sorted(words, key=lambda word: 2 if is_setting(word) else int("machine" in merge_words([word], False)))
-    merged = merge_words(words)
+    words = sorted(words, key=lambda word: 2 if is_override(word) else int("machine" in merge_args([word], False)))
+    merged = merge_args(words)
     if "machine" not in merged:
         raise UserError("no machine: begin with a file of configs/machines")
     own = build(Own, {name: merged.pop(name) for name in OWN if name in merged})
@@ -65,9 +65,9 @@ def read_launch(words: Sequence[str]) -> Launch:
 
 def _of_training(word: str) -> list[str]:
     """What the training program is told of a word: not the launch's own, nor a machine's file but for its settings."""
-    if is_setting(word):
+    if is_override(word):
         return [] if word.partition("=")[0].partition(".")[0] in OWN else [word]
-    held = merge_words([word], resolve=False)  # a value may refer to another file's
+    held = merge_args([word], resolve=False)  # a value may refer to another file's
     if "machine" not in held:
         return [word]
     others = flat({key: value for key, value in held.items() if key not in OWN})

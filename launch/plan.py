@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from configs import build, merge_words
+from configs import build, merge_args
 from configs.cli import table
 from configs.errors import UserError
 from launch.command import environment
@@ -116,7 +116,7 @@ def read_plan(words: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     own = {one.name for one in fields(PlanConfig)}
     mine = [word for word in words if word.partition("=")[0] in own]
     rest = [word for word in words if word not in mine]
-    config, merged = build(PlanConfig, merge_words(mine)), merge_words(rest)
+    config, merged = build(PlanConfig, merge_args(mine)), merge_args(rest)
     data = "manifest" in merged or "manifests" in merged
     if not data and not config.whole:
         raise UserError("no clips to plan for: give manifest=..., or height= width= latents=")

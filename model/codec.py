@@ -12,8 +12,8 @@ from typing import Any
 from configs import build_from, load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path, sha256_file
-from configs.foreign import read_settings, require_inside
-from configs.overrides import merge_words
+from configs.foreign import require_inside
+from configs.overrides import merge_args, read_settings
 from model.patch_codec import PatchCodec
 from model.video_codec import Codec
 from model.wan_codec import WanCodec
@@ -41,7 +41,7 @@ def locate_codec(url: str | Path, overrides: Sequence[str] = ()) -> Located:
         return CODECS[name], config, path
     for kind in CODECS.values():
         if found := kind.third_party_settings(path):
-            config = build_from(kind.Config, found[0] | merge_words(overrides), found[1])
+            config = build_from(kind.Config, found[0] | merge_args(overrides), found[1])
             return kind, config, path if path.is_dir() else path.parent
     raise MissingFileError(f"no codec in {url}; fit one with python -m train codec, or give Wan2.1_VAE.pth")
 

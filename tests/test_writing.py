@@ -95,7 +95,7 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> N
 @pytest.mark.parametrize("writer", [atomic_path, atomic_folder, lambda place: atomic_files(place, "b.png")])
 def test_a_full_disk_is_said_with_what_could_not_be_written(writer, tmp_path: Path) -> None:
     place = tmp_path / "film.mp4"
-    with pytest.raises(OSError, match=r"File too large: '.*/film.mp4'"), full_disk(10), writer(place) as out:
+    with pytest.raises(OSError, match=r"File too large: '.*/film.mp4"), full_disk(10), writer(place) as out:
         file = os.open(out / "x" if out.is_dir() else out, os.O_CREAT | os.O_WRONLY)
         os.write(file, bytes(10))
         os.write(file, bytes(10))

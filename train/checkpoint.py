@@ -15,7 +15,8 @@ from torch import Tensor
 from configs import build_from, flat, load_file, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder, require_other_files
-from configs.foreign import parse_object, read_settings, reading
+from configs.foreign import parse_object, reading
+from configs.overrides import read_settings
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.foreign import PICKLES
