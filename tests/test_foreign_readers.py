@@ -207,8 +207,8 @@ def test_a_press_counts_in_the_frames_that_it_fills_by_half_or_in_its_longest() 
         (-2.0, -1.0, []),
         (5.0, 6.0, []),
     ]:
-        held = held_intervals(np.array([down]), np.array([up]), edges)
-        assert np.flatnonzero(held).tolist() == expected, (down, up)
+        held = held_intervals(down, up, edges)
+        assert held.tolist() == expected, (down, up)
 
 
 def test_every_input_that_can_be_bound_in_owl_control_is_delivered_for_some_code(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def write_odd_press(reader: str, folder: Path, code: int) -> None:
 def test_an_input_that_holds_no_key_can_be_bound_as_the_refusal_advises(reader, code, name, key, tmp_path) -> None:
     write_odd_press(reader, tmp_path / "source", code)
     game = load_game(reader, tmp_path, "game.inputs.others=refuse")
-    with pytest.raises(ValueError, match=f"'{name}' holds no key .*; bind it in game.inputs.keys"):
+    with pytest.raises(ValueError, match=f"'{name}' holds no key; bind it in game.inputs.keys"):
         read_all(reader, tmp_path / "source", game)
     game = load_game(reader, tmp_path, "game.inputs.others=refuse", f"game.inputs.keys.{key}=[{name}]")
     (episode,) = read_all(reader, tmp_path / "source", game)
@@ -260,7 +260,7 @@ def test_an_input_that_holds_no_key_can_be_bound_as_the_refusal_advises(reader, 
 @pytest.mark.parametrize(("reader", "code", "name"), [("owl_control", 999, "code_999"), ("vpt", 8, "mouse_9")])
 def test_binding_is_not_advised_where_it_is_refused(reader, code, name, tmp_path) -> None:
     write_odd_press(reader, tmp_path / "source", code)
-    with pytest.raises(ValueError, match=f"'{name}' holds no key of '[a-z_]+'; set game.inputs.others=drop"):
+    with pytest.raises(ValueError, match=f"'{name}' holds no key; set game.inputs.others=drop"):
         read_all(reader, tmp_path / "source", load_game(reader, tmp_path, "game.inputs.others=refuse"))
 
 

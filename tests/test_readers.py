@@ -137,7 +137,7 @@ FAULTS = {
     "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
     "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
     "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
-    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "lacks fps, frames"),
+    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "episode.json lacks 'fps'"),
     "no frames": (lambda f: _edit_about(f, frames=-1), "episode.json says frames -1, .*video.mp4 has 30"),
     "frames in words": (lambda f: _edit_about(f, frames="x"), "episode.json: frames must be of type int, not 'x'"),
     "frames null": (lambda f: _edit_about(f, frames=None), "episode.json: frames must be of type int, not None"),

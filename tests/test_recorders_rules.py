@@ -152,7 +152,7 @@ def test_the_doctor_decides_which_entry_of_gf_minecraft_leads_on_from_frame_0(tm
     game = load_game("gf_minecraft", tmp_path)
     report = examine(DoctorConfig(game, str(tmp_path), "gf_minecraft", workers=1))
     assert [one.remedy for one in report.findings if one.fault == "shift"] == ["set game.inputs.first_entry=2"]
-    assert "entry 1 is taken to lead on from frame 0; the doctor" in capsys.readouterr().err
+    assert "entry 1 is taken to lead on from frame 0" in capsys.readouterr().err
     mended = load_game("gf_minecraft", tmp_path, "game.inputs.first_entry=2")
     found = examine(DoctorConfig(mended, str(tmp_path), "gf_minecraft", workers=1)).findings
     assert "shift" not in {one.fault for one in found} and "untold" not in {one.fault for one in found}

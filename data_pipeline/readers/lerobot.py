@@ -176,7 +176,7 @@ def read_actions(where: str, components: list[str], vectors: Sequence[Any], game
         there = ", ".join(components)
         raise UserError(f"game.inputs.axes must name the mouse's y and x of {there}, or set action_space.mouse=false")
     names = [name for name in components if name not in axes]
-    keys = bind_keys(game, names, "these LeRobot recordings")
+    keys = bind_keys(game, names)
     table = _vectors(where, vectors, len(components))
     columns = dict(zip(components, table.T, strict=True))
     keyboard = keys.rows(names, np.stack([columns[name] for name in names], axis=1), lambda i: f"{where} frame {i}")
@@ -231,7 +231,7 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Mapping[str, Any], prefi
 def read_rows(path: Path, columns: Sequence[str], episode: int | None = None) -> list[dict[str, Any]]:
     """The rows of a parquet file, of one `episode` if it is given, as plain values: `columns`, and all that begin with
     those that end in a slash."""
-    arrow, compute = (import_extra(module, "LeRobot recordings") for module in ("pyarrow", "pyarrow.compute"))
+    arrow, compute = (import_extra(module) for module in ("pyarrow", "pyarrow.compute"))
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
     with reading(path):
@@ -251,7 +251,7 @@ def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
 
 
 def _read_table(path: Path, columns: Sequence[str]) -> Any:
-    parquet = import_extra("pyarrow.parquet", "LeRobot recordings")
+    parquet = import_extra("pyarrow.parquet")
     with storage.open(path) as file:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
