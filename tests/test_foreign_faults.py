@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from foreign_games import load_game, read_all, words, write_all
+from foreign_games import load_game, read_all, words
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
@@ -206,12 +206,6 @@ FAULTS = {
         "event_log", None, "both press and release", ("game.inputs.kinds={press: [a], release: [A]}",)
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder per format; not to be changed."""
-    return write_all(tmp_path_factory.mktemp("foreign"))
 
 
 @pytest.mark.parametrize("name", FAULTS)

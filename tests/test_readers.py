@@ -30,7 +30,9 @@ def test_a_row_leads_from_its_frame_to_the_next(game, recordings):
     episode = read_episode(recordings / "episode_00000", game)
     frames = np.stack(list(episode.frames())).astype(float)
     yaw_px = (episode.actions.mouse[:, 1] * game.action_space.mouse_unit_deg).round().astype(int)
-    for i in np.flatnonzero(yaw_px[:-1])[:5]:
+    turned = np.flatnonzero(yaw_px[:-1])[:5]
+    assert len(turned) == 5
+    for i in turned:
         shifts = {s: np.abs(np.roll(frames[i], -s, 1)[:, 4:-4] - frames[i + 1][:, 4:-4]).mean() for s in range(-3, 4)}
         assert min(shifts, key=lambda s: shifts[s]) == yaw_px[i]
 

@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from foreign_games import load_game, read_all, show
+from foreign_games import load_game, read_all, require_agreement
 from foreign_recordings import (
     Play,
+    change_lines,
     draw_gf_play,
     draw_play,
     gf_entries,
@@ -23,30 +24,10 @@ from foreign_recordings import (
     write_vpt,
 )
 
-from configs.game import GameConfig
 from data_pipeline.doctor.examine import DoctorConfig, examine
 from data_pipeline.readers import find_recordings, split_episodes
 from data_pipeline.readers.recording import say
-from data_pipeline.types import Episode
 from data_pipeline.video import write_video
-
-
-def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:
-    """Every frame shows the action that it is given; frames are recorded, not resized."""
-    for episode in episodes:
-        for frame, keyboard, mouse in zip(
-            episode.frames(), episode.actions.keyboard, episode.actions.mouse, strict=True
-        ):
-            shown = show(reader, game, frame)
-            assert keyboard.tolist() == shown[0]
-            np.testing.assert_allclose(mouse, shown[1], atol=1e-5)
-
-
-def change_lines(log: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    """A jsonl whose lines `change` changes in place."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    change(lines)
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_vpt(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> list[int]:
