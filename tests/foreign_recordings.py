@@ -237,16 +237,9 @@ def write_table(path: Path, play: Play, fps: float = 30.0) -> None:
     """A table, csv or jsonl, of one row per frame, and the mp4 of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path.with_suffix(".mp4"), paint(play), fps)
-    names = INPUTS["table"]
-    rows = [
-        {
-            "frame": i,
-            **dict(zip(names, map(int, held), strict=True)),
-            "mouse_x": 60 * int(yaw),
-            "mouse_y": -60 * int(pitch),
-        }
-        for i, (held, (pitch, yaw)) in enumerate(zip(play.keyboard, play.levels, strict=True))
-    ]
+    names = ["frame", *INPUTS["table"], "mouse_y", "mouse_x"]
+    table = np.column_stack([np.arange(len(play.levels)), play.keyboard, play.levels * (-60, 60)]).astype(int)
+    rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
     texts = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
     write_lines(path, texts if path.suffix == ".csv" else [json.dumps(row) for row in rows])
 

@@ -152,7 +152,7 @@ FAULTS = {
     "a picture that is none": Fault("csgo", array("frame_9_x", np.zeros((8, 8))), "frame_9_x is float64"),
     "another rate than 16": Fault("csgo", None, "16 fps, .*'csgo' has 20", ("game.fps=20",)),
     "a mouse without scale": Fault("csgo", None, "set game.inputs.pitch_deg", ("game.inputs.yaw_deg=0",)),
-    "a row left out": Fault("lerobot", rows(DATA, lambda r: r[:5] + r[6:]), "must have the rows .* 0 to 30"),
+    "a row left out": Fault("lerobot", rows(DATA, lambda r: r[:5] + r[6:]), "episode 0 has 30 rows, .* 31"),
     "an older version": Fault("lerobot", entry(INFO, lambda r: r.update(codebase_version="v2.1")), "of version v2.1"),
     "a path of another kind": Fault("lerobot", entry(INFO, lambda r: r.update(data_path="{x}")), "info.json: the pat"),
     "a component of no use": Fault("lerobot", None, "frame .: 'a' holds no key", ("game.inputs.keys.left=[]",)),
@@ -163,7 +163,7 @@ FAULTS = {
     "another camera": Fault("lerobot", None, "there are: observation.images.screen", ("game.inputs.camera=front",)),
     "mistyped axes": Fault("lerobot", None, "axes must name", ("game.inputs.axes=[look_up,look_right]",)),
     "no time of a video": Fault(
-        "lerobot", rows(ABOUT, lambda r: [{k: one[k] for k in one if k != FROM} for one in r]), f"000: {FROM} is None"
+        "lerobot", rows(ABOUT, lambda r: [{k: one[k] for k in one if k != FROM} for one in r]), f"row 0 has no .*{FROM}"
     ),
     "a dataset's video cut off": Fault("lerobot", half(SCREEN), "file-000.mp4 .*truncated"),
     "a parquet cut off": Fault("lerobot", half(DATA), "cannot read .*file-000.parquet"),

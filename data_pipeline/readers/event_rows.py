@@ -193,7 +193,7 @@ def held_intervals(down: float, up: float, edges: np.ndarray) -> np.ndarray:
     begins, ends = edges[first : last + 1], edges[first + 1 : last + 2]
     filled = np.minimum(ends, up) - np.maximum(begins, down)
     half = np.flatnonzero(2 * filled >= ends - begins)
-    return first + (half if len(half) else filled.argmax(keepdims=True))
+    return first + (half if len(half) else np.flatnonzero(filled == filled.max())[:1])
 
 
 def sum_moves(moves: np.ndarray, edges: np.ndarray) -> np.ndarray:

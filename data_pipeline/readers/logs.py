@@ -36,6 +36,13 @@ class Row(NamedTuple):
     def number(self, column: str) -> float:
         return read_number(self.cell(column), f"{self.where}: {column}")
 
+    def count(self, column: str) -> int:
+        """A whole number from 0 on."""
+        value = self.cell(column)
+        if type(value) is not int or value < 0:
+            raise UserError(f"{self.where}: {column} is {value!r:.80}, which is no count")
+        return value
+
     def down(self, column: str) -> bool:
         """Whether the key of this column is held."""
         value = self.cell(column)
