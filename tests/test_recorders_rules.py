@@ -44,6 +44,13 @@ def test_vpt_s_last_frame_has_no_action_where_it_has_no_line(tmp_path: Path) -> 
     assert read_vpt(tmp_path, lambda lines: lines.pop()) == [19]
 
 
+def test_vpt_s_only_frame_needs_a_line(tmp_path: Path) -> None:
+    write_vpt(tmp_path, "one", draw_play(1, 9))
+    (tmp_path / "one.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"one.jsonl has 0 rows"):
+        read_all("vpt", tmp_path, load_game("vpt", tmp_path))
+
+
 def test_vpt_s_lines_beyond_its_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one.jsonl has 21 rows, .*one.mp4 has 20 frames"):
         read_vpt(tmp_path, lambda lines: lines.append({**lines[-1], "tick": 20, "milli": lines[-1]["milli"] + 50}))

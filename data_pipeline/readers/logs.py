@@ -119,7 +119,7 @@ def read_frame_rows(log: Path, footage: Footage, spare: int = 0) -> list[Row]:
 
 def check_row_count(log: Path, rows: int, footage: Footage, spare: int = 0) -> None:
     """Raises UserError if a log has not one row per frame: then it is unknown which row belongs to which frame."""
-    if not footage.frames - spare <= rows <= footage.frames:
+    if not rows or not footage.frames - spare <= rows <= footage.frames:
         raise UserError(f"{log} has {rows} rows, {footage.path} has {footage.frames} frames; give each frame a row")
 
 
