@@ -7,6 +7,7 @@ import pytest
 import s3_server
 import yaml
 from fault_proxy import FaultProxy
+from foreign_games import write_all
 from tiny_recordings import EPISODES, write_recording
 from tiny_training import ALONE, STEPS, run
 from tiny_world import DIT, GAME, write_codec
@@ -75,6 +76,12 @@ def recordings(game, tmp_path_factory):
     for i in range(EPISODES):
         write_recording(folder / f"episode_{i:05d}", game, seed=i)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    """A folder of recordings per foreign format; not to be changed."""
+    return write_all(tmp_path_factory.mktemp("foreign"))
 
 
 @pytest.fixture(scope="session")

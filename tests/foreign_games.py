@@ -26,7 +26,7 @@ from foreign_recordings import (
 
 from configs import load_config
 from configs.game import GameConfig
-from data_pipeline.readers import Reader, find_recordings
+from data_pipeline.readers import Reader, find_recordings, read_game_frames
 from data_pipeline.types import Episode
 from train.codec import CodecTrainConfig
 
@@ -98,6 +98,16 @@ def load_game(reader: str, folder: Path, *more: str) -> GameConfig:
 
 def read_all(reader: Reader, source: Path, game: GameConfig) -> list[Episode]:
     return [episode for recording in find_recordings(reader, source) for episode in recording.read(game)]
+
+
+def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:
+    """Every frame shows the action that it is given."""
+    for episode in episodes:
+        frames = list(read_game_frames(episode, game))
+        for frame, keyboard, mouse in zip(frames, episode.actions.keyboard, episode.actions.mouse, strict=True):
+            shown = show(reader, game, frame)
+            assert keyboard.tolist() == shown[0]
+            np.testing.assert_allclose(mouse, shown[1], atol=1e-5)
 
 
 def show(reader: str, game: GameConfig, picture: np.ndarray) -> tuple[list[float], list[float]]:

@@ -6,7 +6,7 @@ a test can compare picture and action of every frame, whatever way the pictures 
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,12 +32,8 @@ INPUTS = {
 }
 # Degrees (pitch, yaw) of the levels: 20 px x 360 / 2400; 0.2 x 15; 60 px x 0.05; bins of 10 and 50 or 60 px x 0.055.
 THREES = np.array([[-6, -3, 0, 3, 6], [-6, -3, 0, 3, 6]])
-LEVEL_DEG = {
-    **dict.fromkeys(
-        ("frames", "vpt", "gf_minecraft", "lerobot", "owl_control", "event_log", "fastvideo", "table"), THREES
-    ),
-    "csgo": 0.055 * np.array([[-50, -10, 0, 10, 50], [-60, -10, 0, 10, 60]]),
-}
+LEVEL_DEG = dict.fromkeys(INPUTS, THREES)
+LEVEL_DEG["csgo"] = 0.055 * np.array([[-50, -10, 0, 10, 50], [-60, -10, 0, 10, 60]])
 
 
 class Play(NamedTuple):
@@ -84,6 +80,13 @@ def _cell(cell: int, cells: int, height: int, width: int, margin: float) -> tupl
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def change_lines(log: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
+    """A jsonl whose objects `change` changes in place."""
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    change(lines)
+    write_lines(log, map(json.dumps, lines))
 
 
 def write_frames(folder: Path, play: Play, keys: Sequence[str], fps: float, first: int = 1) -> None:
@@ -234,16 +237,9 @@ def write_table(path: Path, play: Play, fps: float = 30.0) -> None:
     """A table, csv or jsonl, of one row per frame, and the mp4 of its name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_video(path.with_suffix(".mp4"), paint(play), fps)
-    names = INPUTS["table"]
-    rows = [
-        {
-            "frame": i,
-            **dict(zip(names, map(int, held), strict=True)),
-            "mouse_x": 60 * int(yaw),
-            "mouse_y": -60 * int(pitch),
-        }
-        for i, (held, (pitch, yaw)) in enumerate(zip(play.keyboard, play.levels, strict=True))
-    ]
+    names = ["frame", *INPUTS["table"], "mouse_y", "mouse_x"]
+    table = np.column_stack([np.arange(len(play.levels)), play.keyboard, play.levels * (-60, 60)]).astype(int)
+    rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
     texts = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
     write_lines(path, texts if path.suffix == ".csv" else [json.dumps(row) for row in rows])
 

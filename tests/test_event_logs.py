@@ -157,9 +157,7 @@ def test_a_key_that_may_be_either_of_two_is_refused(tmp_path: Path) -> None:
     game = load_game("frames", tmp_path, "game.inputs.keys={forward: [up], back: [UP], left: [], right: []}")
     keys = KeyMap(game, {"up": [0], "UP": [1]}, None)
     assert keys.row(["up"], "x").tolist() == [1, 0, 0, 0] and keys.row(["UP"], "x").tolist() == [0, 1, 0, 0]
-    with pytest.raises(
-        ValueError, match=r"^x line 3: 'Up' may be up or UP, which hold different keys; bind it as well$"
-    ):
+    with pytest.raises(ValueError, match=r"^x line 3: 'Up' may be up or UP, which differ; bind it as well$"):
         keys.row(["Up"], "x line 3")
 
 

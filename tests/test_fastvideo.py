@@ -182,7 +182,7 @@ def test_absolute_names_of_another_machine_lead_to_what_lies_in_the_source(tmp_p
         ({"mouse": np.zeros((3, 2))}, "holds no keyboard"),
         ({"keyboard": np.ones((3, 4))}, r"holds no mouse \(3, 2\), but keyboard \(3, 4\)"),
         ({"keyboard": np.ones((3, 4)), "mouse": np.zeros((2, 2))}, "holds no mouse"),
-        ({"keyboard": np.ones((3, 6)), "mouse": np.zeros((3, 2))}, "one.npy: 6 columns for 4 keys; .*game.inputs.keys"),
+        ({"keyboard": np.ones((3, 6)), "mouse": np.zeros((3, 2))}, "one.npy: 6 columns, 4 keys; .*game.inputs.keys"),
         ({"keyboard": np.full((3, 4), 0.5), "mouse": np.zeros((3, 2))}, "row 0: .*forward is 0.5"),
         ({"keyboard": np.full((3, 4), np.nan), "mouse": np.zeros((3, 2))}, "row 0: .*forward is nan"),
         ({"keyboard": np.ones((3, 4)), "mouse": np.full((3, 2), np.inf)}, "row 0: pitch turns by inf degrees"),

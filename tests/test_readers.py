@@ -30,7 +30,9 @@ def test_a_row_leads_from_its_frame_to_the_next(game, recordings):
     episode = read_episode(recordings / "episode_00000", game)
     frames = np.stack(list(episode.frames())).astype(float)
     yaw_px = (episode.actions.mouse[:, 1] * game.action_space.mouse_unit_deg).round().astype(int)
-    for i in np.flatnonzero(yaw_px[:-1])[:5]:
+    turned = np.flatnonzero(yaw_px[:-1])[:5]
+    assert len(turned) == 5
+    for i in turned:
         shifts = {s: np.abs(np.roll(frames[i], -s, 1)[:, 4:-4] - frames[i + 1][:, 4:-4]).mean() for s in range(-3, 4)}
         assert min(shifts, key=lambda s: shifts[s]) == yaw_px[i]
 
@@ -137,7 +139,7 @@ FAULTS = {
     "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
     "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
     "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
-    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "lacks fps, frames"),
+    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "episode.json lacks 'fps'"),
     "no frames": (lambda f: _edit_about(f, frames=-1), "episode.json says frames -1, .*video.mp4 has 30"),
     "frames in words": (lambda f: _edit_about(f, frames="x"), "episode.json: frames must be of type int, not 'x'"),
     "frames null": (lambda f: _edit_about(f, frames=None), "episode.json: frames must be of type int, not None"),

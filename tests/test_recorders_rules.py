@@ -10,9 +10,10 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from foreign_games import load_game, read_all, show
+from foreign_games import load_game, read_all, require_agreement
 from foreign_recordings import (
     Play,
+    change_lines,
     draw_gf_play,
     draw_play,
     gf_entries,
@@ -23,30 +24,10 @@ from foreign_recordings import (
     write_vpt,
 )
 
-from configs.game import GameConfig
 from data_pipeline.doctor.examine import DoctorConfig, examine
 from data_pipeline.readers import find_recordings, split_episodes
 from data_pipeline.readers.recording import say
-from data_pipeline.types import Episode
 from data_pipeline.video import write_video
-
-
-def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:
-    """Every frame shows the action that it is given; frames are recorded, not resized."""
-    for episode in episodes:
-        for frame, keyboard, mouse in zip(
-            episode.frames(), episode.actions.keyboard, episode.actions.mouse, strict=True
-        ):
-            shown = show(reader, game, frame)
-            assert keyboard.tolist() == shown[0]
-            np.testing.assert_allclose(mouse, shown[1], atol=1e-5)
-
-
-def change_lines(log: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
-    """A jsonl whose lines `change` changes in place."""
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
-    change(lines)
-    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_vpt(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> list[int]:
@@ -61,6 +42,13 @@ def read_vpt(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> 
 
 def test_vpt_s_last_frame_has_no_action_where_it_has_no_line(tmp_path: Path) -> None:
     assert read_vpt(tmp_path, lambda lines: lines.pop()) == [19]
+
+
+def test_vpt_s_only_frame_needs_a_line(tmp_path: Path) -> None:
+    write_vpt(tmp_path, "one", draw_play(1, 9))
+    (tmp_path / "one.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"one.jsonl has 0 rows"):
+        read_all("vpt", tmp_path, load_game("vpt", tmp_path))
 
 
 def test_vpt_s_lines_beyond_its_frames_are_refused(tmp_path: Path) -> None:
@@ -152,7 +140,7 @@ def test_the_doctor_decides_which_entry_of_gf_minecraft_leads_on_from_frame_0(tm
     game = load_game("gf_minecraft", tmp_path)
     report = examine(DoctorConfig(game, str(tmp_path), "gf_minecraft", workers=1))
     assert [one.remedy for one in report.findings if one.fault == "shift"] == ["set game.inputs.first_entry=2"]
-    assert "entry 1 is taken to lead on from frame 0; the doctor" in capsys.readouterr().err
+    assert "entry 1 is taken to lead on from frame 0" in capsys.readouterr().err
     mended = load_game("gf_minecraft", tmp_path, "game.inputs.first_entry=2")
     found = examine(DoctorConfig(mended, str(tmp_path), "gf_minecraft", workers=1)).findings
     assert "shift" not in {one.fault for one in found} and "untold" not in {one.fault for one in found}

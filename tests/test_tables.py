@@ -59,7 +59,7 @@ def test_a_column_may_list_the_keys_that_are_held(tmp_path: Path) -> None:
 
 def test_words_of_a_list_that_hold_no_key_are_refused_or_dropped(tmp_path: Path) -> None:
     source = write_rows(tmp_path / "set" / "a.jsonl", rows(held=[["w", "esc"], [], [], []]))
-    with pytest.raises(ValueError, match=r"a.jsonl line 1: 'esc' holds no key of 'own'; bind it"):
+    with pytest.raises(ValueError, match=r"a.jsonl line 1: 'esc' holds no key; bind it"):
         read_all("table", source, load_game("table", tmp_path, LISTED))
     (episode,) = read_all("table", source, load_game("table", tmp_path, LISTED, "game.inputs.others=drop"))
     assert episode.actions.keyboard.sum() == 1

@@ -12,7 +12,6 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.readers.keys import require_mouse_scale
 from data_pipeline.readers.recording import RATE_TOLERANCE, Format, Recording, recording_of
 from data_pipeline.resample import resample
 from data_pipeline.types import Episode
@@ -40,11 +39,12 @@ def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
 
 def _read_at_rate(reader: Reader, recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
     _require_utf8(f"{source}/{recording.name}")
-    if READERS[reader].scaled_mouse:
-        require_mouse_scale(game, reader)
-    recorded_fps = game.inputs.fps or game.fps
+    inputs, recorded_fps = game.inputs, game.inputs.fps or game.fps
+    if READERS[reader].scaled_mouse and game.action_space.mouse and not (inputs.pitch_deg and inputs.yaw_deg):
+        how = "the degrees up and right of one recorded unit (of a pixel: pitch_deg < 0, since y counts downwards)"
+        raise UserError(f"reader={reader}: set game.inputs.pitch_deg and game.inputs.yaw_deg, {how}")
     episodes = recording.read(replace(game, fps=recorded_fps))
-    if game.inputs.times == "resample":
+    if inputs.times == "resample":
         return [resample(episode, game.fps, recorded_fps, _times_of(episode, game)) for episode in episodes]
     if recorded_fps == game.fps:
         return episodes
@@ -67,10 +67,7 @@ def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:
     times = frame_times(video)[episode.first : episode.stop]
     fps = (len(times) - 1) / max(float(np.ptp(times)), 1e-9) if len(times) > 1 else game.fps
     if fps < (1 - RATE_TOLERANCE) * game.fps:
-        raise UserError(
-            f"{video} has {fps:.4g} frames a second, the game {game.name!r} {game.fps:g}: frames can be left out, not "
-            "invented; set game.fps"
-        )
+        raise UserError(f"{video} has {fps:.4g} frames a second, which is less than game.fps={game.fps:g}; lower it")
     return times
 
 

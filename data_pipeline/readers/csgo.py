@@ -74,7 +74,7 @@ def read_file(path: Path, game: GameConfig) -> list[Episode]:
     """The episodes of a file, between deaths."""
     if game.fps != FPS:
         raise UserError(f"{path} has {FPS} fps, as all of its format; the game {game.name!r} has {game.fps:g}")
-    keys = bind_keys(game, NAMES, "CS:GO recordings")
+    keys = bind_keys(game, NAMES)
     with open_hdf5(path) as file:
         numbers = range(count_frames(file, path))
         table = np.stack([read_row(file, i, path) for i in numbers])
@@ -103,7 +103,7 @@ def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
     """The file, open for reading. Raises UserError if it is none, or as soon as it proves to be damaged."""
-    h5py = import_extra("h5py", "CS:GO recordings")
+    h5py = import_extra("h5py")
     with reading(path):
         try:
             with h5py.File(storage.open(path) if storage.is_s3(path) else path, "r") as file:
@@ -136,7 +136,7 @@ def find_array(file: Any, name: str, path: Path) -> Any:
     Raises UserError for anything else, for one whose numbers lie in another file, and for one that would need more
     memory than any picture.
     """
-    h5py = import_extra("h5py", "CS:GO recordings")
+    h5py = import_extra("h5py")
     # To open what an external link names opens another file; h5py's `in` and `get` do, too.
     if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise UserError(f"{path} {name} names data of another file or place; it was not read")

@@ -60,7 +60,7 @@ class Vocabulary(NamedTuple):
 
 def read_log(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes of a video and its log, cut where nothing was logged."""
-    keys, vocabulary = bind_keys(game, None, "logs of events"), read_vocabulary(game)
+    keys, vocabulary = bind_keys(game), read_vocabulary(game)
     screen = open_screen(video, game)
     events = sort_events(log, read_events(log, vocabulary, game), screen, game)
     start = events.first("start")

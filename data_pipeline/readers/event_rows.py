@@ -11,7 +11,6 @@ than a second before an event above it is refused: that log has two clocks.
 
 import re
 from array import array
-from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -73,6 +72,7 @@ class Screen(NamedTuple):
 class Press(NamedTuple):
     """A key from down to up."""
 
+    name: str  # of the input
     down: float  # s, by the log's clock
     up: float
     where: str  # file and line
@@ -149,62 +149,51 @@ def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray
     Those that start or stop the recorder are passed over: see `HOTKEY_S`.
     """
     keyboard = np.zeros((len(edges) - 1, len(keys.game.action_space.keys)), dtype=np.float32)
-    for name, presses in find_presses(log, keys).items():
-        if name in keys.places:
-            down, up = np.array([(press.down, press.up) for press in presses]).T
-            held = np.flatnonzero(held_intervals(down, up, edges))
-            keyboard[held[:, None], keys.places[name]] = 1
+    for press in find_presses(log, keys):
+        if press.name in keys.places:
+            held = held_intervals(press.down, press.up, edges)
+            keyboard[held[:, None], keys.places[press.name]] = 1
             continue
-        for press in presses:
-            stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(name))
-            until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
-            if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
-                keys.row([name], press.where)  # refuses it, unless others are dropped
+        stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(press.name))
+        until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
+        if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
+            keys.row([press.name], press.where)  # refuses it, unless others are dropped
     return keyboard
 
 
-def find_presses(log: EventLog, keys: KeyMap) -> dict[str, list[Press]]:
+def find_presses(log: EventLog, keys: KeyMap) -> list[Press]:
     """Every input's presses: to its release, to a pause, to the log's end, or without an end."""
     held: dict[str, Press] = {}
     folded: dict[str, str] = {}  # names as they were pressed last
-    presses = defaultdict(list)
+    presses = []
     for event in log.events:
         if event.kind in ("pause", "end"):
-            for name, press in held.items():
-                presses[name].append(press._replace(up=event.time))
+            presses += [press._replace(up=event.time) for press in held.values()]
             held.clear()
         elif event.kind in ("press", "release"):
             name = keys.spell(event.value, event.where)
             if event.kind == "press":
-                held.setdefault(name, Press(event.time, np.inf, event.where))  # a held key repeats its press
+                held.setdefault(name, Press(name, event.time, np.inf, event.where))  # a held key repeats its press
                 folded[name.casefold()] = name
                 continue
             if name not in held:  # Shift may change the letter between press and release
                 name = folded.get(name.casefold(), name)
             if name in held:
-                presses[name].append(held.pop(name)._replace(up=event.time))
-    for name, press in held.items():
-        presses[name].append(press)
-    return presses
+                presses.append(held.pop(name)._replace(up=event.time))
+    return [*presses, *held.values()]
 
 
-def held_intervals(down: np.ndarray, up: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """The intervals in which one of the presses from `down` to `up` (n) counts, (m) bool.
-
-    Interval i lasts from `edges[i]` to `edges[i + 1]`.
-    """
-    shown = (down < edges[-1]) & (up > edges[0])
-    down, up = down[shown], up[shown]
-    first = np.maximum(np.searchsorted(edges, down, side="right") - 1, 0)
-    last = np.minimum(np.maximum(np.searchsorted(edges, up, side="left") - 1, first), len(edges) - 2)
-    in_first = np.minimum(edges[first + 1], up) - np.maximum(edges[first], down)
-    in_last = np.minimum(edges[last + 1], up) - np.maximum(edges[last], down)
-    begins = np.where(2 * in_first >= edges[first + 1] - edges[first], first, first + 1)
-    ends = np.where(2 * in_last >= edges[last + 1] - edges[last], last, last - 1)
-    longest = np.where(in_first >= in_last, first, last)
-    return _cover(
-        np.where(begins <= ends, begins, longest), np.where(begins <= ends, ends, longest) + 1, len(edges) - 1
-    )
+def held_intervals(down: float, up: float, edges: np.ndarray) -> np.ndarray:
+    """The numbers of the intervals in which a press from `down` to `up` counts: those that it fills by half, or the one
+    that it fills most. Interval i lasts from `edges[i]` to `edges[i + 1]`."""
+    if down >= edges[-1] or up <= edges[0]:
+        return np.zeros(0, dtype=int)
+    first = max(int(np.searchsorted(edges, down, side="right")) - 1, 0)
+    last = max(int(np.searchsorted(edges[:-1], up, side="left")) - 1, first)
+    begins, ends = edges[first : last + 1], edges[first + 1 : last + 2]
+    filled = np.minimum(ends, up) - np.maximum(begins, down)
+    half = np.flatnonzero(2 * filled >= ends - begins)
+    return first + (half if len(half) else np.flatnonzero(filled == filled.max())[:1])
 
 
 def sum_moves(moves: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -238,15 +227,8 @@ def find_logged(log: EventLog) -> np.ndarray:
 
 def cover_logged(logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Whether all of an interval lies in one of the spans `logged` (m 2), (n) bool."""
-    first = np.searchsorted(edges, logged[:, 0] - SLACK_S, side="left")
-    last = np.searchsorted(edges, logged[:, 1] + SLACK_S, side="right") - 1
-    some = last > first
-    return _cover(first[some], last[some], len(edges) - 1)
-
-
-def _cover(first: np.ndarray, end: np.ndarray, length: int) -> np.ndarray:
-    """Which of `length` places lie in one of the runs from `first` to before `end` (m)."""
-    steps = np.zeros(length + 1, dtype=np.int64)
-    np.add.at(steps, first, 1)
-    np.add.at(steps, end, -1)
-    return np.cumsum(steps[:-1]) > 0
+    covered = np.zeros(len(edges) - 1, dtype=bool)
+    for since, until in logged:
+        first = np.searchsorted(edges, since - SLACK_S, side="left")
+        covered[first : max(first, np.searchsorted(edges, until + SLACK_S, side="right") - 1)] = True
+    return covered

@@ -104,11 +104,8 @@ def read_actions(log: Path, game: GameConfig) -> Actions:
         raise UserError(f"{log} holds no mouse ({len(keyboard)}, 2), but {shapes}; or set action_space.mouse=false")
     names = [str(column) for column in range(keyboard.shape[1])] if game.inputs.keys else list(space.keys)
     if len(names) != keyboard.shape[1]:
-        raise UserError(
-            f"{log}: {keyboard.shape[1]} columns for {len(names)} keys; bind them by number in game.inputs.keys"
-        )
-    keys = bind_keys(game, names, f"the rows of {log}")
-    held = keys.rows(names, keyboard, lambda i: f"{log} row {i}: keyboard column")
+        raise UserError(f"{log}: {keyboard.shape[1]} columns, {len(names)} keys; bind them in game.inputs.keys")
+    held = bind_keys(game, names).rows(names, keyboard, lambda i: f"{log} row {i}: keyboard column")
     scale = game.inputs.pitch_deg or space.mouse_unit_deg, game.inputs.yaw_deg or space.mouse_unit_deg
     degrees = mouse.astype(np.float64) * scale if space.mouse and mouse is not None else np.zeros((len(held), 2))
     return Actions(held, mouse_rows(space, degrees, lambda i: f"{log} row {i}"))

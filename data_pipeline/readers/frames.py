@@ -58,7 +58,7 @@ def read_folder(folder: Path, game: GameConfig) -> list[Episode]:
     if not (folder / LOG).is_file():
         raise UserError(f"{folder} has pictures, but no {LOG}")
     first, pictures = number_pictures(folder)
-    keys = bind_keys(game, None, "pictures with a key log")
+    keys = bind_keys(game)
     keyboard = np.zeros((len(pictures), len(game.action_space.keys)), dtype=np.float32)
     for where, cell, frame, adds_up in read_log(folder / LOG, game.fps):
         if not first <= frame < first + len(pictures):
@@ -146,8 +146,6 @@ def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int, bool]]:
             before = time, frame
             drift = (time - start[0]) * fps - (frame - start[1])
             if abs(drift) > 1 + RATE_TOLERANCE * (frame - start[1]):  # keys of one frame may be logged at its two ends
-                raise UserError(
-                    f"{where}: {time - start[0]:g} s after the first row it should be {drift:+.1f} frames further at "
-                    f"{fps:g} fps; set game.fps, or log and pictures have drifted apart"
-                )
+                apart = f"times and frames drift apart by {drift:+.1f} frames at {fps:g} fps"
+                raise UserError(f"{where}: {apart}; set game.fps, or split the recording")
             yield where, cells[0], int(frame), adds_up

@@ -47,16 +47,14 @@ FORMAT = Format(find_recordings)
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The one episode of a pair."""
-    keys = bind_keys(game, KEYS, "GF-Minecraft recordings")
+    keys = bind_keys(game, KEYS)
     footage, entries = open_video(video, game), read_entries(log)
     if len(entries) - footage.frames not in (0, 1):
         raise UserError(f"{log} has {len(entries)} entries, {video} has {footage.frames} frames; as many or one more")
     first = game.inputs.first_entry
     if len(entries) > footage.frames:
-        say(
-            f"recordings with one entry more than frames: entry {first} is taken to lead on from frame 0; the doctor "
-            "finds out whether it does, and game.inputs.first_entry changes it"
-        )
+        taken = f"entry {first} is taken to lead on from frame 0"
+        say(f"one entry more than frames: {taken}; let the doctor find out, and set game.inputs.first_entry")
     keyboard = np.stack([keys.row(_held(entry), entry.where) for entry in entries[first:]])
     degrees = np.zeros((len(entries), 2))
     if game.action_space.mouse:
@@ -96,10 +94,8 @@ def check_poses(log: Path, entries: Sequence[Row], yaw_deg: np.ndarray) -> None:
     agreeing: dict[int, float] = {shift: _agreement(turned, yaw_deg, shift) for shift in (0, -1, 1)}
     best = max(agreeing, key=lambda shift: agreeing[shift])
     if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
-        raise UserError(
-            f"{log}: yaw changes by the yaw_delta of the entry {'before' if best < 0 else 'after'} in "
-            f"{agreeing[best]:.0%} of the turns, by its own in {agreeing[0]:.0%}; the actions are shifted by one frame"
-        )
+        share, side = f"{agreeing[best]:.0%} of the turns", "before" if best < 0 else "after"
+        raise UserError(f"{log}: the actions are shifted: yaw changes by the yaw_delta of the entry {side} in {share}")
 
 
 def _agreement(turned: np.ndarray, yaw_deg: np.ndarray, shift: int) -> float:

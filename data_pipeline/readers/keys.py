@@ -40,9 +40,7 @@ class KeyMap:
         """
         near = [] if name in self.places else _ignoring_case(name, self.places)
         if len({tuple(self.places[other]) for other in near}) > 1:
-            raise UserError(
-                f"{where}: {name[:80]!r} may be {' or '.join(near)}, which hold different keys; bind it as well"
-            )
+            raise UserError(f"{where}: {name[:80]!r} may be {' or '.join(near)}, which differ; bind it as well")
         return near[0] if near else name
 
     def row(self, held: Iterable[str], where: str) -> np.ndarray:
@@ -53,9 +51,7 @@ class KeyMap:
                 vector[self.places[name]] = 1
             elif self.game.inputs.others == "refuse":
                 fix = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
-                raise UserError(
-                    f"{where}: {name[:80]!r} holds no key of {self.game.name!r}; {fix}set game.inputs.others=drop"
-                )
+                raise UserError(f"{where}: {name[:80]!r} holds no key; {fix}set game.inputs.others=drop")
         return vector
 
     def rows(self, names: Sequence[str], table: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
@@ -74,41 +70,30 @@ class KeyMap:
         return keyboard
 
 
-def bind_keys(game: GameConfig, known: Collection[str] | None, format_name: str) -> KeyMap:
+def bind_keys(game: GameConfig, known: Collection[str] | None = None) -> KeyMap:
     """The game's bindings; without any, a key is held by the input of its own name.
 
-    Raises UserError for an input that is not in `known`, which is what recordings of this format can hold.
+    Raises UserError for an input that is not in `known`, which is what recordings of a format can hold.
     """
     places: dict[str, list[int]] = {}
     for key, inputs in (game.inputs.keys or {key: (key,) for key in game.action_space.keys}).items():
         for name in inputs:
             if known is not None and name not in known:
-                name = _known_spelling(name, key, known, format_name)
+                name = _known_spelling(name, key, known)
             places.setdefault(name, []).append(game.action_space.keys.index(key))
     return KeyMap(game, places, known)
 
 
-def _known_spelling(name: str, key: str, known: Collection[str], format_name: str) -> str:
+def _known_spelling(name: str, key: str, known: Collection[str]) -> str:
     same = _ignoring_case(name, known)
     if len(same) == 1:
         return same[0]
-    near = sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0)
-    raise UserError(
-        f"game.inputs.keys.{key}: {format_name} have no input {name!r}, but {', '.join(near)}; [] binds nothing"
-    )
+    near = ", ".join(sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0))
+    raise UserError(f"game.inputs.keys.{key}: this format has no input {name!r}, but {near}; [] binds nothing")
 
 
 def _ignoring_case(name: str, names: Iterable[str]) -> list[str]:
     return [other for other in names if other.casefold() == name.casefold()]
-
-
-def require_mouse_scale(game: GameConfig, reader: str) -> None:
-    """Raises UserError if the mouse counts, but not how many degrees one recorded unit is."""
-    if game.action_space.mouse and not (game.inputs.pitch_deg and game.inputs.yaw_deg):
-        raise UserError(
-            f"reader={reader}: set game.inputs.pitch_deg and game.inputs.yaw_deg, the degrees up and right of one unit "
-            "of the recorded mouse (of a pixel: pitch_deg < 0, since y counts downwards)"
-        )
 
 
 def scale_mouse(game: GameConfig, moves: np.ndarray, where: Callable[[int], str]) -> np.ndarray:

@@ -36,6 +36,13 @@ class Row(NamedTuple):
     def number(self, column: str) -> float:
         return read_number(self.cell(column), f"{self.where}: {column}")
 
+    def count(self, column: str) -> int:
+        """A whole number from 0 on."""
+        value = self.cell(column)
+        if type(value) is not int or value < 0:
+            raise UserError(f"{self.where}: {column} is {value!r:.80}, which is no count")
+        return value
+
     def down(self, column: str) -> bool:
         """Whether the key of this column is held."""
         value = self.cell(column)
@@ -112,7 +119,7 @@ def read_frame_rows(log: Path, footage: Footage, spare: int = 0) -> list[Row]:
 
 def check_row_count(log: Path, rows: int, footage: Footage, spare: int = 0) -> None:
     """Raises UserError if a log has not one row per frame: then it is unknown which row belongs to which frame."""
-    if not footage.frames - spare <= rows <= footage.frames:
+    if not rows or not footage.frames - spare <= rows <= footage.frames:
         raise UserError(f"{log} has {rows} rows, {footage.path} has {footage.frames} frames; give each frame a row")
 
 

@@ -51,45 +51,19 @@ KINDS: dict[str, Kind] = {
 KIND = re.compile(r"[A-Za-z]\w*", re.ASCII)
 BUTTONS = {1: "mouse_left", 2: "mouse_right", 4: "mouse_middle", 5: "mouse_4", 6: "mouse_5"}
 # https://learn.microsoft.com/windows/win32/inputdev/virtual-key-codes; a key that says no side is the left one.
+NAMED = """
+    08 backspace  09 tab  0D enter  10 left_shift  11 left_control  12 left_alt  13 pause  14 caps_lock  1B escape
+    20 space  21 page_up  22 page_down  23 end  24 home  25 left  26 up  27 right  28 down  2C print_screen  2D insert
+    2E delete  5B left_win  5C right_win  5D menu  6A keypad_multiply  6B keypad_add  6D keypad_subtract
+    6E keypad_decimal  6F keypad_divide  90 num_lock  91 scroll_lock  A0 left_shift  A1 right_shift  A2 left_control
+    A3 right_control  A4 left_alt  A5 right_alt  BA semicolon  BB equal  BC comma  BD minus  BE period  BF slash
+    C0 grave_accent  DB left_bracket  DC backslash  DD right_bracket  DE apostrophe  E2 world_2
+"""
 KEYS = {
     **{code: chr(code).lower() for code in (*range(0x30, 0x3A), *range(0x41, 0x5B))},
     **{0x60 + i: f"keypad_{i}" for i in range(10)},
     **{0x70 + i: f"f{i + 1}" for i in range(24)},
-    **dict(zip(range(0x21, 0x29), ("page_up", "page_down", "end", "home", "left", "up", "right", "down"), strict=True)),
-    **dict(zip(range(0x10, 0x15), ("left_shift", "left_control", "left_alt", "pause", "caps_lock"), strict=True)),
-    **dict(zip(range(0xA0, 0xA4), ("left_shift", "right_shift", "left_control", "right_control"), strict=True)),
-    0x08: "backspace",
-    0x09: "tab",
-    0x0D: "enter",
-    0x1B: "escape",
-    0x20: "space",
-    0x2C: "print_screen",
-    0x2D: "insert",
-    0x2E: "delete",
-    0x5B: "left_win",
-    0x5C: "right_win",
-    0x5D: "menu",
-    0x6A: "keypad_multiply",
-    0x6B: "keypad_add",
-    0x6D: "keypad_subtract",
-    0x6E: "keypad_decimal",
-    0x6F: "keypad_divide",
-    0x90: "num_lock",
-    0x91: "scroll_lock",
-    0xA4: "left_alt",
-    0xA5: "right_alt",
-    0xBA: "semicolon",
-    0xBB: "equal",
-    0xBC: "comma",
-    0xBD: "minus",
-    0xBE: "period",
-    0xBF: "slash",
-    0xC0: "grave_accent",
-    0xDB: "left_bracket",
-    0xDC: "backslash",
-    0xDD: "right_bracket",
-    0xDE: "apostrophe",
-    0xE2: "world_2",
+    **{int(code, 16): name for code, name in re.findall(r"(\w\w) (\w+)", NAMED)},
 }
 CODE = "code_{}"  # one without a name
 INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in range(256) if i not in KEYS)))
@@ -115,17 +89,15 @@ FORMAT = Format(find_recordings, scaled_mouse=True)
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes between losses of focus and gaps of the video."""
-    keys, screen = bind_keys(game, INPUTS, "owl-control recordings"), open_screen(video, game)
+    keys, screen = bind_keys(game, INPUTS), open_screen(video, game)
     events = sort_events(log, read_events(log, game.action_space.mouse), screen, game)
     start, stop = events.first("start", "begin"), events.first("stop", "end")
     if start is None or stop is None:
         missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
         raise UserError(f"{log} has no {missing}; it is unknown which part of the video it belongs to")
     if start.kind == "begin" and not game.inputs.offset_s:
-        say(
-            f"{log} has no VIDEO_START: the video is taken to begin at START, which may be some frames off; let the "
-            "doctor measure it and set game.inputs.offset_s"
-        )
+        taken = "the video is taken to begin at START, which may be some frames off"
+        say(f"{log} has no VIDEO_START: {taken}; let the doctor measure it and set game.inputs.offset_s")
     return cut_by_log(name, screen, start.time, events, keys)
 
 

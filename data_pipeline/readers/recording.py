@@ -78,10 +78,8 @@ def probe_footage(video: Path) -> Footage:
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
     """Raises UserError for another rate than the game's, unless frames are taken by their times."""
     if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
-        raise UserError(
-            f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; set game.fps, or game.inputs.fps to "
-            "leave frames out"
-        )
+        fix = "set game.fps, or game.inputs.fps to leave frames out"
+        raise UserError(f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; {fix}")
 
 
 def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
@@ -96,11 +94,9 @@ def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
     wrong = np.flatnonzero(np.abs(off) > MOST_OFF)
     if len(wrong):
         frame = wrong[0]
-        how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'}"
-        raise UnevenTimesError(
-            f"{video}: frame {frame} is shown {how} at {times[frame]:.3f} s, its rate varies; record at a constant "
-            "rate, or set game.inputs.times=resample to take frames by their times"
-        )
+        how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'} at {times[frame]:.3f} s"
+        fix = "record at a constant rate or set game.inputs.times=resample"
+        raise UnevenTimesError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
     if abs(lasts * game.fps - frames[-1]) > MOST_OFF + RATE_TOLERANCE * frames[-1]:
         check_rate(video, frames[-1] / lasts, game)
 
@@ -213,9 +209,10 @@ def _list_all(source: str | Path) -> list[Path]:
     return sorted(source.iterdir())
 
 
-def import_extra(module: str, format_name: str) -> Any:
+def import_extra(module: str) -> Any:
     """An optional package; raises UserError with what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{format_name} need {module.partition('.')[0]}: pip install 'worldloom[readers]'") from error
+        package = module.partition(".")[0]
+        raise UserError(f"these recordings need {package}: pip install 'worldloom[readers]'") from error

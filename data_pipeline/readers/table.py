@@ -39,7 +39,7 @@ def read_table(name: str, video: Path, table: Path, game: GameConfig) -> list[Ep
     rows = read_frame_rows(table, footage)
     if "frame" in columns:
         check_frame_numbers(rows, columns["frame"])
-    keys = bind_keys(game, None, "tables")
+    keys = bind_keys(game)
     held = [_listed(row, columns["keys"]) if "keys" in columns else filter(row.down, keys.places) for row in rows]
     keyboard = np.stack([keys.row(names, row.where) for names, row in zip(held, rows, strict=True)])
     mouse = [columns.get(role, role) for role in ("dy", "dx") if game.action_space.mouse]

@@ -62,7 +62,7 @@ FORMAT = Format(find_recordings)
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes between open GUIs and other places where a recording is cut."""
-    keys, footage = bind_keys(game, INPUTS, "VPT recordings"), open_video(video, game)
+    keys, footage = bind_keys(game, INPUTS), open_video(video, game)
     ticks = read_ticks(read_frame_rows(log, footage, spare=1))
     keyboard = [keys.row(tick.inputs, tick.where) for tick in ticks]
     degrees = np.array([tick.mouse_deg for tick in ticks])

@@ -97,11 +97,8 @@ def read_about(path: Path, game: GameConfig) -> About:
     """`episode.json`, checked against the game's fps and action space."""
     if not path.is_file():
         raise MissingFileError(f"no {path}; every episode folder needs {VIDEO}, {ACTIONS} and {ABOUT}")
-    loaded, names = read_json(path), [field.name for field in fields(About)]
-    missing = [name for name in names if name not in loaded]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}")
-    about = build_from(About, {name: loaded[name] for name in names}, path)
+    names = {field.name for field in fields(About)}
+    about = build_from(About, {name: value for name, value in read_json(path).items() if name in names}, path)
     if about.fps != game.fps:
         raise UserError(f"{path} says {about.fps} fps, the game {game.name!r} has {game.fps}; set game.fps or resample")
     space = about.action_space
