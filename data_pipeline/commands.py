@@ -1,5 +1,6 @@
 """What `python -m data_pipeline` does: each verb with what it prints."""
 
+import time
 from dataclasses import dataclass
 
 from data_pipeline.encode import Encoded, encode_recordings, list_waits
@@ -13,11 +14,11 @@ from data_pipeline.verify import verify_set
 
 def record(config: RecordConfig) -> None:
     """Play ViZDoom headless with a scripted explorer and write episodes: GAME.yaml out= episodes= seed="""
-    done = record_episodes(config)
-    minutes = done.frames / config.game.fps / 60
+    start = time.perf_counter()
+    made, frames = record_episodes(config), config.episodes * config.frames
     print(
-        f"recorded {done.episodes} episodes ({done.made} new), {done.frames} frames, {minutes:.1f} minutes of play "
-        f"in {done.seconds:.1f} s -> {config.out}"
+        f"recorded {config.episodes} episodes ({made} new), {frames} frames, {frames / config.game.fps / 60:.1f} "
+        f"minutes of play in {time.perf_counter() - start:.1f} s -> {config.out}"
     )
 
 

@@ -2,13 +2,12 @@
 
 import importlib
 import os
-import struct
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +20,19 @@ from configs.files import sole_writer
 from configs.foreign import parse_object
 from configs.game import GameConfig
 from data_pipeline.claims import claimed
-from data_pipeline.players import ended_by_itself, playing
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
+from data_pipeline.workers import game_ended, spawn_workers
 
 TICS_PER_S = 35
-DEAF_TICS = 7  # at an episode's start in which inputs do nothing, in deathmatch.wad and in others
+WARM_UP_TICS = 7  # at an episode's start, in which inputs do nothing, in deathmatch.wad and in others
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
-MOST = 100_000  # episodes, whose names then sort like numbers, and frames of one, which are held in memory
-MOST_WORKERS = 256
+BOUNDS = {
+    "episodes": (1, 100_000),  # whose names then sort like numbers
+    "frames": (2, 100_000),  # which are held in memory
+    "workers": (1, 256),
+    "seed": (0, 2**63),
+}
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
 
 
@@ -55,12 +58,9 @@ class RecordConfig:
     recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
-        bounds = {"episodes": (1, MOST), "frames": (2, MOST), "workers": (1, MOST_WORKERS)}
-        for name, (least, most) in bounds.items():
+        for name, (least, most) in BOUNDS.items():
             if not least <= getattr(self, name) <= most:
                 raise UserError(f"{name}={getattr(self, name)} must be from {least} to {most}")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must be at least 0")
         if TICS_PER_S % self.game.fps:
             raise UserError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
@@ -83,15 +83,6 @@ class Step(NamedTuple):
     mouse_deg: np.ndarray  # (2) pitch, yaw over the frame's interval
 
 
-class Recorded(NamedTuple):
-    """What a run did."""
-
-    episodes: int
-    frames: int  # of the whole set
-    made: int  # episodes that this run played
-    seconds: float
-
-
 class Explorer:
     """Holds keys and turns for a while, then others; turns away from walls, leaves places where it is stuck.
 
@@ -106,9 +97,9 @@ class Explorer:
         self.rng = rng
         self.keys: tuple[str, ...] = ()
         self.keys_left = self.turn_left = self.stuck = 0
-        self.yaw_goal = self.yaw = self.pitch = self.looked = self.avoiding = 0.0
+        self.yaw_goal = self.yaw = self.pitch = self.view_pitch = self.avoiding = 0.0
 
-    def act(self, depth: np.ndarray, speed: float) -> tuple[tuple[str, ...], float, float]:
+    def policy(self, depth: np.ndarray, speed: float) -> tuple[tuple[str, ...], float, float]:
         """The keys held, pitch and yaw in degrees per tic, given the depth picture (h w) and the speed in units/tic."""
         rng = self.rng
         self.stuck = self.stuck + 1 if self.keys and speed < 0.5 else 0
@@ -118,13 +109,13 @@ class Explorer:
         if self.turn_left <= 0:
             turning = rng.random() < 0.62
             self.yaw_goal = float(rng.choice((-1, 1)) * rng.uniform(0.6, 2.2)) if turning else 0.0
-            self.pitch_goal = float(rng.uniform(-0.4, 0.4)) if rng.random() < 0.25 else -0.05 * self.looked
+            self.pitch_goal = float(rng.uniform(-0.4, 0.4)) if rng.random() < 0.25 else -0.05 * self.view_pitch
             self.turn_left = int(rng.integers(6, 18))
         self.keys_left, self.turn_left = self.keys_left - 1, self.turn_left - 1
         self.yaw += 0.5 * (self._away_from_walls(depth) - self.yaw)
         self.yaw = self.yaw if abs(self.yaw) > 0.05 else 0.0
-        pitch = float(np.clip(self.pitch_goal, -12 - self.looked, 12 - self.looked))
-        self.looked += pitch
+        pitch = float(np.clip(self.pitch_goal, -12 - self.view_pitch, 12 - self.view_pitch))
+        self.view_pitch += pitch
         return self.keys, pitch, self.yaw
 
     def _away_from_walls(self, depth: np.ndarray) -> float:
@@ -139,29 +130,28 @@ class Explorer:
         return 2.2 * self.avoiding
 
 
-def record_episodes(config: RecordConfig) -> Recorded:
-    """Plays and writes `episodes` folders into `out`; complete ones are kept, so a run started again goes on.
+def record_episodes(config: RecordConfig) -> int:
+    """Plays and writes `episodes` folders into `out`; says how many it played.
 
-    Episode i depends on the seed and i alone.
+    Complete ones are kept, so a run started again goes on. Episode i depends on the seed and i alone.
     """
-    start, s3 = time.perf_counter(), storage.is_s3(config.out)
+    s3 = storage.is_s3(config.out)
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    todo = _missing(config, names)
-    if not todo:
-        return Recorded(config.episodes, config.episodes * config.frames, 0, time.perf_counter() - start)
+    if not _missing(config, names):
+        return 0
     find_scenario(config.recorder)  # before anything is written
     with claimed(config.out, "record") if s3 else sole_writer(config.out, "record"):
         todo = _missing(config, names)  # another one may just have ended
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
-            playing(_record_share, shares) as players,
+            spawn_workers(_record_share, shares) as workers,
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
         ):
-            while any([player.plays() for player in players]):
+            while any([worker.is_running() for worker in workers]):
                 time.sleep(2.0 if s3 else 0.2)
                 there = set(map(storage.name_of, storage.list_folders(config.out)))
                 bar.update(sum(names[i] in there for i in todo) - bar.n)
-    return Recorded(config.episodes, config.episodes * config.frames, len(todo), time.perf_counter() - start)
+    return len(todo)
 
 
 def _missing(config: RecordConfig, names: Sequence[str]) -> list[int]:
@@ -173,7 +163,11 @@ def _record_share(config: RecordConfig, indices: list[int]) -> None:
     """Plays the episodes `indices` in one game."""
     with running_game(config) as game:
         for i in indices:
-            _record_episode(game, config, i, storage.path(config.out) / f"episode_{i:05d}")
+            steps = list(play(game, config, i))
+            keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
+            folder = storage.path(config.out) / f"episode_{i:05d}"
+            frames = (step.frame for step in steps)
+            write_episode(folder, _about(config, i), frames, keyboard, mouse_deg, config.recorder.crf)
 
 
 def import_vizdoom() -> Any:
@@ -185,33 +179,23 @@ def import_vizdoom() -> Any:
 
 
 def find_scenario(recorder: RecorderConfig) -> Path:
-    """The scenario's file. Raises ValueError if it lacks the map: the game would wait for ever, without a word."""
+    """The scenario's file, a WAD. Refused if it lacks the map, for which the game would wait without end."""
     scenario = Path(import_vizdoom().scenarios_path) / recorder.scenario
     if not scenario.is_file():
         raise MissingFileError(f"ViZDoom has no scenario {recorder.scenario}")
     maps = read_maps(scenario)
     if recorder.map.upper() not in maps:
-        raise UserError(
-            f"ViZDoom's {recorder.scenario} has no map {recorder.map.upper()}, but {', '.join(maps) or 'none'}"
-        )
+        has = ", ".join(maps) or "none: it is no WAD"
+        raise UserError(f"ViZDoom's {recorder.scenario} has no map {recorder.map.upper()}, but {has}")
     return scenario
 
 
 def read_maps(wad: Path) -> list[str]:
-    """The names of a WAD's maps: the lumps before a THINGS (Doom's format) or a TEXTMAP (UDMF).
-
-    Raises ValueError for a file that is no WAD.
-    """
+    """The names of a WAD's maps. In its directory each has 8 bytes, of 16 per entry, before those of a THINGS (Doom's
+    format) or a TEXTMAP (UDMF)."""
     data = wad.read_bytes()
-    try:
-        kind, count, offset = struct.unpack_from("<4sii", data)
-        entries = [struct.unpack_from("<ii8s", data, offset + 16 * i) for i in range(count)]
-    except struct.error:
-        kind, entries = b"", []
-    if kind not in (b"IWAD", b"PWAD"):
-        raise UserError(f"{wad} is no WAD, or a damaged one")
-    names = [name.partition(b"\0")[0].decode("latin-1").upper() for _, _, name in entries]
-    return [name for name, content in pairwise(names) if content in ("THINGS", "TEXTMAP")]
+    names = [data[at.start() - 16 : at.start() - 8] for at in re.finditer(rb"THINGS\0|TEXTMAP\0", data)]
+    return [name.partition(b"\0")[0].decode("latin-1").upper() for name in names if name]
 
 
 @contextmanager
@@ -235,8 +219,8 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         game.set_mode(vizdoom.Mode.PLAYER)
         game.set_episode_timeout(0)
         game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
-        variables = (vizdoom.GameVariable.POSITION_X, vizdoom.GameVariable.POSITION_Y, vizdoom.GameVariable.ANGLE)
-        game.set_available_game_variables(list(variables))
+        variables = ("POSITION_X", "POSITION_Y", "ANGLE")
+        game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in variables])
         game.add_game_args("-nomonsters +viz_nocheat 0")
         # Where the game wants to write; if it cannot make it, or another game does just then, the library crashes.
         Path("_vizdoom").mkdir(exist_ok=True)
@@ -244,7 +228,7 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
             game.init()
             yield game
         except (vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException) as error:
-            raise ChildProcessError(ended_by_itself(f"a game ended by itself ({error})")) from error
+            raise game_ended(str(error)) from error
         finally:
             game.close()
 
@@ -256,24 +240,17 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
     game.new_episode()
     game.send_game_command("god")
     explorer, names, before = Explorer(rng), config.game.action_space.keys, None
-    game.make_action([0] * (len(names) + 2), DEAF_TICS)
+    game.make_action([0] * (len(names) + 2), WARM_UP_TICS)
     for _ in range(config.frames):
         state = game.get_state()
         position = np.array(state.game_variables[:2])
         speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / config.tics
-        keys, pitch, yaw = explorer.act(state.depth_buffer, speed)
+        keys, pitch, yaw = explorer.policy(state.depth_buffer, speed)
         keyboard = np.array([name in keys for name in names], dtype=np.uint8)
         frame = fit_frame(state.screen_buffer, config.game.height, config.game.width)
         yield Step(frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
         game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
         before = position
-
-
-def _record_episode(game: Any, config: RecordConfig, index: int, folder: Path) -> None:
-    steps = list(play(game, config, index))
-    frames = (step.frame for step in steps)
-    keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
-    write_episode(folder, _about(config, index), frames, keyboard, mouse_deg, config.recorder.crf)
 
 
 def _about(config: RecordConfig, index: int) -> dict[str, Any]:
@@ -288,7 +265,7 @@ def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
         return False
     lacking = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
     if lacking:
-        raise UserError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded anew")
+        raise UserError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded again")
     found, wanted = parse_object(path.read_bytes(), path), _about(config, index)
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:

@@ -42,7 +42,7 @@ def digest(folder):
 def test_recordings_read_back_as_the_games(recorded):
     out, done = recorded
     game = make_config(out).game
-    assert done[:3] == (2, 24, 2)
+    assert done == 2
     for folder in find_episodes(out):
         episode = read_episode(folder, game)
         frames = np.stack(list(read_game_frames(episode, game)))
@@ -58,9 +58,9 @@ def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(r
     for path in (out / "episode_00001").iterdir():
         path.unlink()
     (out / "episode_00001").rmdir()
-    assert record_episodes(make_config(out)).made == 1  # the second episode without the first one before it
+    assert record_episodes(make_config(out)) == 1  # the second episode without the first one before it
     assert [digest(folder) for folder in find_episodes(out)] == before
-    assert record_episodes(make_config(out)).made == 0
+    assert record_episodes(make_config(out)) == 0
 
 
 def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
@@ -100,7 +100,7 @@ def test_yaw_and_pitch_are_what_the_view_turns_by():
 def test_the_explorer_holds_every_key_alone_and_turns_both_ways():
     explorer = Explorer(np.random.default_rng(0))
     open_space = np.full((20, 32), 50, np.uint8)
-    held, yaw = zip(*[explorer.act(open_space, 5.0)[::2] for _ in range(4000)], strict=True)
+    held, yaw = zip(*[explorer.policy(open_space, 5.0)[::2] for _ in range(4000)], strict=True)
     for keys in [("forward",), ("back",), ("left",), ("right",), ()]:
         assert sum(one == keys for one in held) > 200
     assert min(yaw) < -1 and max(yaw) > 1 and sum(one == 0 for one in yaw) > 1000
@@ -111,7 +111,7 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
     explorer.keys, explorer.keys_left = ("forward",), 1000
     wall = np.full((20, 32), 3, np.uint8)
     wall[:, 24:] = 60
-    assert [explorer.act(wall, 5.0)[2] for _ in range(10)][-1] > 1.5
+    assert [explorer.policy(wall, 5.0)[2] for _ in range(10)][-1] > 1.5
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
         ("game.action_space.keys=[forward,jump]", "jump"),
         ("recorder.scenario=nowhere.wad", "no scenario nowhere.wad"),
         ("recorder.map=map99", "deathmatch.wad has no map MAP99, but MAP01"),
-        ("recorder.scenario=deathmatch.cfg", "deathmatch.cfg is no WAD"),
+        ("recorder.scenario=deathmatch.cfg", "deathmatch.cfg has no map MAP01"),
         ("game.height=160000", "height=160000 and width=160 from 1 to 8192"),
         ("game.fps=0.000001", "fps=1e-06 must be from 0.1 to 1000"),
         ("episodes=1000000000", "episodes=1000000000 must be from 1 to 100000"),

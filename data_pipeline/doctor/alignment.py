@@ -1,126 +1,118 @@
-"""Which rows of the inputs the motion of the picture answers to: shifts and rates, by how well they explain it."""
+"""Whether rows of inputs and pictures go together: shift, rate, axes and their signs, in each recording and in all.
 
-from collections.abc import Iterable, Sequence
+The motion of the picture is regressed on the inputs under many hypotheses of which row belongs to which frame.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
 
+from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
+from data_pipeline.doctor.pictures import Repeats
 from data_pipeline.doctor.signals import EpisodeSignals
 
+MIN_FRAMES = 8  # of an episode that is measured
+# Log-likelihood ratios. Of 500 clean ViZDoom recordings of 6 s the worst had 8.7 for a wrong shift, 9.0 for a wrong
+# rate, 3 for a wrong axis or sign, and 9 (the next ones 2) against the motion per degree of the others; of 1,000 with
+# another one's inputs, the worst had 17 and 25, and 54 % had 12 and more against that motion.
+SHIFT_LLR, RATE_LLR, AXIS_LLR, UNRELATED_LLR = 12.0, 17.0, 12.0, 12.0
+KNOWN_LLR = 50.0  # for the effect of all, before a single recording is held against it
+BY_KEYS = 1.7  # times as much is asked for where keys are what moves the picture: they are many, and explain more
+KEY_DELAY_S = 0.25  # a picture may answer to a key so late, since walking begins slowly; to the mouse it does at once
+SHIFT_S, LEAST_SHIFT = 1.0, 8  # the largest shift that is tried, and in frames, however few there are in a second
 # Rates that recorders run at, 24 to 60 per second, by each other: rows of the inputs that pass from picture to picture.
 RATES = (1.0, 0.4, 0.5, 0.6, 0.8, 5 / 6, 0.96, 25 / 24, 1.2, 1.25, 5 / 3, 2.0, 2.5)
-DRIFT = 0.04  # slower drifts of one clock against another are looked for in long recordings
-LEAST = 8  # frames of an episode that is looked at
-# Of all differences the largest tenth counts as less: cuts, flow that failed, and the few jerks that a coincidence is
-# made of. Of 200 ViZDoom recordings with another one's inputs, the worst then had evidence 16 for some shift; with a
-# fiftieth it was 22.
+MAX_DRIFT = 0.04  # slower drifts of one clock against another are looked for in long recordings
+# Of all differences the largest tenth is cut down: cuts, flow that failed, and the few jerks that a coincidence is made
+# of. Of 200 ViZDoom recordings with another one's inputs, the worst then had a log-likelihood ratio of 16 for some
+# shift; with a fiftieth it was 22.
 CLIPPED = 0.1
 TINY = 1e-9
 
 
-@dataclass(frozen=True)
-class Clock:
-    """What is tried, and what counts as in time."""
+class Search(NamedTuple):
+    """Which shifts are tried, by which inputs."""
 
-    longest: int  # frames, the largest shift
-    by_keys: bool = False  # there is no mouse: keys are what moves the picture
-    slow: int = 0  # frames that a picture may take to answer
-
-    @property
-    def odds(self) -> float:
-        """By what factor more evidence is needed: as there are many keys, more of a coincidence can be explained."""
-        return 1.7 if self.by_keys else 1.0
+    shifts: np.ndarray  # (s) frames, ascending
+    in_time: np.ndarray  # (s) bool, those that are no fault
+    by_keys: bool = False  # instead of yaw and pitch, where there is no mouse
 
     @property
-    def shifts(self) -> np.ndarray:
-        return np.arange(-self.longest, self.longest + 1)
-
-    @property
-    def in_time(self) -> np.ndarray:
-        """Which of the shifts are none, (h) bool."""
-        return (self.shifts <= 0) & (self.shifts >= -self.slow)
+    def motions(self) -> int:
+        """To the right and down; keys expand the picture, too."""
+        return 3 if self.by_keys else 2
 
 
 @dataclass(frozen=True)
-class Products:
-    """Sums over frame pairs, for h hypotheses: all that a regression of motion (c) on inputs (m) under each one needs.
+class Alignment:
+    """How the rows of recordings lie to their pictures."""
 
-    Both are differences between neighbours: walking goes on as it was and falls out, a turn begins and ends at once.
-    """
-
-    inputs: np.ndarray  # (h m m), inputs with inputs
-    mixed: np.ndarray  # (h m c), inputs with motion
-    motion: np.ndarray  # (c), squares
-    pairs: int
-
-    def __add__(self, other: "Products") -> "Products":
-        inputs, mixed, motion = self.inputs + other.inputs, self.mixed + other.mixed, self.motion + other.motion
-        return Products(inputs, mixed, motion, self.pairs + other.pairs)
-
-    def __getitem__(self, hypotheses: slice) -> "Products":
-        return Products(self.inputs[hypotheses], self.mixed[hypotheses], self.motion, self.pairs)
+    checks: dict[str, CheckResult]  # by what their amount counts
+    moments: np.ndarray  # (r v v) of each recording at its own shift; zeros where none is right, as the rate is wrong
 
     @property
-    def gain(self) -> np.ndarray:
-        """(h m c) motion per unit of input, the best."""
-        return np.linalg.pinv(self.inputs, rcond=1e-6, hermitian=True) @ self.mixed
-
-    def evidence(self, gain: np.ndarray | None = None) -> np.ndarray:
-        """(h) how much likelier the motion is with each hypothesis than without any, as a natural logarithm.
-
-        Of Gaussian residuals as large as they are found; with the `gain` (m c) that is given, else with the best.
-        """
-        used = self.gain if gain is None else gain
-        explained = 2 * (used * self.mixed).sum(axis=-2) - (used * (self.inputs @ used)).sum(axis=-2)
-        left = np.maximum(self.motion - explained, TINY * (1 + self.motion))
-        return -self.pairs / 2 * np.log(left / (TINY + self.motion)).sum(axis=-1)
-
-    def evidence_singly(self) -> np.ndarray:
-        """(h m c) the same for each input and each motion alone, negative where the one makes the other less."""
-        squares = np.diagonal(self.inputs, axis1=1, axis2=2)[..., None] * self.motion
-        share = np.minimum(self.mixed**2 / (squares + TINY), 1 - TINY)
-        return -self.pairs / 2 * np.log1p(-share) * np.sign(self.mixed)
+    def lates(self) -> list[int]:
+        """Of each recording, by how many frames its rows are late: row i + late leads from frame i to the next."""
+        return self.checks["frames_late"].amount[1:].astype(int).tolist()
 
 
-class Alignment(NamedTuple):
-    """How rows lie to pictures, as far as it can be told. Evidences are natural logarithms of odds."""
+def align(data: Dataset, mouse: bool) -> Alignment:
+    """Shift and rate, by the mouse or else by the keys, and the mouse's axes."""
+    fps = data.game.fps
+    longest = max(round(SHIFT_S * fps), LEAST_SHIFT)
+    shifts = np.arange(-longest, longest + 1)
+    in_time = (shifts == 0) if mouse else (shifts <= 0) & (shifts >= -round(KEY_DELAY_S * fps))
+    search = Search(shifts, in_time, by_keys=not mouse)
+    rates = [rates_for(one.frames) for one in data.recordings]
+    each = [measure_moments(one.episodes, search, tried) for one, tried in zip(data.recordings, rates, strict=True)]
+    whole = np.sum([one[: len(RATES) * len(shifts)] for one in each], axis=0)
+    judged = [judge(one, search, tried) for one, tried in zip([whole, *each], [RATES, *rates], strict=True)]
+    late, shift_llr, confidence, rate, rate_llr = np.array(judged).T
+    rate_check = pool(rate_llr, RATE_LLR, rate, near=0.1)
+    if rate_check.status[0] > 0:  # then a shift is only what fits best for a while
+        shift_llr[1:] = np.minimum(shift_llr[1:], 0)
+    shift = pool(shift_llr, SHIFT_LLR, late, near=1, confidence=confidence)
+    wrong_rate = rate_check.status[1:] > 0
+    own = np.stack([one[longest + int(i)] for one, i in zip(each, shift.amount[1:], strict=True)])
+    own[wrong_rate] = 0
+    axes = judge_axes(own, wrong_rate) if mouse else {}
+    return Alignment({"frames_late": shift, "rows_per_picture": rate_check, **axes}, own)
 
-    late: int  # frames: row i + late is what the motion after frame i answers to
-    confidence: float  # in [0, 1], of this shift among all shifts
-    evidence: float  # for the likeliest shift against none; below 0: for none against the likeliest shift
-    rate: float  # rows per picture: the likeliest
-    rate_evidence: float  # for it, against every shift of one row per picture
+
+def rates_for(frames: int) -> tuple[float, ...]:
+    """The rates to try on a recording of `frames`: the usual ones, and drifts of 4, 6, 8, 11, ... frames along it."""
+    drifts = [2 ** (i / 2) / frames for i in range(4, 61) if 2 ** (i / 2) <= MAX_DRIFT * frames]
+    return (*RATES, *(1 + drift for drift in drifts), *(1 - drift for drift in drifts))
 
 
-def measure_products(episodes: Iterable[EpisodeSignals], clock: Clock, rates: Sequence[float]) -> Products:
-    """The products for every rate (outer) and every shift (inner), of all episodes.
+def measure_moments(episodes: Iterable[EpisodeSignals], search: Search, rates: Sequence[float]) -> np.ndarray:
+    """(h v v): for every rate (outer) and shift (inner), sums over frame pairs of the products of v columns.
 
-    Of yaw and pitch with motion to the right and down; by keys: of these with that and divergence.
+    These are the inputs, the motions, and 1: all that a regression needs. Both are differences between neighbours:
+    walking goes on as before and drops out, a turn begins and ends at once.
     """
-    long_enough = (episode for episode in episodes if len(episode) >= LEAST)
-    return reduce(Products.__add__, (_of_episode(episode, clock, rates) for episode in long_enough))
-
-
-def _of_episode(episode: EpisodeSignals, clock: Clock, rates: Sequence[float]) -> Products:
-    rows = (episode.keyboard if clock.by_keys else episode.yaw_pitch).astype(np.float64)
-    motion = clip(np.diff(episode.looks[:, : 3 if clock.by_keys else 2].astype(np.float64), axis=0))
-    pairs = len(motion)
-    inputs, mixed = [], []
-    for rate in rates:
-        padded = np.pad(input_changes(rows, rate)[:pairs], ((clock.longest, clock.longest), (0, 0)))
-        for first in range(len(clock.shifts)):
-            shifted = padded[first : first + pairs]
-            inputs.append(shifted.T @ shifted)
-            mixed.append(shifted.T @ motion)
-    return Products(np.array(inputs), np.array(mixed), (motion**2).sum(axis=0), pairs)
+    total, longest = 0.0, search.shifts[-1]
+    for episode in (one for one in episodes if len(one) >= MIN_FRAMES):
+        rows = (episode.keyboard if search.by_keys else episode.yaw_pitch).astype(np.float64)
+        motion = clip(np.diff(episode.motion[:, : search.motions].astype(np.float64), axis=0))
+        known, moments = np.column_stack([motion, np.ones(len(motion))]), []
+        for rate in rates:
+            padded = np.pad(input_changes(rows, rate)[: len(motion)], ((longest, longest), (0, 0)))
+            for first in range(len(search.shifts)):
+                columns = np.column_stack([padded[first : first + len(motion)], known])
+                moments.append(columns.T @ columns)
+        total = total + np.array(moments)
+    return np.asarray(total)
 
 
 def input_changes(rows: np.ndarray, rate: float) -> np.ndarray:
-    """(n m) rows -> (n - 1, m): what is put in between two pictures, less that between the two before.
+    """(n m) rows -> (n - 1, m): the input between two pictures, less that between the two before.
 
-    `rate` rows pass from picture to picture. Zero where there are no rows any more.
+    `rate` rows pass from picture to picture. Zero after the last row.
     """
     numbers = np.arange(len(rows) + 1)
     summed = np.concatenate([np.zeros((1, rows.shape[1])), np.cumsum(rows, axis=0)])
@@ -137,21 +129,114 @@ def clip(values: np.ndarray) -> np.ndarray:
     return np.clip(values, -np.array(limits), limits)
 
 
-def rates_for(frames: int) -> tuple[float, ...]:
-    """The rates to try on a recording of `frames`: the usual ones, and drifts of 4, 6, 8, 11, ... frames along it."""
-    drifts = [2 ** (i / 2) / frames for i in range(4, 61) if 2 ** (i / 2) <= DRIFT * frames]
-    return (*RATES, *(1 + drift for drift in drifts), *(1 - drift for drift in drifts))
+def gain_and_llr(moments: np.ndarray, motions: int, gain: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The best motion per unit of input (h m c) by moments (h v v), or the given one (m c), and the log-likelihood
+    ratio (h) of the motion with it against no effect at all: Gaussian residuals of their measured size."""
+    m = moments.shape[-1] - motions - 1
+    inputs, mixed, pairs = moments[:, :m, :m], moments[:, :m, m:-1], moments[0, -1, -1]
+    squares = np.diagonal(moments, axis1=1, axis2=2)[:, m:-1]
+    used = np.linalg.pinv(inputs, rcond=1e-6, hermitian=True) @ mixed if gain is None else gain
+    explained = 2 * (used * mixed).sum(axis=-2) - (used * (inputs @ used)).sum(axis=-2)
+    left = np.maximum(squares - explained, TINY * (1 + squares))
+    return used, -pairs / 2 * np.log(left / (TINY + squares)).sum(axis=-1)
 
 
-def align(products: Products, clock: Clock, rates: Sequence[float]) -> Alignment:
-    """The likeliest shift and rate; the first of `rates` is 1."""
-    found = products.evidence().reshape(len(rates), len(clock.shifts))
-    shifted, none = found[0][~clock.in_time].max(), found[0][clock.in_time].max()
-    late, rate = int(np.argmax(found[0])), int(np.argmax(found.max(axis=1)))
-    return Alignment(
-        late=int(clock.shifts[late]),
-        confidence=float(1 / np.exp(found[0] - found[0, late]).sum()),
-        evidence=float(shifted - none),
-        rate=rates[rate],
-        rate_evidence=float(found[rate].max() - found[0, late]),
-    )
+def judge(moments: np.ndarray, search: Search, rates: Sequence[float]) -> tuple[float, float, float, float, float]:
+    """The best shift, its log-likelihood ratio and confidence, the best rate and its ratio; the first rate is 1."""
+    llr = gain_and_llr(moments, search.motions)[1].reshape(len(rates), len(search.shifts))
+    best, best_rate = int(np.argmax(llr[0])), int(np.argmax(llr.max(axis=1)))
+    confidence = 1 / np.exp(llr[0] - llr[0, best]).sum()  # of this shift among all shifts
+    shift_llr = llr[0][~search.in_time].max() - llr[0][search.in_time].max()
+    rate_llr = llr[best_rate].max() - llr[0, best]
+    # What a wrong rate explains better still counts against a shift: at half the rate one fits best for a while.
+    shift_llr -= min(rate_llr, max(shift_llr, 0.0))
+    shift_llr, rate_llr = (one / (BY_KEYS if search.by_keys else 1.0) for one in (shift_llr, rate_llr))
+    if rate_llr >= RATE_LLR:
+        shift_llr = 0.0
+    else:  # a shift that can be told shows that the rate is right
+        rate_llr = -RATE_LLR if abs(shift_llr) >= SHIFT_LLR else 0.0
+    return float(search.shifts[best]), shift_llr, confidence, rates[best_rate], rate_llr
+
+
+def pool(
+    llr: np.ndarray,
+    least: float,
+    amount: float | np.ndarray = 1.0,
+    near: float = 0.0,
+    confidence: np.ndarray | None = None,
+) -> CheckResult:
+    """Verdicts from log-likelihood ratios (1 + r) of a fault against none, natural, of `least` or more either way.
+
+    A recording that by itself tells nothing, or has a fault within `near` of that of all, gets the verdict of all.
+    """
+    status = np.where(np.abs(llr) < least, 0, np.sign(llr)).astype(int)
+    amount = np.where(status > 0, amount, 0.0)
+    sure = np.where(status == 0, 0.0, 1 / (1 + np.exp(-np.abs(llr))) if confidence is None else confidence)
+    pooled = (status == 0) | ((status == status[0]) & (np.abs(amount - amount[0]) <= near))
+    return CheckResult(*(np.where(pooled, values[0], values) for values in (status, amount, sure)))
+
+
+def judge_axes(moments: np.ndarray, silent: np.ndarray) -> dict[str, CheckResult]:
+    """Whether yaw and pitch are swapped, and each inverted, by moments (r v v); nothing is said of `silent` (r)."""
+    moments = np.concatenate([moments.sum(axis=0, keepdims=True), moments])
+    mixed, squares = moments[:, :2, 2:4], np.diagonal(moments, axis1=1, axis2=2)
+    share = np.minimum(mixed**2 / (squares[:, :2, None] * squares[:, None, 2:4] + TINY), 1 - TINY)
+    llr = -moments[:, -1:, -1:] / 2 * np.log1p(-share)  # (1 + r, yaw and pitch, right and down)
+    swapped = pool(llr[:, 0, 1] + llr[:, 1, 0] - llr[:, 0, 0] - llr[:, 1, 1], AXIS_LLR)
+    signed = np.where(swapped.status[:, None, None] > 0, (llr * np.sign(mixed))[:, ::-1], llr * np.sign(mixed))
+    checks = swapped, pool(signed[:, 0, 0], AXIS_LLR), pool(-signed[:, 1, 1], AXIS_LLR)
+    for check in checks:
+        for values in (check.status, check.amount, check.confidence):
+            values[1:][silent] = 0
+    return dict(zip(("axes_swapped", "yaw_inverted", "pitch_inverted"), checks, strict=True))
+
+
+def report_timing(data: Dataset, alignment: Alignment, repeats: Repeats) -> Iterator[Finding]:
+    """Findings of rate and shift."""
+    groups, fps, wrong_rate = defaultdict(list), data.game.fps, set()
+    for rate, numbers, confidence in alignment.checks["rows_per_picture"].faults():
+        groups[rate > 1, round(rate, 1)] += [(rate, i, confidence) for i in numbers]  # each has its own slow drift
+        wrong_rate |= set(numbers)
+    for group in groups.values():
+        rates, numbers, confidences = zip(*group, strict=True)
+        rate, missing = median(rates), "pictures" if rates[0] > 1 else "rows"
+        what = f"{rate:.4g} rows of inputs per picture, {rate * fps:.4g} for {fps:g} a second: {missing} are missing"
+        yield data.find("rate", sorted(numbers), what, max(confidences))
+    for late, numbers, confidence in alignment.checks["frames_late"].faults():
+        # Where each row or picture stays for some frames, its middle is some later than its beginning.
+        numbers = [i for i in numbers if i not in wrong_rate and abs(late) > repeats.longest(i) - 1]
+        n, first_entry, remedy = abs(int(late)), data.game.inputs.first_entry + int(late), ""
+        how, sign = ("late", "+") if late > 0 else ("early", "-")
+        what = f"inputs are {n} frame{'s' * (n > 1)} {how}: row i {sign} {n} leads from frame i to i + 1"
+        if data.reader == "gf_minecraft" and 0 <= first_entry <= 2:
+            remedy = f"set game.inputs.first_entry={first_entry}"
+        if numbers:
+            yield data.find("shift", numbers, what, confidence, remedy)
+
+
+def report_axes(data: Dataset, checks: dict[str, CheckResult]) -> Iterator[Finding]:
+    """Findings of swapped and inverted axes."""
+    inputs = data.game.inputs
+    for _, numbers, confidence in checks["axes_swapped"].faults():
+        what = "axes are swapped: pitch moves the picture sideways, and yaw, if at all, up and down"
+        remedy = f"set game.inputs.axes=[{','.join(reversed(inputs.axes))}]" if inputs.axes else ""
+        yield data.find("swapped axes", numbers, what, confidence, remedy)
+    for name, scale, how in (("yaw", inputs.yaw_deg, "turns left"), ("pitch", inputs.pitch_deg, "looks down")):
+        for _, numbers, confidence in checks[f"{name}_inverted"].faults():
+            remedy = f"set game.inputs.{name}_deg={-scale:g}" if scale else ""
+            yield data.find("inverted", numbers, f"{name} is inverted: above 0 it {how}", confidence, remedy)
+
+
+def report_unrelated(data: Dataset, alignment: Alignment, excluded: set[str]) -> Iterator[Finding]:
+    """Of recordings without a fault of their own, and not `excluded`, those that contradict the others."""
+    left_out = np.array([one.name in excluded for one in data.recordings])
+    for name, check in alignment.checks.items():
+        own = (check.status != check.status[0]) | (check.amount != check.amount[0])
+        left_out |= (name != "rows_per_picture") & (check.status > 0)[1:] & own[1:]
+    moments = np.where(left_out[:, None, None], 0, alignment.moments)
+    gain, whole_llr = gain_and_llr(moments.sum(axis=0, keepdims=True), 2)
+    if whole_llr[0] >= KNOWN_LLR:
+        llr = [-gain_and_llr(one[None], 2, gain[0])[1][0] for one in moments]
+        for _, numbers, confidence in pool(np.array([-UNRELATED_LLR, *llr]), UNRELATED_LLR).faults():
+            what = "inputs do not go with the picture as those of the other recordings do"
+            yield data.find("unrelated", numbers, what, confidence)

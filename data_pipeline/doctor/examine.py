@@ -4,21 +4,23 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 from tqdm import tqdm
 
 from configs import storage
 from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
-from data_pipeline.doctor.alignment import LEAST
-from data_pipeline.doctor.diagnosis import diagnose
-from data_pipeline.doctor.findings import Case, Fault, Finding
-from data_pipeline.doctor.pictures import report_lengths, report_pictures
-from data_pipeline.doctor.report import Report
+from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_axes, report_timing, report_unrelated
+from data_pipeline.doctor.findings import REMEDIES, Dataset, Fault, Finding
+from data_pipeline.doctor.keys import measure_keys, report_keys
+from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files, report_repeats
+from data_pipeline.doctor.report import Diagnosis, Report
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
+from data_pipeline.doctor.turns import px_per_degree, read_turns, report_turns, yaw_and_motion
 from data_pipeline.packets import DamagedVideoError
 from data_pipeline.readers import Reader, Recording, find_recordings
 from data_pipeline.readers.recording import UnevenTimesError
@@ -59,39 +61,69 @@ def examine(config: DoctorConfig) -> Report:
     """Measures every recording of the source and says what is wrong."""
     recordings = find_recordings(config.reader, config.source)
     signals, findings = read_signals(recordings, config.game, config.workers)
-    long_enough = tuple(one for one in signals if one.longest >= LEAST)
-    short = tuple(one.name for one in signals if one.longest < LEAST)
-    if short:
-        findings.append(Finding("short", short, f"fewer than {LEAST} frames", "leave them out", harmful=False))
-    findings += [*report_pictures(signals, config.game), *report_lengths(signals, config.clip_frames)]
-    case = Case(long_enough, config.game, config.reader)
-    diagnosis = diagnose(case, config.fov_deg) if long_enough else None
-    findings += diagnosis.findings if diagnosis else []
-    untold = diagnosis is None or diagnosis.timing.shift.whole.status == "unknown"
+    everything = Dataset(tuple(signals), config.game, config.reader)
+    findings += report_files(everything, config.clip_frames)
+    long_enough = [one for one in signals if any(len(episode) >= MIN_FRAMES for episode in one.episodes)]
+    diagnosis = None
+    if long_enough:
+        diagnosis, found = diagnose(replace(everything, recordings=tuple(long_enough)), config.fov_deg)
+        findings += found
+    untold = diagnosis is None or diagnosis.checks["frames_late"].status[0] == 0
     if untold and not any(one.harmful for one in findings):
-        names = tuple(one.name for one in signals)
-        fault = "whether inputs and pictures go together cannot be told from so little"
-        findings.append(Finding("untold", names, fault, "examine longer recordings or more of them", harmful=False))
+        what = "whether inputs and pictures go together cannot be told from so little"
+        findings.append(everything.note("untold", range(len(signals)), what))
     return Report(tuple(one.name for one in recordings), diagnosis, findings)
+
+
+def diagnose(data: Dataset, fov_deg: float | None = None) -> tuple[Diagnosis, list[Finding]]:
+    """All checks of recordings each of which has an episode of MIN_FRAMES and more."""
+    moving = np.any([one.joined("yaw_pitch").any(axis=0) for one in data.recordings], axis=0)
+    mouse, everyone = bool(moving.any()), range(len(data.recordings))
+    repeats, alignment = find_repeats(data), align(data, mouse)
+    findings, turns = [*report_repeats(data, repeats), *report_timing(data, alignment, repeats)], {}
+    if mouse:
+        turns = read_turns(data, alignment)
+        findings += report_axes(data, alignment.checks)
+        findings += report_turns(data, turns, named(findings, "still picture"), fov_deg)
+        findings += report_unrelated(data, alignment, named(findings, "still picture"))
+    if data.game.action_space.mouse and not named(findings, "swapped axes"):
+        if not moving[0]:
+            findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
+        elif not moving[1]:
+            findings.append(data.note("dead input", everyone, "pitch never moves"))
+    spoilt = named([one for one in findings if one.harmful and len(one.recordings) < len(data.recordings)])
+    trusted = [
+        episode.pairs(late)
+        for recording, late in zip(data.recordings, alignment.lates, strict=True)
+        for episode in recording.episodes
+        if recording.name not in spoilt
+    ]
+    keys = measure_keys(data, trusted)
+    # With a mouse whose rows are missing, what it does would count as chance, or as what keys do.
+    findings += report_keys(data, keys, complete=mouse or not data.game.action_space.mouse)
+    findings += find_copies(data)
+    px = [px_per_degree(*yaw_and_motion(turns[i]))[0] if i in turns else None for i in everyone]
+    return Diagnosis(data, alignment.checks, px, keys), findings
+
+
+def named(findings: Sequence[Finding], fault: Fault | None = None) -> set[str]:
+    """The recordings that have findings, of one fault or any."""
+    return {name for one in findings if fault in (None, one.fault) for name in one.recordings}
 
 
 def read_signals(
     recordings: Sequence[Recording], game: GameConfig, workers: int
 ) -> tuple[list[RecordingSignals], list[Finding]]:
     """The signals of all recordings in order; a finding for each one that cannot be read."""
-    signals, findings = [], []
-    with (
-        ThreadPoolExecutor(workers, thread_name_prefix="read") as pool,
-        tqdm(total=len(recordings), desc="doctor", unit="recording", disable=None) as bar,
-    ):
+    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
         try:
-            for read in pool.map(partial(_read, game=game), recordings):
-                (findings if isinstance(read, Finding) else signals).append(read)
-                bar.update()
+            read = pool.map(partial(_read, game=game), recordings)
+            read = list(tqdm(read, "doctor", len(recordings), unit="recording", disable=None))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return signals, findings
+    signals = [one for one in read if isinstance(one, RecordingSignals)]
+    return signals, [one for one in read if isinstance(one, Finding)]
 
 
 def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
@@ -99,6 +131,5 @@ def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
         return measure_recording(recording, game)
     except (UserError, OSError) as error:
         faults: dict[type[Exception], Fault] = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
-        return Finding(
-            faults.get(type(error), "unreadable"), (recording.name,), one_line(error), "mend it or leave it out"
-        )
+        fault = faults.get(type(error), "unreadable")
+        return Finding(fault, (recording.name,), one_line(error), REMEDIES[fault])

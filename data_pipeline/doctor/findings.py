@@ -1,19 +1,43 @@
-"""What can be wrong with recordings, in words: what it is, and what to do."""
+"""What the checks of the doctor give: findings in words, and verdicts from log-likelihood ratios."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from configs.game import GameConfig
 from data_pipeline.doctor.signals import RecordingSignals
-from data_pipeline.readers import READERS, Reader
+from data_pipeline.readers import Reader
 
 Fault = Literal[
     "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
     "still picture", "constant inputs", "dead input", "no effect", "swapped keys", "copy",
     "damaged", "uneven times", "cropped", "shown otherwise",
 ]  # fmt: skip
-NAMED = 6  # recordings; of more their number is said
+REMEDIES: dict[Fault, str] = {
+    "unreadable": "repair it or leave it out",
+    "damaged": "repair it or leave it out",
+    "uneven times": "repair it or leave it out",
+    "short": "encode leaves them out: record longer ones or lower clip_frames",
+    "untold": "examine longer recordings or more of them",
+    "shift": "leave out the rows and frames without a partner, or record again, with one clock for both",
+    "rate": "write down the times of rows and of pictures (one clock may be slow), and resample the rows by them",
+    "swapped axes": "exchange pitch and yaw in the inputs",
+    "inverted": "give it the other sign in the inputs",
+    "units": "degrees of another unit or sensitivity, or another fps: fix the inputs",
+    "unrelated": "another recording's inputs, or a shift or fps that this one is too short to show: record again",
+    "repeats": "record both at the game's fps, or set game.inputs.fps to it and a lower game.fps",
+    "still picture": "record again, or cut it out: a black or frozen capture, a menu, a lost focus",
+    "constant inputs": "cut them out: a frozen log, a cutscene, a replay",
+    "dead input": "bind it, record it, or leave it out of the action space",
+    "no effect": "if it should do something, these rows are not that key's: fix its binding",
+    "swapped keys": "exchange them in the inputs or in game.inputs.keys",
+    "copy": "delete one of them: a held-out copy makes the model look better than it is",
+    "cropped": "record in the game's proportions, or set game.height and game.width to the recordings'",
+    "shown otherwise": "look at one: a recorder may have said it wrongly",
+}
+NAMED = 6  # recordings; of more, the number is given
 
 
 @dataclass(frozen=True)
@@ -25,90 +49,57 @@ class Finding:
     what: str
     remedy: str
     harmful: bool = True  # to training; else it is worth a look
-    confidence: float | None = None  # in [0, 1], that it is so; where it was measured
+    confidence: float | None = None  # in [0, 1], where it was measured
 
     def describe(self, total: int) -> str:
         """One line; `total` is the number of all recordings."""
         sure = "" if self.confidence is None else f" (confidence {self.confidence:.1%})"
-        level = "" if self.harmful else "note: "
-        return f"{name_recordings(self.recordings, total)}: {level}{self.what}{sure}; {self.remedy}"
+        note = "" if self.harmful else "note: "
+        named = ", ".join(self.recordings)
+        if len(self.recordings) == total > 1:
+            named = f"all {total} recordings"
+        elif len(self.recordings) > NAMED:
+            shown = ", ".join(self.recordings[: NAMED - 1])
+            named = f"{len(self.recordings)} of {total} recordings ({shown}, ...)"
+        return f"{named}: {note}{self.what}{sure}; {self.remedy}"
 
 
 @dataclass(frozen=True)
-class Case:
-    """Recordings with what is known of them."""
+class Dataset:
+    """Recordings of one game."""
 
     recordings: tuple[RecordingSignals, ...]
     game: GameConfig
     reader: Reader
 
-    @property
-    def frames(self) -> list[int]:
-        return [one.frames for one in self.recordings]
-
     def find(
-        self, fault: Fault, numbers: Iterable[int], words: tuple[str, str], confidence: float | None = None
+        self, fault: Fault, numbers: Iterable[int], what: str, confidence: float | None = None, remedy: str = ""
     ) -> Finding:
         """Something harmful in the recordings of these numbers."""
-        return Finding(fault, tuple(self.recordings[i].name for i in numbers), *words, confidence=confidence)
+        names = tuple(self.recordings[i].name for i in numbers)
+        return Finding(fault, names, what, remedy or REMEDIES[fault], True, confidence)
 
-    def note(self, fault: Fault, numbers: Iterable[int], words: tuple[str, str]) -> Finding:
+    def note(self, fault: Fault, numbers: Iterable[int], what: str) -> Finding:
         """Something to look at in the recordings of these numbers."""
-        return Finding(fault, tuple(self.recordings[i].name for i in numbers), *words, harmful=False)
+        return Finding(fault, tuple(self.recordings[i].name for i in numbers), what, REMEDIES[fault], harmful=False)
 
 
-def name_recordings(names: Sequence[str], total: int) -> str:
-    """Their names, or how many they are."""
-    if len(names) == total > 1:
-        return f"all {total} recordings"
-    if len(names) > NAMED:
-        return f"{len(names)} of {total} recordings ({', '.join(names[: NAMED - 1])}, ...)"
-    return ", ".join(names)
+@dataclass(frozen=True)
+class CheckResult:
+    """What one check says: row 0 of all r recordings together, the others of each."""
 
+    status: np.ndarray  # (1 + r): 1 for a fault, -1 for none, 0 if there is too little to tell
+    amount: np.ndarray  # (1 + r), of the fault, in the check's unit
+    confidence: np.ndarray  # (1 + r), in [0, 1]
 
-def shifted(late: int, first_entry: int | None = None) -> tuple[str, str]:
-    """The inputs are `late` frames late, or early if it is negative; `first_entry` is GF-Minecraft's setting."""
-    several = "s" if abs(late) > 1 else ""
-    frames, again = f"{abs(late)} frame{several}", "or record again, with one clock for both"
-    if late > 0:
-        what = f"inputs are {frames} late: what leads from frame i to i + 1 stands in row i + {late}"
-        remedy = f"leave out the first {late} row{several} and the last {frames}, {again}"
-    else:
-        what = f"inputs are {frames} early: what leads from frame i to i + 1 stands in row i - {-late}"
-        remedy = f"leave out the first {frames} and the last {-late} row{several}, {again}"
-    if first_entry is not None and 0 <= first_entry + late <= 2:
-        remedy = f"set game.inputs.first_entry={first_entry + late}"
-    return what, remedy
+    def faults(self) -> Iterator[tuple[float, list[int], float]]:
+        """Amount, numbers of the recordings, and confidence of each fault."""
+        faulty = self.status[1:] > 0
+        for amount in np.unique(self.amount[1:][faulty]):
+            rows = np.flatnonzero(faulty & (self.amount[1:] == amount))
+            yield float(amount), rows.tolist(), float(self.confidence[1 + rows].max())
 
-
-def drifting(rate: float, fps: float) -> tuple[str, str]:
-    """`rate` rows pass from picture to picture where one should."""
-    remedy = "write down the times of rows and of pictures, and resample the rows by them"
-    if abs(rate - 1) < 0.05:
-        return f"inputs and pictures drift apart by {(rate - 1) * 60 * fps:+.1f} frames a minute: two clocks", remedy
-    if rate > 1:
-        what = (
-            f"{rate:.2f} rows of inputs pass from picture to picture: pictures are missing, or fps is {fps / rate:.4g}"
-        )
-    else:
-        what = (
-            f"{1 / rate:.2f} pictures pass from row to row of the inputs: rows are missing, or at {fps * rate:.4g} Hz"
-        )
-    return f"{what}, not {fps:g}", remedy
-
-
-def inverted(axis: Literal["yaw", "pitch"], case: Case) -> tuple[str, str]:
-    """The picture moves the wrong way."""
-    what = f"{axis} is inverted: " + {"yaw": "above 0 it turns left", "pitch": "above 0 it looks down"}[axis]
-    if READERS[case.reader].scaled_mouse:
-        degrees = {"yaw": case.game.inputs.yaw_deg, "pitch": case.game.inputs.pitch_deg}[axis]
-        return what, f"set game.inputs.{axis}_deg={-degrees:g}"
-    return what, f"give {axis} its other sign in the inputs"
-
-
-def swapped(case: Case) -> tuple[str, str]:
-    """What is written as pitch is yaw, and the other way round."""
-    what = "axes are swapped: pitch moves the picture sideways, and yaw, if at all, up and down"
-    if case.reader == "lerobot":
-        return what, f"set game.inputs.axes=[{','.join(reversed(case.game.inputs.axes))}]"
-    return what, "exchange pitch and yaw in the inputs"
+    def of(self, row: int) -> dict[str, str | float]:
+        """One row as plain data."""
+        status = ("unknown", "fault", "fine")[self.status[row]]
+        return {"status": status, "amount": float(self.amount[row]), "confidence": float(self.confidence[row])}

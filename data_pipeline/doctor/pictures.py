@@ -1,39 +1,149 @@
-"""What a recording's files say of its pictures, and what becomes of them, in words."""
+"""What can be told of pictures without any alignment: repeats, copies, black and cropped ones, short episodes."""
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby
+from collections import Counter
+from collections.abc import Iterator
+from itertools import combinations
+from typing import NamedTuple
 
-from configs.game import GameConfig
-from data_pipeline.doctor.findings import Finding
-from data_pipeline.doctor.signals import RecordingSignals
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from data_pipeline.doctor.findings import Dataset, Finding
+from data_pipeline.doctor.signals import EpisodeSignals
 from data_pipeline.readers import KEPT_WELL, kept_share
 
+REPEATED = 0.1  # of the largest change near by: less is the same picture again
+NEAR = 4  # frame pairs before and after
+MOVING = 1.0  # of 255, the mean difference between two pictures from which something moves
+REPEATS_SHARE = 0.15  # of pictures; the worst of 500 clean ViZDoom recordings had 0.09, 24 in 30 fps have 0.2
+INPUT_CHANGES = 20  # in an episode, before it is judged at which rows they come
+UNCHANGED, UNCHANGED_SHARE = 0.3, 0.95  # of 255, and of the pictures: a black or frozen capture
 KEPT_LEAST = 0.5  # of the picture: what is cropped further is another view
+CONTRAST = 8.0  # of 255: pictures below look all alike (black, fog, a fade)
+LEAST_SHARE = 0.5  # of the shorter recording's pictures that two have in common
+COMMON = 50  # recordings with the same picture: then it is a menu or a loading screen
+VOTES = 3  # equal pictures at one distance in time before two recordings are compared
+NEAR_BITS = 10  # of the 64 of a hash that may differ; of unrelated pictures, 20 and more do
 
 
-def report_pictures(recordings: Sequence[RecordingSignals], game: GameConfig) -> Iterator[Finding]:
-    """A finding for each way to show stored pictures otherwise, and for each size that is cropped."""
-    by_changes = sorted((one for one in recordings if one.changes), key=lambda one: one.changes)
-    for changes, those in groupby(by_changes, key=lambda one: one.changes):
-        what = f"stored pictures are {changes}, as players show them"
-        names = tuple(one.name for one in those)
-        yield Finding("shown otherwise", names, what, "look at one: a recorder may have said it wrongly", harmful=False)
-    by_size = sorted(recordings, key=lambda one: one.size)
-    for size, those in groupby(by_size, key=lambda one: one.size):
-        share = kept_share(size, game.height, game.width)
+class Repeats(NamedTuple):
+    """What comes more than once, by the numbers of the recordings in which it does."""
+
+    pictures: dict[int, float]  # the share of the moving ones that are the one before again
+    rows: dict[int, int]  # how many are alike
+
+    def longest(self, number: int) -> float:
+        """For how many frames a picture, or a row, stays."""
+        return max(1 / (1 - self.pictures.get(number, 0.0)), self.rows.get(number, 1))
+
+
+def find_repeats(data: Dataset) -> Repeats:
+    """The recordings whose pictures or rows come more than once."""
+    repeats = Repeats({}, {})
+    for i, recording in enumerate(data.recordings):
+        repeated, others = np.sum([_count_repeats(one.motion[:, 3]) for one in recording.episodes], axis=0)
+        if others and repeated >= max(REPEATS_SHARE * (repeated + others), data.game.fps / 2):
+            repeats.pictures[i] = float(repeated / (repeated + others))
+        period = int(np.gcd.reduce([_input_period(one) for one in recording.episodes]))
+        if period > 1:
+            repeats.rows[i] = period
+    return repeats
+
+
+def _count_repeats(change: np.ndarray) -> tuple[int, int]:
+    """How many pictures are the one before again, and how many are not, where something moves near by.
+
+    `change` (n) is the mean difference between neighbours.
+    """
+    if not len(change):
+        return 0, 0
+    largest = sliding_window_view(np.pad(change, NEAR), 2 * NEAR + 1).max(axis=1)
+    moving, alike = largest > MOVING, change < REPEATED * np.maximum(largest, MOVING)
+    for begin, end in runs(alike):
+        if end - begin > NEAR:  # it stands still, though near the ends something moves
+            moving[begin:end] = False
+    return int((moving & alike).sum()), int((moving & ~alike).sum())
+
+
+def _input_period(episode: EpisodeSignals) -> int:
+    """Of how many rows in a row only the first may differ, all along; 0 if there are too few changes to tell."""
+    rows = np.column_stack([episode.keyboard, episode.yaw_pitch])
+    changing = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1))
+    return int(np.gcd.reduce(np.diff(changing))) if len(changing) > INPUT_CHANGES else 0
+
+
+def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
+    """First and one past the last index of each run of true values."""
+    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
+    return [(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
+
+
+def report_repeats(data: Dataset, repeats: Repeats) -> Iterator[Finding]:
+    """Findings of repeats, and of a picture that never changes."""
+    fps = data.game.fps
+    if repeats.pictures:
+        share = float(np.median(list(repeats.pictures.values())))
+        what = f"{share:.0%} of the moving pictures are the one before again: {(1 - share) * fps:.3g} a second are new"
+        yield data.find("repeats", repeats.pictures, what)
+    for period in sorted(set(repeats.rows.values())):
+        what = f"{period} rows of inputs in a row are always alike: they are logged {fps / period:.3g} times a second"
+        yield data.find("repeats", [i for i, one in repeats.rows.items() if one == period], what)
+    changes = [np.concatenate([episode.motion[:, 3] for episode in one.episodes]) for one in data.recordings]
+    still = [len(one) >= fps and (one < UNCHANGED).mean() >= UNCHANGED_SHARE for one in changes]
+    if any(still):
+        yield data.find("still picture", np.flatnonzero(still), "the picture never changes: black or frozen")
+
+
+def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:
+    """Findings of pictures that are shown otherwise than they are stored, cropped sizes, and short episodes."""
+    for changes in sorted({one.changes for one in data.recordings if one.changes}):
+        numbers = [i for i, one in enumerate(data.recordings) if one.changes == changes]
+        yield data.note("shown otherwise", numbers, f"stored pictures are {changes}, as players show them")
+    height, width = data.game.height, data.game.width
+    for size in sorted({one.size for one in data.recordings}):
+        share = kept_share(size, height, width)
         if share < KEPT_WELL:
-            names = tuple(one.name for one in those)
-            what = f"{share:.0%} of the picture is kept: {size[0]}x{size[1]} px become {game.height}x{game.width}"
-            remedy = "record in the game's proportions, or set game.height and game.width to the recordings'"
-            yield Finding("cropped", names, what, remedy, harmful=share < KEPT_LEAST)
+            find = data.find if share < KEPT_LEAST else data.note
+            what = f"{share:.0%} of the picture is kept: {size[0]}x{size[1]} px become {height}x{width}"
+            yield find("cropped", [i for i, one in enumerate(data.recordings) if one.size == size], what)
+    lengths = [(i, len(episode)) for i, one in enumerate(data.recordings) for episode in one.episodes]
+    short = [(i, frames) for i, frames in lengths if frames < clip_frames]
+    if short:
+        lost = f"{len(short)} of {len(lengths)} episodes ({sum(frames for _, frames in short)} frames)"
+        yield data.note("short", dict(short), f"{lost} are shorter than a clip of {clip_frames} frames")
 
 
-def report_lengths(recordings: Sequence[RecordingSignals], clip_frames: int) -> Iterator[Finding]:
-    """A finding for episodes that are shorter than a clip."""
-    short = {one.name: [len(e) for e in one.episodes if len(e) < clip_frames] for one in recordings}
-    names = tuple(name for name, lengths in short.items() if lengths)
-    if names:
-        lost = [frames for lengths in short.values() for frames in lengths]
-        total = sum(len(one.episodes) for one in recordings)
-        what = f"{len(lost)} of {total} episodes ({sum(lost)} frames) are shorter than a clip of {clip_frames} frames"
-        yield Finding("short", names, what, "encode leaves them out: record longer ones or lower clip_frames", False)
+def find_copies(data: Dataset) -> Iterator[Finding]:
+    """Pairs that have half of the shorter one's pictures in common; each recording is named as a copy once."""
+    hashes, copies = [recording.joined("hashes") for recording in data.recordings], {}
+    for (a, b, later), votes in _candidates(data, hashes).most_common():
+        if votes < VOTES or b in copies:
+            continue
+        begin, end = max(0, -later), min(len(hashes[a]), len(hashes[b]) - later)
+        differing = np.bitwise_count(hashes[a][begin:end] ^ hashes[b][begin + later : end + later])
+        share = (differing <= NEAR_BITS).sum() / min(len(hashes[a]), len(hashes[b]))
+        if share >= LEAST_SHARE:
+            copies[b] = a
+            what = f"the same recording, or nearly: {share:.0%} of the pictures, {abs(later)} frames apart"
+            yield data.find("copy", [a, b], what)
+
+
+def _candidates(data: Dataset, hashes: list[np.ndarray]) -> Counter[tuple[int, int, int]]:
+    """How many pictures two recordings have at each distance in time whose hashes are equal in one half."""
+    telling = [
+        np.flatnonzero((recording.joined("contrast") > CONTRAST) & (own != np.roll(own, 1)))
+        for recording, own in zip(data.recordings, hashes, strict=True)
+    ]
+    owner, frame, votes = (
+        np.repeat(np.arange(len(telling)), list(map(len, telling))),
+        np.concatenate(telling),
+        Counter(),
+    )
+    kept = np.concatenate([own[frames] for own, frames in zip(hashes, telling, strict=True)])
+    for half in kept.view(np.uint32).reshape(-1, 2).T:
+        order = np.argsort(half, kind="stable")
+        for group in np.split(order, np.flatnonzero(np.diff(half[order])) + 1):
+            first = {int(owner[i]): int(frame[i]) for i in group[::-1]}  # of each recording the first one
+            if 2 <= len(first) <= COMMON:
+                votes.update((a, b, first[b] - first[a]) for a, b in combinations(sorted(first), 2))
+    return votes

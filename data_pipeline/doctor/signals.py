@@ -1,18 +1,29 @@
-"""What the doctor looks at: per frame of a recording a few numbers of the picture, and the inputs."""
+"""What the doctor measures: a few numbers per frame of a recording's picture, and its inputs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.motion import Eye, Look, shrink
+from data_pipeline.motion import FlowEstimator, FrameMotion, shrink
 from data_pipeline.readers import Recording
 from data_pipeline.types import Actions
 
-HASH = 8  # rows and columns of a picture's fingerprint: 64 bits
+HASH = 8  # rows and columns of a difference hash: 64 bits
+
+
+class Pairs(NamedTuple):
+    """Frame pairs of an episode with the rows of inputs that lead from one frame to the next."""
+
+    episode: str
+    first: int  # frame of the episode with which they begin
+    motion: np.ndarray  # (n 4) float64, the fields of FrameMotion
+    keyboard: np.ndarray  # (n k) uint8
+    yaw_pitch: np.ndarray  # (n 2) float64, degrees; 0 without a mouse
 
 
 @dataclass(frozen=True)
@@ -20,29 +31,20 @@ class EpisodeSignals:
     """One episode of n frames; about 50 bytes a frame."""
 
     id: str
-    looks: np.ndarray  # (n - 1, 4) float32, the fields of Look; row i is between frames i and i + 1
-    prints: np.ndarray  # (n) uint64, fingerprints
+    motion: np.ndarray  # (n - 1, 4) float32, the fields of FrameMotion; row i is between frames i and i + 1
+    hashes: np.ndarray  # (n) uint64
     contrast: np.ndarray  # (n) float32, standard deviation of brightness, of 255
     keyboard: np.ndarray  # (n k) uint8
-    mouse_deg: np.ndarray  # (n 2) float32, pitch, yaw; (n 0) without a mouse
+    yaw_pitch: np.ndarray  # (n 2) float32, degrees; 0 without a mouse
 
     def __len__(self) -> int:
-        return len(self.prints)
+        return len(self.hashes)
 
-    @property
-    def motion_px(self) -> np.ndarray:
-        """(n - 1, 2): to the right, down."""
-        return self.looks[:, :2]
-
-    @property
-    def change(self) -> np.ndarray:
-        """(n - 1) of 255."""
-        return self.looks[:, 3]
-
-    @property
-    def yaw_pitch(self) -> np.ndarray:
-        """(n 2) degrees: what moves the picture sideways, and what up and down."""
-        return self.mouse_deg[:, ::-1]
+    def pairs(self, late: int) -> Pairs:
+        """What remains of it if the inputs are `late` frames late."""
+        first, end = max(0, -late), max(0, -late, len(self) - 1 - max(0, late))
+        rows, motion = slice(first + late, end + late), self.motion[first:end].astype(np.float64)
+        return Pairs(self.id, first, motion, self.keyboard[rows], self.yaw_pitch[rows].astype(np.float64))
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,10 @@ class RecordingSignals:
 
     @property
     def frames(self) -> int:
-        return sum(len(episode) for episode in self.episodes)
-
-    @property
-    def longest(self) -> int:
-        """Frames of its longest episode."""
-        return max((len(episode) for episode in self.episodes), default=0)
+        return sum(map(len, self.episodes))
 
     def joined(self, name: str) -> np.ndarray:
-        """A field or property of all its episodes, one after the other."""
+        """A field of all its episodes, one after the other."""
         return np.concatenate([getattr(episode, name) for episode in self.episodes])
 
 
@@ -79,29 +76,30 @@ def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignal
 
 def measure(name: str, frames: Iterable[np.ndarray], actions: Actions, unit_deg: float) -> EpisodeSignals:
     """The signals of `frames` (h w 3) uint8, as many as `actions` has rows; `unit_deg` is their mouse's unit."""
-    eye, looks, prints, contrast, before = Eye(), [], [], [], None
+    estimator, motion, hashes, contrast, before = FlowEstimator(), [], [], [], None
     for frame in frames:
         grey = shrink(frame)
-        prints.append(fingerprint(grey))
+        hashes.append(difference_hash(grey))
         contrast.append(grey.std())
-        if before is not None and grey.shape != before.shape:
-            raise UserError(f"{name}: frame {len(prints) - 1} has another size than those before; all must have one")
         if before is not None:
-            looks.append(eye.look(before, grey))
+            if grey.shape != before.shape:
+                raise UserError(f"{name}: frame {len(hashes) - 1} has another size than those before it")
+            motion.append(estimator.motion(before, grey))
         before = grey
-    if len(prints) != len(actions):
-        raise UserError(f"{name} has {len(prints)} frames and {len(actions)} rows of inputs; there must be as many")
+    if len(hashes) != len(actions):
+        raise UserError(f"{name} has {len(hashes)} frames and {len(actions)} rows of inputs; there must be as many")
+    mouse = actions.mouse if actions.mouse.shape[1] else np.zeros((len(actions), 2))
     return EpisodeSignals(
         name,
-        np.array(looks, np.float32).reshape(-1, len(Look._fields)),
-        np.array(prints, np.uint64),
+        np.array(motion, np.float32).reshape(-1, len(FrameMotion._fields)),
+        np.array(hashes, np.uint64),
         np.array(contrast, np.float32),
         (actions.keyboard > 0.5).astype(np.uint8),
-        (actions.mouse * unit_deg).astype(np.float32),
+        (mouse[:, ::-1] * unit_deg).astype(np.float32),
     )
 
 
-def fingerprint(grey: np.ndarray) -> np.uint64:
-    """64 bits that hardly change when a picture (h w) uint8 is compressed anew: the difference hash."""
+def difference_hash(grey: np.ndarray) -> np.uint64:
+    """64 bits that hardly change when a picture (h w) uint8 is compressed again (dHash)."""
     tiny = cv2.resize(grey, (HASH + 1, HASH), interpolation=cv2.INTER_AREA)
     return np.packbits(tiny[:, 1:] < tiny[:, :-1]).view(np.uint64)[0]

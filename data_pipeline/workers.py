@@ -1,4 +1,4 @@
-"""Processes that play games. Each is watched; it ends together with its game, and with the program that began it."""
+"""Worker processes with a game each: they end together with it, and with the program that started them."""
 
 import math
 import multiprocessing
@@ -15,27 +15,29 @@ from typing import Any
 
 import psutil
 
+from configs.errors import UserError
+
 SPAWN = multiprocessing.get_context("spawn")
-RAISED = 3  # exit status of a player that has sent what it raised
+RAISED = 3  # exit status of a worker that has sent what it raised
 END_S = 5.0  # for closing a game, which takes well under 1
 
 
-class Player:
-    """A process of its own that does `work(*given)`."""
+class Worker:
+    """A process that does `work(*share)`."""
 
-    def __init__(self, work: Callable[..., None], given: Sequence[Any]) -> None:
-        self._heard, said = SPAWN.Pipe(duplex=False)
-        self._process = SPAWN.Process(target=_work, args=(work, given, said))
+    def __init__(self, work: Callable[..., None], share: Sequence[Any]) -> None:
+        self._errors, sender = SPAWN.Pipe(duplex=False)
+        self._process = SPAWN.Process(target=_run, args=(work, share, sender))
         self._process.start()
-        said.close()
+        sender.close()
 
-    def plays(self) -> bool:
-        """Whether it still works. Raises what it raised, or ChildProcessError if it ended by itself."""
-        status = None if self._process.is_alive() else self._process.exitcode
+    def is_running(self) -> bool:
+        """Raises what it raised, or UserError if it was killed."""
+        status = self._process.exitcode
         if status == RAISED:
-            raise self._heard.recv()
+            raise self._errors.recv()
         if status:
-            raise ChildProcessError(ended_by_itself(f"the process of a game ended with status {status}"))
+            raise game_ended(f"its process, with status {status}")
         return status is None
 
     def end(self) -> None:
@@ -52,36 +54,37 @@ class Player:
 
 
 @contextmanager
-def playing(work: Callable[..., None], given: Sequence[Sequence[Any]]) -> Iterator[list[Player]]:
-    """A player for each of `given`; none of them, nor a game of theirs, outlives the block."""
-    players: list[Player] = []
+def spawn_workers(work: Callable[..., None], shares: Sequence[Sequence[Any]]) -> Iterator[list[Worker]]:
+    """A worker for each of `shares`; none of them, nor a game of theirs, outlives the block."""
+    workers: list[Worker] = []
     try:
-        for one in given:
-            players.append(Player(work, one))
-        yield players
+        for share in shares:
+            workers.append(Worker(work, share))
+        yield workers
     finally:
-        for player in players:
-            player.end()
+        for worker in workers:
+            worker.end()
 
 
-def ended_by_itself(what: str) -> str:
-    """What a person is told about a process that nobody asked to end."""
-    return f"{what}: was it killed, or is memory short? Run the same command to go on"
+def game_ended(how: str) -> UserError:
+    return UserError(
+        f"a game ended by itself ({how}): was it killed, or is memory short? Run the same command to go on"
+    )
 
 
-def _work(work: Callable[..., None], given: Sequence[Any], said: Connection) -> None:
+def _run(work: Callable[..., None], share: Sequence[Any], errors: Connection) -> None:
     os.setpgid(0, 0)  # its game ignores SIGTERM and sleeps on without it: both are killed as one group
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    threading.Thread(target=_watch, args=(said,), daemon=True).start()
+    threading.Thread(target=_watch, daemon=True).start()
     try:
-        work(*given)
+        work(*share)
     except Exception as error:  # noqa: BLE001 - the program raises it again
         error.add_note(traceback.format_exc())
-        said.send(error)
+        errors.send(error)
         sys.exit(RAISED)
 
 
-def _watch(said: Connection) -> None:
+def _watch() -> None:
     """Ends this process with its program, and some seconds after its game, if ViZDoom still waits for that then."""
     program = multiprocessing.parent_process()
     assert program is not None
@@ -91,9 +94,6 @@ def _watch(said: Connection) -> None:
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if any(game.status() != psutil.STATUS_ZOMBIE for game in psutil.Process().children()):
                 alive_s = time.monotonic()
-    if program.is_alive():
-        said.send(ChildProcessError(ended_by_itself("a game ended by itself")))
-        os._exit(RAISED)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(END_S)
     os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,115 @@
+"""Whether turns of the mouse move the picture as far as they should, and where picture or inputs stand still."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import pi, radians, tan
+from statistics import median
+
+import numpy as np
+
+from data_pipeline.doctor.alignment import Alignment
+from data_pipeline.doctor.findings import Dataset, Finding
+from data_pipeline.doctor.pictures import runs
+from data_pipeline.doctor.signals import Pairs
+from data_pipeline.motion import WIDTH
+
+# A recording's px per degree are compared with the others' in parts, since what else moves the picture comes in spells:
+# of the 8 parts, those with 20 frames of large turns count, 6 must, and in each they must differ by such a factor.
+PARTS, PARTS_WITH_TURNS, TURNS, APART = 8, 6, 20, 1.5
+# Measured px per degree are less than the field of view says, since flow is 0 where nothing is to be seen: 0.71 to 0.80
+# of it in 5 sets of 20 ViZDoom recordings (90 degrees), and 1.11 to 1.30 of it at half the fps.
+FOV_SHARES = (0.53, 1.0)
+ASKED_PX = 0.8  # of motion.WIDTH: a turn by so much between two pictures can be seen
+STILL = 0.1  # of the turn that was asked for: less is none
+STILL_S = 0.75  # that the picture may stand still while inputs turn: of 500 clean ViZDoom recordings one did for 0.4 s
+CONSTANT_S = 2.0  # without any change of the inputs
+LIKE_ALWAYS = 0.7  # the picture's motion then, of its usual one (standard deviations)
+EXPLAINED = 0.2  # of that motion's variance, by yaw, before its absence says something
+
+Turns = dict[int, list[Pairs]]  # of the recordings whose yaw is known to move the picture, by number
+
+
+def read_turns(data: Dataset, alignment: Alignment) -> Turns:
+    """Frame pairs with the rows that belong to them; what acts as yaw is the first column of the mouse."""
+    turns, swapped = {}, alignment.checks["axes_swapped"].status[1:] > 0
+    for i in np.flatnonzero(alignment.checks["yaw_inverted"].status[1:]).tolist():
+        pairs = [episode.pairs(alignment.lates[i]) for episode in data.recordings[i].episodes]
+        turns[i] = [one._replace(yaw_pitch=one.yaw_pitch[:, ::-1]) if swapped[i] else one for one in pairs]
+    return turns
+
+
+def yaw_and_motion(pairs: Iterable[Pairs]) -> tuple[np.ndarray, np.ndarray]:
+    """All degrees, and all motion to the right, (n) each."""
+    both = [(one.yaw_pitch[:, 0], one.motion[:, 0]) for one in pairs]
+    degrees, right_px = map(np.concatenate, zip(*both, strict=True))
+    return degrees, right_px
+
+
+def px_per_degree(degrees: np.ndarray, right_px: np.ndarray) -> tuple[float, int]:
+    """The median over the larger half of all turns, and how many these are; 0 without turns.
+
+    Other motion is as often to the left. About -0.7 at a field of view of 90 degrees.
+    """
+    if not degrees.any():
+        return 0.0, 0
+    large = np.abs(degrees) >= np.median(np.abs(degrees[degrees != 0]))
+    return float(np.median(right_px[large] / degrees[large])), int(large.sum())
+
+
+def report_turns(data: Dataset, turns: Turns, excluded: set[str], fov_deg: float | None) -> Iterator[Finding]:
+    """Findings of units, and of stillness in the recordings that are not `excluded`."""
+    known = [px for one in turns.values() for px, count in [px_per_degree(*yaw_and_motion(one))] if count]
+    others = {i: one for i, one in turns.items() if data.recordings[i].name not in excluded}
+    if known:
+        yield from _units(data, turns, median(known), fov_deg)
+        yield from _stills(data, others, median(known))
+        yield from _constant(data, others)
+
+
+def _units(data: Dataset, turns: Turns, px: float, fov_deg: float | None) -> Iterator[Finding]:
+    what = "a degree of yaw turns the picture {:.2g} times as far as"
+    for i, one in turns.items():
+        factor = _compare_px(one, px)
+        if factor != 1:
+            yield data.find("units", [i], f"{what.format(factor)} in the other recordings")
+    if fov_deg:
+        # A pinhole camera's pixel x of the middle moves by f (1 + (x / f)^2) per radian; averaged over the width.
+        half = tan(radians(fov_deg) / 2)
+        share = abs(px) / (pi / 180 * WIDTH / 2 * (1 / half + half / 3))
+        if not FOV_SHARES[0] <= share <= FOV_SHARES[1]:
+            yield data.find("units", turns, f"{what.format(share)} at a field of view of {fov_deg:g} degrees")
+
+
+def _compare_px(pairs: Sequence[Pairs], usual: float) -> float:
+    """By what factor a recording's px per degree differ from the usual; 1 if they do not, or if it cannot be told."""
+    parts = zip(*(np.array_split(part, PARTS) for part in yaw_and_motion(pairs)), strict=True)
+    factors = np.array([abs(px / usual) for px, count in (px_per_degree(*part) for part in parts) if count >= TURNS])
+    apart = (factors > APART).all() or (factors < 1 / APART).all()
+    return float(np.median(factors)) if len(factors) >= PARTS_WITH_TURNS and apart else 1.0
+
+
+def _stills(data: Dataset, turns: Turns, px: float) -> Iterator[Finding]:
+    """Pictures that stand still while inputs turn; frames that ask for no turn do not end it."""
+    for i, pairs in ((i, pairs) for i, own in turns.items() for pairs in own):
+        asked = np.abs(px * pairs.yaw_pitch[:, 0])
+        still = (asked >= ASKED_PX) & (np.abs(pairs.motion[:, 0]) < STILL * asked)
+        for begin, end in runs(still | (asked < ASKED_PX)):
+            frames = pairs.first + begin + np.flatnonzero(still[begin:end])
+            if len(frames) >= STILL_S * data.game.fps:
+                where = f"{pairs.episode}, frames {frames[0]} to {frames[-1]}"
+                what = f"the picture stands still for {len(frames)} frames in which inputs turn ({where})"
+                yield data.find("still picture", [i], what)
+
+
+def _constant(data: Dataset, turns: Turns) -> Iterator[Finding]:
+    """Inputs that stay the same although the picture turns."""
+    degrees, moved = yaw_and_motion(pairs for own in turns.values() for pairs in own) if turns else np.zeros((2, 1))
+    if not degrees.std() or not moved.std() or np.corrcoef(degrees, moved)[0, 1] ** 2 < EXPLAINED:
+        return
+    for i, pairs in ((i, pairs) for i, own in turns.items() for pairs in own):
+        rows = np.column_stack([pairs.keyboard, pairs.yaw_pitch])
+        for begin, end in runs((rows[1:] == rows[:-1]).all(axis=1)):
+            seconds, motion = (end + 1 - begin) / data.game.fps, pairs.motion[begin : end + 1, 0]
+            if seconds >= CONSTANT_S and motion.std() >= LIKE_ALWAYS * moved.std():
+                where = f"{pairs.episode}, frames {pairs.first + begin} to {pairs.first + end}"
+                what = f"no input changes for {seconds:.1f} s ({where}), though the picture turns"
+                yield data.find("constant inputs", [i], what)
