@@ -15,7 +15,8 @@ from torch import Tensor
 
 from configs import load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
-from configs.files import holds_files, write_text
+from configs.files import holds_files
+from configs.foreign import parse_object, reading
 from configs.game import GameConfig
 from configs.s3_errors import bucket_and_key
 from model.action_dit import ActionDiT, ActionDiTConfig
@@ -117,6 +118,26 @@ def find_checkpoint(path: str | Path) -> str:
     if newest is None:
         raise MissingFileError(f"no complete checkpoint in {url} (step_*/{COMPLETE}); train first")
     return newest
+
+
+def write_complete(folder: str | Path, **about: int) -> None:
+    """Says that all files of a checkpoint are in `folder`, with their sizes; to be called last."""
+    text = json.dumps({**about, "bytes": storage.list_tree(folder)}, indent=1)
+    storage.write_text(storage.join(folder, COMPLETE), text)
+
+
+def read_complete(folder: str | Path) -> int:
+    """The format of the checkpoint `folder`, 0 if no run can go on from it. Raises UserError if one of its files is
+    missing or truncated."""
+    place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
+    with reading(place, remedy):
+        saved = parse_object(storage.read_bytes(place), place)
+        sizes, version = dict(saved.get("bytes", {})), int(saved.get("format", 0))
+    there = storage.list_tree(folder)
+    for name, size in sizes.items():
+        if there.get(name) != size:
+            raise UserError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
+    return version
 
 
 def checkpoint_files(checkpoint: str) -> list[str]:
@@ -222,7 +243,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
         if codec is not None:
             copy_codec(codec, folder / CODEC)
         save_config(replace(world, codec=CODEC), folder / WORLD_FILE)
-        write_text(folder / COMPLETE, json.dumps({"bytes": storage.list_tree(folder)}, indent=1))
+        write_complete(folder)
 
 
 def load_world(

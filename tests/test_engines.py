@@ -305,7 +305,7 @@ def test_a_branch_is_bit_for_bit_the_run_that_was_stopped_there_and_leaves_it_as
         (["resume=ORIGIN/step_0000004"], "no complete checkpoint (in ORIGIN: step_0000003, "),
         (["resume=ORIGIN"], "resume=ORIGIN is no complete checkpoint (in ORIGIN: step_0000003, "),
         (["resume=step_0000003"], "name one, as in resume=runs/my/step_0000500"),
-        (["steps=3"], "has 3 steps done, and steps=3; give more steps"),
+        (["steps=3"], "has 3 steps done, and steps=3; give more"),
         (["model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
         (["seed=1"], "other samples: seed=0 there, 1 here"),
         (["batch=3"], "clips per step"),

@@ -13,8 +13,8 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import require_lanes
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
-from model.world import WorldModelConfig, find_checkpoint, newest_step, read_world_config
-from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data, require_whole
+from model.world import WorldModelConfig, find_checkpoint, newest_step, read_complete, read_world_config
+from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_same_data
 from train.config import TrainConfig
 from train.engine import gather_objects
 from train.engines import engine_of
@@ -134,6 +134,6 @@ def initial_weights(config: TrainConfig, manifest: Manifest) -> str:
     """The weights file that `config.init` names; raises if it is of another model or action space."""
     assert config.init
     checkpoint = find_checkpoint(config.init)
-    require_whole(checkpoint)
+    read_complete(checkpoint)
     require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
     return storage.join(checkpoint, f"{config.init_weights}.safetensors")

@@ -1,4 +1,4 @@
-"""Checkpoints: what is in their folders, which to go on from, and what must be the same for that."""
+"""What resuming needs beyond `model/world.py`: where a run stands, and what must be the same to go on from there."""
 
 import hashlib
 import json
@@ -31,6 +31,7 @@ from model.world import (
     find_checkpoint,
     find_codec,
     newest_step,
+    read_complete,
     read_world_config,
     writing_world,
 )
@@ -40,10 +41,10 @@ from train.engine import Engine
 from train.state import SavedState
 
 FORMAT = 1  # of what resuming reads
-TRAINER = "trainer"  # what only resuming needs
+TRAINER = "trainer"  # the folder of what only resuming needs
 POSITION = "position.json"
 MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
-WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # files for everyone, and what of the state
+WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # the files for everyone, by their name in the state
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Position:
 
     @property
     def clips_per_step(self) -> int:
-        """The global batch: the order of the samples, and what a step is, hang on it."""
+        """The global batch, on which the order of the samples depends."""
         return self.ranks * self.batch * self.accumulation
 
 
@@ -83,20 +84,22 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
 
 def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, Position] | None:
     """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one; before it
-    has any, that of `resume`. Raises ValueError or OSError in one line if it is damaged, or of another model, flow,
-    game or codec; or if `out` holds checkpoints of no branch of `resume`."""
+    has any, that of `resume`. Raises UserError if it is damaged, or of another model, flow, game or codec; or if `out`
+    holds checkpoints that did not begin at `resume`."""
     own, origin = newest_step(config.checkpoints), config.resume
-    found = own or origin
-    if found is None:
+    checkpoint = own or origin
+    if checkpoint is None:
         return None
     if origin and own:
         _require_branch(own, origin)
     elif origin:
         _require_complete(origin.rstrip("/"))
-    position = read_position(found)
+    position = read_position(checkpoint)
     if own is None and position.step >= config.steps:
-        raise UserError(f"resume={found} has {position.step} steps done, and steps={config.steps}; give more steps")
-    there, here = flat(to_dict(read_world_config(found))), flat(to_dict(world))
+        raise UserError(
+            f"resume={checkpoint} has {position.step} steps done, and steps={config.steps}; give more steps"
+        )
+    there, here = flat(to_dict(read_world_config(checkpoint))), flat(to_dict(world))
     differing = [
         f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
         for key in sorted(there.keys() | here.keys())
@@ -104,8 +107,8 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
     ]
     if differing:
         remedy = "choose another out=" if own else "use the same"
-        raise UserError(f"{found} is of another run ({'; '.join(differing)}); {remedy}")
-    return found, position
+        raise UserError(f"{checkpoint} is of another run ({'; '.join(differing)}); {remedy}")
+    return checkpoint, position
 
 
 def _require_complete(folder: str) -> None:
@@ -133,26 +136,12 @@ def absolute(url: str) -> str:
     return url.rstrip("/") if storage.is_s3(url) else str(Path(url).resolve())
 
 
-def require_whole(folder: str | Path) -> int:
-    """The format of the checkpoint `folder`; 0 if it is none that a run goes on from. Raises ValueError in one line if
-    a file of it is missing or cut."""
-    place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
-    with reading(place, remedy):
-        saved = parse_object(storage.read_bytes(place), place)
-        sizes, version = dict(saved.get("bytes", {})), int(saved.get("format", 0))
-    there = storage.list_tree(folder)
-    for name, size in sizes.items():
-        if there.get(name) != size:
-            raise UserError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
-    return version
-
-
 def read_position(folder: str | Path) -> Position:
-    """Where the complete checkpoint `folder` stands. Raises ValueError in one line unless a run can go on from it."""
-    found = require_whole(folder)
-    if found != FORMAT:
-        remedy = "use a newer one" if found > FORMAT else f"start a new run from its weights with init={folder}"
-        raise UserError(f"{folder} has format {found}, this Worldloom goes on from format {FORMAT}; {remedy}")
+    """Where the complete checkpoint `folder` stands. Raises UserError unless a run can go on from it."""
+    version = read_complete(folder)
+    if version != FORMAT:
+        remedy = "use a newer one" if version > FORMAT else f"start a new run from its weights with init={folder}"
+        raise UserError(f"{folder} has format {version}, this Worldloom goes on from format {FORMAT}; {remedy}")
     place = storage.join(folder, f"{TRAINER}/{POSITION}")
     with reading(place):
         return build_from(Position, parse_object(storage.read_bytes(place), place), place)
@@ -160,45 +149,40 @@ def read_position(folder: str | Path) -> Position:
 
 def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:
     """What all ranks wrote into the complete checkpoint `folder`; `copies` as of SavedState."""
-    names = [storage.name_of(url) for url in storage.list_files(storage.join(folder, TRAINER))]
-    parts = [name for name in names if fnmatch(name, "rank_*.safetensors")]
-    return SavedState([storage.join(folder, f"{TRAINER}/{name}") for name in parts], copies)
+    urls = storage.list_files(storage.join(folder, TRAINER))
+    return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copies)
 
 
 def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
-    """16 hex digits that are others for other shards, wherever they lie, and for another order or mixture of them."""
+    """16 hex digits that change with the shards, wherever they lie, with their order and with their mixture."""
     mixture = [[source.weight for source in config.sources], config.loader.shuffle_shards]
-    alone = [[1.0], 0]
-    told = [to_dict(manifest) for manifest in manifests] + ([] if mixture == alone else [mixture])
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    parts = [to_dict(manifest) for manifest in manifests] + ([] if mixture == [[1.0], 0] else [mixture])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_same_data(config: TrainConfig, data: str, position: Position, folder: str | Path) -> None:
-    """Raises ValueError, naming what differs, unless the samples of `config`, whose shards have the digest `data`, are
+    """Raises UserError, naming what differs, unless the samples of `config`, whose shards have the digest `data`, are
     those that the saved run would have had."""
     if (position.seed, position.manifest) == (config.seed, data):
         return
     saved = to_dict(load_file(TrainConfig, storage.local(storage.join(folder, "config.yaml"))))
     there, here = _data_settings(saved), _data_settings(to_dict(config))
     differing = [f"{name}={there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
-    what = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
-    raise UserError(f"{folder} was trained on other samples: {what}; use the same, or start anew with init={folder}")
+    fault = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
+    raise UserError(f"{folder} was trained on other samples: {fault}; use the same, or start anew with init={folder}")
 
 
 def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the order of the samples hangs on, by the words of a config."""
-    sets = {one["path"]: one["weight"] for one in config.get("manifests") or ()} or config.get("manifest")
+    """The settings that decide the order of the samples."""
+    sets = {entry["path"]: entry["weight"] for entry in config.get("manifests") or ()} or config.get("manifest")
     groups = config.get("loader", {}).get("shuffle_shards", 0)
     return {"seed": config["seed"], "manifest": sets, "loader.shuffle_shards": groups}
 
 
 def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
-    """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`.
-
-    On as many ranks as before they are what `config` says. On others the batch stays, or becomes smaller, and the
-    accumulation follows, so that every step has the very samples that it would have had.
-    Raises ValueError in one line if that cannot be.
-    """
+    """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`, so that every
+    step has the same samples: on as many ranks as before those of `config`; on others the batch stays or becomes
+    smaller, and the accumulation follows. Raises UserError if that cannot be."""
     if ranks * config.batch * config.accumulation == position.clips_per_step:
         return config
     per_rank, rest = divmod(position.clips_per_step, ranks)
@@ -214,8 +198,7 @@ def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: st
 
 
 def load_checkpoint(engine: Engine, ema: Ema, folder: str | Path) -> None:
-    """Restores what the complete checkpoint `folder` holds, whatever engine and ranks wrote it. All ranks must call;
-    each reads what it needs of it."""
+    """Restores the complete checkpoint `folder`, whatever engine and ranks wrote it. All ranks must call."""
     with ExitStack() as copies:
         saved = state_of(folder, copies)
         engine.restore(saved)
@@ -244,14 +227,14 @@ def consolidate(config: ConsolidateConfig) -> None:
     with suppress(ValueError):  # the weights alone need none
         read["codec"] = storage.files_at(find_codec(folder, world, config.codec))
     require_other_files([config.out], read)
-    if alone := config.out.endswith(".safetensors"):
+    if weights_alone := config.out.endswith(".safetensors"):
         require_no_folder([config.out])
     position, saved = read_position(folder), state_of(folder)
-    whole, told = saved.whole(WEIGHTS[config.weights], weight_specs(world)), {"step": str(position.step)}
-    if alone:
+    whole, metadata = saved.whole(WEIGHTS[config.weights], weight_specs(world)), {"step": str(position.step)}
+    if weights_alone:
         with storage.writing(config.out) as part:
-            save_weights(whole, part, told)
+            save_weights(whole, part, metadata)
     else:
         with writing_world(config.out, world, find_codec(folder, world, config.codec)) as there:
-            save_weights(whole, there / "model.safetensors", told)
+            save_weights(whole, there / "model.safetensors", metadata)
     print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")
