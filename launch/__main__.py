@@ -5,13 +5,13 @@ import sys
 from configs.cli import Verb, run
 
 VERBS = {
-    "run": Verb("launch.local:launch"),
+    "run": Verb("launch.run:launch"),
     "doctor": Verb("launch.doctor:doctor"),
     "plan": Verb("launch.plan:plan"),
     "links": Verb("launch.links:links"),
     "accelerate": Verb("launch.rendezvous:accelerate"),
     "pipeline": Verb("launch.pipeline:pipeline"),
-    "warm": Verb("launch.warm:warm"),
+    "warm": Verb("launch.run:warm"),
 }
 
 if __name__ == "__main__":

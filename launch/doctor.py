@@ -22,7 +22,6 @@ from configs.errors import UserError, one_line
 from configs.files import write_text
 from configs.foreign import parse_object
 from configs.storage import is_s3
-from launch.command import Shell, Task, accelerate_words, environment, quoted
 from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
 from launch.links import RankReport, Ranks
 from launch.machine import MachineConfig
@@ -31,7 +30,8 @@ from launch.mesh import Door, Hello, door_name, knock
 from launch.node import address, inspect_node
 from launch.places import Trial
 from launch.rendezvous import LOOPBACK, own_address
-from launch.submit import require_own, submit
+from launch.run import accelerate_line
+from launch.scheduler import Job, Shell, quoted, require_own
 from launch.tables import examination_text, printable
 from launch.timed import Doing, within
 from train.config import EngineConfig, TrainConfig
@@ -64,8 +64,6 @@ class DoctorConfig:
             )
         if self.bucket and not is_s3(self.bucket):
             raise UserError(f"bucket={self.bucket} must begin with s3://; a folder is given as shared=")
-        if self.machine.kind == "local" and self.script:
-            raise UserError("script= is for machines of kind slurm and kubernetes; leave it out")
 
     @property
     def places(self) -> list[str]:
@@ -97,30 +95,27 @@ def read_doctor(words: Sequence[str]) -> DoctorConfig:
 def doctor(words: list[str]) -> int:
     """Examine every node before a run: configs/machines/X.yaml shared=FOLDER bucket=s3://... timeout_s= megabytes="""
     config = read_doctor(words)
-    if config.machine.kind == "local":
-        return _here(config)
-    return submit(config.machine, doctor_task(config, words), config.script, config.dry_run)
+    return config.machine.start(doctor_job(config, words), config.script, config.dry_run)
 
 
-def doctor_task(config: DoctorConfig, words: Sequence[str]) -> Task:
+def doctor_job(config: DoctorConfig, words: Sequence[str]) -> Job:
     """For a scheduler: every node runs the doctor of a local machine, told which of them it is."""
     mine = [word for word in words if word.partition("=")[0] not in ("script", "dry_run")]
 
-    def line(rank: str, host: str) -> list[str]:
+    def line(rank: str | None, host: str | None) -> list[str]:
+        if rank is None or host is None:
+            return ["python", "-m", "launch", "doctor", *mine]
         where = [Shell(f"machine.node_rank={quoted(rank)}"), Shell(f"machine.host={quoted(host)}")]
         return ["python", "-m", "launch", "doctor", *mine, "machine.kind=local", *where]
 
-    return Task(f"{config.machine.name}-doctor", line, most_s=config.most_s)
+    return Job(f"{config.machine.name}-doctor", line, limit_s=config.most_s, here=partial(_here, config))
 
 
 def _here(config: DoctorConfig) -> int:
     machine = config.machine
-    if config.dry_run:
-        print(shlex.join(links_line(config, "REPORT")))
-        return 0
     if config.report and machine.node_rank == 0:
         require_own(config.report, REPORT_MARK)
-    os.environ.update(environment(machine))  # interfaces, credentials: what the run's processes would have
+    os.environ.update(machine.environment)  # interfaces, credentials: what the run's processes would have
     try:
         found = _examine(config, meet(machine, config.timeout_s))
     except (ConnectionError, RuntimeError) as error:  # the first node is not there, or no longer
@@ -204,7 +199,7 @@ def links_line(config: DoctorConfig, report: str) -> list[str]:
     machine = config.machine
     words = [f"report={report}", f"device={machine.device}", f"megabytes={config.megabytes}"]
     words += [f"timeout_s={config.timeout_s}"]
-    return accelerate_words(machine, config.engine, words, program=("launch", "links"))
+    return accelerate_line(machine, config.engine.name, words, program=("launch", "links"))
 
 
 def _measure(config: DoctorConfig) -> tuple[tuple[RankReport, ...], str]:

@@ -3,77 +3,128 @@
 import json
 import re
 import shlex
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from launch.command import MARK, TRAINERS, Task, environment, shell_line, variable
-from launch.machine import MachineConfig
+from configs.errors import UserError
+from configs.storage import is_s3
+from launch.scheduler import MARK, TRAINERS, Cluster, Job, Scheduler, is_text, require_word, shell_line, variable
 from train.config import ASKED, ENDED, FAULT
 
 PORT = "rendezvous"
 
 
-def manifests(machine: MachineConfig, task: Task) -> list[dict[str, Any]]:
-    """Service and Job. A training pod that ends badly is made anew, and goes on from the run's newest checkpoint; if a
-    person has to mend something, the Job fails."""
-    kube, labels = machine.kubernetes, {"app": task.name}
-    meta = {"name": task.name, "namespace": kube.namespace, "labels": labels}
-    service = {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": meta,
-        "spec": {
+@dataclass(frozen=True)
+class Kubernetes(Scheduler):
+    """`machine.kubernetes`: what the Job is told besides nodes and GPUs."""
+
+    image: str = "worldloom:latest"
+    namespace: str = "default"
+    volume_claim: str | None = None  # a shared PersistentVolumeClaim, mounted at `mount`
+    mount: str = "/data"
+    shared_memory: str = "16Gi"
+    memory: str | None = None
+
+    command = ("kubectl", "create", "-f")
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.name != "mount":
+                require_word(f"machine.kubernetes.{setting.name}", getattr(self, setting.name))
+        if not self.mount.startswith("/") or ":" in self.mount or not is_text(self.mount):
+            raise UserError(f"machine.kubernetes.mount={self.mount!r} must be an absolute path without :")
+
+    def check(self, cluster: Cluster, job: Job) -> None:
+        if not re.fullmatch("[a-z]([-a-z0-9]{0,46}[a-z0-9])?", job.name) or not cluster.port:
+            raise UserError(
+                f"machine.name={cluster.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter "
+                "first, and machine.port must not be 0"
+            )
+        out = job.saves_to
+        if out and not is_s3(out) and not (self.volume_claim and Path(out).is_relative_to(self.mount)):
+            raise UserError(
+                f"out={out} ends with its pod: give an s3:// url, or a folder under {self.mount} with "
+                "machine.kubernetes.volume_claim="
+            )
+
+    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
+        if status := super().submit(cluster, job, script):  # a Job of that name may be there, and cannot be changed
+            raise UserError(f"{script} was not taken; an earlier one goes by kubectl delete -f {script}")
+        return status
+
+    def render(self, cluster: Cluster, job: Job) -> str:
+        """Documents of JSON, which is YAML too and quotes every text."""
+        documents = [json.dumps(one, indent=2, ensure_ascii=False) for one in self.manifests(cluster, job)]
+        return f"{MARK}\n" + "\n---\n".join(documents) + "\n"
+
+    def manifests(self, cluster: Cluster, job: Job) -> list[dict[str, Any]]:
+        """Service and Job. A training pod that ends badly is made again, and goes on from the run's newest checkpoint;
+        if a person has to fix something, the Job fails."""
+        labels = {"app": job.name}
+        meta = {"name": job.name, "namespace": self.namespace, "labels": labels}
+        service = {
             "clusterIP": "None",
             "selector": labels,
             "publishNotReadyAddresses": True,  # the pods look for each other before any of them is ready
-            "ports": [{"name": PORT, "port": machine.port}],
-        },
-    }
-    run = task.line(variable("JOB_COMPLETION_INDEX"), f"{task.name}-0.{task.name}")
-    container = {
-        "name": "main",
-        "image": kube.image,
-        "command": [
-            "bash",
-            "-c",
-            _as_it_stands(_GOING_ON.format(run=shell_line(run)) if task.out else shell_line(run)),
-        ],
-        "env": [{"name": name, "value": _as_it_stands(value)} for name, value in environment(machine).items()],
-        "ports": [{"containerPort": machine.port, "name": PORT}],
-        "resources": {"limits": _limits(machine), "requests": _limits(machine)},
-        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
-    }
-    if task.out:  # the training processes are told first, and save; then the pod ends, within the grace period
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
-    volumes: list[dict[str, Any]] = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": kube.shared_memory}}]
-    if kube.volume_claim:
-        container["volumeMounts"].append({"name": "data", "mountPath": kube.mount})
-        volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": kube.volume_claim}})
-    pod = {
-        "subdomain": task.name,
-        "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
-        "terminationGracePeriodSeconds": machine.grace_s,
-        "containers": [container],
-        "volumes": volumes,
-    }
-    job = {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": meta,
-        "spec": {
+            "ports": [{"name": PORT, "port": cluster.port}],
+        }
+        spec = {
             "completionMode": "Indexed",
-            "completions": machine.nodes,
-            "parallelism": machine.nodes,
+            "completions": cluster.nodes,
+            "parallelism": cluster.nodes,
             # Every pod of a run ends when one crashes, and each is counted.
-            "backoffLimit": machine.nodes * machine.max_restarts if task.out else 0,
-            **({"podFailurePolicy": {"rules": _RULES}} if task.out else {}),
-            "template": {"metadata": {"labels": labels}, "spec": pod},
-        },
-    }
-    return [service, job]
+            "backoffLimit": cluster.nodes * cluster.max_restarts if job.saves_to else 0,
+            **({"podFailurePolicy": {"rules": _RULES}} if job.saves_to else {}),
+            "template": {"metadata": {"labels": labels}, "spec": self._pod(cluster, job)},
+        }
+        return [
+            {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service},
+            {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec},
+        ]
+
+    def _pod(self, cluster: Cluster, job: Job) -> dict[str, Any]:
+        volumes: list[dict[str, Any]] = [
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}
+        ]
+        if self.volume_claim:
+            volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}})
+        return {
+            "subdomain": job.name,
+            "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
+            "terminationGracePeriodSeconds": cluster.grace_s,
+            "containers": [self._container(cluster, job)],
+            "volumes": volumes,
+        }
+
+    def _container(self, cluster: Cluster, job: Job) -> dict[str, Any]:
+        line = shell_line(job.line(variable("JOB_COMPLETION_INDEX"), f"{job.name}-0.{job.name}"))
+        command = _REPORTING.format(run=line) if job.saves_to else line
+        gpus = {"nvidia.com/gpu": str(cluster.processes)} if cluster.device == "cuda" else {}
+        limits = gpus | ({"memory": self.memory} if self.memory else {})
+        mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
+        mounts += [{"name": "data", "mountPath": self.mount}] if self.volume_claim else []
+        # The training processes are told first, and save; then the pod ends, within the grace period.
+        before_stop = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
+        return {
+            "name": "main",
+            "image": self.image,
+            "command": ["bash", "-c", _escape(command)],
+            "env": [{"name": name, "value": _escape(value)} for name, value in cluster.environment.items()],
+            "ports": [{"containerPort": cluster.port, "name": PORT}],
+            "resources": {"limits": limits, "requests": limits},
+            "volumeMounts": mounts,
+            **({"lifecycle": before_stop} if job.saves_to else {}),
+        }
+
+
+def _escape(text: str) -> str:
+    """For a container's command and env, in which Kubernetes puts values for `$(NAME)` and `$` for `$$`."""
+    return re.sub(r"\$(?=[$(])", "$$", text)
 
 
 # A pod that ends with 0 counts as done, even if its node was drained: then the run is to go on somewhere else.
-_GOING_ON = f"""\
+_REPORTING = f"""\
 {ENDED}=$(mktemp); export {ENDED}
 ({{run}})
 status=$?
@@ -84,20 +135,3 @@ _RULES = [
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},  # drained, not counted
 ]
 _WAIT_FOR_SAVE = f"pkill -USR1 -f '{TRAINERS}'; while pgrep -f '{TRAINERS}' > /dev/null; do sleep 1; done"
-
-
-def _as_it_stands(text: str) -> str:
-    """For a container's command and env, in which Kubernetes puts values for `$(NAME)` and `$` for `$$`."""
-    return re.sub(r"\$(?=[$(])", "$$", text)
-
-
-def _limits(machine: MachineConfig) -> dict[str, str]:
-    kube = machine.kubernetes
-    gpus = {kube.gpu_resource: str(machine.processes)} if machine.device == "cuda" else {}
-    return gpus | {name: value for name, value in (("cpu", kube.cpu), ("memory", kube.memory)) if value}
-
-
-def kubernetes_text(machine: MachineConfig, task: Task) -> str:
-    """For `kubectl create -f`: documents of JSON, which is YAML too and quotes every text."""
-    documents = (json.dumps(one, indent=2, ensure_ascii=False) for one in manifests(machine, task))
-    return f"{MARK}\n" + "\n---\n".join(documents) + "\n"

@@ -14,10 +14,9 @@ import torch
 from configs import build, merge_args
 from configs.cli import table
 from configs.errors import UserError
-from launch.command import environment
-from launch.local import Launch, read_launch
 from launch.machine import MachineConfig
 from launch.node import GIB, memory_gib
+from launch.run import Launch, read_launch
 from train.config import TrainConfig
 from train.rehearsal import ClipSize, Rehearsed, base_process, clip_size, rehearse
 
@@ -143,7 +142,7 @@ def plan(words: list[str]) -> int:
     if config.mfu is not None and given.train.peak_tflops is None:
         raise UserError(f"mfu={config.mfu:g} is a share of peak_tflops=, which is not given")
     limit = limit_gib(config, given.machine)
-    os.environ.update(environment(given.machine))  # what the run's processes would have
+    os.environ.update(given.machine.environment)  # what the run's processes would have
     found = planner.plan()
     print(describe(found, given, config.mfu), flush=True)
     if found.fits(limit):

@@ -27,9 +27,8 @@ from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.record import RecordConfig
 from data_pipeline.shard_set import read_clips
 from data_pipeline.verify import verify_set
-from launch.local import read_launch, train_task
 from launch.pipeline import PipelineConfig
-from launch.submit import submit
+from launch.run import read_launch
 from model.__main__ import VERBS
 from model.weights import save_weights
 from sampling.__main__ import VERBS as SAMPLING
@@ -225,7 +224,7 @@ def _launch(folder: Path, rng: Random) -> None:
     machine = rng.choice(sorted((CONFIGS / "machines").glob("*.yaml")))
     given = read_launch([str(machine), *RUN, f"machine.{rng.choice(names)}={_value(rng)}", f"out={_value(rng)}"])
     if given.machine.kind != "local":
-        submit(given.machine, train_task(given), None, True)
+        given.machine.start(given.job, None, True)
 
 
 READERS: tuple[Reader, ...] = (

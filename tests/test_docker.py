@@ -21,7 +21,7 @@ from test_readme import check_command
 from tiny_training import ROOT
 
 from launch.doctor import read_doctor
-from launch.local import read_launch
+from launch.run import read_launch
 
 DOCKERFILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 COMPOSE = ROOT / "docker" / "compose.yaml"

@@ -20,8 +20,7 @@ from configs import build, storage, to_dict
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.diagnosis import Examination, LimitsConfig, NodeReport, find_problems, obstacle
-from launch.doctor import doctor_task, read_doctor
-from launch.kubernetes import manifests
+from launch.doctor import doctor_job, read_doctor
 from launch.links import Clock, Link, RankReport, clock_ahead, rounds
 from launch.machine import MachineConfig
 from launch.meeting import Answer, Meeting, meet
@@ -29,7 +28,6 @@ from launch.mesh import Door, Hello, door_name, knock
 from launch.node import NodeFacts, inspect_node, parse_gpus
 from launch.places import Place, Trial
 from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
-from launch.slurm import slurm_script
 from launch.tables import examination_text, printable
 from launch.timed import Doing, within
 
@@ -373,7 +371,7 @@ def test_a_scheduler_s_nodes_run_the_doctor_told_which_of_them_they_are(monkeypa
     monkeypatch.chdir(ROOT)
     words = ["configs/machines/slurm.yaml", "shared=/data", "script=job.sh", "dry_run=true"]
     config = read_doctor(words)
-    text = slurm_script(config.machine, doctor_task(config, words))
+    text = config.machine.render(doctor_job(config, words))
     (tmp_path / "job.sh").write_text(text)
     for check in (["bash", "-n"], ["shellcheck", "--severity=warning"]):
         assert subprocess.run([*check, str(tmp_path / "job.sh")], capture_output=True).returncode == 0
@@ -392,7 +390,7 @@ def test_the_doctor_s_job_for_kubernetes_is_valid_and_runs_once(monkeypatch) -> 
     monkeypatch.chdir(ROOT)
     words = ["configs/machines/kubernetes.yaml", "bucket=s3://data"]
     config = read_doctor(words)
-    service, job = manifests(config.machine, doctor_task(config, words))
+    service, job = config.machine.kubernetes.manifests(config.machine, doctor_job(config, words))
     for one in (service, job):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
     pod = job["spec"]["template"]["spec"]

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import kubernetes_validate
@@ -21,12 +21,11 @@ from tiny_training import ROOT, run
 from configs import build, load_config
 from configs.cli import run as run_words
 from launch.__main__ import VERBS
-from launch.command import TRAINERS, accelerate_words, shell_line
-from launch.kubernetes import kubernetes_text, manifests
-from launch.local import read_launch, supervise, train_task
+from launch.local import supervise
 from launch.machine import MachineConfig
-from launch.slurm import slurm_script
-from train.config import EngineConfig, TrainConfig
+from launch.run import Launch, accelerate_line, read_launch
+from launch.scheduler import TRAINERS, Cluster, Job, Scheduler, shell_line
+from train.config import TrainConfig
 from train.entry import needs_a_person
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
@@ -93,6 +92,11 @@ def test_a_run_that_was_told_something_wrong_is_not_started_again_though_the_lau
     assert "started again" not in said.out
 
 
+def the_container(run: Launch) -> dict:
+    job = run.machine.kubernetes.manifests(run.machine, run.job)[1]
+    return job["spec"]["template"]["spec"]["containers"][0]
+
+
 def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
     """What the container's command does with the programs of `folder`, after Kubernetes has put in what `$(NAME)` and
     `$$` stand for there."""
@@ -112,7 +116,7 @@ def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
 )
 def test_a_pod_says_how_its_run_ended_and_a_fault_fails_the_job(words, tmp_path, says, status, ends) -> None:
     asked = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
-    job = manifests(asked.machine, train_task(asked))[1]
+    job = asked.machine.kubernetes.manifests(asked.machine, asked.job)[1]
     (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
     (tmp_path / "python").chmod(0o755)
     assert in_a_pod(job["spec"]["template"]["spec"]["containers"][0], tmp_path).returncode == ends
@@ -152,7 +156,7 @@ def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> 
         f"machine.slurm.logs={tmp_path}/logs",
     ]
     asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
-    text = slurm_script(asked.machine, train_task(asked))
+    text = asked.machine.render(asked.job)
     path = tmp_path / "job.sh"
     path.write_text(text)
     assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
@@ -212,12 +216,14 @@ def test_words_names_and_values_are_never_run_as_shell(words, tmp_path, monkeypa
     settings = ["machine.env.A=changed", f"machine.env.B={json.dumps(HOSTILE)}", "machine.max_restarts=0"]
     machines = {kind: str(ROOT / f"configs/machines/{kind}.yaml") for kind in ("slurm", "kubernetes")}
     asked = read_launch([machines["slurm"], *words, *given, *settings, "machine.slurm.setup=export C=1"])
-    slurm = run_script(slurm_script(asked.machine, train_task(asked)), tmp_path)
+    slurm = run_script(asked.machine.render(asked.job), tmp_path)
     pods = read_launch([machines["kubernetes"], *words, *given, *settings, f"machine.kubernetes.mount={tmp_path}"])
-    container = manifests(pods.machine, train_task(pods))[1]["spec"]["template"]["spec"]["containers"][0]
+    container = pods.machine.kubernetes.manifests(pods.machine, pods.job)[1]["spec"]["template"]["spec"]["containers"][
+        0
+    ]
     pod = in_a_pod(container, tmp_path / "bin").stdout.split("\0")[:-1]
     for found, asked_of in ((slurm, asked), (pod, pods)):
-        assert tuple(found[found.index("train") + 1 :]) == asked_of.words and set(given) <= set(asked_of.words)
+        assert tuple(found[found.index("train") + 1 :]) == asked_of.args and set(given) <= set(asked_of.args)
         assert found[found.index("--machine_rank") + 1] == "1"
     assert not list(tmp_path.rglob("*PWNED")) and Path("$(touch PWNED).yaml").exists()
 
@@ -236,7 +242,7 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
         (tools / name).write_text(f"#!/bin/bash\n{does}\n")
         (tools / name).chmod(0o755)
     script = tmp_path / "job.sh"
-    script.write_text(slurm_script(asked.machine, train_task(asked)))
+    script.write_text(asked.machine.render(asked.job))
 
     def submit(**env: str) -> tuple[int, bool]:
         (tmp_path / "calls").unlink(missing_ok=True)
@@ -261,7 +267,7 @@ def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
     asked = read_launch(
         ["configs/machines/kubernetes.yaml", *words, "machine.env.A=b", f"machine.kubernetes.mount={tmp_path}"]
     )
-    service, job = manifests(asked.machine, train_task(asked))
+    service, job = asked.machine.kubernetes.manifests(asked.machine, asked.job)
     for one in (service, job):
         kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
     pod = job["spec"]["template"]["spec"]
@@ -280,12 +286,9 @@ def test_the_manifests_are_yaml_that_says_the_same(words, tmp_path) -> None:
     odd = {"A": "1e3", "B": "yes", "C": "a: b #c", "D": "\U0001f600 é\n\tx", "E": "---\n- *x", "F": "$(A) $$ $B"}
     given = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
     machine = replace(given.machine, env=odd)
-    text, task = kubernetes_text(machine, train_task(given)), train_task(given)
-    assert list(yaml.safe_load_all(text)) == manifests(machine, task)
-    env = {
-        one["name"]: one["value"]
-        for one in manifests(machine, task)[1]["spec"]["template"]["spec"]["containers"][0]["env"]
-    }
+    service, job = machine.kubernetes.manifests(machine, given.job)
+    assert list(yaml.safe_load_all(machine.render(given.job))) == [service, job]
+    env = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env["D"] == odd["D"] and env["F"] == "$$(A) $$$ $B"  # Kubernetes makes `$(A) $$ $B` of it
 
 
@@ -296,12 +299,12 @@ def test_the_pod_tells_its_trainers_and_not_its_launcher() -> None:
 
 
 FILES = {
-    "cpu_zero2": (MachineConfig(processes=2, device="cpu"), EngineConfig()),
-    "cpu_plain": (MachineConfig(processes=2, device="cpu"), EngineConfig(name="fsdp2")),
-    "1gpu": (MachineConfig(), EngineConfig(name="ddp")),
-    "8gpu_zero2": (MachineConfig(processes=8), EngineConfig()),
-    "multi_node_zero3": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), EngineConfig(stage=3)),
-    "multi_node_fsdp2": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), EngineConfig(name="fsdp2")),
+    "cpu_zero2": (MachineConfig(processes=2, device="cpu"), "deepspeed"),
+    "cpu_plain": (MachineConfig(processes=2, device="cpu"), "fsdp2"),
+    "1gpu": (MachineConfig(), "ddp"),
+    "8gpu_zero2": (MachineConfig(processes=8), "deepspeed"),
+    "multi_node_zero3": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), "deepspeed"),
+    "multi_node_fsdp2": (MachineConfig(nodes=4, processes=8, node_rank=1, host="node0"), "fsdp2"),
 }
 
 
@@ -310,7 +313,7 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
     machine, engine = FILES[name]
     node = ["--machine_rank", "1", "--main_process_ip", "node0"] if machine.nodes > 1 else []
     file = ["--config_file", str(ROOT / f"launch/accelerate/{name}.yaml"), *node, "-m", "train", "a.yaml"]
-    line = accelerate_words(machine, engine, ["a.yaml"])[4:]
+    line = accelerate_line(machine, engine, ["a.yaml"])[4:]
     found, wanted = (vars(_validate_launch_command(launch_command_parser().parse_args(one))[0]) for one in (file, line))
     parts = ["use_deepspeed", "multi_gpu", "use_fsdp", "cpu", "num_processes", "num_machines", "machine_rank"]
     parts += ["main_process_ip", "deepspeed_multinode_launcher", "module", "training_script", "training_script_args"]
@@ -325,7 +328,7 @@ def test_a_value_may_refer_to_what_another_file_says(words, tmp_path) -> None:
     own.write_text("engine: {name: ddp}\noptim: {warmup_steps: '${log_every}'}\n")
     asked = read_launch([str(machine), *words, str(own)])
     assert asked.train.wandb_project == "on ddp" and asked.train.optim.warmup_steps == asked.train.log_every
-    assert load_config(TrainConfig, asked.words) == asked.train
+    assert load_config(TrainConfig, asked.args) == asked.train
 
 
 NO_DISK = OSError("cannot write step_0000004")
@@ -361,11 +364,11 @@ CONTAINER = ("configs/machines/slurm.yaml", "machine.nodes=1", "machine.processe
         (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
         (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
         (["configs/machines/slurm.yaml"], "4 shards for 32 loader lanes"),
-        (["configs/machines/kubernetes.yaml", "machine.processes=1"], "a place that stays is under /data"),
+        (["configs/machines/kubernetes.yaml", "machine.processes=1"], "ends with its pod"),
         (["configs/machines/kubernetes.yaml", "machine.name=My_Run"], "machine.name=My_Run: Kubernetes takes"),
         (
-            ["configs/machines/kubernetes.yaml", "machine.kubernetes.mount=/nowhere", "manifest=/nowhere/m.json"],
-            "this machine has no /nowhere, where the pods' volume is",
+            ["configs/machines/kubernetes.yaml", "machine.kubernetes.mount=/no", "out=/no/o", "manifest=/no/m.json"],
+            "/no/m.json",
         ),
         ([*CONTAINER, "machine.slurm.mounts=/data:/data"], "ends with its container"),
         ([*CONTAINER], "ends with its container"),
@@ -434,6 +437,29 @@ def test_a_machine_s_settings_are_plain_words(given: dict, said: str) -> None:
     with pytest.raises(ValueError, match=re.escape(said)) as raised:
         build(MachineConfig, given)
     assert str(raised.value).isprintable()
+
+
+@dataclass(frozen=True)
+class Toy(Scheduler):
+    """A scheduler is its own file and one line."""
+
+    queue: str = "short"
+
+    def render(self, cluster: Cluster, job: Job) -> str:
+        return f"{self.queue} {cluster.nodes} {job.name}: {shlex.join(job.line('0', 'node0'))}\n"
+
+
+@dataclass(frozen=True)
+class ToyMachines(MachineConfig):
+    toy: Toy = field(default_factory=Toy)  # the line
+
+
+def test_a_scheduler_is_its_own_file_and_one_line(words) -> None:
+    job = read_launch(["configs/machines/laptop.yaml", *words]).job
+    machine = build(ToyMachines, {"kind": "toy", "nodes": "2", "toy": {"queue": "long"}})
+    assert machine.render(job).startswith("long 2 worldloom: python -m launch accelerate")
+    with pytest.raises(ValueError, match=r"machine.kind=toi must be one of local, slurm, kubernetes, toy"):
+        build(ToyMachines, {"kind": "toi"})
 
 
 def test_a_word_that_is_no_text_is_not_written_into_a_script() -> None:

@@ -16,11 +16,10 @@ import pytest
 import torch
 from tiny_training import ROOT, launch, losses, run
 
-from launch.command import accelerate_words, environment
 from launch.machine import MachineConfig
+from launch.run import accelerate_line
 from model.weights import load_weights
 from model.world import newest_checkpoint
-from train.config import EngineConfig
 
 SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100", "steps=40"]
 TIMEOUT_S = 8
@@ -45,7 +44,7 @@ class Nodes:
 
     def start(self, node: int, words: list[str], log: Path) -> subprocess.Popen[bytes]:
         machine = MachineConfig(nodes=2, processes=1, device="cpu", node_rank=node, host="node0", port=29517)
-        return self.inside(node, accelerate_words(machine, EngineConfig(), words), log, environment(machine))
+        return self.inside(node, accelerate_line(machine, "deepspeed", words), log, machine.environment)
 
     def inside(
         self, node: int, line: list[str], log: Path, env: dict[str, str], first: str = ""

@@ -16,9 +16,9 @@ from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig
 from launch.__main__ import VERBS as LAUNCH_VERBS
 from launch.doctor import read_doctor
-from launch.local import read_launch
 from launch.pipeline import PipelineConfig
 from launch.plan import read_plan
+from launch.run import read_launch
 from model.__main__ import VERBS as MODEL_VERBS
 from model.config import ModelConfig
 from model.official import ExportConfig

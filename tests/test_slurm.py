@@ -13,8 +13,7 @@ import torch
 from test_multinode import LOOSE, SETTINGS, Nodes, kill_node, nodes, wait_for_steps  # noqa: F401  (nodes is a fixture)
 from tiny_training import ROOT, launch, losses, run
 
-from launch.local import read_launch, train_task
-from launch.slurm import slurm_script
+from launch.run import read_launch
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
@@ -118,7 +117,7 @@ def test_slurm_takes_what_is_rendered_for_it_and_refuses_what_it_has_not(slurm: 
 
     def tested(*more: str) -> subprocess.CompletedProcess[str]:
         asked = read_launch([*words, *more])
-        (tmp_path / "job.sh").write_text(slurm_script(asked.machine, train_task(asked)))
+        (tmp_path / "job.sh").write_text(asked.machine.render(asked.job))
         return slurm.ask("sbatch", "--test-only", str(tmp_path / "job.sh"))
 
     assert tested().returncode == 0

@@ -1,0 +1,158 @@
+"""What a job is, what it runs on, and what every scheduler does with it. Each kind of scheduler has its own file."""
+
+import os
+import re
+import shlex
+import subprocess
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from configs.errors import FileInTheWayError, MissingFileError, UserError
+from configs.files import write_text
+from configs.storage import is_s3
+
+MARK = "# Rendered by: python -m launch"  # a line of every file that is written for a scheduler
+TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
+# 65535 s is what Slurm takes at most as the time of a signal.
+BOUNDS = {"nodes": (1, 100_000), "processes": (1, 1024), "grace_s": (1, 65_535), "max_restarts": (0, 10_000)}
+
+
+class Shell(str):
+    """Text that is shell already. Every other text is quoted when a line of shell is made of it."""
+
+
+def is_text(value: str) -> bool:
+    """Whether `value` is UTF-8 without control characters but tabs and line ends: what scripts and manifests hold."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\t\n" for c in value)
+
+
+def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]") -> None:
+    """UserError if the setting `name` is given and is not one plain word, as an option of a scheduler is."""
+    if value is not None and not (re.fullmatch(f"(?!-){characters}+", value) and value.isprintable()):
+        allowed = "letters, digits, _ . and -" if "w" in characters else "no white space, quotes, \\ or #"
+        raise UserError(f"{name}={value!r} must be one word that does not begin with - ({allowed})")
+
+
+def variable(name: str) -> Shell:
+    """The value of a variable of the node's environment, as one word."""
+    return Shell(f'"${name}"')
+
+
+def quoted(word: str) -> Shell:
+    """`word` as shell; UserError for one that no script can hold."""
+    if isinstance(word, Shell):
+        return word
+    if not is_text(word):
+        raise UserError(f"{word!r} is no text that a script can hold; rename the file or change the value")
+    return Shell(shlex.quote(word))
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """The words as a line of shell, which becomes the launcher.
+
+    The launcher ignores USR1, so that a warning which every process gets reaches those that can save.
+    """
+    return f"trap '' USR1; exec {' '.join(map(quoted, words))}"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Nodes and the processes on them, whichever scheduler starts these."""
+
+    name: str = "worldloom"  # of the job
+    nodes: int = 1
+    processes: int = 1  # per node: its GPUs, or as many processes on its CPU
+    device: Literal["cpu", "cuda"] = "cuda"
+    node_rank: int = 0  # local: which of `nodes` this is
+    host: str = "127.0.0.1"  # local: where node 0 is reached; Slurm and Kubernetes find it
+    port: int = 29500  # 0: a free one, for a run on one node
+    grace_s: int = 180  # from the warning to the end: for the step, and for saving
+    max_restarts: int = 0  # after a crash; a Slurm job counts every time that it was queued again
+    env: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_word("machine.name", self.name, r"[\w.-]")  # part of a log's name too
+        require_word("machine.host", self.host, r"[\w.:%-]")
+        for name, value in self.env.items():
+            if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+                raise UserError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
+            if not is_text(value):
+                raise UserError(f"machine.env.{name}={value!r} holds control characters; leave them out")
+        if not (0 if self.nodes == 1 else 1) <= self.port <= 65535:
+            raise UserError(f"machine.port={self.port} must be 1 to 65535 (0, a free one, is for one node)")
+        for name, (least, most) in BOUNDS.items():
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"machine.{name}={getattr(self, name)} must be {least} or more and at most {most}")
+        if not 0 <= self.node_rank < self.nodes:
+            raise UserError(f"machine.node_rank={self.node_rank} must be 0 or more and below nodes={self.nodes}")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.processes
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of every process."""
+        # A machine with GPUs that is to use its CPU must not see them: torch would take them.
+        cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+        cpu |= {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
+        return {**(cpu if self.device == "cpu" else {}), "TOKENIZERS_PARALLELISM": "false", **self.env}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to run on every node."""
+
+    name: str
+    line: Callable[[str | None, str | None], list[str]]  # a node's command, of its rank and the host of node 0
+    saves_to: str | None = None  # of a run, which is queued again when it was stopped; none: the job runs once
+    limit_s: float = 0.0  # the longest that a job which runs once takes
+    here: Callable[[], int] | None = None  # what a local machine does instead of starting `line`
+
+
+class Scheduler:
+    """A kind of scheduler; a frozen dataclass of its settings."""
+
+    command: ClassVar[Sequence[str]] = ()  # submits the file whose name follows
+
+    def check(self, cluster: Cluster, job: Job) -> None:
+        """UserError for a job that cannot run there."""
+
+    def render(self, cluster: Cluster, job: Job) -> str:
+        """What it is given, as text."""
+        raise NotImplementedError
+
+    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
+        """Writes what `render` makes to `script` and submits that, or prints it; the exit status."""
+        text = self.render(cluster, job)
+        if script is None:
+            print(text, end="")
+            return 0
+        require_own(script, MARK)
+        script = f"./{script}" if script.startswith("-") else script  # it would be taken for an option
+        write_text(script, text)
+        print(shlex.join([*self.command, script]))
+        try:
+            return subprocess.call([*self.command, script])
+        except FileNotFoundError as error:
+            raise MissingFileError(
+                f"{script} is written, but there is no {self.command[0]} on this machine; submit it where there is one"
+            ) from error
+
+
+def require_own(path: str, mark: str) -> None:
+    """UserError for what may not be written over: a bucket, or something at `path` that is not empty and has no line in
+    its first megabyte that begins with `mark`."""
+    if is_s3(path):
+        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
+    if not os.path.lexists(path):
+        return
+    if Path(path).is_file():
+        with open(path, "rb") as file:
+            beginning = file.read(1 << 20)
+        if not beginning or any(line.startswith(mark.encode()) for line in beginning.split(b"\n")):
+            return
+    raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")
