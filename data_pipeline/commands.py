@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
-from data_pipeline.encode import Encoded, encode_recordings, list_waits
+from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
 from data_pipeline.left_out import describe_left_out
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig, record_episodes
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shards import load_manifest
 from data_pipeline.verify import verify_set
 
@@ -37,7 +36,7 @@ def _tell(done: Encoded) -> None:
     rate = ""
     if done.new_clips:
         clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
-        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {list_waits(done.waits)}"
+        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {done.waits}"
     left_out = describe_left_out(done.left_out)
     print(
         f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "

@@ -12,9 +12,8 @@ from tiny_recordings import FRAMES, spoil_video, write_recording
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import drop_faulty, encode_recordings
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shards import load_manifest, read_index
 from data_pipeline.types import Episode
 from data_pipeline.verify import verify_set

@@ -25,10 +25,9 @@ from configs import storage
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
 from data_pipeline.clips import cut_runs
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import drop_faulty, encode_recordings
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shard_set import Shards, read_clips
 from data_pipeline.shards import ALIGNMENT, load_manifest
 from data_pipeline.verify import verify_set
