@@ -51,13 +51,12 @@ class VerifyConfig:
 
     manifest: str
     sample: int | None = None  # read so many shards, others each time, instead of all of them
-    seed: int | None = None  # of the sample, to have the same again
 
 
 def verify(config: VerifyConfig) -> int:
     """Re-read the shards of a manifest and compare: verify MANIFEST sample=10; exit status 1 if anything is wrong."""
     manifest = load_manifest(config.manifest)
-    faults = verify_set(config.manifest, config.sample, config.seed)
+    faults = verify_set(config.manifest, config.sample)
     for fault in faults:
         print(fault)
     read = "" if config.sample is None else f", {min(config.sample, len(manifest.shards))} of them read"

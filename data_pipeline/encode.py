@@ -213,8 +213,7 @@ class Worker:
             self._overtaken = True
             return
         with _unless_there(job.read_index):
-            folder, name = storage.parent(job.url), storage.name_of(job.url)
-            self.bytes += write_shard(folder, name, clips, job.left_out).bytes
+            self.bytes += write_shard(job.url, clips, job.left_out).bytes
 
 
 def _settle_plan(plan: Plan) -> None:

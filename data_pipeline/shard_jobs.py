@@ -11,7 +11,7 @@ from data_pipeline.clips import BadEpisodeError
 from data_pipeline.plan import SHARD, EncodeConfig, Plan, count_clips, describe_fault
 from data_pipeline.shards import Index, read_index
 from data_pipeline.types import Episode
-from data_pipeline.verify import find_fault
+from data_pipeline.verify import FAULT, require_clips
 
 T = TypeVar("T")
 
@@ -50,13 +50,14 @@ class ShardJob:
         """Why the shard is to be made again, in a few words, or None. Reads all of it."""
         try:
             info, entries, left_out = read_index(self.url)
-        except (FileNotFoundError, ValueError) as error:
+            if left_out:  # the recording may have been mended
+                return f"made without {', '.join(left_out)}, tried again"
+            if info.url != storage.name_of(self.url) or len(entries) != self.clips:
+                return "its index is of another shard"
+            require_clips(self.url, info, entries, shapes={})
+        except FAULT as error:
             return str(error)
-        if left_out:  # the recording may have been mended
-            return f"made without {', '.join(left_out)}, tried again"
-        if info.url != storage.name_of(self.url) or len(entries) != self.clips:
-            return "its index is of another shard"
-        return find_fault(self.url, info, entries, {})
+        return None
 
 
 def list_jobs(config: EncodeConfig, plan: Plan) -> list[ShardJob]:

@@ -14,9 +14,9 @@ from configs.errors import UserError
 from configs.game import ActionSpace
 from configs.s3_errors import Damaged
 from data_pipeline.batch_buffer import BatchBuffer
-from data_pipeline.shards import Entry, clip_shapes, compare_shard, load_manifest, read_clip, shard_url
+from data_pipeline.shards import Entry, clip_shapes, load_manifest, read_clip, read_entries, shard_url
 from data_pipeline.types import Clip, Manifest, ShardInfo, Source
-from data_pipeline.verify import find_altered
+from data_pipeline.verify import FAULT, require_bytes
 
 TRIES = 2  # a disk, or a copy, may be at fault for a moment
 SET_KIND = ("layout", "clip_frames", "clip_latents", "codec_hash", "vision", "unknown")
@@ -35,11 +35,11 @@ class ShardFile:
 
     def read_entries(self) -> list[Entry]:
         """Where its clips lie, by its index. Raises UserError if size or index are not as the manifest says."""
-        entries, fault = compare_shard(self.url, self.info)
-        if fault:
-            self._faults = [fault] * TRIES
-            raise self._error()
-        return entries
+        try:
+            return read_entries(self.url, self.info)
+        except FAULT as error:
+            self._faults = [str(error)] * TRIES
+            raise self._error() from error
 
     @contextmanager
     def open(self) -> Iterator[str]:
@@ -48,12 +48,7 @@ class ShardFile:
             with self._lock:
                 if len(self._faults) >= TRIES:
                     raise self._error()
-                place = self._open_copy(stack) if self._copy else self.url
-                if not self._copy and not self._trusted:
-                    if fault := find_altered(self.url, self.info):
-                        self._faults.append(fault)
-                        raise self._error()
-                    self._trusted = True
+                place = self._check(stack)
             try:
                 yield place
             except OSError as error:
@@ -61,11 +56,16 @@ class ShardFile:
                     raise OSError(error.errno, error.strerror, self.url) from error
                 raise
 
-    def _open_copy(self, stack: ExitStack) -> str:
+    def _check(self, stack: ExitStack) -> str:
         try:
-            return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
-        except Damaged as error:
-            self._faults.append(error.fault)
+            if self._copy:
+                return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
+            if not self._trusted:
+                require_bytes(self.url, self.info)
+                self._trusted = True
+            return self.url
+        except (UserError, Damaged) as error:
+            self._faults.append(error.fault if isinstance(error, Damaged) else str(error))
             raise self._error() from error
 
     def _error(self) -> UserError:
@@ -112,8 +112,8 @@ class Shards:
     def read_into(self, number: int, buffer: BatchBuffer, row: int) -> None:
         """As `read`, into a row of the buffer."""
         shard, entry = self.places[number]
-        with self.shards[shard].open() as url:
-            read_clip(url, entry, self.shapes, buffer, row)
+        with self.shards[shard].open() as url, storage.open(url, entry.size) as file:
+            read_clip(file, url, entry, self.shapes, buffer, row)
 
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""

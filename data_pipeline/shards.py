@@ -9,13 +9,12 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from webdataset.writer import TarWriter
 
 from configs import build_from, storage, to_dict
@@ -71,49 +70,39 @@ def index_url(url: str) -> str:
     return url.removesuffix(".tar") + INDEX
 
 
-def write_shard(folder: str | Path, name: str, clips: Iterable[Clip], left_out: Mapping[str, str] = {}) -> ShardInfo:
-    """Writes `<name>` into `folder`, then its index, which also names what is `left_out`; the same clips give the same
-    bytes. No clips are no shard, just an index."""
-    url, clips = storage.join(folder, name), list(clips)
-    if not clips:
+def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {}) -> ShardInfo:
+    """Writes the shard, then its index, which also names the episodes `left_out`; the same clips give the same bytes.
+    Without clips, only the index is written."""
+    info, entries = ShardInfo(storage.name_of(url), 0, 0, "", ()), list[Entry]()
+    if clips:
+        with storage.writing(url) as part:
+            entries = _write_tar(part, clips)
+            episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
+            info = ShardInfo(info.url, len(entries), part.stat().st_size, sha256_file(part), episodes)
+    else:
         storage.remove(url)  # one that was made when its episodes could be decoded
-        return _write_index(url, ShardInfo(name, 0, 0, "", ()), [], left_out)
-    placed: list[tuple[str, str, int]] = []
-    with storage.writing(url) as part:
-        with open(part, "wb") as file, _tar_writer(file) as tar:
-            for clip in clips:
-                key = clip_key(clip.episode, clip.start)
-                tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
-                placed.append((key, clip.episode, clip.start))
-        with tarfile.open(part) as tar:
-            where = {member.name: (member.offset_data, member.size) for member in tar}
-        digest, size = sha256_file(part), part.stat().st_size
-    entries = [Entry(*one, *where[f"{one[0]}.safetensors"], *where[f"{one[0]}.jpg"]) for one in placed]
-    episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
-    info = ShardInfo(name, len(entries), size, digest, episodes)
-    return _write_index(url, info, entries, left_out)
-
-
-def _write_index(url: str, info: ShardInfo, entries: list[Entry], left_out: Mapping[str, str]) -> ShardInfo:
     content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
     storage.write_text(index_url(url), json.dumps(content) + "\n")
     return info
 
 
-def _tar_writer(file: Any) -> TarWriter:
-    return TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False)
+def _write_tar(path: Path, clips: Sequence[Clip]) -> list[Entry]:
+    keys = [clip_key(clip.episode, clip.start) for clip in clips]
+    with open(path, "wb") as file, TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False) as tar:
+        for key, clip in zip(keys, clips, strict=True):
+            tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
+    with tarfile.open(path) as tar:
+        where = {member.name: (member.offset_data, member.size) for member in tar}
+    return [
+        Entry(key, clip.episode, clip.start, *where[f"{key}.safetensors"], *where[f"{key}.jpg"])
+        for key, clip in zip(keys, clips, strict=True)
+    ]
 
 
 def pack_clip(clip: Clip) -> bytes:
     """A clip as safetensors: latents, keyboard, mouse, start; the episode's id is in the file's metadata."""
-    tensors = {
-        "latents": clip.latents.contiguous(),
-        "keyboard": clip.keyboard.contiguous(),
-        "mouse": clip.mouse.contiguous(),
-        "start": torch.tensor(clip.start),
-    }
-    optional = {"visual": clip.visual, "image_latents": clip.image_latents}
-    tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
+    tensors = {name: value for name, value in vars(clip).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: tensor.contiguous() for name, tensor in {**tensors, "start": torch.tensor(clip.start)}.items()}
     packed = save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
     length = int.from_bytes(packed[:8], "little")
     latents = json.loads(packed[8 : 8 + length])["latents"]["data_offsets"][0]
@@ -121,16 +110,10 @@ def pack_clip(clip: Clip) -> bytes:
     return (length + blanks).to_bytes(8, "little") + packed[8 : 8 + length] + b" " * blanks + packed[8 + length :]
 
 
-def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
-    """The tensors that `pack_clip` wrote."""
-    with reading(url, VERIFY):
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise UserError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
+Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
 
 
-def clip_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+def clip_shapes(manifest: Manifest) -> Shapes:
     """The shapes of the tensors that every clip of the set must hold."""
     game, frames, space = manifest.game, manifest.clip_frames, manifest.game.action_space
     latents = (manifest.latent_channels, manifest.clip_latents, game.height // SPATIAL, game.width // SPATIAL)
@@ -138,31 +121,24 @@ def clip_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return {**shapes, "start": ()} | ({"image_latents": latents} if manifest.unknown == "grey" else {})
 
 
-def find_wrong_shape(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
-    """How the shapes `found` in a clip differ from those that its manifest promises, in a few words, or None."""
-    for name, shape in shapes.items():
-        if found.get(name) != shape:
-            return f"{name} of the shape {found.get(name)}, the manifest says {shape}"
-    return None
-
-
-def read_clip(url: str, entry: Entry, shapes: Mapping[str, tuple[int, ...]], buffer: BatchBuffer, row: int) -> None:
+def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, buffer: BatchBuffer, row: int) -> None:
     """Reads a clip's tensors into a row of the buffer; of a local file each is copied once.
 
-    Raises UserError if the clip is damaged or has not the `shapes`.
+    Raises UserError, naming the `url` of the shard, if the clip is damaged or has not the `shapes`.
     """
-    with storage.open(url, entry.size) as file:
-        layout, first = _read_layout(file, url, entry)
-        if wrong := find_wrong_shape(shapes, {name: shape for name, (_, shape) in layout.items()}):
-            raise UserError(f"{url}: clip {entry.key} has {wrong}; {VERIFY}")
-        rows = buffer.row(row, layout, f"{url}: clip {entry.key}")
-        file.seek(first)
-        for name in layout:
-            if (read := file.readinto(rows[name])) != len(rows[name]):
-                raise UserError(f"{url} is truncated: {read} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
+    layout, first = _read_layout(file, url, entry)
+    found = {name: shape for name, (_, shape) in layout.items()}
+    for name, shape in shapes.items():
+        if found.get(name) != shape:
+            raise UserError(f"{url}: clip {entry.key} has {name} of the shape {found.get(name)}, not {shape}; {VERIFY}")
+    rows = buffer.row(row, layout, f"{url}: clip {entry.key}")
+    file.seek(first)
+    for name in layout:
+        if (read := file.readinto(rows[name])) != len(rows[name]):
+            raise UserError(f"{url} is truncated: {read} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
 
 
-def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[TensorLayout, int]:
+def _read_layout(file: io.BufferedIOBase, url: str, entry: Entry) -> tuple[TensorLayout, int]:
     """The clip's layout, and the offset in the shard of its first tensor; the others follow without gaps."""
     file.seek(entry.offset)
     length = int.from_bytes(file.read(8), "little")
@@ -208,26 +184,23 @@ def _read_entry(values: Any, info: ShardInfo) -> Entry:
     return entry
 
 
-def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
-    """The index entries of the shard at `url`, and what is wrong with its size or index, in a few words, or None."""
-    if fault := find_size_fault(url, info):
-        return [], fault
-    try:
-        found, entries, _ = read_index(url)
-    except (FileNotFoundError, ValueError) as error:
-        return [], str(error)
+def read_entries(url: str, info: ShardInfo) -> list[Entry]:
+    """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
+    require_size(url, info)
+    found, entries, _ = read_index(url)
     if found != info or len(entries) != info.clips:
-        return [], f"{index_url(url)} is of another shard; {AGAIN}"
-    return entries, None
+        raise UserError(f"{index_url(url)} is of another shard; {AGAIN}")
+    return entries
 
 
-def find_size_fault(url: str, info: ShardInfo) -> str | None:
-    """What is wrong with the size of the shard at `url`, in a few words, or None."""
+def require_size(url: str, info: ShardInfo) -> None:
+    """Raises UserError, not naming the `url`, unless a shard of the right size is there."""
     try:
         size = storage.size(url)
-    except FileNotFoundError:
-        return "missing"
-    return None if size == info.bytes else f"truncated or grown: {size} bytes, not {info.bytes}"
+    except FileNotFoundError as error:
+        raise UserError("missing") from error
+    if size != info.bytes:
+        raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
 
 
 def save_manifest(manifest: Manifest, url: str | Path) -> None:

@@ -1,7 +1,7 @@
 """The nouns of the data: actions, a recording, a clip, a shard set."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -108,8 +108,8 @@ class Batch:
         return self._map(lambda tensor: tensor[rows], self.ids[rows])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], ids: tuple[str, ...]) -> "Batch":
-        visual, image = (None if tensor is None else change(tensor) for tensor in (self.visual, self.image_latents))
-        return Batch(change(self.latents), change(self.keyboard), change(self.mouse), ids, visual, image, self.skipped)
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, ids=ids, **changed)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import io
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, cast
@@ -13,31 +13,35 @@ from typing import IO, cast
 import torch
 
 from configs import storage
+from configs.errors import UserError
 from configs.foreign import DAMAGE
+from data_pipeline.batch_buffer import BatchBuffer
 from data_pipeline.shards import (
     AGAIN,
     CLIP_BYTES,
     Entry,
+    Shapes,
     clip_key,
     clip_shapes,
-    compare_shard,
-    find_size_fault,
-    find_wrong_shape,
     index_url,
     load_manifest,
+    read_clip,
+    read_entries,
+    require_size,
     shard_url,
-    unpack_clip,
 )
 from data_pipeline.types import ShardInfo
 
 BLOCK_BYTES = 1 << 18  # hashed at a time, as hashlib does; tarfile copies what is left of a block for each member
 ALTERED = "altered: its SHA-256 is not the manifest's"
-Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
+FAULT = (ValueError, FileNotFoundError)  # what a shard that is damaged or gone raises
 
 
-def find_altered(url: str, info: ShardInfo) -> str | None:
-    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it."""
-    return find_size_fault(url, info) or (ALTERED if storage.sha256(url) != info.sha256 else None)
+def require_bytes(url: str, info: ShardInfo) -> None:
+    """Raises UserError, not naming the `url`, unless the shard's bytes are as `info` says. Reads all of them."""
+    require_size(url, info)
+    if storage.sha256(url) != info.sha256:
+        raise UserError(ALTERED)
 
 
 class _HashingReader:
@@ -52,11 +56,10 @@ class _HashingReader:
         return data
 
 
-def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry], shapes: Shapes) -> str | None:
-    """As `find_altered`, and whether the `entries` of its index and the clips' shapes and values are right."""
-    if fault := find_size_fault(url, info):
-        return fault
-    members = list[tuple[str, int, int]]()  # name, offset, size
+def require_clips(url: str, info: ShardInfo, entries: Sequence[Entry], shapes: Shapes) -> None:
+    """As `require_bytes`, and the index's `entries`, the clips' shapes and their values must be right too."""
+    require_size(url, info)
+    members, fault = list[tuple[str, int, int]](), None  # name, offset, size
     with storage.open(url, storage.WHOLE_BYTES) as file:
         reader = _HashingReader(file)
         with (
@@ -66,14 +69,16 @@ def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry], shapes: Shap
             for member in tar:
                 members.append((member.name, member.offset_data, member.size))
                 if member.name.endswith(".safetensors") and member.size <= CLIP_BYTES:
-                    fault = fault or _find_wrong_values(url, cast(IO[bytes], tar.extractfile(member)).read(), shapes)
+                    packed = cast(IO[bytes], tar.extractfile(member)).read()
+                    fault = fault or _find_wrong_values(url, member.name, packed, shapes)
         while reader.read(BLOCK_BYTES):
             pass
     if reader.digest.hexdigest() != info.sha256:
-        return ALTERED
+        raise UserError(ALTERED)
     if members != [member for entry in entries for member in _expected_members(entry, info)]:
-        return f"{index_url(url)} does not match the clips in the shard; {AGAIN}"
-    return fault
+        raise UserError(f"{index_url(url)} does not match the clips in the shard; {AGAIN}")
+    if fault:
+        raise UserError(fault)
 
 
 def _expected_members(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]]:
@@ -85,39 +90,36 @@ def _expected_members(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int
     ]
 
 
-def _find_wrong_values(url: str, packed: bytes, shapes: Shapes) -> str | None:
+def _find_wrong_values(url: str, name: str, packed: bytes, shapes: Shapes) -> str | None:
+    buffer = BatchBuffer(1)
     try:
-        clip = unpack_clip(packed, url)
+        read_clip(io.BytesIO(packed), url, Entry(name, "", 0, 0, len(packed), 0, 0), shapes, buffer, 0)
     except ValueError as error:
         return str(error)
-    where = f"a clip at frame {clip['start'].tolist()}" if "start" in clip else "a clip"
-    if wrong := find_wrong_shape(shapes, {name: tuple(tensor.shape) for name, tensor in clip.items()}):
-        return f"{where} has {wrong}"
-    for name, tensor in clip.items():
-        if not torch.isfinite(tensor).all():
-            return f"{where} has {name} that are not finite; encode its recordings again"
-    return None
+    wrong = [of for of, tensor in buffer.tensors().items() if not torch.isfinite(tensor).all()]
+    return f"{name} has {wrong[0]} that are not finite; encode its recordings again" if wrong else None
 
 
-def verify_set(url: str | Path, sample: int | None = None, seed: int | None = None) -> list[str]:
+def verify_set(url: str | Path, sample: int | None = None) -> list[str]:
     """A line per fault of the set with the manifest at `url`: shards missing, truncated, altered, stray or twice.
 
-    With `sample`, the bytes of so many shards are read, drawn at random by `seed` if there is one; of the others, sizes
-    and indexes are compared.
+    With `sample`, the bytes of so many random shards are read; of the others, sizes and indexes are compared.
     """
-    manifest, faults = load_manifest(url), []
+    manifest, faults = load_manifest(url), list[str]()
     count = len(manifest.shards) if sample is None else min(max(0, sample), len(manifest.shards))
-    read = set(random.Random(seed).sample(range(len(manifest.shards)), count))
+    read = set(random.sample(range(len(manifest.shards)), count))
     keys: dict[str, str] = {}
-    shapes = clip_shapes(manifest)
     for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
-        entries, fault = compare_shard(shard, info)
-        fault = fault or (find_fault(shard, info, entries, shapes) if i in read else None)
-        faults += [f"{shard}: {fault}"] if fault else []
-        for entry in [] if fault else entries:
-            first = keys.setdefault(entry.key, shard)
-            faults += [f"{shard}: clip {entry.key} is in {first} too"] if first != shard else []
+        try:
+            entries = read_entries(shard, info)
+            if i in read:
+                require_clips(shard, info, entries, clip_shapes(manifest))
+        except FAULT as error:
+            faults.append(f"{shard}: {error}")
+            continue
+        firsts = [(entry.key, keys.setdefault(entry.key, shard)) for entry in entries]
+        faults += [f"{shard}: clip {key} is in {first} too" for key, first in firsts if first != shard]
     times = Counter(info.url for info in manifest.shards)
     faults += [f"{name}: {count} times in the manifest" for name, count in times.items() if count > 1]
     listed = {shard_url(url, info) for info in manifest.shards}

@@ -182,7 +182,7 @@ def rewrite(copied: Path, change: Callable[[Clip], Clip]) -> None:
     """Writes shard 0 anew with its first clip changed, as an encoder would have."""
     manifest, shards = load_manifest(copied / "manifest.json"), Shards(copied / "manifest.json")
     clips = [shards.clip(number) for number in range(manifest.shards[0].clips)]
-    info = write_shard(copied, "shard-000000.tar", [change(clips[0]), *clips[1:]])
+    info = write_shard(f"{copied}/shard-000000.tar", [change(clips[0]), *clips[1:]])
     save_manifest(replace(manifest, shards=(info, *manifest.shards[1:])), copied / "manifest.json")
 
 
@@ -197,7 +197,7 @@ def test_verify_finds_values_that_are_not_finite(name, value, copied, capsys):
 
     rewrite(copied, change)
     line = said(capsys, "verify", f"{copied}/manifest.json")
-    assert f"shard-000000.tar: a clip at frame 0 has {name} that are not finite" in line
+    assert f"shard-000000.tar: episode_00000-000000.safetensors has {name} that are not finite" in line
 
 
 @pytest.mark.parametrize("name", ["latents", "keyboard", "mouse"])
