@@ -3,11 +3,10 @@
 import time
 from dataclasses import dataclass
 
-from data_pipeline.encode import Encoded, encode_recordings, list_waits
+from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
 from data_pipeline.left_out import describe_left_out
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.record import RecordConfig, record_episodes
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shards import load_manifest
 from data_pipeline.verify import verify_set
 
@@ -38,7 +37,7 @@ def _tell(done: Encoded) -> None:
     rate = ""
     if done.new_clips:
         clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
-        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {list_waits(done.waits)}"
+        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {done.waits}"
     left_out = describe_left_out(done.left_out)
     print(
         f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "
@@ -53,13 +52,12 @@ class VerifyConfig:
 
     manifest: str
     sample: int | None = None  # read so many shards, others each time, instead of all of them
-    seed: int | None = None  # of the sample, to have the same again
 
 
 def verify(config: VerifyConfig) -> int:
     """Re-read the shards of a manifest and compare: verify MANIFEST sample=10; exit status 1 if anything is wrong."""
     manifest = load_manifest(config.manifest)
-    faults = verify_set(config.manifest, config.sample, config.seed)
+    faults = verify_set(config.manifest, config.sample)
     for fault in faults:
         print(fault)
     read = "" if config.sample is None else f", {min(config.sample, len(manifest.shards))} of them read"

@@ -29,24 +29,14 @@ class LeftOut:
 
 def describe_left_out(sets: Sequence[LeftOut]) -> str:
     """One line about all sets together; empty if all that was recorded is in clips."""
-    bad = {name: why for one in sets for name, why in one.bad_recordings.items()}
-    empty = [name for one in sets for name in one.empty_recordings]
-    short = {name: frames for one in sets for name, frames in one.short_episodes.items()}
-    other, cut = sum(one.other_frames for one in sets), sum(one.cut_frames for one in sets)
-    parts = []
-    if bad:
-        why = list_names([f"{name}: {said}" for name, said in bad.items()])
-        parts.append(f"{len(bad)} bad recording{'s' * (len(bad) > 1)} ({why})")
-    if empty:
-        parts.append(f"{len(empty)} recording{'s' * (len(empty) > 1)} of which the reader keeps nothing "
-                     f"({list_names(empty)})")  # fmt: skip
-    if short:
-        parts.append(
-            f"{len(short)} of {sum(one.episodes for one in sets)} episodes, {sum(short.values())} frames, shorter than "
-            f"the {sets[0].clip_frames} of a clip ({list_names(list(short))})"
-        )
-    if other:
-        parts.append(f"{other} frames of other episodes that no clip covers")
-    if cut:
-        parts.append(f"{cut} recorded frames, cut by the reader")
-    return f"left out: {'; '.join(parts)}" if parts else ""
+    bad = [f"{name}: {why}" for one in sets for name, why in one.bad_recordings.items()]
+    short = f"episodes shorter than the {sets[0].clip_frames} frames of a clip"
+    counts = {
+        f"bad recordings ({list_names(bad)})": len(bad),
+        "recordings of which the reader keeps nothing": sum(len(one.empty_recordings) for one in sets),
+        short: sum(len(one.short_episodes) for one in sets),
+        "frames of other episodes that no clip covers": sum(one.other_frames for one in sets),
+        "recorded frames, cut by the reader": sum(one.cut_frames for one in sets),
+    }
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"left out (see {LEFT_OUT}): {'; '.join(parts)}" if parts else ""

@@ -24,15 +24,15 @@ class Order:
     """
 
     def __init__(
-        self, shards: Sequence[Sequence[int]], weights: Sequence[float], seed: int, shuffle_shards: int, shuffle: bool
+        self, shards: Sequence[Sequence[int]], weights: Sequence[float], seed: int, shuffle_shards: int = 0
     ) -> None:
         """`shards`: for every set, how many clips each of its shards has."""
-        self.seed, self.shuffle_shards, self.shuffle = seed, shuffle_shards, shuffle
+        self.seed, self.shuffle_shards = seed, shuffle_shards
         sizes = [sum(counts) for counts in shards]
         self._sets = list(zip(sizes, np.cumsum([0, *sizes[:-1]]).tolist(), weights, strict=True))
         self._shard_of = np.repeat(np.arange(sum(map(len, shards))), [count for counts in shards for count in counts])
-        self.dues = [round(size * weight) for size, _, weight in self._sets]
-        self.clips_per_epoch = sum(self.dues)
+        self.clips_per_set = [round(size * weight) for size, _, weight in self._sets]
+        self.clips_per_epoch = sum(self.clips_per_set)
         self.epoch = lru_cache(maxsize=2)(self._epoch)
 
     def clip(self, sample: int) -> int:
@@ -56,9 +56,7 @@ class Order:
         return list(dict.fromkeys(self._shard_of[found.clips[places[mine]]].tolist()))
 
     def _epoch(self, epoch: int) -> Epoch:
-        clips = np.concatenate([self._due(i, epoch) for i in range(len(self._sets))])
-        if not self.shuffle:
-            return Epoch(clips, np.zeros(len(clips), np.int64))
+        clips = np.concatenate([self._clips_of_set(i, epoch) for i in range(len(self._sets))])
         words = random_words(len(clips), self.seed, epoch)
         if not self.shuffle_shards:
             return Epoch(clips[np.argsort(words, kind="stable")], np.zeros(len(clips), np.int64))
@@ -68,12 +66,12 @@ class Order:
         order = np.lexsort((words, groups))
         return Epoch(clips[order], groups[order])
 
-    def _due(self, i: int, epoch: int) -> np.ndarray:
+    def _clips_of_set(self, i: int, epoch: int) -> np.ndarray:
         """The clips that set `i` gives to an epoch: the next ones of its own endless order."""
         size, first, weight = self._sets[i]
         if weight == 1:
             return first + np.arange(size)
-        due = self.dues[i]
+        due = self.clips_per_set[i]
         rounds = range(epoch * due // size, -(-(epoch + 1) * due // size)) if due else range(0)
         whole = [shuffled(size, self.seed, one, i + 1 + SHARDS) for one in rounds]
         skipped = epoch * due - (rounds.start * size if due else 0)

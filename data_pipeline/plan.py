@@ -1,4 +1,4 @@
-"""What an `encode` run is told, and its plan: which clips of which episodes go into which shard."""
+"""The settings of `encode`, and its plan: which clips of which episodes go into which shard."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from configs.game import GameConfig
 from data_pipeline.left_out import LeftOut
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
-from data_pipeline.shards import INDEX, clip_key, clip_latents
+from data_pipeline.shards import INDEX, clip_key, count_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import Codec, codec_hash
 from model.layout import CHUNK_FRAMES, CondFill, Layout
@@ -23,11 +23,9 @@ from model.patch_codec import TEMPORAL
 from model.vision import Vision, vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
-NO_FACTS = ("source", "out", "vision_weights", "device", "stale_s", "on_bad_recording")  # change no byte of a shard
-# What still is a clip, a shard, a batch, a pause; more is a slip of the hand.
+NO_FACTS = ("source", "out", "vision_weights", "device", "on_bad_recording")  # change no byte of a shard
 LARGEST = {"clip_frames": 10_000, "stride": 1_000_000, "shard_clips": 1_000_000, "batch": 10_000}
-LONGEST_STALE_S = 7 * 24 * 3600.0
-SAID = 60  # letters of a fact of another plan
+SHOWN = 60  # characters of a fact of another plan
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,11 @@ class EncodeConfig:
     vision: Vision = "none"  # CLIP tokens of each clip's first frame, for a model with that model.vision
     vision_weights: str | None = None  # of CLIP's vision tower
     unknown: CondFill = "zeros"  # grey: each clip carries its first frame's conditioning as the released models have it
-    # Runs of frames, of all episodes of a shard, that the codec encodes at once. Few, so that the next ones are decoded
-    # meanwhile; and tensors above 32 MB are given back to the system after every use (glibc), which cost as much time
-    # as the encoding. It is part of the plan: in another batch, a product may round its last bit differently.
+    # Runs of frames, of all episodes of a shard, that the codec encodes at once. Few: the next ones are decoded
+    # meanwhile, and glibc gives tensors above 32 MB back to the system after each use, which took as long as encoding.
+    # Part of the plan, since a matrix product may round its last bit differently in another batch.
     batch: int = 4
     device: Literal["auto", "cpu"] = "auto"  # auto: this process's GPU if there is one
-    # A worker on another machine that has not renewed its claim for so long is taken for dead, and its shard made anew.
-    stale_s: float = 60.0
     on_bad_recording: Literal["stop", "skip"] = "stop"  # skip: what cannot be read or decoded is left out and listed
 
     def __post_init__(self) -> None:
@@ -68,13 +64,16 @@ class EncodeConfig:
         for name, largest in LARGEST.items():
             if not 1 <= getattr(self, name) <= largest:
                 raise UserError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
-        if not 0 < self.stale_s <= LONGEST_STALE_S:
-            raise UserError(f"stale_s={self.stale_s} must be positive, and at most {LONGEST_STALE_S:g}")
 
     @property
     def run_frames(self) -> int:
-        """Frames that the codec encodes in one go: a chunk, or the whole clip."""
+        """Frames that the codec encodes at once: a chunk, or the whole clip."""
         return CHUNK_FRAMES if self.layout == "chunked" else self.clip_frames
+
+    @property
+    def clip_latents(self) -> int:
+        """Latent frames of a clip."""
+        return count_latents(self.layout, self.clip_frames)
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ class Plan:
     """What goes into one shard set; a function of the config and the recordings' actions alone."""
 
     split: str
+    folder: str  # of the set
     facts: dict[str, Any]  # everything that decides what is in the shards; its hash is the manifest's plan_hash
     shards: tuple[tuple[Episode, ...], ...]  # the episodes of each, in order
     left_out: LeftOut  # before any frame is decoded
@@ -91,20 +91,10 @@ class Plan:
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-@dataclass(frozen=True)
-class Readings:
-    """What the recordings of a split gave."""
-
-    episodes: list[Episode]
-    bad: dict[str, str]  # recordings that cannot be read, and why
-    empty: list[str]
-    cut_frames: int
-
-
 def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
-    """The plan of each split: which episodes go into which shard. Reads every recording's actions, no frames.
+    """The plan of each split. Reads every recording's actions, no frames.
 
-    Recordings are held out by their place among all that are there, bad ones too: a bad one moves no other.
+    A recording is held out by its position among all recordings, bad ones included, so a bad one moves no other.
     """
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
@@ -113,49 +103,56 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
             f"{len(recordings)} recordings hold out none with heldout_every={config.heldout_every}; "
             "record more or set it smaller (0 holds out nothing)"
         )
-    plans = []
+    splits = {"train": train} | ({"heldout": heldout} if heldout else {})
     with tqdm(total=len(recordings), desc="check recordings", unit="recording", disable=None) as bar:
-        for split, part in [("train", train), ("heldout", heldout)] if heldout else [("train", train)]:
-            plans.append(_make_plan(config, codec, split, _read_all(config, part, bar)))
-    crop = describe_crop([one for plan in plans for shard in plan.shards for one in shard], config.game)
+        plans = [_make_plan(config, codec, split, *_read_all(config, part, bar)) for split, part in splits.items()]
+    crop = describe_crop([episode for plan in plans for shard in plan.shards for episode in shard], config.game)
     if crop:
         say(crop)
     return plans
 
 
-def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) -> Readings:
-    found, bad, empty, cut = [], {}, [], 0
+def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) -> tuple[list[Episode], LeftOut]:
+    episodes, bad, empty, cut = list[Episode](), {}, [], 0
     for recording in recordings:
         try:
-            episodes = recording.read(config.game)
-            found += episodes
-            empty += [] if episodes else [recording.name]
-            cut += count_cut(episodes)
+            of_recording = recording.read(config.game)
+            episodes += of_recording
+            empty += [] if of_recording else [recording.name]
+            cut += count_cut(of_recording)
         except BAD_RECORDING as error:
             if config.on_bad_recording == "stop":
                 raise
-            bad[recording.name] = tell_why(config, error)
+            bad[recording.name] = describe_fault(config, error)
         bar.update()
-    return Readings(found, bad, empty, cut)
+    lengths = {episode.id: len(episode.actions) for episode in episodes}
+    left_out = LeftOut(
+        episodes=len(lengths),
+        clip_frames=config.clip_frames,
+        bad_recordings=bad,
+        empty_recordings=empty,
+        short_episodes={name: frames for name, frames in lengths.items() if not clip_starts(config, frames)},
+        other_frames=sum(_count_unused_frames(config, frames) for frames in lengths.values()),
+        cut_frames=cut,
+    )
+    return episodes, left_out
 
 
-def tell_why(config: EncodeConfig, error: Exception) -> str:
-    """What is wrong with a recording, in one line that is the same wherever the source lies."""
+def describe_fault(config: EncodeConfig, error: Exception) -> str:
+    """What is wrong with a recording, in one line that does not depend on where the source lies."""
     return one_line(error).replace(str(config.source).rstrip("/") + "/", "")
 
 
-def _make_plan(config: EncodeConfig, codec: Codec, split: str, readings: Readings) -> Plan:
-    shards, group, episodes = [], [], readings.episodes
+def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Episode], left_out: LeftOut) -> Plan:
+    shards, group = list[tuple[Episode, ...]](), list[Episode]()
     for episode in episodes:
         group += [episode] if clip_starts(config, len(episode.actions)) else []
         if count_clips(config, group) >= config.shard_clips:
             shards, group = [*shards, tuple(group)], []
     shards += [tuple(group)] if group else []
     if not shards:
-        also = "".join(f"; {name} cannot be read: {why}" for name, why in [*readings.bad.items()][:1])
-        raise UserError(
-            f"none of the {len(episodes)} {split} episodes has the {config.clip_frames} frames of a clip{also}"
-        )
+        bad = "".join(f"; {name} cannot be read: {why}" for name, why in [*left_out.bad_recordings.items()][:1])
+        raise UserError(f"none of the {len(episodes)} {split} episodes has {config.clip_frames} frames, a clip{bad}")
     _require_distinct_keys(shards)
     settings = {name: value for name, value in to_dict(config).items() if name not in NO_FACTS}
     facts = {
@@ -166,32 +163,19 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, readings: Reading
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
-    return Plan(split, facts, tuple(shards), _count_left_out(config, readings))
+    return Plan(split, storage.join(config.out, split), facts, tuple(shards), left_out)
 
 
-def _count_left_out(config: EncodeConfig, readings: Readings) -> LeftOut:
-    lengths = {episode.id: len(episode.actions) for episode in readings.episodes}
-    return LeftOut(
-        episodes=len(lengths),
-        clip_frames=config.clip_frames,
-        bad_recordings=readings.bad,
-        empty_recordings=readings.empty,
-        short_episodes={name: frames for name, frames in lengths.items() if not clip_starts(config, frames)},
-        other_frames=sum(frames_in_no_clip(config, frames) for frames in lengths.values()),
-        cut_frames=readings.cut_frames,
-    )
-
-
-def without_bad(config: EncodeConfig, plan: Plan, bad: Mapping[str, str]) -> LeftOut:
-    """What a set leaves out if the plan's episodes `bad`, by their ids, turned out not to be decodable, and why."""
-    planned = plan.left_out
+def add_bad_episodes(config: EncodeConfig, plan: Plan, bad: Mapping[str, str]) -> LeftOut:
+    """What the plan leaves out if its episodes `bad` (id: why) cannot be decoded."""
     lengths = [len(episode.actions) for shard in plan.shards for episode in shard if episode.id in bad]
-    other_frames = planned.other_frames - sum(frames_in_no_clip(config, frames) for frames in lengths)
-    return replace(planned, bad_recordings={**planned.bad_recordings, **bad}, other_frames=other_frames)
+    other_frames = plan.left_out.other_frames - sum(_count_unused_frames(config, frames) for frames in lengths)
+    all_bad = {**plan.left_out.bad_recordings, **bad}
+    return replace(plan.left_out, bad_recordings=all_bad, other_frames=other_frames)
 
 
-def frames_in_no_clip(config: EncodeConfig, frames: int) -> int:
-    """Frames that are in no clip of an episode of so many, if it has any."""
+def _count_unused_frames(config: EncodeConfig, frames: int) -> int:
+    """Frames in no clip of an episode of `frames` frames; 0 if it has no clip at all."""
     clips = len(clip_starts(config, frames))
     return frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames) if clips else 0
 
@@ -205,10 +189,7 @@ def count_clips(config: EncodeConfig, episodes: Sequence[Episode]) -> int:
 
 
 def _fingerprint(episode: Episode) -> str:
-    """Frames and a hash of the actions: tells a recording that was made anew from the one that was encoded.
-
-    It does not tell a video that was encoded anew: to plan, no picture is read.
-    """
+    """Frames and a hash of the actions. A video that was encoded again is not noticed, since no picture is read."""
     digest = hashlib.sha256(episode.actions.keyboard.tobytes() + episode.actions.mouse.tobytes())
     return f"{len(episode.actions)} frames {digest.hexdigest()[:12]}"
 
@@ -221,13 +202,13 @@ def _require_distinct_keys(shards: Sequence[Sequence[Episode]]) -> None:
             raise UserError(f"episodes {other!r} and {episode.id!r} have the same name in a shard; rename one")
 
 
-def require_same_plan(plan: Plan, folder: str) -> None:
-    """Raises ValueError in one line if the folder holds another plan, or shards and nothing that says of which one."""
-    url = storage.join(folder, PLAN)
+def require_same_plan(plan: Plan) -> None:
+    """Raises UserError if the plan's folder holds another plan, or shards without a plan."""
+    folder, url = plan.folder, storage.join(plan.folder, PLAN)
     if not storage.exists(url):
         if not any(name.endswith(INDEX) for name in storage.list_files(folder)):
             return
-        if not storage.exists(url):  # even now: a worker that has just begun writes its plan before its first shard
+        if not storage.exists(url):  # looked at again: a worker that has just begun writes its plan before its shards
             raise UserError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
     try:
         found = parse_object(storage.read_bytes(url), url)
@@ -235,16 +216,16 @@ def require_same_plan(plan: Plan, folder: str) -> None:
         raise UserError(f"{error}; it is no plan: delete {folder} or give another out=") from error
     for name in plan.facts:
         if found.get(name) != plan.facts[name]:
-            change = _name_change(found.get(name), plan.facts[name])
+            change = _describe_change(found.get(name), plan.facts[name])
             raise UserError(f"{folder} holds shards of another plan: {name} {change}; give another out= or delete it")
 
 
-def _name_change(old: Any, new: Any) -> str:
+def _describe_change(old: Any, new: Any) -> str:
     if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"was {old!r:.{SAID}}, is {new!r:.{SAID}}"
+        return f"was {old!r:.{SHOWN}}, is {new!r:.{SHOWN}}"
     names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]} {_name_change(old.get(names[0]), new.get(names[0]))}{more}"
+    return f"{names[0]} {_describe_change(old.get(names[0]), new.get(names[0]))}{more}"
 
 
 def describe_set(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequence[ShardInfo]) -> Manifest:
@@ -252,7 +233,7 @@ def describe_set(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequenc
         game=config.game,
         layout=config.layout,
         clip_frames=config.clip_frames,
-        clip_latents=clip_latents(config.layout, config.clip_frames),
+        clip_latents=config.clip_latents,
         latent_channels=codec.config.channels,
         codec=plan.facts["codec"],
         codec_hash=plan.facts["codec_hash"],

@@ -1,89 +1,80 @@
-"""Threads that make batches, and copies of shards, before they are asked for."""
+"""Threads that work ahead: one prepares the next items of an iterator, one copies the shards of the next group."""
 
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Generic, TypeVar
 
-from data_pipeline.order import Order
-from data_pipeline.shard_set import Shards
-from data_pipeline.types import Batch
+T = TypeVar("T")
 
 
-class Reader:
-    """A thread that makes every so many a batch, up to `ahead` of them before they are asked for.
+class PrefetchThread(Generic[T]):
+    """An iterator over `items`; a thread has up to `ahead` of them ready. What they raise comes in their place.
 
-    Two queues, one of free places, cost less per batch than a pool of threads and its futures do.
+    Two queues, one of free places, cost less per item than a pool of threads and its futures.
     """
 
-    def __init__(self, make: Callable[[int], Batch], steps: Iterator[int], ahead: int) -> None:
-        self._room, self._made = SimpleQueue[None](), SimpleQueue[Batch | BaseException]()
+    def __init__(self, items: Iterator[T], ahead: int, name: str = "prefetch") -> None:
+        self.waited_s = 0.0  # by the consumer
+        self._room, self._ready = SimpleQueue[None](), SimpleQueue[tuple[T, None] | tuple[None, BaseException]]()
         for _ in range(ahead):
             self._room.put(None)
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, args=(make, steps), name="stream", daemon=True)
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
         self._thread.start()
 
-    def _run(self, make: Callable[[int], Batch], steps: Iterator[int]) -> None:
-        for step in steps:
+    def _run(self, items: Iterator[T]) -> None:
+        while True:
             self._room.get()
-            if self._stopped:
+            if self._closed:
                 return
             try:
-                self._made.put(make(step))  # held by nobody else: its memory is free when the reader of it is done
-            except BaseException as error:  # noqa: BLE001 - whoever asks for the batch gets it
-                self._made.put(error)
+                self._ready.put((next(items), None))  # not kept here: its memory is free when the consumer is done
+            except BaseException as error:  # noqa: BLE001 - raised in the consumer; StopIteration is the end
+                self._ready.put((None, error))
                 return
 
-    def next(self) -> Batch:
-        """The next one; raises what went wrong in making it."""
-        made = self._made.get()
-        if isinstance(made, BaseException):
-            raise made
-        self._room.put(None)
-        return made
+    def __iter__(self) -> Iterator[T]:
+        return self
 
-    def stop(self) -> None:
-        """No further batch is begun."""
-        self._stopped = True
+    def __next__(self) -> T:
+        began = time.perf_counter()
+        item, error = self._ready.get()
+        self.waited_s += time.perf_counter() - began
+        if error is not None:
+            self._ready.put((None, error))
+            raise error
         self._room.put(None)
+        return item  # type: ignore[return-value]
 
-    def join(self) -> None:
-        """Waits for what the thread is at."""
+    def close(self) -> None:
+        """Begins no further item, and waits for the one at hand."""
+        self._closed = True
+        self._room.put(None)
         self._thread.join()
 
 
-class Fetching:
-    """Copies the shards that a rank needs of the group after the one in use to this machine, one after the other."""
+class ShardPrefetcher:
+    """Copies shards to this machine one after the other, those that follow the group of shards in use."""
 
-    def __init__(self, order: Order, shards: Shards, batch: int, rank: int, world: int) -> None:
-        self.order, self.shards, self._dealt = order, shards, (batch, rank, world)
-        self._pool, self._stopped = ThreadPoolExecutor(1, thread_name_prefix="fetching"), False
+    def __init__(self, fetch: Callable[[int], None], shards_after: Callable[[int, int], Sequence[int]]) -> None:
+        self._fetch, self._shards_after = fetch, shards_after
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="shard-prefetch")
         self._group: tuple[int, int] | None = None
-        self._done: Future[None] | None = None
+        self._copies: list[Future[None]] = []
 
-    def at(self, sample: int) -> None:
-        """Says that reading has come to `sample`."""
-        if not self.order.shuffle_shards or (self._done and not self._done.done()):
+    def reach(self, group: tuple[int, int]) -> None:
+        """To be called with the epoch and the group of shards that are in use now."""
+        if group == self._group:
             return
-        group = self.order.group(sample)
-        if group != self._group:
-            self._group = group
-            self._done = self._pool.submit(self._fetch_after, *group)
+        for copy in self._copies:  # of the group that is read now
+            copy.cancel()
+        self._group = group
+        # An error stays in its future: it comes again when a clip of that shard is read.
+        self._copies = [self._pool.submit(self._fetch, shard) for shard in self._shards_after(*group)]
 
-    def _fetch_after(self, epoch: int, group: int) -> None:
-        for shard in self.order.shards_after(epoch, group, *self._dealt):
-            if self._stopped:
-                return
-            try:
-                self.shards.fetch(shard)
-            except (ValueError, OSError):
-                continue  # whoever needs a clip of it will say so
-
-    def stop(self) -> None:
-        """No further copy is begun."""
-        self._stopped = True
-
-    def join(self) -> None:
-        """Waits for what the thread is at."""
-        self._pool.shutdown()
+    def close(self) -> None:
+        """Begins no further copy, and waits for the one at hand."""
+        self._pool.shutdown(cancel_futures=True)

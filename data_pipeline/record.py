@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs import storage, to_dict
+from configs import cache, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import sole_writer
 from configs.foreign import parse_object
 from configs.game import GameConfig
-from data_pipeline.claims import claimed
+from configs.lease import lease
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
 from data_pipeline.workers import game_ended, spawn_workers
@@ -140,7 +140,8 @@ def record_episodes(config: RecordConfig) -> int:
     if not _missing(config, names):
         return 0
     find_scenario(config.recorder)  # before anything is written
-    with claimed(config.out, "record") if s3 else sole_writer(config.out, "record"):
+    folder = cache.run_folder(config.out) if s3 else Path(config.out)
+    with sole_writer(folder, "record"), lease(config.out, "record", folder) if s3 else nullcontext():
         todo = _missing(config, names)  # another one may just have ended
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (

@@ -1,8 +1,7 @@
 """Clips to tar shards and back, and the manifest that makes them a set.
 
 A shard is a webdataset-compatible tar with two members per clip: `<key>.safetensors` (latents and actions) and
-`<key>.jpg` (first frame). Beside it lies its index: SHA-256, bytes, and where each member begins, so that a clip is
-read by offset.
+`<key>.jpg` (first frame). Beside it lies its index: SHA-256, size, and the offset of each member.
 """
 
 import io
@@ -10,19 +9,19 @@ import json
 import math
 import re
 import tarfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from webdataset.writer import TarWriter
 
 from configs import build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import sha256_file
 from configs.foreign import parse_object, reading, require_inside
+from data_pipeline.batch_buffer import BatchBuffer, TensorLayout
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 from model.patch_codec import SPATIAL, TEMPORAL
@@ -32,8 +31,8 @@ VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
 AGAIN = "delete it and run the same encode command again"
 CLIP_BYTES = 1 << 30  # of one clip at most; an index that says more is wrong
 SHARD_CLIPS = 10_000_000  # of one shard at most
-ALIGNMENT = 64  # bytes; where a clip's latents begin in its shard, so that they are copied at the full rate
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # of `pack_clip`, in safetensors' words
+ALIGNMENT = 64  # bytes, of a clip's latents in its shard: copying them is faster then
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # safetensors' names of what clips hold
 
 
 class Entry(NamedTuple):
@@ -71,49 +70,39 @@ def index_url(url: str) -> str:
     return url.removesuffix(".tar") + INDEX
 
 
-def write_shard(folder: str | Path, name: str, clips: Iterable[Clip], left_out: Mapping[str, str] = {}) -> ShardInfo:
-    """Writes `<name>` into `folder`, then its index, which also names what is `left_out`; the same clips give the same
-    bytes. No clips are no shard, just an index."""
-    url, clips = storage.join(folder, name), list(clips)
-    if not clips:
+def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {}) -> ShardInfo:
+    """Writes the shard, then its index, which also names the episodes `left_out`; the same clips give the same bytes.
+    Without clips, only the index is written."""
+    info, entries = ShardInfo(storage.name_of(url), 0, 0, "", ()), list[Entry]()
+    if clips:
+        with storage.writing(url) as part:
+            entries = _write_tar(part, clips)
+            episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
+            info = ShardInfo(info.url, len(entries), part.stat().st_size, sha256_file(part), episodes)
+    else:
         storage.remove(url)  # one that was made when its episodes could be decoded
-        return _write_index(url, ShardInfo(name, 0, 0, "", ()), [], left_out)
-    placed: list[tuple[str, str, int]] = []
-    with storage.writing(url) as part:
-        with open(part, "wb") as file, _tar_writer(file) as tar:
-            for clip in clips:
-                key = clip_key(clip.episode, clip.start)
-                tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
-                placed.append((key, clip.episode, clip.start))
-        with tarfile.open(part) as tar:
-            where = {member.name: (member.offset_data, member.size) for member in tar}
-        digest, size = sha256_file(part), part.stat().st_size
-    entries = [Entry(*one, *where[f"{one[0]}.safetensors"], *where[f"{one[0]}.jpg"]) for one in placed]
-    episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
-    info = ShardInfo(name, len(entries), size, digest, episodes)
-    return _write_index(url, info, entries, left_out)
-
-
-def _write_index(url: str, info: ShardInfo, entries: list[Entry], left_out: Mapping[str, str]) -> ShardInfo:
-    told = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
-    storage.write_text(index_url(url), json.dumps(told) + "\n")
+    content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
+    storage.write_text(index_url(url), json.dumps(content) + "\n")
     return info
 
 
-def _tar_writer(file: Any) -> TarWriter:
-    return TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False)
+def _write_tar(path: Path, clips: Sequence[Clip]) -> list[Entry]:
+    keys = [clip_key(clip.episode, clip.start) for clip in clips]
+    with open(path, "wb") as file, TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False) as tar:
+        for key, clip in zip(keys, clips, strict=True):
+            tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
+    with tarfile.open(path) as tar:
+        where = {member.name: (member.offset_data, member.size) for member in tar}
+    return [
+        Entry(key, clip.episode, clip.start, *where[f"{key}.safetensors"], *where[f"{key}.jpg"])
+        for key, clip in zip(keys, clips, strict=True)
+    ]
 
 
 def pack_clip(clip: Clip) -> bytes:
     """A clip as safetensors: latents, keyboard, mouse, start; the episode's id is in the file's metadata."""
-    tensors = {
-        "latents": clip.latents.contiguous(),
-        "keyboard": clip.keyboard.contiguous(),
-        "mouse": clip.mouse.contiguous(),
-        "start": torch.tensor(clip.start),
-    }
-    optional = {"visual": clip.visual, "image_latents": clip.image_latents}
-    tensors |= {name: tensor.contiguous() for name, tensor in optional.items() if tensor is not None}
+    tensors = {name: value for name, value in vars(clip).items() if isinstance(value, torch.Tensor)}
+    tensors = {name: tensor.contiguous() for name, tensor in {**tensors, "start": torch.tensor(clip.start)}.items()}
     packed = save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
     length = int.from_bytes(packed[:8], "little")
     latents = json.loads(packed[8 : 8 + length])["latents"]["data_offsets"][0]
@@ -121,63 +110,36 @@ def pack_clip(clip: Clip) -> bytes:
     return (length + blanks).to_bytes(8, "little") + packed[8 : 8 + length] + b" " * blanks + packed[8 + length :]
 
 
-def unpack_clip(data: bytes, url: str) -> dict[str, torch.Tensor]:
-    """The tensors that `pack_clip` wrote."""
-    with reading(url, VERIFY):
-        try:
-            return load(data)
-        except SafetensorError as error:
-            raise UserError(f"{url} holds a damaged clip ({error}); {VERIFY}") from error
+Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
 
 
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a clip's tensors, as they lie there
-
-
-def clip_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """What every clip of the set must hold."""
+def clip_shapes(manifest: Manifest) -> Shapes:
+    """The shapes of the tensors that every clip of the set must hold."""
     game, frames, space = manifest.game, manifest.clip_frames, manifest.game.action_space
     latents = (manifest.latent_channels, manifest.clip_latents, game.height // SPATIAL, game.width // SPATIAL)
-    space = game.action_space
-    shapes = {
-        "latents": latents,
-        "keyboard": (frames, len(space.keys)),
-        "mouse": (frames, 2 * space.mouse),
-        "start": (),
-    }
-    return shapes | ({"image_latents": latents} if manifest.unknown == "grey" else {})
+    shapes = {"latents": latents, "keyboard": (frames, len(space.keys)), "mouse": (frames, 2 * space.mouse)}
+    return {**shapes, "start": ()} | ({"image_latents": latents} if manifest.unknown == "grey" else {})
 
 
-def find_strange(shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> str | None:
-    """In what the shapes `found` in a clip are not those that its manifest promises, in a few words."""
+def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, buffer: BatchBuffer, row: int) -> None:
+    """Reads a clip's tensors into a row of the buffer; of a local file each is copied once.
+
+    Raises UserError, naming the `url` of the shard, if the clip is damaged or has not the `shapes`.
+    """
+    layout, first = _read_layout(file, url, entry)
+    found = {name: shape for name, (_, shape) in layout.items()}
     for name, shape in shapes.items():
         if found.get(name) != shape:
-            return f"{name} of the shape {found.get(name)}, the manifest says {shape}"
-    return None
+            raise UserError(f"{url}: clip {entry.key} has {name} of the shape {found.get(name)}, not {shape}; {VERIFY}")
+    rows = buffer.row(row, layout, f"{url}: clip {entry.key}")
+    file.seek(first)
+    for name in layout:
+        if (read := file.readinto(rows[name])) != len(rows[name]):
+            raise UserError(f"{url} is truncated: {read} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
 
 
-def clip_layout(url: str, entry: Entry) -> Layout:
-    """What the tensors of a clip are."""
-    with storage.open(url, entry.size) as file:
-        return _read_layout(file, url, entry)[0]
-
-
-def read_clip_into(url: str, entry: Entry, layout: Layout, rows: Mapping[str, memoryview]) -> None:
-    """Fills `rows`, bytes by name, with a clip's tensors; of a local file each is copied once.
-
-    Raises ValueError if the clip is damaged or has another layout.
-    """
-    with storage.open(url, entry.size) as file:
-        found, first = _read_layout(file, url, entry)
-        if found != layout:
-            raise UserError(f"{url}: clip {entry.key} has {found}, others {layout}; {VERIFY}")
-        file.seek(first)
-        for name in found:
-            if (got := file.readinto(rows[name])) != len(rows[name]):
-                raise UserError(f"{url} is truncated: {got} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
-
-
-def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layout, int]:
-    """The clip's layout, and where in the shard its tensors begin; they lie there one after the other."""
+def _read_layout(file: io.BufferedIOBase, url: str, entry: Entry) -> tuple[TensorLayout, int]:
+    """The clip's layout, and the offset in the shard of its first tensor; the others follow without gaps."""
     file.seek(entry.offset)
     length = int.from_bytes(file.read(8), "little")
     if length > entry.size - 8:
@@ -186,17 +148,17 @@ def _read_layout(file: io.BufferedReader, url: str, entry: Entry) -> tuple[Layou
         header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
         header.pop("__metadata__", None)
         tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        layout = {name: (DTYPES[one["dtype"]], tuple(one["shape"])) for name, one in tensors}
+        layout = {name: (DTYPES[tensor["dtype"]], tuple(tensor["shape"])) for name, tensor in tensors}
         if any(type(size) is not int or size < 0 for _, shape in layout.values() for size in shape):
-            raise UserError(f"clip {entry.key} has a shape that is none")
-        told = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-    if told != entry.size - 8 - length:
-        raise UserError(f"{url} holds a damaged clip ({told} bytes in {entry.size}); {VERIFY}")
+            raise UserError(f"clip {entry.key} has an impossible shape")
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+    if size != entry.size - 8 - length:
+        raise UserError(f"{url} holds a damaged clip ({size} bytes in {entry.size}); {VERIFY}")
     return layout, entry.offset + 8 + length
 
 
 def read_index(url: str) -> Index:
-    """What the index of the shard at `url` says."""
+    """The index of the shard at `url`."""
     path = index_url(url)
     try:
         data = storage.read_bytes(path)
@@ -205,8 +167,9 @@ def read_index(url: str) -> Index:
     with reading(path, AGAIN):
         loaded = parse_object(data, path)
         info = build_from(ShardInfo, loaded["shard"], path)
-        entries, left_out = [_read_entry(entry, info) for entry in loaded["clips"]], dict(loaded.get("left_out", {}))
-    return Index(info, entries, {str(name): str(why) for name, why in left_out.items()})
+        entries = [_read_entry(entry, info) for entry in loaded["clips"]]
+        left_out = {str(name): str(why) for name, why in dict(loaded.get("left_out", {})).items()}
+    return Index(info, entries, left_out)
 
 
 def _read_entry(values: Any, info: ShardInfo) -> Entry:
@@ -217,31 +180,27 @@ def _read_entry(values: Any, info: ShardInfo) -> Entry:
     largest = min(info.bytes, CLIP_BYTES)
     for offset, size in (numbers[1:3], numbers[3:5]):
         if offset < 0 or not 0 <= size <= largest or offset + size > info.bytes:
-            raise UserError(f"clip {entry.key:.80} is said to lie at {offset}, {size} bytes of {info.bytes}")
+            raise UserError(f"clip {entry.key:.80} lies at {offset}, {size} bytes of {info.bytes}, which cannot be")
     return entry
 
 
-def compare_shard(url: str, info: ShardInfo) -> tuple[list[Entry], str | None]:
-    """The index of the shard at `url`, and what is wrong with its size or its index, in a few words, if anything is."""
-    fault = find_size_fault(url, info)
-    if fault:
-        return [], fault
-    try:
-        found, entries, _ = read_index(url)
-    except (FileNotFoundError, ValueError) as error:
-        return [], str(error)
+def read_entries(url: str, info: ShardInfo) -> list[Entry]:
+    """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
+    require_size(url, info)
+    found, entries, _ = read_index(url)
     if found != info or len(entries) != info.clips:
-        return [], f"{index_url(url)} is of another shard; delete it and run the same encode command again"
-    return entries, None
+        raise UserError(f"{index_url(url)} is of another shard; {AGAIN}")
+    return entries
 
 
-def find_size_fault(url: str, info: ShardInfo) -> str | None:
-    """What is wrong with the size of the shard at `url`, in a few words, or None."""
+def require_size(url: str, info: ShardInfo) -> None:
+    """Raises UserError, not naming the `url`, unless a shard of the right size is there."""
     try:
-        found = storage.size(url)
-    except FileNotFoundError:
-        return "missing"
-    return None if found == info.bytes else f"truncated or grown: {found} bytes, not {info.bytes}"
+        size = storage.size(url)
+    except FileNotFoundError as error:
+        raise UserError("missing") from error
+    if size != info.bytes:
+        raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
 
 
 def save_manifest(manifest: Manifest, url: str | Path) -> None:
@@ -250,33 +209,34 @@ def save_manifest(manifest: Manifest, url: str | Path) -> None:
 
 
 def load_manifest(url: str | Path) -> Manifest:
-    """The manifest at `url`. Raises in one line if it is not there, is none, contradicts itself, or lists no shards."""
+    """The manifest at `url`. Raises UserError if it is missing, is none, contradicts itself or lists no shards."""
     if not storage.exists(url):
         raise MissingFileError(f"no manifest {url}; it is written last, so run the encode command (again) to its end")
     manifest = build_from(Manifest, parse_object(storage.read_bytes(url), url), url)
     if not manifest.shards:
         raise UserError(f"{url} lists no shards; encode some episodes first")
-    _require_sound(manifest, str(url))
+    _require_possible(manifest, str(url))
     return manifest
 
 
-def clip_latents(layout: str, frames: int) -> int:
-    """Latent frames of a clip of so many pixel frames."""
+def count_latents(layout: str, frames: int) -> int:
+    """Latent frames of a clip of `frames` pixel frames."""
     return frames // CHUNK_FRAMES * CHUNK_LATENTS if layout == "chunked" else 1 + (frames - 1) // TEMPORAL
 
 
-def _require_sound(manifest: Manifest, url: str) -> None:
-    """Raises ValueError in one line for a manifest that no encoding can have written."""
+def _require_possible(manifest: Manifest, url: str) -> None:
+    """Raises UserError for a manifest that no encoding can have written."""
     frames, latents, channels = manifest.clip_frames, manifest.clip_latents, manifest.latent_channels
     off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % TEMPORAL
-    if frames < 1 or off or latents != clip_latents(manifest.layout, frames):
+    if frames < 1 or off or latents != count_latents(manifest.layout, frames):
         raise UserError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
     mean, std = manifest.latent_mean, manifest.latent_std
-    if channels < 1 or len(mean) != channels or len(std) != channels or not all(one > 0 for one in std):
+    if channels < 1 or len(mean) != channels or len(std) != channels or min(std) <= 0:
         raise UserError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
     for info in manifest.shards:
-        # The name alone: shards may be links to where their bytes lie, as in caches of downloads.
+        # A bare name; the file may be a link to where the bytes lie, as in caches of downloads.
         named = "/" not in require_inside(info.url, url) and info.url.isprintable()
         if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
-            told = f"{info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
-            raise UserError(f"{url} lists a shard that cannot be: {told}")
+            raise UserError(
+                f"{url} lists an impossible shard: {info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
+            )

@@ -3,22 +3,21 @@
 The order is a function of (seed, epoch) over all clips (`data_pipeline/order.py`). Sample g of the run is counted over
 all ranks and epochs; micro-step m of rank r takes sample `(m * world + r) * batch` and the `batch - 1` after it. So a
 position is one number, ranks never share a clip within an epoch, every clip comes once per epoch, and the order does
-not depend on the number of ranks or workers. An epoch's end falls where it falls: the batch that reaches it goes on
-with the next epoch's first clips.
+not depend on the number of ranks or workers. A batch that reaches the end of an epoch goes on with the next one.
 """
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
 from configs.errors import UserError
-from data_pipeline.batch_memory import Filling, Memory
+from data_pipeline.batch_buffer import BatchBuffer
 from data_pipeline.order import Order
-from data_pipeline.prefetch import Fetching, Reader
+from data_pipeline.prefetch import PrefetchThread, ShardPrefetcher
 from data_pipeline.shard_set import Shards
-from data_pipeline.shards import Layout
 from data_pipeline.types import Batch, Source
 
 AHEAD = 4  # batches
@@ -39,13 +38,13 @@ class LoaderConfig:
             raise UserError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
 
 
-def require_lanes(shards: int, world: int, workers: int, whose: str) -> None:
-    """Raises ValueError in one line if there are fewer shards than loader lanes."""
-    lanes = world * max(1, workers)
-    if shards < lanes:
+def require_shards(shards: int, world: int, workers: int, manifest: str) -> None:
+    """Raises UserError if there are fewer shards than loader workers of all ranks."""
+    readers = world * max(1, workers)
+    if shards < readers:
         raise UserError(
-            f"{whose}: {shards} shards for {lanes} loader lanes (ranks x workers); write more shards (encode with a "
-            "smaller shard_clips), or use fewer workers or ranks"
+            f"{manifest}: {shards} shards for {readers} loader workers (ranks x workers); write more shards (encode "
+            "with a smaller shard_clips), or use fewer workers or ranks"
         )
 
 
@@ -60,27 +59,20 @@ class Stream:
         rank: int = 0,
         world: int = 1,
         workers: int = 1,
-        *,
         loader: LoaderConfig = LoaderConfig(),
-        verify: bool = True,
-        shuffle: bool = True,
     ) -> None:
         if not 1 <= batch <= MOST_CLIPS or not 0 <= workers <= MOST_WORKERS or not 0 <= rank < world:
             raise UserError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
-                             f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip
-        self.shards = Shards(sources, verify, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
-        require_lanes(len(self.shards.shards), world, workers, self.shards.sources[0].path)
+                            f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip
+        self.shards = Shards(sources, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
+        require_shards(len(self.shards.shards), world, workers, self.shards.sources[0].path)
         self.batch, self.rank, self.world, self.workers, self.loader = batch, rank, world, workers, loader
-        self._memory = Memory()
-        self._layout: Layout | None = None  # of all clips
         counts = [[info.clips for info in manifest.shards] for manifest in self.shards.manifests]
-        weights = [source.weight for source in self.shards.sources]
-        self.order = Order(counts, weights, seed, loader.shuffle_shards, shuffle)
-        for source, due in zip(self.shards.sources, self.order.dues, strict=True):
-            if not due:
-                raise UserError(
-                    f"weight {source.weight:g} of {source.path}: no clip of it would ever come; use a larger one"
-                )
+        self.order = Order(counts, [source.weight for source in self.shards.sources], seed, loader.shuffle_shards)
+        for source, clips in zip(self.shards.sources, self.order.clips_per_set, strict=True):
+            if not clips:
+                raise UserError(f"weight {source.weight:g} of {source.path}: no clip of it would ever come; use a "
+                                "larger one")  # fmt: skip
 
     def __len__(self) -> int:
         """Clips per epoch, over all ranks."""
@@ -90,30 +82,24 @@ class Stream:
         """The first sample that this rank takes in `micro_step`."""
         return (micro_step * self.world + self.rank) * self.batch
 
-    def batch_at(self, micro_step: int) -> Batch:
+    def batch_at(self, micro_step: int, pin_memory: bool = False) -> Batch:
         """The batch of a micro-step, whatever was read before."""
-        first = self.first_sample(micro_step)
-        filling: Filling | None = None
-        numbers, skipped = [], 0
-        for i in range(self.batch):
-            number, missed, filling = self._read(first + i, i, filling)
-            numbers.append(number)
-            skipped += missed
-        stacked = filling.tensors() if filling else {}
-        entries = [self.shards.places[number][1] for number in numbers]
+        first, buffer = self.first_sample(micro_step), BatchBuffer(self.batch, pin_memory)
+        read = [self._read(first + row, buffer, row) for row in range(self.batch)]
+        entries = [self.shards.places[number][1] for number, _ in read]
+        tensors = buffer.tensors()
         return Batch(
-            latents=stacked["latents"],
-            keyboard=stacked["keyboard"],
-            mouse=stacked["mouse"],
+            latents=tensors["latents"],
+            keyboard=tensors["keyboard"],
+            mouse=tensors["mouse"],
             ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries),
-            visual=stacked.get("visual"),
-            image_latents=stacked.get("image_latents"),
-            skipped=skipped,
+            visual=tensors.get("visual"),
+            image_latents=tensors.get("image_latents"),
+            skipped=sum(skipped for _, skipped in read),
         )
 
-    def _read(self, sample: int, row: int, filling: Filling | None) -> tuple[int, int, Filling]:
-        """Reads a clip into a row of the batch, which the first one makes; gives its number, how many clips before it
-        had to be skipped, and the batch.
+    def _read(self, sample: int, buffer: BatchBuffer, row: int) -> tuple[int, int]:
+        """Reads a clip into a row of the buffer; gives its number, and how many clips before it had to be skipped.
 
         What cannot be read is tried once more. Only what is damaged or gone is skipped, not what a disk or a server
         refuses to give.
@@ -123,10 +109,8 @@ class Stream:
             number = self.order.clip(sample + skipped)
             for last in (False, True):
                 try:
-                    self._layout = self._layout or self.shards.layout(number)
-                    filling = filling or Filling(self._layout, self.batch, self._memory)
-                    self.shards.read_into(number, filling.layout, filling.row(row))
-                    return number, skipped, filling
+                    self.shards.read_into(number, buffer, row)
+                    return number, skipped
                 except (ValueError, OSError) as error:
                     fault = error
                     damaged = isinstance(error, ValueError | FileNotFoundError)
@@ -134,23 +118,25 @@ class Stream:
                         raise
         raise UserError(f"no clip of {self.shards.sources[0].path} can be read, the last one because: {fault}")
 
-    def batches(self, start: int = 0, ahead: int = AHEAD) -> Generator[Batch, None, None]:
-        """Batches from micro-step `start` on, without end; up to `ahead` of them are read before they are asked for.
+    def batches(self, start: int = 0, pin_memory: bool = False) -> Generator[Batch, None, None]:
+        """Batches from micro-step `start` on, without end; some are read before they are asked for.
 
         What goes wrong while reading is raised when that batch is asked for. Closing the iterator ends the threads.
         """
+        read = partial(self.batch_at, pin_memory=pin_memory)
         if not self.workers:
-            yield from map(self.batch_at, count(start))
+            yield from map(read, count(start))
             return
-        lanes = range(start, start + self.workers)
-        readers = [Reader(self.batch_at, count(lane, self.workers), -(-ahead // self.workers)) for lane in lanes]
-        fetching = Fetching(self.order, self.shards, self.batch, self.rank, self.world)
+        steps = [count(start + worker, self.workers) for worker in range(self.workers)]
+        readers = [PrefetchThread(map(read, of_worker), -(-AHEAD // self.workers), "stream") for of_worker in steps]
+        shards_after = partial(self.order.shards_after, batch=self.batch, rank=self.rank, world=self.world)
+        prefetcher = ShardPrefetcher(self.shards.fetch, shards_after) if self.loader.shuffle_shards else None
         try:
             for step in count(start):
-                fetching.at(self.first_sample(step))
-                yield readers[(step - start) % self.workers].next()
+                if prefetcher:
+                    prefetcher.reach(self.order.group(self.first_sample(step)))
+                yield next(readers[(step - start) % self.workers])
         finally:
-            for thread in (*readers, fetching):
-                thread.stop()
-            for thread in (*readers, fetching):
-                thread.join()
+            for thread in (*readers, prefetcher):
+                if thread:
+                    thread.close()

@@ -1,7 +1,7 @@
 """The nouns of the data: actions, a recording, a clip, a shard set."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from pathlib import Path
 
@@ -84,7 +84,7 @@ class Source:
     weight: float = 1.0  # how often each of its clips comes per epoch
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1000:  # an epoch's order is held in memory
+        if not 0 < self.weight <= 1000:  # an epoch's order is in memory
             raise UserError(f"weight={self.weight} of {self.path} must be a positive number, 1000 at most")
 
 
@@ -101,15 +101,15 @@ class Batch:
     skipped: int = 0  # clips that could not be read, for which others stand in
 
     def to(self, device: torch.device) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device), self.ids)
+        """On the device; from pinned memory, the copy is made while the CPU goes on."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True), self.ids)
 
     def __getitem__(self, rows: slice) -> "Batch":
         return self._map(lambda tensor: tensor[rows], self.ids[rows])
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor], ids: tuple[str, ...]) -> "Batch":
-        visual, image_latents = (None if one is None else change(one) for one in (self.visual, self.image_latents))
-        own = change(self.latents), change(self.keyboard), change(self.mouse)
-        return Batch(*own, ids, visual, image_latents, self.skipped)
+        changed = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, ids=ids, **changed)
 
 
 @dataclass(frozen=True)

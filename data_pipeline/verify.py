@@ -5,55 +5,47 @@ import io
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, NamedTuple, cast
+from typing import IO, cast
 
 import torch
 
 from configs import storage
+from configs.errors import UserError
 from configs.foreign import DAMAGE
+from data_pipeline.batch_buffer import BatchBuffer
 from data_pipeline.shards import (
     AGAIN,
     CLIP_BYTES,
     Entry,
+    Shapes,
     clip_key,
     clip_shapes,
-    compare_shard,
-    find_size_fault,
-    find_strange,
     index_url,
     load_manifest,
+    read_clip,
+    read_entries,
+    require_size,
     shard_url,
-    unpack_clip,
 )
 from data_pipeline.types import ShardInfo
 
 BLOCK_BYTES = 1 << 18  # hashed at a time, as hashlib does; tarfile copies what is left of a block for each member
-Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
+ALTERED = "altered: its SHA-256 is not the manifest's"
+FAULT = (ValueError, FileNotFoundError)  # what a shard that is damaged or gone raises
 
 
-def find_fault(url: str, info: ShardInfo, entries: Sequence[Entry] | None = None) -> str | None:
-    """What is wrong with the bytes of the shard at `url`, in a few words, or None. Reads all of it.
-
-    With its index's `entries`, they are compared with what lies in it too, and the values in it looked at.
-    """
-    return find_size_fault(url, info) or _find_altered(url, info, entries, {})
-
-
-def _find_altered(url: str, info: ShardInfo, entries: Sequence[Entry] | None, shapes: Shapes) -> str | None:
-    sha256, found = (storage.sha256(url), None) if entries is None else _read_members(url, shapes)
-    if sha256 != info.sha256:
-        return "altered: its SHA-256 is not the manifest's"
-    for i, entry in enumerate(entries or ()):
-        if found is None or _parts_of(entry, info) != found.members[2 * i : 2 * i + 2]:
-            return f"{index_url(url)} says of clip {i} what is not so; {AGAIN}"
-    return found.fault if found else None
+def require_bytes(url: str, info: ShardInfo) -> None:
+    """Raises UserError, not naming the `url`, unless the shard's bytes are as `info` says. Reads all of them."""
+    require_size(url, info)
+    if storage.sha256(url) != info.sha256:
+        raise UserError(ALTERED)
 
 
-class _Hashed:
-    """A file that is read once from its beginning to its end, and the SHA-256 of what was read."""
+class _HashingReader:
+    """A file that is read once from beginning to end, and the SHA-256 of what was read."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -64,82 +56,73 @@ class _Hashed:
         return data
 
 
-class _Members(NamedTuple):
-    """What lies in a shard, in its order."""
-
-    members: list[tuple[str, int, int]]  # name, offset, size
-    fault: str | None  # of the first clip whose values are none
-
-
-def _read_members(url: str, shapes: Shapes) -> tuple[str, _Members | None]:
-    """The SHA-256 of a tar and what lies in it, from one pass over its bytes; None if it is no tar."""
-    found = None
+def require_clips(url: str, info: ShardInfo, entries: Sequence[Entry], shapes: Shapes) -> None:
+    """As `require_bytes`, and the index's `entries`, the clips' shapes and their values must be right too."""
+    require_size(url, info)
+    members, fault = list[tuple[str, int, int]](), None  # name, offset, size
     with storage.open(url, storage.WHOLE_BYTES) as file:
-        read = _Hashed(file)
+        reader = _HashingReader(file)
         with (
-            suppress(tarfile.TarError, *DAMAGE),
-            tarfile.open(fileobj=cast(IO[bytes], read), mode="r|", bufsize=BLOCK_BYTES) as tar,
+            suppress(tarfile.TarError, *DAMAGE),  # then the members are not those of the index
+            tarfile.open(fileobj=cast(IO[bytes], reader), mode="r|", bufsize=BLOCK_BYTES) as tar,
         ):
-            members, fault = [], None
             for member in tar:
                 members.append((member.name, member.offset_data, member.size))
-                if fault is None and member.name.endswith(".safetensors"):
-                    packed = tar.extractfile(member) if member.size <= CLIP_BYTES else None
-                    fault = f"{member.name} is no clip" if packed is None else _look_at(url, packed.read(), shapes)
-            found = _Members(members, fault)
-        while read.read(BLOCK_BYTES):
+                if member.name.endswith(".safetensors") and member.size <= CLIP_BYTES:
+                    packed = cast(IO[bytes], tar.extractfile(member)).read()
+                    fault = fault or _find_wrong_values(url, member.name, packed, shapes)
+        while reader.read(BLOCK_BYTES):
             pass
-    return read.digest.hexdigest(), found
+    if reader.digest.hexdigest() != info.sha256:
+        raise UserError(ALTERED)
+    if members != [member for entry in entries for member in _expected_members(entry, info)]:
+        raise UserError(f"{index_url(url)} does not match the clips in the shard; {AGAIN}")
+    if fault:
+        raise UserError(fault)
 
 
-def _look_at(url: str, packed: bytes, shapes: Shapes) -> str | None:
-    """What is wrong with the shapes and values of a clip, in a few words, or None."""
-    try:
-        clip = unpack_clip(packed, url)
-    except ValueError as error:
-        return str(error)
-    strange = find_strange(shapes, {name: tuple(tensor.shape) for name, tensor in clip.items()})
-    where = f"a clip at frame {clip['start'].tolist()}" if "start" in clip else "a clip"
-    if strange:
-        return f"{where} has {strange}"
-    for name, tensor in clip.items():
-        if not torch.isfinite(tensor).all():
-            return f"{where} has {name} that are not finite; encode its recordings again"
-    return None
-
-
-def _parts_of(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]] | None:
-    """What must lie in the shard if the entry is right; None if it is not."""
+def _expected_members(entry: Entry, info: ShardInfo) -> list[tuple[str, int, int]]:
     if entry.episode not in info.episodes or entry.key != clip_key(entry.episode, entry.start):
-        return None
+        return []
     return [
         (f"{entry.key}.jpg", entry.jpeg_offset, entry.jpeg_size),
         (f"{entry.key}.safetensors", entry.offset, entry.size),
     ]
 
 
-def verify_set(url: str | Path, sample: int | None = None, seed: int | None = None) -> list[str]:
-    """A line per fault of the set behind the manifest at `url`: shards missing, truncated, altered, strange, twice.
+def _find_wrong_values(url: str, name: str, packed: bytes, shapes: Shapes) -> str | None:
+    buffer = BatchBuffer(1)
+    try:
+        read_clip(io.BytesIO(packed), url, Entry(name, "", 0, 0, len(packed), 0, 0), shapes, buffer, 0)
+    except ValueError as error:
+        return str(error)
+    wrong = [of for of, tensor in buffer.tensors().items() if not torch.isfinite(tensor).all()]
+    return f"{name} has {wrong[0]} that are not finite; encode its recordings again" if wrong else None
 
-    With `sample`, the bytes of so many shards are read, drawn anew each time unless there is a `seed`; of the others,
-    sizes and indexes are compared.
+
+def verify_set(url: str | Path, sample: int | None = None) -> list[str]:
+    """A line per fault of the set with the manifest at `url`: shards missing, truncated, altered, stray or twice.
+
+    With `sample`, the bytes of so many random shards are read; of the others, sizes and indexes are compared.
     """
-    manifest, faults = load_manifest(url), []
+    manifest, faults = load_manifest(url), list[str]()
     count = len(manifest.shards) if sample is None else min(max(0, sample), len(manifest.shards))
-    read = set(random.Random(seed).sample(range(len(manifest.shards)), count))
+    read = set(random.sample(range(len(manifest.shards)), count))
     keys: dict[str, str] = {}
-    shapes = clip_shapes(manifest)
     for i, info in enumerate(manifest.shards):
         shard = shard_url(url, info)
-        entries, fault = compare_shard(shard, info)
-        fault = fault or (_find_altered(shard, info, entries, shapes) if i in read else None)
-        faults += [f"{shard}: {fault}"] if fault else []
-        for entry in [] if fault else entries:
-            first = keys.setdefault(entry.key, shard)
-            faults += [f"{shard}: clip {entry.key} is in {first} too"] if first != shard else []
-    twice = Counter(info.url for info in manifest.shards)
-    faults += [f"{name}: {times} times in the manifest" for name, times in twice.items() if times > 1]
+        try:
+            entries = read_entries(shard, info)
+            if i in read:
+                require_clips(shard, info, entries, clip_shapes(manifest))
+        except FAULT as error:
+            faults.append(f"{shard}: {error}")
+            continue
+        firsts = [(entry.key, keys.setdefault(entry.key, shard)) for entry in entries]
+        faults += [f"{shard}: clip {key} is in {first} too" for key, first in firsts if first != shard]
+    times = Counter(info.url for info in manifest.shards)
+    faults += [f"{name}: {count} times in the manifest" for name, count in times.items() if count > 1]
     listed = {shard_url(url, info) for info in manifest.shards}
-    beside = [found for found in storage.list_files(storage.parent(url)) if found.endswith(".tar")]
-    strays = [found for found in beside if found not in listed and not storage.name_of(found).startswith(".")]
-    return faults + [f"{found}: not in the manifest" for found in strays]
+    tars = [file for file in storage.list_files(storage.parent(url)) if file.endswith(".tar")]
+    strays = [tar for tar in tars if tar not in listed and not storage.name_of(tar).startswith(".")]
+    return faults + [f"{stray}: not in the manifest" for stray in strays]

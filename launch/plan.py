@@ -174,7 +174,7 @@ def describe(found: Plan, given: Launch, mfu: float | None) -> str:
         per_step += [["s/step", f"{seconds:.4g} at mfu={mfu:g} of {train.peak_tflops:g} TFLOP/s per device"]]
     left_out = "CUDA's context, NCCL's buffers, kernels' workspaces"
     if on_cpu:
-        left_out = "loader lanes, the launcher, freed memory that glibc and MKL keep (measured: 11 to 31 % more)"
+        left_out = "the loader, the launcher, freed memory that glibc and MKL keep (measured: 11 to 31 % more)"
     moments = ", ".join(f"{name} {size / GIB:.3f}" for name, size in run.peaks.items())
     notes = [f"at most, in GiB without the base process: {moments}", f"not counted: {left_out}"]
     return "\n".join([table(per_step), "", table(rows), "", *notes])

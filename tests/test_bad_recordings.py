@@ -12,9 +12,8 @@ from tiny_recordings import FRAMES, spoil_video, write_recording
 
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import drop_faulty, encode_recordings
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shards import load_manifest, read_index
 from data_pipeline.types import Episode
 from data_pipeline.verify import verify_set
@@ -51,8 +50,8 @@ def test_what_is_left_out_is_counted_in_the_last_line_and_listed(spoilt, made, g
     assert run("data_pipeline", VERBS, command(spoilt, game_yaml)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert "encoded 6 clips (0 by this worker) in 2 shards" in last
-    assert "left out: 4 bad recordings (episode_00003: no file episode_00003/actions.csv, episode_00000: " in last
-    assert "1 of 7 episodes, 10 frames, shorter than the 18 of a clip (episode_00006)" in last
+    assert "4 bad recordings (episode_00003: no file episode_00003/actions.csv, episode_00000: " in last
+    assert "1 episodes shorter than the 18 frames of a clip" in last
     assert "9 frames of other episodes that no clip covers" in last  # three each of 1, 2 and 5
     listed = json.loads(Path(made, "train", "left_out.json").read_text())
     assert set(listed["bad_recordings"]) == {f"episode_{i:05d}" for i in (0, 3, 4, 7)}

@@ -1,4 +1,4 @@
-"""Many workers on one shard set: killed anywhere, taken over, started again in other numbers, with the same bytes."""
+"""Many workers on one shard set: killed anywhere, started again in other numbers, with the same bytes."""
 
 import os
 import signal
@@ -16,10 +16,10 @@ from tiny_recordings import numbered_episode
 
 from configs import storage, to_dict
 from configs.game import InputConfig
-from data_pipeline.claims import Claims, process_start
-from data_pipeline.encode import Unit, Worker, encode_recordings
+from data_pipeline.encode import Worker, encode_recordings
 from data_pipeline.plan import EncodeConfig, make_plans
 from data_pipeline.resample import resample
+from data_pipeline.shard_jobs import ShardJob, sort_jobs
 from data_pipeline.shards import index_url
 from model.codec import load_codec
 
@@ -69,17 +69,17 @@ sys.exit(run("data_pipeline", VERBS, sys.argv[2:]))
 MOMENTS = {
     "reading frames": "data_pipeline.readers:fit_frame|20|before",
     "encoding": "data_pipeline.clips:Encoder.latents|2|before",
-    "claiming": "data_pipeline.claims:Claims.take|2|after",
+    "beginning a shard": "data_pipeline.encode:cut_episodes|2|before",
     "writing a shard": "data_pipeline.shards:pack_clip|3|after",
     "between shard and index": "data_pipeline.encode:write_shard|data_pipeline.shards:storage.write_text|1|before",
-    "index written": "data_pipeline.claims:Claims.release|1|before",
+    "index written": "data_pipeline.encode:write_shard|1|after",
     "before the manifest": "data_pipeline.encode:save_manifest|1|before",
     "writing the manifest": "data_pipeline.encode:save_manifest|configs.files:os.replace|1|before",
     "between the manifests": "data_pipeline.encode:save_manifest|1|after",
 }
 # What a worker alone must have left when it was killed there.
 LEFT = {
-    "claiming": lambda names: sum(name.endswith(".claim") for name in names) == 2 and not shards(names, ".tar"),
+    "beginning a shard": lambda names: shards(names, ".tar") <= 1 and "train/plan.json" in names,
     "writing a shard": lambda names: shards(names, ".tar") == 1 and any("/.shard-000001" in name for name in names),
     "between shard and index": lambda names: shards(names, ".tar") == 1 and not shards(names, ".index.json"),
     "index written": lambda names: shards(names, ".tar") == shards(names, ".index.json") == 1,
@@ -108,15 +108,15 @@ def start(command: list[str], workers: int, rank: int) -> subprocess.Popen[str]:
 
 
 def start_workers(config: EncodeConfig, game_yaml: str, workers: int, dying: dict[int, str]) -> list[int]:
-    """The exit statuses of `workers` processes, of which some die at a moment; the first has a claim when the others
-    are started, which else might leave it nothing to do."""
+    """The exit statuses of `workers` processes, of which some die at a moment; the first has written a plan when the
+    others are started, which else might leave it nothing to do."""
     plain = [sys.executable, "-m", "data_pipeline", *words(config, game_yaml)]
     started: list[subprocess.Popen[str]] = []
     for rank in range(workers):
         moment = dying.get(rank)
         line = [sys.executable, "-c", DIES, MOMENTS[moment], *words(config, game_yaml)] if moment else plain
         started.append(start(line, workers, rank))
-        while dying and rank == 0 and started[0].poll() is None and not list(Path(config.out, "claims").glob("*")):
+        while dying and rank == 0 and started[0].poll() is None and not list(Path(config.out).glob("*/plan.json")):
             time.sleep(0.005)
     return [worker.wait(timeout=120) for worker in started]
 
@@ -125,91 +125,7 @@ def into(config: EncodeConfig, out: Path) -> EncodeConfig:
     return replace(config, out=str(out))
 
 
-def claim(folder: Path, unit: str, told: str) -> None:
-    folder.mkdir(exist_ok=True)
-    (folder / f"{unit}.claim").write_text(told)
-
-
-def test_a_unit_belongs_to_one_worker_until_it_is_released(tmp_path):
-    one, other = Claims(tmp_path, stale_s=60), Claims(tmp_path, stale_s=60)
-    assert one.take("a") and not other.take("a") and other.take("b")
-    one.release("a")
-    assert other.take("a") and not one.take("a")
-    one.release("a")  # not its own: stays
-    assert (tmp_path / "a.claim").exists()
-
-
-def test_of_many_that_ask_at_once_one_gets_the_unit(tmp_path):
-    rivals, got = [Claims(tmp_path, stale_s=60) for _ in range(8)], []
-    threads = [threading.Thread(target=lambda c=c: got.append(c.take("a"))) for c in rivals]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sorted(got) == [False] * 7 + [True]
-
-
-def test_the_claim_of_a_dead_process_of_this_machine_is_taken_over_at_once(tmp_path):
-    code = "import sys; from data_pipeline.claims import Claims; assert Claims(sys.argv[1], 60).take('a')"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    assert Claims(tmp_path, stale_s=60).take("a")
-
-
-def test_a_killed_worker_that_nobody_has_waited_for_is_dead_too(tmp_path):
-    code = "import sys; from data_pipeline.claims import Claims; assert Claims(sys.argv[1], 60).take('a'); input()"
-    worker = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE)
-    while not list(tmp_path.glob("a.claim")):
-        assert worker.poll() is None
-        time.sleep(0.005)
-    assert not Claims(tmp_path, stale_s=60).take("a")
-    worker.kill()
-    os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)  # it has ended, and stays in the table of processes
-    assert Claims(tmp_path, stale_s=60).take("a")
-    worker.communicate()
-
-
-def test_the_claim_of_another_machine_is_taken_over_when_it_is_no_longer_renewed(tmp_path):
-    now = [0.0]
-    told = '{{"host": "elsewhere", "pid": 1, "started": "5", "token": "x", "beats": {}}}'
-    claims = Claims(tmp_path, stale_s=60, clock=lambda: now[0])
-    claim(tmp_path, "a", told.format(1))
-    assert not claims.take("a")
-    now[0] = 50
-    claim(tmp_path, "a", told.format(2))  # it lives
-    assert not claims.take("a")
-    now[0] = 105
-    assert not claims.take("a")
-    now[0] = 111
-    assert claims.take("a")
-
-
-def test_a_claim_that_cannot_be_read_runs_out_too(tmp_path):
-    now = [0.0]
-    claims = Claims(tmp_path, stale_s=60, clock=lambda: now[0])
-    claim(tmp_path, "a", "half a li")
-    assert not claims.take("a")
-    now[0] = 61
-    assert claims.take("a")
-
-
-def test_claims_are_renewed_and_given_back(tmp_path):
-    claims = Claims(tmp_path, stale_s=60)
-    with claims.renewed():
-        assert claims.take("a")
-        before = (tmp_path / "a.claim").read_bytes()
-        claims.renew()
-        assert (tmp_path / "a.claim").read_bytes() != before
-    assert not (tmp_path / "a.claim").exists()
-
-
-def test_a_process_knows_whether_another_one_lives():
-    assert process_start(os.getpid()) == process_start(os.getpid()) is not None
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    assert process_start(gone.pid) is None
-
-
-def test_two_workers_share_the_shards_and_leave_the_bytes_of_one(encode_config, encoded, tmp_path):
+def test_workers_without_a_number_leave_the_bytes_of_one(encode_config, encoded, tmp_path):
     """Two at once in this process, each with a thread of its own."""
     config, made = into(encode_config, tmp_path), []
     threads = [threading.Thread(target=lambda: made.append(encode_recordings(config).new_clips)) for _ in range(2)]
@@ -217,7 +133,19 @@ def test_two_workers_share_the_shards_and_leave_the_bytes_of_one(encode_config, 
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(made) == 12 and files(tmp_path) == files(encoded)
+    assert sum(made) >= 12 and files(tmp_path) == files(encoded)
+
+
+@pytest.mark.parametrize(("jobs", "world"), [(7, 1), (7, 3), (2, 3)])
+def test_a_worker_makes_its_share_first_and_then_what_is_missing(jobs, world, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    shares = []
+    for rank in range(world):
+        monkeypatch.setenv("RANK", str(rank))
+        order = sort_jobs(range(jobs))
+        assert sorted(order) == list(range(jobs))
+        shares += order[: len(range(rank, jobs, world))]
+    assert sorted(shares) == list(range(jobs))
 
 
 @pytest.mark.parametrize("moment", LEFT)
@@ -237,24 +165,24 @@ def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config
     assert files(tmp_path) == files(encoded)
 
 
-def test_a_shard_that_another_worker_drops_late_is_made_anew(encode_config, encoded, tmp_path, monkeypatch):
+def test_a_shard_that_another_worker_drops_late_is_made_again(encode_config, encoded, tmp_path, monkeypatch):
     """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
-    config, make, passes = into(encode_config, tmp_path), Worker.make, []
+    config, make, passes = into(encode_config, tmp_path), Worker.make_missing, []
 
-    def make_and_lose(worker: Worker, units: Sequence[Unit]) -> None:
-        make(worker, units)
+    def make_and_lose(worker: Worker, jobs: Sequence[ShardJob]) -> None:
+        make(worker, jobs)
         passes.append(worker)
         if len(passes) < 3:
-            storage.remove(index_url(units[0].url))
+            storage.remove(index_url(jobs[0].url))
 
-    monkeypatch.setattr(Worker, "make", make_and_lose)
+    monkeypatch.setattr(Worker, "make_missing", make_and_lose)
     assert encode_recordings(config).new_clips == 12 + 2 * 2 and len(passes) == 3
     assert files(tmp_path) == files(encoded)
 
 
 def test_all_killed_in_the_middle_and_one_started_again(encode_config, encoded, game_yaml, tmp_path):
     config = into(encode_config, tmp_path)
-    killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "claiming"})
+    killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "beginning a shard"})
     assert killed == [-signal.SIGKILL] * 2
     assert files(tmp_path) != files(encoded)
     encode_recordings(config)
@@ -269,7 +197,7 @@ def test_killed_anywhere_and_started_again_in_other_numbers(
 ):
     """`make test-encode`. The first worker dies at the moment; the others a little later or earlier, all of them."""
     config = into(encode_config, tmp_path)
-    rest = {rank: "claiming" for rank in range(1, before)}
+    rest = {rank: "beginning a shard" for rank in range(1, before)}
     first, *others = start_workers(config, game_yaml, before, {0: moment, **rest})
     assert first == -signal.SIGKILL and set(others) <= {-signal.SIGKILL, 0}
     assert start_workers(config, game_yaml, after, {}) == [0] * after
@@ -284,7 +212,7 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
     one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words(config, game_yaml)], workers=2, rank=0)
     until = time.monotonic() + 60
-    while not any(name.endswith(".claim") for name in storage.list_tree(config.out)):  # else the other may do it all
+    while not any(name.endswith("plan.json") for name in storage.list_tree(config.out)):  # else the other may do it all
         assert one.poll() is None and time.monotonic() < until
     other = start([sys.executable, "-m", "data_pipeline", *words(config, game_yaml)], workers=2, rank=1)
     assert (one.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)

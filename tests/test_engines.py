@@ -421,7 +421,7 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
 def test_the_largest_seed_trains(train_words, tmp_path) -> None:
     seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
     assert len(make_draws(seed, 9_999_999, 2**50, 2).samples) == 2
-    assert sorted(Order([[2, 2]], [1.0], seed, 1, True).clip(i) for i in range(4)) == [0, 1, 2, 3]
+    assert sorted(Order([[2, 2]], [1.0], seed, 1).clip(i) for i in range(4)) == [0, 1, 2, 3]
 
 
 def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:

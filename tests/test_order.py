@@ -21,7 +21,7 @@ from train.__main__ import VERBS
 
 
 def order(shards, weights=None, seed=0, shuffle_shards=0):
-    return Order(shards, weights or [1.0] * len(shards), seed, shuffle_shards, shuffle=True)
+    return Order(shards, weights or [1.0] * len(shards), seed, shuffle_shards)
 
 
 @pytest.mark.parametrize("shuffle_shards", [0, 1, 2, 3, 100])

@@ -14,9 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from configs import load_config, storage
+from configs import lease, load_config, storage
 from configs.cli import run
-from data_pipeline import claims
 from data_pipeline.__main__ import VERBS
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, find_episodes, read_episode
@@ -72,14 +71,12 @@ def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
 
 
 def test_a_bucket_in_which_another_one_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys):
-    monkeypatch.setattr(claims, "STALE_S", 0.5)
-    other = claims.Claims(bucket_folder, 60.0)
-    assert other.take("record")
+    monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
     words = ["record", DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
-    assert run("data_pipeline", VERBS, words) == 2
-    assert f"{bucket_folder} is in use by another record, which says so in record.claim" in capsys.readouterr().err
-    assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
-    other.release("record")
+    with lease.lease(bucket_folder, "record", Path("another")):
+        assert run("data_pipeline", VERBS, words) == 2
+        assert f"{bucket_folder} is in use by another record" in capsys.readouterr().err
+        assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
     assert run("data_pipeline", VERBS, words) == 0
     assert list(storage.list_tree(bucket_folder)) == [f"episode_00000/{name}" for name in (ACTIONS, ABOUT, VIDEO)]
 

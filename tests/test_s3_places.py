@@ -99,7 +99,7 @@ def test_shards_that_are_copied_are_asked_for_once(remote_set, proxy, tmp_path, 
     with closing(stream.batches()) as batches:
         assert len({name for batch in islice(batches, 6) for name in batch.ids}) == len(stream)
     gets = [one for one in proxy.requests if one.startswith("GET") and one.endswith(".tar")]
-    assert sorted(one.rpartition("/")[2] for one in gets) == [info.url for _, info in stream.shards.shards]
+    assert sorted(one.rpartition("/")[2] for one in gets) == [shard.info.url for shard in stream.shards.shards]
 
 
 def test_a_read_that_fails_once_is_tried_again_and_a_refusal_is_no_corruption(remote_set, proxy) -> None:

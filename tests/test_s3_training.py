@@ -14,10 +14,9 @@ from fault_proxy import Fault
 from test_storage import unfinished_uploads
 from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 
-from configs import load_config, s3, storage
+from configs import lease, load_config, s3, storage
 from model.weights import load_weights
 from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
-from train import run_folder
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import STOPPED, TrainConfig
@@ -129,7 +128,7 @@ def config(train_words, bucket_folder) -> TrainConfig:
 
 
 def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(run_folder, "EXPIRED_S", 0.5)
+    monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
     elsewhere = replace(config, out=str(tmp_path / "another machine"))
     with sole_run(config):
         with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
@@ -141,7 +140,7 @@ def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -
 
 
 def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
-    monkeypatch.setattr(run_folder, "EXPIRED_S", 0.5)
+    monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
     storage.write_text(f"{config.checkpoints}/run.claim", json.dumps({"holder": "another machine", "renewed": 7}))
     with sole_run(config):
         assert storage.exists(f"{config.checkpoints}/run.claim")

@@ -25,10 +25,9 @@ from configs import storage
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
 from data_pipeline.clips import cut_runs
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import drop_faulty, encode_recordings
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.repair import drop_faulty
 from data_pipeline.shard_set import Shards, read_clips
 from data_pipeline.shards import ALIGNMENT, load_manifest
 from data_pipeline.verify import verify_set
@@ -318,8 +317,7 @@ def test_a_sample_reads_so_many_shards_and_compares_the_sizes_of_all(encoded, tm
         data = bytearray(shard.read_bytes())
         data[3000] ^= 1
         shard.write_bytes(data)
-    assert len(verify_set(manifest, sample=3, seed=1)) == 3 and len(verify_set(manifest)) == 4
-    assert verify_set(manifest, sample=3, seed=1) == verify_set(manifest, sample=3, seed=1)
+    assert len(verify_set(manifest, sample=3)) == 3 and len(verify_set(manifest)) == 4
     assert run("data_pipeline", VERBS, ["verify", manifest, "sample=0"]) == 0
     assert "4 shards, 0 of them read" in capsys.readouterr().out
     (tmp_path / "out/train/shard-000001.tar").write_bytes(b"short")

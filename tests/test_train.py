@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path, back
         ("optim.learning_rat=1", "did you mean 'optim.learning_rate'"),
         ("objective.name=bass", "there are: base, autoregressive"),
         ("manifest=nowhere.json", "nowhere.json"),
-        ("workers=9", "loader lanes"),
+        ("workers=9", "loader workers"),
         ("model.action.keyboard_dim_in=3", "keyboard_dim_in=3"),
         ("codec=nowhere", "nowhere"),
         ("init=nowhere", "nowhere"),

@@ -10,7 +10,7 @@ from configs.errors import FileInTheWayError, RefusedError, UserError
 from configs.files import require_other_files
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
-from data_pipeline.stream import require_lanes
+from data_pipeline.stream import require_shards
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
 from model.world import WorldModelConfig, find_checkpoint, newest_step, read_complete, read_world_config
@@ -45,7 +45,7 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     engine_of(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
-    require_lanes(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
+    require_shards(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
     world = describe_world(config, manifest)
     objective, data = make_objective(config.objective), data_digest(manifests, config)
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)

@@ -158,7 +158,7 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is NaN or infinite on any rank does to the run
     ema_decay: float = 0.995
     seed: int = 0
-    workers: int = 1  # loader lanes per process
+    workers: int = 1  # loader threads per process
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     log_every: int = 10  # steps between lines of metrics.jsonl
     wandb: bool = False  # WANDB_MODE=offline works without an account

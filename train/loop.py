@@ -119,7 +119,8 @@ def train(config: TrainConfig) -> bool:
             if config != asked:
                 log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
             stop.starts()
-            with closing(stream.batches(start * config.accumulation)) as batches:
+            on_gpu = engine.accelerator.device.type == "cuda"
+            with closing(stream.batches(start * config.accumulation, pin_memory=on_gpu)) as batches:
                 stopped = run_steps(run, range(start, config.steps), batches, log)
             if start >= config.steps:
                 log.say(f"nothing to do: {resumed} has all {config.steps} steps")

@@ -6,8 +6,6 @@ url; everything else in the folder is copied there before each of them, and at t
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -16,9 +14,9 @@ from pathlib import Path
 
 from configs import cache, storage
 from configs.errors import UserError, one_line
-from configs.files import sole_writer, this_machine, write_text
+from configs.files import sole_writer, write_text
 from configs.foreign import parse_object
-from configs.s3_errors import NotOffered
+from configs.lease import lease
 from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import STOPPED, TrainConfig
@@ -27,8 +25,6 @@ from train.log import METRICS
 from train.trackers import WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, and when they had changed last
-LEASE = "run.claim"  # at the url: which run holds it
-EXPIRED_S = 30.0  # after so long without a renewal the holder of a lease is gone
 
 
 def with_local_out(config: TrainConfig) -> TrainConfig:
@@ -52,7 +48,7 @@ def sole_run(config: TrainConfig) -> Iterator[None]:
     """Holds the run's folder, and its url if it has one: two runs would spoil each other's checkpoints. What killed
     runs left unfinished at the url is deleted. Raises UserError if another live run holds them."""
     folder, url = Path(config.out), config.checkpoints
-    with sole_writer(folder, "run"), lease(url, folder) if storage.is_s3(url) else nullcontext():
+    with sole_writer(folder, "run"), lease(url, "run", folder) if storage.is_s3(url) else nullcontext():
         if storage.is_s3(url):
             storage.remove_unfinished(url)
             storage.remove(storage.join(url, STOPPED))
@@ -80,50 +76,6 @@ def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
         if refused := gather_objects(refused)[0]:
             raise UserError(refused)
         yield
-
-
-@contextmanager
-def lease(url: str, folder: Path) -> Iterator[None]:
-    """Holds the s3 `url` for the run that has locked its `folder` on this machine, if the server can create a file only
-    once. The lease is renewed; one that is not any more is taken over. Raises UserError if another run holds it."""
-    place, holder, ended = storage.join(url, LEASE), f"{this_machine()} {folder}", threading.Event()
-
-    def renew() -> None:
-        for number in range(1, 1 << 62):
-            if ended.wait(EXPIRED_S / 4):
-                return
-            with suppress(OSError):  # the next one may succeed
-                storage.write_text(place, json.dumps({"holder": holder, "renewed": number}))
-
-    try:
-        _acquire(place, holder)
-    except NotOffered:
-        yield
-        return
-    thread = threading.Thread(target=renew, name="lease", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        storage.remove(place)
-
-
-def _acquire(place: str, holder: str) -> None:
-    text = json.dumps({"holder": holder, "renewed": 0})
-    if storage.create(place, text.encode()):
-        return
-    with suppress(FileNotFoundError):  # released meanwhile
-        before, deadline = storage.read_bytes(place), time.monotonic() + EXPIRED_S
-        # A lease of the same holder is of a killed run: this one has its lock.
-        while json.dumps(holder).encode() not in before and time.monotonic() < deadline:
-            time.sleep(EXPIRED_S / 30)
-            if storage.read_bytes(place) != before:
-                raise UserError(f"{storage.parent(place)} is in use by another run (see {LEASE}); choose another out=")
-        storage.remove(place)
-    if not storage.create(place, text.encode()):
-        raise UserError(f"{storage.parent(place)} is in use by another run (see {LEASE}); choose another out=")
 
 
 def pull(folder: Path, url: str) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from configs import storage
 from configs.errors import UserError
 from data_pipeline.clips import Encoder, cut_episodes, run_starts
-from data_pipeline.encode import encode_recordings, list_waits, load_encoder
+from data_pipeline.encode import encode_recordings, load_encoder
 from data_pipeline.plan import PLAN, EncodeConfig, Plan, make_plans
 from tests.bench.loader import timed
 
@@ -30,7 +30,7 @@ def bench_encode(config: EncodeConfig) -> None:
     share, clips_s = runs / done.seconds / alone, done.new_clips / done.seconds
     print(f"codec alone  {alone * config.run_frames:8.4g} frames/s (in memory, before and after)")
     print(f"encode       {share * alone * config.run_frames:8.4g} frames/s, {share:.0%} of it")
-    print(f"{done.new_clips} clips, {clips_s:.3g} clips/s; the codec waited for {list_waits(done.waits)}")
+    print(f"{done.new_clips} clips, {clips_s:.3g} clips/s; the codec waited for {done.waits}")
 
 
 def hold_frames(config: EncodeConfig, plans: Sequence[Plan]) -> list[np.ndarray]:

@@ -3,22 +3,21 @@
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from configs import storage
 from configs.errors import UserError
-from data_pipeline.batch_memory import allocate
 from data_pipeline.shard_set import Shards
-from data_pipeline.shards import shard_url
 from data_pipeline.stream import AHEAD, MOST_WORKERS, LoaderConfig, Stream
 
 BLOCK = 1 << 20  # bytes of one read of the bare bytes
@@ -68,15 +67,12 @@ def bench(config: BenchConfig) -> None:
 
 def measure_speeds(config: BenchConfig, shards: Shards, clips: int) -> dict[str, float]:
     """Clips per second of each row: the median of `repeats` runs, which take turns."""
-    streams = {
-        n: Stream(config.manifest, config.batch, 0, workers=n, loader=config.loader, verify=False)
-        for n in config.workers
-    }
-    one, many = [buffer(BLOCK)], [buffer(BLOCK) for _ in range(buffers_held(config, shards))]
+    streams = {n: Stream(config.manifest, config.batch, 0, workers=n, loader=config.loader) for n in config.workers}
+    blocks = np.empty((buffers_held(config, shards), BLOCK), np.uint8)
     with TemporaryDirectory() as scratch:
         rows: dict[str, Callable[[], float]] = {
-            "bare bytes, into one MB": lambda: timed(read_bare, shards, clips, one),
-            "bare bytes, into memory": lambda: timed(read_bare, shards, clips, many),
+            "bare bytes, into one MB": lambda: timed(read_bare, shards, clips, blocks[:1]),
+            "bare bytes, into memory": lambda: timed(read_bare, shards, clips, blocks),
         }
         rows |= {f"stream, {n} workers": lambda n=n: time_stream(streams[n], clips) for n in config.workers}
         mapped = write_mapped(shards, clips, Path(scratch) / "clips.safetensors")
@@ -97,26 +93,21 @@ def timed(run: Callable[..., object], *given: object) -> float:
     return time.perf_counter() - began
 
 
-def buffer(size: int) -> memoryview:
-    """Memory as the stream's batches have it."""
-    return allocate(size).data
-
-
 def buffers_held(config: BenchConfig, shards: Shards) -> int:
     """How many blocks take as much memory as the batches between a stream and who trains on them."""
     in_batch = config.batch * max(entry.size for _, entry in shards.places)
     return -(-in_batch * (AHEAD + 1) // BLOCK)
 
 
-def read_bare(shards: Shards, clips: int, buffers: Sequence[memoryview]) -> None:
-    """The bytes of the first `clips` clips' shards, as far as they hold these, in order, into the buffers in turn.
+def read_bare(shards: Shards, clips: int, blocks: np.ndarray) -> None:
+    """The bytes of the first `clips` clips' shards, as far as they hold these, in order, into the blocks in turn.
 
-    With one buffer they end where the next ones do, in the processor's cache; with many in memory, as a batch must.
+    With one block they end where the next ones do, in the processor's cache; with many in memory, as a batch must.
     """
     left = sum(entry.size for _, entry in shards.places[:clips])
-    turns = cycle(buffers)
-    for path, info in shards.shards:
-        with storage.open(shard_url(path, info)) as file:
+    turns = cycle(block.data for block in blocks)
+    for shard in shards.shards:
+        with storage.open(shard.url) as file:
             while left > 0 and (read := file.readinto(next(turns))):
                 left -= read
 
