@@ -7,7 +7,7 @@ from typing import Any
 
 from launch.command import MARK, TRAINERS, Task, environment, shell_line, variable
 from launch.machine import MachineConfig
-from train.config import ASKED, ENDED, FAULT
+from train.exit import ASKED, ENDED, FAULT
 
 PORT = "rendezvous"
 

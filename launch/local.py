@@ -25,7 +25,8 @@ from configs.storage import is_s3
 from launch.command import TRAINERS, Task, accelerate_words, environment
 from launch.machine import MachineConfig
 from launch.submit import submit
-from train.config import ENDED, FAULT, TrainConfig
+from train.config import TrainConfig
+from train.exit import ENDED, FAULT
 
 
 @dataclass(frozen=True)

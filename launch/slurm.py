@@ -5,7 +5,7 @@ import shlex
 
 from launch.command import MARK, Task, environment, quoted, shell_line, variable
 from launch.machine import MachineConfig
-from train.config import ASKED, ENDED, FAULT
+from train.exit import ASKED, ENDED, FAULT
 
 
 def slurm_script(machine: MachineConfig, task: Task) -> str:

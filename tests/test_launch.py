@@ -27,7 +27,7 @@ from launch.local import read_launch, supervise, train_task
 from launch.machine import MachineConfig
 from launch.slurm import slurm_script
 from train.config import EngineConfig, TrainConfig
-from train.entry import needs_a_person
+from train.exit import needs_a_person
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 

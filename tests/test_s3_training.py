@@ -20,7 +20,8 @@ from model.world import complete_steps, find_checkpoint, newest_checkpoint, read
 from train import run_folder
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
-from train.config import STOPPED, TrainConfig
+from train.config import TrainConfig
+from train.exit import STOPPED
 from train.run_folder import pull, push, sole_run, with_local_out
 from train.watchdog import Watchdog
 

@@ -26,7 +26,7 @@ from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import OptimConfig
 from train.objectives import make_objective
 from train.objectives.autoregressive import Autoregressive
-from train.objectives.draws import make_draws
+from train.objectives.sample_rng import rng_for_step
 from train.optim import learning_rate, make_optimizer
 
 LAUNCH = launch("cpu_zero2", "-m", "train")
@@ -193,10 +193,10 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 def test_noise_belongs_to_the_sample_and_not_to_the_rank() -> None:
     like = torch.zeros(4, 2, 3)
-    whole = make_draws(7, 0, 8, 4).noise(like)
-    halves = [make_draws(7, micro, 8 + 2 * micro, 2).noise(like[:2]) for micro in range(2)]
+    whole = rng_for_step(7, 0, 8, 4).noise(like)
+    halves = [rng_for_step(7, micro, 8 + 2 * micro, 2).noise(like[:2]) for micro in range(2)]
     assert torch.equal(whole, torch.cat(halves))
-    assert not torch.equal(whole, make_draws(8, 0, 8, 4).noise(like))
+    assert not torch.equal(whole, rng_for_step(8, 0, 8, 4).noise(like))
 
 
 def test_one_clip_can_be_overfitted(encoded) -> None:
@@ -208,7 +208,7 @@ def test_one_clip_can_be_overfitted(encoded) -> None:
     seen = []
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10, (300 - step) / 150)
-        loss, _ = objective.loss(dit, flow, batch, 1.0, make_draws(0, step, step, 1))
+        loss, _ = objective.loss(dit, flow, batch, 1.0, rng_for_step(0, step, step, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

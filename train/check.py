@@ -18,7 +18,8 @@ from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_
 from train.config import TrainConfig
 from train.engine import gather_objects
 from train.engines import engine_of
-from train.objectives import Objective, check_objective, make_objective
+from train.objectives import check_objective, make_objective
+from train.objectives.objective import Objective
 from train.videos import check_videos
 
 SEEN_S = 30  # in which what one machine has written is seen on all others

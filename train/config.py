@@ -12,9 +12,6 @@ from model.flow import FlowMatchConfig
 from model.layout import CHUNK_FRAMES
 from sampling.denoising import Denoising
 
-ENDED = "WORLDLOOM_ENDED"  # environment: the file that says how a run ended, for whoever started it through a launcher
-FAULT, ASKED = "fault", "asked to stop"  # what it says: a person has to mend something; the run is to go on
-STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
 MOST_STEPS = 9_999_999  # the names of checkpoints have seven digits
 MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a slip of the finger
 MOST_SEED = 2**63 - 1
