@@ -49,8 +49,8 @@ def import_official(args: list[str]) -> None:
     told = {"layout": "continuous", "flow": {}, **values, "codec_hash": codec_hash(codec)}
     world = build(WorldModelConfig, told)
     action, keys = world.model.action, world.game.action_space.keys
-    if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
-        raise UserError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
+    if action and action.enable_keyboard and action.keys != len(keys):
+        raise UserError(f"the model has {action.keys} keys, {world.game.name} has {', '.join(keys)}")
     weights, origin = read_official(given, world.model)
     origin = replace(origin, source=file + origin.source.removeprefix(str(given)))
     with writing_world(out, world, values["codec"]) as folder:

@@ -158,7 +158,7 @@ def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> 
 
 def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
     words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
-    with pytest.raises(ValueError, match=r"step_0000008 is there, and s3://.* holds no checkpoint; copy .* to it"):
+    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008 is there: copy it"):
         check_run(load_config(TrainConfig, words), ranks=1)
 
 

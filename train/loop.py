@@ -58,8 +58,10 @@ class Run:
 
 
 def train(config: TrainConfig) -> bool:
-    """Train a world model on latent shards; run again, it continues from its newest complete checkpoint. Whether it was
-    asked to stop before it was done."""
+    """Train a world model on latent shards; run again, it continues from its newest complete checkpoint.
+
+    Gives whether it was asked to stop before it was done; it takes over SIGTERM, SIGINT and SIGUSR1 for that.
+    """
     asked = with_local_out(config)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
@@ -81,7 +83,7 @@ def train(config: TrainConfig) -> bool:
             load_checkpoint(engine, ema, checked.resumed)
         with closing(Log(config, checked.start, accelerator.is_main_process)) as log:
             run = assemble(checked, engine, ema, log, stop, watchdog)
-            if config != asked:
+            if (config.batch, config.accumulation) != (asked.batch, asked.accumulation):
                 log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
             stop.starts()
             with closing(stream.batches(checked.start * config.accumulation)) as batches:

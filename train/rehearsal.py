@@ -197,7 +197,7 @@ def random_batch(config: TrainConfig, clip: ClipSize) -> Batch:
     b, model, action = config.batch, config.model, config.model.action
     frames = latent_ends(clip.layout, clip.latents, TEMPORAL)[-1] + 1
     latents = torch.zeros(b, model.out_dim, clip.latents, clip.rows, clip.columns, dtype=torch.bfloat16)
-    keys = action.keyboard_dim_in if action and action.enable_keyboard else 0
+    keys = action.keys if action and action.enable_keyboard else 0
     axes = action.mouse_dim_in if action and action.enable_mouse else 0
     tokens = IMAGE_TOKENS.get(model.vision)
     return Batch(

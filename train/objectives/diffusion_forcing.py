@@ -26,7 +26,6 @@ class DiffusionForcing(Objective):
     # shift puts 2 % of the levels below 0.1. In this share of clips a random number of first blocks is that past.
     context_share: float = 0.0
     context_noise: float = 0.0  # the largest noise level of such a past, drawn per clip; the model is told the level
-    weighted: bool = True  # upstream's weight, which trains middle levels most; without it all count alike
 
     layout = "continuous"
     causal = True
@@ -45,10 +44,8 @@ class DiffusionForcing(Objective):
         """The weighted squared velocity error."""
         noise = self.noise_sample(batch.latents, flow, rng)
         error = velocity_error(model, flow, batch, 1, noise, "continuous")
-        weight = torch.ones_like(noise.sigma)
-        if self.weighted:
-            schedule = flow.schedule(flow.config.train_steps, training=True)
-            weight = schedule.training_weight(flow.config.train_steps * noise.sigma)
+        schedule = flow.schedule(flow.config.train_steps, training=True)
+        weight = schedule.training_weight(flow.config.train_steps * noise.sigma)  # most for middle levels
         return (error * weight).mean(), LossMetrics.of(error, noise, 1)
 
     def heldout_noise(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
