@@ -10,7 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from configs.storage import is_s3
 from launch.scheduler import MARK, TRAINERS, Cluster, Job, Scheduler, is_text, require_word, shell_line, variable
-from train.config import ASKED, ENDED, FAULT
+from train.exit import ASKED, ENDED, FAULT
 
 PORT = "rendezvous"
 

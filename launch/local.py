@@ -17,7 +17,7 @@ import psutil
 
 from configs.errors import UserError
 from launch.scheduler import TRAINERS, Cluster, Job, Scheduler
-from train.config import ENDED, FAULT
+from train.exit import ENDED, FAULT
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from launch.scheduler import (
     shell_line,
     variable,
 )  # fmt: skip
-from train.config import ASKED, ENDED, FAULT
+from train.exit import ASKED, ENDED, FAULT
 
 
 @dataclass(frozen=True)

@@ -368,7 +368,7 @@ class ActionDiT(nn.Module):
 
     def _check_actions(self, keyboard: Tensor | None, mouse: Tensor | None, f: int) -> None:
         action = self.config.action
-        keys = action.keyboard_dim_in if action and action.enable_keyboard else 0
+        keys = action.keys if action and action.enable_keyboard else 0
         axes = action.mouse_dim_in if action and action.enable_mouse else 0
         for name, windows, channels in (("keyboard", keyboard, keys), ("mouse", mouse, axes)):
             if windows is None:

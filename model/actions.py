@@ -1,6 +1,6 @@
 """Keyboard and mouse: windows of actions per latent frame, and the module that lets tokens attend to them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from configs.errors import UserError
+from configs.game import ActionSpace
 from model.kv_cache import NO_PAST, LayerPast, LayerWindows, attend_along_time
 from model.layers import unit_rms
 from model.limits import MANY, WIDE, require_between
@@ -19,7 +20,7 @@ class ActionConfig:
     """The action modules; names as in the official `action_config`."""
 
     blocks: tuple[int, ...]  # which DiT blocks own a module
-    keyboard_dim_in: int = 4  # keys
+    keyboard_dim_in: int | None = None  # keys; none: as many as the game has that the model is trained on
     mouse_dim_in: int = 2  # (pitch, yaw)
     enable_keyboard: bool = True
     enable_mouse: bool = True
@@ -41,7 +42,7 @@ class ActionConfig:
         require_between(where, 1, MANY, vae_time_compression_ratio=ratio)
         require_between(where, 1, WIDE, hidden_size=self.hidden_size)
         if self.enable_keyboard:
-            widths = {"keyboard_dim_in": self.keyboard_dim_in, "keyboard_hidden_dim": self.keyboard_hidden_dim}
+            widths = {"keyboard_dim_in": self.keys, "keyboard_hidden_dim": self.keyboard_hidden_dim}
             require_between(where, 1, WIDE, **widths)
         if self.enable_mouse:
             require_between(where, 1, WIDE, mouse_dim_in=self.mouse_dim_in, mouse_hidden_dim=self.mouse_hidden_dim)
@@ -60,6 +61,21 @@ class ActionConfig:
                 raise UserError(f"{name} {width} must be heads_num {self.heads_num} x at least {turned}")
         if not self.enable_keyboard and not self.enable_mouse:
             raise UserError("action module without keyboard and mouse; leave `action` out instead")
+
+    @property
+    def keys(self) -> int:
+        """Keys that the model reads; 4 where no game is known, as for timing a shape."""
+        return 4 if self.keyboard_dim_in is None else self.keyboard_dim_in
+
+    def for_game(self, space: ActionSpace) -> "ActionConfig":
+        """With the sizes of the game's action space. A UserError if keyboard_dim_in is another number."""
+        if self.enable_keyboard and self.keyboard_dim_in not in (None, len(space.keys)):
+            raise UserError(
+                f"model.action.keyboard_dim_in={self.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
+                f"({', '.join(space.keys)}); leave it out"
+            )
+        keys = len(space.keys) if self.enable_keyboard else self.keys
+        return replace(self, keyboard_dim_in=keys, enable_mouse=self.enable_mouse and space.mouse)
 
     @property
     def window(self) -> int:
@@ -101,9 +117,7 @@ class ActionModule(nn.Module):
         if config.enable_keyboard:
             width, hidden = config.keyboard_hidden_dim, config.hidden_size
             head_dim = width // config.heads_num
-            self.keyboard_embed = nn.Sequential(
-                nn.Linear(config.keyboard_dim_in, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
-            )
+            self.keyboard_embed = nn.Sequential(nn.Linear(config.keys, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
             # The official name misleads: this makes the queries of the keyboard branch.
             self.mouse_attn_q = nn.Linear(dim, width, bias=False)
             self.keyboard_attn_kv = nn.Linear(config.window * hidden, 2 * width, bias=False)

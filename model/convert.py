@@ -54,8 +54,8 @@ def import_official(config: ImportConfig) -> None:
     require_other_files([storage.join(out, name) for name in written], read)
     world = WorldModelConfig(config.model, config.flow, config.game, config.layout, codec, codec_hash(codec))
     action, keys = world.model.action, world.game.action_space.keys
-    if action and action.enable_keyboard and action.keyboard_dim_in != len(keys):
-        raise UserError(f"the model has {action.keyboard_dim_in} keys, {world.game.name} has {', '.join(keys)}")
+    if action and action.enable_keyboard and action.keys != len(keys):
+        raise UserError(f"the model has {action.keys} keys, {world.game.name} has {', '.join(keys)}")
     weights, provenance = read_official(file, world.model)
     with writing_world(out, world, codec) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(provenance))

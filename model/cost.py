@@ -60,7 +60,7 @@ def random_inputs(model: ActionDiTConfig, b: int, f: int, h: int, w: int, device
         }
         action = model.action
         if action and action.enable_keyboard:
-            given["keyboard"] = torch.randn(b, f, action.window, action.keyboard_dim_in)
+            given["keyboard"] = torch.randn(b, f, action.window, action.keys)
         if action and action.enable_mouse:
             given["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
         if model.vision != "none":

@@ -28,7 +28,7 @@ def clip(config: ActionDiTConfig, f: int, b: int = 1, h: int = H, w: int = W) ->
         "x": random(b, config.out_dim, f, h, w),
         "timestep": 1000 * torch.rand(b, f, generator=generator),
         "cond": random(b, config.in_dim - config.out_dim, f, h, w),
-        "keyboard": random(b, f, action.window, action.keyboard_dim_in),
+        "keyboard": random(b, f, action.window, action.keys),
         "mouse": random(b, f, action.window, action.mouse_dim_in),
     }
     return given | ({"visual": random(b, 5, config.img_dim)} if config.vision == "tokens" else {})

@@ -12,13 +12,14 @@ from data_pipeline.types import Batch
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.inputs import condition
+from model.loss import velocity_error
 from model.masks import CausalConfig
-from train.figures import Scale, StepFigures, describe
+from train.metrics import loss_metrics, loss_sums
 from train.objectives import check_objective, make_objective
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
 from train.objectives.diffusion_forcing import DiffusionForcing
-from train.objectives.draws import make_draws
+from train.objectives.sample_rng import rng_for_step
 
 FLOW = FlowMatch(FlowMatchConfig())
 CAUSAL = replace(TINY, causal=CausalConfig(block=3, window=6))
@@ -35,7 +36,7 @@ def clips(b: int = 2, f: int = 9, seed: int = 0) -> Batch:
 
 def test_every_block_of_every_clip_has_a_noise_level_of_its_own() -> None:
     batch = clips(b=4)
-    sigma = DiffusionForcing().draw(batch.latents, FLOW, make_draws(0, 0, 0, 4)).sigma
+    sigma = DiffusionForcing().noise_sample(batch.latents, FLOW, rng_for_step(0, 0, 0, 4)).sigma
     assert sigma.shape == (4, 9) and torch.equal(sigma, sigma[:, ::3].repeat_interleave(3, dim=1))
     assert len(sigma.unique()) == 12  # four clips of three blocks
     assert torch.isin(sigma, FLOW.schedule(1000).sigmas).all()
@@ -43,17 +44,17 @@ def test_every_block_of_every_clip_has_a_noise_level_of_its_own() -> None:
 
 def test_a_clip_has_the_same_numbers_whatever_rank_and_batch_it_is_in() -> None:
     objective, latents = DiffusionForcing(context_share=0.5, context_noise=0.2), clips(b=4).latents
-    whole = objective.draw(latents, FLOW, make_draws(7, 0, 0, 4))
+    whole = objective.noise_sample(latents, FLOW, rng_for_step(7, 0, 0, 4))
     for rank in range(2):  # the second step's sample 2 is the first of rank 1
-        part = objective.draw(latents[2 * rank : 2 * rank + 2], FLOW, make_draws(7, 0, 2 * rank, 2))
+        part = objective.noise_sample(latents[2 * rank : 2 * rank + 2], FLOW, rng_for_step(7, 0, 2 * rank, 2))
         assert torch.equal(part.sigma, whole.sigma[2 * rank : 2 * rank + 2])
         assert torch.equal(part.noise, whole.noise[2 * rank : 2 * rank + 2])
 
 
 def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
     batch, objective, dit = clips(), DiffusionForcing(), awake(CAUSAL)
-    loss, figures = objective.loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
-    draw, seen = objective.draw(batch.latents, FLOW, make_draws(0, 0, 0, 2)), []
+    loss, metrics = objective.loss(dit, FLOW, batch, 0.0, rng_for_step(0, 0, 0, 2))
+    noise, seen = objective.noise_sample(batch.latents, FLOW, rng_for_step(0, 0, 0, 2)), []
 
     class Watcher(nn.Module):
         config = CAUSAL
@@ -62,46 +63,44 @@ def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
             seen.append((timestep, cond))
             return dit(x, timestep, cond, **rest)
 
-    again, _ = objective.loss(Watcher(), FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
+    again, _ = objective.loss(Watcher(), FLOW, batch, 0.0, rng_for_step(0, 0, 0, 2))
     assert torch.equal(loss, again)
     timestep, cond = seen[0]
-    assert torch.equal(timestep, 1000 * draw.sigma) and torch.equal(cond, condition(batch.latents, 1))
+    assert torch.equal(timestep, 1000 * noise.sigma) and torch.equal(cond, condition(batch.latents, 1))
     weight = FLOW.schedule(1000, training=True).training_weight(timestep)
-    by_hand = figures.loss * weight[:, 1:]
-    flat, _ = replace(objective, weighted=False).loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 2))
-    first = 18 * loss - by_hand.sum(), 18 * flat - figures.loss.sum()  # of the given frames
-    assert torch.all(torch.stack(first) > 0) and not torch.isclose(loss, flat)
-    sums = StepFigures(Scale(CAUSAL, ranks=1, clips_per_step=2, latents=9, block=3, peak_tflops=None))
-    sums.add(figures, 0)
-    said = describe(sums.sums, block=3)
-    assert said["loss"] == pytest.approx(figures.loss.mean().item())
-    places = [figures.loss[:, part].mean().item() for part in (slice(0, 2), slice(2, 5), slice(5, 8))]
+    by_hand = metrics.loss * weight[:, 1:]
+    given = 18 * loss - by_hand.sum()  # of the first frames
+    error = velocity_error(dit, FLOW, batch, 1, noise, "continuous")
+    assert given.item() == pytest.approx((error * weight)[:, 0].sum().item(), rel=1e-5) and not weight.eq(1).all()
+    said = loss_metrics(loss_sums([metrics], clip_latents=9), loss_group=3)
+    assert said["loss"] == pytest.approx(metrics.loss.mean().item())
+    places = [metrics.loss[:, part].mean().item() for part in (slice(0, 2), slice(2, 5), slice(5, 8))]
     assert [said[f"loss/block_{i}"] for i in range(3)] == pytest.approx(places)  # the given frame counts in none
 
 
 def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
     objective = DiffusionForcing(context_share=1.0, context_noise=0.1)
-    sigma = objective.draw(torch.zeros(64, 1, 9, 1, 1), FLOW, make_draws(0, 0, 0, 64)).sigma[:, ::3]
+    sigma = objective.noise_sample(torch.zeros(64, 1, 9, 1, 1), FLOW, rng_for_step(0, 0, 0, 64)).sigma[:, ::3]
     past = (sigma <= 0.1).sum(dim=1)
     for count in range(3):  # of three blocks none, one or two are the past, never the last
         assert (past == count).float().mean() > 0.15
     known = sigma[past == 2, :2]
     assert torch.equal(known[:, 0], known[:, 1]) and len(known.unique()) == len(known)
     never = DiffusionForcing(context_share=0.0, context_noise=0.1)
-    assert (never.draw(torch.zeros(64, 1, 9, 1, 1), FLOW, make_draws(0, 0, 0, 64)).sigma < 0.1).float().mean() < 0.1
+    assert (
+        never.noise_sample(torch.zeros(64, 1, 9, 1, 1), FLOW, rng_for_step(0, 0, 0, 64)).sigma < 0.1
+    ).float().mean() < 0.1
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "dense"])
 def test_no_block_learns_from_the_future(backend: str) -> None:
     dit, batch = awake(replace(CAUSAL, attention=backend)), clips(b=1)
-    latents = batch.latents.requires_grad_()
-    _, figures = DiffusionForcing().loss(dit, FLOW, batch, 0.0, make_draws(0, 0, 0, 1))
+    _, metrics = DiffusionForcing().loss(dit, FLOW, batch, 0.0, rng_for_step(0, 0, 0, 1))
     later = batch.latents.detach().clone()
     later[:, :, 6:] += 1
-    _, changed = DiffusionForcing().loss(dit, FLOW, replace(batch, latents=later), 0.0, make_draws(0, 0, 0, 1))
-    ours, theirs = figures.loss[0], changed.loss[0]
+    _, changed = DiffusionForcing().loss(dit, FLOW, replace(batch, latents=later), 0.0, rng_for_step(0, 0, 0, 1))
+    ours, theirs = metrics.loss[0], changed.loss[0]
     assert torch.equal(ours[:5], theirs[:5]) and not torch.equal(ours[5:], theirs[5:])
-    assert latents.requires_grad
 
 
 def test_one_clip_can_be_learnt_by_heart() -> None:
@@ -111,7 +110,7 @@ def test_one_clip_can_be_learnt_by_heart() -> None:
     optimizer = torch.optim.AdamW(dit.parameters(), lr=4e-3, betas=(0.9, 0.95))
     losses = []
     for step in range(150):
-        loss, _ = DiffusionForcing().loss(dit, FLOW, batch, 0.0, make_draws(0, step, 0, 1))
+        loss, _ = DiffusionForcing().loss(dit, FLOW, batch, 0.0, rng_for_step(0, step, 0, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -124,18 +123,18 @@ def test_an_objective_for_another_model_or_other_clips_is_refused_in_one_line() 
     check_objective(forcing, CAUSAL, "continuous", 21)
     check_objective(Base(), TINY, "chunked", 6)
     wrong: list[tuple[Any, ...]] = [
-        (forcing, TINY, "continuous", 21, "with a `causal` section.*not causal"),
+        (forcing, TINY, "continuous", 21, r"with model\.causal.*not causal"),
         (forcing, CAUSAL, "chunked", 6, "layout continuous.*chunked"),
-        (forcing, CAUSAL, "continuous", 20, "divide the clips"),
+        (forcing, CAUSAL, "continuous", 20, "divide the clips'"),
         (DiffusionForcing(block=2), CAUSAL, "continuous", 6, "must be equal"),
-        (Base(), CAUSAL, "chunked", 6, "without a `causal`.*model is causal"),
-        (Autoregressive(), TINY, "continuous", 6, "layout chunked.*clips are continuous"),
+        (Base(), CAUSAL, "chunked", 6, r"without model\.causal.*is causal"),
+        (Autoregressive(), TINY, "continuous", 6, "layout chunked.*are continuous"),
     ]
     for objective, model, layout, latents, message in wrong:
         with pytest.raises(ValueError, match=message) as error:
             check_objective(objective, model, layout, latents)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="blocks of 3"):
-        DiffusionForcing().draw(torch.zeros(1, 1, 7, 1, 1), FLOW, make_draws(0, 0, 0, 1))
+    with pytest.raises(ValueError, match="block=3"):
+        DiffusionForcing().noise_sample(torch.zeros(1, 1, 7, 1, 1), FLOW, rng_for_step(0, 0, 0, 1))
     with pytest.raises(ValueError, match="context_share"):
         DiffusionForcing(context_share=2.0)

@@ -30,7 +30,7 @@ from train.config import CheckpointConfig, TrainConfig
 from train.engines import engine_of
 from train.log import Log
 from train.objectives import make_objective
-from train.objectives.draws import make_draws
+from train.objectives.sample_rng import rng_for_step
 from train.save import remove_superseded, superseded
 from train.state import SavedState
 from train.videos import Videos
@@ -420,7 +420,7 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
 
 def test_the_largest_seed_trains(train_words, tmp_path) -> None:
     seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
-    assert len(make_draws(seed, 9_999_999, 2**50, 2).samples) == 2
+    assert len(rng_for_step(seed, 9_999_999, 2**50, 2).samples) == 2
     assert sorted(Order([[2, 2]], [1.0], seed, 1).clip(i) for i in range(4)) == [0, 1, 2, 3]
 
 

@@ -26,6 +26,7 @@ from foreign_recordings import (
 )
 from PIL import Image
 
+import train.codec
 from configs import load_config
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
@@ -79,9 +80,10 @@ def test_encoded_clips_have_the_actions_of_their_pictures(
 
 @pytest.mark.parametrize("reader", FOREIGN)
 def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(
-    reader: Reader, sources: dict[str, Path], tmp_path: Path
+    reader: Reader, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ["recording_frames=20", f"source={sources[reader]}", f"out={tmp_path}"]
+    monkeypatch.setattr(train.codec, "RECORDING_FRAMES", 20)
+    more = [f"source={sources[reader]}", f"out={tmp_path}"]
     config = load_config(CodecTrainConfig, [*words(reader, tmp_path), *more])
     recordings = find_recordings(reader, sources[reader])
     assert read_runs(config, recordings).shape == (2 * len(recordings), 9, 64, 112, 3)

@@ -26,7 +26,7 @@ from launch.machine import MachineConfig
 from launch.run import Launch, accelerate_line, read_launch
 from launch.scheduler import TRAINERS, Cluster, Job, Scheduler, shell_line
 from train.config import TrainConfig
-from train.entry import needs_a_person
+from train.exit import needs_a_person
 
 MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
 

@@ -44,7 +44,7 @@ def inputs(b: int = 1, config: ActionDiTConfig = TINY, seed: int = 1) -> dict[st
         "x": random(b, config.out_dim, F, H, W),
         "timestep": 1000 * torch.rand(b, generator=generator),
         "cond": random(b, config.in_dim - config.out_dim, F, H, W),
-        "keyboard": random(b, F, config.action.window, config.action.keyboard_dim_in),
+        "keyboard": random(b, F, config.action.window, config.action.keys),
         "mouse": random(b, F, config.action.window, config.action.mouse_dim_in),
     }
     tokens = {"tokens": 5, "pooled": 1}.get(config.vision)

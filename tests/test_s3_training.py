@@ -19,7 +19,8 @@ from model.weights import load_weights
 from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
-from train.config import STOPPED, TrainConfig
+from train.config import TrainConfig
+from train.exit import STOPPED
 from train.run_folder import pull, push, sole_run, with_local_out
 from train.watchdog import Watchdog
 
@@ -156,7 +157,7 @@ def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> 
 
 def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
     words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
-    with pytest.raises(ValueError, match=r"step_0000008 is there, and s3://.* holds no checkpoint; copy .* to it"):
+    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008 is there: copy it"):
         check_run(load_config(TrainConfig, words), ranks=1)
 
 

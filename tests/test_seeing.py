@@ -5,8 +5,10 @@ import json
 import math
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,6 @@ import torch
 from s3_server import free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_training import ALONE, ROOT, STEPS, read_metrics, run
-from tiny_world import DIT
 
 from configs import load_config
 from data_pipeline.video import probe, read_frames
@@ -24,14 +25,13 @@ from model.weights import load_weights
 from model.world import load_world, newest_checkpoint, read_world_config
 from train.check import check_run
 from train.config import TrainConfig
-from train.figures import Interval, Scale, StepFigures, describe, per_rank
 from train.log import require_tensorboard
-from train.objectives.base import Figures
-from train.profiler import Profiler
+from train.metrics import MetricsWindow, loss_metrics, loss_sums
+from train.objectives.objective import LossMetrics
+from train.profiler import start_profiler
 from train.save import Saver
 from train.videos import Videos
 
-SCALE = Scale(DIT, ranks=2, clips_per_step=4, latents=6, block=1, peak_tflops=0.5)
 SEEN = [
     "wandb=true", "tensorboard=true", "peak_tflops=0.001", "profile={start: 2, steps: 2}",
     "validation.videos={every: 3, actions: [random, turn_left], frames: 20, steps: 2}",
@@ -47,73 +47,87 @@ def seen(train_words, tmp_path_factory) -> Path:
     return out
 
 
-def figures(clips: int, first: int, m: int, seed: int) -> Figures:
-    drawn = torch.rand(2, clips, m, generator=torch.Generator().manual_seed(seed))
-    return Figures(drawn[0], drawn[1], first, torch.Size((clips, 16, first + m, 4, 6)))
+def measured(clips: int, first: int, m: int, seed: int) -> LossMetrics:
+    loss, sigma = torch.rand(2, clips, m, generator=torch.Generator().manual_seed(seed))
+    return LossMetrics(loss, sigma, first, torch.Size((clips, 16, first + m, 4, 6)))
 
 
-def test_figures_of_two_ranks_add_up_to_those_of_one() -> None:
-    whole, halves = figures(4, CHUNK_LATENTS, 3, seed=0), [StepFigures(SCALE), StepFigures(SCALE)]
-    alone = StepFigures(SCALE)
-    alone.add(whole, 0)
-    for part, half in zip((slice(0, 2), slice(2, 4)), halves, strict=True):
-        half.add(Figures(whole.loss[part], whole.sigma[part], whole.first, torch.Size((2, *whole.sequence[1:]))), 0)
-    added = describe(halves[0].sums + halves[1].sums, block=1)
-    assert added == pytest.approx(describe(alone.sums, block=1)) and torch.equal(
-        halves[0].work + halves[1].work, alone.work
-    )
+def metrics_of(*parts: LossMetrics, loss_group: int = 1) -> dict[str, float]:
+    return loss_metrics(loss_sums(list(parts), clip_latents=6), loss_group)
+
+
+def test_metrics_of_two_ranks_add_up_to_those_of_one() -> None:
+    whole = measured(4, CHUNK_LATENTS, 3, seed=0)
+    halves = [replace(whole, loss=whole.loss[part], sigma=whole.sigma[part]) for part in (slice(0, 2), slice(2, 4))]
+    added = loss_metrics(sum((loss_sums([half], 6) for half in halves), torch.zeros(())), loss_group=1)
+    assert added == pytest.approx(metrics_of(whole))
     assert added["loss"] == pytest.approx(whole.loss.mean().item())
     assert {name for name in added if "latent" in name} == {"loss/latent_3", "loss/latent_4", "loss/latent_5"}
     assert added["loss/latent_4"] == pytest.approx(whole.loss[:, 1].mean().item())
 
 
 def test_a_clip_counts_once_however_many_latents_it_is_judged_by() -> None:
-    short, long = figures(2, 1, 2, seed=1), figures(2, 3, 3, seed=2)
-    both = StepFigures(SCALE)
-    both.add(short, 0)
-    both.add(long, 0)
-    means = (short.loss.mean() + long.loss.mean()).item() / 2
-    assert describe(both.sums, block=1)["loss"] == pytest.approx(means)
+    short, long = measured(2, 1, 2, seed=1), measured(2, 3, 3, seed=2)
+    assert metrics_of(short, long)["loss"] == pytest.approx((short.loss.mean() + long.loss.mean()).item() / 2)
 
 
-def test_a_figure_over_nothing_is_left_out() -> None:
-    assert describe(StepFigures(SCALE).sums, block=1) == {}
-    low = StepFigures(SCALE)
-    low.add(Figures(torch.ones(1, 1), torch.zeros(1, 1), 2, torch.Size((1, 16, 3, 4, 6))), 0)
-    assert describe(low.sums, block=3).keys() == {"loss", "loss/sigma_0.00-0.25", "loss/block_0"}
+def test_a_metric_over_nothing_is_left_out() -> None:
+    assert metrics_of() == {}
+    low = LossMetrics(torch.ones(1, 1), torch.zeros(1, 1), 2, torch.Size((1, 16, 3, 4, 6)))
+    assert metrics_of(low, loss_group=3).keys() == {"loss", "loss/sigma_0.00-0.25", "loss/block_0"}
 
 
-def test_tokens_and_flops_are_those_of_the_passes() -> None:
-    step = StepFigures(SCALE)
-    step.add(figures(2, 3, 3, seed=0), 0)  # 2 clips of 6 latents of 4 x 6, in patches of 2 x 2
-    assert step.work[:2].tolist() == [2 * 6 * 2 * 3, pytest.approx(training_flops(DIT, 2, 6, 4, 6))]
-    interval = Interval(SCALE)
-    interval.add(step.sums, step.work, per_rank(0, 2, 0.1, 0.0))
-    said = interval.figures()
-    # Of the same time: FLOPs per token times tokens per second, over what two devices could do.
-    per_token = training_flops(DIT, 2, 6, 4, 6) / 72
-    assert said["mfu"] == pytest.approx(said["tokens/s"] * per_token / (2 * 0.5e12))
-    silent = Interval(replace(SCALE, peak_tflops=None))
-    silent.add(step.sums, step.work, per_rank(0, 2, 0.1, 0.0))
-    assert "mfu" not in silent.figures() and "tokens/s" in silent.figures()
+class OneRank:
+    """As much of an engine as metrics need."""
+
+    accelerator = SimpleNamespace(process_index=0, num_processes=1)
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return values
 
 
-def test_every_writer_is_told_every_figure(seen) -> None:
+def window(config: TrainConfig, applied: bool = True) -> dict[str, float]:
+    """The metrics of one step."""
+    metrics = MetricsWindow(config, clip_latents=6, loss_group=1)
+    with metrics.step():
+        time.sleep(0.001)
+        metrics.add(measured(2, 3, 3, seed=0), skipped_clips=1, forward_s=0.5)
+        metrics.end_step(applied)
+    return metrics.reduce(OneRank())  # type: ignore[arg-type]
+
+
+def test_tokens_and_flops_are_those_of_the_passes(train_words) -> None:
+    config = load_config(TrainConfig, [*train_words, "out=x", "peak_tflops=0.5"])
+    metrics = window(config)  # 2 clips of 6 latents of 4 x 6, in patches of 2 x 2
+    per_token = training_flops(config.model, 2, 6, 4, 6) / (2 * 6 * 2 * 3)
+    assert metrics["mfu"] == pytest.approx(metrics["tokens/s"] * per_token / 0.5e12)
+    assert metrics["tokens/s"] * metrics["s/step"] == pytest.approx(2 * 6 * 2 * 3)
+    without = window(replace(config, peak_tflops=None))
+    assert "mfu" not in without and "tokens/s" in without
+
+
+def test_a_skipped_step_counts_with_its_time_and_not_with_its_losses(train_words) -> None:
+    metrics = window(load_config(TrainConfig, [*train_words, "out=x"]), applied=False)
+    assert "loss" not in metrics and metrics["skipped_steps"] == metrics["skipped_clips"] == 1
+    assert metrics["s/step"] > 0 and metrics["forward_s/slowest_rank"] == 0.5
+
+
+def test_every_writer_gets_every_metric(seen) -> None:
     lines = read_metrics(seen)
-    figures = [
+    metrics = [
         (line["step"], name, value)
         for line in lines
         for name, value in line.items()
         if name != "step" and not name.startswith("video/")
     ]
-    assert all(math.isfinite(value) for _, _, value in figures)
+    assert all(math.isfinite(value) for _, _, value in metrics)
     wanted = {"loss/latent_3", "loss/latent_5", "tokens/s", "mfu", "heldout/right", "grad_norm", "skipped_steps"}
-    assert wanted <= {name for _, name, _ in figures}
+    assert wanted <= {name for _, name, _ in metrics}
     board = EventAccumulator(str(seen / "tensorboard")).Reload()
-    told = {(event.step, name): event.value for name in board.Tags()["scalars"] for event in board.Scalars(name)}
-    assert told == {(step, name): pytest.approx(value, rel=1e-6) for step, name, value in figures}
+    shown = {(event.step, name): event.value for name in board.Tags()["scalars"] for event in board.Scalars(name)}
+    assert shown == {(step, name): pytest.approx(value, rel=1e-6) for step, name, value in metrics}
     (file,) = seen.glob("wandb/offline-run-*/run-*.wandb")
-    assert all(name.encode() in file.read_bytes() for _, name, _ in figures)
+    assert all(name.encode() in file.read_bytes() for _, name, _ in metrics)
 
 
 def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, train_words) -> None:
@@ -158,17 +172,17 @@ def test_a_trace_holds_the_steps_that_were_asked_for(seen) -> None:
     with gzip.open(path) as file:
         events = json.load(file)["traceEvents"]
     names = [str(event.get("name")) for event in events]
-    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#0", "ProfilerStep#1"}
+    assert {name for name in names if name.startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3"}
     assert names.count("Optimizer.step#AdamW.step") == 2 and any("addmm" in name for name in names)
 
 
 def test_a_run_that_ends_within_the_traced_steps_leaves_no_file(train_words, tmp_path) -> None:
     config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "profile={start: 0, steps: 2}"])
-    profiler = Profiler(config, rank=0)
-    profiler.begins(0)
-    assert profiler.ends(0) is None and not list(tmp_path.iterdir())
-    profiler.begins(1)
-    assert profiler.ends(1) == next((tmp_path / "profile").iterdir())
+    profiler = start_profiler(config, 0, 0, print)
+    profiler.step()
+    assert not list(tmp_path.iterdir())
+    profiler.step()
+    assert [path.name for path in (tmp_path / "profile").iterdir()] == ["steps_0000001-0000002_rank_00000.json.gz"]
 
 
 def test_tensorboard_that_is_not_installed_is_said_in_one_line(monkeypatch) -> None:

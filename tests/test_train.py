@@ -7,26 +7,35 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_moving_worlds import generate
+from tiny_recordings import write_recording
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
-from tiny_world import DIT
+from tiny_world import DIT, GAME
+from toy_objective import Toy
 
 from configs import load_config
+from configs.errors import UserError
+from configs.game import ActionSpace
+from data_pipeline.encode import encode_recordings
+from data_pipeline.plan import EncodeConfig
 from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.weights import load_weights
 from model.world import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
+from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
-from train.config import OptimConfig
-from train.objectives import make_objective
+from train.config import OptimConfig, TrainConfig
+from train.loop import train
+from train.objectives import OBJECTIVES, make_objective
 from train.objectives.autoregressive import Autoregressive
-from train.objectives.draws import make_draws
+from train.objectives.sample_rng import rng_for_step
 from train.optim import learning_rate, make_optimizer
 
 LAUNCH = launch("cpu_zero2", "-m", "train")
@@ -50,7 +59,8 @@ def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
     wanted = {"loss", "grad_norm", "s/step", "clips/s", "data_wait", "learning_rate", "memory_gib", "skipped_steps"}
     assert wanted <= lines[0].keys() and lines[0]["forward_s/slowest_rank"] >= lines[0]["forward_s/fastest_rank"] > 0
     assert any(key.startswith("loss/sigma_") for key in lines[0])
-    assert [line for line in lines if "heldout/right" in line and "heldout/shuffled" in line]
+    heldout = [line for line in lines if "heldout/right" in line]
+    assert [line["step"] for line in heldout] == [4, 8] and all("heldout/shuffled" in line for line in heldout)
     assert list(alone.glob("wandb/offline-run-*/run-*.wandb"))
 
 
@@ -183,6 +193,45 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(train_words, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A run takes signals over; here they are given back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_new_objective_is_a_file_and_a_line_and_trains_from_python(
+    train_words, tmp_path, own_signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OBJECTIVES, "toy", Toy)
+    given = [f"out={tmp_path}", "engine.name=ddp", "batch=2", "steps=2", "validation.every=2"]
+    config = load_config(TrainConfig, [*train_words, *given])
+    asked_to_stop = train(replace(config, objective={"name": "toy", "scale": 0.5}))
+    lines = read_metrics(tmp_path)
+    assert not asked_to_stop and [line["step"] for line in lines] == [1, 2, 2]
+    assert {"loss", "loss/latent_1", "loss/latent_5"} <= lines[0].keys() and "heldout/right" in lines[2]
+    assert newest_checkpoint(tmp_path).name == "step_0000002"
+
+
+def test_a_games_keys_and_mouse_reach_the_model_by_themselves(codec_folder, own_signals, tmp_path) -> None:
+    keys = tuple(f"key{i}" for i in range(7))
+    game = replace(GAME, action_space=ActionSpace("seven", keys, mouse=False))
+    for i in range(2):
+        write_recording(tmp_path / "recordings" / f"episode_{i:05d}", game, seed=i)
+    clips = EncodeConfig(game, str(tmp_path / "recordings"), str(codec_folder), str(tmp_path), heldout_every=0)
+    encode_recordings(clips)
+    words = ["configs/models/demo.yaml", "configs/train/demo_base.yaml", "engine.name=ddp", "model.num_layers=1"]
+    words += ["model.action.blocks=[0]", f"manifest={tmp_path}/train/manifest.json", f"codec={codec_folder}"]
+    words += [f"out={tmp_path / 'run'}", "steps=2", "batch=1"]
+    train(load_config(TrainConfig, words))
+    action = read_world_config(newest_checkpoint(tmp_path / "run")).model.action
+    assert action and (action.keyboard_dim_in, action.enable_keyboard, action.enable_mouse) == (7, True, False)
+    with pytest.raises(UserError, match=r"keyboard_dim_in=4, but 'seven' has 7 keys"):
+        check_run(load_config(TrainConfig, [*words, "model.action.keyboard_dim_in=4"]), ranks=1)
+
+
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
     config = OptimConfig(learning_rate=1.0, warmup_steps=4, decay_steps=5)
     rates = [learning_rate(config, step, 20) for step in range(20)]
@@ -193,10 +242,10 @@ def test_the_learning_rate_is_a_function_of_the_step() -> None:
 
 def test_noise_belongs_to_the_sample_and_not_to_the_rank() -> None:
     like = torch.zeros(4, 2, 3)
-    whole = make_draws(7, 0, 8, 4).noise(like)
-    halves = [make_draws(7, micro, 8 + 2 * micro, 2).noise(like[:2]) for micro in range(2)]
+    whole = rng_for_step(7, 0, 8, 4).noise(like)
+    halves = [rng_for_step(7, micro, 8 + 2 * micro, 2).noise(like[:2]) for micro in range(2)]
     assert torch.equal(whole, torch.cat(halves))
-    assert not torch.equal(whole, make_draws(8, 0, 8, 4).noise(like))
+    assert not torch.equal(whole, rng_for_step(8, 0, 8, 4).noise(like))
 
 
 def test_one_clip_can_be_overfitted(encoded) -> None:
@@ -208,7 +257,7 @@ def test_one_clip_can_be_overfitted(encoded) -> None:
     seen = []
     for step in range(300):
         optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10, (300 - step) / 150)
-        loss, _ = objective.loss(dit, flow, batch, 1.0, make_draws(0, step, step, 1))
+        loss, _ = objective.loss(dit, flow, batch, 1.0, rng_for_step(0, step, step, 1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

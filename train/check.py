@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import storage
@@ -18,7 +18,8 @@ from train.checkpoint import data_digest, find_resumable, fit_to_ranks, require_
 from train.config import TrainConfig
 from train.engine import gather_objects
 from train.engines import engine_of
-from train.objectives import Objective, check_objective, make_objective
+from train.objectives import check_objective, make_objective
+from train.objectives.objective import Objective
 from train.videos import check_videos
 
 SEEN_S = 30  # in which what one machine has written is seen on all others
@@ -29,8 +30,8 @@ HELDOUT = ("layout", "codec_hash", "vision", "unknown")  # what held-out clips h
 class CheckedRun:
     """A run whose parts belong together, before any process group is there."""
 
-    config: TrainConfig  # with the batch and accumulation that the ranks need
-    manifest: Manifest  # of the first set; what they have in common can be asked of it
+    config: TrainConfig  # with the game's sizes in its model, and the batch and accumulation that the ranks need
+    manifest: Manifest  # of the first shard set; all have its kind
     world: WorldModelConfig
     objective: Objective
     data: str  # digest of the training shards and of how they are mixed
@@ -40,12 +41,15 @@ class CheckedRun:
 
 
 def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
-    """Everything that can be found wrong without starting: raises ValueError or OSError in one line."""
+    """Everything that can be found wrong without starting: a UserError, or an error of the file."""
     check_out(config)
     engine_of(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
     require_shards(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
+    if action := config.model.action:
+        action = action.for_game(manifest.game.action_space)
+        config = replace(config, model=replace(config.model, action=action))
     world = describe_world(config, manifest)
     objective, data = make_objective(config.objective), data_digest(manifests, config)
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
@@ -60,19 +64,15 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
     if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
-        raise UserError(
-            f"{here} is there, and {config.checkpoints} holds no checkpoint; copy {config.out} to it to go on, or "
-            "choose another out="
-        )
+        raise UserError(f"{config.checkpoints} has no checkpoint, but {here} is there: copy it, or choose another out=")
     init = initial_weights(config, manifest) if config.init else None
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
 
 
 def check_out(config: TrainConfig) -> None:
-    """Raises OSError or ValueError in one line if `out` cannot become a run's folder, or lies in what the run reads;
-    nothing is made."""
+    """A UserError if `out` cannot become a run's folder, or lies in what the run reads; nothing is made."""
     sets = [config.validation.manifest, *(source.path for source in config.sources)]
-    folders = [Path(one).parent for one in sets if one and not storage.is_s3(one)]
+    folders = [Path(path).parent for path in sets if path and not storage.is_s3(path)]
     # A manifest may lie in a folder of many things; one that holds the shards too is theirs.
     shards = [folder for folder in folders if next(folder.glob("*.tar"), None)]
     read = {"manifest": shards, "codec": config.codec, "resume": config.resume}
@@ -80,60 +80,49 @@ def check_out(config: TrainConfig) -> None:
     require_other_files([config.out, config.checkpoints], read)
     if storage.is_s3(config.out):
         return
-    place = Path(config.out).absolute()
-    there = next(one for one in (place, *place.parents) if one.exists())
-    if not there.is_dir():
-        raise FileInTheWayError(f"cannot write to the run folder {config.out}: {there} is a file; choose another out=")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RefusedError(f"cannot write to the run folder {config.out}: no right to write in {there}")
+    out = Path(config.out).absolute()
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    if not parent.is_dir():
+        raise FileInTheWayError(f"cannot write to the run folder {config.out}: {parent} is a file; choose another out=")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise RefusedError(f"cannot write to the run folder {config.out}: no right to write in {parent}")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     """What `check_run` finds when the run's folder is held: a run before may have saved since, and a file of one
-    machine may be seen later on others. All ranks must call. Raises ValueError in one line on all of them if they do
-    not come to see the same newest checkpoint."""
+    machine may be seen later on others. All ranks must call; all of them get a UserError if they do not come to see the
+    same newest checkpoint."""
     for _ in range(SEEN_S):
-        found = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
-        if {resumed for resumed, _ in found} == {found[0][1]}:
+        seen = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
+        if {resumed for resumed, _ in seen} == {seen[0][1]}:
             return checked
         time.sleep(1)
         again = check_run(asked, ranks)
         if again.config != checked.config:
-            raise UserError(f"{asked.checkpoints} has been gone on with by other settings; start again")
+            raise UserError(f"another run went on from {asked.checkpoints} with other settings; start again")
         checked = again
-    told = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(found))
-    raise UserError(f"{asked.checkpoints} is not the same on all nodes ({told}); use a shared folder or an s3:// url")
+    by_rank = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(seen))
+    raise UserError(f"{asked.checkpoints} differs between nodes ({by_rank}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
-    """What the sampler will need; raises if manifest, codec and model do not belong together."""
-    space, action = manifest.game.action_space, config.model.action
-    found = codec_hash(config.codec)
-    if found != manifest.codec_hash:
-        raise UserError(f"{config.sources[0].path} was made by codec {manifest.codec_hash}, {config.codec} is {found}")
-    if action and action.enable_keyboard and action.keyboard_dim_in != len(space.keys):
-        raise UserError(
-            f"model.action.keyboard_dim_in={action.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
-            f"({', '.join(space.keys)})"
-        )
-    if action and action.enable_mouse and not space.mouse:
-        raise UserError(f"model.action.enable_mouse=true, but action space {space.name!r} has no mouse")
-    causal = config.model.causal
+    """What the sampler will need; a UserError if manifest, codec and model do not belong together."""
+    clips, causal = config.sources[0].path, config.model.causal
     for name, ours, theirs in (
-        ("vision", config.model.vision, manifest.vision),
-        ("unknown", causal.unknown if causal else "zeros", manifest.unknown),
+        (f"codec={config.codec}", codec_hash(config.codec), manifest.codec_hash),
+        ("model.vision", config.model.vision, manifest.vision),
+        ("model.causal.unknown", causal.unknown if causal else "zeros", manifest.unknown),
     ):
         if ours != theirs:
-            where = "model.vision" if name == "vision" else "model.causal.unknown"
-            clips = f"the clips of {config.sources[0].path}"
-            raise UserError(f"{where}={ours}, but {clips} were encoded with {name}={theirs}")
-    return WorldModelConfig(config.model, config.flow, manifest.game, manifest.layout, config.codec, found)
+            raise UserError(f"{name} is {ours}, but {clips} was encoded with {theirs}")
+    game, layout = manifest.game, manifest.layout
+    return WorldModelConfig(config.model, config.flow, game, layout, config.codec, manifest.codec_hash)
 
 
 def initial_weights(config: TrainConfig, manifest: Manifest) -> str:
-    """The weights file that `config.init` names; raises if it is of another model or action space."""
+    """The averaged weights of `config.init`; a UserError if they are of another action space."""
     assert config.init
     checkpoint = find_checkpoint(config.init)
     read_complete(checkpoint)
     require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
-    return storage.join(checkpoint, f"{config.init_weights}.safetensors")
+    return storage.join(checkpoint, "ema.safetensors")

@@ -24,6 +24,7 @@ from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_pat
 from model.weights import save_weights
 from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, require_within
 
+RECORDING_FRAMES = 900  # of each recording, from its start, since they are held in memory
 PCA_PATCHES = 200_000  # rows of the covariance; 768 x 768 is determined by far fewer
 
 
@@ -39,7 +40,6 @@ class CodecTrainConfig:
     heldout_every: int = 10  # every n-th episode is never trained on
     episodes: int = 120  # recordings held in memory
     heldout_episodes: int = 12  # recordings that PSNR is measured on
-    recording_frames: int = 900  # of each recording, from its start, since they are held in memory
     steps: int = 1500
     batch: int = 4  # runs of 9 frames
     learning_rate: float = 2e-3
@@ -48,7 +48,6 @@ class CodecTrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_within(CHUNK_FRAMES, 1_000_000, recording_frames=self.recording_frames)
         require_within(1, 1_000_000, episodes=self.episodes, heldout_episodes=self.heldout_episodes)
         require_within(2, 1_000_000, heldout_every=self.heldout_every)
         require_within(1, MOST_STEPS, steps=self.steps, warmup_steps=self.warmup_steps)
@@ -85,7 +84,7 @@ def read_runs(config: CodecTrainConfig, recordings: list[Recording]) -> Tensor:
     """Runs of 9 frames (m 9 h w 3) uint8, cut one after the other from the episodes of `recordings`."""
     runs = []
     for recording in tqdm(recordings, desc="read recordings", unit="recording"):
-        room = config.recording_frames
+        room = RECORDING_FRAMES
         for episode in recording.read(config.game):
             whole = min(room, len(episode.actions)) // CHUNK_FRAMES * CHUNK_FRAMES
             if whole:

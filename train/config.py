@@ -1,6 +1,5 @@
 """What a training run is told: one frozen dataclass, read from YAML files and key=value words."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,17 +11,14 @@ from model.flow import FlowMatchConfig
 from model.layout import CHUNK_FRAMES
 from sampling.denoising import Denoising
 
-ENDED = "WORLDLOOM_ENDED"  # environment: the file that says how a run ended, for whoever started it through a launcher
-FAULT, ASKED = "fault", "asked to stop"  # what it says: a person has to mend something; the run is to go on
-STOPPED = "STOPPED"  # in the run folder, while a run that was asked to stop has not gone on
 MOST_STEPS = 9_999_999  # the names of checkpoints have seven digits
 MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a slip of the finger
 MOST_SEED = 2**63 - 1
+BELOW_1 = 1 - 1e-9
 
 
 def require_within(low: float, high: float, **values: float) -> None:
-    """Raises ValueError in one line for the first of the settings `values` (`__` for the dots of a name) that does not
-    lie between `low` and `high`, ends included."""
+    """A UserError for the first of the settings `values` (`__` for the dots of a name) that is not in [low, high]."""
     for name, value in values.items():
         if not low <= value <= high:
             raise UserError(f"{name.replace('__', '.')}={value} must lie between {low} and {high}")
@@ -33,7 +29,7 @@ class EngineConfig:
     """How the model is put on processes."""
 
     name: str = "deepspeed"  # of train/engines.py
-    stage: int = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
+    stage: Literal[1, 2, 3] = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
     build: Literal["whole", "sharded"] = "whole"  # sharded: part by part, no process ever holding the whole model
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -43,8 +39,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         require_within(0.1, 1e6, engine__timeout_s=self.timeout_s)
-        if self.stage not in (1, 2, 3):
-            raise UserError(f"engine.stage={self.stage}: ZeRO has stages 1, 2 and 3, use one of them")
 
 
 @dataclass(frozen=True)
@@ -61,10 +55,9 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require_within(0, 10, optim__learning_rate=self.learning_rate, optim__weight_decay=self.weight_decay)
         require_within(0, MOST_STEPS, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps)
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optim.betas={list(self.betas)} must lie in [0, 1)")
-        if not self.clip_norm > 0:
-            raise UserError(f"optim.clip_norm={self.clip_norm} must be positive; a large number clips nothing: 1e9")
+        require_within(1e-9, 1e9, optim__clip_norm=self.clip_norm)
+        for beta in self.betas:
+            require_within(0, BELOW_1, optim__betas=beta)
 
 
 @dataclass(frozen=True)
@@ -101,8 +94,7 @@ class VideosConfig:
         require_within(0, MOST_SEED, validation__videos__seed=self.seed)
         require_within(1, 1000, validation__videos__prompts=self.prompts)
         require_within(CHUNK_FRAMES, 10_000, validation__videos__frames=self.frames)
-        if not 1 <= len(self.actions) <= 64:
-            raise UserError(f"validation.videos.actions must hold a script, and 64 at most, not {len(self.actions)}")
+        require_within(1, 64, validation__videos__actions=len(self.actions))
         _ = self.denoising  # checks of its own
 
     @property
@@ -150,9 +142,8 @@ class TrainConfig:
     objective: dict[str, Any]  # name: and the fields of that objective
     manifest: str | None = None  # of the training shards
     manifests: tuple[Source, ...] = ()  # instead of `manifest`: [{path: ..., weight: 2.0}, ...] are mixed
-    init: str | None = None  # checkpoint or run folder whose weights training starts from
+    init: str | None = None  # checkpoint or run folder whose averaged weights training starts from
     resume: str | None = None  # checkpoint of another run that this one, in its own `out`, goes on from: a branch of it
-    init_weights: Literal["ema", "model"] = "ema"
     batch: int = 4  # clips per process and micro-step
     accumulation: int = 1  # micro-steps per optimizer step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is NaN or infinite on any rank does to the run
@@ -187,15 +178,9 @@ class TrainConfig:
         require_within(0, MOST_SEED, seed=self.seed)
         require_within(0, 1024, workers=self.workers)
         if (self.manifest is None) == (not self.manifests):
-            raise UserError(
-                "give the training shards: manifest=..., or manifests: [{path: ..., weight: ...}], not both"
-            )
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
-        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
-            raise UserError(f"peak_tflops={self.peak_tflops} must be a positive number, or left out")
+            raise UserError("give the training shards, as manifest=... or as manifests=[{path: ..., weight: ...}]")
+        require_within(0, BELOW_1, ema_decay=self.ema_decay)
+        if self.peak_tflops is not None:
+            require_within(1e-6, 1e6, peak_tflops=self.peak_tflops)
         if self.profile.steps and self.profile.start + self.profile.steps > self.steps:
-            raise UserError(
-                f"profile.start={self.profile.start} and profile.steps={self.profile.steps} end after the run's "
-                f"{self.steps} steps; begin earlier"
-            )
+            raise UserError(f"profile.start + profile.steps is beyond the run's steps={self.steps}; begin earlier")

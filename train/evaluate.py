@@ -1,21 +1,16 @@
 """Held-out velocity loss during training: with the right actions, with those of other episodes, and with none."""
 
-from dataclasses import replace
-
 import torch
 
 from data_pipeline.stream import Stream
 from model.flow import FlowMatch
-from model.layout import CHUNK_LATENTS, Layout
 from model.loss import velocity_loss
 from model.patch_codec import TEMPORAL
 from sampling.scores import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
-from train.objectives import make_objective
-from train.objectives.base import Base
-from train.objectives.diffusion_forcing import DiffusionForcing
-from train.objectives.draws import make_draws
+from train.objectives.objective import Objective
+from train.objectives.sample_rng import rng_for_step
 
 VARIANTS = ("right", "shuffled", "none")
 
@@ -23,13 +18,9 @@ VARIANTS = ("right", "shuffled", "none")
 class Validation:
     """The same clips, noise levels and noise at every call, so that curves are comparable."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, flow: FlowMatch) -> None:
+    def __init__(self, config: TrainConfig, objective: Objective, engine: Engine, flow: FlowMatch) -> None:
         assert config.validation.manifest
-        self.engine, self.flow, self.batch = engine, flow, config.batch
-        objective = make_objective(config.objective)
-        self.forcing = replace(objective, context_share=0.0) if isinstance(objective, DiffusionForcing) else None
-        self.known = 1 if isinstance(objective, Base | DiffusionForcing) else CHUNK_LATENTS
-        self.layout: Layout = "continuous" if self.forcing else "chunked"
+        self.objective, self.engine, self.flow, self.batch = objective, engine, flow, config.batch
         self.stream = Stream(config.validation.manifest, config.batch, seed=0, workers=0)  # every rank sees all of it
         self.rounds = max(1, config.validation.clips // (config.batch * engine.accelerator.num_processes))
 
@@ -37,20 +28,16 @@ class Validation:
     def measure(self) -> dict[str, float]:
         """`heldout/right`, `/shuffled`, `/none`: mean squared velocity error of the latents to be made up."""
         sums = torch.zeros(2, len(VARIANTS))
-        accelerator = self.engine.accelerator
+        objective, accelerator = self.objective, self.engine.accelerator
         for done in range(self.rounds):
-            place = done * accelerator.num_processes + accelerator.process_index
-            batch = self.stream.batch_at(place).to(accelerator.device)
-            chunk = first_latents(batch, CHUNK_LATENTS, self.layout, TEMPORAL)
-            clips = chunk if self.known == 1 and not self.forcing else batch
+            index = done * accelerator.num_processes + accelerator.process_index
+            batch = self.stream.batch_at(index).to(accelerator.device)
+            clips = first_latents(batch, objective.latents or batch.latents.shape[2], objective.layout, TEMPORAL)
             assert clips is not None
-            draws = make_draws(0, place, place * self.batch, self.batch)
-            if self.forcing:
-                draw = self.forcing.draw(clips.latents, self.flow, draws)
-            else:
-                draw = draws.draw(clips.latents, self.flow)
+            rng = rng_for_step(0, index, index * self.batch, self.batch)
+            noise = objective.heldout_noise(clips.latents, self.flow, rng)
             for name, variant in action_variants(clips).items():
-                loss = velocity_loss(self.engine.model, self.flow, variant, self.known, draw, self.layout)
+                loss = velocity_loss(self.engine.model, self.flow, variant, objective.known, noise, objective.layout)
                 sums[:, VARIANTS.index(name)] += torch.tensor([loss.sum().item(), len(loss)])
         sums = self.engine.sum_over_ranks(sums)
         return {f"heldout/{name}": (sums[0, i] / sums[1, i]).item() for i, name in enumerate(VARIANTS) if sums[1, i]}

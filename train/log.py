@@ -1,4 +1,4 @@
-"""The one writer of figures: metrics.jsonl, the progress line, and wandb and TensorBoard when asked."""
+"""The one writer of metrics: metrics.jsonl, which wandb and TensorBoard follow if asked for; and the progress line."""
 
 import json
 from collections.abc import Mapping
@@ -7,24 +7,23 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from configs import to_dict
 from configs.errors import UserError
 from configs.files import write_text
 from configs.foreign import reading
 from train.config import TrainConfig
-from train.trackers import Tracker, trackers
-
-METRICS = "metrics.jsonl"
+from train.trackers import METRICS, Tracker
 
 
 def require_tensorboard() -> None:
-    """Raises ValueError in one line if the package is not installed."""
-    found = find_spec("tensorboard")
-    if found is None or found.origin is None:  # none, or a folder of that name
+    """A UserError if the package is not installed."""
+    spec = find_spec("tensorboard")
+    if spec is None or spec.origin is None:  # none, or a folder of that name
         raise UserError("tensorboard=true needs a package that is not installed: pip install '.[tensorboard]'")
 
 
 class Log:
-    """Figures of one run; only the main process writes. A resumed run continues the file after its checkpoint."""
+    """The metrics of one run; only the main process writes. A resumed run continues the file after its checkpoint."""
 
     def __init__(self, config: TrainConfig, start: int, main: bool) -> None:
         self.main, self.path = main, Path(config.out) / METRICS
@@ -38,33 +37,25 @@ class Log:
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
             write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start))
-        self.trackers = trackers(config, start)
+        if config.wandb:
+            settings = {"project": config.wandb_project, "config": to_dict(config)}
+            self.trackers.append(Tracker("wandb", self.path.parent, start, settings))
+        if config.tensorboard:
+            self.trackers.append(Tracker("tensorboard", self.path.parent, start, {}))
 
-    def advance(self, loss: float, data_wait: float) -> None:
-        self.progress.set_postfix_str(f"loss {loss:.4f}, data wait {data_wait:.1%}", refresh=False)
-        self.progress.update()
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, `step` being the number of optimizer steps done."""
+    def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
+        """One line of metrics.jsonl after `step` optimizer steps; videos are paths in the run folder."""
         if not self.main:
             return
-        self._append(step, figures)
-        for tracker in self.trackers:
-            tracker.tell(lambda writer: writer.write(step, figures))
-
-    def show(self, step: int, videos: Mapping[str, Path]) -> None:
-        """Videos by name, each with its contact sheet beside it (.png): their paths go to metrics.jsonl, they
-        themselves to wandb, and their sheets to TensorBoard, which plays no mp4."""
-        if not self.main or not videos:
-            return
-        named = {f"video/{name}": path for name, path in videos.items()}
-        self._append(step, {name: str(path.relative_to(self.path.parent)) for name, path in named.items()})
-        for tracker in self.trackers:
-            tracker.tell(lambda writer: writer.show(step, named))
-
-    def _append(self, step: int, entries: Mapping[str, float | str]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **entries}) + "\n")
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        if "loss" in metrics:
+            shown = f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.1%}"
+            self.progress.set_postfix_str(shown, refresh=False)
+
+    def advance(self) -> None:
+        """One more step on the progress line."""
+        self.progress.update()
 
     def say(self, text: str) -> None:
         """One line for a person, above the progress line."""
@@ -78,7 +69,7 @@ class Log:
 
 
 def _step_of(line: str) -> float:
-    """Infinite for what is no line of figures, as half a line of a run that was killed."""
+    """Infinite for anything else than a line of metrics, such as half a line of a run that was killed."""
     try:
         with reading(METRICS):
             step = json.loads(line)["step"]

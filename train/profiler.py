@@ -1,5 +1,6 @@
 """A trace of a few steps: what ran when, on the processor and the accelerator, for chrome://tracing or Perfetto."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.profiler import ProfilerAction, profile, supported_activities
@@ -10,31 +11,23 @@ from train.config import TrainConfig
 FOLDER = "profile"  # in the run folder
 
 
-class Profiler:
-    """Records the steps that the `profile` section names. A run that ends within them leaves no trace."""
+def start_profiler(config: TrainConfig, rank: int, start: int, say: Callable[[str], None]) -> profile:
+    """Records the steps that the `profile` section names, of a run that begins after `start` steps; its `step` is to be
+    called after each. A run that begins or ends within them leaves no trace."""
+    first, end = config.profile.start, config.profile.start + config.profile.steps
+    traced = range(first, end) if start <= first and (rank == 0 or config.profile.every_rank) else range(0)
 
-    def __init__(self, config: TrainConfig, rank: int) -> None:
-        self.config, self.rank, self.out = config.profile, rank, Path(config.out)
-        self._recording: profile | None = None
+    def action(count: int) -> ProfilerAction:
+        if (step := start + count) not in traced:
+            return ProfilerAction.NONE
+        return ProfilerAction.RECORD_AND_SAVE if step == traced[-1] else ProfilerAction.RECORD
 
-    def begins(self, step: int) -> None:
-        """Before step `step`, counted from 0."""
-        wanted = self.config.steps and (self.rank == 0 or self.config.every_rank)
-        if wanted and step == self.config.start:
-            # With a schedule the steps are marked in the trace.
-            self._recording = profile(activities=supported_activities(), schedule=lambda _: ProfilerAction.RECORD)
-            self._recording.start()
-
-    def ends(self, step: int) -> Path | None:
-        """After step `step`; the file, if it was the last to be recorded."""
-        if self._recording is None:
-            return None
-        if step + 1 < self.config.start + self.config.steps:
-            self._recording.step()
-            return None
-        self._recording.stop()
-        path = self.out / FOLDER / f"steps_{self.config.start + 1:07d}-{step + 1:07d}_rank_{self.rank:05d}.json.gz"
+    def write(recording: profile) -> None:
+        path = Path(config.out) / FOLDER / f"steps_{first + 1:07d}-{end:07d}_rank_{rank:05d}.json.gz"
         with atomic_path(path) as part:
-            self._recording.export_chrome_trace(str(part))
-        self._recording = None
-        return path
+            recording.export_chrome_trace(str(part))
+        say(f"step {end}: traced into {path}")
+
+    profiler = profile(activities=supported_activities(), schedule=action, on_trace_ready=write)
+    profiler.start()
+    return profiler

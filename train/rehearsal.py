@@ -22,10 +22,10 @@ from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
 from train.engines import start_accelerator
-from train.figures import Scale
 from train.ledger import EXCHANGED, Ledger
-from train.objectives import Autoregressive, DiffusionForcing, check_objective, make_objective
-from train.objectives.draws import make_draws
+from train.metrics import flops_of_pass, tokens_of_pass
+from train.objectives import check_objective, make_objective
+from train.objectives.sample_rng import rng_for_step
 from train.pretence import launched_here, pretended_ranks
 from train.state import collect_state
 
@@ -59,8 +59,8 @@ def clip_size(config: TrainConfig, height: int | None, width: int | None, latent
     """The clips of the run's manifest, but `latents` latents of `height` x `width` px where those are given; without a
     manifest all three must be. Raises ValueError or OSError in one line."""
     objective = make_objective(config.objective)
-    forcing, causal = isinstance(objective, DiffusionForcing), config.model.causal
-    layout, unknown = "continuous" if forcing else "chunked", causal.unknown if causal else "zeros"
+    causal = config.model.causal
+    layout, unknown = objective.layout, causal.unknown if causal else "zeros"
     if height is None or width is None or latents is None:
         manifest = load_manifest(config.sources[0].path)
         height, width = height or manifest.game.height, width or manifest.game.width
@@ -103,8 +103,8 @@ def rehearse(config: TrainConfig, clip: ClipSize, ranks: int, lazy: bool) -> Reh
             peaks["saving"] = ledger.restart()
             del kept, buckets
             parameters = sum(getattr(p, "ds_numel", p.numel()) for p in engine.module.parameters())
-    scale = Scale(config.model, ranks, 0, clip.latents, 1, peak_tflops=1.0)  # it counts FLOPs when some peak is given
-    tokens, flops = (round(sum(part)) for part in zip(*map(scale.work, sequences), strict=True))
+    tokens = sum(tokens_of_pass(config.model, shape) for shape in sequences)
+    flops = sum(flops_of_pass(config.model, shape) for shape in sequences)
     held = Counter[str]()
     for tag, size in max(peaks.values(), key=lambda peak: peak.total).held.items():
         held[TEMPORARIES if tag in (BACKWARD, OTHER) else tag] += size
@@ -150,12 +150,10 @@ class Rehearsal:
     def step(self, step: int) -> list[torch.Size]:
         """One optimizer step; the shapes of the latents that went through the model."""
         config, engine, ledger, sequences = self.config, self.engine, self.ledger, []
-        objective, flow = make_objective(config.objective), FlowMatch(config.flow)
-        if isinstance(objective, Autoregressive):
-            objective = replace(objective, base_share=0.0)  # the longer sequence, which most steps have
+        objective, flow = make_objective(config.objective).longest(), FlowMatch(config.flow)
         for _ in range(config.accumulation):
             ledger.tag = "activations"
-            batch, draws = random_batch(config, self.clip), make_draws(config.seed, step, 0, config.batch)
+            batch, draws = random_batch(config, self.clip), rng_for_step(config.seed, step, 0, config.batch)
             with engine.accumulate():
                 loss, part = objective.loss(engine.model, flow, batch, 0.0, draws)
                 ledger.name((p for p in engine.module.parameters() if hasattr(p, "ds_tensor")), EXCHANGED)
@@ -199,7 +197,7 @@ def random_batch(config: TrainConfig, clip: ClipSize) -> Batch:
     b, model, action = config.batch, config.model, config.model.action
     frames = latent_ends(clip.layout, clip.latents, TEMPORAL)[-1] + 1
     latents = torch.zeros(b, model.out_dim, clip.latents, clip.rows, clip.columns, dtype=torch.bfloat16)
-    keys = action.keyboard_dim_in if action and action.enable_keyboard else 0
+    keys = action.keys if action and action.enable_keyboard else 0
     axes = action.mouse_dim_in if action and action.enable_mouse else 0
     tokens = IMAGE_TOKENS.get(model.vision)
     return Batch(

@@ -19,10 +19,10 @@ from configs.foreign import parse_object
 from configs.lease import lease
 from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
-from train.config import STOPPED, TrainConfig
+from train.config import TrainConfig
 from train.engine import gather_objects
-from train.log import METRICS
-from train.trackers import WANDB_ID
+from train.exit import STOPPED
+from train.trackers import METRICS, WANDB_ID
 
 PUSHED = ".pushed.json"  # which files were copied, and when they had changed last
 

@@ -1,223 +1,199 @@
-"""wandb and TensorBoard, each in a thread of its own: whatever they raise or wait for, the run goes on."""
+"""wandb and TensorBoard, each in a process of its own that reads metrics.jsonl: whatever they do, the run goes on."""
 
+import json
 import os
 import re
 import secrets
+import select
+import signal
+import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
-from queue import Full, Queue
 from typing import Any, Protocol
 
-import numpy as np
 import psutil
-from PIL import Image
-from tqdm import tqdm
 
 from configs.errors import one_line
 from configs.files import write_text
-from train.config import TrainConfig
 
-WANDB_ID = "wandb_id"  # file in the run folder
-TENSORBOARD = "tensorboard"  # folder in the run folder
-STARTING_S = 3.0  # that a run waits for a tracker before it begins
-ANSWER_S = 5.0  # that wandb's server has to take a run; also, after which a call that has not ended is said
+METRICS = "metrics.jsonl"  # in the run folder, like the two below
+WANDB_ID = "wandb_id"
+TENSORBOARD = "tensorboard"
+POLL_S = 0.5  # between two looks at metrics.jsonl
+ANSWER_S = 5.0  # for wandb's server to accept a run
 UPLOAD_S = 5.0  # at the end of a run, for what wandb has not sent yet
-CLOSING_S = 10.0  # at the end of a run, for all that a tracker still does; so more than each of those
-KEPT = 10_000  # calls that wait for a tracker which does nothing; those that follow are left out
+CLOSING_S = 20.0  # at the end of a run, for everything a tracker still has to do
 
-Say = Callable[[str], None]
+
+class Tracker:
+    """The process of one tracker, started by the run."""
+
+    def __init__(self, name: str, out: Path, start: int, settings: Mapping[str, Any]) -> None:
+        """`name` is a key of WRITERS; the run in the folder `out` has done `start` steps."""
+        self.name = name
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "train.trackers", name, str(out), str(start)],
+            stdin=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C stops the run, which then closes its trackers
+        )
+        assert self.process.stdin
+        with suppress(OSError):  # it has failed already, and has said so
+            self.process.stdin.write(json.dumps(settings) + "\n")
+            self.process.stdin.flush()
+
+    def close(self) -> None:
+        """Lets it finish for CLOSING_S, then kills it with every process it has started."""
+        assert self.process.stdin
+        with suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(CLOSING_S)
+        except subprocess.TimeoutExpired:
+            say(self.name, "does not end and is killed; metrics.jsonl has all metrics")
+            tracker = psutil.Process(self.process.pid)
+            for process in (*tracker.children(recursive=True), tracker):
+                with suppress(psutil.Error):
+                    process.kill()
+            self.process.wait()
+
+
+def say(name: str, text: str) -> None:
+    print(f"\ntrain run: {name}: {text}", file=sys.stderr, flush=True)  # the progress line is not ended
 
 
 class Writer(Protocol):
-    """What a tracker does; all of it in the tracker's thread."""
+    """What a tracker does, in its own process."""
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None: ...
-
-    def show(self, step: int, videos: Mapping[str, Path]) -> None: ...
+    def write(self, step: int, metrics: Mapping[str, float], videos: Mapping[str, Path]) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Tracker:
-    """A writer that cannot stop or hold up the run: its faults are one line each time that they begin, on stderr."""
-
-    def __init__(self, name: str, start: Callable[[Say], Writer], abandon: Callable[[], None] = lambda: None) -> None:
-        """`start` makes the writer; `abandon` ends what a writer that did not close has left in this process."""
-        self.name, self._abandon = name, abandon
-        self._calls: Queue[Callable[[Writer], None] | None] = Queue(KEPT)
-        self._ready = threading.Event()  # started, or known to have failed
-        self._since: float | None = time.monotonic()  # when the call began that it is busy with
-        self._writer: Writer | None = None
-        self._said, self._lost = False, 0
-        self._thread = threading.Thread(target=self._work, args=(start,), name=name, daemon=True)
-        self._thread.start()
-        if not self._ready.wait(STARTING_S):
-            self.say(f"has not started within {STARTING_S:.0f} s; the run goes on")
-
-    def say(self, text: str) -> None:
-        tqdm.write(f"train run: {self.name}: {text}", file=sys.stderr)
-
-    def tell(self, call: Callable[[Writer], None]) -> None:
-        """Has the writer do `call` soon. Never waits, never raises."""
-        if self._ready.is_set() and self._writer is None:
-            return
-        if self._ready.is_set() and self._busy_s() > ANSWER_S:
-            self._fail(f"takes longer than {ANSWER_S:.0f} s")
-        try:
-            self._calls.put_nowait(call)
-        except Full:
-            self._lost += 1
-
-    def close(self) -> None:
-        """Lets the writer finish, for a few seconds."""
-        with suppress(Full):
-            self._calls.put_nowait(None)
-        self._thread.join(max(0.0, CLOSING_S - (self._busy_s() if self._ready.is_set() else 0.0)))
-        if alive := self._thread.is_alive():
-            self.say("does not end, and is left behind; metrics.jsonl has all figures")
-        elif self._lost and self._writer is not None:
-            self.say(f"{self._lost} calls failed or were left out; metrics.jsonl has all figures")
-        if alive or self._lost:
-            self._abandon()
-
-    def _busy_s(self) -> float:
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
-
-    def _fail(self, why: str) -> None:
-        if not self._said:
-            self.say(f"{why}; the run goes on, metrics.jsonl has all figures")
-        self._said = True
-
-    def _work(self, start: Callable[[Say], Writer]) -> None:
-        def begin() -> None:
-            self._writer = start(self.say)
-
-        self._guarded(begin)
-        self._ready.set()
-        if (writer := self._writer) is None:
-            return
-        while (call := self._calls.get()) is not None:
-            self._guarded(lambda call=call: call(writer))
-        self._guarded(writer.close)
-
-    def _guarded(self, call: Callable[[], None]) -> None:
-        self._since = time.monotonic()
-        try:
-            call()
-            self._said = False  # it works again
-        except BaseException as error:  # noqa: BLE001 - other people's code, which may raise anything, SystemExit too
-            self._lost += 1
-            self._fail(one_line(error)[:300])
-        self._since = None
-
-
-def trackers(config: TrainConfig, start: int) -> list[Tracker]:
-    """Those that `config` asks for, of a run that goes on after `start` steps."""
-    found = []
-    if config.wandb:
-        found.append(Tracker("wandb", lambda say: Wandb(config, say), abandon_wandb))
-    if config.tensorboard:
-        found.append(Tracker("tensorboard", lambda _: Board(Path(config.out) / TENSORBOARD, start)))
-    return found
-
-
 class Wandb:
-    """A run at wandb; or, if the server does not take it, its files on this machine, which `wandb sync` takes there."""
+    """A run at wandb; if its server does not accept it, files in the run folder for `wandb sync`."""
 
-    def __init__(self, config: TrainConfig, say: Say) -> None:
-        import wandb  # costs a second
+    def __init__(self, out: Path, start: int, settings: Mapping[str, Any]) -> None:
+        import wandb
 
         limits = wandb.Settings(
             init_timeout=ANSWER_S,
             finish_timeout=UPLOAD_S,
             finish_timeout_raises=True,
-            quiet=True,  # else it asks the server who we are, and waits for that for 10 s
+            quiet=True,  # otherwise it asks the server who we are, and waits 10 s for that
+            console="off",  # this process prints nothing
+            x_stats_pid=os.getppid(),  # the run's own use of the machine
         )
+        run = {"resume": "allow", "dir": str(out), "settings": limits, "name": out.name, "id": _run_id(out / WANDB_ID)}
         mode: Any = os.environ.get("WANDB_MODE", "online")
-        out = Path(config.out)
-        told: dict[str, Any] = {"resume": "allow", "dir": config.out, "config": asdict(config), "settings": limits}
-        told |= {"project": config.wandb_project, "name": out.name, "id": _run_id(out / WANDB_ID)}
         try:
-            wandb.setup(wandb.Settings(login_timeout=ANSWER_S))  # for whoever is asked for a key
-            self.run: Any = wandb.init(**told, mode=mode)
+            self.run: Any = wandb.init(**run, **settings, mode=mode)
         except Exception as error:  # noqa: BLE001 - wandb has many kinds
-            say(f"{one_line(error)[:300]}; the run goes on, without the server")
+            say("wandb", f"{one_line(error)[:300]}; the run goes on, without the server")
             with suppress(Exception, SystemExit):
-                wandb.teardown()  # the name of the run is taken in its service
-            self.run = wandb.init(**told, mode="offline")
+                wandb.teardown()  # its service holds the run's name
+            self.run = wandb.init(**run, **settings, mode="offline")
         if self.run.offline:
-            say(f"its files are kept here: wandb sync {self.run.settings.sync_dir}")
+            say("wandb", f"its files are kept here: wandb sync {self.run.settings.sync_dir}")
         elif self.run.url:
-            say(self.run.url)
+            say("wandb", self.run.url)
 
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        self.run.log(dict(figures), step=step)
-
-    def show(self, step: int, videos: Mapping[str, Path]) -> None:
+    def write(self, step: int, metrics: Mapping[str, float], videos: Mapping[str, Path]) -> None:
         import wandb
 
-        self.run.log({name: wandb.Video(path) for name, path in videos.items()}, step=step)
+        self.run.log({**metrics, **{name: wandb.Video(path) for name, path in videos.items()}}, step=step)
 
     def close(self) -> None:
-        import wandb
-
-        place = self.run.settings.sync_dir
         try:
             self.run.finish()
         except TimeoutError as error:
-            raise TimeoutError(f"the server did not take all in {UPLOAD_S:.0f} s: wandb sync {place}") from error
-        wandb.teardown()  # here, where it may hang, and not when Python ends
+            folder = self.run.settings.sync_dir
+            raise TimeoutError(f"the server did not take all in {UPLOAD_S:.0f} s: wandb sync {folder}") from error
 
 
-def _run_id(place: Path) -> str:
-    """The run's name at wandb: one that goes on after a preemption is the same one there."""
-    if place.is_file() and re.fullmatch(r"[0-9a-f]{16}", found := place.read_text(errors="replace").strip()):
-        return found
-    write_text(place, found := secrets.token_hex(8))
-    return found
+def _run_id(path: Path) -> str:
+    """The run's name at wandb, kept in the run folder so that a resumed run stays the same one there."""
+    if path.is_file() and re.fullmatch(r"[0-9a-f]{16}", saved := path.read_text(errors="replace").strip()):
+        return saved
+    write_text(path, new := secrets.token_hex(8))
+    return new
 
 
-def abandon_wandb() -> None:
-    """Ends wandb's own process, and with it whoever waits for it, so that nothing of wandb's waits when Python ends."""
+class TensorBoard:
+    """Events for TensorBoard. It plays no mp4, so it gets the contact sheet (.png) beside each video."""
 
-    def tear_down() -> None:
-        with suppress(BaseException):
-            sys.modules["wandb"].teardown()
+    def __init__(self, out: Path, start: int, settings: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
 
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            if child.name() == "wandb-core":
-                child.kill()
-                child.wait(1)
-    left = threading.Thread(target=tear_down, daemon=True)
-    left.start()
-    left.join(STARTING_S)
+        self.events = SummaryWriter(out / TENSORBOARD, purge_step=start + 1)
 
+    def write(self, step: int, metrics: Mapping[str, float], videos: Mapping[str, Path]) -> None:
+        import numpy as np
+        from PIL import Image
 
-class Board:
-    """Events for TensorBoard."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # not there without its package
-
-        self.board = SummaryWriter(folder, purge_step=start + 1)
-
-    def write(self, step: int, figures: Mapping[str, float]) -> None:
-        for name, value in figures.items():
-            self.board.add_scalar(name, value, step)
-        self.board.flush()  # so that a run that is killed has said as much here as in metrics.jsonl
-
-    def show(self, step: int, videos: Mapping[str, Path]) -> None:
+        for name, value in metrics.items():
+            self.events.add_scalar(name, value, step)
         for name, path in videos.items():
             with Image.open(path.with_suffix(".png")) as sheet:
-                self.board.add_image(name, np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
-        self.board.flush()
+                self.events.add_image(name, np.asarray(sheet.convert("RGB")), step, dataformats="HWC")
+        self.events.flush()
 
     def close(self) -> None:
-        self.board.close()
+        self.events.close()
+
+
+WRITERS: dict[str, Callable[[Path, int, Mapping[str, Any]], Writer]] = {"wandb": Wandb, "tensorboard": TensorBoard}
+
+
+def follow(path: Path, start: int) -> Iterator[dict[str, Any]]:
+    """The lines of metrics.jsonl after step `start` as they are written, until the run closes our stdin or is gone."""
+    line, file, ended = "", None, False
+    while True:
+        if file is None and path.exists():
+            file = open(path, encoding="utf-8")  # noqa: SIM115 - until this process ends
+        line += file.readline() if file else ""
+        if line.endswith("\n"):
+            entries, line = json.loads(line), ""
+            if entries["step"] > start:
+                yield entries
+        elif ended:
+            return
+        elif ended := bool(select.select([sys.stdin], [], [], POLL_S)[0]):
+            signal.alarm(int(2 * CLOSING_S))  # the run may be gone, and cannot kill a process that hangs
+
+
+def serve(name: str, make: Callable[[], Writer], lines: Iterator[dict[str, Any]], out: Path) -> None:
+    """Gives a writer every line. A fault is said once each time it begins, and the next line is tried."""
+    failed, faulty, writer = 0, False, None
+    try:
+        writer = make()
+        for entries in lines:
+            step = entries.pop("step")
+            videos = {key: out / value for key, value in entries.items() if isinstance(value, str)}
+            metrics = {key: value for key, value in entries.items() if key not in videos}
+            try:
+                writer.write(step, metrics, videos)
+                faulty = False
+            except Exception as error:  # noqa: BLE001 - other people's code, which may raise anything
+                if not faulty:
+                    say(name, f"{one_line(error)[:300]}; the run goes on, metrics.jsonl has all metrics")
+                failed, faulty = failed + 1, True
+        writer.close()
+    except BaseException as error:  # noqa: BLE001 - and may exit
+        say(name, f"{one_line(error)[:300]}; the run goes on, metrics.jsonl has all metrics")
+    if failed:
+        say(name, f"{failed} lines failed; metrics.jsonl has all metrics")
+
+
+def main(name: str, out: str, start: str) -> None:
+    """The process of one tracker: settings as a line of JSON on stdin, which stays open as long as the run lives."""
+    settings, folder = json.loads(sys.stdin.readline()), Path(out)
+    lines = follow(folder / METRICS, int(start))
+    serve(name, lambda: WRITERS[name](folder, int(start), settings), lines, folder)
+    os._exit(0)  # wandb sends telemetry when Python ends, and waits half a minute for a server that does not answer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

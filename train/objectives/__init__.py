@@ -9,9 +9,13 @@ from model.layout import Layout
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
 from train.objectives.diffusion_forcing import DiffusionForcing
+from train.objectives.objective import Objective
 
-OBJECTIVES = {"base": Base, "autoregressive": Autoregressive, "diffusion_forcing": DiffusionForcing}
-Objective = Base | Autoregressive | DiffusionForcing
+OBJECTIVES: dict[str, type[Objective]] = {
+    "base": Base,
+    "autoregressive": Autoregressive,
+    "diffusion_forcing": DiffusionForcing,
+}
 
 
 def make_objective(settings: dict[str, Any]) -> Objective:
@@ -24,23 +28,16 @@ def make_objective(settings: dict[str, Any]) -> Objective:
 
 
 def check_objective(objective: Objective, model: ActionDiTConfig, layout: Layout, clip_latents: int) -> None:
-    """Raises ValueError in one line if `objective` cannot train `model` on clips of `layout` and `clip_latents`."""
+    """A UserError if `objective` cannot train `model` on clips of `layout` and `clip_latents`."""
     causal = model.causal
-    forcing = objective if isinstance(objective, DiffusionForcing) else None
-    wants = ("a model with", "continuous") if forcing else ("a model without", "chunked")
-    if (causal is None) != (forcing is None) or layout != wants[1]:
+    if (causal is not None) != objective.causal or layout != objective.layout:
         raise UserError(
-            f"this objective trains {wants[0]} a `causal` section on clips of layout {wants[1]}; the model is "
-            f"{'causal' if causal else 'not causal'} and the clips are {layout}: change objective.name "
-            "(diffusion_forcing is the causal one), model.causal or the manifest"
+            f"objective.name needs a model {'with' if objective.causal else 'without'} model.causal and clips of "
+            f"layout {objective.layout}; the model is {'causal' if causal else 'not causal'}, the clips are {layout}: "
+            "change objective.name (diffusion_forcing is the causal one), model.causal or the manifest"
         )
-    if forcing and causal and (forcing.block != causal.block or clip_latents % causal.block):
+    if causal and (objective.loss_group != causal.block or clip_latents % causal.block):
         raise UserError(
-            f"objective.block={forcing.block}, model.causal.block={causal.block}, clips of {clip_latents} latents: the "
-            "two must be equal and divide the clips"
+            f"objective.block={objective.loss_group} and model.causal.block={causal.block} must be equal, and divide "
+            f"the clips' {clip_latents} latents"
         )
-
-
-def figure_block(objective: Objective) -> int:
-    """How many latents one figure of loss by place stands for: those that share a noise level of their own."""
-    return objective.block if isinstance(objective, DiffusionForcing) else 1

@@ -1,6 +1,7 @@
 """Chunk after chunk: 18 frames = a context chunk and the target chunk that follows it, in one 6-latent sequence."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,13 @@ from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
 from model.loss import velocity_error
 from train.config import require_within
-from train.objectives.base import Base, Figures, figures_after
-from train.objectives.draws import Draws
+from train.objectives.base import Base
+from train.objectives.objective import LossMetrics, Objective
+from train.objectives.sample_rng import SampleRng
 
 
 @dataclass(frozen=True)
-class Autoregressive:
+class Autoregressive(Objective):
     """Velocity loss of a chunk that follows a given one; context slots carry the context at the current noise level."""
 
     context_weight: float = 0.3  # of the context's own loss during the curriculum; the target has the rest
@@ -23,29 +25,33 @@ class Autoregressive:
     base_share: float = 0.1  # of steps that train the first chunk from a frame, lest it be forgotten
     context_noise: float = 0.0  # largest noise level mixed into the given context, against drift of long rollouts
 
+    known = CHUNK_LATENTS
+
     def __post_init__(self) -> None:
         shares = {f"objective__{field.name}": getattr(self, field.name) for field in fields(self)}
         require_within(0, 1, **shares)
 
     def loss(
-        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
-    ) -> tuple[Tensor, Figures]:
-        """The weighted squared velocity error and the target's part; `progress` in [0, 1] drives the curriculum."""
-        if float(torch.rand(1, generator=draws.shared)) < self.base_share:
-            return Base().loss(model, flow, batch, progress, draws)
-        batch = replace(batch, latents=self._noised_context(batch.latents.float(), flow, draws))
-        draw = draws.draw(batch.latents, flow)
-        error = velocity_error(model, flow, batch, CHUNK_LATENTS, draw)
-        context, target = error[:, :CHUNK_LATENTS].mean(), error[:, CHUNK_LATENTS:]
-        loss = target.mean()
+        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng
+    ) -> tuple[Tensor, LossMetrics]:
+        """The weighted squared velocity error; `progress` drives the curriculum."""
+        if float(torch.rand(1, generator=rng.shared)) < self.base_share:
+            return Base().loss(model, flow, batch, progress, rng)
+        batch = replace(batch, latents=self._noised_context(batch.latents.float(), flow, rng))
+        noise = rng.noise_sample(batch.latents, flow)
+        error = velocity_error(model, flow, batch, CHUNK_LATENTS, noise)
+        loss = error[:, CHUNK_LATENTS:].mean()
         if progress < self.curriculum:
-            loss = self.context_weight * context + (1 - self.context_weight) * loss
-        return loss, figures_after(CHUNK_LATENTS, error, draw)
+            loss = self.context_weight * error[:, :CHUNK_LATENTS].mean() + (1 - self.context_weight) * loss
+        return loss, LossMetrics.of(error, noise, CHUNK_LATENTS)
 
-    def _noised_context(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> Tensor:
+    def longest(self) -> Self:
+        return replace(self, base_share=0.0)
+
+    def _noised_context(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> Tensor:
         if not self.context_noise:
             return latents
         context = latents[:, :, :CHUNK_LATENTS]
-        sigma = self.context_noise * draws.uniform().to(latents.device)
-        noised = flow.add_noise(context, draws.noise(context), sigma)
+        sigma = self.context_noise * rng.uniform().to(latents.device)
+        noised = flow.add_noise(context, rng.noise(context), sigma)
         return torch.cat([noised, latents[:, :, CHUNK_LATENTS:]], dim=2)

@@ -1,6 +1,6 @@
 """Continuous clips, block-causal: every block of latents at a noise level of its own, all of them trained at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,13 @@ from configs.errors import UserError
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.loss import NoiseSample, velocity_error
-from train.objectives.base import Figures, figures_after
-from train.objectives.draws import Draws
+from train.config import require_within
+from train.objectives.objective import LossMetrics, Objective
+from train.objectives.sample_rng import SampleRng
 
 
 @dataclass(frozen=True)
-class DiffusionForcing:
+class DiffusionForcing(Objective):
     """Velocity loss under upstream's bell-shaped weight, one noise level per block (arXiv 2407.01392, 2506.08009).
 
     The model's own `causal` section says who sees whom; the first frame of a clip is given as its conditioning.
@@ -25,38 +26,40 @@ class DiffusionForcing:
     # shift puts 2 % of the levels below 0.1. In this share of clips a random number of first blocks is that past.
     context_share: float = 0.0
     context_noise: float = 0.0  # the largest noise level of such a past, drawn per clip; the model is told the level
-    weighted: bool = True  # upstream's weight, which trains middle levels most; without it all count alike
+
+    layout = "continuous"
+    causal = True
 
     def __post_init__(self) -> None:
-        if self.block < 1 or not 0 <= self.context_share <= 1 or not 0 <= self.context_noise < 1:
-            raise UserError(
-                f"diffusion_forcing: block {self.block} must be 1 or more, context_share {self.context_share} in [0, 1]"
-                f" and context_noise {self.context_noise} in [0, 1)"
-            )
+        require_within(1, 1024, objective__block=self.block)
+        require_within(0, 1, objective__context_share=self.context_share, objective__context_noise=self.context_noise)
+
+    @property
+    def loss_group(self) -> int:
+        return self.block
 
     def loss(
-        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, draws: Draws
-    ) -> tuple[Tensor, Figures]:
-        """The weighted squared velocity error and its parts per latent frame; `progress` is unused here."""
-        draw = self.draw(batch.latents, flow, draws)
-        error = velocity_error(model, flow, batch, 1, draw, "continuous")
-        weight = torch.ones_like(draw.sigma)
-        if self.weighted:
-            schedule = flow.schedule(flow.config.train_steps, training=True)
-            weight = schedule.training_weight(flow.config.train_steps * draw.sigma)
-        return (error * weight).mean(), figures_after(1, error, draw)
+        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng
+    ) -> tuple[Tensor, LossMetrics]:
+        """The weighted squared velocity error."""
+        noise = self.noise_sample(batch.latents, flow, rng)
+        error = velocity_error(model, flow, batch, 1, noise, "continuous")
+        schedule = flow.schedule(flow.config.train_steps, training=True)
+        weight = schedule.training_weight(flow.config.train_steps * noise.sigma)  # most for middle levels
+        return (error * weight).mean(), LossMetrics.of(error, noise, 1)
 
-    def draw(self, latents: Tensor, flow: FlowMatch, draws: Draws) -> NoiseSample:
+    def heldout_noise(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
+        return replace(self, context_share=0.0).noise_sample(latents, flow, rng)
+
+    def noise_sample(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
         """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w); each sample's from its own
         generator."""
         f = latents.shape[2]
         if f % self.block:
-            raise UserError(
-                f"clips of {f} latent frames do not divide into blocks of {self.block}; encode clips of a multiple"
-            )
+            raise UserError(f"clips of {f} latents do not divide into blocks of objective.block={self.block}")
         sigmas = flow.schedule(flow.config.train_steps).sigmas.float()
-        levels = torch.stack([self._levels(f // self.block, sigmas, generator) for generator in draws.samples])
-        return NoiseSample(levels.repeat_interleave(self.block, dim=1).to(latents.device), draws.noise(latents))
+        levels = torch.stack([self._levels(f // self.block, sigmas, generator) for generator in rng.samples])
+        return NoiseSample(levels.repeat_interleave(self.block, dim=1).to(latents.device), rng.noise(latents))
 
     def _levels(self, blocks: int, sigmas: Tensor, generator: torch.Generator) -> Tensor:
         """The noise level of each block of one clip."""

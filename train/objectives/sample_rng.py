@@ -11,7 +11,7 @@ from model.noise import seeded_generator
 
 
 @dataclass(frozen=True)
-class Draws:
+class SampleRng:
     """One generator per sample of this rank's batch, and one that all ranks and micro-steps of a step share.
 
     A sample's noise depends on its global index alone, so a run gives the same losses on another number of ranks.
@@ -22,10 +22,10 @@ class Draws:
 
     def noise(self, like: Tensor) -> Tensor:
         """Gaussian noise of the shape of `like` (b ...), float32 on its device."""
-        drawn = [torch.randn(like.shape[1:], generator=generator) for generator in self.samples]
-        return torch.stack(drawn).to(like.device)
+        noise = [torch.randn(like.shape[1:], generator=generator) for generator in self.samples]
+        return torch.stack(noise).to(like.device)
 
-    def draw(self, latents: Tensor, flow: FlowMatch) -> NoiseSample:
+    def noise_sample(self, latents: Tensor, flow: FlowMatch) -> NoiseSample:
         """A noise level per sample, uniform over the flow's training table, and noise for `latents` (b c f h w)."""
         sigmas = flow.schedule(flow.config.train_steps).sigmas
         index = [torch.randint(len(sigmas), (1,), generator=generator) for generator in self.samples]
@@ -36,7 +36,7 @@ class Draws:
         return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
 
 
-def make_draws(seed: int, step: int, first_sample: int, batch: int) -> Draws:
-    """The draws of the samples `first_sample` ... of the global order, in optimizer step `step`."""
+def rng_for_step(seed: int, step: int, first_sample: int, batch: int) -> SampleRng:
+    """For the samples `first_sample` ... of the global order, in optimizer step `step`."""
     samples = tuple(seeded_generator(seed, 0, first_sample + i) for i in range(batch))
-    return Draws(samples, seeded_generator(seed, 1, step))
+    return SampleRng(samples, seeded_generator(seed, 1, step))

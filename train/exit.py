@@ -1,0 +1,50 @@
+"""How a run ends early, on a signal or with an error, and what the program that launched it learns of that."""
+
+import errno
+import os
+import signal
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+
+from configs.files import NO_ROOM
+
+# `accelerate launch` exits with 1 or 0 whatever its processes exit with, so they write one of these into a file.
+ENDED = "WORLDLOOM_ENDED"  # environment variable: the file
+FAULT, ASKED = "fault", "asked to stop"  # a person has to fix something; the run is to be started again
+STOPPED = "STOPPED"  # file in the run folder, while a run that was asked to stop has not gone on
+
+
+def report_exit(how: str) -> None:
+    with suppress(OSError):  # a container may not have the folder
+        if path := os.environ.get(ENDED):
+            Path(path).write_text(how)
+
+
+def needs_a_person(error: BaseException) -> bool:
+    """Whether the same command would meet the same error again: a server or a disk may be back a little later."""
+    if not isinstance(error, OSError):
+        return True
+    lasting = isinstance(error, FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError)
+    lasting = lasting or error.errno in (*NO_ROOM, errno.EROFS)
+    cause = error.__cause__
+    return lasting or (isinstance(cause, OSError) and needs_a_person(cause))
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns.
+
+    SIGTERM ends a process that is still starting: there is nothing to save, and a rank that it waits for may be gone.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def starts(self) -> None:
+        """From now on there is something to save."""
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
