@@ -23,7 +23,7 @@ class Denoising:
     steps: int = 8  # Euler steps of the ODE
     few_steps: tuple[int, ...] = ()  # streaming, instead: the list of a few-step model, such as 1000, 666, 333
     context_noise: float | None = None  # streaming: level of finished blocks in the caches; None: the model's own
-    guidance: float = 1.0  # by actions (`guide`); 1: the model as it is
+    guidance: float = 1.0  # by actions (`cfg`); 1: the model as it is
 
     def __post_init__(self) -> None:
         guided = 0 < self.guidance <= MOST_GUIDANCE
@@ -38,25 +38,24 @@ class Denoising:
             )
 
 
-def guide(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
-    """Classifier-free guidance by actions: v_idle + guidance (v - v_idle), as in arXiv 2207.12598.
+def cfg(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
+    """Classifier-free guidance by actions: v_uncond + guidance (v_cond - v_uncond), as in arXiv 2207.12598.
 
-    v answers `actions`; for v_idle nothing is pressed and the mouse is still in their last `made` rows, the frames
-    that are being made. Above 1 the picture answers more clearly than the model alone would have it, and every step
-    costs two passes.
+    For v_uncond nothing is pressed and the mouse is still in the last `made` rows of `actions`, the frames that are
+    being made. Above 1 the picture answers more clearly than the model alone would have it, at twice the passes.
     """
-    acted = velocity(actions)
+    cond = velocity(actions)
     if guidance == 1 or not any(rows.shape[-1] for rows in actions):
-        return acted
-    idle = velocity((_released(actions[0], made), _released(actions[1], made)))
+        return cond
+    uncond = velocity((_null_actions(actions[0], made), _null_actions(actions[1], made)))
 
     def guided(x: Tensor, timestep: Tensor) -> Tensor:
-        return torch.lerp(idle(x, timestep), acted(x, timestep), guidance)
+        return torch.lerp(uncond(x, timestep), cond(x, timestep), guidance)
 
     return guided
 
 
-def _released(rows: Tensor, made: int) -> Tensor:
+def _null_actions(rows: Tensor, made: int) -> Tensor:
     """Action rows (b n k) with zeros in the last `made`."""
     before = rows.shape[1] - made
     return torch.cat([rows[:, :before], torch.zeros_like(rows[:, before:])], dim=1)

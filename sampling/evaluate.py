@@ -38,22 +38,21 @@ from model.world import (
     read_world_config,
 )
 from sampling.denoising import Denoising
-from sampling.films import Film, held_film, replay_film, write_film
+from sampling.metrics import action_loss_table, action_variants, first_latents, picture_statistics, psnr
 from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
 from sampling.report import Compared, compared, write_page
-from sampling.scores import action_loss_table, action_variants, first_latents, picture_statistics, psnr
 from sampling.scripts import Scripted
-from sampling.trials import (
+from sampling.trajectories import (
+    Prompt,
     Replay,
     RolloutSettings,
-    Start,
     between_frames,
-    held_commands,
     heldout_episodes,
-    play_held,
-    play_replay,
-    read_starts,
+    play_constant_actions,
+    read_prompts,
+    replay,
 )
+from sampling.video_grid import VideoGrid, held_grid, replay_grid, write_grid
 
 Figures = dict[str, Any]
 WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
@@ -126,35 +125,39 @@ def evaluate(config: EvaluateConfig) -> None:
         )
     others = [read_other(path, config.out) for path in config.beside]
     episodes = heldout_episodes(config.recordings, config.reader, manifest)
-    starts = read_starts(episodes, manifest.game, config.replay)
-    held_starts = read_starts(episodes, manifest.game, config.held)
+    prompts = read_prompts(episodes, manifest.game, config.replay)
+    held_prompts = read_prompts(episodes, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     begun = time.perf_counter()
     with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
         method = "chunked" if world.layout == "chunked" else "streaming"
         report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
         report["evaluator"] = EVALUATOR
-        films = _judge(world, config, starts, held_starts, report)
-        for film in films:
-            write_film(folder, film, world.game)
+        grids = _judge(world, config, prompts, held_prompts, report)
+        for grid in grids:
+            write_grid(folder, grid, world.game)
         report["seconds"] = round(time.perf_counter() - begun, 1)
         storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-        sections = [(film.name, film.title, film.sentence) for film in films]
+        sections = [(grid.name, grid.title, grid.sentence) for grid in grids]
         write_page(folder / "report.html", report, sections, others)
     print("\n".join(summarise(report)))
     print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
 
 
 def _judge(
-    world: WorldModel, config: EvaluateConfig, starts: Sequence[Start], held_starts: Sequence[Start], report: Figures
-) -> list[Film]:
-    """Puts every figure into `report`; the films of what was judged."""
+    world: WorldModel,
+    config: EvaluateConfig,
+    prompts: Sequence[Prompt],
+    held_prompts: Sequence[Prompt],
+    report: Figures,
+) -> list[VideoGrid]:
+    """Puts every figure into `report`; the videos of what was judged."""
     report["velocity_loss"] = judge_actions(world, config, min(config.clips, load_manifest(config.manifest).clips))
-    replay = play_replay(world, starts, config.replay)
-    report |= judge_replay(replay)
-    held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
-    report["held"] = judge_held(held, [*starts, *held_starts], world.game)
-    return [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
+    replayed = replay(world, prompts, config.replay)
+    report |= judge_replay(replayed)
+    held = play_constant_actions(world, held_prompts, config.held, config.mouse_deg)
+    report["held"] = judge_held(held, [*prompts, *held_prompts], world.game)
+    return [replay_grid(prompts, replayed), held_grid(held_prompts[0], held, world.game, config.mouse_deg)]
 
 
 @torch.inference_mode()
@@ -234,14 +237,14 @@ def judge_replay(replay: Replay) -> Figures:
     }
 
 
-def judge_held(held: dict[str, np.ndarray], recorded: Sequence[Start], game: GameConfig) -> dict[str, dict[str, float]]:
+def judge_held(held: dict[str, np.ndarray], recorded: list[Prompt], game: GameConfig) -> dict[str, dict[str, float]]:
     """How often the picture obeys a held command, beside the `recorded` chunks in which that command was held."""
     real: dict[str, list[Motion]] = {}
-    for start in recorded:
-        for first in range(0, len(start.frames), CHUNK_FRAMES):
-            command = held_command(between_frames(start.actions, first), game.action_space)
+    for prompt in recorded:
+        for first in range(0, len(prompt.frames), CHUNK_FRAMES):
+            command = held_command(between_frames(prompt.actions, first), game.action_space)
             if command is not None:
-                real.setdefault(command, []).append(chunk_motion(start.frames[first : first + CHUNK_FRAMES]))
+                real.setdefault(command, []).append(chunk_motion(prompt.frames[first : first + CHUNK_FRAMES]))
     return held_table({command: all_motions(made) for command, made in held.items()}, real)
 
 

@@ -26,9 +26,7 @@ from model.masks import CausalConfig
 from model.world import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 from sampling.__main__ import VERBS
 from sampling.evaluate import loss_of_clips
-from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
-from sampling.report import compared, write_page
-from sampling.scores import (
+from sampling.metrics import (
     action_loss_table,
     action_variants,
     cut_chunk,
@@ -37,6 +35,8 @@ from sampling.scores import (
     picture_statistics,
     psnr,
 )
+from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
+from sampling.report import compared, write_page
 
 FLOW = FlowMatch(FlowMatchConfig())
 

@@ -9,7 +9,7 @@ from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS, Layout
 from model.loss import velocity_loss
 from model.patch_codec import TEMPORAL
-from sampling.scores import action_variants, first_latents
+from sampling.metrics import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
 from train.objectives import make_objective
