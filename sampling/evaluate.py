@@ -138,8 +138,7 @@ def evaluate(config: EvaluateConfig) -> None:
             write_grid(folder, grid, world.game)
         report["seconds"] = round(time.perf_counter() - begun, 1)
         storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-        sections = [(grid.name, grid.title, grid.sentence) for grid in grids]
-        write_page(folder / "report.html", report, sections, others)
+        write_page(folder / "report.html", report, grids, others)
     print("\n".join(summarise(report)))
     print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
 

@@ -37,6 +37,7 @@ from sampling.metrics import (
 )
 from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
 from sampling.report import compared, write_page
+from sampling.video_grid import VideoGrid
 
 FLOW = FlowMatch(FlowMatchConfig())
 
@@ -315,7 +316,8 @@ def planted_in(value: Any) -> Any:
 
 def test_a_page_shows_what_reports_say_as_text_alone(judged: Path, tmp_path: Path) -> None:
     report = planted_in(json.loads((judged / "report.json").read_text()))
-    write_page(tmp_path / "report.html", report, [("film", PLANTED, PLANTED)], [compared(report, PLANTED)])
+    video = VideoGrid("replay", PLANTED, PLANTED, [], 1, 1)
+    write_page(tmp_path / "report.html", report, [video], [compared(report, PLANTED)])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.is_closed_to(PLANTED) and page.tags.count("title") == 1 and page.tags.count("svg") >= 6
 
