@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
+from markupsafe import Markup
 
 from configs.errors import UserError
 
@@ -17,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configs import storage
-from data_pipeline.page import Html, as_utf8, render
+from data_pipeline.page import as_utf8, render
 from sampling.video_grid import VideoGrid
 
 COLOURS = {
@@ -105,7 +106,7 @@ def main_figures(report: Report) -> dict[str, str]:
     return figures
 
 
-def plot_losses(figures: Mapping[str, Mapping[str, float]]) -> Html:
+def plot_losses(figures: Mapping[str, Mapping[str, float]]) -> Markup:
     table = {name: figures[name] for name in ("right", "shuffled", "none") if name in figures}
     bins = [name.removeprefix("loss/") for name in table["right"] if name.startswith("loss/")]
     ranges = [name.removeprefix("sigma_").replace("-", " - ") for name in bins]
@@ -120,7 +121,7 @@ def plot_losses(figures: Mapping[str, Mapping[str, float]]) -> Html:
     return _svg(figure)
 
 
-def plot_psnr(series: Mapping[str, Sequence[float] | np.ndarray]) -> Html:
+def plot_psnr(series: Mapping[str, Sequence[float] | np.ndarray]) -> Markup:
     figure, axes = pyplot.subplots(figsize=(SIZE, 3.4))
     _lines(axes, series)
     axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
@@ -128,7 +129,7 @@ def plot_psnr(series: Mapping[str, Sequence[float] | np.ndarray]) -> Html:
     return _svg(figure)
 
 
-def plot_held(held: Mapping[str, Mapping[str, float]]) -> Html:
+def plot_held(held: Mapping[str, Mapping[str, float]]) -> Markup:
     figure, axes = pyplot.subplots(figsize=(SIZE, 3.2))
     names = [name for name in ("obeyed", "idle", "real") if name != "idle" or all("idle" in f for f in held.values())]
     series = {name: [figures.get(name, math.nan) for figures in held.values()] for name in names}  # no bar where none
@@ -137,14 +138,14 @@ def plot_held(held: Mapping[str, Mapping[str, float]]) -> Html:
     return _svg(figure)
 
 
-def plot_turns(turns: Mapping[str, list[float]]) -> Html:
+def plot_turns(turns: Mapping[str, list[float]]) -> Markup:
     figure, axes = pyplot.subplots(figsize=(SIZE, 2.6))
     _grouped_bars(axes, ["turning chunks with the right sign"], turns)
     _share_axis(axes)
     return _svg(figure)
 
 
-def plot_drift(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Html:
+def plot_drift(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
     quantities = {"mean": "brightness", "std": "contrast", "sharpness": "sharpness"}
     figure, panels = pyplot.subplots(1, 3, figsize=(SIZE, 2.8))
     for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
@@ -190,11 +191,11 @@ def _label(text: str) -> str:
     return as_utf8(text)[:60].replace("$", r"\$")
 
 
-def _svg(figure: Figure) -> Html:
+def _svg(figure: Figure) -> Markup:
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout(rect=(0, 0, 1, 0.92 if figure.legends else 1))
     text = io.StringIO()
     figure.savefig(text, format="svg")
     pyplot.close(figure)
-    return Html(text.getvalue()[text.getvalue().index("<svg") :])
+    return Markup(text.getvalue()[text.getvalue().index("<svg") :])

@@ -46,47 +46,35 @@ def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> A
     the other (`forward+turn_left:36,idle:12`, from the beginning again until the frames are filled); a CSV file in the
     format of a recording's actions.csv; a JSON file with a list of such words.
     """
-    path = storage.path(script)
+    path, frames = storage.path(script), scripted.frames
     if path.suffix.lower() == ".csv":
-        return _read_csv(path, action_space, scripted.frames)
-    if path.suffix.lower() == ".json":
-        return held_segments(_read_json(path), action_space, scripted)
+        actions = read_actions(path, action_space)
+        if len(actions) < frames:
+            raise UserError(
+                f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer"
+            )
+        return actions[:frames]
     if script == "random":
-        return random_actions(action_space, scripted)
-    return held_segments(script.split(","), action_space, scripted)
+        return preset_actions(random_table(action_space, scripted.mouse_deg), frames, scripted.seed)
+    segments = _read_json(path) if path.suffix.lower() == ".json" else script.split(",")
+    return held_segments(segments, action_space, scripted)
 
 
 def held_segments(segments: list[str], action_space: ActionSpace, scripted: Scripted) -> Actions:
     """`word+word:frames` one after the other, repeated until the frames are filled."""
-    words = presets(action_space, scripted.mouse_deg)
-    keyboard, mouse = [], []
+    words, held = presets(action_space, scripted.mouse_deg), []
     for segment in segments:
         entry, colon, count = segment.strip().partition(":")
         digits = count.strip().lstrip("0")
         if colon and not (digits.isascii() and digits.isdecimal()):
             raise UserError(f"action script {segment!r}: after the colon comes a number of frames, as in idle:36")
-        held, frames = hold(entry, words, action_space), int(digits[:18]) if colon else SEGMENT_FRAMES
-        room = scripted.frames - len(keyboard)  # more is never seen
-        keyboard += [held.keyboard] * min(frames, room)
-        mouse += [held.mouse] * min(frames, room)
-    return _repeat(Actions(np.array(keyboard, np.float32), np.array(mouse, np.float32)), scripted.frames)
-
-
-def random_actions(action_space: ActionSpace, scripted: Scripted) -> Actions:
-    """Play drawn by seed from the action space's table: one entry in the first frame, then one per 12 frames."""
-    return preset_actions(random_table(action_space, scripted.mouse_deg), scripted.frames, scripted.seed)
-
-
-def _repeat(actions: Actions, frames: int) -> Actions:
-    rows = np.arange(frames) % len(actions)
-    return Actions(actions.keyboard[rows], actions.mouse[rows])
-
-
-def _read_csv(path: Path, action_space: ActionSpace, frames: int) -> Actions:
-    actions = read_actions(path, action_space)
-    if len(actions) < frames:
-        raise UserError(f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer")
-    return actions[:frames]
+        frames = int(digits[:18]) if colon else SEGMENT_FRAMES
+        room = scripted.frames - len(held)  # more is never seen
+        held += [hold(entry, words, action_space)] * min(frames, room)
+    rows = np.arange(scripted.frames) % len(held)
+    keyboard = np.array([preset.keyboard for preset in held], np.float32)
+    mouse = np.array([preset.mouse for preset in held], np.float32)
+    return Actions(keyboard[rows], mouse[rows])
 
 
 def _read_json(path: Path) -> list[str]:
