@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
+from model.config import ActionDiTConfig
 
 Run = Callable[[], object]
 

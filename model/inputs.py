@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from model.action_dit import ActionDiTConfig
+from model.config import ActionDiTConfig
 from model.layout import Layout, latent_ends
 
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame

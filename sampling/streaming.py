@@ -76,7 +76,7 @@ class StreamingRollout:
         sigma = torch.full((len(latents),), level, device=latents.device)
         x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
         timestep = flow.config.train_steps * sigma
-        self.world.dit(x, timestep, **self._inputs(actions, cond), cache=self.cache, keep=True)
+        self.world.dit(x, timestep, **self._inputs(actions, cond), cache=self.cache, update_cache=True)
 
     def _inputs(self, actions: Rows, cond: Tensor) -> dict[str, Tensor | None]:
         """What the model is given for the next block, `actions` being those of the past and of its frames."""

@@ -112,7 +112,7 @@ def test_blocks_see_the_windows_and_conditions_that_a_whole_clip_has(world: Worl
     whole = rows(33)
     handle = world.dit.register_forward_pre_hook(
         lambda module, given, named: (
-            seen.append((named["cond"], named["keyboard"], named["mouse"])) if named.get("keep") else None
+            seen.append((named["cond"], named["keyboard"], named["mouse"])) if named.get("update_cache") else None
         ),
         with_kwargs=True,
     )
@@ -139,7 +139,7 @@ def test_a_prompt_clip_fills_the_caches_as_made_blocks_do(world: WorldModel) -> 
     for first, last in ((0, 9), (9, 21)):
         stream.step(*(one[:, first:last] for one in whole))
     hook.remove()
-    assert stream.cache.start == 6 and len(passes) == 2  # one pass per block: nothing is made
+    assert stream.cache.position == 6 and len(passes) == 2  # one pass per block: nothing is made
     assert torch.equal(stream.step(whole[0][:, 21:], whole[1][:, 21:]), made[2])
     other = play(world, actions=whole, prompt=random_video(21, seed=1))
     assert not torch.equal(other[2], made[2])
@@ -166,7 +166,7 @@ def test_guidance_reads_the_caches_twice_and_leaves_idle_play_alone(world: World
     play(world, denoising=stretched)
     hook.remove()
     made = len(denoising.few_steps) or denoising.steps
-    assert len(passes) == 3 * (2 * made + 1) and sum(one.get("keep", False) for one in passes) == 3
+    assert len(passes) == 3 * (2 * made + 1) and sum(one.get("update_cache", False) for one in passes) == 3
 
 
 def test_unknown_latents_may_be_grey_frames(codec_folder: Path) -> None:

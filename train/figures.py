@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from model.action_dit import ActionDiTConfig
+from model.config import ActionDiTConfig
 from model.cost import training_flops
 from model.loss import SIGMA_BINS
 from model.memory import memory_gib

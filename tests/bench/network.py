@@ -17,8 +17,9 @@ from torch import Tensor
 from configs import to_dict
 from configs.errors import UserError
 from configs.files import require_no_folder, require_other_files, write_text
-from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
+from model.action_dit import ActionDiT, CompileMode
 from model.codec import Codec, load_codec
+from model.config import ActionDiTConfig
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
@@ -171,7 +172,7 @@ def stream_block(config: BenchConfig, dit: ActionDiT, codec: Codec) -> tuple[Run
         x = given["x"]
         for _ in range(config.steps):
             x = x - dit(**given | {"x": x}, cache=cache) / config.steps
-        dit(**given | {"x": x}, cache=cache, keep=True)
+        dit(**given | {"x": x}, cache=cache, update_cache=True)
         codec.decode_stream(x, state)
 
     return run, TEMPORAL * shape.shape[2] * config.batch
@@ -183,8 +184,8 @@ def full_cache(config: BenchConfig, dit: ActionDiT) -> tuple[dict[str, Tensor], 
     assert causal is not None and causal.window is not None
     given = inputs_for(config, causal.block, dit)
     cache = dit.make_cache(config.batch, *given["x"].shape[3:], visual=given.pop("visual", None))
-    while cache.start < causal.window:
-        dit(**given, cache=cache, keep=True)
+    while cache.position < causal.window:
+        dit(**given, cache=cache, update_cache=True)
     return given, cache
 
 

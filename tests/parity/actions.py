@@ -98,7 +98,7 @@ def pipeline(fixture: Fixture) -> Iterator[Row]:
 
         latents = denoise_in_few_steps(velocity, flow, draw, steps)
         context = torch.full((len(noise),), float(meta["context_noise"]))  # a timestep; upstream adds no noise
-        dit(**given | {"x": latents}, timestep=context, cache=cache, keep=True)
+        dit(**given | {"x": latents}, timestep=context, cache=cache, update_cache=True)
         blocks.append(latents)
     if "out.latents" in tensors:
         yield judge(fixture, "latents", torch.cat(blocks, dim=2), tensors["out.latents"])
