@@ -51,7 +51,7 @@ class GenerateConfig:
     checkpoint: str  # a step folder, or a run folder: its newest complete step
     prompt: str  # an image, or a video of which `prompt_frame` is taken
     out: str  # .mp4; the contact sheet gets the same name with .png
-    actions: str = "random"  # random, presets (forward+turn_left:36,idle:12), a .csv or a .json file
+    actions: str = "random"  # random, words (forward+turn_left:36,idle:12), a .csv or a .json file
     frames: int = 81  # at the game's frame rate, the prompt included
     method: Literal["chunked", "streaming"] = "chunked"  # streaming: of a causal model, block after block with caches
     steps: int = 8  # Euler steps per chunk or block

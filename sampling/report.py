@@ -60,13 +60,12 @@ def write_page(path: Path, report: Report, videos: Sequence[VideoGrid], others: 
     """Writes the page of `report` with `videos` that lie beside it; `others` are models on the same recordings."""
     models = [compared(report, ""), *others]
     psnr = {name: figures["by_frame"] for name, figures in report["psnr_db"].items()}
-    turns = {name: [f["agreement"]] for name, f in report["replay_turns"].items() if "agreement" in f}
+    turns = {name: f["agreement"] for name, f in report["replay_turns"].items() if "agreement" in f}
     beside = {f"{model.method}, from 9 frames": model.by_frame for model in models}
     plots = {
         "losses": {kind: plot_losses(table) for kind, table in report["velocity_loss"].items()},
         "psnr": plot_psnr(psnr),
         "held": report["held"] and plot_held(report["held"]),
-        "turns": turns and plot_turns(turns),
         "drift": plot_drift(report["drift"]),
         "beside": plot_psnr({**beside, "repeat_prompt": psnr["repeat_prompt"]}),
     }
@@ -134,14 +133,9 @@ def plot_held(held: Mapping[str, Mapping[str, float]]) -> Markup:
     names = [name for name in ("obeyed", "idle", "real") if name != "idle" or all("idle" in f for f in held.values())]
     series = {name: [figures.get(name, math.nan) for figures in held.values()] for name in names}  # no bar where none
     _grouped_bars(axes, [_spaced(command) for command in held], series)
-    _share_axis(axes)
-    return _svg(figure)
-
-
-def plot_turns(turns: Mapping[str, list[float]]) -> Markup:
-    figure, axes = pyplot.subplots(figsize=(SIZE, 2.6))
-    _grouped_bars(axes, ["turning chunks with the right sign"], turns)
-    _share_axis(axes)
+    axes.axhline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
+    axes.set(ylim=(0, 1.05), ylabel="share of chunks")
+    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     return _svg(figure)
 
 
@@ -168,12 +162,6 @@ def _grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, list[f
         places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         axes.bar(places, values, 0.92 * width, color=COLOURS[name], label=NAMES.get(name, name))
     axes.set_xticks(np.arange(len(groups)), [_label(group) for group in groups])
-
-
-def _share_axis(axes: Axes) -> None:
-    axes.axhline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
-    axes.set(ylim=(0, 1.05), ylabel="share of chunks")
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def difference(figures: Mapping[str, float]) -> str:

@@ -22,9 +22,8 @@ from model.layout import CHUNK_FRAMES
 from model.world import WorldModel
 from sampling.denoising import Denoising
 from sampling.play import play
-from sampling.presets import presets
 from sampling.rollout import decode_frames
-from sampling.scripts import Scripted, read_script
+from sampling.scripts import Scripted, read_script, script_words
 
 MOST_ROLLOUTS = 10_000
 
@@ -138,7 +137,7 @@ def play_constant_actions(
 ) -> dict[str, np.ndarray]:
     """Frames (b n h w 3) made from every prompt's 9 frames, by the constant action: idle, and all those of the action
     space whose effect on the picture is known. The noise is the same for all."""
-    words = presets(world.game.action_space, mouse_deg)
+    words = script_words(world.game.action_space)
     commands = [command for command in [*EXPECTED, "idle"] if command in words]
     video = to_video(torch.from_numpy(np.stack([prompt.frames[:CHUNK_FRAMES] for prompt in prompts])))
     actions = [

@@ -7,8 +7,7 @@ import pytest
 
 from configs.game import ActionSpace
 from data_pipeline.types import Actions
-from sampling.presets import presets
-from sampling.scripts import Scripted, read_script
+from sampling.scripts import Scripted, read_script, script_words
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
 DRIVE = ActionSpace("drive", ("forward", "back"), mouse_unit_deg=1.0)
@@ -147,5 +146,5 @@ def test_a_script_that_cannot_be_read_is_one_clear_line(
 
 
 def test_an_action_space_without_a_mouse_has_no_mouse_presets_and_no_mouse_columns() -> None:
-    assert set(presets(RUNNER, 3.0)) == {"idle", *RUNNER.keys}
+    assert set(script_words(RUNNER)) == {"idle", *RUNNER.keys}
     assert read_script("turn_left", RUNNER, Scripted(4)).mouse.shape == (4, 0)

@@ -12,7 +12,7 @@ from data_pipeline.types import Actions
 from model.flow import FlowMatch, FlowMatchConfig
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.denoising import denoise_in_few_steps
-from sampling.presets import preset_actions, random_table
+from sampling.scripts import hold, random_play, random_table, script_words
 from tests.parity.causal import causal_dit, fixture_inputs
 from tests.parity.fixtures import Case, Fixture, Row, judge, unsupported
 from tests.parity.upstream import RELEASED, cursor_path, lit_keys, live_rows, released_space, replace_rows
@@ -37,7 +37,9 @@ def _preset_play(fixture: Fixture, game: str, seed: int) -> tuple[Actions | None
     expected = fixture.tensors.get(f"{prefix}keyboard_condition")
     if expected is None:
         return None, []
-    play = preset_actions(random_table(released_space(game)), len(expected), seed)
+    space = released_space(game)
+    table = [hold(entry, script_words(space), space) for entry in random_table(space)]
+    play = random_play(table, len(expected), seed)
     rows = [judge(fixture, f"{prefix}keyboard_condition", torch.from_numpy(play.keyboard), expected)]
     mouse = fixture.tensors.get(f"{prefix}mouse_condition")
     if mouse is not None:
