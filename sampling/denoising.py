@@ -1,4 +1,4 @@
-"""Noise to clean latents, whatever makes the velocity: Euler steps, or the few steps of a distilled model."""
+"""Noise to clean latents: Euler steps, or the few steps of a distilled model; classifier-free guidance."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,8 +63,7 @@ def _null_actions(rows: Tensor, made: int) -> Tensor:
 
 def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:
     """Clean latents (b c f h w) from `noise` in Euler steps; the first m stay `known` (b c m h w), at every level."""
-    schedule = flow.schedule(steps)
-    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])]).to(noise.device)
+    levels = flow.schedule(steps).levels.to(noise.device)
     x = noise
     for sigma, sigma_next in pairwise(levels[:, None].expand(-1, len(noise))):
         x = _hold(x, _noised(flow, known, noise, sigma))
@@ -80,7 +79,7 @@ def denoise_in_few_steps(
     known: Tensor | None = None,
 ) -> Tensor:
     """Clean latents (b c f h w) of a few-step model: at every level of the warped list `steps` straight to x0, which is
-    noised anew for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
+    noised again for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
     timesteps, x0 = flow.warp(steps), None
     sigmas = flow.schedule(flow.config.train_steps).sigma(timesteps)
     for i, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):

@@ -3,7 +3,6 @@
 import json
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from urllib.parse import quote
 
@@ -37,7 +36,7 @@ from model.world import (
 )
 from sampling.denoising import Denoising
 from sampling.metrics import action_loss_table, action_variants, first_latents, picture_statistics, psnr
-from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
+from sampling.motion import EVALUATOR, Motion, all_motions, chunk_motion, held_command, held_table, turn_agreement
 from sampling.report import Compared, Report, compared, main_figures, write_page
 from sampling.scripts import Scripted
 from sampling.trajectories import (
@@ -226,9 +225,3 @@ def drift(frames: np.ndarray) -> dict[str, list[float]]:
     chunks = rearrange(frames, "b (m n) h w c -> m (b n) h w c", n=CHUNK_FRAMES)
     statistics = [picture_statistics(chunk) for chunk in chunks]
     return {name: [round(one[name], 3) for one in statistics] for name in statistics[0]}
-
-
-def all_motions(frames: np.ndarray) -> list[Motion]:
-    """The motion of every chunk of rollouts (b n h w 3), rollout by rollout; OpenCV leaves the threads to us."""
-    with ThreadPoolExecutor() as pool:
-        return [motion for found in pool.map(motions, frames) for motion in found]

@@ -32,8 +32,8 @@ class StreamingRollout:
         self._past: Rows | None = None  # the newest rows of keyboard and mouse
         self._conditions = _conditions(world, image, causal.unknown, causal.block)
         # A model whose prompt comes as grey conditioning makes even the first latent itself, as upstream does.
-        own = causal.unknown == "grey"
-        self._known: Tensor | None = None if own else world.codec.encode(image[:, :, None]).float()
+        grey = causal.unknown == "grey"
+        self._known: Tensor | None = None if grey else world.codec.encode(image[:, :, None]).float()
 
     @property
     def frames_due(self) -> int:

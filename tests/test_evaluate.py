@@ -25,7 +25,8 @@ from model.loss import NoiseSample, sigma_bins, velocity_loss
 from model.masks import CausalConfig
 from model.world import WORLD_FILE, load_world, newest_checkpoint, read_world_config
 from sampling.__main__ import VERBS
-from sampling.evaluate import loss_of_clips
+from sampling.evaluate import EvaluateConfig, loss_of_clips
+from sampling.evaluate import evaluate as evaluate_config
 from sampling.metrics import (
     action_loss_table,
     action_variants,
@@ -251,8 +252,13 @@ def evaluate(road: Path, out: Path, *words: str) -> int:
 @pytest.fixture(scope="module")
 def judged(road: Path) -> Path:
     """The folder of a report."""
-    assert evaluate(road, road / "judged") == 0
-    return road / "judged"
+    manifest, out = f"{road}/shards/heldout/manifest.json", road / "judged"
+    config = EvaluateConfig(
+        str(road / "run"), f"{road}/recordings", manifest, str(out),
+        clips=4, starts=2, chunks=2, held_starts=1, held_chunks=1, steps=1, guidance=1.5,
+    )  # fmt: skip
+    evaluate_config(config)
+    return out
 
 
 def test_evaluate_answers_every_question_and_writes_a_page(judged: Path) -> None:
@@ -273,7 +279,7 @@ def test_evaluate_answers_every_question_and_writes_a_page(judged: Path) -> None
     assert page.count("<svg") >= 5 and "Evaluator" in page
 
 
-def test_the_same_words_give_the_same_figures(road: Path, judged: Path, tmp_path: Path) -> None:
+def test_the_command_line_gives_the_same_figures_as_python(road: Path, judged: Path, tmp_path: Path) -> None:
     assert evaluate(road, tmp_path) == 0
     one, other = (json.loads((folder / "report.json").read_text()) for folder in (judged, tmp_path))
     assert {**one, "seconds": 0, "settings": 0} == {**other, "seconds": 0, "settings": 0}

@@ -20,6 +20,8 @@ from model.world import WorldModel, check_same_game, load_world, newest_checkpoi
 from sampling.__main__ import VERBS
 from sampling.chunked import ChunkedRollout, denoise_chunk
 from sampling.denoising import Denoising, Rows, Velocity, cfg
+from sampling.generate import GenerateConfig
+from sampling.generate import generate as generate_config
 from sampling.play import play as play_world
 from sampling.rollout import decode_frames
 from sampling.scripts import Scripted, read_script
@@ -249,10 +251,13 @@ def test_generate_writes_a_playable_video_and_a_sheet(
 def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) -> None:
     video, out = tmp_path / "play.mp4", tmp_path / "demo.mp4"
     write_video(video, list(to_uint8(random_video(3))[0].numpy()), GAME.fps)
-    words = (f"prompt={video}", "frames=9", "steps=1", f"out={out}")
-    assert generate(run, *words, "prompt_frame=2") == 0 and out.exists()
+    config = GenerateConfig(str(run), str(video), str(out), frames=9, steps=1, prompt_frame=2)
+    generate_config(config)
+    assert out.exists()
     out.unlink()
-    assert generate(run, *words, "prompt_frame=3") == 2 and not out.exists()
+    with pytest.raises(UserError, match="prompt_frame=3"):
+        generate_config(replace(config, prompt_frame=3))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
