@@ -3,10 +3,6 @@
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup as Html
-from markupsafe import escape
-
-EMPTY = ("br", "img", "meta")  # elements that hold nothing and are not closed
 
 
 def render(template: Path, **values: object) -> str:
@@ -24,15 +20,3 @@ def render(template: Path, **values: object) -> str:
 def as_utf8(text: str) -> str:
     """`text` without the surrogates that stand in file names that are no UTF-8, which a page cannot hold."""
     return text.encode("utf-8", "replace").decode()
-
-
-def h(tag: str, *inside: object, **attributes: object) -> Html:
-    """The element `tag`; what is inside, and its attributes (`class_` is `class`), are text unless they are Html."""
-    given = "".join(f' {name.rstrip("_").replace("_", "-")}="{escape(value)}"' for name, value in attributes.items())
-    begin = f"<{tag}{given}>"
-    return Html(begin if tag in EMPTY else f"{begin}{''.join(map(escape, inside))}</{tag}>")
-
-
-def page_of(title: str, *inside: object) -> str:
-    """A whole page, to be written as UTF-8."""
-    return render(Path(__file__).with_name("page.html"), title=title, body=Html("\n").join(map(escape, inside)))

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from configs.errors import UserError
 from configs.game import ActionSpace
-from model.kv_cache import NO_PAST, LayerPast, LayerWindows, attend_along_time
-from model.layers import unit_rms
+from model.attention import FEW_KEYS
+from model.kv_cache import LayerPast, attend_along_time
+from model.layers import rms_normalize
 from model.limits import MANY, WIDE, require_between
 from model.rope import time_rotation
+
+NO_PAST = LayerPast()
 
 
 @dataclass(frozen=True)
@@ -37,30 +40,26 @@ class ActionConfig:
     input_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        where, ratio = "model.action.", self.vae_time_compression_ratio
+        where, ratio, turned = "model.action.", self.vae_time_compression_ratio, self.rope_dim_list[:1]
         require_between(where, 1, MANY, heads_num=self.heads_num, windows_size=self.windows_size)
         require_between(where, 1, MANY, vae_time_compression_ratio=ratio)
         require_between(where, 1, WIDE, hidden_size=self.hidden_size)
-        if self.enable_keyboard:
-            widths = {"keyboard_dim_in": self.keys, "keyboard_hidden_dim": self.keyboard_hidden_dim}
-            require_between(where, 1, WIDE, **widths)
-        if self.enable_mouse:
-            require_between(where, 1, WIDE, mouse_dim_in=self.mouse_dim_in, mouse_hidden_dim=self.mouse_hidden_dim)
-        if not self.rope_dim_list or self.rope_dim_list[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
+        if not turned or turned[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
             raise UserError(
                 f"{where}rope_dim_list={list(self.rope_dim_list)} must begin with an even number and have none "
                 f"below 0, and {where}rope_theta={self.rope_theta} must be positive"
             )
-        branches = {
-            "keyboard_hidden_dim": self.keyboard_hidden_dim if self.enable_keyboard else None,
-            "mouse_hidden_dim": self.mouse_hidden_dim if self.enable_mouse else None,
-        }
-        for name, width in branches.items():
-            turned = self.rope_dim_list[0]
-            if width is not None and (width % self.heads_num or width // self.heads_num < turned):
-                raise UserError(f"{name} {width} must be heads_num {self.heads_num} x at least {turned}")
         if not self.enable_keyboard and not self.enable_mouse:
             raise UserError("action module without keyboard and mouse; leave `action` out instead")
+        for name, enabled in (("keyboard", self.enable_keyboard), ("mouse", self.enable_mouse)):
+            inputs, hidden = f"{name}_dim_in", f"{name}_hidden_dim"
+            width, given = getattr(self, hidden), self.keys if name == "keyboard" else self.mouse_dim_in
+            if enabled:
+                require_between(where, 1, WIDE, **{inputs: given, hidden: width})
+                if width % self.heads_num or width // self.heads_num < turned[0]:
+                    raise UserError(
+                        f"{where}{hidden}={width} must be heads_num {self.heads_num} x at least {turned[0]}"
+                    )
 
     @property
     def keys(self) -> int:
@@ -88,7 +87,7 @@ def action_rotation(config: ActionConfig, f: int, start: int = 0, device: torch.
     return time_rotation(f, config.rope_dim_list[0], start, config.rope_theta, device)
 
 
-class StoredScale(nn.Module):
+class UnusedRMSNormScale(nn.Module):
     """An RMS scale that official files carry and upstream never applies: kept, so that files round-trip."""
 
     weight: Tensor
@@ -121,8 +120,8 @@ class ActionModule(nn.Module):
             # The official name misleads: this makes the queries of the keyboard branch.
             self.mouse_attn_q = nn.Linear(dim, width, bias=False)
             self.keyboard_attn_kv = nn.Linear(config.window * hidden, 2 * width, bias=False)
-            self.key_attn_q_norm = StoredScale(head_dim)
-            self.key_attn_k_norm = StoredScale(head_dim)
+            self.key_attn_q_norm = UnusedRMSNormScale(head_dim)
+            self.key_attn_k_norm = UnusedRMSNormScale(head_dim)
             self.proj_keyboard = nn.Linear(width, dim, bias=False)
         if config.enable_mouse:
             width = config.mouse_hidden_dim
@@ -134,8 +133,8 @@ class ActionModule(nn.Module):
                 nn.LayerNorm(width),  # eps 1e-5
             )
             self.t_qkv = nn.Linear(width, 3 * width, bias=False)
-            self.img_attn_q_norm = StoredScale(head_dim)
-            self.img_attn_k_norm = StoredScale(head_dim)
+            self.img_attn_q_norm = UnusedRMSNormScale(head_dim)
+            self.img_attn_k_norm = UnusedRMSNormScale(head_dim)
             self.proj_mouse = nn.Linear(width, dim, bias=False)
 
     @torch.no_grad()
@@ -156,22 +155,22 @@ class ActionModule(nn.Module):
         keyboard: Tensor | None,
         mouse: Tensor | None,
         rotation: Tensor,
-        past: LayerPast | LayerWindows = NO_PAST,
-        keep: bool = False,
+        past: LayerPast = NO_PAST,
+        update_cache: bool = False,
     ) -> Tensor:
         """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.
 
         `keyboard` (b f window k) and `mouse` (b f window 2) are windows of actions; a branch without them is skipped.
-        `past` and `keep` as in `attend_along_time`.
+        `past` and `update_cache` as in `attend_along_time`.
         """
         rotation = rotation[:, None]
         if mouse is not None and self.config.enable_mouse:
-            q, k, v = self._mouse_tokens(x, mouse)
-            attended = attend_along_time(q, k, v, rotation, past.mouse, keep, backend="dense")
+            qkv = self._mouse_tokens(x, mouse)
+            attended = attend_along_time(qkv, rotation, past.mouse, update_cache, FEW_KEYS)
             x = x + self.proj_mouse(rearrange(attended, "(b s) f 1 a e -> b (f s) (a e)", b=len(x)))
         if keyboard is not None and self.config.enable_keyboard:
-            q, k, v = self._keyboard_tokens(x, keyboard)
-            attended = attend_along_time(q, k, v, rotation, past.keyboard, keep, backend="dense")
+            qkv = self._keyboard_tokens(x, keyboard)
+            attended = attend_along_time(qkv, rotation, past.keyboard, update_cache, FEW_KEYS)
             x = x + self.proj_keyboard(rearrange(attended, "b f s a e -> b (f s) (a e)"))
         return x
 
@@ -183,7 +182,7 @@ class ActionModule(nn.Module):
         hidden = mix(rearrange(x, "b (f s) d -> b f s d", f=mouse.shape[1]), window)
         qkv = self.t_qkv(normalise(project(activate(hidden))))
         q, k, v = rearrange(qkv, "b f s (qkv a e) -> qkv (b s) f 1 a e", qkv=3, a=self.config.heads_num)
-        return unit_rms(q), unit_rms(k), v
+        return rms_normalize(q), rms_normalize(k), v
 
     def _keyboard_tokens(self, x: Tensor, keyboard: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (b f s a e) of every token; keys and values (b f 1 a e), shared by all positions of a frame."""
@@ -191,4 +190,4 @@ class ActionModule(nn.Module):
         embedded = rearrange(self.keyboard_embed(keyboard), "b f n d -> b f (n d)")
         k, v = rearrange(self.keyboard_attn_kv(embedded), "b f (kv a e) -> kv b f 1 a e", kv=2, a=heads)
         q = rearrange(self.mouse_attn_q(x), "b (f s) (a e) -> b f s a e", f=keyboard.shape[1], a=heads)
-        return unit_rms(q), unit_rms(k), v
+        return rms_normalize(q), rms_normalize(k), v

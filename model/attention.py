@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +14,15 @@ from torch.nn.attention.flex_attention import flex_attention
 from configs.errors import UserError
 from model.masks import BlockCausalMask
 
+AttentionBackend = Literal["sdpa", "dense", "flex", "flash_attn"]
+FEW_KEYS: AttentionBackend = "dense"  # the fastest where a query sees a few frames alone, see `_dense`
 Backend = Callable[[Tensor, Tensor, Tensor, BlockCausalMask | None], Tensor]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None = None, backend: str = "sdpa") -> Tensor:
-    """softmax(q k / sqrt(e)) v (b l a e) for queries (b l a e), keys and values (b m a e) that `mask` lets them see.
-
-    Raises ValueError in one line for a backend that there is not, or not on this machine.
-    """
-    if backend not in BACKENDS:
-        raise UserError(f"no attention backend {backend!r}; there are: {', '.join(BACKENDS)}")
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None = None, backend: AttentionBackend = "sdpa"
+) -> Tensor:
+    """softmax(q k / sqrt(e)) v (b l a e) for queries (b l a e), keys and values (b m a e) that `mask` lets them see."""
     return BACKENDS[backend](q, k, v, mask)
 
 
@@ -33,8 +32,8 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask, whole: Ca
     attended = []
     for own, ranges in mask.blocks():
         queries = q[:, own.start * mask.queries : own.stop * mask.queries]
-        seen = [slice(one.start * mask.keys, one.stop * mask.keys) for one in ranges]
-        keys, values = (torch.cat([x[:, one] for one in seen], dim=1) for x in (k, v))
+        seen = [slice(frames.start * mask.keys, frames.stop * mask.keys) for frames in ranges]
+        keys, values = (torch.cat([x[:, tokens] for tokens in seen], dim=1) for x in (k, v))
         attended.append(whole(queries, keys, values))
     return torch.cat(attended, dim=1)
 
@@ -84,26 +83,26 @@ def _compiled_flex() -> Callable[..., Any]:
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
-    found = flash_function()
-    if found is None or not torch.cuda.is_available():
+    compute = flash_function()
+    if compute is None or not torch.cuda.is_available():
         raise UserError(
             "attention=flash_attn needs a CUDA GPU and FlashAttention: pip install flash-attn --no-build-isolation, or "
             "flash_attn_interface from its hopper folder; use attention=sdpa without them"
         )
     if q.dtype not in (torch.float16, torch.bfloat16):
         return _sdpa(q, k, v, mask)  # FlashAttention has no kernel for float32
-    return flash_attention(q, k, v, mask, found)
+    return flash_attention(q, k, v, mask, compute)
 
 
 def flash_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None, compute: Callable[..., Any]
 ) -> Tensor:
-    """FlashAttention's function `compute` as a backend; FlashAttention 3 gave (output, logsumexp) in its first
-    releases and gives the output alone in newer ones."""
+    """FlashAttention's function `compute` as a backend; the first releases of FlashAttention 3 return (output,
+    logsumexp), newer ones the output alone."""
 
     def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        given = compute(q, k, v)
-        return given[0] if isinstance(given, tuple) else given
+        output = compute(q, k, v)
+        return output[0] if isinstance(output, tuple) else output
 
     return _by_blocks(q, k, v, mask, whole) if mask else whole(q, k, v)
 
@@ -124,4 +123,4 @@ def flash_function() -> Callable[..., Any] | None:
     return None
 
 
-BACKENDS: dict[str, Backend] = {"sdpa": _sdpa, "dense": _dense, "flex": _flex, "flash_attn": _flash_attn}
+BACKENDS: dict[AttentionBackend, Backend] = {"sdpa": _sdpa, "dense": _dense, "flex": _flex, "flash_attn": _flash_attn}

@@ -1,9 +1,54 @@
-"""What a YAML file of configs/models holds."""
+"""The settings of a model: what a YAML file of configs/models holds."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from model.action_dit import ActionDiTConfig
+from configs.errors import UserError
+from model.actions import ActionConfig
+from model.attention import AttentionBackend
 from model.flow import FlowMatchConfig
+from model.limits import MANY, WIDE, require_between
+from model.masks import CausalConfig
+
+
+@dataclass(frozen=True)
+class ActionDiTConfig:
+    """Every size of the model; names as in the official config.json where it has them."""
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    action: ActionConfig | None = None
+    in_dim: int = 36  # noisy latents ++ 4 mask channels ++ conditioning latents
+    out_dim: int = 16  # latent channels
+    freq_dim: int = 256  # of the time sinusoid
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
+    eps: float = 1e-6
+    vision: Literal["tokens", "pooled", "none"] = (
+        "tokens"  # CLIP tokens (b 257 c), one pooled (b 1 c), or no such input
+    )
+    img_dim: int = 1280  # channels of the CLIP tokens
+    causal: CausalConfig | None = None  # a model that sees the past alone and can stream; None: all frames at once
+    attention: AttentionBackend = "sdpa"  # of the video's self- and cross-attention; `dense` suits bf16 on a CPU
+    checkpoint_every: int = 0  # activation checkpointing: 0 off, 1 every block, n every n-th
+
+    def __post_init__(self) -> None:
+        require_between("model.", 1, WIDE, dim=self.dim, ffn_dim=self.ffn_dim, freq_dim=self.freq_dim)
+        require_between("model.", 1, WIDE, in_dim=self.in_dim, out_dim=self.out_dim, img_dim=self.img_dim)
+        require_between("model.", 1, MANY, num_heads=self.num_heads, num_layers=self.num_layers)
+        require_between("model.patch_size: ", 1, 64, latents=self.patch_size[0], rows=self.patch_size[1])
+        require_between("model.patch_size: ", 1, 64, columns=self.patch_size[2])
+        require_between("model.", 0, 1, eps=self.eps)
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
+            raise UserError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
+        if self.patch_size[0] != 1:
+            raise UserError(f"patch_size {self.patch_size}: one latent frame per patch, as each has its own actions")
+        if self.checkpoint_every < 0 or self.freq_dim % 2:
+            raise UserError(f"checkpoint_every {self.checkpoint_every} must be >= 0 and freq_dim {self.freq_dim} even")
+        outside = [i for i in self.action.blocks if not 0 <= i < self.num_layers] if self.action else []
+        if outside:
+            raise UserError(f"action.blocks names {outside}, but the blocks are 0 to {self.num_layers - 1}")
 
 
 @dataclass(frozen=True)

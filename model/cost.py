@@ -1,4 +1,4 @@
-"""What a pass costs, counted on the meta device: nothing is computed and nothing is held."""
+"""FLOPs of a pass, counted on the meta device: nothing is computed and no memory is used."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
+from model.config import ActionDiTConfig
 
 Run = Callable[[], object]
 
@@ -37,12 +38,12 @@ def counted_dit(model: ActionDiTConfig) -> ActionDiT:
         return ActionDiT(replace(model, attention="sdpa", checkpoint_every=0)).eval()
 
 
-def clip_pass(dit: ActionDiT, given: dict[str, Tensor], train: bool) -> Run:
-    """One pass over a clip, `given` being the model's inputs; with its backward pass if `train`."""
+def clip_pass(dit: ActionDiT, inputs: dict[str, Tensor], train: bool) -> Run:
+    """One pass over a clip of `inputs`; with its backward pass if `train`."""
 
     def run() -> None:
         with torch.set_grad_enabled(train):
-            velocity = dit(**given)
+            velocity = dit(**inputs)
             if train:
                 velocity.square().mean().backward()
                 dit.zero_grad(set_to_none=True)
@@ -53,16 +54,16 @@ def clip_pass(dit: ActionDiT, given: dict[str, Tensor], train: bool) -> Run:
 def random_inputs(model: ActionDiTConfig, b: int, f: int, h: int, w: int, device: torch.device) -> dict[str, Tensor]:
     """Random inputs of a pass over `b` clips of `f` latents of `h` x `w`; a causal model has a time per frame."""
     with device:
-        given = {
+        inputs = {
             "x": torch.randn(b, model.out_dim, f, h, w),
             "timestep": 1000 * (torch.rand(b, f) if model.causal else torch.rand(b)),
             "cond": torch.randn(b, model.in_dim - model.out_dim, f, h, w),
         }
         action = model.action
         if action and action.enable_keyboard:
-            given["keyboard"] = torch.randn(b, f, action.window, action.keys)
+            inputs["keyboard"] = torch.randn(b, f, action.window, action.keys)
         if action and action.enable_mouse:
-            given["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
+            inputs["mouse"] = torch.randn(b, f, action.window, action.mouse_dim_in)
         if model.vision != "none":
-            given["visual"] = torch.randn(b, IMAGE_TOKENS[model.vision], model.img_dim)
-    return given
+            inputs["visual"] = torch.randn(b, IMAGE_TOKENS[model.vision], model.img_dim)
+    return inputs

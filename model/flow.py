@@ -27,8 +27,10 @@ class FlowMatchConfig:
 
     def __post_init__(self) -> None:
         if not 1e-3 <= self.shift <= 1e3 or not 1 <= self.train_steps <= 1_000_000:
-            told = f"flow.shift={self.shift} must lie between 0.001 and 1000"
-            raise UserError(f"{told}, flow.train_steps={self.train_steps} between 1 and 1000000")
+            raise UserError(
+                f"flow.shift={self.shift} must be from 0.001 to 1000, "
+                f"flow.train_steps={self.train_steps} from 1 to 1000000"
+            )
         if not 0 <= self.sigma_min < self.sigma_max <= 1:
             raise UserError(f"flow: 0 <= sigma_min < sigma_max <= 1, not {self.sigma_min} and {self.sigma_max}")
 
@@ -42,6 +44,11 @@ class Schedule:
     end_sigma: float  # where the step after the last level leads: 0, or 1 when the flow runs towards noise
     training_weights: Tensor | None = None  # (n) float32, mean 1
 
+    @property
+    def levels(self) -> Tensor:
+        """The noise levels (n + 1) with the end, so that step i leads from levels[i] to levels[i + 1]."""
+        return torch.cat([self.sigmas, self.sigmas.new_tensor([self.end_sigma])])
+
     def index(self, timestep: Tensor) -> Tensor:
         """The index of the nearest level of each timestep (...); the first one on ties."""
         table = self.timesteps.to(timestep.device)
@@ -50,15 +57,6 @@ class Schedule:
     def sigma(self, timestep: Tensor) -> Tensor:
         """The noise level (...) nearest to each timestep (...)."""
         return self.sigmas.to(timestep.device)[self.index(timestep)]
-
-    def next_sigma(self, timestep: Tensor) -> Tensor:
-        """The level (...) after the one nearest to each timestep (...); `end_sigma` after the last.
-
-        Every sample goes to its own next level. Upstream sends the whole batch to the end as soon as one sample of
-        it is at the last level.
-        """
-        following = torch.cat([self.sigmas[1:], self.sigmas.new_tensor([self.end_sigma])])
-        return following.to(timestep.device)[self.index(timestep)]
 
     def training_weight(self, timestep: Tensor) -> Tensor:
         """The bell-shaped loss weight (...) of each timestep (...)."""
@@ -105,10 +103,6 @@ class FlowMatch:
     def velocity_to_x0(self, velocity: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
         """The clean data x - sigma velocity, computed in float64 and given in the dtype of `velocity`."""
         return (x.double() - per_sample(sigma.double(), x) * velocity.double()).to(velocity.dtype)
-
-    def x0_to_velocity(self, x0: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """The velocity (x - x0) / sigma, computed in float64 and given in the dtype of `x0`; sigma > 0."""
-        return ((x.double() - x0.double()) / per_sample(sigma.double(), x)).to(x0.dtype)
 
     def warp(self, steps: Sequence[int]) -> Tensor:
         """The timesteps (len(steps)) at which a few-step list such as 1000, 666, 333 stands after the shift."""

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from model.action_dit import ActionDiTConfig
+from model.config import ActionDiTConfig
 from model.layout import Layout, latent_ends
 
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
-Rows = tuple[Tensor | None, Tensor | None]  # keyboard (b n k) and mouse (b n 2), one row per frame; None: no such input
 
 
 def config_of(dit: nn.Module) -> ActionDiTConfig:
@@ -21,13 +20,18 @@ def config_of(dit: nn.Module) -> ActionDiTConfig:
 
 
 def model_inputs(
-    dit: nn.Module, actions: Rows, layout: Layout, cond: Tensor, visual: Tensor | None = None, offset: int = 0
+    dit: nn.Module,
+    actions: Sequence[Tensor | None],
+    layout: Layout,
+    cond: Tensor,
+    visual: Tensor | None = None,
+    offset: int = 0,
 ) -> dict[str, Tensor | None]:
     """The keyword arguments of `ActionDiT.forward` besides noise and time, for the f latents of `cond` (b 4+c f h w).
 
-    `actions` hold a row per frame of these latents in `layout`, the first frame's at row `offset`, with as many rows
-    of the past before it. Branches that the model does not have, and action spaces without keys or mouse, give None.
-    `visual` (b m c) are image tokens.
+    `actions` are keyboard (b n k) and mouse (b n 2): a row per frame of these latents in `layout`, the first frame's at
+    row `offset`, rows of the past before it. They give None where the model has no such branch, or the action space no
+    such input. `visual` (b m c) are image tokens.
     """
     action = config_of(dit).action
     windows: list[Tensor | None] = [None, None]

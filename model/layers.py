@@ -16,7 +16,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(... d) -> (... d)."""
-        return unit_rms(x, self.eps) * self.weight
+        return rms_normalize(x, self.eps) * self.weight
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -29,7 +29,7 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class ExactLinear(nn.Linear):
+class FP32Linear(nn.Linear):
     """A linear layer in fp32 whatever the parameters' dtype: bf16 cannot tell neighbouring timesteps apart."""
 
     def forward(self, x: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,7 +74,7 @@ def add_gated(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     return x + rearrange(gated, "b g s d -> b (g s) d")
 
 
-def unit_rms(x: Tensor, eps: float = 1e-6) -> Tensor:
+def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """x (... e) divided by its root mean square over e, computed in fp32."""
     exact = x.float()
     return (exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)).to(x.dtype)

@@ -8,14 +8,14 @@ WIDE, MANY = 1 << 17, 4096  # features of a layer; layers, heads and other thing
 
 
 def require_between(where: str, least: float, most: float, **numbers: float) -> None:
-    """Raises ValueError in one line for the first of `numbers`, called `where` and its name, that is outside."""
+    """Refuses the first of `numbers`, called `where` and its name, that is outside."""
     for name, number in numbers.items():
         if not least <= number <= most:
             raise UserError(f"{where}{name}={number} must be {least} to {most}")
 
 
 def require_device(device: str) -> None:
-    """Raises ValueError in one line unless `device` is cpu, or a GPU that is here: cuda, cuda:1, mps."""
+    """Refuses a `device` that is neither cpu nor a GPU that is here: cuda, cuda:1, mps."""
     kind, colon, number = device.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (
         colon and not (number.isascii() and number.isdigit() and len(number) < 4)

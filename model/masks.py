@@ -1,4 +1,4 @@
-"""Who sees whom in time: one block-causal rule, and the dense mask, the flex mask and the slices that follow."""
+"""Which frames see which: one block-causal rule, and the dense mask, the flex mask and the slices that follow."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class CausalConfig:
 
     block: int = 3  # frames that are made together and see each other
     window: int | None = None  # frames that a block sees, itself and the sink among them; None: all before it
-    sink: int = 0  # first frames of the video that video tokens see for ever
+    sink: int = 0  # first frames of the video that video tokens always see
     action_sink: int = 0  # the same in the action modules; upstream has a sink for video tokens only
     # `absolute` counts from the start of the video, as upstream. `relative` counts inside the window, so that the sink
     # never moves out of the range of distances that the model was trained on.
@@ -36,8 +36,8 @@ class CausalConfig:
             raise UserError(f"model.causal.context_noise={self.context_noise} must be in [0, 1)")
         if self.window is not None and self.window < self.block:
             raise UserError(
-                f"causal: window {self.window} is smaller than a block of {self.block} latent frames, which must see"
-                " itself; use a window of at least one block, better of two"
+                f"causal: window {self.window} is smaller than a block of {self.block} latent frames; use a window of "
+                "at least one block, better of two"
             )
         largest = max(self.sink, self.action_sink)
         if min(self.sink, self.action_sink) < 0 or (self.window is not None and largest > self.window - self.block):
@@ -101,7 +101,7 @@ class BlockCausalMask:
             oldest, newest = self.rule.oldest(end), min(end, self.frames)
             sink = slice(0, min(self.rule.sink, newest))
             ranges = [sink, slice(oldest, newest)] if oldest > sink.stop else [slice(0, newest)]
-            yield slice(start, newest), [one for one in ranges if one.stop > one.start]
+            yield slice(start, newest), [frames for frames in ranges if frames.stop > frames.start]
 
 
 # A handful of clip lengths and resolutions live at a time; a mask of 21 x 880 tokens is 340 MB. A mask made while

@@ -1,18 +1,15 @@
-"""What a process holds of memory, now and at its peak."""
+"""How much memory a process holds, now and at its peak."""
 
 import ctypes
-import os
 import resource
 from pathlib import Path
 
 import psutil
 import torch
 
-RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 begins the peak of resident memory anew
-
 
 def memory_gib() -> float:
-    """CUDA: most that torch has held; else what the process holds."""
+    """CUDA: the most that torch has held; else what the process holds."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return psutil.Process().memory_info().rss / 2**30
@@ -25,17 +22,8 @@ def give_back() -> None:
         trim(0)
 
 
-def reset_peak(device: str) -> None:
-    """Begins the peak of memory anew, after everything that runs has ended; where the system cannot, it goes on."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-    elif os.access(RESET_PEAK, os.W_OK):
-        RESET_PEAK.write_text("5")
-
-
 def peak_gib(device: str) -> float:
-    """The peak of memory since `reset_peak`, in GiB. CPU: resident memory of the process; CUDA: allocated by torch."""
+    """The peak of memory in GiB. CPU: resident memory of the process; CUDA: allocated by torch."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")

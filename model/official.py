@@ -17,8 +17,9 @@ from torch import Tensor
 from configs import storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
 from model.bare_names import OFFICIAL_PREFIX, bare_names
+from model.config import ActionDiTConfig
 from model.foreign import PICKLES, open_foreign, read_json
 from model.weights import INDEX_SUFFIX, LazyWeights, finite, require_same_tensors
 

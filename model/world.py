@@ -19,8 +19,9 @@ from configs.files import holds_files
 from configs.foreign import parse_object, reading
 from configs.game import GameConfig
 from configs.s3_errors import bucket_and_key
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
+from model.config import ActionDiTConfig
 from model.flow import FlowMatch, FlowMatchConfig
 from model.foreign import PICKLES
 from model.layout import CHUNK_LATENTS, Layout

@@ -1,94 +1,82 @@
-"""The bidirectional method: image to first chunk, then context chunk and noise to next chunk, without an end."""
+"""Rollouts of a bidirectional model: image to first chunk, then context chunk and noise to next chunk."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from configs.errors import UserError
-from data_pipeline.video import to_uint8, to_video
+from data_pipeline.video import to_video
 from model.inputs import condition, model_inputs
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 from model.noise import seeded_noise
 from model.world import WorldModel
-from sampling.denoising import Denoising, Rows, Velocity, guide, integrate
+from sampling.denoising import Denoising, Rows, Velocity, cfg, integrate
+from sampling.rollout import decode_frames, require_actions, require_prompt
 
 
-def rollout(
-    world: WorldModel, prompt: Tensor, keyboard: Tensor, mouse: Tensor, seeds: Sequence[int], denoising: Denoising
-) -> Iterator[Tensor]:
-    """Chunk after chunk of (b 9 h w 3) uint8 frames that answer the actions, each as soon as it is made.
+class ChunkedRollout:
+    """A `Rollout` in chunks of 9 frames, each of which sees the chunk before it."""
 
-    `prompt` is an image (b 3 h w) in [-1, 1], which becomes the first frame, or the normalised latents (b c 3 h w) of
-    a context chunk. `keyboard` (b n k) and `mouse` (b n 2) have one row per frame, n a multiple of 9, and begin with
-    the prompt's own: the image is frame 0 of the first chunk, the context's 9 rows come before those of the first
-    chunk. `seeds` (b): a sample's noise depends on its own seed alone, not on its neighbours in the batch.
-    """
-    frames = keyboard.shape[1]
-    if frames % CHUNK_FRAMES or not len(prompt) == len(keyboard) == len(mouse) == len(seeds):
-        raise UserError(
-            f"rollout: {frames} action rows must be a multiple of {CHUNK_FRAMES}, with as many seeds as rows"
-        )
-    known = prompt if prompt.ndim == 5 else encode_frames(world, prompt[:, :, None])
-    first = prompt if prompt.ndim == 4 or world.tower is None else first_picture(decode_frames(world, known))
-    for chunk in range(known.shape[2] // CHUNK_LATENTS, frames // CHUNK_FRAMES):
-        follows = known.shape[2] // CHUNK_LATENTS  # 1 if the chunk before this one is known, 0 at an image
-        rows = slice(CHUNK_FRAMES * (chunk - follows), CHUNK_FRAMES * (chunk + 1))
-        noise = draw_noise(known, CHUNK_LATENTS * (follows + 1), seeds, chunk)
-        latents = denoise(world, known, noise, (keyboard[:, rows], mouse[:, rows]), denoising, world.look(first))
-        known = latents[:, :, -CHUNK_LATENTS:]
-        frames_made = decode_frames(world, known)
-        first = first_picture(frames_made)
-        yield frames_made
+    frames_due = CHUNK_FRAMES
 
+    @torch.inference_mode()
+    def __init__(self, world: WorldModel, prompt: Tensor, seeds: Sequence[int], denoising: Denoising) -> None:
+        self._first_frame = require_prompt(world, prompt, seeds)  # (b 3 h w), of the newest chunk
+        self.world, self.seeds, self.denoising, self.chunks = world, tuple(seeds), denoising, 0
+        self._prompt: list[Tensor] = []  # chunks that the next steps return
+        if prompt.ndim == 4:
+            self._known = world.codec.encode(prompt[:, :, None])  # the picture, then the newest chunk
+        elif prompt.shape[2] % CHUNK_FRAMES:
+            raise UserError(f"prompt: {prompt.shape[2]} frames must be a multiple of {CHUNK_FRAMES}")
+        else:
+            self._prompt = [world.codec.encode(chunk) for chunk in prompt.split(CHUNK_FRAMES, dim=2)]
+            self._known = self._prompt[0]
+        self._past: Rows | None = None  # actions of the newest chunk
 
-def draw_noise(like: Tensor, latents: int, seeds: Sequence[int], chunk: int) -> Tensor:
-    """Noise (b c f h w) of `latents` frames with the other sizes of `like`; a function of each seed and the chunk."""
-    _, channels, _, height, width = like.shape
-    return seeded_noise((channels, latents, height, width), seeds, chunk).to(like.device)
+    @torch.inference_mode()
+    def step(self, keyboard: Tensor, mouse: Tensor) -> Tensor:
+        """The next 9 frames as in `Rollout`."""
+        actions = require_actions(self.world, (keyboard, mouse), len(self.seeds), CHUNK_FRAMES)
+        self._known = self._prompt.pop(0) if self._prompt else self._denoise(actions)
+        self._past, self.chunks = actions, self.chunks + 1
+        frames = decode_frames(self.world, self._known)
+        self._first_frame = to_video(frames[:, :1])[:, :, 0]
+        return frames
+
+    def _denoise(self, actions: Rows) -> Tensor:
+        latents = CHUNK_LATENTS
+        if self._past is not None:
+            latents += CHUNK_LATENTS
+            actions = torch.cat([self._past[0], actions[0]], dim=1), torch.cat([self._past[1], actions[1]], dim=1)
+        _, channels, _, height, width = self._known.shape
+        noise = seeded_noise((channels, latents, height, width), self.seeds, self.chunks).to(self._known.device)
+        image_tokens = self.world.look(self._first_frame)
+        made = denoise_chunk(self.world, self._known, noise, actions, self.denoising, image_tokens)
+        return made[:, :, -CHUNK_LATENTS:]
 
 
 @torch.inference_mode()
-def denoise(
+def denoise_chunk(
     world: WorldModel,
     known: Tensor,
     noise: Tensor,
     actions: Rows,
     denoising: Denoising,
-    visual: Tensor | None = None,
+    image_tokens: Tensor | None = None,
 ) -> Tensor:
     """Clean latents (b c f h w) from `noise` of that shape; the first ones are `known` (b c m h w).
 
     `actions`: keyboard (b n k) and mouse (b n 2) of the frames of all f latents in the chunked layout. As in training,
     the slots of the known latents carry them at the current noise level, with one fixed noise, and the conditioning
-    carries them clean; only the other slots are integrated. `visual` (b m c) are the tokens of the first known frame.
+    carries them clean; only the other slots are integrated. `image_tokens` (b m c) are of the first known frame.
     """
     count = known.shape[2]
     cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
 
-    def answer(rows: Rows) -> Velocity:
-        given = model_inputs(world.dit, rows, "chunked", cond, visual)
-        return lambda x, timestep: world.dit(x, timestep, **given)
+    def velocity(actions: Rows) -> Velocity:
+        inputs = model_inputs(world.dit, actions, "chunked", cond, image_tokens)
+        return lambda x, timestep: world.dit(x, timestep, **inputs)
 
-    made = actions[0].shape[1] - CHUNK_FRAMES * (count // CHUNK_LATENTS)  # rows of frames that are not known
-    velocity = guide(answer, actions, made, denoising.guidance)
-    return integrate(velocity, world.flow, noise, denoising.steps, known)
-
-
-@torch.inference_mode()
-def encode_frames(world: WorldModel, video: Tensor) -> Tensor:
-    """Normalised latents (b c f h w) of `video` (b 3 n h w) in [-1, 1]."""
-    return world.codec.encode(video)
-
-
-@torch.inference_mode()
-def decode_frames(world: WorldModel, latents: Tensor) -> Tensor:
-    """Frames (b n h w 3) uint8 of one chunk's latents (b c f h w), decoded by themselves."""
-    with torch.autocast(latents.device.type, torch.bfloat16, enabled=world.dtype == torch.bfloat16):
-        video = world.codec.decode(latents)
-    return to_uint8(video)
-
-
-def first_picture(frames: Tensor) -> Tensor:
-    """The first of frames (b n h w 3) uint8 as a picture (b 3 h w) in [-1, 1]."""
-    return to_video(frames[:, :1])[:, :, 0]
+    guided = cfg(velocity, actions, CHUNK_FRAMES, denoising.guidance)
+    return integrate(guided, world.flow, noise, denoising.steps, known)

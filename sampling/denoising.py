@@ -1,4 +1,4 @@
-"""Noise to clean latents, whatever makes the velocity: Euler steps, or the few steps of a distilled model."""
+"""Noise to clean latents: Euler steps, or the few steps of a distilled model; classifier-free guidance."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Denoising:
     steps: int = 8  # Euler steps of the ODE
     few_steps: tuple[int, ...] = ()  # streaming, instead: the list of a few-step model, such as 1000, 666, 333
     context_noise: float | None = None  # streaming: level of finished blocks in the caches; None: the model's own
-    guidance: float = 1.0  # by actions (`guide`); 1: the model as it is
+    guidance: float = 1.0  # by actions (`cfg`); 1: the model as it is
 
     def __post_init__(self) -> None:
         guided = 0 < self.guidance <= MOST_GUIDANCE
@@ -38,25 +38,24 @@ class Denoising:
             )
 
 
-def guide(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
-    """Classifier-free guidance by actions: v_idle + guidance (v - v_idle), as in arXiv 2207.12598.
+def cfg(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
+    """Classifier-free guidance by actions: v_uncond + guidance (v_cond - v_uncond), as in arXiv 2207.12598.
 
-    v answers `actions`; for v_idle nothing is pressed and the mouse is still in their last `made` rows, the frames
-    that are being made. Above 1 the picture answers more clearly than the model alone would have it, and every step
-    costs two passes.
+    For v_uncond nothing is pressed and the mouse is still in the last `made` rows of `actions`, the frames that are
+    being made. Above 1 the picture answers more clearly than the model alone would have it, at twice the passes.
     """
-    acted = velocity(actions)
+    cond = velocity(actions)
     if guidance == 1 or not any(rows.shape[-1] for rows in actions):
-        return acted
-    idle = velocity((_released(actions[0], made), _released(actions[1], made)))
+        return cond
+    uncond = velocity((_null_actions(actions[0], made), _null_actions(actions[1], made)))
 
     def guided(x: Tensor, timestep: Tensor) -> Tensor:
-        return torch.lerp(idle(x, timestep), acted(x, timestep), guidance)
+        return torch.lerp(uncond(x, timestep), cond(x, timestep), guidance)
 
     return guided
 
 
-def _released(rows: Tensor, made: int) -> Tensor:
+def _null_actions(rows: Tensor, made: int) -> Tensor:
     """Action rows (b n k) with zeros in the last `made`."""
     before = rows.shape[1] - made
     return torch.cat([rows[:, :before], torch.zeros_like(rows[:, before:])], dim=1)
@@ -64,8 +63,7 @@ def _released(rows: Tensor, made: int) -> Tensor:
 
 def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:
     """Clean latents (b c f h w) from `noise` in Euler steps; the first m stay `known` (b c m h w), at every level."""
-    schedule = flow.schedule(steps)
-    levels = torch.cat([schedule.sigmas, schedule.sigmas.new_tensor([schedule.end_sigma])]).to(noise.device)
+    levels = flow.schedule(steps).levels.to(noise.device)
     x = noise
     for sigma, sigma_next in pairwise(levels[:, None].expand(-1, len(noise))):
         x = _hold(x, _noised(flow, known, noise, sigma))
@@ -81,7 +79,7 @@ def denoise_in_few_steps(
     known: Tensor | None = None,
 ) -> Tensor:
     """Clean latents (b c f h w) of a few-step model: at every level of the warped list `steps` straight to x0, which is
-    noised anew for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
+    noised again for the next. `draw(i)` (b c f h w) is the noise of level i; the first m latents stay `known`."""
     timesteps, x0 = flow.warp(steps), None
     sigmas = flow.schedule(flow.config.train_steps).sigma(timesteps)
     for i, (timestep, sigma) in enumerate(zip(timesteps, sigmas, strict=True)):

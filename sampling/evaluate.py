@@ -3,10 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -38,24 +35,22 @@ from model.world import (
     read_world_config,
 )
 from sampling.denoising import Denoising
-from sampling.films import Film, held_film, replay_film, write_film
-from sampling.motion import EVALUATOR, Motion, chunk_motion, held_command, held_table, motions, turn_agreement
-from sampling.report import Compared, compared, write_page
-from sampling.scores import action_loss_table, action_variants, first_latents, picture_statistics, psnr
+from sampling.metrics import action_loss_table, action_variants, first_latents, picture_statistics, psnr
+from sampling.motion import EVALUATOR, Motion, all_motions, chunk_motion, held_command, held_table, turn_agreement
+from sampling.report import Compared, Report, compared, main_figures, write_page
 from sampling.scripts import Scripted
-from sampling.trials import (
+from sampling.trajectories import (
+    Prompt,
     Replay,
     RolloutSettings,
-    Start,
     between_frames,
-    held_commands,
     heldout_episodes,
-    play_held,
-    play_replay,
-    read_starts,
+    play_constant_actions,
+    read_prompts,
+    replay,
 )
+from sampling.video_grid import held_grid, replay_grid, write_grid
 
-Figures = dict[str, Any]
 WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
 
 
@@ -115,95 +110,74 @@ def evaluate(config: EvaluateConfig) -> None:
     require_other_files([storage.join(config.out, name) for name in WRITTEN], read)
     manifest, trained = load_manifest(config.manifest), read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
-    if manifest.codec_hash != trained.codec_hash:
-        raise UserError(
-            f"{config.manifest} holds latents of codec {manifest.codec_hash}, {checkpoint} was trained on those of "
-            f"{trained.codec_hash}"
-        )
-    if manifest.layout != trained.layout:
-        raise UserError(
-            f"{config.manifest} holds {manifest.layout} clips, {checkpoint} was trained on {trained.layout} ones"
-        )
+    for what in ("codec_hash", "layout"):
+        of_clips, of_model = getattr(manifest, what), getattr(trained, what)
+        if of_clips != of_model:
+            raise UserError(f"{config.manifest} has {what} {of_clips}, {checkpoint} was trained on {of_model}")
     others = [read_other(path, config.out) for path in config.beside]
     episodes = heldout_episodes(config.recordings, config.reader, manifest)
-    starts = read_starts(episodes, manifest.game, config.replay)
-    held_starts = read_starts(episodes, manifest.game, config.held)
+    prompts = read_prompts(episodes, manifest.game, config.replay)
+    held_prompts = read_prompts(episodes, manifest.game, config.held)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
-    begun = time.perf_counter()
-    with storage.writing_folder(config.out, last="report.html") as folder:  # a fault of out= is said before the work
-        method = "chunked" if world.layout == "chunked" else "streaming"
-        report: Figures = {"checkpoint": checkpoint, "method": method, "settings": asdict(config)}
-        report["evaluator"] = EVALUATOR
-        films = _judge(world, config, starts, held_starts, report)
-        for film in films:
-            write_film(folder, film, world.game)
-        report["seconds"] = round(time.perf_counter() - begun, 1)
+    began, method = time.perf_counter(), "chunked" if world.layout == "chunked" else "streaming"
+    with storage.writing_folder(config.out, last="report.html") as folder:  # fails before the work if it cannot write
+        losses = judge_losses(world, config, min(config.clips, manifest.clips))
+        replayed = replay(world, prompts, config.replay)
+        held = play_constant_actions(world, held_prompts, config.held, config.mouse_deg)
+        report = {"checkpoint": checkpoint, "method": method, "settings": asdict(config), "evaluator": EVALUATOR}
+        report |= {"velocity_loss": losses, **judge_replay(replayed)}
+        report["held"] = judge_held(held, [*prompts, *held_prompts], world.game)
+        grids = [replay_grid(prompts, replayed), held_grid(held_prompts[0], held, world.game, config.mouse_deg)]
+        for grid in grids:
+            write_grid(folder, grid, world.game)
+        report["seconds"] = round(time.perf_counter() - began, 1)
         storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-        sections = [(film.name, film.title, film.sentence) for film in films]
-        write_page(folder / "report.html", report, sections, others)
-    print("\n".join(summarise(report)))
+        write_page(folder / "report.html", report, grids, others)
+    print("\n".join(f"{name}: {value}" for name, value in main_figures(report).items()))
     print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
 
 
-def _judge(
-    world: WorldModel, config: EvaluateConfig, starts: Sequence[Start], held_starts: Sequence[Start], report: Figures
-) -> list[Film]:
-    """Puts every figure into `report`; the films of what was judged."""
-    report["velocity_loss"] = judge_actions(world, config, min(config.clips, load_manifest(config.manifest).clips))
-    replay = play_replay(world, starts, config.replay)
-    report |= judge_replay(replay)
-    held = play_held(world, held_starts, held_commands(world.game, config.mouse_deg), config.held, config.mouse_deg)
-    report["held"] = judge_held(held, [*starts, *held_starts], world.game)
-    return [replay_film(starts, replay), held_film(held_starts, held, world.game, config.mouse_deg)]
-
-
 @torch.inference_mode()
-def judge_actions(world: WorldModel, config: EvaluateConfig, clips: int) -> Figures:
+def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Report:
     """Tables of held-out velocity loss by actions, for the first chunk after a frame and the next after a chunk (or
     block, of a causal model)."""
     batch = Stream(config.manifest, clips, config.seed, workers=0).batch_at(0)
     generator = torch.Generator().manual_seed(config.seed)
-    kinds = {
-        f"{name}_chunk": first_latents(batch, count * world.block, world.layout, world.codec.config.temporal)
-        for name, count in (("first", 1), ("next", 2))
-    }
-    kinds = {name: part for name, part in kinds.items() if part is not None}
-    bins, tables = sigma_bins(world.flow), {}
-    with tqdm(total=len(kinds) * len(bins), desc="held-out loss", unit="noise level") as progress:
-        for kind, part in kinds.items():
-            variants = action_variants(part)
-            losses: dict[str, dict[str, Tensor]] = {variant: {} for variant in variants}
-            for name, levels in bins:
-                sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
-                draw = NoiseSample(sigma, torch.randn(part.latents.shape, generator=generator))
-                for variant, acted in variants.items():
-                    losses[variant][name] = loss_of_clips(world, acted, draw, config.batch)
-                progress.update()
-            tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
+    temporal, bins, tables = world.codec.config.temporal, sigma_bins(world.flow), {}
+    for count, kind in enumerate(("first_chunk", "next_chunk"), start=1):
+        part = first_latents(batch, count * world.block, world.layout, temporal)
+        if part is None:
+            continue
+        variants = action_variants(part)
+        losses: dict[str, dict[str, Tensor]] = {variant: {} for variant in variants}
+        for name, levels in tqdm(bins, desc=f"held-out loss, {kind}", unit="noise level"):
+            sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
+            sample = NoiseSample(sigma, torch.randn(part.latents.shape, generator=generator))
+            for variant, acted in variants.items():
+                losses[variant][name] = loss_of_clips(world, acted, sample, config.batch)
+        tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
     return tables
 
 
-def loss_of_clips(world: WorldModel, clips: Batch, draw: NoiseSample, batch: int) -> Tensor:
+def loss_of_clips(world: WorldModel, clips: Batch, sample: NoiseSample, batch: int) -> Tensor:
     """The loss (b) of the newest chunk or block on the CPU, `batch` clips at a time."""
     latents, causal = clips.latents.shape[2], world.dit.config.causal
     given = 1 if latents == world.block else world.block
-    known, sigma = given, draw.sigma
+    known, sigma = given, sample.sigma
     if causal is not None and given > 1:  # a past in the caches, not in the conditioning
         known, sigma = 1, sigma[:, None].repeat(1, latents)
         sigma[:, :given] = causal.context_noise
     parts = []
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
-        some = clips[part].to(world.device)
-        noise = NoiseSample(sigma[part].to(world.device), draw.noise[part].to(world.device))
-        error = velocity_error(world.dit, world.flow, some, known, noise, world.layout)
+        some = NoiseSample(sigma[part].to(world.device), sample.noise[part].to(world.device))
+        error = velocity_error(world.dit, world.flow, clips[part].to(world.device), known, some, world.layout)
         parts.append(error[:, given:].mean(dim=1).cpu())
     return torch.cat(parts)
 
 
 def read_other(path: str, out: str) -> Compared:
-    """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`. Raises ValueError in one
-    line for what is none."""
+    """The report that `evaluate` wrote to the file `path`, for a page in the folder `out`."""
     if not storage.exists(path):
         raise MissingFileError(f"no report {path}; beside= takes a report.json that evaluate wrote")
     page = str(storage.path(path).with_suffix(".html"))
@@ -215,13 +189,14 @@ def read_other(path: str, out: str) -> Compared:
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
 
-def judge_replay(replay: Replay) -> Figures:
+def judge_replay(replay: Replay) -> Report:
     """PSNR over time, how the picture answers recorded turns, and drift."""
+    repeated = np.broadcast_to(replay.prompt[:, None], replay.real.shape)
     against_real = {
         "codec": psnr(replay.codec, replay.real),
         "from_context": psnr(replay.from_context, replay.real),
         "from_frame": psnr(replay.from_frame[:, 1:], replay.real[:, :-1]),
-        "repeat_prompt": psnr(np.broadcast_to(replay.prompt[:, None], replay.real.shape), replay.real),
+        "repeat_prompt": psnr(repeated, replay.real),
     }
     shown = {"real": replay.real, "codec": replay.codec, "from_context": replay.from_context}
     return {
@@ -234,14 +209,14 @@ def judge_replay(replay: Replay) -> Figures:
     }
 
 
-def judge_held(held: dict[str, np.ndarray], recorded: Sequence[Start], game: GameConfig) -> dict[str, dict[str, float]]:
+def judge_held(held: dict[str, np.ndarray], recorded: list[Prompt], game: GameConfig) -> dict[str, dict[str, float]]:
     """How often the picture obeys a held command, beside the `recorded` chunks in which that command was held."""
     real: dict[str, list[Motion]] = {}
-    for start in recorded:
-        for first in range(0, len(start.frames), CHUNK_FRAMES):
-            command = held_command(between_frames(start.actions, first), game.action_space)
+    for prompt in recorded:
+        for first in range(0, len(prompt.frames), CHUNK_FRAMES):
+            command = held_command(between_frames(prompt.actions, first), game.action_space)
             if command is not None:
-                real.setdefault(command, []).append(chunk_motion(start.frames[first : first + CHUNK_FRAMES]))
+                real.setdefault(command, []).append(chunk_motion(prompt.frames[first : first + CHUNK_FRAMES]))
     return held_table({command: all_motions(made) for command, made in held.items()}, real)
 
 
@@ -250,25 +225,3 @@ def drift(frames: np.ndarray) -> dict[str, list[float]]:
     chunks = rearrange(frames, "b (m n) h w c -> m (b n) h w c", n=CHUNK_FRAMES)
     statistics = [picture_statistics(chunk) for chunk in chunks]
     return {name: [round(one[name], 3) for one in statistics] for name in statistics[0]}
-
-
-def all_motions(frames: np.ndarray) -> list[Motion]:
-    """The motion of every chunk of rollouts (b n h w 3), rollout by rollout; OpenCV leaves the threads to us."""
-    with ThreadPoolExecutor() as pool:
-        return [motion for found in pool.map(motions, frames) for motion in found]
-
-
-def summarise(report: Figures) -> list[str]:
-    """The report's main figures, a line each."""
-    lines = []
-    for kind, table in report["velocity_loss"].items():
-        losses = ", ".join(
-            f"{name} {table[name]['loss']:.4f}" for name in ("right", "shuffled", "none") if name in table
-        )
-        lines.append(f"held-out velocity loss, {kind.replace('_', ' ')}: {losses}")
-    means = ", ".join(f"{name} {figures['mean']:.1f}" for name, figures in report["psnr_db"].items())
-    lines.append(f"PSNR along recorded actions, dB: {means}")
-    turns = [f"{name} {f['agreement']:.0%}" for name, f in report["replay_turns"].items() if "agreement" in f]
-    lines += [f"recorded turns, sign of the picture's motion: {', '.join(turns)}"] if turns else []
-    held = ", ".join(f"{name} {figures['obeyed']:.0%}" for name, figures in report["held"].items())
-    return [*lines, f"held commands obeyed: {held}"]

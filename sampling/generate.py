@@ -2,14 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import psutil
 import torch
 from tqdm import tqdm
 
@@ -26,7 +25,6 @@ from model.action_dit import CompileMode
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
 from model.limits import require_device
-from model.patch_codec import TEMPORAL
 from model.world import (
     Precision,
     Weights,
@@ -37,14 +35,12 @@ from model.world import (
     load_world,
     read_world_config,
 )
-from sampling.chunked import rollout
 from sampling.contact_sheet import Tile, write_sheet
 from sampling.denoising import Denoising
+from sampling.play import play
 from sampling.scripts import Scripted, is_file, read_script
-from sampling.streaming import count_blocks, rollout_blocks
 
 SHEET_TILES = 36  # pictures of the contact sheet at most
-MEMORY_NOTES = 6  # along a video
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class GenerateConfig:
     checkpoint: str  # a step folder, or a run folder: its newest complete step
     prompt: str  # an image, or a video of which `prompt_frame` is taken
     out: str  # .mp4; the contact sheet gets the same name with .png
-    actions: str = "random"  # random, presets (forward+turn_left:36,idle:12), a .csv or a .json file
+    actions: str = "random"  # random, words (forward+turn_left:36,idle:12), a .csv or a .json file
     frames: int = 81  # at the game's frame rate, the prompt included
     method: Literal["chunked", "streaming"] = "chunked"  # streaming: of a causal model, block after block with caches
     steps: int = 8  # Euler steps per chunk or block
@@ -97,34 +93,36 @@ def generate(config: GenerateConfig) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
     require_device(config.device)
     checkpoint = find_checkpoint(config.checkpoint)
-    said = read_world_config(checkpoint)
-    check_request(config, said, checkpoint)
-    require_other_outs(config, checkpoint)
-    game = said.game
+    trained = read_world_config(checkpoint)
+    check_method(config, trained, checkpoint)
+    out, sheet = storage.path(config.out), storage.path(config.out).with_suffix(".png")
+    require_other_outs(config, [config.out, sheet], checkpoint)
+    game = trained.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
     world.dit.compile_blocks(config.compile)
-    started = time.perf_counter()
-    out, tiles, resident_mib = storage.path(config.out), [], []
-    frames, sheet = _drawn_frames(world, prompt, actions, config, tiles), _sheet_of(config)
+    started, tiles = time.perf_counter(), list[Tile]()
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
     with storage.writing_folder(out.parent, last=sheet.name) as folder:
-        write_video(folder / out.name, _watched(frames, resident_mib, config.frames), game.fps)
+        write_video(folder / out.name, _drawn_frames(world, prompt, actions, config, tiles), game.fps)
         took_s = time.perf_counter() - started
         write_sheet(folder / sheet.name, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
-    print(f"resident memory, MiB, along the video: {', '.join(f'{one:.0f}' for one in resident_mib)}")
 
 
-def _sheet_of(config: GenerateConfig) -> Path:
-    return storage.path(config.out).with_suffix(".png")
+def check_method(config: GenerateConfig, trained: WorldModelConfig, checkpoint: str) -> None:
+    """Refuses settings that the model of `checkpoint` does not take."""
+    FlowMatch(trained.flow).warp(config.few_steps)  # which raises
+    method = "chunked" if trained.model.causal is None else "streaming"
+    if config.method != method:
+        was = "not trained causally" if method == "chunked" else "trained causally, block after block"
+        raise UserError(f"method={config.method}, but {checkpoint} was {was}; use method={method}")
 
 
-def require_other_outs(config: GenerateConfig, checkpoint: str) -> None:
-    """Raises ValueError in one line if video or sheet would be written over what is read, or where a folder is."""
-    outs = [config.out, _sheet_of(config)]
+def require_other_outs(config: GenerateConfig, outs: Sequence[str | Path], checkpoint: str) -> None:
+    """Refuses to write video or sheet over what is read, or where a folder is."""
     require_no_folder(outs)
     read = {
         "prompt": config.prompt,
@@ -136,74 +134,26 @@ def require_other_outs(config: GenerateConfig, checkpoint: str) -> None:
     require_other_files(outs, read)
 
 
-def _watched(frames: Iterator[np.ndarray], resident_mib: list[float], count: int) -> Iterator[np.ndarray]:
-    """The `count` frames; the process's memory is noted now and then: a long video needs no more than a short one."""
-    process, noted = psutil.Process(), set(np.linspace(0, count - 1, MEMORY_NOTES).round().astype(int).tolist())
-    for i, frame in enumerate(frames):
-        if i in noted:
-            resident_mib.append(process.memory_info().rss / 2**20)
-        yield frame
-
-
-def check_request(config: GenerateConfig, said: WorldModelConfig, checkpoint: str) -> None:
-    """Raises ValueError in one line if the model of `checkpoint` cannot be sampled as asked."""
-    causal = said.model.causal
-    FlowMatch(said.flow).warp(config.few_steps)  # which raises
-    if causal is None and config.method == "streaming":
-        raise UserError(
-            f"{checkpoint} sees all frames of a chunk at once, it was not trained causally; use method=chunked, or "
-            "train one with objective diffusion_forcing"
-        )
-    if causal is not None and config.method == "chunked":
-        raise UserError(f"{checkpoint} was trained causally, block after block; use method=streaming")
-    if causal is not None:
-        count_blocks(config.frames, causal.block, TEMPORAL, "frames")
-
-
 def _drawn_frames(
     world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig, tiles: list[Tile]
 ) -> Iterator[np.ndarray]:
-    """The frames of the video as they come; about one of each piece, the very first and last among them, or
-    SHEET_TILES of a long video, go to `tiles`."""
+    """The frames of the video as they come; some of them, the very first and last too, go to `tiles`."""
     overlay = Overlay(world.game.action_space, *enlarge(prompt[0]).shape[:2])
-    count, made = (_chunks if config.method == "chunked" else _blocks)(world, prompt, actions, config)
-    shown = set(np.linspace(0, config.frames - 1, min(count, SHEET_TILES)).round().astype(int).tolist())
-    name, frame = ("chunk" if config.method == "chunked" else "block"), 0
-    for piece, pictures in enumerate(tqdm(made, total=count, desc="generate", unit=name), start=1):
-        for picture in pictures[0].cpu().numpy()[: config.frames - frame]:
-            drawn = overlay.draw(enlarge(picture), actions.keyboard[frame], actions.mouse[frame])
-            if frame in shown:
-                label = f"{name} {piece}" if frame else f"{name} 1: the prompt"
-                tiles.append(Tile(drawn, label, f"{frame / world.game.fps:.2f} s"))
-            yield drawn
-            frame += 1
-
-
-def _chunks(
-    world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig
-) -> tuple[int, Iterator[torch.Tensor]]:
-    """How many chunks, and their frames (1 9 h w 3) as they are made, the last one's surplus too."""
-    count = math.ceil(config.frames / CHUNK_FRAMES)
-    padding = ((0, count * CHUNK_FRAMES - len(actions)), (0, 0))
-    keyboard, mouse = (
-        torch.from_numpy(np.pad(rows, padding, mode="edge"))[None].to(world.device)
-        for rows in (actions.keyboard, actions.mouse)
-    )
-    start = to_video(torch.from_numpy(prompt)[None])[:, :, 0].to(world.device)
-    return count, rollout(world, start, keyboard, mouse, [config.seed], config.denoising)
-
-
-def _blocks(
-    world: WorldModel, prompt: np.ndarray, actions: Actions, config: GenerateConfig
-) -> tuple[int, Iterator[torch.Tensor]]:
-    """How many blocks, and their frames (1 n h w 3) as they are made."""
-    causal = world.dit.config.causal
-    assert causal is not None
-    count = count_blocks(config.frames, causal.block, world.codec.config.temporal, "frames")
-    start = to_video(torch.from_numpy(prompt)[None]).to(world.device)
-    keyboard, mouse = (torch.from_numpy(rows)[None] for rows in (actions.keyboard, actions.mouse))
-    start = start if start.shape[2] > 1 else start[:, :, 0]
-    return count, rollout_blocks(world, start, (keyboard, mouse), [config.seed], config.denoising)
+    count = min(math.ceil(config.frames / CHUNK_FRAMES), SHEET_TILES)
+    shown, frame = set(np.linspace(0, config.frames - 1, count).round().astype(int).tolist()), 0
+    start = to_video(torch.from_numpy(prompt)[None])
+    start = start if len(prompt) > 1 else start[:, :, 0]
+    rows = torch.from_numpy(actions.keyboard)[None], torch.from_numpy(actions.mouse)[None]
+    with tqdm(total=config.frames, desc="generate", unit="frame") as progress:
+        for piece in play(world, start, rows, [config.seed], config.denoising):
+            for picture in piece[0].cpu().numpy():
+                drawn = overlay.draw(enlarge(picture), actions.keyboard[frame], actions.mouse[frame])
+                if frame in shown:
+                    label = f"frame {frame}" if frame else "the prompt"
+                    tiles.append(Tile(drawn, label, f"{frame / world.game.fps:.2f} s"))
+                yield drawn
+                frame += 1
+            progress.update(piece.shape[1])
 
 
 def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:

@@ -1,6 +1,10 @@
-"""Action scripts: what to press during a rollout, as words, a file, or chance."""
+"""Action scripts: what to press during a rollout, as words, a file, or random play."""
 
+import difflib
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +15,31 @@ from configs.foreign import parse_json
 from configs.game import ActionSpace
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions
-from sampling.presets import MOUSE_DEG, SEGMENT_FRAMES, hold, preset_actions, presets, random_table
 
 MOST_FRAMES = 1_000_000  # of one video: 16 hours at 17.5 frames/s
 MOST_DEG = 3600.0  # ten turns a frame: nothing turns faster, and float32 has room
+SEGMENT_FRAMES = 12  # how long a word is held (Matrix-Game 2.0's sampler)
+MOUSE_DEG = 3.0  # degrees per frame of turn_left, look_up, ...
+TURNS = {"turn_left": (0, -1), "turn_right": (0, 1), "look_up": (1, 0), "look_down": (-1, 0)}  # (pitch, yaw)
+SIDES, DIAGONALS, YAWS = ["left", "right"], ["forward+left", "forward+right"], ["turn_left", "turn_right"]
+
+
+def _with_turns(moves: Iterable[str]) -> list[str]:
+    return [f"{move}+{turn}" for move, turn in product(moves, YAWS)]
+
+
+# What upstream draws from in its games, in its order: never back in universal, never up or down.
+UPSTREAM_TABLES = {
+    "universal": DIAGONALS * 5 + YAWS * 5 + ["forward", *SIDES] * 5 + _with_turns(["forward", *SIDES, *DIAGONALS]),
+    "gta_drive": YAWS * 2 + ["forward", "back"] * 2 + _with_turns(["forward", "back"]),
+    "templerun": ["jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove"],
+}
+
+# The table of every other game, as how often each entry is there: moves of those keys that it has, each with each turn.
+# Back is rare, as in play; standing still is not absent, so that a turn is also seen alone. No looking up or down:
+# without the way back it ends in the sky.
+MOVES = {"idle": 2, "forward": 5, "forward+left": 2, "forward+right": 2, "left": 2, "right": 2, "back": 1}
+RANDOM_TURNS = {"idle": 4, "turn_left": 3, "turn_right": 3}
 
 
 @dataclass(frozen=True)
@@ -42,51 +67,86 @@ def is_file(script: str) -> bool:
 def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> Actions:
     """The actions, one row per frame, that `script` stands for.
 
-    `random`; presets such as `forward`, `turn_left`, `idle`, joined with `+` and held for frames after `:`, one after
+    `random`; words such as `forward`, `turn_left`, `idle`, joined with `+` and held for frames after `:`, one after
     the other (`forward+turn_left:36,idle:12`, from the beginning again until the frames are filled); a CSV file in the
     format of a recording's actions.csv; a JSON file with a list of such words.
     """
-    path = storage.path(script)
+    path, frames = storage.path(script), scripted.frames
     if path.suffix.lower() == ".csv":
-        return _read_csv(path, action_space, scripted.frames)
-    if path.suffix.lower() == ".json":
-        return held_segments(_read_json(path), action_space, scripted)
+        actions = read_actions(path, action_space)
+        if len(actions) < frames:
+            raise UserError(
+                f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer"
+            )
+        return actions[:frames]
+    words = script_words(action_space, scripted.mouse_deg)
     if script == "random":
-        return random_actions(action_space, scripted)
-    return held_segments(script.split(","), action_space, scripted)
-
-
-def held_segments(segments: list[str], action_space: ActionSpace, scripted: Scripted) -> Actions:
-    """`word+word:frames` one after the other, repeated until the frames are filled."""
-    words = presets(action_space, scripted.mouse_deg)
-    keyboard, mouse = [], []
-    for segment in segments:
+        table = [hold(entry, words, action_space) for entry in random_table(action_space)]
+        return random_play(table, frames, scripted.seed)
+    entries, index = [], list[int]()
+    for i, segment in enumerate(_read_json(path) if path.suffix.lower() == ".json" else script.split(",")):
         entry, colon, count = segment.strip().partition(":")
         digits = count.strip().lstrip("0")
         if colon and not (digits.isascii() and digits.isdecimal()):
             raise UserError(f"action script {segment!r}: after the colon comes a number of frames, as in idle:36")
-        held, frames = hold(entry, words, action_space), int(digits[:18]) if colon else SEGMENT_FRAMES
-        room = scripted.frames - len(keyboard)  # more is never seen
-        keyboard += [held.keyboard] * min(frames, room)
-        mouse += [held.mouse] * min(frames, room)
-    return _repeat(Actions(np.array(keyboard, np.float32), np.array(mouse, np.float32)), scripted.frames)
+        entries.append(hold(entry, words, action_space))
+        index += [i] * min(int(digits[:18]) if colon else SEGMENT_FRAMES, frames - len(index))  # more is never seen
+    return _rows(entries, np.resize(index, frames))
 
 
-def random_actions(action_space: ActionSpace, scripted: Scripted) -> Actions:
-    """Play drawn by seed from the action space's table: one entry in the first frame, then one per 12 frames."""
-    return preset_actions(random_table(action_space, scripted.mouse_deg), scripted.frames, scripted.seed)
+def script_words(action_space: ActionSpace, mouse_deg: float = MOUSE_DEG) -> dict[str, Actions]:
+    """One row of actions for every word of a script: idle, the turns of the mouse, the keys."""
+    still, rest = np.zeros((1, len(action_space.keys))), np.zeros((1, 2 * action_space.mouse))
+    words = {"idle": Actions(still, rest)}
+    if action_space.mouse:
+        for name, turn in TURNS.items():
+            words[name] = Actions(still, np.array([turn]) * (mouse_deg / action_space.mouse_unit_deg))
+    pressed = np.eye(len(action_space.keys))
+    return words | {key: Actions(row[None], rest) for key, row in zip(action_space.keys, pressed, strict=True)}
 
 
-def _repeat(actions: Actions, frames: int) -> Actions:
-    rows = np.arange(frames) % len(actions)
-    return Actions(actions.keyboard[rows], actions.mouse[rows])
+def hold(entry: str, words: Mapping[str, Actions], action_space: ActionSpace) -> Actions:
+    """One row of actions: the words of `entry`, joined with `+`, held at once."""
+    names = [word.strip() for word in entry.split("+")]
+    for name in names:
+        if name not in words:
+            near = difflib.get_close_matches(name, [*words, "random"], n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are: random, {', '.join(words)}, or a .csv file"
+            raise UserError(f"no key or preset {name!r} in the action space {action_space.name!r}; {hint}")
+    keyboard = np.max([words[name].keyboard for name in names], axis=0)
+    return Actions(keyboard, np.sum([words[name].mouse for name in names], axis=0))
 
 
-def _read_csv(path: Path, action_space: ActionSpace, frames: int) -> Actions:
-    actions = read_actions(path, action_space)
-    if len(actions) < frames:
-        raise UserError(f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer")
-    return actions[:frames]
+def random_table(action_space: ActionSpace) -> list[str]:
+    """What `random` draws from: upstream's table for a released game, else moves and turns as often as in play."""
+    words, entries = script_words(action_space).keys(), UPSTREAM_TABLES.get(action_space.name, [])
+    if entries and all(set(entry.split("+")) <= words for entry in entries):
+        return entries
+    moves = {move: share for move, share in MOVES.items() if set(move.split("+")) <= words}
+    if "forward" not in action_space.keys:
+        moves = {}
+    moves |= {key: 1 for key in action_space.keys if key not in moves}
+    pairs = product(moves.items(), (RANDOM_TURNS if action_space.mouse else {"idle": 1}).items())
+    return [f"{move}+{turn}" for (move, often), (turn, share) in pairs for _ in range(often * share)]
+
+
+def random_play(
+    table: Sequence[Actions], frames: int, seed: int | random.Random, segment: int = SEGMENT_FRAMES
+) -> Actions:
+    """`frames` rows of play: a row of `table` in frame 0, then one per `segment` frames, drawn uniformly.
+
+    The draws are those of Matrix-Game 2.0's sampler: the same seed of Python's `random` gives the same play.
+    """
+    rng, index = random.Random(seed) if isinstance(seed, int) else seed, list[int]()
+    while len(index) < frames:
+        rng.randint(0, 0)  # upstream picks one of one group first, and that consumes random numbers
+        index += [rng.randint(0, len(table) - 1)] * (segment if index else 1)
+    return _rows(table, np.array(index[:frames]))
+
+
+def _rows(table: Sequence[Actions], index: np.ndarray) -> Actions:
+    keyboard, mouse = (np.concatenate(rows) for rows in zip(*((one.keyboard, one.mouse) for one in table), strict=True))
+    return Actions(keyboard[index].astype(np.float32), mouse[index].astype(np.float32))
 
 
 def _read_json(path: Path) -> list[str]:

@@ -35,7 +35,7 @@ if __name__ == "__main__":
     for buffer in other.buffers():
         buffer.fill_(0.5)
     save_weights(other.state_dict(), path)
-    starts_as(engine := build_engine(accelerator, config, path), str(other))
+    starts_as(engine := build_engine(accelerator, config, str(path)), other)
     assert counted == sum(p.numel() for p in drawn.parameters())
     if accelerator.is_main_process:
         sys.stdout.write("equal\n")

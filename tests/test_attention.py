@@ -1,12 +1,16 @@
 """Every backend that runs here against the dense one, and one line for those that do not."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from model.attention import BACKENDS, attend, flash_attention
+from configs import load_config
+from configs.errors import UserError
+from model.attention import BACKENDS, AttentionBackend, attend, flash_attention
+from model.config import ModelConfig
 from model.masks import BlockCausal, BlockCausalMask
 
 RULES = [BlockCausal(3), BlockCausal(2, 5), BlockCausal(3, 7, 2)]
@@ -22,7 +26,7 @@ def tokens(mask: BlockCausalMask, seed: int = 0) -> tuple[Tensor, Tensor, Tensor
 @pytest.mark.parametrize("backend", ["sdpa", "flex"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(("frames", "s"), [(8, 16), (7, 5)])  # 128 tokens, a whole block of flex_attention, and 35
-def test_backends_agree_under_a_mask(backend: str, rule: BlockCausal, frames: int, s: int) -> None:
+def test_backends_agree_under_a_mask(backend: AttentionBackend, rule: BlockCausal, frames: int, s: int) -> None:
     mask = BlockCausalMask(rule, frames, s, s)
     q, k, v = tokens(mask)
     assert torch.allclose(attend(q, k, v, mask, backend), attend(q, k, v, mask, "dense"), atol=1e-6)
@@ -51,7 +55,7 @@ def test_flash_attention_is_right_whichever_of_its_return_values_comes(gives: An
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
-def test_backends_agree_on_a_gpu(backend: str) -> None:
+def test_backends_agree_on_a_gpu(backend: AttentionBackend) -> None:
     mask = BlockCausalMask(BlockCausal(3, 6), 9, 220, 220)
     q, k, v = (one.cuda().bfloat16() for one in tokens(mask))
     for given in (mask, None):
@@ -71,5 +75,9 @@ def test_a_backend_that_cannot_run_here_says_what_it_needs() -> None:
         attend(q, k, v, mask, "flash_attn")
     with pytest.raises(ValueError, match="flex trains on a CUDA GPU only"):
         attend(q.requires_grad_(), k, v, mask, "flex")
-    with pytest.raises(ValueError, match="there are: sdpa, dense, flex, flash_attn"):
-        attend(q, k, v, mask, "magic")
+
+
+def test_a_backend_that_there_is_not_is_refused_when_the_settings_are_read() -> None:
+    smoke = str(Path(__file__).parent.parent / "configs" / "models" / "smoke.yaml")
+    with pytest.raises(UserError, match=r"model\.attention.*sdpa, dense, flex, flash_attn"):
+        load_config(ModelConfig, [smoke, "model.attention=magic"])

@@ -8,7 +8,8 @@ import torch
 from test_model import TINY, awake
 from torch import Tensor
 
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
+from model.config import ActionDiTConfig
 from model.masks import BlockCausal, BlockCausalMask, CausalConfig
 
 CAUSAL = replace(TINY, attention="sdpa", causal=CausalConfig(block=3, window=6))
@@ -46,7 +47,7 @@ def stream(dit: ActionDiT, given: dict[str, Tensor]) -> Tensor:
     x, block = given["x"], dit.config.causal.block
     cache = dit.make_cache(len(x), x.shape[3], x.shape[4], given.get("visual"))
     starts = range(0, x.shape[2], block)
-    return torch.cat([dit(**frames(given, slice(i, i + block)), cache=cache, keep=True) for i in starts], dim=2)
+    return torch.cat([dit(**frames(given, slice(i, i + block)), cache=cache, update_cache=True) for i in starts], dim=2)
 
 
 @torch.no_grad()

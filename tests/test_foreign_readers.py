@@ -38,7 +38,7 @@ from data_pipeline.readers.owl_control import read_events
 from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
-from sampling.trials import heldout_episodes
+from sampling.trajectories import heldout_episodes
 from train.codec import CodecTrainConfig, read_runs
 
 FOREIGN = [reader for reader in READERS if reader != "worldloom"]

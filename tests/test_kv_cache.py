@@ -6,38 +6,33 @@ import pytest
 import torch
 from test_causal import CAUSAL, H, W, clip, frames
 from test_model import awake
-from torch import Tensor
 
-from model.kv_cache import KVCache, Window
+from model.kv_cache import LayerKVCache
 from model.masks import BlockCausal, CausalConfig
-
-
-def buffers(cache: KVCache) -> list[Tensor]:
-    return [one for layer in cache.layers for window in layer if window is not None for one in (window.k, window.v)]
 
 
 @torch.no_grad()
 def test_reading_a_cache_changes_nothing_and_keeping_does() -> None:
     dit = awake(CAUSAL)
     given, cache = clip(CAUSAL, f=9), dit.make_cache(1, H, W)
-    dit(**frames(given, slice(0, 3)), cache=cache, keep=True)
-    before, second = [one.clone() for one in buffers(cache)], frames(given, slice(3, 6))
+    dit(**frames(given, slice(0, 3)), cache=cache, update_cache=True)
+    before, second = [one.clone() for one in cache.buffers], frames(given, slice(3, 6))
     once, twice = dit(**second, cache=cache), dit(**second, cache=cache)
-    assert torch.equal(once, twice) and cache.start == 3 and cache.filled == 3
-    assert all(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
-    assert torch.equal(dit(**second, cache=cache, keep=True), once) and cache.start == 6
-    assert not any(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
+    assert torch.equal(once, twice) and cache.position == 3 and cache.length == 3
+    assert all(torch.equal(one, other) for one, other in zip(cache.buffers, before, strict=True))
+    assert torch.equal(dit(**second, cache=cache, update_cache=True), once) and cache.position == 6
+    assert not any(torch.equal(one, other) for one, other in zip(cache.buffers, before, strict=True))
 
 
 @torch.no_grad()
 def test_buffers_keep_their_place_and_size_for_ever() -> None:
     dit = awake(CAUSAL)
     cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
-    places = [(one.data_ptr(), one.shape) for one in buffers(cache)]
+    places = [(one.data_ptr(), one.shape) for one in cache.buffers]
     for _ in range(5):
-        dit(**given, cache=cache, keep=True)
-    assert [(one.data_ptr(), one.shape) for one in buffers(cache)] == places
-    assert cache.start == 15 and cache.filled == 3 and cache.nbytes == sum(one.nbytes for one in buffers(cache))
+        dit(**given, cache=cache, update_cache=True)
+    assert [(one.data_ptr(), one.shape) for one in cache.buffers] == places
+    assert cache.position == 15 and cache.length == 3 and cache.nbytes == sum(one.nbytes for one in cache.buffers)
 
 
 def test_nothing_is_allocated_where_there_is_no_action_module_and_keys_are_not_held_per_position() -> None:
@@ -46,7 +41,7 @@ def test_nothing_is_allocated_where_there_is_no_action_module_and_keys_are_not_h
     assert cache.layers[0].mouse is None and cache.layers[0].keyboard is None
     mouse, keyboard = cache.layers[1].mouse, cache.layers[1].keyboard
     positions = H // 2 * W // 2
-    assert mouse is not None and keyboard is not None
+    assert isinstance(mouse, LayerKVCache) and isinstance(keyboard, LayerKVCache)
     assert mouse.k.shape[:3] == (2 * positions, 3, 1) and keyboard.k.shape[:3] == (2, 3, 1)
     keyboard_only = replace(CAUSAL, action=replace(CAUSAL.action, enable_mouse=False))
     assert all(layer.mouse is None for layer in awake(keyboard_only).make_cache(1, H, W).layers)
@@ -54,7 +49,7 @@ def test_nothing_is_allocated_where_there_is_no_action_module_and_keys_are_not_h
 
 @pytest.mark.parametrize("sink", [0, 1, 2])
 def test_a_full_window_keeps_the_sink_and_the_newest_frames_in_order(sink: int) -> None:
-    window = Window(BlockCausal(block=2, window=6, sink=sink), (1, 1, 1, 1), torch.zeros(1))
+    window = LayerKVCache(BlockCausal(block=2, window=6, sink=sink), (1, 1, 1, 1), torch.zeros(1))
     for start in range(0, 10, 2):
         numbers = torch.tensor([float(start), start + 1])[None, :, None, None, None]
         window.append(numbers, -numbers)
@@ -64,17 +59,17 @@ def test_a_full_window_keeps_the_sink_and_the_newest_frames_in_order(sink: int) 
 
 
 def test_a_window_of_one_block_holds_nothing() -> None:
-    window = Window(BlockCausal(block=2, window=2), (1, 1, 1, 1), torch.zeros(1))
+    window = LayerKVCache(BlockCausal(block=2, window=2), (1, 1, 1, 1), torch.zeros(1))
     window.append(*torch.ones(2, 1, 2, 1, 1, 1))
-    assert window.filled == 0 and window.read()[0].shape[1] == 0
+    assert window.length == 0 and window.read()[0].shape[1] == 0
 
 
 @torch.no_grad()
 def test_relative_positions_do_not_grow_with_time() -> None:
     dit = awake(replace(CAUSAL, causal=CausalConfig(3, 6, sink=1, action_sink=1, positions="relative")))
     cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
-    dit(**given, cache=cache, keep=True)
-    made = [dit(**given, cache=cache, keep=True) for _ in range(8)]
+    dit(**given, cache=cache, update_cache=True)
+    made = [dit(**given, cache=cache, update_cache=True) for _ in range(8)]
     # Once all that the window shows has been replaced in every layer, an hour more changes nothing.
     assert torch.equal(made[-1], made[-2])
 
@@ -83,9 +78,9 @@ def test_relative_positions_do_not_grow_with_time() -> None:
 def test_a_stream_in_bf16_has_buffers_in_bf16() -> None:
     dit = awake(CAUSAL).to(torch.bfloat16)
     cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
-    first = dit(**given, cache=cache, keep=True)
+    first = dit(**given, cache=cache, update_cache=True)
     assert first.dtype == torch.float32 and dit(**given, cache=cache).isfinite().all()
-    assert {one.dtype for one in buffers(cache)} == {torch.bfloat16}
+    assert {one.dtype for one in cache.buffers} == {torch.bfloat16}
 
 
 def test_what_cannot_stream_or_does_not_fit_the_cache_is_refused_in_one_line() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from configs import load_config
 from configs.cli import Verb, run
 from configs.files import sha256_file
-from model.action_dit import ActionDiT, ActionDiTConfig
-from model.config import ModelConfig
+from model.action_dit import ActionDiT
+from model.config import ActionDiTConfig, ModelConfig
 from model.info import info
 from model.inputs import action_windows
 from model.weights import load_into, load_weights, save_weights

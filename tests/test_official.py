@@ -14,8 +14,8 @@ from torch import Tensor
 from configs import load_config
 from configs.cli import run
 from model.__main__ import VERBS
-from model.action_dit import ActionDiT, ActionDiTConfig
-from model.config import ModelConfig
+from model.action_dit import ActionDiT
+from model.config import ActionDiTConfig, ModelConfig
 from model.official import (
     WEIGHTS_NAME,
     check_variant,

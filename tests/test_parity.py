@@ -5,11 +5,13 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import save_file
 
 from configs.cli import Verb, run
-from sampling.presets import Preset, preset_actions
+from data_pipeline.types import Actions
+from sampling.scripts import random_play
 from tests.parity.actions import CASES as SAMPLING_CASES
 from tests.parity.fixtures import Fixture, read_fixtures, run_fixture
 from tests.parity.network import CASES
@@ -79,13 +81,13 @@ def test_a_fixture_whose_weights_are_missing_is_refused_in_one_line(
 
 
 def test_random_play_holds_each_entry_for_a_segment_and_repeats_by_seed() -> None:
-    table = [Preset("a", (1.0, 0.0), (0.0, 1.0)), Preset("b", (0.0, 1.0), (0.0, -1.0))]
-    play = preset_actions(table, 30, seed=3, segment=5)
+    table = [Actions(np.array([keys]), np.array([mouse])) for keys, mouse in (((1, 0), (0, 1)), ((0, 1), (0, -1)))]
+    play = random_play(table, 30, seed=3, segment=5)
     assert play.keyboard.shape == (30, 2) and play.mouse.shape == (30, 2)
     for start in (1, 6, 11, 26):
         assert (play.keyboard[start : start + 5] == play.keyboard[start]).all()
-    assert (preset_actions(table, 30, seed=3, segment=5).mouse == play.mouse).all()
-    assert preset_actions([Preset("only", (1.0,))], 4, seed=0).mouse.shape == (4, 0)
+    assert (random_play(table, 30, seed=3, segment=5).mouse == play.mouse).all()
+    assert random_play([Actions(np.ones((1, 1)), np.ones((1, 0)))], 4, seed=0).mouse.shape == (4, 0)
 
 
 def copy_with(folder: Path, fixture: Fixture, output: str, added: float) -> None:

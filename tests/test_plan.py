@@ -20,8 +20,8 @@ from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from launch.__main__ import VERBS
 from launch.plan import Planner, apart, read_plan
-from model.action_dit import ActionDiTConfig
 from model.actions import ActionConfig
+from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from train.rehearsal import Rehearsed, clip_size, rehearse
 

@@ -1,39 +1,26 @@
 """The released games: their YAML, what `random` draws in them, and what an overlay lights."""
 
-import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from configs import load_config
-from configs.files import write_text
-from configs.game import ActionSpace, GameConfig
+from configs.game import ActionSpace
 from data_pipeline.overlay import Overlay, lit_caps
 from data_pipeline.types import Actions
 from model.config import ModelConfig
-from model.world import WorldModelConfig
-from sampling.presets import UPSTREAM_PRESETS, UPSTREAM_SPACES, cursor_path, preset_actions, presets, random_table
-from sampling.scripts import Scripted, read_script
+from sampling.scripts import Scripted, hold, random_table, read_script, script_words
 from tests.parity.fixtures import read_fixtures
+from tests.parity.upstream import RELEASED, cursor_path, released_game, released_space
 
 ROOT = Path(__file__).parent.parent
-GAMES = ROOT / "configs" / "games"
 (UPSTREAM,) = (one for one in read_fixtures(ROOT / "tests" / "golden") if one.case == "actions")
 
 
-def game(name: str, tmp_path: Path) -> GameConfig:
-    """The game in configs/games/<name>.yaml."""
-    rest = tmp_path / "rest.yaml"
-    write_text(rest, "{flow: {}, layout: continuous, codec: x, codec_hash: x}")
-    model = str(ROOT / "configs" / "models" / "smoke.yaml")
-    return load_config(WorldModelConfig, [model, str(rest), str(GAMES / f"{name}.yaml")]).game
-
-
-@pytest.mark.parametrize("name", UPSTREAM_SPACES)
-def test_a_released_game_s_file_means_what_the_presets_assume(name: str, tmp_path: Path) -> None:
-    found = game(name, tmp_path)
-    assert found.action_space == UPSTREAM_SPACES[name]
+@pytest.mark.parametrize("name", RELEASED)
+def test_a_released_game_s_file_fits_its_model(name: str) -> None:
+    found = released_game(name)
     assert (found.name, found.height, found.width) == (name, 352, 640)
     model = load_config(ModelConfig, [str(ROOT / "configs" / "models" / f"matrix_game_2_{name}_distilled.yaml")]).model
     assert model.action is not None and model.action.keyboard_dim_in == len(found.action_space.keys)
@@ -41,10 +28,10 @@ def test_a_released_game_s_file_means_what_the_presets_assume(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("seed", UPSTREAM.meta["seeds"])
-@pytest.mark.parametrize("name", UPSTREAM_SPACES)
-def test_random_in_a_released_game_is_upstream_s_play(name: str, seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", RELEASED)
+def test_random_in_a_released_game_is_upstream_s_play(name: str, seed: int) -> None:
     expected = UPSTREAM.tensors[f"{name}.seed{seed}.keyboard_condition"].numpy()
-    play = read_script("random", game(name, tmp_path).action_space, Scripted(len(expected), seed))
+    play = read_script("random", released_space(name), Scripted(len(expected), seed))
     assert np.array_equal(play.keyboard, expected)
     mouse = UPSTREAM.tensors.get(f"{name}.seed{seed}.mouse_condition")
     assert np.array_equal(play.mouse, mouse.numpy()) if mouse is not None else play.mouse.shape == (len(expected), 0)
@@ -52,24 +39,25 @@ def test_random_in_a_released_game_is_upstream_s_play(name: str, seed: int, tmp_
 
 @pytest.mark.parametrize(("name", "entries"), [("universal", 45), ("gta_drive", 12), ("templerun", 7)])
 def test_a_table_has_upstream_s_entries(name: str, entries: int) -> None:
-    table = UPSTREAM_PRESETS[name]()
+    space = released_space(name)
+    table = random_table(space)
     assert len(table) == entries
     if name == "templerun":
-        assert all(sum(entry.keyboard) == 1 for entry in table)
+        assert all(hold(entry, script_words(space), space).keyboard.sum() == 1 for entry in table)
 
 
 def test_a_turn_of_the_default_speed_is_upstream_s_camera_step() -> None:
-    assert presets(UPSTREAM_SPACES["universal"])["turn_right"].mouse == (0.0, pytest.approx(0.1))
+    assert script_words(released_space("universal"))["turn_right"].mouse[0].tolist() == [0.0, pytest.approx(0.1)]
 
 
 def test_another_game_of_the_same_name_has_its_own_table() -> None:
     space = ActionSpace("universal", ("forward", "jump"), mouse=False)
-    assert {entry.name for entry in random_table(space)} == {"idle+idle", "forward+idle", "jump+idle"}
+    assert set(random_table(space)) == {"idle+idle", "forward+idle", "jump+idle"}
 
 
 def test_a_faster_turn_is_asked_for_in_degrees() -> None:
-    space = UPSTREAM_SPACES["gta_drive"]
-    slow, fast = (preset_actions(random_table(space, deg), 200, random.Random(1)).mouse for deg in (3, 6))
+    space = released_space("gta_drive")
+    slow, fast = (read_script("random", space, Scripted(200, 1, deg)).mouse for deg in (3, 6))
     assert slow.any() and np.allclose(fast, 2 * slow)
 
 
@@ -91,15 +79,15 @@ def actions(space: ActionSpace, key: str, yaw: float = 0.0) -> Actions:
     ],
 )
 def test_the_caps_of_a_released_game_light_as_upstream_s(name: str, key: str, yaw: float, lit: str) -> None:
-    space = UPSTREAM_SPACES[name]
+    space = released_space(name)
     shown = lit_caps(space, actions(space, key, yaw))
     assert {label for label, one in shown.items() if one[0]} == ({lit} if lit else set())
     assert {"W", "A", "S", "D"} <= shown.keys()
 
 
-@pytest.mark.parametrize("name", UPSTREAM_SPACES)
+@pytest.mark.parametrize("name", RELEASED)
 def test_an_overlay_of_a_released_game_draws_its_caps(name: str) -> None:
-    space, frame = UPSTREAM_SPACES[name], np.full((352, 640, 3), 120, np.uint8)
+    space, frame = released_space(name), np.full((352, 640, 3), 120, np.uint8)
     overlay = Overlay(space, 352, 640)
     assert len(overlay.caps) == (6 if name == "templerun" else 4)
     held, none = (actions(space, key) for key in (space.keys[1], ""))

@@ -10,14 +10,20 @@ from tiny_world import DIT, GAME, SPACE, random_video, write_checkpoint
 from torch import Tensor, nn
 
 from configs.cli import run as run_words
+from configs.errors import UserError
 from configs.game import ActionSpace
-from data_pipeline.video import probe, read_frames, to_video, write_video
+from data_pipeline.video import probe, read_frames, to_uint8, to_video, write_video
 from model.action_dit import ActionDiT
+from model.noise import seeded_noise
 from model.vision import load_tower
 from model.world import WorldModel, check_same_game, load_world, newest_checkpoint
 from sampling.__main__ import VERBS
-from sampling.chunked import decode_frames, denoise, draw_noise, encode_frames, first_picture, rollout, to_uint8
-from sampling.denoising import Denoising, Rows, Velocity, guide
+from sampling.chunked import ChunkedRollout, denoise_chunk
+from sampling.denoising import Denoising, Rows, Velocity, cfg
+from sampling.generate import GenerateConfig
+from sampling.generate import generate as generate_config
+from sampling.play import play as play_world
+from sampling.rollout import decode_frames
 from sampling.scripts import Scripted, read_script
 
 TWO = Denoising(steps=2)
@@ -47,27 +53,31 @@ def play(
     actions = read_script(script, SPACE, Scripted(9 * chunks))
     keyboard, mouse = (torch.from_numpy(rows).expand(len(seeds), -1, -1) for rows in (actions.keyboard, actions.mouse))
     prompt = random_video(1)[:, :, 0] if prompt is None else prompt
-    made = rollout(world, prompt.expand(len(seeds), *prompt.shape[1:]), keyboard, mouse, seeds, denoising)
+    made = play_world(world, prompt.expand(len(seeds), *prompt.shape[1:]), (keyboard, mouse), seeds, denoising)
     return torch.cat(list(made), dim=1)
 
 
 def test_a_rollout_yields_nine_frames_per_chunk_as_they_come(world: WorldModel) -> None:
-    keyboard, mouse = torch.zeros(2, 36, 4), torch.zeros(2, 36, 2)
-    chunks = rollout(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), keyboard, mouse, (0, 1), TWO)
+    actions = torch.zeros(2, 32, 4), torch.zeros(2, 32, 2)
+    chunks = play_world(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), actions, (0, 1), TWO)
     assert next(chunks).shape == (2, 9, 32, 48, 3)
     rest = list(chunks)
-    assert len(rest) == 3 and all(chunk.shape == (2, 9, 32, 48, 3) and chunk.dtype == torch.uint8 for chunk in rest)
+    assert [chunk.shape[1] for chunk in rest] == [9, 9, 5] and all(chunk.dtype == torch.uint8 for chunk in rest)
 
 
 def test_the_prompt_image_is_the_first_frame_as_the_codec_shows_it(world: WorldModel) -> None:
     prompt = random_video(1)
-    shown = decode_frames(world, encode_frames(world, prompt))[:, 0]
+    shown = decode_frames(world, world.codec.encode(prompt))[:, 0]
     assert torch.equal(play(world, prompt=prompt[:, :, 0])[:, 0], shown)
 
 
-def test_after_a_real_context_chunk_the_first_nine_rows_are_its_own(world: WorldModel) -> None:
-    context = encode_frames(world, random_video(9))
-    assert play(world, chunks=3, prompt=context).shape[1] == 18
+def test_a_prompt_clip_comes_first_as_the_codec_shows_it_and_what_follows_depends_on_it(world: WorldModel) -> None:
+    clip = random_video(9)
+    made = play(world, chunks=2, prompt=clip)
+    assert made.shape[1] == 18 and torch.equal(made[:, :9], decode_frames(world, world.codec.encode(clip)))
+    assert not torch.equal(made[:, 9:], play(world, chunks=2, prompt=random_video(9, seed=1))[:, 9:])
+    with pytest.raises(UserError, match="prompt: 8 frames"):
+        ChunkedRollout(world, clip[:, :, :8], [0], TWO)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_another_world(world: WorldModel) -> None:
@@ -108,18 +118,18 @@ class Oracle(nn.Module):
 
 @pytest.mark.parametrize("steps", [1, 4, 30])
 def test_euler_with_the_true_velocity_recovers_the_chunk(world: WorldModel, steps: int) -> None:
-    x0 = torch.cat([encode_frames(world, random_video(9, seed)) for seed in (1, 2)], dim=2)
+    x0 = torch.cat([world.codec.encode(random_video(9, seed)) for seed in (1, 2)], dim=2)
     oracle = Oracle(x0)
-    oracle.noise = draw_noise(x0, 6, [0], 1)
+    oracle.noise = seeded_noise(x0.shape[1:], [0], 1)
     actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
-    found = denoise(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, Denoising(steps))  # type: ignore[arg-type]
+    found = denoise_chunk(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, Denoising(steps))  # type: ignore[arg-type]
     assert torch.equal(found[:, :, :3], x0[:, :, :3])
     assert (found - x0).abs().max() < 1e-4  # float32 sums of `steps` terms of size about 4
 
 
 def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: WorldModel) -> None:
-    x0 = encode_frames(world, random_video(9, 1))
-    noise, seen = draw_noise(x0, 6, [0], 1), []
+    x0 = world.codec.encode(random_video(9, 1))
+    noise, seen = seeded_noise((x0.shape[1], 6, *x0.shape[3:]), [0], 1), []
 
     class Watcher(nn.Module):
         config = DIT
@@ -131,25 +141,25 @@ def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: W
             return torch.ones_like(x)
 
     actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
-    denoise(replace(world, dit=Watcher()), x0, noise, actions, Denoising(5))  # type: ignore[arg-type]
+    denoise_chunk(replace(world, dit=Watcher()), x0, noise, actions, Denoising(5))  # type: ignore[arg-type]
     assert len(seen) == 5 and max(seen) < 1e-5  # float32
 
 
 def test_guidance_stretches_what_the_actions_of_the_made_frames_add(world: WorldModel) -> None:
-    known, seen = encode_frames(world, random_video(9, 1)), []
-    noise = draw_noise(known, 6, [0], 1)
+    known, seen = world.codec.encode(random_video(9, 1)), []
+    noise = seeded_noise((known.shape[1], 6, *known.shape[3:]), [0], 1)
     actions = (torch.rand(1, 18, 4).round(), torch.randn(1, 18, 2))
     released = tuple(torch.cat([rows[:, :9], torch.zeros_like(rows[:, 9:])], dim=1) for rows in actions)
-    acted, idle = (denoise(world, known, noise, rows, Denoising(1)) for rows in (actions, released))  # type: ignore[arg-type]
-    found = denoise(world, known, noise, actions, Denoising(1, guidance=2.5))
-    assert (found - idle).abs().max() > 1e-3
-    assert (found - (idle + 2.5 * (acted - idle))).abs().max() < 1e-5  # one Euler step is linear; float32
+    cond, uncond = (denoise_chunk(world, known, noise, rows, Denoising(1)) for rows in (actions, released))  # type: ignore[arg-type]
+    found = denoise_chunk(world, known, noise, actions, Denoising(1, guidance=2.5))
+    assert (found - uncond).abs().max() > 1e-3
+    assert (found - (uncond + 2.5 * (cond - uncond))).abs().max() < 1e-5  # one Euler step is linear; float32
 
     def answer(rows: Rows) -> Velocity:
         seen.append(rows)
         return lambda x, timestep: x
 
-    guide(answer, actions, 9, 1.0)
+    cfg(answer, actions, 9, 1.0)
     assert len(seen) == 1 and seen[0] is actions  # no second pass that nobody asked for
 
 
@@ -174,7 +184,7 @@ def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: Wo
     made = play(seeing, chunks=3)
     assert len(shown) == 3 and torch.equal(shown[0], random_video(1)[:, :, 0])
     for picture, start in zip(shown[1:], (0, 9), strict=True):
-        assert torch.equal(picture, first_picture(made[:, start:]))
+        assert torch.equal(picture, to_video(made[:, start : start + 1])[:, :, 0])
 
 
 def test_bf16_changes_little(run: Path, world: WorldModel) -> None:
@@ -241,10 +251,13 @@ def test_generate_writes_a_playable_video_and_a_sheet(
 def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) -> None:
     video, out = tmp_path / "play.mp4", tmp_path / "demo.mp4"
     write_video(video, list(to_uint8(random_video(3))[0].numpy()), GAME.fps)
-    words = (f"prompt={video}", "frames=9", "steps=1", f"out={out}")
-    assert generate(run, *words, "prompt_frame=2") == 0 and out.exists()
+    config = GenerateConfig(str(run), str(video), str(out), frames=9, steps=1, prompt_frame=2)
+    generate_config(config)
+    assert out.exists()
     out.unlink()
-    assert generate(run, *words, "prompt_frame=3") == 2 and not out.exists()
+    with pytest.raises(UserError, match="prompt_frame=3"):
+        generate_config(replace(config, prompt_frame=3))
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(

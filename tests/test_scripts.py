@@ -7,8 +7,7 @@ import pytest
 
 from configs.game import ActionSpace
 from data_pipeline.types import Actions
-from sampling.presets import presets
-from sampling.scripts import Scripted, random_actions, read_script
+from sampling.scripts import Scripted, read_script, script_words
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
 DRIVE = ActionSpace("drive", ("forward", "back"), mouse_unit_deg=1.0)
@@ -91,22 +90,22 @@ def test_a_recording_s_actions_are_a_script(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("action_space", [DOOM, DRIVE, RUNNER], ids=lambda space: space.name)
 def test_chance_is_decided_by_the_seed_alone(action_space: ActionSpace) -> None:
-    one, again, other = (random_actions(action_space, Scripted(81, seed)) for seed in (3, 3, 4))
+    one, again, other = (read_script("random", action_space, Scripted(81, seed)) for seed in (3, 3, 4))
     assert same(one, again) and not same(one, other)
-    longer = random_actions(action_space, Scripted(200, 3))
+    longer = read_script("random", action_space, Scripted(200, 3))
     assert same(longer[:81], one)
 
 
 @pytest.mark.parametrize("action_space", [DOOM, DRIVE, RUNNER], ids=lambda space: space.name)
 def test_chance_holds_each_entry_for_twelve_frames_after_the_first_one(action_space: ActionSpace) -> None:
-    actions = random_actions(action_space, Scripted(240, 0))
+    actions = read_script("random", action_space, Scripted(240, 0))
     rows = np.concatenate([actions.keyboard, actions.mouse], axis=1)
     changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1
     assert len(changes) > 8 and (changes % 12 == 1).all()
 
 
 def test_chance_presses_everything_and_forward_most_and_never_both_ways_at_once() -> None:
-    actions = random_actions(DOOM, Scripted(12 * 400, 0))
+    actions = read_script("random", DOOM, Scripted(12 * 400, 0))
     share = dict(zip(DOOM.keys, actions.keyboard.mean(axis=0), strict=True))
     assert min(share.values()) > 0.02 and max(share, key=lambda key: share[key]) == "forward"
     both = actions.keyboard[:, 0] * actions.keyboard[:, 1] + actions.keyboard[:, 2] * actions.keyboard[:, 3]
@@ -147,5 +146,5 @@ def test_a_script_that_cannot_be_read_is_one_clear_line(
 
 
 def test_an_action_space_without_a_mouse_has_no_mouse_presets_and_no_mouse_columns() -> None:
-    assert set(presets(RUNNER, 3.0)) == {"idle", *RUNNER.keys}
+    assert set(script_words(RUNNER)) == {"idle", *RUNNER.keys}
     assert read_script("turn_left", RUNNER, Scripted(4)).mouse.shape == (4, 0)

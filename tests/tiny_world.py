@@ -7,9 +7,10 @@ from torch import nn
 
 from configs import save_config
 from configs.game import ActionSpace, GameConfig
-from model.action_dit import ActionDiT, ActionDiTConfig
+from model.action_dit import ActionDiT
 from model.actions import ActionConfig
 from model.codec import CONFIG_FILE, codec_hash
+from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights

@@ -45,7 +45,7 @@ def fill_at_random(engine: Engine, config: TrainConfig, generator: torch.Generat
     """The numbers that the whole model would have been built with."""
 
     @contextmanager
-    def present(named: tuple[str, nn.Module]) -> Iterator[None]:
+    def materialize(named: tuple[str, nn.Module]) -> Iterator[None]:
         """Memory on the CPU, of which the engine takes this rank's share."""
         name, part = named
         part.to_empty(device="cpu")
@@ -56,5 +56,5 @@ def fill_at_random(engine: Engine, config: TrainConfig, generator: torch.Generat
 
     with META:
         template = ActionDiT(config.model)
-    template.initialise(generator, present)
+    template.init_weights(generator, materialize)
     engine.sync_compute_weights()

@@ -6,7 +6,8 @@ from typing import Any, Literal
 from configs.errors import UserError
 from data_pipeline.stream import LoaderConfig
 from data_pipeline.types import Source
-from model.action_dit import ActionDiTConfig, CompileMode
+from model.action_dit import CompileMode
+from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import CHUNK_FRAMES
 from sampling.denoising import Denoising

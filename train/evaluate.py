@@ -6,7 +6,7 @@ from data_pipeline.stream import Stream
 from model.flow import FlowMatch
 from model.loss import velocity_loss
 from model.patch_codec import TEMPORAL
-from sampling.scores import action_variants, first_latents
+from sampling.metrics import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
 from train.objectives.objective import Objective

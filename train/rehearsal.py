@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from configs.errors import UserError
 from data_pipeline.shards import load_manifest
 from data_pipeline.types import Batch
-from model.action_dit import ActionDiTConfig
+from model.config import ActionDiTConfig
 from model.cost import IMAGE_TOKENS
 from model.flow import FlowMatch
 from model.layout import Layout, latent_ends

@@ -13,11 +13,10 @@ from data_pipeline.shard_set import Shards
 from data_pipeline.shards import clip_key
 from data_pipeline.types import Actions
 from data_pipeline.video import to_video
-from model.layout import CHUNK_FRAMES
 from model.world import WorldModel, WorldModelConfig, make_world
-from sampling.films import HELD_FILM_WIDTH, Film, Take, write_film
+from sampling.play import play
 from sampling.scripts import Scripted, read_script
-from sampling.trials import block_by_block, chunk_by_chunk
+from sampling.video_grid import HELD_WIDTH, Panel, VideoGrid, write_grid
 from train.checkpoint import weight_specs
 from train.config import TrainConfig, VideosConfig
 from train.ema import Ema
@@ -79,26 +78,22 @@ class Videos:
         made = {}
         for clip in self.prompts:
             name = clip_key(clip.episode, clip.start)
-            film = self._film(world, clip.first_frame, f"step_{step:07d}_{name}", f"{clip.episode}, step {step}", alive)
-            write_film(self.folder, film, world.game)
-            made[name] = self.folder / f"{film.name}.mp4"
+            grid = self._grid(world, clip.first_frame, f"step_{step:07d}_{name}", f"{clip.episode}, step {step}", alive)
+            write_grid(self.folder, grid, world.game)
+            made[name] = self.folder / f"{grid.name}.mp4"
         return made
 
-    def _film(self, world: WorldModel, jpeg: bytes, name: str, title: str, alive: Callable[[], None]) -> Film:
+    def _grid(self, world: WorldModel, jpeg: bytes, name: str, title: str, alive: Callable[[], None]) -> VideoGrid:
         """All scripts from one picture and one noise."""
+        scripts, pieces = len(self.actions), []
         picture = torch.from_numpy(decode_picture(jpeg, title))
-        prompt = to_video(picture[None, None])[:, :, 0].to(world.device).expand(len(self.actions), -1, -1, -1)
-        padding = ((0, -self.config.frames % CHUNK_FRAMES), (0, 0))  # chunks are whole; what is too much is cut
-        keyboard, mouse = (
-            torch.from_numpy(np.stack([np.pad(rows, padding, mode="edge") for rows in of_all])).to(world.device)
-            for of_all in ([one.keyboard for one in self.actions], [one.mouse for one in self.actions])
-        )
-        method = chunk_by_chunk if world.layout == "chunked" else block_by_block
-        seeds, pieces = [self.config.seed] * len(self.actions), []
-        for piece in method(world, prompt, (keyboard, mouse), seeds, self.config.denoising):
+        prompt = to_video(picture[None, None])[:, :, 0].expand(scripts, -1, -1, -1)
+        keyboard = torch.from_numpy(np.stack([one.keyboard for one in self.actions]))
+        mouse = torch.from_numpy(np.stack([one.mouse for one in self.actions]))
+        for piece in play(world, prompt, (keyboard, mouse), [self.config.seed] * scripts, self.config.denoising):
             pieces.append(piece.cpu().numpy())
             alive()
-        frames = np.concatenate(pieces, axis=1)[:, : self.config.frames]
-        takes = [Take(*one) for one in zip(self.config.actions, frames, self.actions, strict=True)]
+        frames = np.concatenate(pieces, axis=1)
+        panels = [Panel(*one) for one in zip(self.config.actions, frames, self.actions, strict=True)]
         sentence = "The same picture and noise under other actions."
-        return Film(name, title, sentence, takes, min(len(takes), 4), HELD_FILM_WIDTH, given=1)
+        return VideoGrid(name, title, sentence, panels, min(scripts, 4), HELD_WIDTH, given=1)

@@ -42,7 +42,7 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
     assert isinstance(model, ActionDiT)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     model.to(dtype)
-    for _, part in model.parts():
+    for _, part in model.submodules():
         part.to_empty(device=device)
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.detach().zero_()

@@ -17,17 +17,19 @@ from torch import Tensor
 from configs import to_dict
 from configs.errors import UserError
 from configs.files import require_no_folder, require_other_files, write_text
-from model.action_dit import ActionDiT, ActionDiTConfig, CompileMode
+from model.action_dit import ActionDiT, CompileMode
 from model.codec import Codec, load_codec
+from model.config import ActionDiTConfig
 from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
 from model.limits import require_device
-from model.memory import peak_gib, reset_peak
+from model.memory import peak_gib
 from model.patch_codec import SPATIAL, TEMPORAL, PatchCodec, PatchCodecConfig
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
 
+RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 starts a new peak of resident memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CODEC_DTYPES = DTYPES | {"fp16": torch.float16}
 
@@ -171,7 +173,7 @@ def stream_block(config: BenchConfig, dit: ActionDiT, codec: Codec) -> tuple[Run
         x = given["x"]
         for _ in range(config.steps):
             x = x - dit(**given | {"x": x}, cache=cache) / config.steps
-        dit(**given | {"x": x}, cache=cache, keep=True)
+        dit(**given | {"x": x}, cache=cache, update_cache=True)
         codec.decode_stream(x, state)
 
     return run, TEMPORAL * shape.shape[2] * config.batch
@@ -183,8 +185,8 @@ def full_cache(config: BenchConfig, dit: ActionDiT) -> tuple[dict[str, Tensor], 
     assert causal is not None and causal.window is not None
     given = inputs_for(config, causal.block, dit)
     cache = dit.make_cache(config.batch, *given["x"].shape[3:], visual=given.pop("visual", None))
-    while cache.start < causal.window:
-        dit(**given, cache=cache, keep=True)
+    while cache.position < causal.window:
+        dit(**given, cache=cache, update_cache=True)
     return given, cache
 
 
@@ -242,6 +244,15 @@ def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int |
     speed = frames / median if frames else None
     peak = peak_gib(config.device)
     return Measured(what, median, min(wall), max(wall), statistics.median(cpu), peak, tflop, speed, mfu)
+
+
+def reset_peak(device: str) -> None:
+    """Starts a new peak of memory, after everything that runs has ended; where the system cannot, it goes on."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access(RESET_PEAK, os.W_OK):
+        RESET_PEAK.write_text("5")
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -12,15 +12,16 @@ from data_pipeline.types import Actions
 from model.flow import FlowMatch, FlowMatchConfig
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.denoising import denoise_in_few_steps
-from sampling.presets import UPSTREAM_PRESETS, cursor_path, lit_keys, live_rows, preset_actions, replace_rows
+from sampling.scripts import hold, random_play, random_table, script_words
 from tests.parity.causal import causal_dit, fixture_inputs
 from tests.parity.fixtures import Case, Fixture, Row, judge, unsupported
+from tests.parity.upstream import RELEASED, cursor_path, lit_keys, live_rows, released_space, replace_rows
 
 
 def actions(fixture: Fixture) -> Iterator[Row]:
     """Preset sequences by seed, what the overlay shows of them, and actions replaced block by block."""
     rows: list[Row] = []
-    for game in UPSTREAM_PRESETS:
+    for game in RELEASED:
         by_seed = [_preset_play(fixture, game, seed) for seed in fixture.meta["seeds"]]
         rows += [row for _, judged in by_seed for row in judged]
         rows += _overlay(fixture, game, [play for play, _ in by_seed if play is not None])
@@ -36,7 +37,9 @@ def _preset_play(fixture: Fixture, game: str, seed: int) -> tuple[Actions | None
     expected = fixture.tensors.get(f"{prefix}keyboard_condition")
     if expected is None:
         return None, []
-    play = preset_actions(UPSTREAM_PRESETS[game](), len(expected), seed)
+    space = released_space(game)
+    table = [hold(entry, script_words(space), space) for entry in random_table(space)]
+    play = random_play(table, len(expected), seed)
     rows = [judge(fixture, f"{prefix}keyboard_condition", torch.from_numpy(play.keyboard), expected)]
     mouse = fixture.tensors.get(f"{prefix}mouse_condition")
     if mouse is not None:
@@ -97,7 +100,7 @@ def pipeline(fixture: Fixture) -> Iterator[Row]:
 
         latents = denoise_in_few_steps(velocity, flow, draw, steps)
         context = torch.full((len(noise),), float(meta["context_noise"]))  # a timestep; upstream adds no noise
-        dit(**given | {"x": latents}, timestep=context, cache=cache, keep=True)
+        dit(**given | {"x": latents}, timestep=context, cache=cache, update_cache=True)
         blocks.append(latents)
     if "out.latents" in tensors:
         yield judge(fixture, "latents", torch.cat(blocks, dim=2), tensors["out.latents"])

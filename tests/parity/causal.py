@@ -12,7 +12,7 @@ from torch import Tensor
 from model.action_dit import ActionDiT
 from model.actions import ActionModule, action_rotation
 from model.inputs import model_inputs
-from model.kv_cache import KVCache, LayerPast, Window
+from model.kv_cache import KVCache, LayerKVCache, LayerPast
 from model.masks import BlockCausalMask, CausalConfig
 from model.weights import load_into, load_weights
 from tests.parity.fixtures import Fixture, Row, action_config, dit_config, fixture_windows, judge
@@ -58,13 +58,13 @@ def _streamed_actions(fixture: Fixture, module: ActionModule) -> Iterator[Row]:
     rows, s, a = blocks.shape[1], blocks.shape[2] // n, config.heads_num
     past = LayerPast(
         None,
-        Window(rule, (rows * s, 1, a, config.mouse_hidden_dim // a), blocks),
-        Window(rule, (rows, 1, a, config.keyboard_hidden_dim // a), blocks),
+        LayerKVCache(rule, (rows * s, 1, a, config.mouse_hidden_dim // a), blocks),
+        LayerKVCache(rule, (rows, 1, a, config.keyboard_hidden_dim // a), blocks),
     )
     all_windows = [fixture_windows(tensors.get(f"in.{kind}_stream"), config, n * len(blocks)) for kind in KINDS]
     for i, x in enumerate(blocks):
         keyboard, mouse = (None if one is None else one[:, n * i : n * (i + 1)] for one in all_windows)
-        actual = module(x, keyboard, mouse, action_rotation(config, n, start=n * i), past, keep=True)
+        actual = module(x, keyboard, mouse, action_rotation(config, n, start=n * i), past, update_cache=True)
         if f"stream_b{i}" in names:
             yield judge(fixture, f"stream_b{i}", actual, tensors[f"out.stream_b{i}"])
 
@@ -95,7 +95,7 @@ def causal_stream(fixture: Fixture) -> Iterator[Row]:
             for name, timestep in [*passes, ("update", context)]:
                 update = name == "update"
                 given["x"] = clean[:, :, n * i : n * (i + 1)] if update else tensors[f"in.x_b{i}_{name}"]
-                actual = dit(timestep=timestep, **given, cache=cache, keep=update)
+                actual = dit(timestep=timestep, **given, cache=cache, update_cache=update)
                 if f"out.flow_b{i}_{name}" in tensors:
                     yield judge(fixture, f"flow_b{i}_{name}", actual, tensors[f"out.flow_b{i}_{name}"])
     yield from _cache_contents(fixture, cache)

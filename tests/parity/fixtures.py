@@ -10,8 +10,8 @@ from torch import Tensor
 
 from configs import build
 from configs.errors import UserError
-from model.action_dit import ActionDiTConfig
 from model.actions import ActionConfig
+from model.config import ActionDiTConfig
 from model.inputs import action_windows
 from model.layout import latent_ends
 from model.weights import load_weights

@@ -14,7 +14,7 @@ from configs import build
 from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.actions import ActionConfig
-from model.flow import FlowMatch, FlowMatchConfig
+from model.flow import FlowMatch, FlowMatchConfig, per_sample
 from model.inputs import model_inputs
 from model.layers import time_sinusoid
 from model.rope import rotate, time_rotation, video_rotation
@@ -95,13 +95,13 @@ def _scheduler_outputs(
         "add_noise": x,
         "add_noise_2d": rearrange(per_frame, "1 c f h w -> f c h w"),
         "training_target": flow.training_target(x0, noise),
-        "step": flow.step(x, velocity, sigma, schedule.next_sigma(query)),
+        "step": flow.step(x, velocity, sigma, schedule.levels[schedule.index(query) + 1]),
         "step_to_final": flow.step(x, velocity, sigma, end),
-        "step_with_last": flow.step(x, velocity, sigma_last, schedule.next_sigma(query_last)),
+        "step_with_last": flow.step(x, velocity, sigma_last, schedule.levels[schedule.index(query_last) + 1]),
         "step at last": schedule.index(query) == last,
         "step_with_last at last": schedule.index(query_last) == last,
         "flow_to_x0": flow.velocity_to_x0(velocity, x, sigma),
-        "x0_to_flow": flow.x0_to_velocity(x0, x, sigma),
+        "x0_to_flow": ((x.double() - x0.double()) / per_sample(sigma.double(), x)).to(x0.dtype),
     }
     if schedule.training_weights is not None:
         weight = schedule.training_weight(query)

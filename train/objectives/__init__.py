@@ -4,7 +4,7 @@ from typing import Any
 
 from configs import build
 from configs.errors import UserError
-from model.action_dit import ActionDiTConfig
+from model.config import ActionDiTConfig
 from model.layout import Layout
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base

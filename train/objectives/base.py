@@ -9,7 +9,7 @@ from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
 from model.loss import velocity_error
-from sampling.scores import cut_chunk
+from sampling.metrics import cut_chunk
 from train.objectives.objective import LossMetrics, Objective
 from train.objectives.sample_rng import SampleRng
 

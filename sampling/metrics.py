@@ -1,4 +1,4 @@
-"""Figures of a model and of its pictures: held-out velocity loss, PSNR, drift."""
+"""Metrics of a model and of its frames: held-out velocity loss by actions, PSNR, drift."""
 
 import math
 from dataclasses import replace
@@ -71,7 +71,10 @@ def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> 
     `standard_error` its standard error (clips taken as independent).
     """
     share = {name: len(levels) / flow.config.train_steps for name, levels in sigma_bins(flow)}
-    per_clip = {variant: sum_weighted(bins, share) for variant, bins in losses.items()}
+    per_clip = {
+        variant: torch.stack([share[name] * values for name, values in bins.items()]).sum(dim=0)
+        for variant, bins in losses.items()
+    }
     table = {}
     for variant, loss in per_clip.items():
         figures = {"loss": loss.mean().item()}
@@ -85,11 +88,6 @@ def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> 
                 figures[f"minus_right/{name}"] = (values - losses["right"][name]).mean().item()
         table[variant] = figures
     return table
-
-
-def sum_weighted(bins: dict[str, Tensor], share: dict[str, float]) -> Tensor:
-    """The mean loss (b) over levels from the means per bin (b)."""
-    return torch.stack([share[name] * values for name, values in bins.items()]).sum(dim=0)
 
 
 def psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:

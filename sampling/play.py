@@ -1,0 +1,70 @@
+"""Playing a world: along given actions, or live, where the actions of a piece come when it is to be made."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.types import Actions
+from data_pipeline.video import fit_frame, to_video
+from model.world import WorldModel
+from sampling.chunked import ChunkedRollout
+from sampling.denoising import Denoising, Rows
+from sampling.rollout import Rollout
+from sampling.streaming import StreamingRollout
+
+
+def start_rollout(world: WorldModel, prompt: Tensor, seeds: Sequence[int], denoising: Denoising) -> Rollout:
+    """The rollout of the world's kind from pictures (b 3 h w) or clips (b 3 n h w), one seed each."""
+    kind = ChunkedRollout if world.layout == "chunked" else StreamingRollout
+    return kind(world, prompt.to(world.device), seeds, denoising)
+
+
+def play(
+    world: WorldModel, prompt: Tensor, actions: Rows, seeds: Sequence[int], denoising: Denoising
+) -> Iterator[Tensor]:
+    """Piece after piece of frames (b n h w 3) uint8, as many frames as `actions` has rows, each as soon as it is made.
+
+    `actions`: keyboard (b n k) and mouse (b n 2) from the prompt's first frame on. The last row is held, and the last
+    piece cut, where pieces do not divide the frames.
+    """
+    rollout, frames, made = start_rollout(world, prompt, seeds, denoising), actions[0].shape[1], 0
+    while made < frames:
+        rows = torch.arange(made, made + rollout.frames_due).clamp(max=frames - 1)
+        piece = rollout.step(*(one[:, rows.to(one.device)] for one in actions))
+        yield piece[:, : frames - made]
+        made += piece.shape[1]
+
+
+class LiveWorld:
+    """One player's rollout."""
+
+    def __init__(
+        self, world: WorldModel, prompt: np.ndarray, seed: int = 0, denoising: Denoising | None = None
+    ) -> None:
+        """`prompt` (h w 3) uint8 is fitted to the game's size."""
+        self.world, self.denoising = world, denoising or Denoising()
+        self.restart(prompt, seed)
+
+    def restart(self, prompt: np.ndarray, seed: int = 0) -> None:
+        """Starts again from a picture (h w 3) uint8; everything before is forgotten."""
+        picture = fit_frame(prompt, self.world.game.height, self.world.game.width)
+        image = to_video(torch.from_numpy(picture)[None, None])[:, :, 0]
+        self.rollout = start_rollout(self.world, image, [seed], self.denoising)
+
+    @property
+    def frames_due(self) -> int:
+        """Frames that the next step makes."""
+        return self.rollout.frames_due
+
+    def step(self, actions: Actions) -> np.ndarray:
+        """The next frames (n h w 3) uint8; `actions` has n rows, or one that is held for all of them."""
+        rows = (torch.from_numpy(one)[None] for one in (actions.keyboard, actions.mouse))
+        held = (one.expand(-1, self.frames_due, -1) if one.shape[1] == 1 else one for one in rows)
+        return self.rollout.step(*held)[0].cpu().numpy()
+
+    def play(self, act: Callable[[int], Actions]) -> Iterator[np.ndarray]:
+        """Piece after piece of frames without end; `act(n)` is asked for the actions of n frames before each."""
+        while True:
+            yield self.step(act(self.frames_due))
