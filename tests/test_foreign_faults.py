@@ -119,7 +119,7 @@ FAULTS = {
         "vpt", None, "line .*'mouse_right' holds no key", ("game.inputs.others=refuse", "game.inputs.keys.use=[]")
     ),
     "a mistyped input": Fault("vpt", None, "no input 'spacebar', but .*space", ("game.inputs.keys.jump=[spacebar]",)),
-    "keys not bound": Fault("vpt", None, "dig, forward, .*one side", ("game.action_space={keys: [dig], caps: []}",)),
+    "keys not bound": Fault("vpt", None, "inputs.keys must name all", ("game.action_space={keys: [dig], caps: []}",)),
     "another rate": Fault("vpt", None, "mp4 runs at 20 fps, the game .* at 30", ("game.fps=30",)),
     "a video cut off": Fault("vpt", half(f"{VPT}.mp4"), "mp4 .*truncated"),
     "half a button": Fault(
