@@ -67,7 +67,7 @@ FORMAT = Format(find_recordings, scaled_mouse=True)
 
 def _find_files(folder: str | Path, depth: int) -> list[Path]:
     inner = list_folders(folder) if depth else []
-    return [*list_files(folder, ".hdf5", ".h5"), *(path for one in inner for path in _find_files(one, depth - 1))]
+    return [*list_files(folder, ".hdf5", ".h5"), *(path for sub in inner for path in _find_files(sub, depth - 1))]
 
 
 def read_file(path: Path, game: GameConfig) -> list[Episode]:
