@@ -77,10 +77,13 @@ def read_file(path: Path, game: GameConfig) -> list[Episode]:
     keys = bind_keys(game, NAMES)
     with open_hdf5(path) as file:
         numbers = range(count_frames(file, path))
-        table = np.stack([read_row(file, i, path) for i in numbers])
-        died = np.array([read_death(file, i, path) for i in numbers])
+        table = np.stack([find_array(file, f"frame_{i}_y", path, (WIDTH,))[()] for i in numbers])
+        died = np.array([read_death(file, f"frame_{i}_helperarr", path) for i in numbers])
         height, width, _ = read_picture(file, 0, path).shape
     held, x, y = np.split(table, [len(NAMES), len(NAMES) + len(MOUSE_X)], axis=1)
+    wrong = ~np.isin(table, (0, 1)).all(axis=1) | (x.sum(axis=1) != 1) | (y.sum(axis=1) != 1)
+    if wrong.any():
+        raise UserError(f"{path} frame_{wrong.argmax()}_y must be 0 and 1, with one bin of mouse x and one of mouse y")
     moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
     actions = Actions(
         keys.rows(NAMES, held, lambda i: f"{path} frame_{i}_y"),
@@ -130,8 +133,8 @@ def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
     return np.ascontiguousarray(frame[()][:, :, ::-1])
 
 
-def find_array(file: Any, name: str, path: Path) -> Any:
-    """A dataset of numbers, which are not read yet.
+def find_array(file: Any, name: str, path: Path, shape: tuple[int, ...] | None = None) -> Any:
+    """A dataset of numbers, of this `shape` if it is given; they are not read yet.
 
     Raises UserError for anything else, for one whose numbers lie in another file, and for one that would need more
     memory than any picture.
@@ -147,27 +150,11 @@ def find_array(file: Any, name: str, path: Path) -> Any:
         raise UserError(f"{path} {name} names data of another file; it was not read")
     if max(array.size or 0, int(np.prod(array.chunks or 0, dtype=object))) * array.dtype.itemsize > LARGEST_BYTES:
         raise UserError(f"{path} {name} has the shape {array.shape}; that is no picture and no row of a game")
+    if shape is not None and array.shape != shape:
+        raise UserError(f"{path} {name} has the shape {array.shape}, it must be {shape}")
     return array
 
 
-def read_death(file: Any, i: int, path: Path) -> bool:
-    """Whether the player dies in frame i, by `frame_<i>_helperarr` (2), which a file may lack."""
-    name = f"frame_{i}_helperarr"
-    if not file.id.links.exists(name.encode()):
-        return False
-    array = find_array(file, name, path)
-    if array.shape != (2,):
-        raise UserError(f"{path} {name} must be two values, [kill, death], not {array.shape}")
-    return bool(array[1] != 0)
-
-
-def read_row(file: Any, i: int, path: Path) -> np.ndarray:
-    """`frame_<i>_y` (51) of 0 and 1, with one bin of each mouse axis."""
-    array = find_array(file, f"frame_{i}_y", path)
-    row = array[()] if array.shape == (WIDTH,) else np.zeros(0)
-    if row.shape != (WIDTH,) or not np.isin(row, (0, 1)).all():
-        raise UserError(f"{path} frame_{i}_y must be {WIDTH} values of 0 or 1")
-    x, y = row[len(NAMES) : len(NAMES) + len(MOUSE_X)], row[len(NAMES) + len(MOUSE_X) :]
-    if x.sum() != 1 or y.sum() != 1:
-        raise UserError(f"{path} frame_{i}_y has {x.sum():g} bins of mouse x and {y.sum():g} of mouse y; one of each")
-    return row
+def read_death(file: Any, name: str, path: Path) -> bool:
+    """Whether the player dies in a frame, by its [kill, death], which a file may lack."""
+    return file.id.links.exists(name.encode()) and bool(find_array(file, name, path, (2,))[1] != 0)
