@@ -221,9 +221,7 @@ def test_a_fault_is_one_line_that_names_what_is_wrong(name: str, sources: dict[s
     assert str(folder) in str(error.value) or "game.inputs" in str(error.value) or "inputs.keys" in str(error.value)
 
 
-def test_encode_stops_before_it_writes_with_one_line_and_status_2(
-    sources: dict[str, Path], codec_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_encode_stops_before_it_writes_with_one_line_and_status_2(sources, codec_folder, tmp_path, capsys):
     folder = tmp_path / "source"
     shutil.copytree(sources["vpt"], folder)
     lines(f"{VPT}.jsonl", lambda found: found[:-2])(folder)
@@ -234,9 +232,7 @@ def test_encode_stops_before_it_writes_with_one_line_and_status_2(
 
 
 @pytest.mark.parametrize(("reader", "module"), [("csgo", "h5py"), ("lerobot", "pyarrow.parquet")])
-def test_a_package_that_is_not_installed_is_named_with_its_extra(
-    reader: Reader, module: str, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_package_that_is_not_installed_is_named_with_its_extra(reader, module, sources, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"need {module.split('.')[0]}: pip install 'worldloom\[readers\]'"):
         read_all(reader, sources[reader], load_game(reader, tmp_path))
