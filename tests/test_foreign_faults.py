@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from foreign_games import load_game, read_all, words
 
+from configs import storage
 from configs.cli import run
+from configs.errors import RefusedError
 from data_pipeline.__main__ import VERBS
-from data_pipeline.readers import READERS, Reader
+from data_pipeline.readers import READERS, Reader, find_recordings, lerobot
 
 Damage = Callable[[Path], Any]
 
@@ -236,6 +238,18 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(reader, module,
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"need {module.split('.')[0]}: pip install 'worldloom\[readers\]'"):
         read_all(reader, sources[reader], load_game(reader, tmp_path))
+
+
+def test_a_server_that_refuses_a_table_has_not_sent_a_damaged_one(sources, tmp_path, monkeypatch):
+    (first, *_), game = find_recordings("lerobot", sources["lerobot"]), load_game("lerobot", tmp_path)
+
+    def refuse(path: Path) -> None:
+        raise RefusedError(f"{path}: the server refuses")
+
+    monkeypatch.setattr(storage, "open", refuse)
+    lerobot._kept_table.cache_clear()
+    with pytest.raises(RefusedError):
+        first.read(game)
 
 
 @pytest.mark.parametrize("reader", [reader for reader in READERS if reader != "worldloom"])
