@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs import storage
-from configs.errors import UserError
+from configs.errors import FileError, UserError
 from configs.foreign import reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
@@ -111,6 +111,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         try:
             with h5py.File(storage.open(path) if storage.is_s3(path) else path, "r") as file:
                 yield file
+        except FileError:  # a server that refuses, not a damaged file
+            raise
         except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
             raise UserError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
 
