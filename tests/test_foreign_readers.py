@@ -32,7 +32,7 @@ from configs.cli import run
 from data_pipeline.__main__ import VERBS
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.readers import READERS, Reader, find_recordings, keys, owl_control
+from data_pipeline.readers import READERS, find_recordings, keys, owl_control
 from data_pipeline.readers.event_rows import held_intervals
 from data_pipeline.readers.owl_control import read_events
 from data_pipeline.shard_set import read_clips
@@ -45,9 +45,7 @@ FOREIGN = [reader for reader in READERS if reader != "worldloom"]
 
 
 @pytest.mark.parametrize("reader", FOREIGN)
-def test_every_frame_shows_the_action_that_it_is_given(
-    reader: Reader, sources: dict[str, Path], tmp_path: Path
-) -> None:
+def test_every_frame_shows_the_action_that_it_is_given(reader, sources, tmp_path):
     game = load_game(reader, tmp_path)
     episodes = read_all(reader, sources[reader], game)
     assert [len(episode.actions) for episode in episodes] == LENGTHS[reader]
@@ -56,9 +54,7 @@ def test_every_frame_shows_the_action_that_it_is_given(
 
 
 @pytest.mark.parametrize("reader", FOREIGN)
-def test_encoded_clips_have_the_actions_of_their_pictures(
-    reader: Reader, sources: dict[str, Path], codec_folder: Path, tmp_path: Path
-) -> None:
+def test_encoded_clips_have_the_actions_of_their_pictures(reader, sources, codec_folder, tmp_path):
     settings = ["clip_frames=9", "stride=1", "heldout_every=0", f"source={sources[reader]}", f"out={tmp_path}/out"]
     config = load_config(EncodeConfig, [*words(reader, tmp_path), f"codec={codec_folder}", *settings])
     encode_recordings(config)
@@ -79,9 +75,7 @@ def test_encoded_clips_have_the_actions_of_their_pictures(
 
 
 @pytest.mark.parametrize("reader", FOREIGN)
-def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(
-    reader: Reader, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(reader, sources, tmp_path, monkeypatch):
     monkeypatch.setattr(train.codec, "RECORDING_FRAMES", 20)
     more = [f"source={sources[reader]}", f"out={tmp_path}"]
     config = load_config(CodecTrainConfig, [*words(reader, tmp_path), *more])
@@ -89,9 +83,7 @@ def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(
     assert read_runs(config, recordings).shape == (2 * len(recordings), 9, 64, 112, 3)
 
 
-def test_the_parts_of_one_recording_are_held_out_together_and_found_again(
-    sources: dict[str, Path], codec_folder: Path, tmp_path: Path
-) -> None:
+def test_the_parts_of_one_recording_are_held_out_together_and_found_again(sources, codec_folder, tmp_path):
     settings = ["clip_frames=9", "heldout_every=2", f"source={sources['vpt']}", f"out={tmp_path}/out"]
     encode_recordings(load_config(EncodeConfig, [*words("vpt", tmp_path), f"codec={codec_folder}", *settings]))
     train, heldout = (load_manifest(tmp_path / "out" / split / "manifest.json") for split in ("train", "heldout"))

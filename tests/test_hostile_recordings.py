@@ -71,9 +71,7 @@ def test_hdf5_cannot_name_data_of_another_file(disguise: Callable[..., None], na
     ],
 )
 @pytest.mark.parametrize("number", [0, 2])
-def test_a_picture_of_no_size_or_of_all_memory_is_one_line(
-    shape: tuple[int, ...], more: dict[str, Any], number: int, tmp_path: Path
-) -> None:
+def test_a_picture_of_no_size_or_of_all_memory_is_one_line(shape, more, number, tmp_path):
     write_csgo(tmp_path / "csgo" / "one.hdf5", draw_play(3, 13))
     with h5py.File(tmp_path / "csgo" / "one.hdf5", "a") as file:
         del file[f"frame_{number}_x"]

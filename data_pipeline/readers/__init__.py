@@ -84,7 +84,7 @@ def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T]
     """
     if heldout_every < 0 or heldout_every == 1:
         raise UserError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
-    sessions = [one.session or one.name if isinstance(one, Recording) else one for one in recordings]
+    sessions = [each.session or each.name if isinstance(each, Recording) else each for each in recordings]
     chosen = set(list(dict.fromkeys(sessions))[heldout_every - 1 :: heldout_every] if heldout_every else [])
     paired = list(zip(recordings, sessions, strict=True))
     train = [recording for recording, session in paired if session not in chosen]

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs import storage
-from configs.errors import UserError
+from configs.errors import FileError, UserError
 from configs.foreign import reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
@@ -67,7 +67,7 @@ FORMAT = Format(find_recordings, scaled_mouse=True)
 
 def _find_files(folder: str | Path, depth: int) -> list[Path]:
     inner = list_folders(folder) if depth else []
-    return [*list_files(folder, ".hdf5", ".h5"), *(path for one in inner for path in _find_files(one, depth - 1))]
+    return [*list_files(folder, ".hdf5", ".h5"), *(path for sub in inner for path in _find_files(sub, depth - 1))]
 
 
 def read_file(path: Path, game: GameConfig) -> list[Episode]:
@@ -77,10 +77,13 @@ def read_file(path: Path, game: GameConfig) -> list[Episode]:
     keys = bind_keys(game, NAMES)
     with open_hdf5(path) as file:
         numbers = range(count_frames(file, path))
-        table = np.stack([read_row(file, i, path) for i in numbers])
-        died = np.array([read_death(file, i, path) for i in numbers])
+        table = np.stack([find_array(file, f"frame_{i}_y", path, (WIDTH,))[()] for i in numbers])
+        died = np.array([read_death(file, f"frame_{i}_helperarr", path) for i in numbers])
         height, width, _ = read_picture(file, 0, path).shape
     held, x, y = np.split(table, [len(NAMES), len(NAMES) + len(MOUSE_X)], axis=1)
+    wrong = ~np.isin(table, (0, 1)).all(axis=1) | (x.sum(axis=1) != 1) | (y.sum(axis=1) != 1)
+    if wrong.any():
+        raise UserError(f"{path} frame_{wrong.argmax()}_y must be 0 and 1, with one bin of mouse x and one of mouse y")
     moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
     actions = Actions(
         keys.rows(NAMES, held, lambda i: f"{path} frame_{i}_y"),
@@ -108,6 +111,8 @@ def open_hdf5(path: Path) -> Iterator[Any]:
         try:
             with h5py.File(storage.open(path) if storage.is_s3(path) else path, "r") as file:
                 yield file
+        except FileError:  # a server that refuses, not a damaged file
+            raise
         except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
             raise UserError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
 
@@ -130,8 +135,8 @@ def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
     return np.ascontiguousarray(frame[()][:, :, ::-1])
 
 
-def find_array(file: Any, name: str, path: Path) -> Any:
-    """A dataset of numbers, which are not read yet.
+def find_array(file: Any, name: str, path: Path, shape: tuple[int, ...] | None = None) -> Any:
+    """A dataset of numbers, of this `shape` if it is given; they are not read yet.
 
     Raises UserError for anything else, for one whose numbers lie in another file, and for one that would need more
     memory than any picture.
@@ -147,27 +152,11 @@ def find_array(file: Any, name: str, path: Path) -> Any:
         raise UserError(f"{path} {name} names data of another file; it was not read")
     if max(array.size or 0, int(np.prod(array.chunks or 0, dtype=object))) * array.dtype.itemsize > LARGEST_BYTES:
         raise UserError(f"{path} {name} has the shape {array.shape}; that is no picture and no row of a game")
+    if shape is not None and array.shape != shape:
+        raise UserError(f"{path} {name} has the shape {array.shape}, it must be {shape}")
     return array
 
 
-def read_death(file: Any, i: int, path: Path) -> bool:
-    """Whether the player dies in frame i, by `frame_<i>_helperarr` (2), which a file may lack."""
-    name = f"frame_{i}_helperarr"
-    if not file.id.links.exists(name.encode()):
-        return False
-    array = find_array(file, name, path)
-    if array.shape != (2,):
-        raise UserError(f"{path} {name} must be two values, [kill, death], not {array.shape}")
-    return bool(array[1] != 0)
-
-
-def read_row(file: Any, i: int, path: Path) -> np.ndarray:
-    """`frame_<i>_y` (51) of 0 and 1, with one bin of each mouse axis."""
-    array = find_array(file, f"frame_{i}_y", path)
-    row = array[()] if array.shape == (WIDTH,) else np.zeros(0)
-    if row.shape != (WIDTH,) or not np.isin(row, (0, 1)).all():
-        raise UserError(f"{path} frame_{i}_y must be {WIDTH} values of 0 or 1")
-    x, y = row[len(NAMES) : len(NAMES) + len(MOUSE_X)], row[len(NAMES) + len(MOUSE_X) :]
-    if x.sum() != 1 or y.sum() != 1:
-        raise UserError(f"{path} frame_{i}_y has {x.sum():g} bins of mouse x and {y.sum():g} of mouse y; one of each")
-    return row
+def read_death(file: Any, name: str, path: Path) -> bool:
+    """Whether the player dies in a frame, by its [kill, death], which a file may lack."""
+    return file.id.links.exists(name.encode()) and bool(find_array(file, name, path, (2,))[1] != 0)

@@ -146,7 +146,7 @@ def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: Ke
 def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Which keys are held in each interval, (n k) of 0 and 1. Raises UserError for an input that holds no key.
 
-    Those that start or stop the recorder are passed over: see `HOTKEY_S`.
+    Those that start or stop the recorder do not count: see `HOTKEY_S`.
     """
     keyboard = np.zeros((len(edges) - 1, len(keys.game.action_space.keys)), dtype=np.float32)
     for press in find_presses(log, keys):

@@ -44,7 +44,7 @@ WORDS = INPUTS | {"shift", "ctrl", "control", "alt", "esc", "return", "del", "in
 
 def find_recordings(source: str | Path) -> list[Recording]:
     """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
-    folders = find_folders(source, f"pictures and {LOG}", lambda one: bool(list_pictures(one)), log=LOG)
+    folders = find_folders(source, f"pictures and {LOG}", lambda folder: bool(list_pictures(folder)), log=LOG)
     return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from configs import build_from, storage
-from configs.errors import MissingFileError, UserError
+from configs.errors import FileError, MissingFileError, UserError
 from configs.foreign import inside, reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
@@ -225,6 +225,8 @@ def read_parquet(path: Path, columns: Sequence[str], episode: int | None = None)
             table = _kept_table(path, (*columns, EPISODE), storage.version(path))
             kept = table.filter(compute.equal(table[EPISODE], episode)).to_pylist()
             return [Row(f"{path} episode {episode} frame {i}", row) for i, row in enumerate(kept)]
+        except FileError:  # a server that refuses, not a damaged file
+            raise
         except (OSError, arrow.ArrowException) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(f"cannot read {path} ({said}); it is truncated or no parquet file") from error

@@ -82,8 +82,9 @@ def read_rows(log: Path, most_bytes: int = LOG_BYTES) -> Iterator[Row]:
             yield from _named_cells(log, text)
         else:
             for number, line in enumerate(text, 1):
+                where = f"{log} line {number}"
                 if line.strip():
-                    yield Row(f"{log} line {number}", parse_object(line, f"{log} line {number}"))
+                    yield Row(where, parse_object(line, where))
 
 
 def _named_cells(log: Path, text: io.TextIOWrapper) -> Iterator[Row]:

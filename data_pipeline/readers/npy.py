@@ -20,7 +20,7 @@ KINDS = re.compile("[biuf][1248]")  # bool, whole numbers, floats
 def read_npy(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a .npy file by their names in its dict; "" is the name of one that is all of the file.
 
-    Raises ValueError for a file that holds anything but numbers, and for a pickle that wants anything but arrays.
+    Raises UserError for a file that holds anything but numbers, and for a pickle that makes anything but arrays.
     """
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
@@ -40,8 +40,8 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
         found = outer.held[0] if isinstance(outer, _Array) and isinstance(outer.held, list) and outer.held else None
         if math.prod(shape) != 1 or not isinstance(found, dict):
             raise UserError("it holds neither an array nor a dict of arrays")
-        arrays = {name: one.held for name, one in found.items() if isinstance(one, _Array)}
-        return {str(name): held for name, held in arrays.items() if isinstance(held, np.ndarray)}
+        arrays = {str(name): value.held for name, value in found.items() if isinstance(value, _Array)}
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
 
 
 def _shape(data: bytes, dtype: str, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
@@ -80,22 +80,20 @@ class _Maker:
     """What a pickle may call; it has nothing that a pickle could change."""
 
     __slots__ = ()
+    made: ClassVar[type | None] = None
 
-    def __call__(self, *args: Any) -> Any: ...
+    def __call__(self, *args: Any) -> Any:
+        return self.made(*args) if self.made else None
 
 
 class _MakeArray(_Maker):
     __slots__ = ()
-
-    def __call__(self, *args: Any) -> _Array:
-        return _Array()
+    made = _Array
 
 
 class _MakeDtype(_Maker):
     __slots__ = ()
-
-    def __call__(self, *args: Any) -> _Dtype:
-        return _Dtype(*args)
+    made = _Dtype
 
 
 ADMITTED: dict[str, Callable[[], _Maker]] = {

@@ -4,7 +4,7 @@
 as CSV asks for (the recorder's versions 1.0), quoted without doubling the quotes within (since 1.1.0), or bare.
 `KEYBOARD` [key, pressed], `MOUSE_BUTTON` [button, pressed], `MOUSE_MOVE` [dx, dy] in pixels (x to the right, y
 downwards), `START` with the `inputs` that are held then, `END`, `VIDEO_START` and `VIDEO_END`, `HOOK_START` (pictures
-before are black), and in 1.0.0 and 1.0.1 `UNFOCUS` and `REFOCUS` (`FOCUS`); others are passed over unread. Keys and
+before are black), and in 1.0.0 and 1.0.1 `UNFOCUS` and `REFOCUS` (`FOCUS`); others are not read. Keys and
 buttons are Windows' virtual-key codes; one that has no name here can be bound as `code_<number>`.
 
 The video's first frame is at `VIDEO_START`. Without one it is taken to be at `START`, which was 7 frames off in a
@@ -74,14 +74,15 @@ def find_recordings(source: str | Path) -> list[Recording]:
 
     Those that the recorder or its server marked as invalid are left out.
     """
-    folders = find_folders(source, f"a video and {LOG}", lambda one: bool(list_files(one, *VIDEOS)), log=LOG)
+    folders = find_folders(source, f"a video and {LOG}", lambda folder: bool(list_files(folder, *VIDEOS)), log=LOG)
     invalid = [folder for folder in folders if any(path.name.endswith(MARKS) for path in (folder, *folder.iterdir()))]
     if invalid:
-        say(f"{source}: left out {list_names([one.name for one in invalid])}: marked by the recorder as invalid")
-    found = {one.name: [*list_files(one, *VIDEOS), one / LOG] for one in folders if one not in invalid}
-    if not found:
+        say(f"{source}: left out {list_names([folder.name for folder in invalid])}: marked by the recorder as invalid")
+    folders = [folder for folder in folders if folder not in invalid]
+    if not folders:
         raise UserError(f"{source} holds no recordings but those that are marked as invalid")
-    return [Recording(name, partial(read_pair, name, files, read_recording)) for name, files in found.items()]
+    files = {folder.name: [*list_files(folder, *VIDEOS), folder / LOG] for folder in folders}
+    return [Recording(name, partial(read_pair, name, files[name], read_recording)) for name in files]
 
 
 FORMAT = Format(find_recordings, scaled_mouse=True)

@@ -153,7 +153,7 @@ def find_pairs_or_folders(source: str | Path, suffixes: tuple[str, ...], read: R
     what = f"a video and a {' or '.join(suffixes)}"
     folders = [source] if files else find_folders(source, what, lambda one: bool(list_files(one, *VIDEOS, *suffixes)))
     held = {folder.name: list_files(folder, *VIDEOS, *suffixes) for folder in folders}
-    return [Recording(name, partial(read_pair, name, files, read)) for name, files in held.items()]
+    return [Recording(name, partial(read_pair, name, held[name], read)) for name in held]
 
 
 def read_pair(name: str, files: Sequence[Path], read: ReadPair, game: GameConfig) -> Sequence[Episode]:

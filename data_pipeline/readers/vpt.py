@@ -53,8 +53,8 @@ class Tick(NamedTuple):
 def find_recordings(source: str | Path) -> list[Recording]:
     """The pairs directly in `source`, by name."""
     here = storage.path(source)
-    recordings = find_pairs(here, here, (".jsonl",), read_recording)
-    return [one._replace(session=part[1]) if (part := PART.fullmatch(one.name)) else one for one in recordings]
+    pairs = find_pairs(here, here, (".jsonl",), read_recording)
+    return [pair._replace(session=part[1]) if (part := PART.fullmatch(pair.name)) else pair for pair in pairs]
 
 
 FORMAT = Format(find_recordings)
