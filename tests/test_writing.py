@@ -84,6 +84,9 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> N
     with pytest.raises(FileExistsError, match=r"b\.png is a folder"), atomic_files(tmp_path, "b.png") as folder:
         for name in ("a.mp4", "b.png"):
             (folder / name).write_text("new")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.mp4") as part:
+        part.write_text("half")
+        raise RuntimeError
     with pytest.raises(RuntimeError), atomic_files(tmp_path, "c.png") as folder:
         (folder / "a.mp4").write_text("new")
         raise RuntimeError
