@@ -34,9 +34,7 @@ def temporary(path: Path, folder: bool) -> Iterator[Path]:
             part.mkdir()
         yield part
     except OSError as error:
-        if (
-            error.errno in NO_ROOM and error.filename is None
-        ):  # libraries and pipes do not say what they could not write
+        if error.errno in NO_ROOM and error.filename is None:  # libraries and pipes do not name the file
             error.filename = str(path)
         raise
     finally:
