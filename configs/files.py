@@ -267,13 +267,6 @@ def _has_ended(pid: int) -> bool:
     return not psutil.pid_exists(pid)
 
 
-def process_start(pid: int) -> str | None:
-    """When the process began; None if it has ended."""
-    with suppress(psutil.Error):
-        return None if _has_ended(pid) else str(psutil.Process(pid).create_time())
-    return None
-
-
 @cache
 def this_machine() -> str:
     """What tells this machine or container from all others, so that with a process id it names one process."""
