@@ -20,14 +20,6 @@ T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
 
 
-class MissingSettingError(UserError):
-    """A required setting that was not given."""
-
-    def __init__(self, key: str) -> None:
-        super().__init__(f"config key {key!r} is required: give {key}=...")
-        self.key = key
-
-
 def load_config(cls: type[T], args: Sequence[str]) -> T:
     """The dataclass `cls` from `args`: paths of YAML files and `key.sub=value` overrides, later ones winning.
 
@@ -47,8 +39,6 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     """As `build` from what `file` holds, which errors name."""
     try:
         return build(cls, values)
-    except MissingSettingError as error:
-        raise UserError(f"{file} lacks {error.key!r}") from error
     except ValueError as error:
         raise UserError(f"{file}: {error}") from error
 
@@ -67,7 +57,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
             raise UserError(f"unknown setting {prefix + str(key)!r}; {hint}")
     for name, field in settings.items():
         if name not in values and field.default is MISSING and field.default_factory is MISSING:
-            raise MissingSettingError(prefix + name)
+            raise UserError(f"{prefix + name!r} is required")
     return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
 
 

@@ -131,10 +131,12 @@ def _is_whole(folder: Path, files: Files) -> bool:
 
 def _fetch(url: str, folder: Path, files: Files, sha256: str | None) -> None:
     """Copies `files`, which lie beside or below `url`, to `folder`, which appears with all of them."""
+    for path in files:
+        require_inside(path, url)  # whoever writes to a bucket chooses the keys
     _make_room(sum(size for size, _ in files.values()))
     with tmp_dir() as part:
         for path in files:
-            copy = part / require_inside(path, url)
+            copy = part / path
             copy.parent.mkdir(parents=True, exist_ok=True)
             s3.download(f"{url.rpartition('/')[0]}/{path}", copy)
             if sha256 not in (None, sha256_file(copy)):

@@ -34,9 +34,7 @@ def temporary(path: Path, folder: bool) -> Iterator[Path]:
             part.mkdir()
         yield part
     except OSError as error:
-        if (
-            error.errno in NO_ROOM and error.filename is None
-        ):  # libraries and pipes do not say what they could not write
+        if error.errno in NO_ROOM and error.filename is None:  # libraries and pipes do not name the file
             error.filename = str(path)
         raise
     finally:
@@ -267,13 +265,6 @@ def _has_ended(pid: int) -> bool:
     with suppress(psutil.Error):
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return not psutil.pid_exists(pid)
-
-
-def process_start(pid: int) -> str | None:
-    """When the process began; None if it has ended."""
-    with suppress(psutil.Error):
-        return None if _has_ended(pid) else str(psutil.Process(pid).create_time())
-    return None
 
 
 @cache

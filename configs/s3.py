@@ -29,8 +29,7 @@ SHA256 = "sha256"  # the name under which an object's metadata holds the digest 
 ABANDONED_S = 86400.0  # an unfinished upload in parts that is older was left by a killed process
 DOWNLOADS = 3  # of a file whose bytes are not what they should be
 PAST_THE_END = ("416", "InvalidRange")
-TAKEN = ("412", "PreconditionFailed")
-CONFLICT = ("409", "ConditionalRequestConflict")
+TAKEN = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")  # written before or at the same moment
 
 
 def client() -> Any:
@@ -117,21 +116,15 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
                     return b""
                 raise
             try:
-                data = answer["Body"].read()
-                if not ranged:
-                    _compare(data, answer["Metadata"].get(SHA256))
-                return data
+                data, digest = answer["Body"].read(), answer["Metadata"].get(SHA256)
+                if ranged or digest in (None, hashlib.sha256(data).hexdigest()):
+                    return data
+                raise FlexibleChecksumError(error_msg=f"damaged: its SHA-256 is not {digest}")
             except BROKEN_OFF:
                 if failed == ATTEMPTS:
                     raise
         _pause(failed)
     raise AssertionError("unreachable: the last attempt returns or raises")
-
-
-def _compare(data: bytes, sha256: str | None) -> None:
-    actual = hashlib.sha256(data).hexdigest()
-    if sha256 not in (None, actual):
-        raise FlexibleChecksumError(error_msg=f"damaged: its SHA-256 is {actual}, not {sha256}")
 
 
 def download(url: str, file: Path) -> None:
@@ -177,24 +170,22 @@ def upload(data: IO[bytes], url: str) -> None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Writes `data` to `url` if nothing is there, and says whether it did. `data` must tell this writer from others.
+    """Writes `data` to `url` if nothing is there, and says whether it did. `data` must differ from other writers'.
 
     Raises NotOffered if the server cannot do that, whether it says so or overwrites silently.
     """
     bucket, key = bucket_and_key(url)
     with named_errors(url):
         _require_conditions(client(), bucket, key.rpartition("/")[0])
-        for failed in range(1, ATTEMPTS + 1):
-            try:
-                client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
-                return True
-            except ClientError as error:
-                if error_code(error) in TAKEN:
-                    break
-                if error_code(error) not in CONFLICT or failed == ATTEMPTS:
-                    raise
-            _pause(failed)  # two writers at the same moment: the server wants to be asked again
-    return read(url) == data  # ours, if the answer to a first attempt was lost
+        try:
+            client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
+            return True
+        except ClientError as error:
+            if error_code(error) not in TAKEN:
+                raise
+    with suppress(MissingFileError):  # the other one was deleted at the same moment
+        return read(url) == data  # ours, if the answer to a first attempt was lost
+    return False
 
 
 @lru_cache(maxsize=64)

@@ -84,6 +84,9 @@ def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> N
     with pytest.raises(FileExistsError, match=r"b\.png is a folder"), atomic_files(tmp_path, "b.png") as folder:
         for name in ("a.mp4", "b.png"):
             (folder / name).write_text("new")
+    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.mp4") as part:
+        part.write_text("half")
+        raise RuntimeError
     with pytest.raises(RuntimeError), atomic_files(tmp_path, "c.png") as folder:
         (folder / "a.mp4").write_text("new")
         raise RuntimeError
@@ -134,7 +137,7 @@ def test_an_episode_that_is_not_whole_is_not_taken_for_one(lacking: str, tmp_pat
     for name in {"video.mp4", "actions.csv", "episode.json"} - {lacking}:
         (folder / name).write_text("{}")
     assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=1", "frames=12"]) == 2
-    assert f"{folder} lacks {lacking}; delete it, and it is recorded anew" in capsys.readouterr().err
+    assert f"{folder} lacks {lacking}" in capsys.readouterr().err
 
 
 def test_names_that_are_no_utf8_are_written_to_and_in_a_text_named_in_one_line(tmp_path: Path) -> None:
