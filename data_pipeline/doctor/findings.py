@@ -103,3 +103,7 @@ class CheckResult:
         """One row as plain data."""
         status = ("unknown", "fault", "fine")[self.status[row]]
         return {"status": status, "amount": float(self.amount[row]), "confidence": float(self.confidence[row])}
+
+    def cell(self, row: int) -> str:
+        """One row in few letters: what is wrong, by how much."""
+        return ("?", f"{self.amount[row]:+.4g}", "ok")[self.status[row]]

@@ -6,8 +6,7 @@ from statistics import median
 
 import numpy as np
 
-from data_pipeline.doctor.alignment import Alignment
-from data_pipeline.doctor.findings import Dataset, Finding
+from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
 from data_pipeline.doctor.pictures import runs
 from data_pipeline.doctor.signals import Pairs
 from data_pipeline.motion import WIDTH
@@ -28,11 +27,11 @@ EXPLAINED = 0.2  # of that motion's variance, by yaw, before its absence says so
 Turns = dict[int, list[Pairs]]  # of the recordings whose yaw is known to move the picture, by number
 
 
-def read_turns(data: Dataset, alignment: Alignment) -> Turns:
+def read_turns(data: Dataset, checks: dict[str, CheckResult]) -> Turns:
     """Frame pairs with the rows that belong to them; what acts as yaw is the first column of the mouse."""
-    turns, swapped = {}, alignment.checks["axes_swapped"].status[1:] > 0
-    for i in np.flatnonzero(alignment.checks["yaw_inverted"].status[1:]).tolist():
-        pairs = [episode.pairs(alignment.lates[i]) for episode in data.recordings[i].episodes]
+    turns, swapped, late = {}, checks["axes_swapped"].status[1:] > 0, checks["frames_late"].amount[1:]
+    for i in np.flatnonzero(checks["yaw_inverted"].status[1:]).tolist():
+        pairs = [episode.pairs(int(late[i])) for episode in data.recordings[i].episodes]
         turns[i] = [one._replace(yaw_pitch=one.yaw_pitch[:, ::-1]) if swapped[i] else one for one in pairs]
     return turns
 
