@@ -6,7 +6,6 @@ from typing import Any
 from configs.cli import table
 from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
 from data_pipeline.doctor.keys import KeyEffect
-from data_pipeline.motion import WIDTH
 
 SHOWN = 30  # recordings in the table; of more, those with problems
 
@@ -19,7 +18,6 @@ class Report:
     findings: list[Finding]
     data: Dataset | None = None  # the recordings that were measured; what follows is theirs
     checks: dict[str, CheckResult] = field(default_factory=dict)  # by what their amount counts
-    px: list[float | None] = field(default_factory=list)  # of WIDTH to the right per degree of yaw, of each
     keys: list[KeyEffect] = field(default_factory=list)
 
     @property
@@ -37,15 +35,14 @@ class Report:
         return "\n\n".join([*tables, "\n".join(lines)])
 
     def _tables(self, data: Dataset) -> tuple[list[list[str]], list[list[str]]]:
-        heads = [name.replace("_", " ") for name in self.checks]
-        rows = [["recording", "frames", *heads, f"px of {WIDTH}/deg", "problems"]]
-        rows.append(["all together", "", *(check.cell(0) for check in self.checks.values()), "", ""])
-        for i, (recording, px) in enumerate(zip(data.recordings, self.px, strict=True)):
-            faults = sorted({one.fault for one in self.findings if one.harmful and recording.name in one.recordings})
-            if faults or len(data.recordings) <= SHOWN:
-                cells = [check.cell(1 + i) for check in self.checks.values()]
-                gain = "?" if px is None else f"{px:+.2f}"
-                rows.append([recording.name, str(recording.frames), *cells, gain, ", ".join(faults) or "-"])
+        rows = [["recording", "frames", *(name.replace("_", " ") for name in self.checks), "problems"]]
+        total = sum(one.frames for one in data.recordings)
+        names = [("all together", total), *((one.name, one.frames) for one in data.recordings)]
+        for row, (name, frames) in enumerate(names):
+            faults = sorted({one.fault for one in self.findings if one.harmful and name in one.recordings})
+            if row == 0 or faults or len(data.recordings) <= SHOWN:
+                cells = [check.cell(row) for check in self.checks.values()]
+                rows.append([name, str(frames), *cells, ", ".join(faults) or "-"])
         keys = [["key", "presses", "effect, sd"]]
         for name, effect in zip(data.game.action_space.keys, self.keys, strict=True):
             keys.append([name, str(effect.presses), "?" if effect.strongest is None else f"{effect.strongest:.1f}"])
@@ -58,9 +55,8 @@ class Report:
         if self.data:
             found["together"] = {name: check.of(0) for name, check in self.checks.items()}
             found["each"] = {
-                recording.name: {"frames": recording.frames, "px_per_degree": px}
-                | {name: check.of(1 + i) for name, check in self.checks.items()}
-                for i, (recording, px) in enumerate(zip(self.data.recordings, self.px, strict=True))
+                one.name: {"frames": one.frames} | {name: check.of(1 + i) for name, check in self.checks.items()}
+                for i, one in enumerate(self.data.recordings)
             }
             keys = zip(self.data.game.action_space.keys, self.keys, strict=True)
             found["keys"] = {name: effect._asdict() for name, effect in keys}
