@@ -21,10 +21,10 @@ from torch import Tensor
 
 from configs import storage
 from configs.errors import UserError
-from data_pipeline.checksum import append_checksum
 from data_pipeline.display import Display, choose_stream
 from data_pipeline.packets import (
     PROBE_BYTES,
+    append_checksum,
     count_indexed,
     damaged,
     decode_from,
