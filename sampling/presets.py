@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.game import ActionSpace
-from data_pipeline.overlay import lit_caps
+from data_pipeline.overlay import active_keys
 from data_pipeline.types import Actions
 
 SEGMENT_FRAMES = 12  # how long one preset is held (Matrix-Game 2.0's sampler)
@@ -161,6 +161,6 @@ def lit_keys(game: str, actions: Actions) -> np.ndarray:
     """Which caps upstream's overlay lights (n caps): W, A, S, D, and for templerun left and right, 0 or 1."""
     if game not in UPSTREAM_SPACES:
         raise UserError(f"no overlay of upstream's for {game!r}; there are: {', '.join(UPSTREAM_SPACES)}")
-    lit = lit_caps(UPSTREAM_SPACES[game], actions)
+    lit = active_keys(UPSTREAM_SPACES[game], actions)
     order = [label for label in ("W", "A", "S", "D", "left", "right") if label in lit]
     return np.stack([lit[label] for label in order], axis=1).astype(np.float32)
