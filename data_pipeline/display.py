@@ -188,8 +188,8 @@ class Display:
 
 @lru_cache(maxsize=16)
 def _reformatter(thread: int, tags: FrameTags) -> VideoReformatter:
-    """One for all frames with the same tags that a thread converts; for primaries unlike the screen's, setting it up takes
-    a second or more."""
+    """One for all frames with the same tags that a thread converts: for primaries unlike the screen's, setting it up
+    takes a second or more."""
     return VideoReformatter()
 
 

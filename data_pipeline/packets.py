@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import av
+import av.error
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
@@ -35,18 +36,24 @@ CONTAINERS = (
 
 @contextmanager
 def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterator[InputContainer]:
-    """The file, wherever it lies, if it holds a video itself; from a server come `buffer_bytes` at a time."""
+    """The file, wherever it lies, if it holds a video itself; from a server come `buffer_bytes` at a time.
+
+    What FFmpeg says of it in the block is a UserError.
+    """
     if not storage.path(path).is_file():
         raise MissingFileError(f"no video {path}")
     only: Any = {"container_options": {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}}
     only["metadata_errors"] = "replace"
     utf8 = str(path).encode(errors="ignore") == os.fsencode(path)  # PyAV takes no other names
-    if utf8 and not storage.is_s3(path):
-        with av.open(f"file:{path}", "r", **only) as container:  # else a name could be taken for a protocol
-            yield container
-        return
-    with storage.open(path, buffer_bytes) as file, av.open(file, "r", **only) as container:
-        yield container
+    try:
+        if utf8 and not storage.is_s3(path):
+            with av.open(f"file:{path}", "r", **only) as container:  # else a name could be taken for a protocol
+                yield container
+        else:
+            with storage.open(path, buffer_bytes) as file, av.open(file, "r", **only) as container:
+                yield container
+    except av.error.FFmpegError as error:
+        raise UserError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video") from error
 
 
 def count_indexed(container: InputContainer, stream: av.VideoStream, path: str | Path) -> int | None:
