@@ -42,8 +42,8 @@ CROPS = b"\x54\xaa", b"\x54\xbb", b"\x54\xcc", b"\x54\xdd"
 REMEDY = "convert it to an H.264 mp4 (yuv420p, BT.709, square pixels)"
 
 
-class Look(NamedTuple):
-    """What a frame says of how it is to be shown; all frames of a video say the same."""
+class FrameTags(NamedTuple):
+    """What a frame says of how it is to be shown; all frames of a video must say the same."""
 
     width: int  # px
     height: int  # px
@@ -59,11 +59,11 @@ class Look(NamedTuple):
 def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
     """The one video of the file, or of several the one that players choose; covers and thumbnails are none.
 
-    Raises ValueError if there is none, if there are several and none is the default, or if nothing decodes it.
+    Refused if there is none, if there are several and none is the default, or if nothing decodes it.
     """
-    streams = [one for one in container.streams.video if not one.disposition & NOT_SHOWN]
+    streams = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
     if len(streams) > 1:
-        default = [one for one in streams if one.disposition & Disposition.default]
+        default = [stream for stream in streams if stream.disposition & Disposition.default]
         if len(default) != 1:
             raise UserError(
                 f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read"
@@ -81,69 +81,73 @@ class Display:
 
     def __init__(self, path: str | Path, container: InputContainer, stream: av.VideoStream) -> None:
         self.path, self.container, self.stream = path, container, stream
-        self._look: Look | None = None
-        self._crop, self._turn, self._stretch = slice(None), (False, False, False), (1.0, 1.0)
+        self._tags: FrameTags | None = None
+        self._crop: tuple[slice, slice] | None = None
+        self._turn, self._stretch = (False, False, False), (1.0, 1.0)
 
     def picture(self, frame: VideoFrame, number: int) -> np.ndarray:
         """Frame `number` as (h w 3) uint8 RGB, cropped, stretched, turned and mirrored as the file says it.
 
-        Raises ValueError in one line for what cannot be shown so, and for a frame unlike those before it.
+        Refuses what cannot be shown so, and a frame unlike those before it.
         """
-        look = _look_at(frame)
-        if self._look is None:
-            self._crop, self._turn, self._stretch = self._read_facts(frame, look)
-            self._look = look
-        if look != self._look:
-            changed = next(name for name, one in look._asdict().items() if one != getattr(self._look, name))
-            was, now = getattr(self._look, changed), getattr(look, changed)
-            raise UserError(f"{self.path}: the {changed} of frame {number} is {now}, before it was {was}; {REMEDY}")
-        return self._shown(self._to_rgb(frame, look, number))
+        colours = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
+        shape = frame.width, frame.height, frame.format.name
+        tags = FrameTags(*shape, *colours, frame.rotation, frame.interlaced_frame)
+        if self._tags is None:
+            self._require_shown(frame, tags)
+            self._crop, self._turn = _read_cropping(self.container, self.stream), self._read_turn(frame, tags)
+            self._stretch, self._tags = self._read_stretch(), tags
+        for name, was, now in zip(FrameTags._fields, self._tags, tags, strict=True):
+            if now != was:
+                raise UserError(f"{self.path}: the {name} of frame {number} is {now}, before it was {was}; {REMEDY}")
+        return self._shown(self._to_rgb(frame, tags, number))
 
     @property
     def changes(self) -> str:
         """What is done to the stored pictures, in words; empty if they are shown as they are stored."""
         transposed, _, _ = self._turn
         high, wide = self._stretch
-        words = ["cropped"] if self._crop != slice(None) else []
-        words += [f"stretched, since its pixels are {wide / high:.3g} times as wide as high"] if high != wide else []
-        words += ["turned by a quarter"] if transposed else []
-        words += ["turned by half or mirrored"] if not transposed and any(self._turn) else []
-        return " and ".join(words)
+        changes = {
+            "cropped": self._crop is not None,
+            f"stretched, since its pixels are {wide / high:.3g} times as wide as high": high != wide,
+            "turned by a quarter": transposed,
+            "turned by half or mirrored": not transposed and any(self._turn),
+        }
+        return " and ".join(change for change, applies in changes.items() if applies)
 
-    def _read_facts(self, frame: VideoFrame, look: Look) -> tuple[slice | tuple[slice, slice], tuple, tuple]:
-        if look.transfer in HDR:
-            raise self._refuse(f"a video with high dynamic range ({HDR[look.transfer]})")
-        if look.transfer not in SHOWN_AS_THEY_ARE:
-            raise self._refuse(f"a video with the transfer characteristic {look.transfer}")
-        if look.interlaced:
-            raise self._refuse("an interlaced video")
-        if not frame.format.is_rgb and look.matrix not in (*MATRICES, *UNSPECIFIED):
-            raise self._refuse(f"a video with the colour matrix {look.matrix}")
-        if self.stream.metadata.get("alpha_mode") == "1":
-            raise self._refuse("a video with transparent pixels")
-        crop = _read_cropping(self.container, self.stream)
-        return _slices(crop), self._read_turn(frame, look), self._read_stretch()
+    def _require_shown(self, frame: VideoFrame, tags: FrameTags) -> None:
+        refused = {
+            f"high dynamic range ({HDR.get(tags.transfer)})": tags.transfer in HDR,
+            f"the transfer characteristic {tags.transfer}": tags.transfer not in SHOWN_AS_THEY_ARE,
+            "interlaced frames": tags.interlaced,
+            f"the colour matrix {tags.matrix}": not frame.format.is_rgb
+            and tags.matrix not in (*MATRICES, *UNSPECIFIED),
+            "transparent pixels": self.stream.metadata.get("alpha_mode") == "1",
+        }
+        for what, applies in refused.items():
+            if applies:
+                raise self._refuse(f"a video with {what}")
 
-    def _read_turn(self, frame: VideoFrame, look: Look) -> tuple[bool, bool, bool]:
+    def _read_turn(self, frame: VideoFrame, tags: FrameTags) -> tuple[bool, bool, bool]:
         """Whether rows and columns change places, and then rows and columns are turned round."""
         try:
-            found = {one.type.name: bytes(one) for one in cast(Iterable[SideData], frame.side_data)}
+            data = {one.type.name: bytes(one) for one in cast(Iterable[SideData], frame.side_data)}
         except ValueError:  # PyAV does not know a kind that FFmpeg knows (Exif)
-            if look.turned_deg == 0:
+            if tags.turned_deg == 0:
                 return False, False, False
-            raise self._refuse(f"a video that is turned by {-look.turned_deg} degrees") from None
-        for name in REFUSED.keys() & found.keys():
-            if name != "STEREO3D" or any(found[name][:4]):  # type 0 is a flat picture
+            raise self._refuse(f"a video that is turned by {-tags.turned_deg} degrees") from None
+        for name in REFUSED.keys() & data.keys():
+            if name != "STEREO3D" or any(data[name][:4]):  # type 0 is a flat picture
                 raise self._refuse(REFUSED[name])
-        if Type.DISPLAYMATRIX.name not in found:
+        if Type.DISPLAYMATRIX.name not in data:
             return False, False, False
         # A stored place (x, y) is shown at (a x + c y, b x + d y), but for where the picture begins.
-        a, b, _, c, d = np.frombuffer(found[Type.DISPLAYMATRIX.name], np.int32)[:5].tolist()
+        a, b, _, c, d = np.frombuffer(data[Type.DISPLAYMATRIX.name], np.int32)[:5].tolist()
         if a and d and not b and not c:
             return False, d < 0, a < 0
         if b and c and not a and not d:
             return True, b < 0, c < 0
-        raise self._refuse(f"a video that is turned by {-look.turned_deg} degrees, which is no quarter of a circle")
+        raise self._refuse(f"a video that is turned by {-tags.turned_deg} degrees, which is no quarter of a circle")
 
     def _read_stretch(self) -> tuple[float, float]:
         """By how much the rows and the columns of the stored picture are more, so that its pixels are square."""
@@ -154,14 +158,14 @@ class Display:
             return 1.0, 1.0
         return max(1 / aspect, 1.0), max(aspect, 1.0)
 
-    def _to_rgb(self, frame: VideoFrame, look: Look, number: int) -> np.ndarray:
+    def _to_rgb(self, frame: VideoFrame, tags: FrameTags, number: int) -> np.ndarray:
         height, width = HD
-        guess = BT709 if look.height >= height or look.width >= width else BT601
-        like = {"src_colorspace": MATRICES.get(look.matrix, guess)}
-        if look.primaries not in LIKE_SRGB:
-            same = ColorTrc.BT709 if look.transfer in UNSPECIFIED else look.transfer  # grey stays as it is
+        guess = BT709 if tags.height >= height or tags.width >= width else BT601
+        like = {"src_colorspace": MATRICES.get(tags.matrix, guess)}
+        if tags.primaries not in LIKE_SRGB:
+            same = ColorTrc.BT709 if tags.transfer in UNSPECIFIED else tags.transfer  # grey stays as it is
             like |= {"dst_color_trc": same, "dst_color_primaries": ColorPrimaries.BT709}
-        convert = _reformatter(get_ident(), look)
+        convert = _reformatter(get_ident(), tags)
         if not any(one.is_alpha for one in frame.format.components):
             return convert.reformat(frame, format="rgb24", **like).to_ndarray()
         pixels = convert.reformat(frame, format="rgba", **like).to_ndarray()
@@ -170,7 +174,7 @@ class Display:
         return np.ascontiguousarray(pixels[..., :3])
 
     def _shown(self, picture: np.ndarray) -> np.ndarray:
-        picture = picture[self._crop]
+        picture = picture if self._crop is None else picture[self._crop]
         if self._stretch != (1.0, 1.0):
             h, w = (round(size * more) for size, more in zip(picture.shape[:2], self._stretch, strict=True))
             picture = cv2.resize(np.ascontiguousarray(picture), (w, h), interpolation=cv2.INTER_CUBIC)
@@ -183,54 +187,42 @@ class Display:
 
 
 @lru_cache(maxsize=16)
-def _reformatter(thread: int, look: Look) -> VideoReformatter:
-    """One for all frames of a look that a thread converts; for primaries unlike the screen's it takes a second or more
-    until it is set up."""
+def _reformatter(thread: int, tags: FrameTags) -> VideoReformatter:
+    """One for all frames with the same tags that a thread converts: for primaries unlike the screen's, setting it up
+    takes a second or more."""
     return VideoReformatter()
 
 
-def _look_at(frame: VideoFrame) -> Look:
-    tags = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
-    return Look(frame.width, frame.height, frame.format.name, *tags, frame.rotation, frame.interlaced_frame)
-
-
-def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[int, int, int, int]:
-    """Pixels that the container (mp4's clap, Matroska's PixelCrop) cuts off: bottom, top, left, right.
+def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[slice, slice] | None:
+    """Rows and columns that remain where the container (mp4's clap, Matroska's PixelCrop) cuts some off.
 
     The codec's own cropping is the decoder's business. PyAV gives no access to the container's, but a Matroska header
     made for the same stream tells it.
     """
     if not {"mp4", "matroska"} & set(container.format.name.split(",")):
-        return 0, 0, 0, 0
+        return None
     file = io.BytesIO()
     try:
         with av.open(file, "w", format="matroska") as header:
             header.add_stream_from_template(stream)
             header.start_encoding()
     except (av.error.FFmpegError, ValueError):  # a codec that Matroska does not know has no such header
-        return 0, 0, 0, 0
-    found = file.getvalue()
+        return None
+    data = file.getvalue()
     for name in TRACK:
-        found = dict(_elements(found)).get(name, b"")
-    numbers = dict(_elements(found))
-    bottom, top, left, right = (int.from_bytes(numbers.get(name, b""), "big") for name in CROPS)
-    return bottom, top, left, right
+        data = dict(_elements(data)).get(name, b"")
+    elements = dict(_elements(data))
+    crop = bottom, top, left, right = [int.from_bytes(elements.get(name, b""), "big") for name in CROPS]
+    return (slice(top, -bottom or None), slice(left, -right or None)) if any(crop) else None
 
 
 def _elements(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     """Id and contents of each element of Matroska's `data` (RFC 8794): a length's first bit says how long it is."""
-    place = 0
-    while place < len(data) and data[place]:
-        name = data[place : place + 9 - data[place].bit_length()]
-        place += len(name)
-        length = 9 - data[place].bit_length()
-        size = int.from_bytes(data[place : place + length], "big") & ((1 << 7 * length) - 1)
-        yield name, data[place + length : place + length + size]
-        place += length + size
-
-
-def _slices(crop: tuple[int, int, int, int]) -> slice | tuple[slice, slice]:
-    bottom, top, left, right = crop
-    if not any(crop):
-        return slice(None)
-    return slice(top, -bottom or None), slice(left, -right or None)
+    at = 0
+    while at < len(data) and data[at]:
+        name = data[at : at + 9 - data[at].bit_length()]
+        at += len(name)
+        length = 9 - data[at].bit_length()
+        size = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
+        yield name, data[at + length : at + length + size]
+        at += length + size

@@ -24,8 +24,7 @@ def read_picture(path: str | Path) -> np.ndarray:
     """(h w 3) uint8 RGB, as a viewer shows it.
 
     Turned as its Exif data say, colours as its profile says, 16 bits scaled to 8, transparent pixels on white; of an
-    animation the first frame, which is said. Raises ValueError in one line for a file that is damaged, none of
-    `FORMATS`, or larger than `MOST_PIXELS`.
+    animation the first frame, with a note. Refused if it is damaged, none of `FORMATS`, or larger than `MOST_PIXELS`.
     """
     return decode_picture(storage.read_bytes(path), path)
 
@@ -43,12 +42,10 @@ def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
                     tqdm.write(f"{path} holds several pictures; the first one is taken", file=sys.stderr)
                 return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
     except (*DAMAGE, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        unknown = isinstance(error, UnidentifiedImageError)  # it names an object in memory
-        said = "no known format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
-        known = ", ".join(FORMATS)
-        raise UserError(
-            f"cannot read the picture {path} ({said}); it is truncated, too large or none of {known}"
-        ) from error
+        unknown = isinstance(error, UnidentifiedImageError)  # its message names an object in memory
+        fault = "no known format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
+        expected = f"it is truncated, too large or none of {', '.join(FORMATS)}"
+        raise UserError(f"cannot read the picture {path} ({fault}); {expected}") from error
 
 
 def _to_rgb(picture: Image.Image) -> Image.Image:

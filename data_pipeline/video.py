@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from fractions import Fraction
 from itertools import islice
 from math import ceil
@@ -21,10 +20,10 @@ from torch import Tensor
 
 from configs import storage
 from configs.errors import UserError
-from data_pipeline.checksum import append_checksum
 from data_pipeline.display import Display, choose_stream
 from data_pipeline.packets import (
     PROBE_BYTES,
+    append_checksum,
     count_indexed,
     damaged,
     decode_from,
@@ -50,10 +49,10 @@ class VideoInfo(NamedTuple):
 def probe(path: str | Path) -> VideoInfo:
     """Frames per second, number of frames and size in pixels, as a player shows them.
 
-    The first frame is decoded. Frames are counted packet by packet where the file does not say. Raises ValueError in
-    one line for what cannot be read, or not be shown as a player does.
+    The first frame is decoded. Frames are counted packet by packet where the file does not say. What cannot be read, or
+    not be shown as a player does, is refused.
     """
-    with _reading(path), opened(path, PROBE_BYTES) as container:
+    with opened(path, PROBE_BYTES) as container:
         stream = choose_stream(container, path)
         display, indexed = Display(path, container, stream), count_indexed(container, stream, path)
         picture, counted = None, 0
@@ -75,26 +74,23 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
     """Frames `start` to before `stop` (default: all) in order, (h w 3) uint8 RGB as a player shows them, the same as
     when all are decoded.
 
-    A file that ends early, is damaged as far as the decoder sees it, or cannot be decoded raises ValueError.
+    A file that ends early, is damaged as far as the decoder sees it, or cannot be decoded is refused.
     """
-    count, display = start, None
+    count = start
     require_unaltered(path)
-    try:
-        with opened(path) as container:
-            stream = choose_stream(container, path)
-            display = Display(path, container, stream)
-            stream.thread_type = "AUTO"  # frames in parallel: 2,050 against 990 frames/s of 160 x 96 on two cores
-            if stream.codec.intra_only:  # else they are marked as corrupt, and real files break the rules in small ways
-                stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
-            wanted = islice(decode_from(container, stream, path, start), None if stop is None else stop - start)
-            for frame in wanted:
+    with opened(path) as container:
+        stream = choose_stream(container, path)
+        display = Display(path, container, stream)
+        stream.thread_type = "AUTO"  # frames in parallel: 2,050 against 990 frames/s of 160 x 96 on two cores
+        if stream.codec.intra_only:  # else they are marked as corrupt, and real files break the rules in small ways
+            stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        try:
+            for frame in islice(decode_from(container, stream, path, start), None if stop is None else stop - start):
                 yield display.picture(frame, count)
                 count += 1
-            promised = (count_indexed(container, stream, path) or 0) if stop is None else stop
-    except av.error.InvalidDataError as error:
-        raise (_unreadable(path, error) if display is None else damaged(path, count)) from error
-    except av.error.FFmpegError as error:
-        raise _unreadable(path, error) from error
+        except av.error.InvalidDataError as error:
+            raise damaged(path, count) from error
+        promised = (count_indexed(container, stream, path) or 0) if stop is None else stop
     if count == start or count < promised:
         raise UserError(f"{path} is truncated: {count} of {promised} frames can be decoded; copy or record it again")
 
@@ -102,9 +98,8 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
 def frame_times(path: str | Path) -> np.ndarray:
     """When each frame is shown, (n) seconds in ascending order, as the file says it; nothing is decoded."""
     require_unaltered(path)
-    with _reading(path):
-        packets = packets_of(path)
-        return np.sort(packets.pts).astype(np.float64) * packets.unit_s
+    packets = packets_of(path)
+    return np.sort(packets.pts).astype(np.float64) * packets.unit_s
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
@@ -195,19 +190,6 @@ def kept_share(size: tuple[int, int], height: int, width: int) -> float:
     """How much of a picture of `size` (h w) `fit_frame` keeps, in (0, 1]."""
     aspect, wanted = size[1] / size[0], width / height
     return min(aspect / wanted, wanted / aspect)
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """What FFmpeg says of the file `path` in the block is a ValueError in one line."""
-    try:
-        yield
-    except av.error.FFmpegError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: str | Path, error: av.error.FFmpegError) -> ValueError:
-    return UserError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video")
 
 
 def to_uint8(video: Tensor) -> Tensor:

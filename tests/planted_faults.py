@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 
 from configs.game import GameConfig
-from data_pipeline.doctor.findings import Fault
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, read_actions, write_actions, write_episode
 from data_pipeline.video import read_frames
 
@@ -33,7 +32,7 @@ Spoil = Callable[[Tape, Tape], Tape]  # a recording, and another one of the set
 class Planted:
     """A way to spoil recordings."""
 
-    fault: Fault | None  # that must be found
+    fault: str | None  # that must be found
     spoil: Spoil
     every: int = 1  # each so manieth recording is spoilt
 

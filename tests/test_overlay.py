@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from configs.game import ActionSpace
-from data_pipeline.overlay import Overlay, cap_boxes, enlarge
+from data_pipeline.overlay import Overlay, enlarge, key_boxes
 from sampling.contact_sheet import Tile, draw_sheet
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"))
@@ -10,23 +10,23 @@ RUNNER = ActionSpace("runner", ("jump", "slide", "turn_left", "turn_right"), mou
 GREY = np.full((384, 640, 3), 120, np.uint8)
 
 
-def lit_caps(action_space: ActionSpace, keyboard: list[int]) -> list[bool]:
-    """Which caps of the drawn frame are filled white: the brightness just inside each one's upper left corner."""
+def lit_keys(action_space: ActionSpace, keyboard: list[int]) -> list[bool]:
+    """Which keys of the drawn frame are filled white: the brightness just inside each one's upper left corner."""
     overlay = Overlay(action_space, *GREY.shape[:2])
     mouse = np.zeros(2 if action_space.mouse else 0)
     drawn = overlay.draw(GREY, np.array(keyboard, float), mouse)
-    corners = [(cap.top + cap.alpha.shape[0] // 4 + 5, cap.left + cap.alpha.shape[1] // 2) for cap, _ in overlay.caps]
+    corners = [(key.top + key.alpha.shape[0] // 4 + 5, key.left + key.alpha.shape[1] // 2) for key, _ in overlay.keys]
     return [bool(drawn[row, column].min() > 240) for row, column in corners]
 
 
 @pytest.mark.parametrize("keyboard", [[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
 @pytest.mark.parametrize("action_space", [DOOM, RUNNER], ids=lambda space: space.name)
 def test_only_the_held_keys_are_lit(action_space: ActionSpace, keyboard: list[int]) -> None:
-    assert lit_caps(action_space, keyboard) == [bool(held) for held in keyboard]
+    assert lit_keys(action_space, keyboard) == [bool(held) for held in keyboard]
 
 
 def amber_centre(mouse: tuple[float, float]) -> np.ndarray:
-    """(down, right) from the gauge's centre to the middle of the amber stick, px."""
+    """(down, right) from the dial's centre to the middle of the amber vector, px."""
     overlay = Overlay(DOOM, *GREY.shape[:2])
     drawn = overlay.draw(GREY, np.zeros(4), np.array(mouse, float)).astype(int)
     amber = (drawn[..., 0] - drawn[..., 2]) > 120
@@ -37,18 +37,18 @@ def amber_centre(mouse: tuple[float, float]) -> np.ndarray:
 @pytest.mark.parametrize(
     ("mouse", "down_right"), [((0, 3), (0, 1)), ((0, -3), (0, -1)), ((2, 0), (-1, 0)), ((-2, 0), (1, 0))]
 )
-def test_the_stick_points_where_the_picture_is_turned(mouse: tuple[float, float], down_right: tuple[int, int]) -> None:
+def test_the_vector_points_where_the_picture_is_turned(mouse: tuple[float, float], down_right: tuple[int, int]) -> None:
     found = amber_centre(mouse)
     assert np.dot(found, down_right) > 4
-    assert abs(np.dot(found, down_right[::-1])) < 1  # px: the stick is thin and straight
+    assert abs(np.dot(found, down_right[::-1])) < 1  # px: the vector is thin and straight
 
 
-def test_a_faster_turn_moves_the_stick_further_and_never_out_of_the_gauge() -> None:
+def test_a_faster_turn_moves_the_vector_further_and_never_out_of_the_dial() -> None:
     slow, fast, absurd = (amber_centre((0, yaw))[1] for yaw in (1, 4, 400))
     assert 0 < slow < fast < absurd < Overlay(DOOM, *GREY.shape[:2]).radius
 
 
-def test_an_action_space_without_a_mouse_has_no_gauge() -> None:
+def test_an_action_space_without_a_mouse_has_no_dial() -> None:
     drawn = Overlay(RUNNER, *GREY.shape[:2]).draw(GREY, np.zeros(4), np.zeros(0))
     assert (drawn[:, 500:] == GREY[:, 500:]).all()
 
@@ -59,9 +59,9 @@ def test_the_given_frame_is_left_as_it_is() -> None:
     assert (frame == GREY).all()
 
 
-def test_no_two_caps_overlap_and_all_are_on_the_picture_even_with_many_keys() -> None:
+def test_no_two_keys_overlap_and_all_are_on_the_picture_even_with_many_keys() -> None:
     labels = ["W", "A", "S", "D", "Space", "Crouch", "Use", "Reload", "Next weapon", "Map"]
-    boxes = cap_boxes(labels, cap=35, bottom=365, left=19, right=540)
+    boxes = key_boxes(labels, key_px=35, bottom=365, left=19, right=540)
     for i, (top, left, bottom, right) in enumerate(boxes):
         assert 0 <= top < bottom <= 365 and 19 <= left < right <= 540
         for other in boxes[:i]:

@@ -7,7 +7,7 @@ import pytest
 
 from configs import load_config
 from configs.game import ActionSpace
-from data_pipeline.overlay import Overlay, lit_caps
+from data_pipeline.overlay import Overlay, active_keys
 from data_pipeline.types import Actions
 from model.config import ModelConfig
 from sampling.scripts import Scripted, hold, random_table, read_script, script_words
@@ -80,7 +80,7 @@ def actions(space: ActionSpace, key: str, yaw: float = 0.0) -> Actions:
 )
 def test_the_caps_of_a_released_game_light_as_upstream_s(name: str, key: str, yaw: float, lit: str) -> None:
     space = released_space(name)
-    shown = lit_caps(space, actions(space, key, yaw))
+    shown = active_keys(space, actions(space, key, yaw))
     assert {label for label, one in shown.items() if one[0]} == ({lit} if lit else set())
     assert {"W", "A", "S", "D"} <= shown.keys()
 
@@ -89,7 +89,7 @@ def test_the_caps_of_a_released_game_light_as_upstream_s(name: str, key: str, ya
 def test_an_overlay_of_a_released_game_draws_its_caps(name: str) -> None:
     space, frame = released_space(name), np.full((352, 640, 3), 120, np.uint8)
     overlay = Overlay(space, 352, 640)
-    assert len(overlay.caps) == (6 if name == "templerun" else 4)
+    assert len(overlay.keys) == (6 if name == "templerun" else 4)
     held, none = (actions(space, key) for key in (space.keys[1], ""))
     one, other = (overlay.draw(frame, play.keyboard[0], play.mouse[0]) for play in (held, none))
     assert (one != other).any() and (other != frame).any()

@@ -13,7 +13,7 @@ from planted_faults import PLANTED, plant
 from configs import load_config
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.doctor.alignment import SHIFT_LLR, Search, judge
+from data_pipeline.doctor.alignment import SHIFT_LLR, judge
 from data_pipeline.doctor.examine import DoctorConfig, examine
 from data_pipeline.record import RecordConfig, record_episodes
 
@@ -65,12 +65,11 @@ def test_what_is_planted_in_all_recordings_is_found_and_nothing_else(name, clean
 @pytest.mark.parametrize(("by_half_the_rate", "is_fault"), [(0.0, True), (0.55, False), (0.7, False)])
 def test_a_shift_is_no_fault_where_a_wrong_rate_explains_more(by_half_the_rate, is_fault):
     """Of 60 pairs a shift of 2 explains 40 % more than none does: a log-likelihood ratio of 15, where 12 are needed."""
-    shifts, rates = np.arange(-2, 3), (1.0, 0.5)
-    explained = np.zeros((len(rates), len(shifts)))
+    shifts = np.arange(-2, 3)
+    explained = np.zeros((2, len(shifts)))
     explained[0, -1], explained[1, 1] = 0.4, by_half_the_rate
-    moments = np.tile(np.diag([1.0, 1, 1, 60]), (explained.size, 1, 1))  # an input, two motions, and 1
-    moments[:, 0, 1] = np.sqrt(explained).ravel()
-    assert (judge(moments, Search(shifts, shifts == 0), rates)[1] >= SHIFT_LLR) == is_fault
+    _, llr, *_ = judge(-60 / 2 * np.log1p(-explained), (1.0, 0.5), shifts, shifts == 0)
+    assert (llr >= SHIFT_LLR) == is_fault
 
 
 def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_examined(clean, tmp_path, capsys):

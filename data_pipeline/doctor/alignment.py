@@ -5,15 +5,11 @@ The motion of the picture is regressed on the inputs under many hypotheses of wh
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from statistics import median
-from typing import NamedTuple
 
 import numpy as np
 
 from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
-from data_pipeline.doctor.pictures import Repeats
-from data_pipeline.doctor.signals import EpisodeSignals
 
 MIN_FRAMES = 8  # of an episode that is measured
 # Log-likelihood ratios. Of 500 clean ViZDoom recordings of 6 s the worst had 8.7 for a wrong shift, 9.0 for a wrong
@@ -34,53 +30,35 @@ CLIPPED = 0.1
 TINY = 1e-9
 
 
-class Search(NamedTuple):
-    """Which shifts are tried, by which inputs."""
+def align(data: Dataset, mouse: bool) -> tuple[dict[str, CheckResult], np.ndarray]:
+    """Shift and rate, by the mouse or else by the keys, and the mouse's axes, each by what its amount counts.
 
-    shifts: np.ndarray  # (s) frames, ascending
-    in_time: np.ndarray  # (s) bool, those that are no fault
-    by_keys: bool = False  # instead of yaw and pitch, where there is no mouse
-
-    @property
-    def motions(self) -> int:
-        """To the right and down; keys expand the picture, too."""
-        return 3 if self.by_keys else 2
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """How the rows of recordings lie to their pictures."""
-
-    checks: dict[str, CheckResult]  # by what their amount counts
-    moments: np.ndarray  # (r v v) of each recording at its own shift; zeros where none is right, as the rate is wrong
-
-    @property
-    def lates(self) -> list[int]:
-        """Of each recording, by how many frames its rows are late: row i + late leads from frame i to the next."""
-        return self.checks["frames_late"].amount[1:].astype(int).tolist()
-
-
-def align(data: Dataset, mouse: bool) -> Alignment:
-    """Shift and rate, by the mouse or else by the keys, and the mouse's axes."""
+    And moments (r v v) of each recording at its own shift; zeros where none is right, since the rate is wrong.
+    """
     fps = data.game.fps
     longest = max(round(SHIFT_S * fps), LEAST_SHIFT)
     shifts = np.arange(-longest, longest + 1)
     in_time = (shifts == 0) if mouse else (shifts <= 0) & (shifts >= -round(KEY_DELAY_S * fps))
-    search = Search(shifts, in_time, by_keys=not mouse)
-    rates = [rates_for(one.frames) for one in data.recordings]
-    each = [measure_moments(one.episodes, search, tried) for one, tried in zip(data.recordings, rates, strict=True)]
-    whole = np.sum([one[: len(RATES) * len(shifts)] for one in each], axis=0)
-    judged = [judge(one, search, tried) for one, tried in zip([whole, *each], [RATES, *rates], strict=True)]
+    motions = 2 if mouse else 3  # keys expand the picture, too
+    rates = [RATES, *(rates_for(one.frames) for one in data.recordings)]
+    moments = [
+        measure_moments(
+            [(one.yaw_pitch if mouse else one.keyboard, one.motion[:, :motions]) for one in parts], shifts, tried
+        )
+        for parts, tried in zip((one.episodes for one in data.recordings), rates[1:], strict=True)
+    ]
+    whole = np.sum([one[: len(RATES)] for one in moments], axis=0)
+    llrs = [gain_and_llr(one, motions)[1] / (1.0 if mouse else BY_KEYS) for one in (whole, *moments)]
+    judged = [judge(llr, tried, shifts, in_time) for llr, tried in zip(llrs, rates, strict=True)]
     late, shift_llr, confidence, rate, rate_llr = np.array(judged).T
     rate_check = pool(rate_llr, RATE_LLR, rate, near=0.1)
     if rate_check.status[0] > 0:  # then a shift is only what fits best for a while
         shift_llr[1:] = np.minimum(shift_llr[1:], 0)
     shift = pool(shift_llr, SHIFT_LLR, late, near=1, confidence=confidence)
     wrong_rate = rate_check.status[1:] > 0
-    own = np.stack([one[longest + int(i)] for one, i in zip(each, shift.amount[1:], strict=True)])
+    own = np.stack([one[0, longest + int(i)] for one, i in zip(moments, shift.amount[1:], strict=True)])
     own[wrong_rate] = 0
-    axes = judge_axes(own, wrong_rate) if mouse else {}
-    return Alignment({"frames_late": shift, "rows_per_picture": rate_check, **axes}, own)
+    return {"frames_late": shift, "rows_per_picture": rate_check, **(judge_axes(own, wrong_rate) if mouse else {})}, own
 
 
 def rates_for(frames: int) -> tuple[float, ...]:
@@ -89,24 +67,27 @@ def rates_for(frames: int) -> tuple[float, ...]:
     return (*RATES, *(1 + drift for drift in drifts), *(1 - drift for drift in drifts))
 
 
-def measure_moments(episodes: Iterable[EpisodeSignals], search: Search, rates: Sequence[float]) -> np.ndarray:
-    """(h v v): for every rate (outer) and shift (inner), sums over frame pairs of the products of v columns.
+def measure_moments(
+    episodes: Iterable[tuple[np.ndarray, np.ndarray]], shifts: np.ndarray, rates: Sequence[float]
+) -> np.ndarray:
+    """(rates shifts v v): sums over all frame pairs of the products of v columns: inputs, motions, and 1.
 
-    These are the inputs, the motions, and 1: all that a regression needs. Both are differences between neighbours:
-    walking goes on as before and drops out, a turn begins and ends at once.
+    That is all that a regression of motion (n-1 c) on rows of inputs (n m) needs. Both are differences between
+    neighbours: walking goes on as before and drops out, a turn begins and ends at once.
     """
-    total, longest = 0.0, search.shifts[-1]
-    for episode in (one for one in episodes if len(one) >= MIN_FRAMES):
-        rows = (episode.keyboard if search.by_keys else episode.yaw_pitch).astype(np.float64)
-        motion = clip(np.diff(episode.motion[:, : search.motions].astype(np.float64), axis=0))
-        known, moments = np.column_stack([motion, np.ones(len(motion))]), []
-        for rate in rates:
-            padded = np.pad(input_changes(rows, rate)[: len(motion)], ((longest, longest), (0, 0)))
-            for first in range(len(search.shifts)):
-                columns = np.column_stack([padded[first : first + len(motion)], known])
-                moments.append(columns.T @ columns)
-        total = total + np.array(moments)
-    return np.asarray(total)
+    total, longest = np.zeros(1), shifts[-1]
+    for rows, motion in episodes:
+        if len(rows) >= MIN_FRAMES:
+            change = clip(np.diff(motion.astype(np.float64), axis=0))
+            known, moments = np.column_stack([change, np.ones(len(change))]), []
+            for rate in rates:
+                padded = input_changes(rows.astype(np.float64), rate)[: len(change)]
+                padded = np.pad(padded, ((longest, longest), (0, 0)))
+                shifted = (padded[first : first + len(change)] for first in range(len(shifts)))
+                columns = (np.column_stack([inputs, known]) for inputs in shifted)
+                moments.append([one.T @ one for one in columns])
+            total = total + np.array(moments)
+    return total
 
 
 def input_changes(rows: np.ndarray, rate: float) -> np.ndarray:
@@ -130,32 +111,34 @@ def clip(values: np.ndarray) -> np.ndarray:
 
 
 def gain_and_llr(moments: np.ndarray, motions: int, gain: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The best motion per unit of input (h m c) by moments (h v v), or the given one (m c), and the log-likelihood
-    ratio (h) of the motion with it against no effect at all: Gaussian residuals of their measured size."""
+    """The best motion per unit of input (... m c) by moments (... v v), or the given one, and the log-likelihood ratio
+    (...) of the motion with it against no effect at all: Gaussian residuals of their measured size."""
     m = moments.shape[-1] - motions - 1
-    inputs, mixed, pairs = moments[:, :m, :m], moments[:, :m, m:-1], moments[0, -1, -1]
-    squares = np.diagonal(moments, axis1=1, axis2=2)[:, m:-1]
+    inputs, mixed, pairs = moments[..., :m, :m], moments[..., :m, m:-1], moments[..., -1, -1]
+    squares = np.diagonal(moments, axis1=-2, axis2=-1)[..., m:-1]
     used = np.linalg.pinv(inputs, rcond=1e-6, hermitian=True) @ mixed if gain is None else gain
     explained = 2 * (used * mixed).sum(axis=-2) - (used * (inputs @ used)).sum(axis=-2)
     left = np.maximum(squares - explained, TINY * (1 + squares))
     return used, -pairs / 2 * np.log(left / (TINY + squares)).sum(axis=-1)
 
 
-def judge(moments: np.ndarray, search: Search, rates: Sequence[float]) -> tuple[float, float, float, float, float]:
-    """The best shift, its log-likelihood ratio and confidence, the best rate and its ratio; the first rate is 1."""
-    llr = gain_and_llr(moments, search.motions)[1].reshape(len(rates), len(search.shifts))
+def judge(
+    llr: np.ndarray, rates: Sequence[float], shifts: np.ndarray, in_time: np.ndarray
+) -> tuple[float, float, float, float, float]:
+    """The best shift, its log-likelihood ratio and confidence, the best rate and its ratio, by `llr` (rates shifts).
+
+    The first rate is 1; shifts `in_time` are no fault.
+    """
     best, best_rate = int(np.argmax(llr[0])), int(np.argmax(llr.max(axis=1)))
     confidence = 1 / np.exp(llr[0] - llr[0, best]).sum()  # of this shift among all shifts
-    shift_llr = llr[0][~search.in_time].max() - llr[0][search.in_time].max()
-    rate_llr = llr[best_rate].max() - llr[0, best]
+    shift_llr, rate_llr = llr[0][~in_time].max() - llr[0][in_time].max(), llr[best_rate].max() - llr[0, best]
     # What a wrong rate explains better still counts against a shift: at half the rate one fits best for a while.
     shift_llr -= min(rate_llr, max(shift_llr, 0.0))
-    shift_llr, rate_llr = (one / (BY_KEYS if search.by_keys else 1.0) for one in (shift_llr, rate_llr))
     if rate_llr >= RATE_LLR:
         shift_llr = 0.0
     else:  # a shift that can be told shows that the rate is right
         rate_llr = -RATE_LLR if abs(shift_llr) >= SHIFT_LLR else 0.0
-    return float(search.shifts[best]), shift_llr, confidence, rates[best_rate], rate_llr
+    return shifts[best], shift_llr, confidence, rates[best_rate], rate_llr
 
 
 def pool(
@@ -191,20 +174,19 @@ def judge_axes(moments: np.ndarray, silent: np.ndarray) -> dict[str, CheckResult
     return dict(zip(("axes_swapped", "yaw_inverted", "pitch_inverted"), checks, strict=True))
 
 
-def report_timing(data: Dataset, alignment: Alignment, repeats: Repeats) -> Iterator[Finding]:
-    """Findings of rate and shift."""
-    groups, fps, wrong_rate = defaultdict(list), data.game.fps, set()
-    for rate, numbers, confidence in alignment.checks["rows_per_picture"].faults():
+def report_timing(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarray) -> Iterator[Finding]:
+    """Findings of rate and shift; `stays` (r) is for how many frames a picture or a row stays the same."""
+    groups, fps, wrong_rate = defaultdict(list), data.game.fps, checks["rows_per_picture"].status[1:] > 0
+    for rate, numbers, confidence in checks["rows_per_picture"].faults():
         groups[rate > 1, round(rate, 1)] += [(rate, i, confidence) for i in numbers]  # each has its own slow drift
-        wrong_rate |= set(numbers)
     for group in groups.values():
         rates, numbers, confidences = zip(*group, strict=True)
         rate, missing = median(rates), "pictures" if rates[0] > 1 else "rows"
         what = f"{rate:.4g} rows of inputs per picture, {rate * fps:.4g} for {fps:g} a second: {missing} are missing"
         yield data.find("rate", sorted(numbers), what, max(confidences))
-    for late, numbers, confidence in alignment.checks["frames_late"].faults():
+    for late, numbers, confidence in checks["frames_late"].faults():
         # Where each row or picture stays for some frames, its middle is some later than its beginning.
-        numbers = [i for i in numbers if i not in wrong_rate and abs(late) > repeats.longest(i) - 1]
+        numbers = [i for i in numbers if not wrong_rate[i] and abs(late) > stays[i] - 1]
         n, first_entry, remedy = abs(int(late)), data.game.inputs.first_entry + int(late), ""
         how, sign = ("late", "+") if late > 0 else ("early", "-")
         what = f"inputs are {n} frame{'s' * (n > 1)} {how}: row i {sign} {n} leads from frame i to i + 1"
@@ -227,16 +209,18 @@ def report_axes(data: Dataset, checks: dict[str, CheckResult]) -> Iterator[Findi
             yield data.find("inverted", numbers, f"{name} is inverted: above 0 it {how}", confidence, remedy)
 
 
-def report_unrelated(data: Dataset, alignment: Alignment, excluded: set[str]) -> Iterator[Finding]:
+def report_unrelated(
+    data: Dataset, checks: dict[str, CheckResult], moments: np.ndarray, excluded: set[str]
+) -> Iterator[Finding]:
     """Of recordings without a fault of their own, and not `excluded`, those that contradict the others."""
     left_out = np.array([one.name in excluded for one in data.recordings])
-    for name, check in alignment.checks.items():
+    for name, check in checks.items():
         own = (check.status != check.status[0]) | (check.amount != check.amount[0])
         left_out |= (name != "rows_per_picture") & (check.status > 0)[1:] & own[1:]
-    moments = np.where(left_out[:, None, None], 0, alignment.moments)
-    gain, whole_llr = gain_and_llr(moments.sum(axis=0, keepdims=True), 2)
-    if whole_llr[0] >= KNOWN_LLR:
-        llr = [-gain_and_llr(one[None], 2, gain[0])[1][0] for one in moments]
-        for _, numbers, confidence in pool(np.array([-UNRELATED_LLR, *llr]), UNRELATED_LLR).faults():
+    moments = np.where(left_out[:, None, None], 0, moments)
+    gain, whole_llr = gain_and_llr(moments.sum(axis=0), 2)
+    if whole_llr >= KNOWN_LLR:
+        contradiction = -gain_and_llr(moments, 2, gain)[1]
+        for _, numbers, confidence in pool(np.array([-UNRELATED_LLR, *contradiction]), UNRELATED_LLR).faults():
             what = "inputs do not go with the picture as those of the other recordings do"
             yield data.find("unrelated", numbers, what, confidence)

@@ -15,12 +15,12 @@ from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
 from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_axes, report_timing, report_unrelated
-from data_pipeline.doctor.findings import REMEDIES, Dataset, Fault, Finding
+from data_pipeline.doctor.findings import REMEDIES, Dataset, Finding
 from data_pipeline.doctor.keys import measure_keys, report_keys
-from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files, report_repeats
-from data_pipeline.doctor.report import Diagnosis, Report
+from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files
+from data_pipeline.doctor.report import Report
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
-from data_pipeline.doctor.turns import px_per_degree, read_turns, report_turns, yaw_and_motion
+from data_pipeline.doctor.turns import report_turns
 from data_pipeline.packets import DamagedVideoError
 from data_pipeline.readers import Reader, Recording, find_recordings
 from data_pipeline.readers.recording import UnevenTimesError
@@ -63,29 +63,26 @@ def examine(config: DoctorConfig) -> Report:
     signals, findings = read_signals(recordings, config.game, config.workers)
     everything = Dataset(tuple(signals), config.game, config.reader)
     findings += report_files(everything, config.clip_frames)
+    report = Report(tuple(one.name for one in recordings), findings)
     long_enough = [one for one in signals if any(len(episode) >= MIN_FRAMES for episode in one.episodes)]
-    diagnosis = None
     if long_enough:
-        diagnosis, found = diagnose(replace(everything, recordings=tuple(long_enough)), config.fov_deg)
-        findings += found
-    untold = diagnosis is None or diagnosis.checks["frames_late"].status[0] == 0
-    if untold and not any(one.harmful for one in findings):
+        report = diagnose(report, replace(everything, recordings=tuple(long_enough)), config.fov_deg)
+    if not report.harmful and (not report.checks or report.checks["frames_late"].status[0] == 0):
         what = "whether inputs and pictures go together cannot be told from so little"
-        findings.append(everything.note("untold", range(len(signals)), what))
-    return Report(tuple(one.name for one in recordings), diagnosis, findings)
+        report.findings.append(everything.note("untold", range(len(signals)), what))
+    return report
 
 
-def diagnose(data: Dataset, fov_deg: float | None = None) -> tuple[Diagnosis, list[Finding]]:
-    """All checks of recordings each of which has an episode of MIN_FRAMES and more."""
+def diagnose(report: Report, data: Dataset, fov_deg: float | None = None) -> Report:
+    """The report with all checks of recordings each of which has an episode of MIN_FRAMES and more."""
     moving = np.any([one.joined("yaw_pitch").any(axis=0) for one in data.recordings], axis=0)
     mouse, everyone = bool(moving.any()), range(len(data.recordings))
-    repeats, alignment = find_repeats(data), align(data, mouse)
-    findings, turns = [*report_repeats(data, repeats), *report_timing(data, alignment, repeats)], {}
+    (findings, stays), (checks, moments) = find_repeats(data), align(data, mouse)
+    findings += report_timing(data, checks, stays)
     if mouse:
-        turns = read_turns(data, alignment)
-        findings += report_axes(data, alignment.checks)
-        findings += report_turns(data, turns, named(findings, "still picture"), fov_deg)
-        findings += report_unrelated(data, alignment, named(findings, "still picture"))
+        findings += report_axes(data, checks)
+        findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
+        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
@@ -93,8 +90,8 @@ def diagnose(data: Dataset, fov_deg: float | None = None) -> tuple[Diagnosis, li
             findings.append(data.note("dead input", everyone, "pitch never moves"))
     spoilt = named([one for one in findings if one.harmful and len(one.recordings) < len(data.recordings)])
     trusted = [
-        episode.pairs(late)
-        for recording, late in zip(data.recordings, alignment.lates, strict=True)
+        episode.pairs(int(late))
+        for recording, late in zip(data.recordings, checks["frames_late"].amount[1:], strict=True)
         for episode in recording.episodes
         if recording.name not in spoilt
     ]
@@ -102,11 +99,10 @@ def diagnose(data: Dataset, fov_deg: float | None = None) -> tuple[Diagnosis, li
     # With a mouse whose rows are missing, what it does would count as chance, or as what keys do.
     findings += report_keys(data, keys, complete=mouse or not data.game.action_space.mouse)
     findings += find_copies(data)
-    px = [px_per_degree(*yaw_and_motion(turns[i]))[0] if i in turns else None for i in everyone]
-    return Diagnosis(data, alignment.checks, px, keys), findings
+    return Report(report.names, [*report.findings, *findings], data, checks, keys)
 
 
-def named(findings: Sequence[Finding], fault: Fault | None = None) -> set[str]:
+def named(findings: Sequence[Finding], fault: str | None = None) -> set[str]:
     """The recordings that have findings, of one fault or any."""
     return {name for one in findings if fault in (None, one.fault) for name in one.recordings}
 
@@ -130,6 +126,6 @@ def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
     try:
         return measure_recording(recording, game)
     except (UserError, OSError) as error:
-        faults: dict[type[Exception], Fault] = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
+        faults = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
         fault = faults.get(type(error), "unreadable")
         return Finding(fault, (recording.name,), one_line(error), REMEDIES[fault])

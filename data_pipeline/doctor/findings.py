@@ -1,8 +1,7 @@
 """What the checks of the doctor give: findings in words, and verdicts from log-likelihood ratios."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -10,12 +9,7 @@ from configs.game import GameConfig
 from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import Reader
 
-Fault = Literal[
-    "unreadable", "short", "untold", "shift", "rate", "swapped axes", "inverted", "units", "unrelated", "repeats",
-    "still picture", "constant inputs", "dead input", "no effect", "swapped keys", "copy",
-    "damaged", "uneven times", "cropped", "shown otherwise",
-]  # fmt: skip
-REMEDIES: dict[Fault, str] = {
+REMEDIES = {  # by fault
     "unreadable": "repair it or leave it out",
     "damaged": "repair it or leave it out",
     "uneven times": "repair it or leave it out",
@@ -44,7 +38,7 @@ NAMED = 6  # recordings; of more, the number is given
 class Finding:
     """What is wrong with which recordings, and what to do."""
 
-    fault: Fault
+    fault: str  # one of REMEDIES
     recordings: tuple[str, ...]
     what: str
     remedy: str
@@ -55,12 +49,8 @@ class Finding:
         """One line; `total` is the number of all recordings."""
         sure = "" if self.confidence is None else f" (confidence {self.confidence:.1%})"
         note = "" if self.harmful else "note: "
-        named = ", ".join(self.recordings)
-        if len(self.recordings) == total > 1:
-            named = f"all {total} recordings"
-        elif len(self.recordings) > NAMED:
-            shown = ", ".join(self.recordings[: NAMED - 1])
-            named = f"{len(self.recordings)} of {total} recordings ({shown}, ...)"
+        several = f"{len(self.recordings)} of {total} recordings"
+        named = several if len(self.recordings) > NAMED else ", ".join(self.recordings)
         return f"{named}: {note}{self.what}{sure}; {self.remedy}"
 
 
@@ -73,15 +63,15 @@ class Dataset:
     reader: Reader
 
     def find(
-        self, fault: Fault, numbers: Iterable[int], what: str, confidence: float | None = None, remedy: str = ""
+        self, fault: str, numbers: Iterable[int], what: str, confidence: float | None = None, remedy: str = ""
     ) -> Finding:
         """Something harmful in the recordings of these numbers."""
         names = tuple(self.recordings[i].name for i in numbers)
         return Finding(fault, names, what, remedy or REMEDIES[fault], True, confidence)
 
-    def note(self, fault: Fault, numbers: Iterable[int], what: str) -> Finding:
+    def note(self, fault: str, numbers: Iterable[int], what: str) -> Finding:
         """Something to look at in the recordings of these numbers."""
-        return Finding(fault, tuple(self.recordings[i].name for i in numbers), what, REMEDIES[fault], harmful=False)
+        return replace(self.find(fault, numbers, what), harmful=False)
 
 
 @dataclass(frozen=True)
@@ -103,3 +93,7 @@ class CheckResult:
         """One row as plain data."""
         status = ("unknown", "fault", "fine")[self.status[row]]
         return {"status": status, "amount": float(self.amount[row]), "confidence": float(self.confidence[row])}
+
+    def cell(self, row: int) -> str:
+        """One row in few letters: what is wrong, by how much."""
+        return ("?", f"{self.amount[row]:+.4g}", "ok")[self.status[row]]

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -26,28 +25,34 @@ VOTES = 3  # equal pictures at one distance in time before two recordings are co
 NEAR_BITS = 10  # of the 64 of a hash that may differ; of unrelated pictures, 20 and more do
 
 
-class Repeats(NamedTuple):
-    """What comes more than once, by the numbers of the recordings in which it does."""
-
-    pictures: dict[int, float]  # the share of the moving ones that are the one before again
-    rows: dict[int, int]  # how many are alike
-
-    def longest(self, number: int) -> float:
-        """For how many frames a picture, or a row, stays."""
-        return max(1 / (1 - self.pictures.get(number, 0.0)), self.rows.get(number, 1))
-
-
-def find_repeats(data: Dataset) -> Repeats:
-    """The recordings whose pictures or rows come more than once."""
-    repeats = Repeats({}, {})
+def find_repeats(data: Dataset) -> tuple[list[Finding], np.ndarray]:
+    """Findings of repeated pictures or rows, and a picture that never changes; and for how many frames a picture or row
+    stays the same in each recording (r)."""
+    fps, findings, stays = data.game.fps, [], np.ones(len(data.recordings))
+    shares, periods, still = {}, {}, []
     for i, recording in enumerate(data.recordings):
-        repeated, others = np.sum([_count_repeats(one.motion[:, 3]) for one in recording.episodes], axis=0)
-        if others and repeated >= max(REPEATS_SHARE * (repeated + others), data.game.fps / 2):
-            repeats.pictures[i] = float(repeated / (repeated + others))
+        changes = [one.motion[:, 3] for one in recording.episodes]
+        repeated, others = np.sum([_count_repeats(one) for one in changes], axis=0)
+        if others and repeated >= max(REPEATS_SHARE * (repeated + others), fps / 2):
+            shares[i] = float(repeated / (repeated + others))
+            stays[i] = 1 / (1 - shares[i])
         period = int(np.gcd.reduce([_input_period(one) for one in recording.episodes]))
         if period > 1:
-            repeats.rows[i] = period
-    return repeats
+            periods.setdefault(period, []).append(i)
+            stays[i] = max(stays[i], period)
+        change = np.concatenate(changes)
+        if len(change) >= fps and (change < UNCHANGED).mean() >= UNCHANGED_SHARE:
+            still.append(i)
+    if shares:
+        share = float(np.median(list(shares.values())))
+        what = f"{share:.0%} of the moving pictures are the one before again: {(1 - share) * fps:.3g} a second are new"
+        findings.append(data.find("repeats", shares, what))
+    for period, numbers in sorted(periods.items()):
+        what = f"{period} rows of inputs in a row are always alike: they are logged {fps / period:.3g} times a second"
+        findings.append(data.find("repeats", numbers, what))
+    if still:
+        findings.append(data.find("still picture", still, "the picture never changes: black or frozen"))
+    return findings, stays
 
 
 def _count_repeats(change: np.ndarray) -> tuple[int, int]:
@@ -76,22 +81,6 @@ def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
     """First and one past the last index of each run of true values."""
     edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
     return [(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
-
-
-def report_repeats(data: Dataset, repeats: Repeats) -> Iterator[Finding]:
-    """Findings of repeats, and of a picture that never changes."""
-    fps = data.game.fps
-    if repeats.pictures:
-        share = float(np.median(list(repeats.pictures.values())))
-        what = f"{share:.0%} of the moving pictures are the one before again: {(1 - share) * fps:.3g} a second are new"
-        yield data.find("repeats", repeats.pictures, what)
-    for period in sorted(set(repeats.rows.values())):
-        what = f"{period} rows of inputs in a row are always alike: they are logged {fps / period:.3g} times a second"
-        yield data.find("repeats", [i for i, one in repeats.rows.items() if one == period], what)
-    changes = [np.concatenate([episode.motion[:, 3] for episode in one.episodes]) for one in data.recordings]
-    still = [len(one) >= fps and (one < UNCHANGED).mean() >= UNCHANGED_SHARE for one in changes]
-    if any(still):
-        yield data.find("still picture", np.flatnonzero(still), "the picture never changes: black or frozen")
 
 
 def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:

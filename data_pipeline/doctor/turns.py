@@ -6,8 +6,7 @@ from statistics import median
 
 import numpy as np
 
-from data_pipeline.doctor.alignment import Alignment
-from data_pipeline.doctor.findings import Dataset, Finding
+from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
 from data_pipeline.doctor.pictures import runs
 from data_pipeline.doctor.signals import Pairs
 from data_pipeline.motion import WIDTH
@@ -28,11 +27,11 @@ EXPLAINED = 0.2  # of that motion's variance, by yaw, before its absence says so
 Turns = dict[int, list[Pairs]]  # of the recordings whose yaw is known to move the picture, by number
 
 
-def read_turns(data: Dataset, alignment: Alignment) -> Turns:
+def _read_turns(data: Dataset, checks: dict[str, CheckResult]) -> Turns:
     """Frame pairs with the rows that belong to them; what acts as yaw is the first column of the mouse."""
-    turns, swapped = {}, alignment.checks["axes_swapped"].status[1:] > 0
-    for i in np.flatnonzero(alignment.checks["yaw_inverted"].status[1:]).tolist():
-        pairs = [episode.pairs(alignment.lates[i]) for episode in data.recordings[i].episodes]
+    turns, swapped, late = {}, checks["axes_swapped"].status[1:] > 0, checks["frames_late"].amount[1:]
+    for i in np.flatnonzero(checks["yaw_inverted"].status[1:]).tolist():
+        pairs = [episode.pairs(int(late[i])) for episode in data.recordings[i].episodes]
         turns[i] = [one._replace(yaw_pitch=one.yaw_pitch[:, ::-1]) if swapped[i] else one for one in pairs]
     return turns
 
@@ -55,8 +54,11 @@ def px_per_degree(degrees: np.ndarray, right_px: np.ndarray) -> tuple[float, int
     return float(np.median(right_px[large] / degrees[large])), int(large.sum())
 
 
-def report_turns(data: Dataset, turns: Turns, excluded: set[str], fov_deg: float | None) -> Iterator[Finding]:
+def report_turns(
+    data: Dataset, checks: dict[str, CheckResult], excluded: set[str], fov_deg: float | None
+) -> Iterator[Finding]:
     """Findings of units, and of stillness in the recordings that are not `excluded`."""
+    turns = _read_turns(data, checks)
     known = [px for one in turns.values() for px, count in [px_per_degree(*yaw_and_motion(one))] if count]
     others = {i: one for i, one in turns.items() if data.recordings[i].name not in excluded}
     if known:
