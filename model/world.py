@@ -100,11 +100,6 @@ def newest_step(run: str | Path) -> str | None:
     return storage.join(run, found[-1]) if found else None
 
 
-def complete_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run on this machine that were written to the end, oldest first."""
-    return [Path(run) / name for name in complete_steps(run)]
-
-
 def find_checkpoint(path: str | Path) -> str:
     """The url of `path` itself if it is a complete checkpoint, else of the newest complete one of the run `path`."""
     url = str(path).rstrip("/")
@@ -162,11 +157,10 @@ def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
 
 def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | None = None) -> str:
     """The url of the codec with which the complete checkpoint `checkpoint` was trained, told by its hash: `codec` if
-    that is given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
+    given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
 
-    A checkpoint names no place from which its codec is fetched but its own bucket, and no file that is not called as
-    weights are: reading some of a machine's files never ends. Raises ValueError in one line: no
-    codec of that hash, or one that is elsewhere.
+    A checkpoint names no place from which its codec is fetched but its own bucket, and no file but those that are
+    called as weights are: reading some of a machine's files never ends. Raises UserError if none has that hash.
     """
     here, seen = str(checkpoint), dict[str, str]()
     places = dict.fromkeys([codec] if codec else _codec_places(here, config.codec))
@@ -197,28 +191,22 @@ def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
         folder = storage.parent(folder) or "/"
         if storage.is_s3(folder) and len(PurePosixPath(folder).parts) < 2:  # above the bucket
             break
-    if not storage.is_s3(checkpoint) and not storage.is_s3(recorded):
-        yield os.path.join(os.path.abspath(checkpoint), recorded)
-    if not storage.is_s3(recorded) or _same_bucket(recorded, checkpoint):
+    if not storage.is_s3(recorded):
+        if not storage.is_s3(checkpoint):
+            yield os.path.join(os.path.abspath(checkpoint), recorded)
         yield recorded
-
-
-def _same_bucket(codec: str, checkpoint: str) -> bool:
-    return storage.is_s3(checkpoint) and bucket_and_key(codec)[0] == bucket_and_key(checkpoint)[0]
+    elif storage.is_s3(checkpoint) and bucket_and_key(recorded)[0] == bucket_and_key(checkpoint)[0]:
+        yield recorded
 
 
 def keep_codec(codec: str, run: str) -> None:
     """Puts a copy of `codec` into the folder `run`, unless one is there: its checkpoints then play wherever it goes."""
     place = storage.join(run, CODEC)
-    if not storage.exists(storage.join(place, CONFIG_FILE)) and not _same_place(codec, place):
+    either_remote = storage.is_s3(codec) or storage.is_s3(place)
+    same = codec.rstrip("/") == place if either_remote else os.path.realpath(codec) == os.path.realpath(place)
+    if not same and not storage.exists(storage.join(place, CONFIG_FILE)):
         with storage.writing_folder(place, last=CONFIG_FILE) as folder:
             copy_codec(codec, folder)
-
-
-def _same_place(one: str, other: str) -> bool:
-    if storage.is_s3(one) or storage.is_s3(other):
-        return one.rstrip("/") == other.rstrip("/")
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from configs import load_config
 from configs.errors import UserError
 from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
-from model.world import complete_checkpoints, load_world, newest_checkpoint, read_world_config
+from model.world import complete_steps, load_world, newest_checkpoint, read_world_config
 from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
@@ -130,9 +130,9 @@ def test_every_engine_gives_the_single_process_run(trained, plain, row: Row) -> 
 def cut_off(out: Path, to: Path, step: int = 3) -> Path:
     """A copy of a run as it was right after its checkpoint of `step`."""
     shutil.copytree(out, to)
-    for folder in complete_checkpoints(to):
-        if folder.name != f"step_{step:07d}":
-            shutil.rmtree(folder)
+    for name in complete_steps(to):
+        if name != f"step_{step:07d}":
+            shutil.rmtree(to / name)
     return to
 
 

@@ -28,7 +28,7 @@ from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.weights import load_weights
-from model.world import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
+from model.world import complete_steps, find_codec, newest_checkpoint, read_world_config
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import OptimConfig, TrainConfig
@@ -116,7 +116,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(train_words, zero2
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     text = (tmp_path / "log").read_text()
-    stopped_at = [folder.name for folder in complete_checkpoints(out)]
+    stopped_at = complete_steps(out)
     assert len(stopped_at) == 1 and stopped_at[0] < f"step_{STEPS:07d}", text
     assert "as asked" in text
     done = run(command)

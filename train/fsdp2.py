@@ -33,6 +33,13 @@ class Fsdp2Engine(Engine):
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
         return {"offload": ("nothing", "all")}
 
+    @staticmethod
+    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+        share = parameters // ranks
+        gathered = 4 * 4 * parameters // config.model.num_layers  # two blocks and their gradients
+        states = {"weights": 4 * share, "gradients": 4 * share, "optimizer's states": 8 * share}
+        return {**states, "exchanged": gathered}
+
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
         dtype = "bfloat16" if config.engine.precision == "bf16" else "float32"
