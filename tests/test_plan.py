@@ -19,8 +19,8 @@ from configs.cli import run as run_words
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from launch.__main__ import VERBS
-from launch.run import read_launch
 from launch.plan import estimate, read_plan
+from launch.run import read_launch
 from model.action_dit import ActionDiTConfig
 from model.actions import ActionConfig
 from model.flow import FlowMatchConfig
