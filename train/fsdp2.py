@@ -64,6 +64,9 @@ class Fsdp2Engine(Engine):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if config.engine.precision == "bf16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if not dist.is_initialized():  # one process by itself
+            backend = cls.backend(config, device.type)
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         offload = CPUOffloadPolicy() if offloaded else OffloadPolicy()
         for module in (*model.blocks, model):
