@@ -14,30 +14,23 @@ from torch.utils._pytree import tree_leaves
 
 from configs.errors import UserError
 from data_pipeline.shards import load_manifest
-from data_pipeline.types import Batch
 from model.action_dit import ActionDiT, ActionDiTConfig
-from model.cost import META, clip_pass, counted_dit, random_inputs, training_flops
-from model.flow import FlowMatch
-from model.layout import CHUNK_FRAMES, Layout
+from model.cost import clip_pass, counted_dit, random_inputs, training_flops
 from model.patch_codec import SPATIAL
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
-from train.objectives.draws import make_draws
 
 CPU = torch.device("cpu")
-TRIED_STEPS = 32  # in which an objective that mixes lengths of sequences comes to its longest
 
 
 @dataclass(frozen=True)
 class ClipSize:
-    """What is in a clip."""
+    """Latents of a clip, and the rows and columns of each."""
 
-    layout: Layout
     latents: int
-    rows: int  # of a latent
+    rows: int
     columns: int
-    image_latents: bool = False  # the clip carries its conditioning
 
 
 @dataclass(frozen=True)
@@ -89,7 +82,7 @@ class LiveBytes(TorchDispatchMode):
 def estimate_memory(config: TrainConfig, clip: ClipSize, ranks: int, on_cpu: bool) -> MemoryEstimate:
     """One of `ranks` in a training step. Raises UserError for an engine that there is not."""
     model, b, engine = config.model, config.batch, engine_of(config)
-    frames = longest_sequence(config, clip)
+    frames = make_objective(config.objective).latents or clip.latents
     size = (b, frames, clip.rows, clip.columns)
     parameters = sum(p.numel() for p in counted_dit(model).parameters())
     held = engine.state_bytes(config, parameters, ranks, on_cpu)
@@ -124,44 +117,18 @@ def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bo
     return live
 
 
-def longest_sequence(config: TrainConfig, clip: ClipSize) -> int:
-    """Latent frames of the longest pass that the objective makes."""
-    objective, flow, model = make_objective(config.objective), FlowMatch(config.flow), counted_dit(config.model)
-    small = replace(clip, rows=config.model.patch_size[1], columns=config.model.patch_size[2])
-    batch = empty_batch(config.model, small)
-    with torch.no_grad():
-        passes = [objective.loss(model, flow, batch, 0.0, make_draws(0, step, 0, 1)) for step in range(TRIED_STEPS)]
-    return max(part.sequence[2] for _, part in passes)
-
-
-def empty_batch(model: ActionDiTConfig, clip: ClipSize) -> Batch:
-    """A batch of one clip without data."""
-    given = random_inputs(model, 1, clip.latents, clip.rows, clip.columns, META)
-    keys, axes = (given[name].shape[-1] if name in given else 0 for name in ("keyboard", "mouse"))
-    frames = CHUNK_FRAMES * clip.latents  # as many as there may be
-    latents = given["x"].bfloat16()
-    return Batch(
-        latents=latents,
-        keyboard=torch.zeros(1, frames, keys, device=META),
-        mouse=torch.zeros(1, frames, axes, device=META),
-        ids=("clip",),
-        visual=given.get("visual"),
-        image_latents=torch.zeros_like(latents) if clip.image_latents else None,
-    )
-
-
 def clip_size(config: TrainConfig, height: int | None, width: int | None, latents: int | None) -> ClipSize:
     """The clips of the run's manifest, but `latents` latents of `height` x `width` px where those are given; without a
     manifest all three must be."""
-    causal = config.model.causal
-    layout, unknown = ("continuous", causal.unknown) if causal else ("chunked", "zeros")
+    objective = make_objective(config.objective)
+    layout = objective.layout
     if height is None or width is None or latents is None:
         manifest = load_manifest(config.sources[0].path)
-        height, width = height or manifest.game.height, width or manifest.game.width
-        latents, layout, unknown = latents or manifest.clip_latents, manifest.layout, manifest.unknown
+        height, width, layout = height or manifest.game.height, width or manifest.game.width, manifest.layout
+        latents = latents or manifest.clip_latents
     if min(height, width, latents) < 1 or height % SPATIAL or width % SPATIAL:
         raise UserError(
             f"height={height} and width={width} must be multiples of {SPATIAL} px, latents={latents} 1 or more"
         )
-    check_objective(make_objective(config.objective), config.model, layout, latents)
-    return ClipSize(layout, latents, height // SPATIAL, width // SPATIAL, unknown == "grey")
+    check_objective(objective, config.model, layout, latents)
+    return ClipSize(latents, height // SPATIAL, width // SPATIAL)
