@@ -37,9 +37,7 @@ class Objective(ABC):
     layout: ClassVar[Layout] = "chunked"  # of the clips it trains on
     causal: ClassVar[bool] = False  # whether it trains models with a `causal` section
     known: ClassVar[int] = 1  # first latents of a held-out clip that the model is given
-    latents: ClassVar[int | None] = (
-        None  # of its longest sequence, and first ones of held-out clips; None: all of a clip
-    )
+    latents: ClassVar[int | None] = None  # first latents of a clip that it is about; None: all
 
     @property
     def loss_group(self) -> int:
