@@ -59,13 +59,13 @@ def plan(args: list[str]) -> int:
         raise UserError(f"mfu={config.mfu:g} is a share of peak_tflops=, which is not given")
     limit = device_gib(config, run.machine)
     os.environ.update(run.machine.environment)  # what the run's processes would have
-    found = estimate(run, config)
-    print(describe(found, run, config.mfu), flush=True)
-    if found.total <= limit * GIB:
-        print(f"fits: {found.total / GIB:.2f} of {limit:.2f} GiB")
+    memory = estimate(run, config)
+    print(describe(memory, run, config.mfu), flush=True)
+    if memory.total <= limit * GIB:
+        print(f"fits: {memory.total / GIB:.2f} of {limit:.2f} GiB")
         return 0
-    print(f"does not fit: {found.total / GIB:.2f} of {limit:.2f} GiB; trying what would", flush=True)
-    print(advise(rest, config, found, limit))
+    print(f"does not fit: {memory.total / GIB:.2f} of {limit:.2f} GiB; trying what would", flush=True)
+    print(advise(rest, config, memory, limit))
     return 1
 
 
@@ -78,11 +78,11 @@ def estimate(run: Launch, config: PlanConfig) -> MemoryEstimate:
             f"a step of {pixels:.1e} latent pixels per process is beyond what a plan is for; give smaller or fewer "
             "clips (latents=, height=, width=, batch=, accumulation=)"
         )
-    found = estimate_memory(run.train, clip, run.machine.ranks, run.machine.device == "cpu")
+    memory = estimate_memory(run.train, clip, run.machine.ranks, run.machine.device == "cpu")
     if run.machine.device == "cuda" and run.train.engine.offload != "nothing":
         for name in OFFLOADED:
-            found.bytes.pop(name, None)
-    return found
+            memory.bytes.pop(name, None)
+    return memory
 
 
 def device_gib(config: PlanConfig, machine: MachineConfig) -> float:
@@ -96,27 +96,27 @@ def device_gib(config: PlanConfig, machine: MachineConfig) -> float:
     raise UserError("how much a device of that machine holds is not known here: give memory_gib=")
 
 
-def describe(found: MemoryEstimate, run: Launch, mfu: float | None) -> str:
+def describe(memory: MemoryEstimate, run: Launch, mfu: float | None) -> str:
     """The plan as tables."""
     machine, train, on_cpu = run.machine, run.train, run.machine.device == "cpu"
-    held = sorted(found.bytes.items(), key=lambda item: -item[1])
-    memory = [[f"on each {'process' if on_cpu else 'device'}", "GiB"]]
-    memory += [[name, f"{size / GIB:.3f}"] for name, size in held if size >= 2**19]
-    memory += [["total", f"{found.total / GIB:.3f}"]]
+    by_size = sorted(memory.bytes.items(), key=lambda item: -item[1])
+    rows = [[f"on each {'process' if on_cpu else 'device'}", "GiB"]]
+    rows += [[name, f"{size / GIB:.3f}"] for name, size in by_size if size >= 2**19]
+    rows += [["total", f"{memory.total / GIB:.3f}"]]
     per_step = [
         ["what", "how much"],
-        ["parameters", f"{found.parameters:,}"],
+        ["parameters", f"{memory.parameters:,}"],
         ["clips per step", f"{machine.ranks * train.batch * train.accumulation:,}"],
-        ["video tokens per step", f"{machine.ranks * found.tokens:,}"],
-        ["TFLOPs per step", f"{machine.ranks * found.flops / 1e12:.4g}"],
+        ["video tokens per step", f"{machine.ranks * memory.tokens:,}"],
+        ["TFLOPs per step", f"{machine.ranks * memory.flops / 1e12:.4g}"],
     ]
     if mfu is not None and train.peak_tflops is not None:
-        seconds = found.flops / (mfu * train.peak_tflops * 1e12)
+        seconds = memory.flops / (mfu * train.peak_tflops * 1e12)
         per_step += [["s/step", f"{seconds:.4g} at mfu={mfu:g} of {train.peak_tflops:g} TFLOP/s per device"]]
     left_out = "what is offloaded to the CPU, CUDA's context, NCCL's buffers, kernels' workspaces"
     if on_cpu:
         left_out = "the loader, the launcher, freed memory that glibc and MKL keep"
-    return "\n".join([table(per_step), "", table(memory), "", f"not counted: {left_out}"])
+    return "\n".join([table(per_step), "", table(rows), "", f"not counted: {left_out}"])
 
 
 def changes(train: TrainConfig, machine: MachineConfig) -> Iterator[list[str]]:
@@ -135,9 +135,9 @@ def changes(train: TrainConfig, machine: MachineConfig) -> Iterator[list[str]]:
         yield ["engine.offload=optimizer"]
 
 
-def advise(args: list[str], config: PlanConfig, found: MemoryEstimate, limit: float) -> str:
+def advise(args: list[str], config: PlanConfig, memory: MemoryEstimate, limit: float) -> str:
     """The settings that make it fit, each of them estimated, or the best that they do."""
-    settings, least, tried = dict[str, str](), found, list[list[str]]()
+    settings, least, tried = dict[str, str](), memory, list[list[str]]()
     while least.total > limit * GIB:
         best = [f"{name}={value}" for name, value in settings.items()]
         run = read_launch([*args, *best])
@@ -149,8 +149,8 @@ def advise(args: list[str], config: PlanConfig, found: MemoryEstimate, limit: fl
         if changed.total < least.total:
             settings |= dict(setting.split("=", 1) for setting in step)
             least = changed
-    found_settings = " ".join(f"{name}={value}" for name, value in settings.items())
+    chosen = " ".join(f"{name}={value}" for name, value in settings.items())
     if least.total <= limit * GIB:
-        return f"it fits, with {least.total / GIB:.2f} GiB, with {found_settings}"
-    best_tried = f"; the least is {least.total / GIB:.2f} GiB with {found_settings}" if settings else ""
+        return f"it fits, with {least.total / GIB:.2f} GiB, with {chosen}"
+    best_tried = f"; the least is {least.total / GIB:.2f} GiB with {chosen}" if settings else ""
     return f"nothing tried makes it fit{best_tried}; use more processes, shorter or smaller clips, or a smaller model"

@@ -66,7 +66,7 @@ class WorldModel:
 
     @torch.inference_mode()
     def look(self, image: Tensor) -> Tensor | None:
-        """What the model is told of a clip's first frame `image` (b 3 h w) in [-1, 1]: tokens (b m c), or nothing."""
+        """Image tokens (b m c) of a clip's first frame `image` (b 3 h w) in [-1, 1]; None for a model without vision."""
         return visual_context(self.tower, image, self.dit.config.vision)
 
     @property
@@ -96,8 +96,8 @@ def complete_steps(run: str | Path) -> list[str]:
 
 def newest_step(run: str | Path) -> str | None:
     """The url of the newest of them."""
-    found = complete_steps(run)
-    return storage.join(run, found[-1]) if found else None
+    steps = complete_steps(run)
+    return storage.join(run, steps[-1]) if steps else None
 
 
 def find_checkpoint(path: str | Path) -> str:
@@ -214,7 +214,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
     """A local folder to write weights into, model.safetensors being the averaged ones too; with what `world` says and a
     copy of `codec` it becomes the checkpoint `out`, which plays wherever it is copied.
 
-    Raises ValueError in one line if something is in `out` already: it may be what is read.
+    Raises UserError if something is in `out` already: it may be what is read.
     """
     s3 = storage.is_s3(out)
     if (storage.list_files(out) or storage.list_folders(out)) if s3 else holds_files(Path(out)):
@@ -247,7 +247,7 @@ def load_world(
     `precision` bf16 puts the DiT's weights into bfloat16: half the memory, faster where the processor multiplies it.
     `vision`: weights of CLIP's vision tower, for a model that is shown the prompt through it.
     `codec`: where the codec is, if `find_codec` does not find it by itself.
-    Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
+    Raises UserError for no checkpoint, one that was never finished, or another codec than that of the training.
     """
     require_device(device)
     url = find_checkpoint(path)
@@ -284,7 +284,7 @@ def make_world(
 
 
 def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> None:
-    """Raises ValueError in one line if recordings of `other` cannot be put to a model of `world_game`."""
+    """Raises UserError if recordings of `other` cannot be put to a model of `world_game`."""
     ours, theirs = world_game.action_space, other.action_space
     if ours.hash != theirs.hash:
         raise UserError(

@@ -109,12 +109,12 @@ class Watchdog:
 
     def _heartbeats(self) -> dict[int, str]:
         """The newest of every other rank."""
-        store, found = self.store, {}
+        store, newest = self.store, {}
         assert store is not None
         for rank in set(range(self.ranks)) - {self.rank}:
             key = f"worldloom/{rank}"
-            found[rank] = store.get(key).decode() if store.check([key]) else "0 -1 never heard of"
-        return found
+            newest[rank] = store.get(key).decode() if store.check([key]) else "0 -1 never heard of"
+        return newest
 
     def _find_missing(self) -> tuple[list[str], list[str]]:
         """Ranks that send no heartbeat now, and those that are in another phase than this one, which waits for them."""

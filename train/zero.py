@@ -21,7 +21,7 @@ PREFETCHED = 50_000_000  # of the next weights: its stage3_prefetch_bucket_size
 
 
 def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything DeepSpeed is told; there is no second file that could disagree."""
+    """DeepSpeed's whole configuration; there is no second file that could disagree."""
     engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
     if engine.offload != "nothing":
         zero["offload_optimizer"] = {"device": "cpu"}
