@@ -66,7 +66,7 @@ class WorldModel:
 
     @torch.inference_mode()
     def look(self, image: Tensor) -> Tensor | None:
-        """Image tokens (b m c) of a clip's first frame `image` (b 3 h w) in [-1, 1]; None for a model without vision."""
+        """Image tokens (b m c) of a clip's first frame `image` (b 3 h w) in [-1, 1]; None without vision."""
         return visual_context(self.tower, image, self.dit.config.vision)
 
     @property

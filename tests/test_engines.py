@@ -27,7 +27,6 @@ from train import check, engine
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
-from train.engines import engine_of
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.sample_rng import rng_for_step
@@ -192,12 +191,6 @@ def test_a_model_that_is_built_part_by_part_starts_as_one_that_is_built_whole(
     words += ["batch=1", "engine.build=sharded", f"engine.precision={precision}", f"out={tmp_path}"]
     done = run([*launch(config, "tests/build_by_parts.py"), *train_words, *words], PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("words", [["engine.name=ddp"], ["engine.stage=2"]])
-def test_an_engine_that_holds_the_whole_model_cannot_build_it_by_parts(train_words, words: list[str]) -> None:
-    with pytest.raises(UserError, match="build=sharded is not for"):
-        engine_of(load_config(TrainConfig, [*train_words, "out=x", "engine.build=sharded", *words]))
 
 
 @pytest.mark.parametrize(
@@ -648,10 +641,12 @@ def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> Non
         (["engine.name=ddp", "engine.offload=all"], "engine.offload=all is not for"),
         (["engine.stage=2", "engine.offload=all"], "engine.offload=all is not for"),
         (["engine.name=fsdp2", "engine.offload=optimizer"], "engine.offload=optimizer is not for"),
+        (["engine.name=ddp", "engine.build=sharded"], "engine.build=sharded is not for"),
+        (["engine.stage=2", "engine.build=sharded"], "engine.build=sharded is not for"),
         (["engine.name=fsdp3"], "engine.name=fsdp3; there are: ddp, fsdp2, deepspeed"),
     ],
 )
-def test_an_engine_or_offload_that_there_is_not_is_refused_before_anything_starts(
+def test_an_engine_or_an_option_that_it_has_not_is_refused_before_anything_starts(
     train_words, tmp_path, words: list[str], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
