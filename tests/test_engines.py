@@ -23,10 +23,12 @@ from configs.errors import UserError
 from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
 from model.world import complete_steps, load_world, newest_checkpoint, read_world_config
-from train import check, engine
+from train import check, engine, loop
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
+from train.engine import Engine
+from train.engines import ENGINES as ENGINE_CLASSES
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.sample_rng import rng_for_step
@@ -652,6 +654,21 @@ def test_an_engine_or_an_option_that_it_has_not_is_refused_before_anything_start
     with pytest.raises(UserError, match=said):
         check_run(load_config(TrainConfig, [*train_words, f"out={tmp_path / 'run'}", *words]), ranks=1)
     assert not (tmp_path / "run").exists()
+
+
+class Toy(Engine):
+    """Plain torch, in one process."""
+
+    def backward(self, loss: torch.Tensor, apply: bool = True) -> bool:
+        loss.backward()
+        return self._step(1.0, apply)
+
+
+def test_an_engine_is_a_class_and_a_line(train_words, own_signals, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(ENGINE_CLASSES, "toy", Toy)
+    words = [*train_words, "engine.name=toy", "batch=2", "steps=2", f"out={tmp_path}"]
+    assert not loop.train(load_config(TrainConfig, words))
+    assert newest_checkpoint(tmp_path).name == "step_0000002"
 
 
 class Bomb:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,15 +190,6 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(train_words, tmp_path, 
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and said in lines[0], done.stderr
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A run takes signals over; here they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_new_objective_is_a_file_and_a_line_and_trains_from_python(
