@@ -67,7 +67,7 @@ class WorldModel:
 
     @torch.inference_mode()
     def look(self, image: Tensor) -> Tensor | None:
-        """What the model is told of a clip's first frame `image` (b 3 h w) in [-1, 1]: tokens (b m c), or nothing."""
+        """Image tokens (b m c) of a clip's first frame `image` (b 3 h w) in [-1, 1]; None without vision."""
         return visual_context(self.tower, image, self.dit.config.vision)
 
     @property
@@ -97,13 +97,8 @@ def complete_steps(run: str | Path) -> list[str]:
 
 def newest_step(run: str | Path) -> str | None:
     """The url of the newest of them."""
-    found = complete_steps(run)
-    return storage.join(run, found[-1]) if found else None
-
-
-def complete_checkpoints(run: str | Path) -> list[Path]:
-    """The checkpoint folders of a run on this machine that were written to the end, oldest first."""
-    return [Path(run) / name for name in complete_steps(run)]
+    steps = complete_steps(run)
+    return storage.join(run, steps[-1]) if steps else None
 
 
 def find_checkpoint(path: str | Path) -> str:
@@ -163,11 +158,10 @@ def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
 
 def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | None = None) -> str:
     """The url of the codec with which the complete checkpoint `checkpoint` was trained, told by its hash: `codec` if
-    that is given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
+    given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
 
-    A checkpoint names no place from which its codec is fetched but its own bucket, and no file that is not called as
-    weights are: reading some of a machine's files never ends. Raises ValueError in one line: no
-    codec of that hash, or one that is elsewhere.
+    A checkpoint names no place from which its codec is fetched but its own bucket, and no file but those that are
+    called as weights are: reading some of a machine's files never ends. Raises UserError if none has that hash.
     """
     here, seen = str(checkpoint), dict[str, str]()
     places = dict.fromkeys([codec] if codec else _codec_places(here, config.codec))
@@ -198,28 +192,22 @@ def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
         folder = storage.parent(folder) or "/"
         if storage.is_s3(folder) and len(PurePosixPath(folder).parts) < 2:  # above the bucket
             break
-    if not storage.is_s3(checkpoint) and not storage.is_s3(recorded):
-        yield os.path.join(os.path.abspath(checkpoint), recorded)
-    if not storage.is_s3(recorded) or _same_bucket(recorded, checkpoint):
+    if not storage.is_s3(recorded):
+        if not storage.is_s3(checkpoint):
+            yield os.path.join(os.path.abspath(checkpoint), recorded)
         yield recorded
-
-
-def _same_bucket(codec: str, checkpoint: str) -> bool:
-    return storage.is_s3(checkpoint) and bucket_and_key(codec)[0] == bucket_and_key(checkpoint)[0]
+    elif storage.is_s3(checkpoint) and bucket_and_key(recorded)[0] == bucket_and_key(checkpoint)[0]:
+        yield recorded
 
 
 def keep_codec(codec: str, run: str) -> None:
     """Puts a copy of `codec` into the folder `run`, unless one is there: its checkpoints then play wherever it goes."""
     place = storage.join(run, CODEC)
-    if not storage.exists(storage.join(place, CONFIG_FILE)) and not _same_place(codec, place):
+    either_remote = storage.is_s3(codec) or storage.is_s3(place)
+    same = codec.rstrip("/") == place if either_remote else os.path.realpath(codec) == os.path.realpath(place)
+    if not same and not storage.exists(storage.join(place, CONFIG_FILE)):
         with storage.writing_folder(place, last=CONFIG_FILE) as folder:
             copy_codec(codec, folder)
-
-
-def _same_place(one: str, other: str) -> bool:
-    if storage.is_s3(one) or storage.is_s3(other):
-        return one.rstrip("/") == other.rstrip("/")
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 @contextmanager
@@ -227,7 +215,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
     """A local folder to write weights into, model.safetensors being the averaged ones too; with what `world` says and a
     copy of `codec` it becomes the checkpoint `out`, which plays wherever it is copied.
 
-    Raises ValueError in one line if something is in `out` already: it may be what is read.
+    Raises UserError if something is in `out` already: it may be what is read.
     """
     s3 = storage.is_s3(out)
     if (storage.list_files(out) or storage.list_folders(out)) if s3 else holds_files(Path(out)):
@@ -260,7 +248,7 @@ def load_world(
     `precision` bf16 puts the DiT's weights into bfloat16: half the memory, faster where the processor multiplies it.
     `vision`: weights of CLIP's vision tower, for a model that is shown the prompt through it.
     `codec`: where the codec is, if `find_codec` does not find it by itself.
-    Raises in one line: no such checkpoint, one that was never finished, a codec other than the one it was trained with.
+    Raises UserError for no checkpoint, one that was never finished, or another codec than that of the training.
     """
     require_device(device)
     url = find_checkpoint(path)
@@ -297,7 +285,7 @@ def make_world(
 
 
 def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> None:
-    """Raises ValueError in one line if recordings of `other` cannot be put to a model of `world_game`."""
+    """Raises UserError if recordings of `other` cannot be put to a model of `world_game`."""
     ours, theirs = world_game.action_space, other.action_space
     if ours.hash != theirs.hash:
         raise UserError(

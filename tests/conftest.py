@@ -1,6 +1,8 @@
 """Tiny real objects that many tests share: a game, recordings of it, a codec, shards."""
 
 import hashlib
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -134,3 +136,12 @@ def alone(train_words, tmp_path_factory) -> Path:
     done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture
+def own_signals() -> Iterator[None]:
+    """A run takes signals over; here they are given back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

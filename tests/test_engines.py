@@ -22,12 +22,13 @@ from configs import load_config
 from configs.errors import UserError
 from data_pipeline.order import Order
 from model.weights import load_weights, save_weights
-from model.world import complete_checkpoints, load_world, newest_checkpoint, read_world_config
-from train import check, engine
+from model.world import complete_steps, load_world, newest_checkpoint, read_world_config
+from train import check, engine, loop
 from train.check import agree, check_run
 from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
-from train.engines import engine_of
+from train.engine import Engine
+from train.engines import ENGINES as ENGINE_CLASSES
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.sample_rng import rng_for_step
@@ -130,9 +131,9 @@ def test_every_engine_gives_the_single_process_run(trained, plain, row: Row) -> 
 def cut_off(out: Path, to: Path, step: int = 3) -> Path:
     """A copy of a run as it was right after its checkpoint of `step`."""
     shutil.copytree(out, to)
-    for folder in complete_checkpoints(to):
-        if folder.name != f"step_{step:07d}":
-            shutil.rmtree(folder)
+    for name in complete_steps(to):
+        if name != f"step_{step:07d}":
+            shutil.rmtree(to / name)
     return to
 
 
@@ -192,12 +193,6 @@ def test_a_model_that_is_built_part_by_part_starts_as_one_that_is_built_whole(
     words += ["batch=1", "engine.build=sharded", f"engine.precision={precision}", f"out={tmp_path}"]
     done = run([*launch(config, "tests/build_by_parts.py"), *train_words, *words], PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-3000:]
-
-
-@pytest.mark.parametrize("words", [["engine.name=ddp"], ["engine.stage=2"]])
-def test_an_engine_that_holds_the_whole_model_cannot_build_it_by_parts(train_words, words: list[str]) -> None:
-    with pytest.raises(UserError, match="build=sharded is not for"):
-        engine_of(load_config(TrainConfig, [*train_words, "out=x", "engine.build=sharded", *words]))
 
 
 @pytest.mark.parametrize(
@@ -648,15 +643,32 @@ def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words) -> Non
         (["engine.name=ddp", "engine.offload=all"], "engine.offload=all is not for"),
         (["engine.stage=2", "engine.offload=all"], "engine.offload=all is not for"),
         (["engine.name=fsdp2", "engine.offload=optimizer"], "engine.offload=optimizer is not for"),
+        (["engine.name=ddp", "engine.build=sharded"], "engine.build=sharded is not for"),
+        (["engine.stage=2", "engine.build=sharded"], "engine.build=sharded is not for"),
         (["engine.name=fsdp3"], "engine.name=fsdp3; there are: ddp, fsdp2, deepspeed"),
     ],
 )
-def test_an_engine_or_offload_that_there_is_not_is_refused_before_anything_starts(
+def test_an_engine_or_an_option_that_it_has_not_is_refused_before_anything_starts(
     train_words, tmp_path, words: list[str], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         check_run(load_config(TrainConfig, [*train_words, f"out={tmp_path / 'run'}", *words]), ranks=1)
     assert not (tmp_path / "run").exists()
+
+
+class Toy(Engine):
+    """Plain torch, in one process."""
+
+    def backward(self, loss: torch.Tensor, apply: bool = True) -> bool:
+        loss.backward()
+        return self._step(1.0, apply)
+
+
+def test_an_engine_is_a_class_and_a_line(train_words, own_signals, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(ENGINE_CLASSES, "toy", Toy)
+    words = [*train_words, "engine.name=toy", "batch=2", "steps=2", f"out={tmp_path}"]
+    assert not loop.train(load_config(TrainConfig, words))
+    assert newest_checkpoint(tmp_path).name == "step_0000002"
 
 
 class Bomb:

@@ -19,11 +19,12 @@ from configs.cli import run as run_words
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from launch.__main__ import VERBS
-from launch.plan import Planner, apart, read_plan
+from launch.plan import estimate, read_plan
+from launch.run import read_launch
 from model.actions import ActionConfig
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
-from train.rehearsal import Rehearsed, clip_size, rehearse
+from train.estimate_memory import MemoryEstimate
 
 CLIP = ["height=32", "width=48", "latents=3"]
 TINY = {"model": to_dict(replace(DIT, dim=128, ffn_dim=512, num_layers=4)), "flow": {}, "steps": 1}
@@ -35,11 +36,9 @@ SETTINGS = [
 
 
 @cache
-def rehearsed(*words: str) -> Rehearsed:
+def estimated(*words: str) -> MemoryEstimate:
     config, rest = read_plan([*SETTINGS, *CLIP, *words])
-    given = Planner(rest, config).read()
-    clip = clip_size(given.train, config.height, config.width, config.latents)
-    return apart(rehearse, given.train, clip, given.machine.ranks, True)
+    return estimate(read_launch(rest), config)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -49,30 +48,25 @@ def planned(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, 
 
 
 def test_two_ranks_of_zero_3_hold_half_of_the_optimizers_states_each() -> None:
-    whole, half = rehearsed("engine.name=ddp"), rehearsed("engine.stage=3")
-    states = whole.held["optimizer's states"]
+    whole, half = estimated("engine.name=ddp"), estimated("engine.stage=3")
+    states = whole.bytes["optimizer's states"]
     assert states == pytest.approx(2 * 4 * whole.parameters, rel=0.01)  # two moments in float32
-    assert half.held["optimizer's states"] == pytest.approx(states / 2, rel=0.02)
-    assert half.held["average"] == pytest.approx(whole.held["average"] / 2, rel=0.02)
+    assert half.bytes["optimizer's states"] == pytest.approx(states / 2, rel=0.02)
+    assert half.bytes["average"] == pytest.approx(whole.bytes["average"] / 2, rel=0.02)
     assert half.parameters == whole.parameters
 
 
 def test_checkpointing_lowers_activations_and_nothing_that_the_model_computes() -> None:
     many = ("engine.name=ddp", "batch=16")
-    kept, again = rehearsed(*many), rehearsed(*many, "model.checkpoint_every=1")
-    assert again.held["activations"] < kept.held["activations"] / 2
+    kept, again = estimated(*many), estimated(*many, "model.checkpoint_every=1")
+    assert again.bytes["activations"] < kept.bytes["activations"] / 2
     assert again.flops == kept.flops
 
 
-def test_a_rehearsal_that_is_killed_is_told_of_in_one_line() -> None:
-    with pytest.raises(ChildProcessError, match="the rehearsal was killed"):
-        apart(os._exit, 9)
-
-
 def test_the_work_of_a_step_grows_with_its_clips() -> None:
-    one, larger = rehearsed("engine.name=ddp"), rehearsed("engine.name=ddp", "batch=16")
+    one, larger = estimated("engine.name=ddp"), estimated("engine.name=ddp", "batch=16")
     assert larger.tokens == 8 * one.tokens and larger.flops == 8 * one.flops
-    assert rehearsed("engine.name=ddp", "accumulation=3").flops == 3 * one.flops
+    assert estimated("engine.name=ddp", "accumulation=3").flops == 3 * one.flops
 
 
 def test_what_does_not_fit_is_told_the_words_with_which_it_does(capsys) -> None:
@@ -197,10 +191,10 @@ def measured(row: Row, words: list[str]) -> int:
 def test_the_planned_peak_is_the_measured_one(row: Row, clips: Path, tmp_path: Path) -> None:
     words = write_run(row, clips, tmp_path)
     config, rest = read_plan([*words, "machine.device=cpu", f"machine.processes={row.processes}"])
-    plan, peak = Planner(rest, config).plan(), measured(row, words)
+    plan, peak = estimate(read_launch(rest), config), measured(row, words)
     off = plan.total / peak - 1
     print(
-        f"\n{plan.run.parameters / 1e6:.0f} M, {row.engine}, {row.processes} processes: planned "
+        f"\n{plan.parameters / 1e6:.0f} M, {row.engine}, {row.processes} processes: planned "
         f"{plan.total / 2**30:.2f} GiB, measured {peak / 2**30:.2f} GiB, {100 * off:+.0f} %"
     )
     assert abs(off) <= row.within

@@ -238,7 +238,7 @@ dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
 watchdog = Watchdog(folder, rank, 2, limit_s=3.0)
 with watchdog.watching():
     dist.barrier()
-    with watchdog.main_alone(0, "making videos") as alive:
+    with watchdog.rank0_section(0, "making videos") as alive:
         for _ in range(4 if rank == 0 else 0):
             time.sleep(1.2)
             alive()

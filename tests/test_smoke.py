@@ -11,7 +11,7 @@ from PIL import Image
 
 from data_pipeline.shards import load_manifest
 from data_pipeline.video import probe
-from model.world import complete_checkpoints
+from model.world import complete_steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -67,7 +67,7 @@ def test_the_reports_have_every_figure(pipeline, out, method: str) -> None:
 
 def test_every_stage_trained_to_the_end(pipeline, out) -> None:
     for run in ("base", "world", "causal"):
-        assert complete_checkpoints(out / run)[-1].name == "step_0000012"
+        assert complete_steps(out / run)[-1] == "step_0000012"
         last = [json.loads(line) for line in (out / run / "metrics.jsonl").read_text().splitlines()][-1]
         assert last["step"] == 12
 

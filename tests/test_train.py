@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.weights import load_weights
-from model.world import complete_checkpoints, find_codec, newest_checkpoint, read_world_config
+from model.world import complete_steps, find_codec, newest_checkpoint, read_world_config
 from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import OptimConfig, TrainConfig
@@ -116,7 +115,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_weights(train_words, zero2
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
     text = (tmp_path / "log").read_text()
-    stopped_at = [folder.name for folder in complete_checkpoints(out)]
+    stopped_at = complete_steps(out)
     assert len(stopped_at) == 1 and stopped_at[0] < f"step_{STEPS:07d}", text
     assert "as asked" in text
     done = run(command)
@@ -191,15 +190,6 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(train_words, tmp_path, 
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and said in lines[0], done.stderr
     assert not (tmp_path / "run").exists()
-
-
-@pytest.fixture
-def own_signals() -> Iterator[None]:
-    """A run takes signals over; here they are given back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def test_a_new_objective_is_a_file_and_a_line_and_trains_from_python(

@@ -20,7 +20,7 @@ META = torch.device("meta")
 def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None) -> Engine:
     """The engine of `config` with random weights by its seed, or with those of the file at the url `init`.
 
-    With engine.build=sharded the model has no memory until it is cut up, and then takes its numbers part by part.
+    With engine.build=sharded the model has no memory until it is sharded, and then takes its numbers part by part.
     """
     sharded, generator = config.engine.build == "sharded", torch.Generator().manual_seed(config.seed)
     with META if sharded else nullcontext():

@@ -20,7 +20,7 @@ from configs.overrides import read_settings
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.foreign import PICKLES
-from model.weights import save_weights
+from model.weights import open_weights, save_weights
 from model.world import (
     COMPLETE,
     STEP_FOLDERS,
@@ -220,7 +220,7 @@ class ConsolidateConfig:
 
 
 def consolidate(config: ConsolidateConfig) -> None:
-    """Puts the weights together from all ranks' files, tensor by tensor, without a GPU or a process group."""
+    """Makes a checkpoint that plays wherever it is copied, or a file of weights, of a run's checkpoint."""
     folder = find_checkpoint(config.checkpoint)
     world = read_world_config(folder)
     read = {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)], "codec": list[str]()}
@@ -229,12 +229,12 @@ def consolidate(config: ConsolidateConfig) -> None:
     require_other_files([config.out], read)
     if weights_alone := config.out.endswith(".safetensors"):
         require_no_folder([config.out])
-    position, saved = read_position(folder), state_of(folder)
-    whole, metadata = saved.whole(WEIGHTS[config.weights], weight_specs(world)), {"step": str(position.step)}
+    position, file = read_position(folder), storage.join(folder, f"{config.weights}.safetensors")
+    weights, metadata = open_weights(file), {"step": str(position.step)}
     if weights_alone:
         with storage.writing(config.out) as part:
-            save_weights(whole, part, metadata)
+            save_weights(weights, part, metadata)
     else:
         with writing_world(config.out, world, find_codec(folder, world, config.codec)) as there:
-            save_weights(whole, there / "model.safetensors", metadata)
+            save_weights(weights, there / "model.safetensors", metadata)
     print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")

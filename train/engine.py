@@ -48,6 +48,14 @@ class Engine:
         """The plugin of Accelerate that this engine is, if it is one."""
         return None
 
+    @staticmethod
+    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+        """What a rank holds for a model of so many `parameters` besides activations and averages. On a CPU memory
+        counts when it is written to."""
+        exchanged = 4 * parameters if ranks > 1 else 0  # DDP's buckets
+        weights = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer's states": 8 * parameters}
+        return {**weights, "exchanged": exchanged}
+
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
         """What `python -m train engine` prints."""

@@ -4,7 +4,6 @@ import os
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
@@ -52,8 +51,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision="bf16" if engine.accelerate_casts and config.engine.precision == "bf16" else "no",
         kwargs_handlers=[groups] if world > 1 or deepspeed else None,
     )
-    if engine is Fsdp2Engine and not dist.is_initialized():  # one process by itself
-        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     set_timeouts(config)
     if accelerator.num_processes != world:
         raise RuntimeError(f"asked for {world} processes, Accelerate gave {accelerator.num_processes}")

@@ -33,6 +33,13 @@ class Fsdp2Engine(Engine):
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
         return {"offload": ("nothing", "all")}
 
+    @staticmethod
+    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+        share = parameters // ranks
+        gathered = 4 * 4 * parameters // config.model.num_layers  # two blocks and their gradients
+        states = {"weights": 4 * share, "gradients": 4 * share, "optimizer's states": 8 * share}
+        return {**states, "exchanged": gathered}
+
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
         dtype = "bfloat16" if config.engine.precision == "bf16" else "float32"
@@ -57,6 +64,9 @@ class Fsdp2Engine(Engine):
         policy = MixedPrecisionPolicy(cast_forward_inputs=False)
         if config.engine.precision == "bf16":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        if not dist.is_initialized():  # one process by itself
+            backend = cls.backend(config, device.type)
+            dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
         mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         offload = CPUOffloadPolicy() if offloaded else OffloadPolicy()
         for module in (*model.blocks, model):

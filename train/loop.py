@@ -198,7 +198,7 @@ def validate(run: Run, done: int) -> None:
         log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     if run.videos and (done % config.videos.every == 0 or last):
         began = time.perf_counter()
-        with run.watchdog.main_alone(done - 1, "making videos") as alive:
+        with run.watchdog.rank0_section(done - 1, "making videos") as alive:
             world = averaged_world(run.config, run.world, run.engine, run.ema)
             if world is not None:
                 made = run.videos.make(world, done, alive)
@@ -212,7 +212,7 @@ def save(run: Run, done: int, last: bool) -> None:
     run.watchdog.begins(done - 1, "saving")
     folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
     if last:  # no rank ends before it is there: if one is lost until then, all have to begin again
-        with run.watchdog.main_alone(done - 1, "writing the last checkpoint"):
+        with run.watchdog.rank0_section(done - 1, "writing the last checkpoint"):
             run.saver.finish()
         if not all(gather_objects(run.saver.fault is None)):
             raise run.saver.fault or FileError(f"another rank cannot write {folder}, and says why")

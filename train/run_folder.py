@@ -1,4 +1,4 @@
-"""The folder of a run: held by one run at a time, and in two places if `out` is an s3:// url.
+"""The folder of a run: one run at a time has it, and in two places if `out` is an s3:// url.
 
 Such a run works in a folder of this machine, whose files can be appended to and locked. Checkpoints go straight to the
 url; everything else in the folder is copied there before each of them, and at the end.

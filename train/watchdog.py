@@ -1,4 +1,4 @@
-"""A rank that dies or hangs must not keep the others waiting: who is missing is said, stacks are written, all stop."""
+"""A rank that dies or hangs must not keep the others waiting: it is named, stacks are written, and all ranks stop."""
 
 import faulthandler
 import os
@@ -17,91 +17,85 @@ from torch.distributed import distributed_c10d
 
 from configs import storage
 
-BEAT_S = 0.5  # between two signs of life of a rank
-SILENT_S = 6 * BEAT_S  # after which a rank counts as gone
+HEARTBEAT_S = 0.5  # between two heartbeats of a rank
+MISSED_S = 6 * HEARTBEAT_S  # after which a rank counts as gone
 WAITING_S = 30.0  # the same while rank 0 works alone, which may take it hours, or engine.timeout_s if that is less
-COPYING_S = 10.0  # that a rank which ends gives the copy of its stacks to a server
+COPYING_S = 10.0  # for copying the stacks of a rank that ends to a server
 NO_ANSWER = "rank 0's machine, which keeps the store, does not answer"
 STACKS = "stacks_rank_{rank:05d}.txt"  # in the run folder
-
 
 T = TypeVar("T")
 
 
 def own_store() -> dist.Store | None:
-    """The store of the process group, over a connection of its own; None where there is one process."""
+    """The store of the process group, over a connection of its own: torch waits for peers on the other one, and blocks
+    it. None where there is one process."""
     if not dist.is_initialized():
         return None
     return distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
 
 
 class Watchdog:
-    """A thread that tells the other ranks that this one lives, and one that ends it when something takes longer than
-    `limit_s`.
+    """Two threads: one sends heartbeats (how many so far, step, phase) through the store of the process group, one ends
+    this rank when a phase takes longer than `limit_s`.
 
-    Signs of life go through the store of the process group: (how many so far, step, what the rank is doing). Whether a
-    rank still gives them is seen by this one's own clock. The store may answer nothing at all, if the machine that
-    keeps it is cut off: only threads that nobody waits for ask it. It is asked over a connection of its own: torch
-    waits for peers on the other one, and what waits there lets nobody else ask.
+    The store may not answer at all, if the machine that keeps it is cut off: it is asked in threads that nobody waits
+    for. Stacks go into `folder`, and to the s3:// `url`, since a folder may go with its machine.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, limit_s: float, url: str = "") -> None:
-        """`url`: an s3:// place to which stacks are copied, since `folder` may go with its machine."""
         self.folder, self.rank, self.ranks, self.limit_s, self.url = folder, rank, ranks, limit_s, url
         self.store = own_store()
-        self.doing, self.step, self.since = "starting", -1, time.monotonic()
-        self._seen: dict[int, tuple[str, float]] = {}  # of each rank, its newest sign, and since when it is the newest
+        self.phase, self.step, self.since = "starting", -1, time.monotonic()
         self._done = threading.Event()
 
-    def begins(self, step: int, doing: str) -> None:
-        """This rank now does `doing` for `step`; the clock starts anew."""
-        self.step, self.doing, self.since = step, doing, time.monotonic()
+    def begins(self, step: int, phase: str) -> None:
+        """This rank is now in `phase` of `step`, whose time begins."""
+        self.step, self.phase, self.since = step, phase, time.monotonic()
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches within the block. An error of a collective in it, which a lost peer causes, ends this rank with one
-        line that names the peer; other errors pass."""
+        """Watches within the block. A collective that fails in it because a peer is lost ends this rank with one line
+        that names the peer; other errors pass."""
         if self.store is None:
             yield
             return
-        for work in (self._live, self._watch):
+        for work in (self._send_heartbeats, self._watch):
             threading.Thread(target=work, name="watchdog", daemon=True).start()
         try:
             yield
         except RuntimeError as error:
-            gone = self._find_silent()
-            if not gone:
+            lost, _ = self._find_missing()
+            if not lost:
                 raise
-            self._end(gone, f"a collective failed ({str(error).splitlines()[0][:120]})", traceback.format_exc())
+            self._end(lost, f"a collective failed ({str(error).splitlines()[0][:120]})", traceback.format_exc())
         finally:
             self._done.set()
 
     @contextmanager
-    def main_alone(self, step: int, doing: str) -> Iterator[Callable[[], None]]:
-        """Within the block rank 0 may work by itself for longer than a step may take, and the others wait at its end.
-        It gives what rank 0 is to call after every piece of the work, since each of these has the limit to itself."""
-        self.begins(step, doing)
-        yield lambda: self.begins(step, doing)
-        if self.store is None:
+    def rank0_section(self, step: int, phase: str) -> Iterator[Callable[[], None]]:
+        """Within the block rank 0 may work alone for longer than a step may take; the others wait at its end as long as
+        rank 0 lives. Gives what rank 0 calls after every piece of its work, each of which may take `limit_s`."""
+        self.begins(step, phase)
+        yield lambda: self.begins(step, phase)
+        if (store := self.store) is None:
             return
-        key = f"worldloom/{doing}/{step}"
+        key = f"worldloom/{phase}/{step}"
         if self.rank == 0:
-            self.store.set(key, "done")
-        patience, heard = min(WAITING_S, self.limit_s), time.monotonic()
-        while not (done := self._ask(lambda: self.store is None or self.store.check([key]))):
-            self.begins(step, f"waiting for rank 0, which is {doing},")
-            if done is not None:
-                heard = time.monotonic()
-            gone = self._ask(lambda: self.silent(patience))
-            if time.monotonic() - heard >= patience:
-                gone = [NO_ANSWER]
-            if gone:
-                self._end(gone, f"waited for rank 0, which was {doing}")
-            time.sleep(BEAT_S)
+            store.set(key, "done")
+        patience, newest, heard = min(WAITING_S, self.limit_s), "", time.monotonic()
+        while not self._ask(lambda: store.check([key])):
+            self.begins(step, f"waiting for rank 0, which is {phase},")
+            heartbeat, now = self._ask(lambda: store.get("worldloom/0").decode()), time.monotonic()
+            if heartbeat not in (None, newest):
+                newest, heard = heartbeat, now
+            if now - heard >= patience:
+                lost = NO_ANSWER if heartbeat is None else _silent(0, newest, now - heard)
+                self._end([lost], f"waited for rank 0, which was {phase}")
+            time.sleep(HEARTBEAT_S)
 
     def _ask(self, question: Callable[[], T]) -> T | None:
-        """The answer, or None if the store gives none: a machine that is cut off answers nothing, and refuses
-        nothing."""
+        """The answer of the store, or None if there is none."""
         answer: list[T] = []
 
         def ask() -> None:
@@ -110,64 +104,49 @@ class Watchdog:
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
-        asking.join(SILENT_S)
+        asking.join(MISSED_S)
         return answer[0] if answer else None
 
-    def _find_silent(self) -> list[str]:
-        """Ranks that give no sign of life now; looks for as long as it takes to tell."""
-        found = self._ask(self.silent)
-        if found is not None:
-            time.sleep(SILENT_S + BEAT_S)
-            found = self._ask(self.silent)
-        return [NO_ANSWER] if found is None else found
+    def _heartbeats(self) -> dict[int, str]:
+        """The newest of every other rank."""
+        store, newest = self.store, {}
+        assert store is not None
+        for rank in set(range(self.ranks)) - {self.rank}:
+            key = f"worldloom/{rank}"
+            newest[rank] = store.get(key).decode() if store.check([key]) else "0 -1 never heard of"
+        return newest
 
-    def silent(self, for_s: float = SILENT_S) -> list[str]:
-        """Ranks that have given no new sign of life for `for_s`, in which this was asked again and again, with what
-        they did last."""
-        now, found = time.monotonic(), []
-        for rank in range(self.ranks):
-            if rank == self.rank:
-                continue
-            if not (self.store and self.store.check([f"worldloom/{rank}"])):
-                sign = "0 -1 never heard of"
-            else:
-                sign = self.store.get(f"worldloom/{rank}").decode()
-            newest, since = self._seen.get(rank, ("", now))
-            if sign != newest:
-                self._seen[rank], since = (sign, now), now
-            if now - since >= for_s:
-                _, step, doing = sign.split(" ", 2)
-                found.append(f"rank {rank} (silent for {now - since:.0f} s; it was {doing} in step {step})")
-        return found
+    def _find_missing(self) -> tuple[list[str], list[str]]:
+        """Ranks that send no heartbeat now, and those that are in another phase than this one, which waits for them."""
+        before = self._ask(self._heartbeats)
+        time.sleep(MISSED_S + HEARTBEAT_S)
+        after = self._ask(self._heartbeats)
+        if before is None or after is None:
+            return [NO_ANSWER], []
+        lost = [_silent(rank, beat, MISSED_S) for rank, beat in after.items() if beat == before[rank]]
+        phases = {rank: tuple(beat.split(" ", 2)[1:]) for rank, beat in after.items()}
+        others = [f"rank {r} ({p[1]} in step {p[0]})" for r, p in phases.items() if p != (str(self.step), self.phase)]
+        return lost, others
 
-    def _live(self) -> None:
-        for beat in count(1):
+    def _send_heartbeats(self) -> None:
+        for number in count(1):
             if self._done.is_set():
                 return
             with suppress(RuntimeError):  # the store is gone: the next collective, or the clock, will tell
                 assert self.store is not None
-                self.store.set(f"worldloom/{self.rank}", f"{beat} {self.step} {self.doing}")
-            self._done.wait(BEAT_S)
+                self.store.set(f"worldloom/{self.rank}", f"{number} {self.step} {self.phase}")
+            self._done.wait(HEARTBEAT_S)
 
     def _watch(self) -> None:
-        while not self._done.wait(BEAT_S):
+        while not self._done.wait(HEARTBEAT_S):
             late = time.monotonic() - self.since
             if late > self.limit_s:
-                missing = self._find_silent() or self._ask(self._others) or [NO_ANSWER]
-                self._end(missing, f"{self.doing} has taken {late:.0f} s")
-
-    def _others(self) -> list[str]:
-        """Ranks that are alive and do something else than this one, which waits for them."""
-        assert self.store is not None
-        found = []
-        for rank in range(self.ranks):
-            _, step, doing = self.store.get(f"worldloom/{rank}").decode().split(" ", 2)
-            if (int(step), doing) != (self.step, self.doing):
-                found.append(f"rank {rank} ({doing} in step {step})")
-        return found or ["nobody: all ranks do the same"]
+                lost, others = self._find_missing()
+                missing = lost or others or ["nobody: all ranks do the same"]
+                self._end(missing, f"{self.phase} has taken {late:.0f} s")
 
     def _end(self, missing: list[str], why: str, error: str = "") -> None:
-        """Ends this process, whether or not its words and stacks can be written."""
+        """Ends this process, whether or not its message and stacks can be written."""
         path = self.folder / STACKS.format(rank=self.rank)
         try:
             print(
@@ -179,9 +158,14 @@ class Watchdog:
             # In a thread that is not waited for: what hangs may be the very disk of the run folder.
             writing = threading.Thread(target=_write_stacks, args=(path, error, self.url), daemon=True)
             writing.start()
-            writing.join(COPYING_S if self.url else SILENT_S)
+            writing.join(COPYING_S if self.url else MISSED_S)
         finally:
             os._exit(1)
+
+
+def _silent(rank: int, heartbeat: str, for_s: float) -> str:
+    _, step, phase = heartbeat.split(" ", 2)
+    return f"rank {rank} (silent for {for_s:.0f} s; it was {phase} in step {step})"
 
 
 def _write_stacks(path: Path, error: str, url: str) -> None:

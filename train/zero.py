@@ -15,9 +15,13 @@ from train.engine import Engine, set_timeouts
 from train.optim import make_optimizer
 from train.state import ParamShard
 
+BUCKET = 500_000_000  # numbers of a buffer for gradients that are exchanged: DeepSpeed's reduce_bucket_size
+MOST_GATHERED = 1_000_000_000  # of weights that stage 3 keeps whole for a while: its stage3_max_live_parameters
+PREFETCHED = 50_000_000  # of the next weights: its stage3_prefetch_bucket_size
+
 
 def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
-    """Everything DeepSpeed is told; there is no second file that could disagree."""
+    """DeepSpeed's whole configuration; there is no second file that could disagree."""
     engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
     if engine.offload != "nothing":
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -62,6 +66,17 @@ class ZeroEngine(Engine):
     @staticmethod
     def plugin(config: TrainConfig) -> DeepSpeedPlugin:
         return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config))
+
+    @staticmethod
+    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+        width, share = 2 if config.engine.precision == "bf16" else 4, parameters // ranks
+        bucket = min(parameters, BUCKET) if on_cpu else BUCKET
+        states = {"float32 weights": 4 * share, "optimizer's states": 8 * share, "exchanged": width * bucket}
+        if config.engine.stage < 3:
+            return {**states, "weights": width * parameters, "gradients": width * parameters}
+        gathered = width * (min(parameters, MOST_GATHERED) + min(parameters, PREFETCHED))
+        own = {"weights": width * share, "gradients": width * (share + parameters)}
+        return {**states, **own, "gathered weights": gathered}
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:

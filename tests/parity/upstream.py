@@ -7,7 +7,7 @@ import numpy as np
 
 from configs import load_config
 from configs.game import ActionSpace, GameConfig
-from data_pipeline.overlay import lit_caps
+from data_pipeline.overlay import active_keys
 from data_pipeline.types import Actions
 
 GAMES = Path(__file__).parents[2] / "configs" / "games"
@@ -64,6 +64,6 @@ def cursor_path(mouse: np.ndarray) -> np.ndarray:
 
 def lit_keys(game: str, actions: Actions) -> np.ndarray:
     """Which caps upstream's overlay lights (n caps): W, A, S, D, and for templerun left and right, 0 or 1."""
-    lit = lit_caps(released_space(game), actions)
+    lit = active_keys(released_space(game), actions)
     order = [label for label in ("W", "A", "S", "D", "left", "right") if label in lit]
     return np.stack([lit[label] for label in order], axis=1).astype(np.float32)

@@ -1,7 +1,6 @@
 """Chunk after chunk: 18 frames = a context chunk and the target chunk that follows it, in one 6-latent sequence."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -44,9 +43,6 @@ class Autoregressive(Objective):
         if progress < self.curriculum:
             loss = self.context_weight * error[:, :CHUNK_LATENTS].mean() + (1 - self.context_weight) * loss
         return loss, LossMetrics.of(error, noise, CHUNK_LATENTS)
-
-    def longest(self) -> Self:
-        return replace(self, base_share=0.0)
 
     def _noised_context(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> Tensor:
         if not self.context_noise:

@@ -37,7 +37,7 @@ class Objective(ABC):
     layout: ClassVar[Layout] = "chunked"  # of the clips it trains on
     causal: ClassVar[bool] = False  # whether it trains models with a `causal` section
     known: ClassVar[int] = 1  # first latents of a held-out clip that the model is given
-    latents: ClassVar[int | None] = None  # first latents of a held-out clip that it is measured on; None: all
+    latents: ClassVar[int | None] = None  # first latents of a clip that it is about; None: all
 
     @property
     def loss_group(self) -> int:
@@ -53,7 +53,3 @@ class Objective(ABC):
     def heldout_noise(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
         """The noise levels and the noise that held-out `latents` (b c f h w) are measured with."""
         return rng.noise_sample(latents, flow)
-
-    def longest(self) -> Self:
-        """The same with the longest sequences alone, whose memory is the most."""
-        return self
