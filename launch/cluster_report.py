@@ -48,6 +48,8 @@ class NodeReport:
     unreached: dict[str, str]  # why, by the number of a node that cannot be connected to
 
     def __post_init__(self) -> None:
+        if self.address:
+            ip_address(self.address)
         if not all(node.isdecimal() for node in self.unreached):
             raise UserError("unreached must be by the number of a node")
 
@@ -182,7 +184,7 @@ def _links(report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> Ite
     if report.unmeasured:
         yield f"links: were not measured: {report.unmeasured}; fix that and run the doctor again"
         return
-    for node in range(cluster.nodes):
+    for node in range(cluster.nodes if cluster.nodes > 1 else 0):
         if error := report.measured.get(str(node), Measurement(error="has said nothing more")).error:
             yield f"{report.name(node)}: {error}; {NETWORK}"
     links = report.links

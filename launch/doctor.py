@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -160,32 +161,40 @@ def examine(config: DoctorConfig) -> ClusterReport | None:
         peers = all_gather(store, cluster, "hello", own, limit_s)
         report, error = run_with_timeout(limit_s, partial(_look_around, config, peers))
         findings = all_gather(store, cluster, "findings", Findings(report, error), limit_s + ENDING_S)
-    for path in config.paths if report and node in findings else ():
-        storage.remove(probe_file(path, token))
+    store.set(f"done/{node}", "")
+    for path in config.paths if report else ():
+        with suppress(OSError):  # it could not be written
+            storage.remove(probe_file(path, token))
     reports = [one.report for one in findings.values() if one.report]
     if any(one.node not in peers or len(one.paths) != len(config.paths) for one in reports):
         raise ConnectionError("a node reports what it was not asked; start the same doctor on all nodes")
-    unmeasured, measurement = obstacle(reports, cluster), Measurement()
-    if not unmeasured and cluster.nodes > 1:
-        print(f"measuring links between {cluster.nodes} nodes", flush=True)
-        work = partial(
-            measure, PrefixStore("links", store), node, cluster.nodes, config.megabytes, timedelta(seconds=limit_s)
-        )
-        result, error = run_with_timeout(limit_s + ENDING_S, work)
-        measurement = result or Measurement(error=error)
-    put(store, f"measured/{node}", measurement)
-    if node != 0 and measurement.error:
-        raise ConnectionError(measurement.error)
+    unmeasured = obstacle(reports, cluster)
+    measured = _measure_links(config, store, findings) if not unmeasured and cluster.nodes > 1 else {}
     if node != 0:
         return None
-    keys = {str(peer): f"measured/{peer}" for peer in findings}
-    wait_for(store, [*keys.values()], ENDING_S)
-    measured = {peer: take(store, key, Measurement) for peer, key in keys.items() if store.check([key])}
+    wait_for(store, [f"done/{peer}" for peer in findings], ENDING_S)  # the store ends with this process
     lost = {str(peer): one.error for peer, one in findings.items() if one.error}
     for peer in set(range(cluster.nodes)) - set(findings):
         how = "came, but was not heard of again" if peer in peers else "did not come"
         lost[str(peer)] = f"{how} within {limit_s:g} s"
     return ClusterReport(tuple(reports), lost, measured, unmeasured)
+
+
+def _measure_links(config: DoctorConfig, store: Store, nodes: Iterable[int]) -> dict[str, Measurement]:
+    """What each node has measured, on the first node; the others raise ConnectionError if they could not."""
+    cluster, timeout = config.machine, timedelta(seconds=config.timeout_s)
+    print(f"measuring links between {cluster.nodes} nodes", flush=True)
+    links = PrefixStore("links", store)
+    work = partial(measure, links, cluster.node_rank, cluster.nodes, config.megabytes, timeout)
+    result, error = run_with_timeout(config.timeout_s + ENDING_S, work)
+    put(store, f"measured/{cluster.node_rank}", result or Measurement(error=error))
+    if cluster.node_rank != 0:
+        if error:
+            raise ConnectionError(error)
+        return {}
+    keys = {str(node): f"measured/{node}" for node in nodes}
+    wait_for(store, [*keys.values()], ENDING_S)  # the others end before the store does
+    return {node: take(store, key, Measurement) for node, key in keys.items() if store.check([key])}
 
 
 def _look_around(config: DoctorConfig, peers: dict[int, Hello], phase: Phase) -> NodeReport:
