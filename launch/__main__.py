@@ -8,7 +8,6 @@ VERBS = {
     "run": Verb("launch.run:launch"),
     "doctor": Verb("launch.doctor:doctor"),
     "plan": Verb("launch.plan:plan"),
-    "links": Verb("launch.links:links"),
     "accelerate": Verb("launch.rendezvous:accelerate"),
     "pipeline": Verb("launch.pipeline:pipeline"),
     "warm": Verb("launch.run:warm"),

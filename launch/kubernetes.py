@@ -63,59 +63,45 @@ class Kubernetes(Scheduler):
         if a person has to fix something, the Job fails."""
         labels = {"app": job.name}
         meta = {"name": job.name, "namespace": self.namespace, "labels": labels}
-        service = {
-            "clusterIP": "None",
-            "selector": labels,
-            "publishNotReadyAddresses": True,  # the pods look for each other before any of them is ready
-            "ports": [{"name": PORT, "port": cluster.port}],
+        # The pods look for each other before any of them is ready.
+        service = {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True}
+        service |= {"ports": [{"name": PORT, "port": cluster.port}]}
+        pod = {
+            "subdomain": job.name,
+            "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
+            "terminationGracePeriodSeconds": cluster.grace_s,
+            "containers": [self._container(cluster, job)],
+            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}],
         }
-        spec = {
-            "completionMode": "Indexed",
-            "completions": cluster.nodes,
-            "parallelism": cluster.nodes,
-            # Every pod of a run ends when one crashes, and each is counted.
-            "backoffLimit": cluster.nodes * cluster.max_restarts if job.saves_to else 0,
-            **({"podFailurePolicy": {"rules": _RULES}} if job.saves_to else {}),
-            "template": {"metadata": {"labels": labels}, "spec": self._pod(cluster, job)},
-        }
+        if self.volume_claim:
+            pod["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}})
+        spec = {"completionMode": "Indexed", "completions": cluster.nodes, "parallelism": cluster.nodes}
+        spec |= {"backoffLimit": 0, "template": {"metadata": {"labels": labels}, "spec": pod}}
+        if job.saves_to:  # every pod of a run ends when one crashes, and each is counted
+            spec |= {"backoffLimit": cluster.nodes * cluster.max_restarts, "podFailurePolicy": {"rules": _RULES}}
         return [
             {"apiVersion": "v1", "kind": "Service", "metadata": meta, "spec": service},
             {"apiVersion": "batch/v1", "kind": "Job", "metadata": meta, "spec": spec},
         ]
 
-    def _pod(self, cluster: Cluster, job: Job) -> dict[str, Any]:
-        volumes: list[dict[str, Any]] = [
-            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}
-        ]
-        if self.volume_claim:
-            volumes.append({"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}})
-        return {
-            "subdomain": job.name,
-            "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
-            "terminationGracePeriodSeconds": cluster.grace_s,
-            "containers": [self._container(cluster, job)],
-            "volumes": volumes,
-        }
-
     def _container(self, cluster: Cluster, job: Job) -> dict[str, Any]:
         line = shell_line(job.line(variable("JOB_COMPLETION_INDEX"), f"{job.name}-0.{job.name}"))
-        command = _REPORTING.format(run=line) if job.saves_to else line
-        gpus = {"nvidia.com/gpu": str(cluster.processes)} if cluster.device == "cuda" else {}
-        limits = gpus | ({"memory": self.memory} if self.memory else {})
+        limits = {"nvidia.com/gpu": str(cluster.processes)} if cluster.device == "cuda" else {}
+        limits |= {"memory": self.memory} if self.memory else {}
         mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
         mounts += [{"name": "data", "mountPath": self.mount}] if self.volume_claim else []
-        # The training processes are told first, and save; then the pod ends, within the grace period.
-        before_stop = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
-        return {
+        container = {
             "name": "main",
             "image": self.image,
-            "command": ["bash", "-c", _escape(command)],
+            "command": ["bash", "-c", _escape(_REPORTING.format(run=line) if job.saves_to else line)],
             "env": [{"name": name, "value": _escape(value)} for name, value in cluster.environment.items()],
             "ports": [{"containerPort": cluster.port, "name": PORT}],
             "resources": {"limits": limits, "requests": limits},
             "volumeMounts": mounts,
-            **({"lifecycle": before_stop} if job.saves_to else {}),
         }
+        if job.saves_to:  # the training processes are told first, and save; then the pod ends, within the grace period
+            container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
+        return container
 
 
 def _escape(text: str) -> str:

@@ -76,8 +76,15 @@ def _open_rendezvous(given: Namespace) -> TCPStore | None:
 
     Accelerate tests whether its own port is free and listens everywhere if it is not: it is given another port.
     """
-    nodes, rank, host, port = _endpoint(given)
+    from accelerate.commands.config import default_config_file, load_config_from_file
+
+    file = load_config_from_file(given.config_file) if given.config_file or Path(default_config_file).exists() else None
+    settings = {name: value for name, value in vars(file).items() if value is not None} if file else {}
+    settings |= {name: value for name, value in vars(given).items() if value is not None}
+    nodes, rank = int(settings.get("num_machines", 1)), int(settings.get("machine_rank", 0))
+    host, port = settings.get("main_process_ip", LOOPBACK), int(settings.get("main_process_port", DEFAULT_PORT))
     if nodes == 1:
+        rank, host = 0, LOOPBACK
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
     store = None
@@ -88,26 +95,8 @@ def _open_rendezvous(given: Namespace) -> TCPStore | None:
         except OSError:
             if nodes > 1:
                 raise
-            store = serve_store(host, 0, nodes, timeout)  # the other nodes would not know a free port; one node does
+            store = serve_store(host, 0, nodes, timeout)  # a free port, which several nodes would not all know
         port = store.port
     given.rdzv_endpoint = f"{host}:{port}"
     given.main_process_port, given.same_network = 0, True
     return store
-
-
-def _endpoint(given: Namespace) -> tuple[int, int, str, int]:
-    """Number of nodes, this one's rank, host and port of the first, of arguments or else of Accelerate's file."""
-    from accelerate.commands.config import default_config_file, load_config_from_file
-
-    file = load_config_from_file(given.config_file) if given.config_file or Path(default_config_file).exists() else None
-
-    def value(name: str, default: int) -> int:
-        found = getattr(given, name)
-        found = getattr(file, name, None) if found is None else found
-        return default if found is None else int(found)
-
-    nodes = value("num_machines", 1)
-    if nodes == 1:
-        return 1, 0, LOOPBACK, value("main_process_port", DEFAULT_PORT)
-    host = given.main_process_ip or getattr(file, "main_process_ip", None) or LOOPBACK
-    return nodes, value("machine_rank", 0), host, value("main_process_port", DEFAULT_PORT)

@@ -69,12 +69,7 @@ def _as_text(value: Any) -> str:
 
 
 def accelerate_line(
-    cluster: Cluster,
-    engine: str,
-    args: Sequence[str],
-    rank: str | None = None,
-    host: str | None = None,
-    program: Sequence[str] = ("train",),
+    cluster: Cluster, engine: str, args: Sequence[str], rank: str | None = None, host: str | None = None
 ) -> list[str]:
     """The command that starts one node's trainers. `rank` and `host` are what a scheduler's script puts there.
 
@@ -91,7 +86,7 @@ def accelerate_line(
     elif cluster.ranks > 1:
         line += ["--multi_gpu"]  # on a CPU too: Accelerate starts one process otherwise
     # Stated, because Accelerate's default config file may say something else on one of the nodes.
-    return [*line, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", *program, *args]
+    return [*line, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *args]
 
 
 def launch(args: list[str]) -> int:

@@ -79,20 +79,12 @@ class Slurm(Scheduler):
         return "\n".join([*lines, 'exit "$status"', ""])
 
     def _options(self, cluster: Cluster, job: Job) -> list[str]:
-        options = {
-            "job-name": job.name,
-            "nodes": cluster.nodes,
-            "ntasks-per-node": 1,
-            "time": self.time if job.saves_to else math.ceil(job.limit_s / 60),
-            "output": f"{self.logs}/%x_%j.log",
-            "open-mode": "append",
-            "gpus-per-node": cluster.processes if cluster.device == "cuda" else None,
-            "cpus-per-task": self.cpus_per_task,
-            "mem": self.memory,
-            "partition": self.partition,
-            "account": self.account,
-            "signal": f"USR1@{cluster.grace_s}" if job.saves_to else None,
-        }
+        time = self.time if job.saves_to else math.ceil(job.limit_s / 60)
+        options: dict[str, object] = {"job-name": job.name, "nodes": cluster.nodes, "ntasks-per-node": 1, "time": time}
+        options |= {"output": f"{self.logs}/%x_%j.log", "open-mode": "append", "cpus-per-task": self.cpus_per_task}
+        options |= {"mem": self.memory, "partition": self.partition, "account": self.account}
+        options |= {"gpus-per-node": cluster.processes} if cluster.device == "cuda" else {}
+        options |= {"signal": f"USR1@{cluster.grace_s}"} if job.saves_to else {}
         lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
         return [*lines, "#SBATCH --requeue" if job.saves_to else "#SBATCH --no-requeue"]
 
