@@ -25,7 +25,6 @@ from model.action_dit import CompileMode
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
 from model.limits import require_device
-from model.patch_codec import TEMPORAL
 from model.world import (
     Precision,
     Weights,
