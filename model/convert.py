@@ -7,8 +7,8 @@ from configs import save_config, storage
 from configs.errors import UserError
 from configs.files import require_other_files, write_text
 from configs.game import GameConfig
-from model.action_dit import ActionDiTConfig
 from model.codec import codec_hash
+from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import Layout
 from model.official import (
