@@ -30,7 +30,7 @@ from train.config import CheckpointConfig, TrainConfig
 from train.engines import engine_of
 from train.log import Log
 from train.objectives import make_objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 from train.save import remove_superseded, superseded
 from train.state import SavedState
 from train.videos import Videos

@@ -35,7 +35,7 @@ from train.config import OptimConfig, TrainConfig
 from train.loop import train
 from train.objectives import OBJECTIVES, make_objective
 from train.objectives.autoregressive import Autoregressive
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 from train.optim import learning_rate, make_optimizer
 
 LAUNCH = launch("cpu_zero2", "-m", "train")
@@ -181,7 +181,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path, back
         ("model.action.keyboard_dim_in=3", "keyboard_dim_in=3"),
         ("codec=nowhere", "nowhere"),
         ("init=nowhere", "nowhere"),
-        ("engine.stage=5", "engine.stage=5"),
+        ("engine.stage=5", "engine.stage must be one of"),
         ("engine.name=deepspeed", "accelerate launch"),
     ],
 )

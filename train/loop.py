@@ -27,8 +27,7 @@ from train.evaluate import Validation
 from train.exit import STOPPED, StopRequest
 from train.log import Log, require_tensorboard
 from train.metrics import MetricsWindow
-from train.objectives.objective import Objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import Objective, rng_for_step
 from train.optim import learning_rate
 from train.profiler import start_profiler
 from train.run_folder import held_run_folder, with_local_out

@@ -25,7 +25,7 @@ from train.engines import start_accelerator
 from train.ledger import EXCHANGED, Ledger
 from train.metrics import flops_of_pass, tokens_of_pass
 from train.objectives import check_objective, make_objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 from train.pretence import launched_here, pretended_ranks
 from train.state import collect_state
 
