@@ -126,7 +126,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path, monkeypatch, capfd) -> 
     tracker = Tracker("tensorboard", tmp_path, 0, {})
     tracker.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    tracker.close()
+    trackers.close([tracker])
     assert time.monotonic() - began < 3 and tracker.process.poll() is not None
     assert "tensorboard: does not end" in capfd.readouterr().err
 

@@ -13,7 +13,7 @@ from configs import to_dict
 from configs.errors import UserError
 from configs.files import write_text
 from train.config import TrainConfig
-from train.trackers import METRICS, Tracker
+from train.trackers import METRICS, Tracker, close
 
 
 def require_tensorboard() -> None:
@@ -65,8 +65,7 @@ class Log:
 
     def close(self) -> None:
         self.progress.close()
-        for tracker in self.trackers:
-            tracker.close()
+        close(self.trackers)
 
 
 def _step_of(line: str) -> float:

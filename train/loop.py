@@ -118,7 +118,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         if stopping:
             if log.main:
                 write_text(Path(config.out) / STOPPED, f"step {done}\n")
-            log.say(f"stopped at step {done} of {config.steps} as asked; the same command goes on from here")
+            log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False
 

@@ -78,7 +78,7 @@ class MetricsWindow:
         self.step_losses = []
 
     def reduce(self, engine: Engine) -> dict[str, float]:
-        """The metrics of the window over all ranks, which starts anew. All ranks must call."""
+        """The metrics of the window over all ranks; then it starts again. All ranks must call."""
         rank, ranks = engine.accelerator.process_index, engine.accelerator.num_processes
         measured = (self.forward_s, self.waited_s, memory_gib(), self.tokens, self.flops, self.skipped_clips)
         by_rank = torch.zeros(len(measured), ranks, dtype=torch.float64)

@@ -8,7 +8,8 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,15 @@ class Tracker:
             self.stdin.write(json.dumps(settings).encode() + b"\n")
             self.stdin.flush()
 
-    def close(self) -> None:
-        """Lets it finish for CLOSING_S, then kills it with every process it has started."""
+    def end(self) -> None:
+        """Tells it that the run is over."""
         with suppress(OSError):
             self.stdin.close()
+
+    def wait(self, for_s: float) -> None:
+        """Lets it finish, then kills it with every process it has started."""
         try:
-            self.process.wait(CLOSING_S)
+            self.process.wait(for_s)
         except subprocess.TimeoutExpired:
             say(self.name, "does not end and is killed; metrics.jsonl has all metrics")
             tracker = psutil.Process(self.process.pid)
@@ -56,6 +60,15 @@ class Tracker:
                 with suppress(psutil.Error):
                     process.kill()
             self.process.wait()
+
+
+def close(trackers: Sequence[Tracker]) -> None:
+    """Lets all of them finish for CLOSING_S."""
+    deadline = time.monotonic() + CLOSING_S
+    for tracker in trackers:
+        tracker.end()
+    for tracker in trackers:
+        tracker.wait(max(0.0, deadline - time.monotonic()))
 
 
 def say(name: str, text: str) -> None:
