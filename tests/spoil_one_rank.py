@@ -15,17 +15,16 @@ whole_loss = Autoregressive.loss
 micro_steps = Counter()
 
 
-def loss(self, model, flow, batch, progress, draws):
-    value, figures = whole_loss(self, model, flow, batch, progress, draws)
+def loss(self, model, flow, batch, progress, rng):
+    value, metrics = whole_loss(self, model, flow, batch, progress, rng)
     micro_steps[progress] += 1
-    if round(progress * 8) != 3 or os.environ.get("SPOIL_MICRO", str(micro_steps[progress])) != str(
-        micro_steps[progress]
-    ):
-        return value, figures
+    now = str(micro_steps[progress])
+    if round(progress * 8) != 3 or os.environ.get("SPOIL_MICRO", now) != now:
+        return value, metrics
     if os.environ.get("SPOIL") == "memory":
         value = value + torch.empty(1 << 55).sum()
-    spoilt = os.environ.get("RANK", "0") == os.environ.get("SPOIL_RANK", "1")
-    return (value * float("nan") if spoilt else value), figures
+    nonfinite = os.environ.get("RANK", "0") == os.environ.get("SPOIL_RANK", "1")
+    return (value * float("nan") if nonfinite else value), metrics
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from train.objectives import check_objective, make_objective
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
 from train.objectives.diffusion_forcing import DiffusionForcing
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 
 FLOW = FlowMatch(FlowMatchConfig())
 CAUSAL = replace(TINY, causal=CausalConfig(block=3, window=6))

@@ -31,7 +31,7 @@ from train.engine import Engine
 from train.engines import ENGINES as ENGINE_CLASSES
 from train.log import Log
 from train.objectives import make_objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 from train.save import remove_superseded, superseded
 from train.state import SavedState
 from train.videos import Videos

@@ -198,7 +198,7 @@ def test_tensorboard_that_is_not_installed_is_said_in_one_line(monkeypatch) -> N
         (["validation.videos.actions=[sideways]"], "no key or preset 'sideways'"),
         (["validation.videos.actions=[forward:x]"], "after the colon comes a number of frames"),
         (["validation.videos.actions=[moves.csv]"], "moves.csv"),
-        (["validation.videos.actions=[]"], "hold a script"),
+        (["validation.videos.actions=[]"], "actions must hold"),
         (["validation.videos.prompts=99"], "there are 4 held-out clips"),
         (["validation.videos.frames=3"], "frames=3"),
         (["validation.videos.steps=0"], "steps 0"),
@@ -207,8 +207,8 @@ def test_tensorboard_that_is_not_installed_is_said_in_one_line(monkeypatch) -> N
         (["validation.videos.evry=3"], "did you mean 'validation.videos.every'"),
         (["validation.manifest=null"], "give validation.manifest"),
         (["validation.manifest=nowhere.json"], "nowhere.json"),
-        (["profile={start: 7, steps: 2}"], "end after the run's 8 steps"),
-        (["peak_tflops=0"], "positive number"),
+        (["profile={start: 7, steps: 2}"], "beyond the run's steps=8"),
+        (["peak_tflops=0"], "peak_tflops=0.0 must lie"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_before_training(train_words, tmp_path, words: list[str], said: str) -> None:

@@ -4,7 +4,6 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 import psutil
 import pytest
@@ -35,7 +34,7 @@ class Notes:
         self.steps: list[int] = []
         self.fault = fault
 
-    def write(self, step: int, metrics: Mapping[str, float], videos: Mapping[str, Path]) -> None:
+    def write(self, step: int, entries: Mapping[str, float | str]) -> None:
         self.fault()
         self.steps.append(step)
 
@@ -110,16 +109,15 @@ def test_a_wandb_process_that_is_killed_or_hangs_is_said_and_left(log, tmp_path,
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_tracker_that_raises_is_said_once_and_tried_again(tmp_path, capfd) -> None:
+def test_a_tracker_that_raises_is_said_once_and_tried_again(capfd) -> None:
     faults = iter([None, refuse, refuse, None, None])
     notes = Notes(lambda: (next(faults) or list)())
-    serve("board", lambda: notes, lines(5), tmp_path)
-    said = capfd.readouterr().err
-    assert notes.steps == [1, 4, 5] and said.count("no room; the run goes on") == 1 and "2 lines failed" in said
+    serve("board", lambda: notes, lines(5))
+    assert notes.steps == [1, 4, 5] and capfd.readouterr().err.count("no room; the run goes on") == 1
 
 
-def test_a_tracker_that_exits_the_program_ends_only_itself(tmp_path, capfd) -> None:
-    serve("board", lambda: exit("the server is gone"), lines(2), tmp_path)
+def test_a_tracker_that_exits_the_program_ends_only_itself(capfd) -> None:
+    serve("board", lambda: exit("the server is gone"), lines(2))
     assert "the server is gone; the run goes on" in capfd.readouterr().err
 
 
@@ -128,7 +126,7 @@ def test_a_tracker_that_hangs_holds_nothing_up(tmp_path, monkeypatch, capfd) -> 
     tracker = Tracker("tensorboard", tmp_path, 0, {})
     tracker.process.send_signal(signal.SIGSTOP)
     began = time.monotonic()
-    tracker.close()
+    trackers.close([tracker])
     assert time.monotonic() - began < 3 and tracker.process.poll() is not None
     assert "tensorboard: does not end" in capfd.readouterr().err
 

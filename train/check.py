@@ -22,7 +22,7 @@ from train.objectives import check_objective, make_objective
 from train.objectives.objective import Objective
 from train.videos import check_videos
 
-SEEN_S = 30  # in which what one machine has written is seen on all others
+SEEN_S = 30  # in which a file that one machine has written appears on all others
 HELDOUT = ("layout", "codec_hash", "vision", "unknown")  # what held-out clips have in common with the others
 
 
@@ -89,9 +89,9 @@ def check_out(config: TrainConfig) -> None:
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
-    """What `check_run` finds when the run's folder is held: a run before may have saved since, and a file of one
-    machine may be seen later on others. All ranks must call; all of them get a UserError if they do not come to see the
-    same newest checkpoint."""
+    """Checks again now that no other run can write to the folder: one may have saved since, and a file of one machine
+    may appear later on others. All ranks must call; all get a UserError if they never see the same newest checkpoint.
+    """
     for _ in range(SEEN_S):
         seen = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
         if {resumed for resumed, _ in seen} == {seen[0][1]}:

@@ -22,38 +22,30 @@ from model.codec import CONFIG_FILE, Codec
 from model.layout import CHUNK_FRAMES
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights
-from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, require_within
+from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, Ranged, within
 
 RECORDING_FRAMES = 900  # of each recording, from its start, since they are held in memory
 PCA_PATCHES = 200_000  # rows of the covariance; 768 x 768 is determined by far fewer
 
 
 @dataclass(frozen=True)
-class CodecTrainConfig:
-    """What `python -m train codec` is told."""
+class CodecTrainConfig(Ranged):
+    """The settings of `python -m train codec`."""
 
     game: GameConfig
     source: str  # folder of recordings
     out: str  # the codec's folder
     codec: PatchCodecConfig = field(default_factory=PatchCodecConfig)
     reader: Reader = "worldloom"  # format of the recordings
-    heldout_every: int = 10  # every n-th episode is never trained on
-    episodes: int = 120  # recordings held in memory
-    heldout_episodes: int = 12  # recordings that PSNR is measured on
-    steps: int = 1500
-    batch: int = 4  # runs of 9 frames
-    learning_rate: float = 2e-3
-    warmup_steps: int = 50
+    heldout_every: int = within(2, 1_000_000, 10)  # every n-th episode is never trained on
+    episodes: int = within(1, 1_000_000, 120)  # recordings held in memory
+    heldout_episodes: int = within(1, 1_000_000, 12)  # recordings that PSNR is measured on
+    steps: int = within(1, MOST_STEPS, 1500)
+    batch: int = within(1, MOST_CLIPS, 4)  # runs of 9 frames
+    learning_rate: float = within(0, 10, 2e-3)
+    warmup_steps: int = within(1, MOST_STEPS, 50)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products while fitting
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        require_within(1, 1_000_000, episodes=self.episodes, heldout_episodes=self.heldout_episodes)
-        require_within(2, 1_000_000, heldout_every=self.heldout_every)
-        require_within(1, MOST_STEPS, steps=self.steps, warmup_steps=self.warmup_steps)
-        require_within(1, MOST_CLIPS, batch=self.batch)
-        require_within(0, 10, learning_rate=self.learning_rate)
-        require_within(0, MOST_SEED, seed=self.seed)
+    seed: int = within(0, MOST_SEED, 0)
 
 
 def train_codec(config: CodecTrainConfig) -> None:

@@ -1,7 +1,8 @@
-"""What a training run is told: one frozen dataclass, read from YAML files and key=value words."""
+"""The settings of a training run: one frozen dataclass, read from YAML files and key=value arguments."""
 
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 from configs.errors import UserError
 from data_pipeline.stream import LoaderConfig
@@ -13,89 +14,93 @@ from model.layout import CHUNK_FRAMES
 from sampling.denoising import Denoising
 
 MOST_STEPS = 9_999_999  # the names of checkpoints have seven digits
-MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a slip of the finger
+MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a typing error
 MOST_SEED = 2**63 - 1
-BELOW_1 = 1 - 1e-9
+BELOW_1 = math.nextafter(1, 0)
 
 
-def require_within(low: float, high: float, **values: float) -> None:
-    """A UserError for the first of the settings `values` (`__` for the dots of a name) that is not in [low, high]."""
-    for name, value in values.items():
-        if not low <= value <= high:
-            raise UserError(f"{name.replace('__', '.')}={value} must lie between {low} and {high}")
+def within(low: float, high: float, default: Any = MISSING) -> Any:
+    """A setting, or a tuple of settings, that must lie in [low, high]."""
+    return field(default=default, metadata={"range": (low, high)})
+
+
+class Ranged:
+    """A dataclass whose settings are checked against their ranges; a UserError names the first outside."""
+
+    section: ClassVar[str] = ""  # what comes before the settings' names, with a dot
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):  # type: ignore[arg-type]  # of the dataclass that inherits this
+            if "range" not in setting.metadata:
+                continue
+            (low, high), value = setting.metadata["range"], getattr(self, setting.name)
+            if not all(one is None or low <= one <= high for one in (value if isinstance(value, tuple) else [value])):
+                raise UserError(f"{self.section}{setting.name}={value} must lie between {low} and {high}")
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(Ranged):
     """How the model is put on processes."""
 
     name: str = "deepspeed"  # of train/engines.py
-    stage: Literal[1, 2, 3] = 2  # of ZeRO: 1 cuts up the optimizer's states, 2 the gradients too, 3 the weights too
+    stage: Literal[1, 2, 3] = 2  # of ZeRO: 1 shards the optimizer's states, 2 the gradients too, 3 the weights too
     offload: Literal["nothing", "optimizer", "all"] = "nothing"  # to the CPU; all: the weights too
     build: Literal["whole", "sharded"] = "whole"  # sharded: part by part, no process ever holding the whole model
     precision: Literal["fp32", "bf16"] = "fp32"
     compile: CompileMode = "no"  # torch.compile of the model's blocks
     # After which building, loading, a step, its data, a validation or a save has taken too long: a peer is lost.
-    timeout_s: float = 600.0
+    timeout_s: float = within(0.1, 1e6, 600.0)
 
-    def __post_init__(self) -> None:
-        require_within(0.1, 1e6, engine__timeout_s=self.timeout_s)
+    section = "engine."
 
 
 @dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(Ranged):
     """AdamW and its learning rate, which is a pure function of the step."""
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 50
-    decay_steps: int = 0  # steps at the end over which the rate falls linearly to zero
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01  # of matrices only
-    clip_norm: float = 1.0  # global gradient norm above which gradients are scaled down
+    learning_rate: float = within(0, 10, 1e-3)
+    warmup_steps: int = within(0, MOST_STEPS, 50)
+    decay_steps: int = within(0, MOST_STEPS, 0)  # at the end, over which the rate falls linearly to zero
+    betas: tuple[float, float] = within(0, BELOW_1, (0.9, 0.95))
+    weight_decay: float = within(0, 10, 0.01)  # of matrices only
+    clip_norm: float = within(1e-9, 1e9, 1.0)  # global gradient norm above which gradients are scaled down
 
-    def __post_init__(self) -> None:
-        require_within(0, 10, optim__learning_rate=self.learning_rate, optim__weight_decay=self.weight_decay)
-        require_within(0, MOST_STEPS, optim__warmup_steps=self.warmup_steps, optim__decay_steps=self.decay_steps)
-        require_within(1e-9, 1e9, optim__clip_norm=self.clip_norm)
-        for beta in self.betas:
-            require_within(0, BELOW_1, optim__betas=beta)
+    section = "optim."
 
 
 @dataclass(frozen=True)
-class CheckpointConfig:
+class CheckpointConfig(Ranged):
     """When checkpoints are written and how many stay."""
 
     folder: str | None = None  # an s3:// url that gets them, and copies of the run's other files; as `out` itself does
-    every: int = 500  # steps; the last step and a stop always write one
-    keep_last: int = 2
+    every: int = within(1, MOST_STEPS, 500)  # steps; the last step and a stop always write one
+    keep_last: int = within(1, MOST_STEPS, 2)
     background: bool = False  # write while training goes on, from a copy of this rank's part in the CPU's memory
-    keep_every: int = 0  # steps: every checkpoint whose step this divides stays too; 0: none
+    keep_every: int = within(0, MOST_STEPS, 0)  # every checkpoint whose step this divides stays too; 0: none
 
-    def __post_init__(self) -> None:
-        require_within(1, MOST_STEPS, checkpoint__every=self.every, checkpoint__keep_last=self.keep_last)
-        require_within(0, MOST_STEPS, checkpoint__keep_every=self.keep_every)
+    section = "checkpoint."
 
 
 @dataclass(frozen=True)
-class VideosConfig:
+class VideosConfig(Ranged):
     """Videos by the averaged weights, from held-out pictures, with the same actions and the same noise every time."""
 
-    every: int = 0  # steps, and the last one; 0: none
-    prompts: int = 2  # held-out clips, spread over the set, whose first frames begin a video each
+    every: int = within(0, MOST_STEPS, 0)  # steps, and the last one; 0: none
+    prompts: int = within(1, 1000, 2)  # held-out clips, spread over the set, whose first frames begin a video each
     actions: tuple[str, ...] = ("random",)  # scripts as of sampling generate, side by side in each video
-    frames: int = 54  # at the game's rate, the prompt included
+    frames: int = within(CHUNK_FRAMES, 10_000, 54)  # at the game's rate, the prompt included
     steps: int = 4  # Euler steps per chunk or block
     few_steps: tuple[int, ...] = ()  # instead of steps the list of a few-step model: [1000,666,333]
     guidance: float = 1.0  # by actions
-    seed: int = 0  # of `random` and of the noise
+    seed: int = within(0, MOST_SEED, 0)  # of `random` and of the noise
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
 
+    section = "validation.videos."
+
     def __post_init__(self) -> None:
-        require_within(0, MOST_STEPS, validation__videos__every=self.every)
-        require_within(0, MOST_SEED, validation__videos__seed=self.seed)
-        require_within(1, 1000, validation__videos__prompts=self.prompts)
-        require_within(CHUNK_FRAMES, 10_000, validation__videos__frames=self.frames)
-        require_within(1, 64, validation__videos__actions=len(self.actions))
+        super().__post_init__()
+        if not 1 <= len(self.actions) <= 64:
+            raise UserError(f"validation.videos.actions must hold 1 to 64 scripts, not {len(self.actions)}")
         _ = self.denoising  # checks of its own
 
     @property
@@ -104,59 +109,60 @@ class VideosConfig:
 
 
 @dataclass(frozen=True)
-class ValidationConfig:
+class ValidationConfig(Ranged):
     """Held-out velocity loss during training, with the right actions and with shuffled ones; and videos."""
 
     manifest: str | None = None
-    every: int = 250  # steps
-    clips: int = 32
+    every: int = within(1, MOST_STEPS, 250)  # steps
+    clips: int = within(1, 1_000_000, 32)
     videos: VideosConfig = VideosConfig()
 
+    section = "validation."
+
     def __post_init__(self) -> None:
-        require_within(1, MOST_STEPS, validation__every=self.every)
-        require_within(1, 1_000_000, validation__clips=self.clips)
+        super().__post_init__()
         if self.videos.every and self.manifest is None:
             raise UserError("validation.videos begins with held-out pictures: give validation.manifest=")
 
 
 @dataclass(frozen=True)
-class ProfileConfig:
+class ProfileConfig(Ranged):
     """A trace of some steps, for chrome://tracing or ui.perfetto.dev."""
 
-    start: int = 10  # the steps before it: the first ones of a process are slower than those that follow
-    steps: int = 0  # 0: none
+    start: int = within(0, MOST_STEPS, 10)  # steps before it: the first of a process are slower than those that follow
+    steps: int = within(0, MOST_STEPS, 0)  # 0: none
     every_rank: bool = False  # else of rank 0
 
-    def __post_init__(self) -> None:
-        require_within(0, MOST_STEPS, profile__start=self.start, profile__steps=self.steps)
+    section = "profile."
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """What `python -m train` is told."""
+class TrainConfig(Ranged):
+    """The settings of `python -m train`."""
 
     model: ActionDiTConfig
     flow: FlowMatchConfig
-    codec: str  # folder of the codec that made them
+    codec: str  # folder of the codec that made the clips
     out: str  # run folder, or its s3:// url: metrics.jsonl and the checkpoints
-    steps: int
     objective: dict[str, Any]  # name: and the fields of that objective
+    steps: int = within(1, MOST_STEPS)
     manifest: str | None = None  # of the training shards
     manifests: tuple[Source, ...] = ()  # instead of `manifest`: [{path: ..., weight: 2.0}, ...] are mixed
     init: str | None = None  # checkpoint or run folder whose averaged weights training starts from
     resume: str | None = None  # checkpoint of another run that this one, in its own `out`, goes on from: a branch of it
-    batch: int = 4  # clips per process and micro-step
-    accumulation: int = 1  # micro-steps per optimizer step
+    batch: int = within(1, MOST_CLIPS, 4)  # clips per process and micro-step
+    accumulation: int = within(1, MOST_CLIPS, 1)  # micro-steps per optimizer step
     on_nonfinite: Literal["stop", "skip"] = "stop"  # what a loss that is NaN or infinite on any rank does to the run
-    ema_decay: float = 0.995
-    seed: int = 0
-    workers: int = 1  # loader threads per process
+    ema_decay: float = within(0, BELOW_1, 0.995)
+    seed: int = within(0, MOST_SEED, 0)
+    workers: int = within(0, 1024, 1)  # loader threads per process
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    log_every: int = 10  # steps between lines of metrics.jsonl
+    log_every: int = within(1, MOST_STEPS, 10)  # steps between lines of metrics.jsonl
     wandb: bool = False  # WANDB_MODE=offline works without an account
     wandb_project: str = "worldloom"
     tensorboard: bool = False  # events in the run folder; needs the package
-    peak_tflops: float | None = None  # of one device, dense, at engine.precision, as its maker states it; gives `mfu`
+    # Of one device, dense, at engine.precision, as its maker states it; gives `mfu`.
+    peak_tflops: float | None = within(1e-6, 1e6, None)
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -174,14 +180,8 @@ class TrainConfig:
         return self.checkpoint.folder or self.out
 
     def __post_init__(self) -> None:
-        require_within(1, MOST_STEPS, steps=self.steps, log_every=self.log_every)
-        require_within(1, MOST_CLIPS, batch=self.batch, accumulation=self.accumulation)
-        require_within(0, MOST_SEED, seed=self.seed)
-        require_within(0, 1024, workers=self.workers)
+        super().__post_init__()
         if (self.manifest is None) == (not self.manifests):
             raise UserError("give the training shards, as manifest=... or as manifests=[{path: ..., weight: ...}]")
-        require_within(0, BELOW_1, ema_decay=self.ema_decay)
-        if self.peak_tflops is not None:
-            require_within(1e-6, 1e6, peak_tflops=self.peak_tflops)
         if self.profile.steps and self.profile.start + self.profile.steps > self.steps:
             raise UserError(f"profile.start + profile.steps is beyond the run's steps={self.steps}; begin earlier")

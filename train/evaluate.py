@@ -9,8 +9,7 @@ from model.patch_codec import TEMPORAL
 from sampling.metrics import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
-from train.objectives.objective import Objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import Objective, rng_for_step
 
 VARIANTS = ("right", "shuffled", "none")
 

@@ -1,7 +1,9 @@
 """The one writer of metrics: metrics.jsonl, which wandb and TensorBoard follow if asked for; and the progress line."""
 
 import json
+import math
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,9 +12,8 @@ from tqdm import tqdm
 from configs import to_dict
 from configs.errors import UserError
 from configs.files import write_text
-from configs.foreign import reading
 from train.config import TrainConfig
-from train.trackers import METRICS, Tracker
+from train.trackers import METRICS, Tracker, close
 
 
 def require_tensorboard() -> None:
@@ -64,15 +65,12 @@ class Log:
 
     def close(self) -> None:
         self.progress.close()
-        for tracker in self.trackers:
-            tracker.close()
+        close(self.trackers)
 
 
 def _step_of(line: str) -> float:
-    """Infinite for anything else than a line of metrics, such as half a line of a run that was killed."""
-    try:
-        with reading(METRICS):
-            step = json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
-    return step if isinstance(step, int) else float("inf")
+    """Infinite for anything but a line of metrics, such as half a line of a run that was killed."""
+    with suppress(ValueError, TypeError, KeyError, RecursionError):
+        if isinstance(step := json.loads(line)["step"], int):
+            return step
+    return math.inf

@@ -4,7 +4,6 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +14,6 @@ from configs.files import write_text
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from model.world import WorldModelConfig
 from train.build import build_engine
 from train.check import CheckedRun, agree, check_run
 from train.checkpoint import Position, load_checkpoint
@@ -27,8 +25,7 @@ from train.evaluate import Validation
 from train.exit import STOPPED, StopRequest
 from train.log import Log, require_tensorboard
 from train.metrics import MetricsWindow
-from train.objectives.objective import Objective
-from train.objectives.sample_rng import rng_for_step
+from train.objectives.objective import rng_for_step
 from train.optim import learning_rate
 from train.profiler import start_profiler
 from train.run_folder import held_run_folder, with_local_out
@@ -37,24 +34,19 @@ from train.videos import Videos, averaged_world
 from train.watchdog import Watchdog
 
 
-@dataclass(frozen=True)
 class Run:
     """The parts of one training run, all of them ready."""
 
-    config: TrainConfig
-    world: WorldModelConfig
-    data: str  # digest of the manifest
-    objective: Objective
-    flow: FlowMatch
-    engine: Engine
-    ema: Ema
-    metrics: MetricsWindow
-    log: Log
-    saver: Saver
-    stop: StopRequest
-    watchdog: Watchdog
-    validation: Validation | None
-    videos: Videos | None
+    def __init__(self, checked: CheckedRun, engine: Engine, log: Log, watchdog: Watchdog) -> None:
+        config, world, objective = checked.config, checked.world, checked.objective
+        self.config, self.world, self.objective, self.data = config, world, objective, checked.data
+        self.engine, self.log, self.watchdog = engine, log, watchdog
+        self.flow = FlowMatch(config.flow)
+        self.ema = Ema(engine, config.ema_decay)
+        self.saver = Saver(engine, self.ema, config, world)
+        self.metrics = MetricsWindow(config, checked.manifest.clip_latents, objective.loss_group)
+        self.validation = Validation(config, objective, engine, self.flow) if config.validation.manifest else None
+        self.videos = Videos(config, world) if config.validation.videos.every else None
 
 
 def train(config: TrainConfig) -> bool:
@@ -77,53 +69,42 @@ def train(config: TrainConfig) -> bool:
         checked = agree(asked, checked, ranks)
         watchdog.begins(checked.start, "building the model")
         engine = build_engine(accelerator, config, checked.init)
-        ema = Ema(engine, config.ema_decay)
-        if checked.resumed:
-            watchdog.begins(checked.start, "loading the checkpoint")
-            load_checkpoint(engine, ema, checked.resumed)
         with closing(Log(config, checked.start, accelerator.is_main_process)) as log:
-            run = assemble(checked, engine, ema, log, stop, watchdog)
-            if (config.batch, config.accumulation) != (asked.batch, asked.accumulation):
-                log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
+            run = Run(checked, engine, log, watchdog)
+            begin(run, checked, asked)
             stop.starts()
             on_gpu = engine.accelerator.device.type == "cuda"
             with closing(stream.batches(checked.start * config.accumulation, pin_memory=on_gpu)) as batches:
-                stopped = run_steps(run, checked.start, batches)
+                stopped = run_steps(run, range(checked.start, config.steps), batches, stop)
     engine.shutdown()
     return stopped
 
 
-def assemble(checked: CheckedRun, engine: Engine, ema: Ema, log: Log, stop: StopRequest, watchdog: Watchdog) -> Run:
-    """The parts of the run, and what it begins with."""
-    config, world, flow = checked.config, checked.world, FlowMatch(checked.config.flow)
+def begin(run: Run, checked: CheckedRun, asked: TrainConfig) -> None:
+    """Loads the checkpoint that the run continues from, and says what is different from what was asked."""
+    config, log, ranks = run.config, run.log, run.engine.accelerator.num_processes
     if checked.resumed:
+        run.watchdog.begins(checked.start, "loading the checkpoint")
+        load_checkpoint(run.engine, run.ema, checked.resumed)
         log.say(f"resumed from {checked.resumed} at step {checked.start}")
+    if (config.batch, config.accumulation) != (asked.batch, asked.accumulation):
+        log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
     if checked.start >= config.steps:
         log.say(f"nothing to do: {checked.resumed} has all {config.steps} steps")
-    return Run(
-        config, world, checked.data, checked.objective, flow, engine, ema,
-        MetricsWindow(config, checked.manifest.clip_latents, checked.objective.loss_group),
-        log,
-        Saver(engine, ema, config, world),
-        stop,
-        watchdog,
-        Validation(config, checked.objective, engine, flow) if config.validation.manifest else None,
-        Videos(config, world) if config.validation.videos.every else None,
-    )  # fmt: skip
 
 
-def run_steps(run: Run, start: int, batches: Iterator[Batch]) -> bool:
-    """Trains from step `start` until all are done or a stop is asked for, and says whether one was; metrics, validation
-    and checkpoints when they are due."""
+def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopRequest) -> bool:
+    """Trains until all steps are done or a stop is asked for, and says whether one was; metrics, validation and
+    checkpoints when they are due."""
     config, engine, log = run.config, run.engine, run.log
-    profiler = start_profiler(config, engine.accelerator.process_index, start, log.say)
-    for step in range(start, config.steps):
+    profiler = start_profiler(config, engine.accelerator.process_index, steps.start, log.say)
+    for step in steps:
         rate = learning_rate(config.optim, step, config.steps)
         engine.set_learning_rate(rate)
         with run.metrics.step():
             if train_step(run, step, batches):
                 run.ema.update(step)
-            stopping = bool(engine.sum_over_ranks(torch.tensor(float(run.stop.asked))))
+            stopping = bool(engine.sum_over_ranks(torch.tensor(float(stop.asked))))
         profiler.step()
         log.advance()
         done, last = step + 1, stopping or step + 1 == config.steps
@@ -137,7 +118,7 @@ def run_steps(run: Run, start: int, batches: Iterator[Batch]) -> bool:
         if stopping:
             if log.main:
                 write_text(Path(config.out) / STOPPED, f"step {done}\n")
-            log.say(f"stopped at step {done} of {config.steps} as asked; the same command goes on from here")
+            log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False
 
@@ -230,8 +211,7 @@ def out_of_memory_named(config: TrainConfig) -> Iterator[None]:
         first_line = str(error).splitlines()[0]
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in first_line:
             raise
-        more = {"deepspeed": "engine.stage=3, engine.offload=optimizer", "ddp": "engine.name=deepspeed engine.stage=3"}
         raise UserError(
             f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {first_line}; lower batch "
-            f"and raise accumulation, or try model.checkpoint_every=1, {more.get(config.engine.name, 'more processes')}"
+            "and raise accumulation, or try model.checkpoint_every=1, more processes or engine.stage=3"
         ) from error

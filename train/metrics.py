@@ -78,32 +78,28 @@ class MetricsWindow:
         self.step_losses = []
 
     def reduce(self, engine: Engine) -> dict[str, float]:
-        """The metrics of the window over all ranks, which starts anew. All ranks must call."""
+        """The metrics of the window over all ranks; then it starts again. All ranks must call."""
         rank, ranks = engine.accelerator.process_index, engine.accelerator.num_processes
-        own = torch.zeros(3, ranks)
-        own[:, rank] = torch.tensor([self.forward_s, self.waited_s, memory_gib()])
-        losses = loss_sums(self.losses, self.clip_latents)
-        work = torch.tensor([self.tokens, self.flops, self.skipped_clips], dtype=torch.float64)
-        losses, work, (forward_s, waited_s, memory) = (engine.sum_over_ranks(part) for part in (losses, work, own))
-        tokens, flops, skipped_clips = work.tolist()
-        clips = self.steps * ranks * self.config.batch * self.config.accumulation
-        metrics = loss_metrics(losses, self.loss_group)
-        metrics |= {
-            "s/step": self.took_s / self.steps,
-            "clips/s": clips / self.took_s,
-            "tokens/s": tokens / self.took_s,
+        measured = (self.forward_s, self.waited_s, memory_gib(), self.tokens, self.flops, self.skipped_clips)
+        by_rank = torch.zeros(len(measured), ranks, dtype=torch.float64)
+        by_rank[:, rank] = torch.tensor(measured, dtype=torch.float64)
+        forward_s, waited_s, memory, tokens, flops, skipped_clips = engine.sum_over_ranks(by_rank)
+        losses = engine.sum_over_ranks(loss_sums(self.losses, self.clip_latents))
+        steps, took_s = self.steps, self.took_s
+        metrics = loss_metrics(losses, self.loss_group) | {
+            "s/step": took_s / steps,
+            "clips/s": steps * ranks * self.config.batch * self.config.accumulation / took_s,
+            "tokens/s": tokens.sum().item() / took_s,
+            "forward_s/slowest_rank": forward_s.max().item() / steps,
+            "forward_s/fastest_rank": forward_s.min().item() / steps,
+            "data_wait": self.waited_s / took_s,
+            "data_wait/worst_rank": waited_s.max().item() / took_s,
+            "memory_gib": memory.max().item(),
+            "skipped_steps": self.skipped_steps,
+            "skipped_clips": int(skipped_clips.sum()),
         }
         if self.config.peak_tflops:
-            metrics["mfu"] = flops / (self.took_s * ranks * self.config.peak_tflops * 1e12)
-        metrics |= {
-            "forward_s/slowest_rank": forward_s.max().item() / self.steps,
-            "forward_s/fastest_rank": forward_s.min().item() / self.steps,
-            "data_wait/worst_rank": waited_s.max().item() / self.took_s,
-            "memory_gib": memory.max().item(),
-            "data_wait": self.waited_s / self.took_s,
-            "skipped_steps": self.skipped_steps,
-            "skipped_clips": int(skipped_clips),
-        }
+            metrics["mfu"] = flops.sum().item() / (took_s * ranks * self.config.peak_tflops * 1e12)
         self._restart()
         return metrics
 

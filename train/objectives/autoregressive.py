@@ -1,6 +1,6 @@
 """Chunk after chunk: 18 frames = a context chunk and the target chunk that follows it, in one 6-latent sequence."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,30 +9,24 @@ from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
 from model.loss import velocity_error
-from train.config import require_within
+from train.config import Ranged, within
 from train.objectives.base import Base
-from train.objectives.objective import LossMetrics, Objective
-from train.objectives.sample_rng import SampleRng
+from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 
 @dataclass(frozen=True)
-class Autoregressive(Objective):
+class Autoregressive(Objective, Ranged):
     """Velocity loss of a chunk that follows a given one; context slots carry the context at the current noise level."""
 
-    context_weight: float = 0.3  # of the context's own loss during the curriculum; the target has the rest
-    curriculum: float = 1 / 3  # share of training with the context's loss; afterwards the target alone
-    base_share: float = 0.1  # of steps that train the first chunk from a frame, lest it be forgotten
-    context_noise: float = 0.0  # largest noise level mixed into the given context, against drift of long rollouts
+    context_weight: float = within(0, 1, 0.3)  # of the context's loss during the curriculum; the target has the rest
+    curriculum: float = within(0, 1, 1 / 3)  # share of training with the context's loss; afterwards the target alone
+    base_share: float = within(0, 1, 0.1)  # of steps that train the first chunk from a frame, lest it be forgotten
+    context_noise: float = within(0, 1, 0.0)  # largest noise level of the given context, against drift in long rollouts
 
+    section = "objective."
     known = CHUNK_LATENTS
 
-    def __post_init__(self) -> None:
-        shares = {f"objective__{field.name}": getattr(self, field.name) for field in fields(self)}
-        require_within(0, 1, **shares)
-
-    def loss(
-        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng
-    ) -> tuple[Tensor, LossMetrics]:
+    def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
         """The weighted squared velocity error; `progress` drives the curriculum."""
         if float(torch.rand(1, generator=rng.shared)) < self.base_share:
             return Base().loss(model, flow, batch, progress, rng)

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.layout import CHUNK_LATENTS
 from model.loss import velocity_error
 from sampling.metrics import cut_chunk
-from train.objectives.objective import LossMetrics, Objective
-from train.objectives.sample_rng import SampleRng
+from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,7 @@ class Base(Objective):
 
     latents = CHUNK_LATENTS
 
-    def loss(
-        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng
-    ) -> tuple[Tensor, LossMetrics]:
+    def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
         """The mean squared velocity error."""
         # Each chunk of a clip serves in turn; with image tokens the first alone, whose first frame they show.
         chunks = 1 if batch.visual is not None else batch.latents.shape[2] // CHUNK_LATENTS

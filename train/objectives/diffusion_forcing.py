@@ -9,38 +9,32 @@ from configs.errors import UserError
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.loss import NoiseSample, velocity_error
-from train.config import require_within
-from train.objectives.objective import LossMetrics, Objective
-from train.objectives.sample_rng import SampleRng
+from train.config import Ranged, within
+from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 
 @dataclass(frozen=True)
-class DiffusionForcing(Objective):
+class DiffusionForcing(Objective, Ranged):
     """Velocity loss under upstream's bell-shaped weight, one noise level per block (arXiv 2407.01392, 2506.08009).
 
     The model's own `causal` section says who sees whom; the first frame of a clip is given as its conditioning.
     """
 
-    block: int = 3  # latent frames that share a noise level: the model's causal.block
+    block: int = within(1, 1024, 3)  # latent frames that share a noise level: the model's causal.block
     # Levels drawn for every block alone leave a past that is nearly clean, as it is in a rollout, almost unseen: the
     # shift puts 2 % of the levels below 0.1. In this share of clips a random number of first blocks is that past.
-    context_share: float = 0.0
-    context_noise: float = 0.0  # the largest noise level of such a past, drawn per clip; the model is told the level
+    context_share: float = within(0, 1, 0.0)
+    context_noise: float = within(0, 1, 0.0)  # largest noise level of such a past, drawn per clip; the model gets it
 
+    section = "objective."
     layout = "continuous"
     causal = True
-
-    def __post_init__(self) -> None:
-        require_within(1, 1024, objective__block=self.block)
-        require_within(0, 1, objective__context_share=self.context_share, objective__context_noise=self.context_noise)
 
     @property
     def loss_group(self) -> int:
         return self.block
 
-    def loss(
-        self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng
-    ) -> tuple[Tensor, LossMetrics]:
+    def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
         """The weighted squared velocity error."""
         noise = self.noise_sample(batch.latents, flow, rng)
         error = velocity_error(model, flow, batch, 1, noise, "continuous")
