@@ -36,7 +36,7 @@ class ActionConfig:
     vae_time_compression_ratio: int = 4  # pixel frames per latent frame
     windows_size: int = 3  # latent frames whose actions a latent frame sees
     # Factor on the initial weights that read actions. What an action does to a picture is a product of the two, made
-    # where a nonlinearity mixes token and window; in a narrow model 24 window inputs drown (docs/performance.md).
+    # where a nonlinearity mixes token and window; in a narrow model 24 window inputs drown (docs/lab_notes.md).
     input_gain: float = 1.0
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class PatchCodecConfig:
     memory_blocks: int = 3  # residual blocks at latent resolution, each seeing one latent further back
     fine_blocks: int = 2  # residual blocks at half the pixel resolution
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
-    # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/performance.md).
+    # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/lab_notes.md).
     whitening: float = 0.5
 
     def __post_init__(self) -> None:

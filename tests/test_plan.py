@@ -114,7 +114,7 @@ class Row:
     within: float  # of the measured peak
 
 
-# What is freed goes back to the system at once; glibc and MKL keep some of it otherwise (docs/distributed.md, Plan).
+# What is freed goes back to the system at once; glibc and MKL keep some of it otherwise (docs/training.md, Plan).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 MALLOC |= {"MKL_DISABLE_FAST_MM": "1"}
 ROWS = [
