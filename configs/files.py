@@ -20,7 +20,7 @@ import psutil
 from configs.errors import FileError, FileInTheWayError, UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d+)-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.tmp(\.[^.]*)?")
 ABANDONED_S = 86400.0  # a temporary file of another machine that is older was left by a killed writer
 
 

@@ -4,20 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    ConnectionError,
-    FlexibleChecksumError,
-    HTTPClientError,
-    IncompleteReadError,
-)
+from botocore import exceptions as boto
 
 from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
 from configs.foreign import require_inside
 
-BAD_BODY = (IncompleteReadError, FlexibleChecksumError)
-BROKEN_OFF = (HTTPClientError, ConnectionError, *BAD_BODY)  # another attempt may succeed
+BAD_BODY = (boto.IncompleteReadError, boto.FlexibleChecksumError)
+BROKEN_OFF = (boto.HTTPClientError, boto.ConnectionError, *BAD_BODY)  # another attempt may succeed
 SETTINGS = "check S3_ENDPOINT_URL and the credentials: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
@@ -66,7 +59,7 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     return bucket, key
 
 
-def error_code(error: ClientError) -> str:
+def error_code(error: boto.ClientError) -> str:
     """The server's name for the error, or for an answer without a body the HTTP status."""
     return str(error.response.get("Error", {}).get("Code", ""))
 
@@ -76,13 +69,13 @@ def named_errors(url: str) -> Iterator[None]:
     """Turns boto3's errors into FileErrors about `url`."""
     try:
         yield
-    except (ClientError, BotoCoreError) as error:
+    except (boto.ClientError, boto.BotoCoreError) as error:
         # The server's address may hold a password before an @.
         text = re.sub(r"//[^/@\s]+@", "//***@", one_line(error))
-        kind = FileError if isinstance(error, (ClientError, *BROKEN_OFF)) else RefusedError
-        if isinstance(error, ClientError) and error_code(error) in NAMED:
+        kind = FileError if isinstance(error, (boto.ClientError, *BROKEN_OFF)) else RefusedError
+        if isinstance(error, boto.ClientError) and error_code(error) in NAMED:
             kind, text = NAMED[error_code(error)]
             text = text.format(code=error_code(error), bucket=bucket_and_key(url)[0])
-        elif isinstance(error, BotoCoreError) and not isinstance(error, BAD_BODY):
+        elif isinstance(error, boto.BotoCoreError) and not isinstance(error, BAD_BODY):
             text = f"{text}; {SETTINGS}"
         raise kind(f"{url}: {text}") from error

@@ -9,10 +9,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
-from configs import cache, s3
+from configs import cache, files, s3
 from configs.errors import FileError, UserError
-from configs.files import atomic_files, atomic_path, create_file, utf8
-from configs.files import write_text as write_local_text
 from configs.s3_errors import bucket_and_key
 from configs.s3_path import S3Path
 
@@ -144,7 +142,7 @@ def list_tree(folder: str | Path) -> dict[str, int]:
 def writing(url: str | Path) -> Iterator[Path]:
     """A local path to write to; what lies there when the block ends well appears at `url`, whole."""
     if not is_s3(url):
-        with atomic_path(url) as part:
+        with files.atomic_path(url) as part:
             yield part
         return
     bucket_and_key(str(url))  # an error before the work
@@ -158,7 +156,7 @@ def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Pa
     """An empty local folder for files that appear in the folder `url` when the block ends well; the file `last` comes
     after all others, so that it is there only if they are. A `new` folder must not hold any files then."""
     if not is_s3(url):
-        with atomic_files(url, last, new) as folder:
+        with files.atomic_files(url, last, new) as folder:
             yield folder
         return
     exists(join(url, last))  # raises if there is no such bucket, before the work
@@ -190,16 +188,16 @@ def write_file(file: Path, url: str | Path) -> None:
         with file.open("rb") as data:
             s3.upload(data, str(url))
         return
-    with atomic_path(url) as part:
+    with files.atomic_path(url) as part:
         shutil.copyfile(file, part)
 
 
 def write_text(url: str | Path, text: str) -> None:
     """Writes `text` to `url` as UTF-8, whole or not at all."""
     if is_s3(url):
-        s3.upload(io.BytesIO(utf8(text, url)), str(url))
+        s3.upload(io.BytesIO(files.utf8(text, url)), str(url))
     else:
-        write_local_text(url, text)
+        files.write_text(url, text)
 
 
 def create(url: str | Path, data: bytes) -> bool:
@@ -207,7 +205,7 @@ def create(url: str | Path, data: bytes) -> bool:
 
     `data` must differ from that of all other writers. Raises NotOffered if the server cannot do that.
     """
-    return s3.create(str(url), data) if is_s3(url) else create_file(url, data)
+    return s3.create(str(url), data) if is_s3(url) else files.create_file(url, data)
 
 
 def remove(url: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -35,7 +36,11 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_one_and_nothing_else(tmp
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -signal.SIGKILL
     left = [path.name for path in tmp_path.iterdir()]
     assert len(left) == 3 and all(TEMPORARY.fullmatch(name) for name in left)
-    mine = (".film.tmp.mp4", ".notes.1-ab.tmp.txt", f".other.deadbeef-{os.getpid()}-00000000.tmp")
+    machine = re.findall("[0-9a-f]{8}", left[0])[0]
+    mine = (
+        ".film.tmp.mp4", ".notes.1-ab.tmp.txt", f".other.deadbeef-{os.getpid()}-00000000.tmp",
+        f".no-process.{machine}-{10**30}-00000000.tmp",
+    )  # fmt: skip
     for name in mine:
         (tmp_path / name).write_text("a person's, or of a machine that may still write it")
     (tmp_path / ".old.deadbeef-1-00000000.tmp").write_text("of a machine that has not touched it for days")
