@@ -23,6 +23,7 @@ from model.codec import Codec, codec_hash, load_codec
 from model.layout import CHUNK_LATENTS
 
 BINS = 41  # of the mouse's histograms
+VIDEOS, PICTURES, COUNTED = 4, 24, 256  # clips that are shown as video, as a first frame, whose actions are counted
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,6 @@ class InspectConfig:
     manifest: str
     out: str | None = None  # folder that gets index.html and the videos
     codec: str | None = None  # the one that encoded the set: to show clips as video
-    videos: int = 4  # clips as video
-    pictures: int = 24  # first frames
-    looked_at: int = 256  # clips, spread over all of the set, whose actions are counted
-
-    def __post_init__(self) -> None:
-        if min(self.videos, self.pictures) < 0 or self.looked_at < 1:
-            raise UserError(
-                f"videos={self.videos} and pictures={self.pictures} must be 0 or more, looked_at={self.looked_at} "
-                "1 or more"
-            )
 
 
 def inspect(config: InspectConfig) -> None:
@@ -50,7 +41,7 @@ def inspect(config: InspectConfig) -> None:
         read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
         require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
-    actions = sample_actions(shards, config.looked_at)
+    actions = sample_actions(shards, COUNTED)
     print("\n".join(summarise(config.manifest, shards, actions)))
     if config.out is not None:
         with storage.writing_folder(config.out, last="index.html") as folder:
@@ -115,8 +106,8 @@ def make_page(config: InspectConfig, shards: Shards, actions: SampledActions, fo
     videos = None
     if config.codec is not None:
         codec = open_codec(config.codec, manifest)
-        videos = list(write_videos(folder, codec, shards, spread(shards, config.videos)))
-    clips = [shards.clip(number) for number in spread(shards, config.pictures)]
+        videos = list(write_videos(folder, codec, shards, spread(shards, VIDEOS)))
+    clips = [shards.clip(number) for number in spread(shards, PICTURES)]
     lengths = Counter(clips_per_episode(shards))
     return render(
         Path(__file__).with_name("inspect.html"),

@@ -57,8 +57,10 @@ def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterat
 
 
 def count_indexed(container: InputContainer, stream: av.VideoStream, path: str | Path) -> int | None:
-    """How many frames are shown, if the file has a table of them in one piece: those that an edit list hides stand in
-    it too. Raises ValueError if the file ends before the frames do."""
+    """How many frames are shown, if the file has one table of them, in which those that an edit list hides stand too.
+
+    A file that ends before its frames do is refused.
+    """
     if "mp4" not in container.format.name or not stream.frames:
         return None
     entries = list(stream.index_entries)
@@ -151,9 +153,9 @@ def decode_from(
 def _decode(
     container: InputContainer, stream: av.VideoStream, path: str | Path, number: int = 0, first: int | None = None
 ) -> Iterator[VideoFrame]:
-    """Decoded frames. Raises ValueError if one is not there when a later one comes, of all from `number` on, which is
-    shown at `first`: decoders leave out what they cannot decode, and players show what is left at its time."""
-    due: list[int] = []  # when frames are shown that are in packets, and did not come yet
+    """Decoded frames. From frame `number` on, which is shown at `first`, a gap is refused: decoders leave out what they
+    cannot decode, and players show what is left at its time."""
+    due: list[int] = []  # when the frames are shown whose packets were read and that did not come yet
     known = True
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:

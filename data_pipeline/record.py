@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from configs import cache, storage, to_dict
-from configs.errors import MissingFileError, UserError
+from configs import cache, storage
+from configs.errors import UserError
 from configs.files import sole_writer
 from configs.foreign import parse_object
 from configs.game import GameConfig
@@ -33,16 +32,9 @@ BOUNDS = {
     "workers": (1, 256),
     "seed": (0, 2**63),
 }
+# A scenario of ViZDoom's, a map of its own, and H.264 quality: small noisy pictures need a low number.
+RECORDER = {"scenario": "deathmatch.wad", "map": "map01", "crf": 14}
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
-
-
-@dataclass(frozen=True)
-class RecorderConfig:
-    """How ViZDoom is set up."""
-
-    scenario: str = "deathmatch.wad"  # one of the package's scenarios
-    map: str = "map01"  # of the scenario's own
-    crf: int = 14  # H.264 quality, lower is better; small noisy pictures need a low one
 
 
 @dataclass(frozen=True)
@@ -55,7 +47,6 @@ class RecordConfig:
     frames: int = 105  # per episode
     seed: int = 0
     workers: int = 1  # games played at the same time; the episodes are the same for any number
-    recorder: RecorderConfig = RecorderConfig()
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -139,7 +130,7 @@ def record_episodes(config: RecordConfig) -> int:
     names = [f"episode_{i:05d}" for i in range(config.episodes)]
     if not _missing(config, names):
         return 0
-    find_scenario(config.recorder)  # before anything is written
+    import_vizdoom()  # before anything is written
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record"), lease(config.out, "record", folder) if s3 else nullcontext():
         todo = _missing(config, names)  # another one may just have ended
@@ -168,46 +159,26 @@ def _record_share(config: RecordConfig, indices: list[int]) -> None:
             keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
             folder = storage.path(config.out) / f"episode_{i:05d}"
             frames = (step.frame for step in steps)
-            write_episode(folder, _about(config, i), frames, keyboard, mouse_deg, config.recorder.crf)
+            write_episode(folder, _about(config, i), frames, keyboard, mouse_deg, RECORDER["crf"])
 
 
 def import_vizdoom() -> Any:
-    """The optional package; raises ValueError with what to install."""
+    """The optional package; refused with what to install."""
     try:
         return importlib.import_module("vizdoom")
     except ImportError as error:
         raise UserError("recording needs ViZDoom: pip install 'worldloom[demo]'") from error
 
 
-def find_scenario(recorder: RecorderConfig) -> Path:
-    """The scenario's file, a WAD. Refused if it lacks the map, for which the game would wait without end."""
-    scenario = Path(import_vizdoom().scenarios_path) / recorder.scenario
-    if not scenario.is_file():
-        raise MissingFileError(f"ViZDoom has no scenario {recorder.scenario}")
-    maps = read_maps(scenario)
-    if recorder.map.upper() not in maps:
-        has = ", ".join(maps) or "none: it is no WAD"
-        raise UserError(f"ViZDoom's {recorder.scenario} has no map {recorder.map.upper()}, but {has}")
-    return scenario
-
-
-def read_maps(wad: Path) -> list[str]:
-    """The names of a WAD's maps. In its directory each has 8 bytes, of 16 per entry, before those of a THINGS (Doom's
-    format) or a TEXTMAP (UDMF)."""
-    data = wad.read_bytes()
-    names = [data[at.start() - 16 : at.start() - 8] for at in re.finditer(rb"THINGS\0|TEXTMAP\0", data)]
-    return [name.partition(b"\0")[0].decode("latin-1").upper() for name in names if name]
-
-
 @contextmanager
 def running_game(config: RecordConfig) -> Iterator[Any]:
     """A ViZDoom game without window, sound, monsters or weapon, with the depth buffer; closed at the end."""
-    vizdoom, scenario = import_vizdoom(), find_scenario(config.recorder)
+    vizdoom = import_vizdoom()
     buttons = [*(BUTTONS[key] for key in config.game.action_space.keys), "LOOK_UP_DOWN_DELTA", "TURN_LEFT_RIGHT_DELTA"]
     with tempfile.TemporaryDirectory() as scratch:
         game = vizdoom.DoomGame()
-        game.set_doom_scenario_path(str(scenario))
-        game.set_doom_map(config.recorder.map)
+        game.set_doom_scenario_path(os.path.join(vizdoom.scenarios_path, RECORDER["scenario"]))
+        game.set_doom_map(RECORDER["map"])
         game.set_doom_config_path(os.path.join(scratch, "vizdoom.ini"))  # else it is written into the working folder
         game.set_screen_resolution(_screen_resolution(vizdoom, config.game))
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
@@ -255,7 +226,7 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
 
 
 def _about(config: RecordConfig, index: int) -> dict[str, Any]:
-    facts = {"seed": config.seed, "index": index, "recorder": to_dict(config.recorder), "licence": LICENCE}
+    facts = {"seed": config.seed, "index": index, "recorder": RECORDER, "licence": LICENCE}
     return {**describe_episode(config.game, config.frames), **facts}
 
 

@@ -259,5 +259,5 @@ def test_a_codec_that_makes_no_numbers_is_refused(encode_config, tmp_path):
 
 
 def test_inspect_looks_at_no_more_clips_than_there_are(encoded, capsys):
-    assert run("data_pipeline", VERBS, ["inspect", f"{encoded}/train/manifest.json", "looked_at=1000000000000"]) == 0
+    assert run("data_pipeline", VERBS, ["inspect", f"{encoded}/train/manifest.json"]) == 0
     assert read_index(f"{encoded}/train/shard-000000.tar").left_out == {}
