@@ -27,7 +27,7 @@ def encode(config: EncodeConfig) -> None:
 
 
 def repair(config: EncodeConfig) -> None:
-    """Re-read every shard and make anew what is missing or altered: the settings of `encode`."""
+    """Re-read every shard and encode again what is missing or altered: the settings of `encode`."""
     for fault in drop_faulty(config):
         print(fault)
     _tell(encode_recordings(config))

@@ -19,8 +19,8 @@ class Order:
 
     Each set gives its number of clips times its weight per epoch, rounded: with weight 1 every clip once, with 2 every
     clip twice, with 0.5 every clip once in two epochs. They are shuffled over everything; or with `shuffle_shards` the
-    shards are shuffled, dealt into groups of that many, and the clips shuffled within each group: whoever reads from
-    far away then needs only two groups at a time.
+    shards are shuffled, dealt into groups of that many, and the clips shuffled within each group, so that a reader of
+    shards on a server needs only two groups at a time.
     """
 
     def __init__(
@@ -47,13 +47,12 @@ class Order:
 
     def shards_after(self, epoch: int, group: int, batch: int, rank: int, world: int) -> list[int]:
         """The shards that the rank needs in the group after this one, in the order of their first use by it."""
-        found = self.epoch(epoch)
-        ended = int(np.searchsorted(found.groups, group, side="right"))
-        epoch, group = self.group(epoch * self.clips_per_epoch + ended)  # the next epoch's first, after the last
-        found = self.epoch(epoch)
-        places = np.flatnonzero(found.groups == group)
+        end = int(np.searchsorted(self.epoch(epoch).groups, group, side="right"))
+        epoch, group = self.group(epoch * self.clips_per_epoch + end)  # the next epoch's first, after the last
+        clips, groups = self.epoch(epoch)
+        places = np.flatnonzero(groups == group)
         mine = (epoch * self.clips_per_epoch + places) // batch % world == rank
-        return list(dict.fromkeys(self._shard_of[found.clips[places[mine]]].tolist()))
+        return list(dict.fromkeys(self._shard_of[clips[places[mine]]].tolist()))
 
     def _epoch(self, epoch: int) -> Epoch:
         clips = np.concatenate([self._clips_of_set(i, epoch) for i in range(len(self._sets))])
@@ -71,11 +70,11 @@ class Order:
         size, first, weight = self._sets[i]
         if weight == 1:
             return first + np.arange(size)
-        due = self.clips_per_set[i]
-        rounds = range(epoch * due // size, -(-(epoch + 1) * due // size)) if due else range(0)
-        whole = [shuffled(size, self.seed, one, i + 1 + SHARDS) for one in rounds]
-        skipped = epoch * due - (rounds.start * size if due else 0)
-        return first + np.concatenate([*whole, np.empty(0, np.int64)])[skipped : skipped + due]
+        count = self.clips_per_set[i]
+        rounds = range(epoch * count // size, -(-(epoch + 1) * count // size))
+        whole = [shuffled(size, self.seed, number, i + 1 + SHARDS) for number in rounds]
+        skipped = epoch * count - rounds.start * size
+        return first + np.concatenate([*whole, np.empty(0, np.int64)])[skipped : skipped + count]
 
 
 SHARDS = 1  # the shuffle of the shards; those of weighted sets follow it, that of the clips has no number

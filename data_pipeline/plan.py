@@ -211,12 +211,12 @@ def require_same_plan(plan: Plan) -> None:
         if not storage.exists(url):  # looked at again: a worker that has just begun writes its plan before its shards
             raise UserError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
     try:
-        found = parse_object(storage.read_bytes(url), url)
+        facts = parse_object(storage.read_bytes(url), url)
     except ValueError as error:
         raise UserError(f"{error}; it is no plan: delete {folder} or give another out=") from error
     for name in plan.facts:
-        if found.get(name) != plan.facts[name]:
-            change = _describe_change(found.get(name), plan.facts[name])
+        if facts.get(name) != plan.facts[name]:
+            change = _describe_change(facts.get(name), plan.facts[name])
             raise UserError(f"{folder} holds shards of another plan: {name} {change}; give another out= or delete it")
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_encode_workers import MOMENTS, files, start_workers
+from encode_runs import MOMENTS, encode_words, read_tree, start_workers
 from tiny_recordings import FRAMES, spoil_video, write_recording
 
 from configs.cli import run
@@ -41,13 +41,8 @@ def made(spoilt) -> str:
     return spoilt.out
 
 
-def command(config: EncodeConfig, game_yaml: str, *more: str, verb: str = "encode") -> list[str]:
-    names = ("source", "codec", "out", "shard_clips", "heldout_every", "on_bad_recording")
-    return [verb, game_yaml, *(f"{name}={getattr(config, name)}" for name in names), *more]
-
-
 def test_what_is_left_out_is_counted_in_the_last_line_and_listed(spoilt, made, game_yaml, capsys):
-    assert run("data_pipeline", VERBS, command(spoilt, game_yaml)) == 0
+    assert run("data_pipeline", VERBS, encode_words(spoilt, game_yaml)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert "encoded 6 clips (0 by this worker) in 2 shards" in last
     assert "4 bad recordings (episode_00003: no file episode_00003/actions.csv, episode_00000: " in last
@@ -74,7 +69,7 @@ def test_a_shard_holds_what_it_would_without_the_bad_episode(spoilt, made, tmp_p
 def test_workers_that_are_killed_leave_the_same_bytes(spoilt, made, game_yaml, tmp_path):
     config = replace(spoilt, out=str(tmp_path))
     assert start_workers(config, game_yaml, 2, {0: "between shard and index"}) == [-signal.SIGKILL, 0]
-    assert files(tmp_path) == files(made)
+    assert read_tree(tmp_path) == read_tree(made)
 
 
 @pytest.mark.long
@@ -83,13 +78,13 @@ def test_killed_anywhere_among_bad_recordings_and_started_again(moment, spoilt, 
     config = replace(spoilt, out=str(tmp_path))
     assert start_workers(config, game_yaml, 1, {0: moment}) == [-signal.SIGKILL]
     assert start_workers(config, game_yaml, 2, {}) == [0, 0]
-    assert files(tmp_path) == files(made)
+    assert read_tree(tmp_path) == read_tree(made)
 
 
 def test_by_default_a_bad_recording_stops_and_a_mended_one_goes_on(spoilt, made, game_yaml, tmp_path, capsys):
     config = replace(spoilt, out=str(tmp_path / "out"), source=str(tmp_path / "source"), on_bad_recording="stop")
     shutil.copytree(spoilt.source, config.source)
-    assert run("data_pipeline", VERBS, command(config, game_yaml)) == 2
+    assert run("data_pipeline", VERBS, encode_words(config, game_yaml)) == 2
     assert "no file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "source" / "episode_00003")
     config = replace(config, heldout_every=0)
@@ -110,7 +105,7 @@ def test_repair_tries_a_left_out_episode_again(recordings, spoilt, made, tmp_pat
     (line, _) = drop_faulty(config)
     assert "shard-000000.tar: made without episode_00000, tried again" in line
     encode_recordings(config)
-    assert files(config.out) == files(made)
+    assert read_tree(config.out) == read_tree(made)
     shutil.copy(recordings / "episode_00000" / "video.mp4", tmp_path / "source" / "episode_00000" / "video.mp4")
     assert encode_recordings(config).new_clips == 0
     drop_faulty(config)

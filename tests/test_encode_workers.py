@@ -1,8 +1,6 @@
 """Many workers on one shard set: killed anywhere, started again in other numbers, with the same bytes."""
 
-import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -12,71 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from encode_runs import DIES, MOMENTS, encode_words, read_tree, start, start_workers
 from tiny_recordings import numbered_episode
 
-from configs import storage, to_dict
+from configs import storage
 from configs.game import InputConfig
 from data_pipeline.encode import Worker, encode_recordings
-from data_pipeline.plan import EncodeConfig, make_plans
+from data_pipeline.plan import make_plans
 from data_pipeline.resample import resample
 from data_pipeline.shard_jobs import ShardJob, sort_jobs
 from data_pipeline.shards import index_url
 from model.codec import load_codec
 
-# Runs the command line and kills itself at the n-th call of one function, before or after it did its work; with two,
-# at the n-th call of the second one since the first was called.
-DIES = """
-import os, signal, sys
-from importlib import import_module
-from configs.cli import run
-
-def replace(name, make):
-    module, _, path = name.partition(":")
-    owner = import_module(module)
-    *path, name = path.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    setattr(owner, name, make(getattr(owner, name)))
-
-*first, place, call, when = sys.argv[1].split("|")
-begun, calls = [] if first else [1], []
-
-def beginning(original):
-    def begins(*given, **named):
-        begun.append(1)
-        return original(*given, **named)
-    return begins
-
-def dying(original):
-    def dies(*given, **named):
-        calls.extend(begun[:1])
-        last = bool(begun) and len(calls) == int(call)
-        if last and when == "before":
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*given, **named)
-        if last:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-    return dies
-
-for name in first:
-    replace(name, beginning)
-replace(place, dying)
-from data_pipeline.__main__ import VERBS
-sys.exit(run("data_pipeline", VERBS, sys.argv[2:]))
-"""
-
-MOMENTS = {
-    "reading frames": "data_pipeline.readers:fit_frame|20|before",
-    "encoding": "data_pipeline.clips:Encoder.latents|2|before",
-    "beginning a shard": "data_pipeline.encode:cut_episodes|2|before",
-    "writing a shard": "data_pipeline.shards:pack_clip|3|after",
-    "between shard and index": "data_pipeline.encode:write_shard|data_pipeline.shards:storage.write_text|1|before",
-    "index written": "data_pipeline.encode:write_shard|1|after",
-    "before the manifest": "data_pipeline.encode:save_manifest|1|before",
-    "writing the manifest": "data_pipeline.encode:save_manifest|configs.files:os.replace|1|before",
-    "between the manifests": "data_pipeline.encode:save_manifest|1|after",
-}
 # What a worker alone must have left when it was killed there.
 LEFT = {
     "beginning a shard": lambda names: shards(names, ".tar") <= 1 and "train/plan.json" in names,
@@ -93,47 +38,15 @@ def shards(names: Iterable[str], suffix: str) -> int:
     return sum(name.endswith(suffix) and "/." not in name for name in names)
 
 
-def words(config: EncodeConfig, game_yaml: str) -> list[str]:
-    settings = {key: value for key, value in to_dict(config).items() if key != "game" and value is not None}
-    return ["encode", game_yaml, *(f"{key}={value}" for key, value in settings.items())]
-
-
-def files(folder: str | Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
-def start(command: list[str], workers: int, rank: int) -> subprocess.Popen[str]:
-    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def start_workers(config: EncodeConfig, game_yaml: str, workers: int, dying: dict[int, str]) -> list[int]:
-    """The exit statuses of `workers` processes, of which some die at a moment; the first has written a plan when the
-    others are started, which else might leave it nothing to do."""
-    plain = [sys.executable, "-m", "data_pipeline", *words(config, game_yaml)]
-    started: list[subprocess.Popen[str]] = []
-    for rank in range(workers):
-        moment = dying.get(rank)
-        line = [sys.executable, "-c", DIES, MOMENTS[moment], *words(config, game_yaml)] if moment else plain
-        started.append(start(line, workers, rank))
-        while dying and rank == 0 and started[0].poll() is None and not list(Path(config.out).glob("*/plan.json")):
-            time.sleep(0.005)
-    return [worker.wait(timeout=120) for worker in started]
-
-
-def into(config: EncodeConfig, out: Path) -> EncodeConfig:
-    return replace(config, out=str(out))
-
-
 def test_workers_without_a_number_leave_the_bytes_of_one(encode_config, encoded, tmp_path):
     """Two at once in this process, each with a thread of its own."""
-    config, made = into(encode_config, tmp_path), []
+    config, made = replace(encode_config, out=str(tmp_path)), []
     threads = [threading.Thread(target=lambda: made.append(encode_recordings(config).new_clips)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(made) >= 12 and files(tmp_path) == files(encoded)
+    assert sum(made) >= 12 and read_tree(tmp_path) == read_tree(encoded)
 
 
 @pytest.mark.parametrize(("jobs", "world"), [(7, 1), (7, 3), (2, 3)])
@@ -150,24 +63,24 @@ def test_a_worker_makes_its_share_first_and_then_what_is_missing(jobs, world, mo
 
 @pytest.mark.parametrize("moment", LEFT)
 def test_a_worker_is_killed_at_the_moment_that_is_named(moment, encode_config, encoded, game_yaml, tmp_path):
-    config = into(encode_config, tmp_path)
+    config = replace(encode_config, out=str(tmp_path))
     assert start_workers(config, game_yaml, 1, {0: moment}) == [-signal.SIGKILL]
-    left = files(tmp_path)
+    left = read_tree(tmp_path)
     assert LEFT[moment](left), sorted(left)
     encode_recordings(config)
-    assert files(tmp_path) == files(encoded)
+    assert read_tree(tmp_path) == read_tree(encoded)
 
 
 @pytest.mark.parametrize("moment", ["encoding", "between shard and index"])
 def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config, encoded, game_yaml, tmp_path):
-    config = into(encode_config, tmp_path)
+    config = replace(encode_config, out=str(tmp_path))
     assert start_workers(config, game_yaml, 2, {0: moment}) == [-signal.SIGKILL, 0]
-    assert files(tmp_path) == files(encoded)
+    assert read_tree(tmp_path) == read_tree(encoded)
 
 
 def test_a_shard_that_another_worker_drops_late_is_made_again(encode_config, encoded, tmp_path, monkeypatch):
     """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
-    config, make, passes = into(encode_config, tmp_path), Worker.make_missing, []
+    config, make, passes = replace(encode_config, out=str(tmp_path)), Worker.make_missing, []
 
     def make_and_lose(worker: Worker, jobs: Sequence[ShardJob]) -> None:
         make(worker, jobs)
@@ -177,16 +90,16 @@ def test_a_shard_that_another_worker_drops_late_is_made_again(encode_config, enc
 
     monkeypatch.setattr(Worker, "make_missing", make_and_lose)
     assert encode_recordings(config).new_clips == 12 + 2 * 2 and len(passes) == 3
-    assert files(tmp_path) == files(encoded)
+    assert read_tree(tmp_path) == read_tree(encoded)
 
 
 def test_all_killed_in_the_middle_and_one_started_again(encode_config, encoded, game_yaml, tmp_path):
-    config = into(encode_config, tmp_path)
+    config = replace(encode_config, out=str(tmp_path))
     killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "beginning a shard"})
     assert killed == [-signal.SIGKILL] * 2
-    assert files(tmp_path) != files(encoded)
+    assert read_tree(tmp_path) != read_tree(encoded)
     encode_recordings(config)
-    assert files(tmp_path) == files(encoded)
+    assert read_tree(tmp_path) == read_tree(encoded)
 
 
 @pytest.mark.long
@@ -196,12 +109,12 @@ def test_killed_anywhere_and_started_again_in_other_numbers(
     moment, before, after, encode_config, encoded, game_yaml, tmp_path
 ):
     """`make test-encode`. The first worker dies at the moment; the others a little later or earlier, all of them."""
-    config = into(encode_config, tmp_path)
+    config = replace(encode_config, out=str(tmp_path))
     rest = {rank: "beginning a shard" for rank in range(1, before)}
     first, *others = start_workers(config, game_yaml, before, {0: moment, **rest})
     assert first == -signal.SIGKILL and set(others) <= {-signal.SIGKILL, 0}
     assert start_workers(config, game_yaml, after, {}) == [0] * after
-    same = files(tmp_path) == files(encoded)
+    same = read_tree(tmp_path) == read_tree(encoded)
     print(f"| {moment} | {before} -> {after} | {'identical' if same else 'DIFFERENT'} |")
     assert same
 
@@ -210,14 +123,15 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
     for name in storage.list_tree(recordings):
         storage.write_file(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
-    one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words(config, game_yaml)], workers=2, rank=0)
+    words = encode_words(config, game_yaml)
+    one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words], workers=2, rank=0)
     until = time.monotonic() + 60
     while not any(name.endswith("plan.json") for name in storage.list_tree(config.out)):  # else the other may do it all
         assert one.poll() is None and time.monotonic() < until
-    other = start([sys.executable, "-m", "data_pipeline", *words(config, game_yaml)], workers=2, rank=1)
+    other = start([sys.executable, "-m", "data_pipeline", *words], workers=2, rank=1)
     assert (one.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
-    theirs = files(encoded)
-    assert {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)} == theirs
+    left = {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)}
+    assert left == read_tree(encoded)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
+from encode_runs import encode_words, read_tree
 from full_disk import full_disk
 from pages import PLANTED, Page
 from PIL import Image
@@ -37,21 +38,8 @@ from model.codec import load_codec
 from tests.bench.loader import write_mapped
 
 
-def files(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()
-    }
-
-
 def into(config, out, **changes):
     return dataclasses.replace(config, out=str(out), **changes)
-
-
-def words(config, game_yaml, *more):
-    settings = [
-        f"{name}={getattr(config, name)}" for name in ("source", "codec", "out", "shard_clips", "heldout_every")
-    ]
-    return ["encode", game_yaml, *settings, *more]
 
 
 def encode_by_hand(config, episode, start, frames):
@@ -118,10 +106,10 @@ def test_plain_webdataset_reads_the_shards(encoded):
 
 
 def test_encoding_again_and_elsewhere_gives_the_same_bytes(encode_config, encoded, tmp_path):
-    before = files(encoded)
+    before = read_tree(encoded)
     assert encode_recordings(encode_config).new_clips == 0
     assert encode_recordings(into(encode_config, tmp_path)).new_clips == 12
-    assert files(encoded) == files(tmp_path) == before
+    assert read_tree(encoded) == read_tree(tmp_path) == before
 
 
 SPOILT = {"key": 0, "episode": 1, "start": 2, "offset": 3, "size": 4, "jpeg_offset": 5, "jpeg_size": 6}
@@ -158,10 +146,13 @@ def test_a_damaged_shard_is_reported_and_made_anew(damage, encode_config, encode
     assert run("data_pipeline", VERBS, ["verify", manifest]) == 1
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "shard-000001" in said[0] and "1 faults" in said[1]
-    assert run("data_pipeline", VERBS, ["repair", *words(into(encode_config, tmp_path / "out"), game_yaml)[1:]]) == 0
+    assert (
+        run("data_pipeline", VERBS, ["repair", *encode_words(into(encode_config, tmp_path / "out"), game_yaml)[1:]])
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 2 and "shard-000001" in said[0] and "12 clips (2 by this worker)" in said[1]
-    assert files(tmp_path / "out") == files(encoded)
+    assert read_tree(tmp_path / "out") == read_tree(encoded)
 
 
 def test_verify_and_inspect_speak_of_a_whole_set(encoded, capsys):
@@ -192,23 +183,23 @@ def test_a_stray_shard_is_reported(encoded, tmp_path):
     ],
 )
 def test_another_plan_over_existing_shards_is_refused_by_name(changes, named, encode_config, encoded):
-    before = files(encoded)
+    before = read_tree(encoded)
     with pytest.raises(ValueError, match=named):
         encode_recordings(dataclasses.replace(encode_config, **changes))
-    assert files(encoded) == before
+    assert read_tree(encoded) == before
 
 
 def test_shards_without_their_plan_are_refused(encode_config, encoded, tmp_path):
     shutil.copytree(encoded, tmp_path / "out")
     (tmp_path / "out/train/plan.json").unlink()
-    before = files(tmp_path / "out")
+    before = read_tree(tmp_path / "out")
     for config in (into(encode_config, tmp_path / "out"), into(encode_config, tmp_path / "out", clip_frames=9)):
         for action in (encode_recordings, drop_faulty):
             with pytest.raises(
                 ValueError, match=r"out/train holds shards without their plan\.json; delete them or give"
             ):
                 action(config)
-    assert files(tmp_path / "out") == before
+    assert read_tree(tmp_path / "out") == before
 
 
 def test_a_plan_that_is_written_with_its_first_shard_meanwhile_is_found(encode_config, encoded, tmp_path, monkeypatch):
@@ -261,7 +252,7 @@ FAULTS = {
 def test_bad_input_is_one_line_and_writes_nothing(fault, encode_config, game_yaml, tmp_path, capsys):
     more, message = FAULTS[fault]
     out = tmp_path / "out"
-    assert run("data_pipeline", VERBS, words(into(encode_config, out), game_yaml, *more)) == 2
+    assert run("data_pipeline", VERBS, encode_words(into(encode_config, out), game_yaml, *more)) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and message in said[0]
     assert not out.exists()
@@ -273,7 +264,7 @@ def test_the_command_line_exits_with_2_and_one_line(encode_config, game_yaml, tm
     video = tmp_path / "source" / "episode_00004" / "video.mp4"
     video.write_bytes(video.read_bytes()[:2000])
     config = into(encode_config, tmp_path / "out", source=str(tmp_path / "source"))
-    command = [sys.executable, "-m", "data_pipeline", *words(config, game_yaml)]
+    command = [sys.executable, "-m", "data_pipeline", *encode_words(config, game_yaml)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "episode_00004/video.mp4" in done.stderr and not (tmp_path / "out").exists()
@@ -286,7 +277,7 @@ def test_a_full_disk_leaves_no_half_shard_and_no_half_episode(encode_config, enc
     assert {path.name for path in (tmp_path / "out" / "train").iterdir()} == {"plan.json"}
     assert not list((tmp_path / "out").rglob("*.tmp*"))
     assert encode_recordings(config).new_clips == 12  # room again: it goes on
-    assert files(tmp_path / "out") == files(encoded)
+    assert read_tree(tmp_path / "out") == read_tree(encoded)
     with full_disk(2_000), pytest.raises(OSError, match="File too large"):
         write_recording(tmp_path / "recordings" / "episode", game)
     assert list((tmp_path / "recordings").iterdir()) == []
