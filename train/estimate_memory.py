@@ -85,7 +85,7 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
     if live.peak_without_gradients > held["activations"] + held["gradients"]:  # more is held where it begins
         held |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
-        held["base process"] = psutil.Process().memory_info().rss
+        held["baseline RSS"] = psutil.Process().memory_info().rss
         if config.checkpoint.background:
             held["checkpoint"] = held["average"] * 4
     _, p, q = model.patch_size

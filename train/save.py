@@ -68,10 +68,10 @@ class Saver:
         if self.config.checkpoint.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         work = [partial(self._stage, folder, tensors, metadata), partial(self._complete, folder, position)]
-        before_training = 0 if self.config.checkpoint.background else 1 if self.remote else 2
-        if self._try(folder, *work[:before_training]) and before_training < 2:
-            self._start_thread(folder, *work[before_training:])
-        if before_training == 2:
+        steps_before = 0 if self.config.checkpoint.background else 1 if self.remote else 2
+        if self._try(folder, *work[:steps_before]) and steps_before < 2:
+            self._start_thread(folder, *work[steps_before:])
+        if steps_before == 2:
             self.check()
             self.engine.accelerator.wait_for_everyone()
         return folder
