@@ -72,7 +72,7 @@ def plan(args: list[str]) -> int:
 def estimate(run: Launch, config: PlanConfig) -> MemoryEstimate:
     """What a device, or on a CPU a process, of the run holds."""
     clip = clip_size(run.train, config.height, config.width, config.latents)
-    pixels = clip.latents * clip.rows * clip.columns * run.train.batch * run.train.accumulation
+    pixels = math.prod(clip) * run.train.batch * run.train.accumulation
     if pixels > MOST_PIXELS:
         raise UserError(
             f"a step of {pixels:.1e} latent pixels per process is beyond what a plan is for; give smaller or fewer "

@@ -23,14 +23,7 @@ from train.objectives import check_objective, make_objective
 
 CPU = torch.device("cpu")
 
-
-@dataclass(frozen=True)
-class ClipSize:
-    """Latents of a clip, and the rows and columns of each."""
-
-    latents: int
-    rows: int
-    columns: int
+Size = tuple[int, int, int]  # latents of a clip, rows and columns of each
 
 
 @dataclass(frozen=True)
@@ -79,11 +72,11 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def estimate_memory(config: TrainConfig, clip: ClipSize, ranks: int, on_cpu: bool) -> MemoryEstimate:
+def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -> MemoryEstimate:
     """One of `ranks` in a training step. Raises UserError for an engine that there is not."""
     model, b, engine = config.model, config.batch, engine_of(config)
-    frames = make_objective(config.objective).latents or clip.latents
-    size = (b, frames, clip.rows, clip.columns)
+    latents, rows, columns = clip
+    size = (b, make_objective(config.objective).latents or latents, rows, columns)
     parameters = sum(p.numel() for p in counted_dit(model).parameters())
     held = engine.state_bytes(config, parameters, ranks, on_cpu)
     held["average"] = 4 * parameters // (ranks if engine.all_write_state else 1)
@@ -92,11 +85,11 @@ def estimate_memory(config: TrainConfig, clip: ClipSize, ranks: int, on_cpu: boo
     if live.peak_without_gradients > held["activations"] + held["gradients"]:  # more is held where it begins
         held |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
-        held["base process"] = psutil.Process().memory_info().rss
+        held["baseline RSS"] = psutil.Process().memory_info().rss
         if config.checkpoint.background:
             held["checkpoint"] = held["average"] * 4
     _, p, q = model.patch_size
-    tokens = b * frames * (clip.rows // p) * (clip.columns // q)
+    tokens = b * size[1] * (rows // p) * (columns // q)
     flops = training_flops(model, *size)
     return MemoryEstimate(held, parameters, config.accumulation * tokens, config.accumulation * flops)
 
@@ -117,7 +110,7 @@ def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bo
     return live
 
 
-def clip_size(config: TrainConfig, height: int | None, width: int | None, latents: int | None) -> ClipSize:
+def clip_size(config: TrainConfig, height: int | None, width: int | None, latents: int | None) -> Size:
     """The clips of the run's manifest, but `latents` latents of `height` x `width` px where those are given; without a
     manifest all three must be."""
     objective = make_objective(config.objective)
@@ -131,4 +124,4 @@ def clip_size(config: TrainConfig, height: int | None, width: int | None, latent
             f"height={height} and width={width} must be multiples of {SPATIAL} px, latents={latents} 1 or more"
         )
     check_objective(objective, config.model, layout, latents)
-    return ClipSize(latents, height // SPATIAL, width // SPATIAL)
+    return latents, height // SPATIAL, width // SPATIAL

@@ -67,14 +67,11 @@ class Saver:
         tensors, metadata = self._own_part()
         if self.config.checkpoint.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        stage = partial(self._stage, folder, tensors, metadata)
-        complete = partial(self._complete, folder, position)
-        if self.config.checkpoint.background:
-            self._start_thread(folder, stage, complete)
-        elif self._try(folder, stage) and self.remote:
-            self._start_thread(folder, complete)
-        elif not self.remote:
-            self._try(folder, complete)
+        work = [partial(self._stage, folder, tensors, metadata), partial(self._complete, folder, position)]
+        steps_before = 0 if self.config.checkpoint.background else 1 if self.remote else 2
+        if self._try(folder, *work[:steps_before]) and steps_before < 2:
+            self._start_thread(folder, *work[steps_before:])
+        if steps_before == 2:
             self.check()
             self.engine.accelerator.wait_for_everyone()
         return folder

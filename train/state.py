@@ -6,10 +6,10 @@ as (name, start, numbers), one engine's state is every engine's: on as many rank
 
 import json
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -78,41 +78,64 @@ def _crc32(tensor: Tensor) -> int:
     return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-class SavedState:
-    """The files of all ranks together, on disk or in a bucket; numbers are read when they are asked for.
+class RankFile:
+    """What one rank has written, on disk or in a bucket. From a bucket each tensor is a request of its own; with
+    `copies`, the file is copied to this machine when something of it is asked for, until `copies` is closed."""
 
-    From a bucket each tensor is a request of its own; with `copies`, a file is copied to this machine when something of
-    it is asked for, and stays until `copies` is closed.
-    """
+    def __init__(self, path: str | Path, copies: ExitStack | None) -> None:
+        """Raises UserError for a file that holds no state."""
+        self.path, self.copies = path, copies
+        self.file = read_weights(path, partial(storage.open, buffer_bytes=1))
+        if STARTS not in self.file.metadata:
+            raise UserError(f"{path} holds weights, but no state of a training run")
+        with reading(path):
+            starts = parse_object(self.file.metadata[STARTS], path)
+            self.starts = {key: starts[key.partition("/")[2]] for key in self.file}  # in the flattened parameters
+            self.steps = int(self.file.metadata[STEP])
+            self.crc32 = parse_object(self.file.metadata.get(CHECKSUMS, "{}"), path)
+            for key, start in self.starts.items():
+                spec = self.file.specs[key]
+                if type(start) is not int or start < 0 or spec.ndim != 1 or spec.dtype != torch.float32:
+                    raise UserError(f"{key} is no slice of float32 numbers")
+
+    @cached_property
+    def _source(self) -> LazyWeights:
+        if self.copies is None or not storage.is_s3(self.path):
+            return self.file
+        return open_weights(self.copies.enter_context(storage.cached_file(self.path)))
+
+    def read(self, key: str) -> Tensor:
+        """Raises UserError if the numbers have changed since they were written."""
+        tensor = self._source.read(key)
+        crc32 = _crc32(tensor)
+        if self.crc32.get(key, crc32) != crc32:
+            raise UserError(f"{self.path} is damaged in {key}; delete its checkpoint to resume from the one before it")
+        return tensor
+
+
+class SavedState:
+    """The files of all ranks together; numbers are read when they are asked for."""
 
     def __init__(self, paths: Iterable[str | Path], copies: ExitStack | None = None) -> None:
-        """Raises UserError for files that are no complete state."""
-        self.slices: dict[str, list[tuple[int, LazyWeights]]] = {}  # by tensor: where each begins, and its file
-        self.steps, self.paths = 0, list(paths)
-        for path in self.paths:
-            file = read_weights(path, partial(storage.open, buffer_bytes=1))
-            if STARTS not in file.metadata:
-                raise UserError(f"{path} holds weights, but no state of a training run")
-            with reading(path):
-                starts = _starts(file, path)
-                self.steps = max(self.steps, int(file.metadata[STEP]))
-            if copies is not None and storage.is_s3(path):
-                file = replace(file, read=_reading_copy(path, copies))
-            checked = _checked(file, path)
-            for key in file:
-                self.slices.setdefault(key, []).append((starts[key], checked))
+        """`copies` as of RankFile. Raises UserError for files that are no complete state."""
+        self.files = [RankFile(path, copies) for path in paths]
+        self.steps = max((file.steps for file in self.files), default=0)
+        self.slices: dict[str, list[tuple[int, RankFile]]] = {}  # by tensor: where each begins, and its file
+        for file in self.files:
+            for key, start in file.starts.items():
+                self.slices.setdefault(key, []).append((start, file))
 
     def read(self, kind: str, name: str, start: int, length: int) -> Tensor:
         """(length) float32 of `weight`, `ema` or a moment of the flattened parameter `name`."""
         key, numbers, filled = f"{kind}/{name}", torch.empty(length), 0
         for begin, file in sorted(self.slices.get(key, ()), key=lambda item: item[0]):
-            end = begin + len(file.specs[key])
+            end = begin + len(file.file.specs[key])
             low, high = max(start, begin), min(start + length, end)
             if low < high and low == start + filled:  # neither a gap nor an overlap
-                numbers[low - start : high - start] = file[key][low - begin : high - begin]
+                numbers[low - start : high - start] = file.read(key)[low - begin : high - begin]
                 filled += high - low
         if filled != length:
-            where = storage.parent(self.paths[0]) if self.paths else "no file"
+            where = storage.parent(self.files[0].path) if self.files else "no file"
             raise UserError(f"{where} holds {filled} of {length} numbers of {key}: it is of another model, or damaged")
         return numbers
 
@@ -137,38 +160,3 @@ class SavedState:
             shard.weight.copy_(self.read("weight", *span))
             for key in MOMENTS if self.steps else ():
                 shard.moment(optimizer, key).copy_(self.read(key, *span))
-
-
-def _starts(file: LazyWeights, path: str | Path) -> dict[str, int]:
-    """Where each tensor of a rank's file begins in the flattened parameter."""
-    starts = parse_object(file.metadata[STARTS], path)
-    by_key = {key: starts[key.partition("/")[2]] for key in file}
-    for key, start in by_key.items():
-        if type(start) is not int or start < 0 or file.specs[key].ndim != 1 or file.specs[key].dtype != torch.float32:
-            raise UserError(f"{key} is no slice of float32 numbers")
-    return by_key
-
-
-def _reading_copy(path: str | Path, copies: ExitStack) -> Callable[[str], Tensor]:
-    copied: list[LazyWeights] = []
-
-    def read(name: str) -> Tensor:
-        if not copied:
-            copied.append(open_weights(copies.enter_context(storage.cached_file(path))))
-        return copied[0].read(name)
-
-    return read
-
-
-def _checked(file: LazyWeights, path: str | Path) -> LazyWeights:
-    """The tensors of a rank's file; reading one whose numbers have changed since they were written is a UserError."""
-    expected = parse_object(file.metadata.get(CHECKSUMS, "{}"), path)
-
-    def read(name: str) -> Tensor:
-        tensor = file.read(name)
-        crc32 = _crc32(tensor)
-        if expected.get(name, crc32) != crc32:
-            raise UserError(f"{path} is damaged in {name}; delete its checkpoint to resume from the one before it")
-        return tensor
-
-    return replace(file, read=read)
