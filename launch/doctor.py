@@ -248,8 +248,9 @@ def join_nodes(cluster: Cluster, limit_s: float) -> TCPStore:
             ) from error
     while True:
         try:
+            socket.create_connection((cluster.host, cluster.port), timeout=limit_s).close()  # torch's waiting is loud
             return TCPStore(cluster.host, cluster.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        except RuntimeError as error:  # it may have no address yet
+        except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline - 1:
                 raise ConnectionError(
                     f"{cluster.host}:{cluster.port} of node 0 was not reached within {limit_s:g} s ({error}); start "
