@@ -1,4 +1,4 @@
-"""Whether the machines of a run can bear it, found out on every node before anything is queued."""
+"""Examines the machines of a run, every node at once, before anything is queued."""
 
 import json
 import os
@@ -64,7 +64,7 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class Hello:
+class NodeAddress:
     """How a node introduces itself."""
 
     host: str
@@ -157,23 +157,23 @@ def examine(config: DoctorConfig) -> ClusterReport | None:
     cluster, node, limit_s, token = config.machine, config.machine.node_rank, config.timeout_s, uuid.uuid4().hex[:12]
     store, where = join_nodes(cluster, limit_s), address(os.environ)
     with listen((cluster.nodes > 1 and own_address(where)) or LOOPBACK, 0) as listener:  # to be probed
-        own = Hello(socket.gethostname(), where, listener.getsockname()[1], token)
-        peers = all_gather(store, cluster, "hello", own, limit_s)
+        own = NodeAddress(socket.gethostname(), where, listener.getsockname()[1], token)
+        peers = all_gather(store, cluster, "address", own, limit_s)
         report, error = run_with_timeout(limit_s, partial(_look_around, config, peers))
         findings = all_gather(store, cluster, "findings", Findings(report, error), limit_s + ENDING_S)
     store.set(f"done/{node}", "")
     for path in config.paths if report else ():
         with suppress(OSError):  # it could not be written
             storage.remove(probe_file(path, token))
-    reports = [one.report for one in findings.values() if one.report]
-    if any(one.node not in peers or len(one.paths) != len(config.paths) for one in reports):
+    reports = [finding.report for finding in findings.values() if finding.report]
+    if any(report.node not in peers or len(report.paths) != len(config.paths) for report in reports):
         raise ConnectionError("a node reports what it was not asked; start the same doctor on all nodes")
     unmeasured = obstacle(reports, cluster)
     measured = _measure_links(config, store, findings) if not unmeasured and cluster.nodes > 1 else {}
     if node != 0:
         return None
     wait_for(store, [f"done/{peer}" for peer in findings], ENDING_S)  # the store ends with this process
-    lost = {str(peer): one.error for peer, one in findings.items() if one.error}
+    lost = {str(peer): finding.error for peer, finding in findings.items() if finding.error}
     for peer in set(range(cluster.nodes)) - set(findings):
         how = "came, but was not heard of again" if peer in peers else "did not come"
         lost[str(peer)] = f"{how} within {limit_s:g} s"
@@ -197,14 +197,14 @@ def _measure_links(config: DoctorConfig, store: Store, nodes: Iterable[int]) -> 
     return {node: take(store, key, Measurement) for node, key in keys.items() if store.check([key])}
 
 
-def _look_around(config: DoctorConfig, peers: dict[int, Hello], phase: Phase) -> NodeReport:
+def _look_around(config: DoctorConfig, peers: dict[int, NodeAddress], phase: Phase) -> NodeReport:
     """This node, and what it sees of the others."""
     node = config.machine.node_rank
     phase.name = "looking at GPUs, memory and disks"
     facts = inspect_node(config.shared)
     phase.name = "opening connections to the other nodes"
-    unreached = probe_connectivity({peer: (one.address, one.port) for peer, one in peers.items() if peer != node})
-    tokens, paths = {peer: one.token for peer, one in peers.items()}, []
+    unreached = probe_connectivity({peer: (where.address, where.port) for peer, where in peers.items() if peer != node})
+    tokens, paths = {peer: where.token for peer, where in peers.items()}, []
     for path in config.paths:
         phase.name = f"writing to {path} and reading what the others write there"
         paths.append(probe_path(path, node, tokens))
@@ -248,8 +248,9 @@ def join_nodes(cluster: Cluster, limit_s: float) -> TCPStore:
             ) from error
     while True:
         try:
+            socket.create_connection((cluster.host, cluster.port), timeout=limit_s).close()  # torch's waiting is loud
             return TCPStore(cluster.host, cluster.port, is_master=False, wait_for_workers=False, timeout=timeout)
-        except RuntimeError as error:  # it may have no address yet
+        except (OSError, RuntimeError) as error:
             if time.monotonic() > deadline - 1:
                 raise ConnectionError(
                     f"{cluster.host}:{cluster.port} of node 0 was not reached within {limit_s:g} s ({error}); start "

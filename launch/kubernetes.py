@@ -55,7 +55,7 @@ class Kubernetes(Scheduler):
 
     def render(self, cluster: Cluster, job: Job) -> str:
         """Documents of JSON, which is YAML too and quotes every text."""
-        documents = [json.dumps(one, indent=2, ensure_ascii=False) for one in self.manifests(cluster, job)]
+        documents = [json.dumps(document, indent=2, ensure_ascii=False) for document in self.manifests(cluster, job)]
         return f"{MARK}\n" + "\n---\n".join(documents) + "\n"
 
     def manifests(self, cluster: Cluster, job: Job) -> list[dict[str, Any]]:

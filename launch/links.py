@@ -42,7 +42,7 @@ class Measurement:
 
 
 def peers(node: int, nodes: int) -> list[int | None]:
-    """Whom a node meets in every round (none: it waits): all pairs meet once, and nobody meets two at a time."""
+    """The peer of a node in every round (none: it waits): all pairs meet once, and no node has two at a time."""
     met = [node ^ i for i in range(1, 1 << (nodes - 1).bit_length())]
     return [peer if peer < nodes else None for peer in met]
 

@@ -120,7 +120,7 @@ def address(env: Mapping[str, str]) -> str:
     interface = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:
         addresses = psutil.net_if_addrs().get(interface, [])
-        return next((one.address for one in addresses if one.family == socket.AF_INET), "")
+        return next((found.address for found in addresses if found.family == socket.AF_INET), "")
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:

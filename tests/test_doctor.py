@@ -21,7 +21,7 @@ from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.cluster_report import ClusterReport, LimitsConfig, NodeReport, find_issues, obstacle, report_text
 from launch.doctor import (
-    Hello,
+    NodeAddress,
     all_gather,
     doctor_job,
     join_nodes,
@@ -202,22 +202,22 @@ def stores():
     return store, TCPStore("localhost", store.port, is_master=False, timeout=timedelta(seconds=10))
 
 
-HELLO = Hello("a", "10.0.0.1", 1, "token")
+ADDRESS = NodeAddress("a", "10.0.0.1", 1, "token")
 SECOND = replace(MACHINE, node_rank=1)
 
 
 def test_nodes_hear_each_other_and_those_that_say_nothing_are_left_out(stores) -> None:
     found = {}
-    second = threading.Thread(target=lambda: found.update({1: all_gather(stores[1], SECOND, "hello", HELLO, 5)}))
+    second = threading.Thread(target=lambda: found.update({1: all_gather(stores[1], SECOND, "address", ADDRESS, 5)}))
     second.start()
-    found[0] = all_gather(stores[0], MACHINE, "hello", HELLO, 5)
+    found[0] = all_gather(stores[0], MACHINE, "address", ADDRESS, 5)
     second.join()
-    assert found == {0: {0: HELLO, 1: HELLO}, 1: {0: HELLO, 1: HELLO}}
-    assert all_gather(stores[0], MACHINE, "again", HELLO, 0.1) == {0: HELLO}
+    assert found == {0: {0: ADDRESS, 1: ADDRESS}, 1: {0: ADDRESS, 1: ADDRESS}}
+    assert all_gather(stores[0], MACHINE, "again", ADDRESS, 0.1) == {0: ADDRESS}
     with pytest.raises(ConnectionError, match="timeout_s"):
-        all_gather(stores[1], SECOND, "again", HELLO, 0.1)  # too late
+        all_gather(stores[1], SECOND, "again", ADDRESS, 0.1)  # too late
     with pytest.raises(ConnectionError, match="node 0 has not answered"):
-        all_gather(stores[1], SECOND, "more", HELLO, 0.1)
+        all_gather(stores[1], SECOND, "more", ADDRESS, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -226,16 +226,16 @@ def test_nodes_hear_each_other_and_those_that_say_nothing_are_left_out(stores) -
     ids=["empty", "a list", "a number", "no keys", "a key less", "infinite", "deep", "no text"],
 )  # fmt: skip
 def test_what_another_node_says_wrong_is_one_line(stores, text) -> None:
-    stores[1].set("hello/1", text)
-    with pytest.raises(ConnectionError, match=r"^what another node says as 'hello/1'") as raised:
-        take(stores[0], "hello/1", Hello)
+    stores[1].set("address/1", text)
+    with pytest.raises(ConnectionError, match=r"^what another node says as 'address/1'") as raised:
+        take(stores[0], "address/1", NodeAddress)
     assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
 
 
 def test_another_node_cannot_name_a_file_outside_the_shared_folder_nor_steer_the_terminal(stores) -> None:
-    stores[0].set("hello/1", json.dumps({**to_dict(HELLO), "token": "../../x"}))
+    stores[0].set("address/1", json.dumps({**to_dict(ADDRESS), "token": "../../x"}))
     with pytest.raises(ConnectionError, match="letters and digits"):
-        take(stores[1], "hello/1", Hello)
+        take(stores[1], "address/1", NodeAddress)
     assert printable("node 1 (\x1b]0;x\x07)\n") == "node 1 (?]0;x?)\n"
 
 
@@ -266,8 +266,8 @@ def test_the_first_node_s_port_is_free_again_after_the_doctor() -> None:
         machine = replace(MACHINE, host="127.0.0.2", port=port)
         first = join_nodes(machine, 5)
         second = join_nodes(replace(machine, node_rank=1), 5)
-        put(second, "hello", HELLO)
-        assert take(first, "hello", Hello) == HELLO
+        put(second, "address", ADDRESS)
+        assert take(first, "address", NodeAddress) == ADDRESS
         del first, second
 
 

@@ -97,6 +97,14 @@ def the_container(run: Launch) -> dict:
     return job["spec"]["template"]["spec"]["containers"][0]
 
 
+def write_programs(folder: Path, **programs: str) -> None:
+    """Shell scripts that stand for programs of these names."""
+    folder.mkdir(exist_ok=True)
+    for name, script in programs.items():
+        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (folder / name).chmod(0o755)
+
+
 def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
     """What the container's command does with the programs of `folder`, after Kubernetes has put in what `$(NAME)` and
     `$$` stand for there."""
@@ -117,8 +125,7 @@ def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_a_pod_says_how_its_run_ended_and_a_fault_fails_the_job(words, tmp_path, says, status, ends) -> None:
     asked = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
     job = asked.machine.kubernetes.manifests(asked.machine, asked.job)[1]
-    (tmp_path / "python").write_text(f'#!/bin/bash\nprintf "{says}" > "$WORLDLOOM_ENDED"; exit {status}\n')
-    (tmp_path / "python").chmod(0o755)
+    write_programs(tmp_path, python=f'printf "{says}" > "$WORLDLOOM_ENDED"; exit {status}')
     assert in_a_pod(job["spec"]["template"]["spec"]["containers"][0], tmp_path).returncode == ends
     rule = job["spec"]["podFailurePolicy"]["rules"][0]
     assert rule["action"] == "FailJob" and (ends in rule["onExitCodes"]["values"]) == (says == "fault")
@@ -183,22 +190,11 @@ HOSTILE = "x$(touch PWNED)`touch PWNED`';touch PWNED;'\"\ntouch PWNED\n#SBATCH -
 
 def run_script(text: str, folder: Path) -> list[str]:
     """The lines that the launcher gets as its words when bash runs the Slurm script `text` in `folder`."""
-    for name, does in (
-        ("srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"'),
-        ("scontrol", "echo node0"),
-        ("python", 'printf "%s\\0" "$@"'),
-    ):
-        path = folder / "bin" / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(f"#!/bin/bash\n{does}\n")
-        path.chmod(0o755)
+    srun = 'while [ "$1" != bash ]; do shift; done; exec "$@"'
+    write_programs(folder / "bin", srun=srun, scontrol="echo node0", python='printf "%s\\0" "$@"')
     (folder / "job.sh").write_text(text)
-    env = {
-        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
-        "SLURM_JOB_NODELIST": "n",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NODEID": "1",
-    }
+    env = {"PATH": f"{folder / 'bin'}:/usr/bin:/bin"}
+    env |= {"SLURM_JOB_NODELIST": "n", "SLURM_JOB_ID": "7", "SLURM_NODEID": "1"}
     done = subprocess.run(["bash", "job.sh"], cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\0")[:-1]
@@ -234,13 +230,8 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     given = ["machine.slurm.setup=date", f"machine.slurm.logs={logs}"]
     asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
     tools = tmp_path / "bin"
-    tools.mkdir()
-    for name, does in (
-        ("srun", 'eval "$SRUN_DOES"; exit ${SRUN_STATUS:-0}'),
-        ("scontrol", f'echo "$@" >> {tmp_path}/calls; echo node0'),
-    ):
-        (tools / name).write_text(f"#!/bin/bash\n{does}\n")
-        (tools / name).chmod(0o755)
+    scontrol = f'echo "$@" >> {tmp_path}/calls; echo node0'
+    write_programs(tools, srun='eval "$SRUN_DOES"; exit ${SRUN_STATUS:-0}', scontrol=scontrol)
     script = tmp_path / "job.sh"
     script.write_text(asked.machine.render(asked.job))
 

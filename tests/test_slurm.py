@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_multinode import LOOSE, SETTINGS, Nodes, kill_node, nodes, wait_for_steps  # noqa: F401  (nodes is a fixture)
 from tiny_training import ROOT, launch, losses, run
+from two_nodes import LOOSE, SETTINGS, Nodes, kill_node, wait_for_steps
 
 from launch.run import read_launch
 
+pytest_plugins = ["two_nodes"]  # the fixture `nodes`
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 INSTALL = "apt-get install --no-install-recommends slurmctld slurmd slurm-client munge"
 MACHINE = [
@@ -86,7 +87,7 @@ class Slurm:
 
 
 @pytest.fixture
-def slurm(nodes: Nodes, tmp_path) -> Iterator[Slurm]:  # noqa: F811
+def slurm(nodes: Nodes, tmp_path) -> Iterator[Slurm]:
     folder, running = tmp_path / "slurm", []
     for name in ("state", "spool/node0", "spool/node1"):
         (folder / name).mkdir(parents=True)
