@@ -12,7 +12,7 @@ from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 from model.noise import seeded_noise
 from model.world import WorldModel
 from sampling.denoising import Denoising, Rows, Velocity, cfg, integrate
-from sampling.rollout import decode_frames, require_actions, require_prompt
+from sampling.rollout import decode_frames, require_actions, require_prompt, with_past
 
 
 class ChunkedRollout:
@@ -45,13 +45,10 @@ class ChunkedRollout:
         return frames
 
     def _denoise(self, actions: Rows) -> Tensor:
-        latents = CHUNK_LATENTS
-        if self._past is not None:
-            latents += CHUNK_LATENTS
-            actions = torch.cat([self._past[0], actions[0]], dim=1), torch.cat([self._past[1], actions[1]], dim=1)
+        latents = CHUNK_LATENTS if self._past is None else 2 * CHUNK_LATENTS  # the chunk before it is known
         _, channels, _, height, width = self._known.shape
         noise = seeded_noise((channels, latents, height, width), self.seeds, self.chunks).to(self._known.device)
-        image_tokens = self.world.look(self._first_frame)
+        actions, image_tokens = with_past(self._past, actions), self.world.look(self._first_frame)
         made = denoise_chunk(self.world, self._known, noise, actions, self.denoising, image_tokens)
         return made[:, :, -CHUNK_LATENTS:]
 

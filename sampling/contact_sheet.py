@@ -1,4 +1,4 @@
-"""A rollout on one page: labelled pictures in a grid, as a PNG."""
+"""A contact sheet: labelled pictures in a grid, as a PNG."""
 
 import math
 from collections.abc import Sequence
@@ -16,8 +16,6 @@ PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
 TILE_WIDTH = 400  # px of one picture, unless another is asked for
 TITLE_HEIGHT, LABEL_HEIGHT = 40, 26  # px
 GAP = 14  # px between pictures
-CORNER = 8  # px radius
-SMOOTH = 4  # the corner mask is drawn this much larger and averaged down
 
 
 @dataclass(frozen=True)
@@ -40,14 +38,13 @@ def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int =
     sheet = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), PAPER)  # H.264 wants even sizes
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP + TITLE_HEIGHT / 2), title, font=_font(18), fill=INK, anchor="lm")
-    mask = _rounded(width, height)
     for i, tile in enumerate(tiles):
         left = GAP + (i % columns) * (width + GAP)
         top = TITLE_HEIGHT + GAP + (i // columns) * (height + LABEL_HEIGHT + GAP)
         picture = Image.fromarray(tile.picture)
         if picture.size != (width, height):
             picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left, top), mask)
+        sheet.paste(picture, (left, top))
         middle = top + height + LABEL_HEIGHT / 2
         pen.text((left + 2, middle), tile.label, font=_font(13), fill=INK, anchor="lm")
         pen.text((left + width - 2, middle), tile.remark, font=_font(13), fill=FAINT, anchor="rm")
@@ -64,10 +61,3 @@ def write_sheet(path: Path, tiles: Sequence[Tile], title: str, columns: int = 3,
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
-
-
-@cache
-def _rounded(width: int, height: int) -> Image.Image:
-    mask = Image.new("L", (width * SMOOTH, height * SMOOTH), 0)
-    ImageDraw.Draw(mask).rounded_rectangle((0, 0, mask.width - 1, mask.height - 1), CORNER * SMOOTH, fill=255)
-    return mask.resize((width, height), Image.Resampling.BOX)

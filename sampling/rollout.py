@@ -57,6 +57,13 @@ def require_actions(world: WorldModel, actions: Rows, b: int, n: int) -> Rows:
     return actions[0].to(world.device), actions[1].to(world.device)
 
 
+def with_past(past: Rows | None, actions: Rows) -> Rows:
+    """The rows of `actions` behind those of the past, if there is one."""
+    if past is None:
+        return actions
+    return torch.cat([past[0], actions[0]], dim=1), torch.cat([past[1], actions[1]], dim=1)
+
+
 @torch.inference_mode()
 def decode_frames(world: WorldModel, latents: Tensor) -> Tensor:
     """Frames (b n h w 3) uint8 of a clip's latents (b c f h w)."""

@@ -13,7 +13,7 @@ from model.noise import seeded_noise
 from model.vision import image_conditions
 from model.world import WorldModel
 from sampling.denoising import Denoising, Rows, Velocity, cfg, denoise_in_few_steps, integrate
-from sampling.rollout import require_actions, require_prompt
+from sampling.rollout import require_actions, require_prompt, with_past
 
 
 class StreamingRollout:
@@ -44,8 +44,7 @@ class StreamingRollout:
     def step(self, keyboard: Tensor, mouse: Tensor) -> Tensor:
         """The next block of frames as in `Rollout`."""
         actions = require_actions(self.world, (keyboard, mouse), len(self.seeds), self.frames_due)
-        if self._past is not None:
-            actions = torch.cat([self._past[0], actions[0]], dim=1), torch.cat([self._past[1], actions[1]], dim=1)
+        actions = with_past(self._past, actions)
         cond = next(self._conditions)
         latents = self._prompt.pop(0) if self._prompt else self._denoise(actions, cond)
         self._fill_cache(latents, actions, cond)

@@ -18,12 +18,11 @@ from model.noise import seeded_noise
 from model.vision import load_tower
 from model.world import WorldModel, check_same_game, load_world, newest_checkpoint
 from sampling.__main__ import VERBS
-from sampling.chunked import ChunkedRollout, denoise_chunk
+from sampling.chunked import denoise_chunk
 from sampling.denoising import Denoising, Rows, Velocity, cfg
 from sampling.generate import GenerateConfig
 from sampling.generate import generate as generate_config
 from sampling.play import play as play_world
-from sampling.rollout import decode_frames
 from sampling.scripts import Scripted, read_script
 
 TWO = Denoising(steps=2)
@@ -55,51 +54,6 @@ def play(
     prompt = random_video(1)[:, :, 0] if prompt is None else prompt
     made = play_world(world, prompt.expand(len(seeds), *prompt.shape[1:]), (keyboard, mouse), seeds, denoising)
     return torch.cat(list(made), dim=1)
-
-
-def test_a_rollout_yields_nine_frames_per_chunk_as_they_come(world: WorldModel) -> None:
-    actions = torch.zeros(2, 32, 4), torch.zeros(2, 32, 2)
-    chunks = play_world(world, random_video(1)[:, :, 0].expand(2, -1, -1, -1), actions, (0, 1), TWO)
-    assert next(chunks).shape == (2, 9, 32, 48, 3)
-    rest = list(chunks)
-    assert [chunk.shape[1] for chunk in rest] == [9, 9, 5] and all(chunk.dtype == torch.uint8 for chunk in rest)
-
-
-def test_the_prompt_image_is_the_first_frame_as_the_codec_shows_it(world: WorldModel) -> None:
-    prompt = random_video(1)
-    shown = decode_frames(world, world.codec.encode(prompt))[:, 0]
-    assert torch.equal(play(world, prompt=prompt[:, :, 0])[:, 0], shown)
-
-
-def test_a_prompt_clip_comes_first_as_the_codec_shows_it_and_what_follows_depends_on_it(world: WorldModel) -> None:
-    clip = random_video(9)
-    made = play(world, chunks=2, prompt=clip)
-    assert made.shape[1] == 18 and torch.equal(made[:, :9], decode_frames(world, world.codec.encode(clip)))
-    assert not torch.equal(made[:, 9:], play(world, chunks=2, prompt=random_video(9, seed=1))[:, 9:])
-    with pytest.raises(UserError, match="prompt: 8 frames"):
-        ChunkedRollout(world, clip[:, :, :8], [0], TWO)
-
-
-def test_the_same_seed_gives_the_same_bits_and_another_seed_another_world(world: WorldModel) -> None:
-    one, again, other = (play(world, seeds=(seed,)) for seed in (5, 5, 6))
-    assert torch.equal(one, again) and not torch.equal(one, other)
-
-
-def test_a_sample_does_not_depend_on_its_neighbours_in_the_batch(world: WorldModel) -> None:
-    alone, among = play(world, seeds=(5,)), play(world, seeds=(3, 5, 8))
-    difference = (alone[0].int() - among[1].int()).abs()
-    # Matrix products of other sizes add in another order; that may turn a rounding, no more.
-    assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
-
-
-@pytest.mark.parametrize("script", ["forward", "turn_left"])
-def test_other_actions_make_other_frames(world: WorldModel, script: str) -> None:
-    assert not torch.equal(play(world, "idle")[:, 1:], play(world, script)[:, 1:])
-
-
-def test_actions_after_a_chunk_do_not_change_it(world: WorldModel) -> None:
-    early, late = play(world, "idle:18,forward:9", 3), play(world, "idle:18,back:9", 3)
-    assert torch.equal(early[:, :18], late[:, :18]) and not torch.equal(early[:, 18:], late[:, 18:])
 
 
 class Oracle(nn.Module):
@@ -167,12 +121,6 @@ def test_guidance_stretches_what_the_actions_of_the_made_frames_add(world: World
 def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
     with pytest.raises(ValueError, match="guidance"):
         Denoising(guidance=guidance)
-
-
-def test_guidance_leaves_idle_play_alone_and_moves_what_is_held(world: WorldModel) -> None:
-    stretched = replace(TWO, guidance=3.0)
-    assert torch.equal(play(world, "idle", denoising=stretched), play(world, "idle"))
-    assert not torch.equal(play(world, "turn_left", denoising=stretched), play(world, "turn_left"))
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:

@@ -1,5 +1,6 @@
 """A world model of a few thousand random weights on disk, in the form in which training leaves one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,12 +10,13 @@ from configs import save_config
 from configs.game import ActionSpace, GameConfig
 from model.action_dit import ActionDiT
 from model.actions import ActionConfig
-from model.codec import CONFIG_FILE, codec_hash
+from model.codec import CONFIG_FILE, codec_hash, load_codec
 from model.config import ActionDiTConfig
-from model.flow import FlowMatchConfig
+from model.flow import FlowMatch, FlowMatchConfig
+from model.masks import CausalConfig
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
-from model.weights import save_weights
-from model.world import COMPLETE, WORLD_FILE, WorldModelConfig
+from model.weights import load_into, save_weights
+from model.world import COMPLETE, WORLD_FILE, WorldModel, WorldModelConfig
 
 SPACE = ActionSpace("tiny", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
 GAME = GameConfig("tiny", SPACE, fps=17.5, height=32, width=48)
@@ -34,6 +36,14 @@ def random_dit(seed: int = 0) -> ActionDiT:
         if name.startswith("head.head.weight") or name.endswith(("proj_mouse.weight", "proj_keyboard.weight")):
             nn.init.normal_(parameter, std=0.3, generator=generator)
     return dit
+
+
+def random_world(codec: Path, causal: CausalConfig | None = None) -> WorldModel:
+    """The world of `random_dit`, or of a causal model with its weights, and the codec in the folder `codec`."""
+    dit = ActionDiT(replace(DIT, causal=causal))
+    load_into(dit, random_dit().state_dict())
+    flow, loaded = FlowMatch(FlowMatchConfig()), load_codec(codec).requires_grad_(False)
+    return WorldModel(dit.eval().requires_grad_(False), flow, loaded, GAME)
 
 
 def random_video(frames: int, seed: int = 0) -> torch.Tensor:
