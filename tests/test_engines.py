@@ -367,7 +367,7 @@ def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monke
     asked = load_config(TrainConfig, [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={plain}"])
     monkeypatch.setattr(check, "SEEN_S", 1)
     monkeypatch.setattr(check, "gather_objects", lambda own: [own, (None, None)])
-    with pytest.raises(ValueError, match=r"not the same on all nodes \(rank 0: .*step_0000\d+, rank 1: none\)"):
+    with pytest.raises(ValueError, match=r"differs between nodes \(rank 0: .*step_0000\d+, rank 1: none\)"):
         agree(asked, check_run(asked, ranks=1), ranks=1)
 
 

@@ -56,7 +56,7 @@ def log(train_words, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], 
 
     def start() -> Log:
         log = Log(load_config(TrainConfig, [*train_words, f"out={tmp_path}", "wandb=true"]), 0, main=True)
-        log.write(1, {"loss": 0.5, "grad_norm": 2.0, "data_wait": 0.0})
+        log.write(1, {"loss": 0.5, "grad_norm": 2.0})
         return log
 
     return start
@@ -66,7 +66,7 @@ def test_a_run_whose_wandb_server_does_not_answer_goes_on_and_keeps_the_files(lo
     log().close()
     (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert b"grad_norm" in kept.read_bytes()
-    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5, "grad_norm": 2.0, "data_wait": 0.0}]
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 0.5, "grad_norm": 2.0}]
     assert f"wandb sync {kept.parent}" in capfd.readouterr().err
 
 

@@ -50,9 +50,8 @@ class Log:
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-        if "loss" in metrics:
-            shown = f"loss {metrics['loss']:.4f}, data wait {metrics['data_wait']:.1%}"
-            self.progress.set_postfix_str(shown, refresh=False)
+        if shown := {name: f"{metrics[name]:.4f}" for name in ("loss", "data_wait") if name in metrics}:
+            self.progress.set_postfix(shown, refresh=False)
 
     def advance(self) -> None:
         """One more step on the progress line."""

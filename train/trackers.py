@@ -44,31 +44,23 @@ class Tracker:
             self.stdin.write(json.dumps(settings).encode() + b"\n")
             self.stdin.flush()
 
-    def end(self) -> None:
-        """Tells it that the run is over."""
-        with suppress(OSError):
-            self.stdin.close()
-
-    def wait(self, for_s: float) -> None:
-        """Lets it finish, then kills it with every process it has started."""
-        try:
-            self.process.wait(for_s)
-        except subprocess.TimeoutExpired:
-            say(self.name, "does not end and is killed; metrics.jsonl has all metrics")
-            tracker = psutil.Process(self.process.pid)
-            for process in (*tracker.children(recursive=True), tracker):
-                with suppress(psutil.Error):
-                    process.kill()
-            self.process.wait()
-
 
 def close(trackers: Sequence[Tracker]) -> None:
-    """Lets all of them finish for CLOSING_S."""
+    """Lets all of them finish for CLOSING_S, then kills those that have not, with every process they have started."""
     deadline = time.monotonic() + CLOSING_S
     for tracker in trackers:
-        tracker.end()
+        with suppress(OSError):
+            tracker.stdin.close()
     for tracker in trackers:
-        tracker.wait(max(0.0, deadline - time.monotonic()))
+        try:
+            tracker.process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            say(tracker.name, "does not end and is killed; metrics.jsonl has all metrics")
+            process = psutil.Process(tracker.process.pid)
+            for one in (*process.children(recursive=True), process):
+                with suppress(psutil.Error):
+                    one.kill()
+            tracker.process.wait()
 
 
 def say(name: str, text: str) -> None:
