@@ -19,7 +19,7 @@ from data_pipeline.types import Clip, Episode
 from data_pipeline.video import to_video
 from model.codec import Codec
 from model.inputs import MASK_CHANNELS
-from model.vision import VisionTower, image_conditions, visual_context
+from model.vision import VisionTower, image_conditions, image_tokens
 
 JPEG_QUALITY = 95
 
@@ -52,7 +52,7 @@ class Encoder:
         visual = image_latents = None
         if self.tower is not None or self.config.unknown == "grey":
             image = to_video(torch.from_numpy(frame[None, None]).to(self.device))[:, :, 0]
-            tokens = visual_context(self.tower, image, self.config.vision)
+            tokens = image_tokens(self.tower, image, self.config.vision)
             visual = None if tokens is None else tokens[0].bfloat16().cpu()
             if self.config.unknown == "grey":
                 cond = next(image_conditions(self.codec, image, self.config.clip_latents))

@@ -18,9 +18,10 @@ from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import Codec, codec_hash
+from model.config import Vision
 from model.layout import CHUNK_FRAMES, CondFill, Layout
 from model.patch_codec import TEMPORAL
-from model.vision import Vision, vision_hash
+from model.vision import vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
 NO_FACTS = ("source", "out", "vision_weights", "device", "on_bad_recording")  # change no byte of a shard

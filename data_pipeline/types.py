@@ -10,8 +10,8 @@ import torch
 
 from configs.errors import UserError
 from configs.game import GameConfig
+from model.config import Vision
 from model.layout import CondFill, Layout
-from model.vision import Vision
 
 
 @dataclass(frozen=True)

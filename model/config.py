@@ -10,6 +10,8 @@ from model.flow import FlowMatchConfig
 from model.limits import MANY, WIDE, require_between
 from model.masks import CausalConfig
 
+Vision = Literal["tokens", "pooled", "none"]  # CLIP tokens (b 257 c), one pooled (b 1 c), or no such input
+
 
 @dataclass(frozen=True)
 class ActionDiTConfig:
@@ -25,9 +27,7 @@ class ActionDiTConfig:
     freq_dim: int = 256  # of the time sinusoid
     patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
     eps: float = 1e-6
-    vision: Literal["tokens", "pooled", "none"] = (
-        "tokens"  # CLIP tokens (b 257 c), one pooled (b 1 c), or no such input
-    )
+    vision: Vision = "tokens"
     img_dim: int = 1280  # channels of the CLIP tokens
     causal: CausalConfig | None = None  # a model that sees the past alone and can stream; None: all frames at once
     attention: AttentionBackend = "sdpa"  # of the video's self- and cross-attention; `dense` suits bf16 on a CPU

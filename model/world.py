@@ -27,7 +27,7 @@ from model.foreign import PICKLES
 from model.layout import CHUNK_LATENTS, Layout
 from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
-from model.vision import VisionTower, load_vision, visual_context
+from model.vision import VisionTower, image_tokens, load_vision
 from model.weights import finite, load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
@@ -68,7 +68,7 @@ class WorldModel:
     @torch.inference_mode()
     def look(self, image: Tensor) -> Tensor | None:
         """Image tokens (b m c) of a clip's first frame `image` (b 3 h w) in [-1, 1]; None without vision."""
-        return visual_context(self.tower, image, self.dit.config.vision)
+        return image_tokens(self.tower, image, self.dit.config.vision)
 
     @property
     def layout(self) -> Layout:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from test_official import SMALL, random_state, yamls
-from test_vision import STATE, TINY, hf_state
+from test_vision import HF_CONFIG, STATE, TINY, hf_state
 
 from configs import load_config
 from configs.cli import run as run_words
@@ -32,7 +32,7 @@ from model.weights import load_weights
 from sampling.__main__ import VERBS as SAMPLING_VERBS
 
 ROOT = Path(__file__).parent.parent
-MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TINY.width}"]
+MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TINY['hidden_size']}"]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "wan" / "config.yaml").write_text(yaml.safe_dump({"name": "wan", "width": 4}))
     (folder / "clip").mkdir()
     save_file(hf_state(load_tower(STATE, TINY, "the fixture")), folder / "clip" / "model.safetensors")
-    sizes = {
-        "hidden_size": TINY.width, "intermediate_size": TINY.mlp_width, "num_hidden_layers": TINY.layers + 1,
-        "num_attention_heads": TINY.heads, "image_size": TINY.image_size, "patch_size": TINY.patch_size,
-    }  # fmt: skip
-    config = {"model_type": "clip_vision_model", "hidden_act": "gelu", **sizes, "layer_norm_eps": TINY.eps}
-    (folder / "clip" / "config.json").write_text(json.dumps(config))
+    (folder / "clip" / "config.json").write_text(json.dumps(HF_CONFIG))
     return folder
 
 
@@ -69,7 +64,7 @@ def test_clips_carry_tokens_and_grey_conditioning_of_their_first_frame(foreign: 
     assert (manifest.vision, manifest.unknown) == ("tokens", "grey")
     batch = Stream(clips / "train" / "manifest.json", 2, 0, workers=0).batch_at(0)
     assert batch.visual is not None and batch.image_latents is not None
-    assert batch.visual.shape == (2, 17, TINY.width) and batch.image_latents.shape == batch.latents.shape
+    assert batch.visual.shape == (2, 17, TINY["hidden_size"]) and batch.image_latents.shape == batch.latents.shape
     # The first frame's latent is the clip's own first latent; the rest is grey.
     assert torch.allclose(batch.image_latents[:, :, 0], batch.latents[:, :, 0], rtol=0.01, atol=1e-5)  # bfloat16
     assert not torch.equal(batch.image_latents[:, :, 1], batch.latents[:, :, 1])

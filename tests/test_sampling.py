@@ -124,7 +124,7 @@ def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:
-    config = replace(DIT, vision="pooled", img_dim=TINY.width)
+    config = replace(DIT, vision="pooled", img_dim=TINY["hidden_size"])
     dit, tower = ActionDiT(config, torch.Generator().manual_seed(0)).eval(), load_tower(STATE, TINY, "the fixture")
     shown: list[Tensor] = []
     tower.register_forward_pre_hook(lambda module, given: shown.append(given[0]))

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor
 
 from configs.errors import UserError
-from model.vision import TowerConfig, clip_pixels, image_conditions, load_tower
+from model.vision import clip_pixels, image_conditions, load_tower
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from tests.parity.fixtures import Fixture, Row, judge
 
@@ -84,19 +84,19 @@ def clip(fixture: Fixture) -> Iterator[Row]:
         raise UserError(f"fixture with {given}: the tower has a norm before, none after its layers, and gelu")
     state = {key.removeprefix("sd."): value for key, value in fixture.tensors.items() if key.startswith("sd.")}
     images = rearrange(fixture.tensors["in.image"], "b c 1 h w -> b c h w")
-    config = TowerConfig(
-        image_size=given["image_size"],
-        patch_size=given["patch_size"],
-        width=given["dim"],
-        mlp_width=int(given["dim"] * given["mlp_ratio"]),
-        heads=given["num_heads"],
-        layers=layers,
-        eps=given["norm_eps"],
-    )
-    pixels = clip_pixels(images, config.image_size)
+    sizes = {
+        "image_size": given["image_size"],
+        "patch_size": given["patch_size"],
+        "hidden_size": given["dim"],
+        "intermediate_size": int(given["dim"] * given["mlp_ratio"]),
+        "num_attention_heads": given["num_heads"],
+        "layer_norm_eps": given["norm_eps"],
+        "hidden_act": "gelu",
+    }
+    pixels = clip_pixels(images, given["image_size"])
     actual = {"preprocessed": lambda: pixels}
     for name, kept in (("tokens", layers - 1), ("tokens_all_layers", layers)):
-        actual[name] = lambda kept=kept: load_tower(state, replace(config, layers=kept), fixture.case)(images)
+        actual[name] = lambda kept=kept: load_tower(state, sizes | {"num_hidden_layers": kept}, fixture.case)(images)
     for name in fixture.outputs(""):
         if name in actual:
             yield judge(fixture, name, actual[name](), fixture.tensors[f"out.{name}"])

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -18,7 +19,6 @@ from model.flow import FlowMatch, FlowMatchConfig, per_sample
 from model.inputs import model_inputs
 from model.layers import time_sinusoid
 from model.rope import rotate, time_rotation, video_rotation
-from model.vision import preprocess_image
 from model.weights import load_into, load_weights
 from tests.parity.causal import action_module, causal_stream, causal_train
 from tests.parity.codec import clip, vae
@@ -207,8 +207,23 @@ def preprocess(fixture: Fixture) -> Iterator[Row]:
     """Images cropped, resized and scaled."""
     for name, image in fixture.meta["images"].items():
         pixels = fixture.tensors[f"in.{name}_uint8_as_float"].to(torch.uint8).numpy()
-        actual = preprocess_image(Image.fromarray(pixels), *image["target"])
+        actual = _preprocess_image(Image.fromarray(pixels), *image["target"])
         yield judge(fixture, name, actual, fixture.tensors[f"out.{name}"])
+
+
+def _preprocess_image(image: Image.Image, height: int, width: int) -> Tensor:
+    """Upstream's own way from an image to (3 h w) in [-1, 1]: PIL's centre crop to the aspect of `height` x `width` px,
+    antialiased bilinear resize, and rounding of a crop box that falls between pixels."""
+    image = image.convert("RGB")
+    w, h = image.size
+    if h / w > height / width:
+        kept_w, kept_h = w, int(w * height / width)
+    else:
+        kept_w, kept_h = int(h * width / height), h
+    image = image.crop(((w - kept_w) / 2, (h - kept_h) / 2, (w + kept_w) / 2, (h + kept_h) / 2))  # pyright: ignore[reportArgumentType]
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255)
+    return rearrange(pixels, "h w c -> c h w") * 2 - 1
 
 
 # By the start of the case's name.
