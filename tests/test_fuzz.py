@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from fuzz_targets import Target
 
+from configs.errors import UserError
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -26,7 +28,7 @@ def _raise(folder: Path, rng: object) -> None:
 
 def _leave_half(folder: Path, rng: object) -> None:
     Path("made.txt").write_text("half")
-    raise ValueError("the other half is missing")
+    raise UserError("the other half is missing")
 
 
 def _fill_memory(folder: Path, rng: object) -> None:
