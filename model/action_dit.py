@@ -104,20 +104,25 @@ class ActionDiT(nn.Module):
             action_rotation=actions_at,
             update_cache=update_cache,
         )
+        if cache is None:
+            tokens = self._see_clip(tokens, context, visual, self._masks(f, h * w))
+        else:
+            for block, image_kv, past in zip(self.blocks, cache.image_kv, cache.layers, strict=True):
+                tokens = block(tokens, context, image_kv, past)
+            cache.position += f if update_cache else 0
+        patches = self.head(tokens, time).float()
+        return rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
+
+    def _see_clip(self, tokens: Tensor, context: BlockContext, visual: Tensor | None, masks: LayerPast) -> Tensor:
+        """Tokens (b l d) of a whole clip after all blocks, every n-th of them checkpointed in training."""
         image = self.img_emb(visual.to(tokens.dtype)) if self.img_emb is not None and visual is not None else None
-        masks = self._masks(f, h * w)
+        every = self.config.checkpoint_every
         for i, block in enumerate(self.blocks):
-            every = self.config.checkpoint_every
-            if cache is not None:
-                tokens = block(tokens, context, cache.image_kv[i], cache.layers[i])
-            elif every and i % every == 0 and torch.is_grad_enabled():
+            if every and i % every == 0 and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, context, image, masks, use_reentrant=False)
             else:
                 tokens = block(tokens, context, image, masks)
-        if cache is not None and update_cache:
-            cache.position += f
-        patches = self.head(tokens, time).float()
-        return rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
+        return tokens
 
     def compile_blocks(self, mode: CompileMode) -> None:
         """torch.compile, block by block and in place: names of weights stay, and equal blocks compile once."""

@@ -4,6 +4,8 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
+VIDEO_THETA = 10000.0
+
 
 def axis_angles(positions: Tensor, channels: int, theta: float) -> Tensor:
     """Angles (n channels/2), float64, of positions (n) along one axis that owns `channels` channels."""
@@ -16,17 +18,15 @@ def unit_rotation(angles: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
 
 
-def video_rotation(
-    f: int, h: int, w: int, head_dim: int, start: int = 0, theta: float = 10000.0, device: torch.device | None = None
-) -> Tensor:
+def video_rotation(f: int, h: int, w: int, head_dim: int, start: int = 0, device: torch.device | None = None) -> Tensor:
     """Rotations (f*h*w 1 head_dim/2) of the tokens of `f` frames of `h w` patches, the first at latent frame `start`.
 
     A third of the pairs (rounded down) goes to y, as many to x, the rest to time; in the order time, y, x.
     """
     spatial = 2 * (head_dim // 6)
-    times = axis_angles(torch.arange(start, start + f, device=device), head_dim - 2 * spatial, theta)
-    rows = axis_angles(torch.arange(h, device=device), spatial, theta)
-    columns = axis_angles(torch.arange(w, device=device), spatial, theta)
+    times = axis_angles(torch.arange(start, start + f, device=device), head_dim - 2 * spatial, VIDEO_THETA)
+    rows = axis_angles(torch.arange(h, device=device), spatial, VIDEO_THETA)
+    columns = axis_angles(torch.arange(w, device=device), spatial, VIDEO_THETA)
     parts = [
         repeat(times, "f e -> (f h w) e", h=h, w=w),
         repeat(rows, "h e -> (f h w) e", f=f, w=w),
