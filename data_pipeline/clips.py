@@ -15,6 +15,7 @@ from configs.errors import UserError
 from data_pipeline.plan import EncodeConfig, clip_starts
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.recording import BAD_RECORDING
+from data_pipeline.shards import count_latents
 from data_pipeline.types import Clip, Episode
 from data_pipeline.video import to_video
 from model.codec import Codec
@@ -55,7 +56,8 @@ class Encoder:
             tokens = image_tokens(self.tower, image, self.config.vision)
             visual = None if tokens is None else tokens[0].bfloat16().cpu()
             if self.config.unknown == "grey":
-                cond = next(image_conditions(self.codec, image, self.config.clip_latents))
+                latents = count_latents(self.config.layout, self.config.clip_frames, self.codec.config.temporal)
+                cond = next(image_conditions(self.codec, image, latents))
                 image_latents = cond[0, MASK_CHANNELS:].bfloat16().cpu()
         return {"first_frame": _jpeg(frame), "visual": visual, "image_latents": image_latents}
 

@@ -19,8 +19,7 @@ from data_pipeline.shards import INDEX, clip_key, count_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import Codec, codec_hash
 from model.config import Vision
-from model.layout import CHUNK_FRAMES, CondFill, Layout
-from model.patch_codec import TEMPORAL
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, CondFill, Layout
 from model.vision import vision_hash
 
 PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
@@ -56,8 +55,6 @@ class EncodeConfig:
     def __post_init__(self) -> None:
         if self.layout == "chunked" and self.clip_frames % CHUNK_FRAMES:
             raise UserError(f"clip_frames={self.clip_frames}: chunked clips are multiples of {CHUNK_FRAMES} frames")
-        if self.layout == "continuous" and self.clip_frames % TEMPORAL != 1:
-            raise UserError(f"clip_frames={self.clip_frames}: continuous clips have 1 + {TEMPORAL}k frames")
         if (self.vision == "none") != (self.vision_weights is None):
             raise UserError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
         if self.unknown == "grey" and self.layout != "continuous":
@@ -70,11 +67,6 @@ class EncodeConfig:
     def run_frames(self) -> int:
         """Frames that the codec encodes at once: a chunk, or the whole clip."""
         return CHUNK_FRAMES if self.layout == "chunked" else self.clip_frames
-
-    @property
-    def clip_latents(self) -> int:
-        """Latent frames of a clip."""
-        return count_latents(self.layout, self.clip_frames)
 
 
 @dataclass(frozen=True)
@@ -97,6 +89,7 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
 
     A recording is held out by its position among all recordings, bad ones included, so a bad one moves no other.
     """
+    _require_whole_clips(config, codec)
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
@@ -111,6 +104,14 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     if crop:
         say(crop)
     return plans
+
+
+def _require_whole_clips(config: EncodeConfig, codec: Codec) -> None:
+    temporal, frames = codec.config.temporal, config.clip_frames
+    if config.layout == "continuous" and (frames - 1) % temporal:
+        raise UserError(f"clip_frames={frames}: continuous clips have 1 + {temporal}k frames")
+    if config.layout == "chunked" and 1 + temporal * (CHUNK_LATENTS - 1) != CHUNK_FRAMES:
+        raise UserError(f"layout=chunked: {codec.config.name} has {temporal} frames per latent; use layout=continuous")
 
 
 def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) -> tuple[list[Episode], LeftOut]:
@@ -234,8 +235,10 @@ def describe_set(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequenc
         game=config.game,
         layout=config.layout,
         clip_frames=config.clip_frames,
-        clip_latents=config.clip_latents,
+        clip_latents=count_latents(config.layout, config.clip_frames, codec.config.temporal),
         latent_channels=codec.config.channels,
+        spatial=codec.config.spatial,
+        temporal=codec.config.temporal,
         codec=plan.facts["codec"],
         codec_hash=plan.facts["codec_hash"],
         latent_mean=tuple(codec.latent_mean.tolist()),

@@ -19,7 +19,7 @@ from data_pipeline.types import Clip, Manifest, ShardInfo, Source
 from data_pipeline.verify import FAULT, require_bytes
 
 TRIES = 2  # a disk, or a copy, may be at fault for a moment
-SET_KIND = ("layout", "clip_frames", "clip_latents", "codec_hash", "vision", "unknown")
+SET_KIND = ("layout", "clip_frames", "clip_latents", "spatial", "temporal", "codec_hash", "vision", "unknown")
 
 
 class ShardFile:

@@ -24,7 +24,6 @@ from configs.foreign import parse_object, reading, require_inside
 from data_pipeline.batch_buffer import BatchBuffer, TensorLayout
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
-from model.patch_codec import SPATIAL, TEMPORAL
 
 MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
@@ -116,7 +115,8 @@ Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
 def clip_shapes(manifest: Manifest) -> Shapes:
     """The shapes of the tensors that every clip of the set must hold."""
     game, frames, space = manifest.game, manifest.clip_frames, manifest.game.action_space
-    latents = (manifest.latent_channels, manifest.clip_latents, game.height // SPATIAL, game.width // SPATIAL)
+    rows, columns = game.height // manifest.spatial, game.width // manifest.spatial
+    latents = (manifest.latent_channels, manifest.clip_latents, rows, columns)
     shapes = {"latents": latents, "keyboard": (frames, len(space.keys)), "mouse": (frames, 2 * space.mouse)}
     return {**shapes, "start": ()} | ({"image_latents": latents} if manifest.unknown == "grey" else {})
 
@@ -219,16 +219,18 @@ def load_manifest(url: str | Path) -> Manifest:
     return manifest
 
 
-def count_latents(layout: str, frames: int) -> int:
-    """Latent frames of a clip of `frames` pixel frames."""
-    return frames // CHUNK_FRAMES * CHUNK_LATENTS if layout == "chunked" else 1 + (frames - 1) // TEMPORAL
+def count_latents(layout: str, frames: int, temporal: int) -> int:
+    """Latent frames of a clip of `frames` pixel frames, `temporal` of them per latent."""
+    return frames // CHUNK_FRAMES * CHUNK_LATENTS if layout == "chunked" else 1 + (frames - 1) // temporal
 
 
 def _require_possible(manifest: Manifest, url: str) -> None:
     """Raises UserError for a manifest that no encoding can have written."""
     frames, latents, channels = manifest.clip_frames, manifest.clip_latents, manifest.latent_channels
-    off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % TEMPORAL
-    if frames < 1 or off or latents != count_latents(manifest.layout, frames):
+    if min(manifest.spatial, manifest.temporal) < 1:
+        raise UserError(f"{url}: spatial={manifest.spatial} and temporal={manifest.temporal} must be at least 1")
+    off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % manifest.temporal
+    if frames < 1 or off or latents != count_latents(manifest.layout, frames, manifest.temporal):
         raise UserError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
     mean, std = manifest.latent_mean, manifest.latent_std
     if channels < 1 or len(mean) != channels or len(std) != channels or min(std) <= 0:

@@ -138,6 +138,8 @@ class Manifest:
     latent_std: tuple[float, ...]
     plan_hash: str  # over everything that decides what is in the shards
     split: str  # train or heldout
+    spatial: int = 8  # pixels per latent, each way
+    temporal: int = 4  # frames per latent, after the first
     vision: Vision = "none"  # CLIP tokens that the clips carry
     unknown: CondFill = "zeros"  # of the conditioning's latents that are not given; grey: the clips carry it
     shards: tuple[ShardInfo, ...] = field(default_factory=tuple)

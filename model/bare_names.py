@@ -1,4 +1,4 @@
-"""Names of weights as trainers and other programs wrap them, and the bare ones: which of several sets a file is for."""
+"""The bare names of a model's weights in files in which trainers wrapped the names or stored several sets."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ MODELS = (
     "generator", "model", "state_dict", "model_state_dict", "generator_state_dict", "student", "diffusion_model", "dit",
     "network", "net", "params", "state", "weights",
 )  # fmt: skip
-ALONE = ("transformer", "vae")  # of other models a part is called so: taken off where all names carry it
+ALONE = ("transformer", "vae")  # also names of parts: taken off only where all names carry it
 OFFICIAL_PREFIX = "model."  # of every name in the distilled official files; the base file has none
 
 
@@ -27,57 +27,56 @@ class BareNames:
     """Which tensors of a file are the model's, and their own names."""
 
     names: Mapping[str, str]  # by those in the file
-    taken: str  # what stood before all of them; of mappings in mappings the keys, each with a `/`
-    wrappers: tuple[str, ...]  # taken out of them
-    left: tuple[str, ...]  # sets of tensors in the same file that are not the model's
+    path: str  # before all of them in the file; of mappings in mappings the keys, each with a `/`
+    wrappers: tuple[str, ...]  # taken out of the names
+    skipped: tuple[str, ...]  # sets of tensors in the same file that are not the model's
 
     @property
     def prefix(self) -> str:
-        """What stood before every name within its mapping."""
-        return self.taken.rpartition("/")[2]
+        """What all names began with inside their mapping."""
+        return self.path.rpartition("/")[2]
 
     def say(self, where: str) -> None:
         """One line on stderr about the file `where`, unless it had the bare names or the official prefix."""
-        if self.taken in ("", OFFICIAL_PREFIX) and not (self.wrappers or self.left):
+        if self.path in ("", OFFICIAL_PREFIX) and not (self.wrappers or self.skipped):
             return
-        parts = [f"the weights under {self.taken} are taken"] if self.taken else []
-        parts += [f"{', '.join(self.left)} left out"] if self.left else []
-        parts += [f"{', '.join(self.wrappers)} taken off the names"] if self.wrappers else []
-        tqdm.write(f"note: {where}: {'; '.join(parts)}", file=sys.stderr)
+        notes = [f"the weights under {self.path} are taken"] if self.path else []
+        notes += [f"{', '.join(self.skipped)} left out"] if self.skipped else []
+        notes += [f"{', '.join(self.wrappers)} taken off the names"] if self.wrappers else []
+        tqdm.write(f"note: {where}: {'; '.join(notes)}", file=sys.stderr)
 
 
 def bare_names(specs: Mapping[str, Tensor]) -> BareNames:
     """The names of the model's weights among tensors like `specs`: of several sets the newest average's, else those of
     the model."""
     names = {name: WRAPPED.sub("", name) for name in specs}
-    wrappers = tuple(dict.fromkeys(one for name in names for one in WRAPPED.findall(name)))
-    taken, left = "", []
+    wrappers = tuple(dict.fromkeys(wrapper for name in names for wrapper in WRAPPED.findall(name)))
+    path, skipped = "", []
     while True:
         # Averages keep counters beside the weights: n_averaged, step.
         names = {old: new for old, new in names.items() if _head(new) or specs[old].ndim}
         heads = list(dict.fromkeys(map(_head, names.values())))
-        head = _inner(heads)
+        head = _choose(heads)
         if not head:
-            break
-        left += [one[:-1] for one in heads if one not in ("", head)]
+            return BareNames(names, path, wrappers, tuple(skipped))
+        skipped += [other[:-1] for other in heads if other not in ("", head)]
         names = {old: new.removeprefix(head) for old, new in names.items() if new.startswith(head)}
-        taken += head
-    return BareNames(names, taken, wrappers, tuple(left))
+        path += head
 
 
 def _head(name: str) -> str:
     """The first part of a name, with the `/` or `.` that ends it; nothing if there is just one."""
-    found = re.match(r"[^/]*/|[^./]+\.", name)
-    return found[0] if found else ""
+    match = re.match(r"[^/]*/|[^./]+\.", name)
+    return match[0] if match else ""
 
 
-def _inner(heads: list[str]) -> str | None:
+def _choose(heads: list[str]) -> str | None:
     """Which of the `heads` of all names to look into, if any."""
     usable = [head for head in heads if head and not OTHERS.search(head)]
     averages = [head for head in usable if AVERAGE.fullmatch(head[:-1])]
     if averages:  # generator_ema before ema, ema_2000 before ema_1000
         numbers = {head: [int(number) for number in re.findall(r"\d+", head)] for head in averages}
         return max(averages, key=lambda head: (head.startswith(MODELS), numbers[head]))
-    models = sorted((head for head in usable if head[:-1] in MODELS), key=lambda head: MODELS.index(head[:-1]))
+    models = [head for model in MODELS for head in usable if head[:-1] == model]
     sole = len(heads) == 1 and usable and (heads[0].endswith("/") or heads[0][:-1] in ALONE)
     return models[0] if models else heads[0] if sole else None

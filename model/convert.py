@@ -1,7 +1,13 @@
 """`python -m model import` and `export`: checkpoints of official weights, and official weights of checkpoints."""
 
 import json
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from configs import save_config, storage
 from configs.errors import UserError
@@ -11,17 +17,8 @@ from model.codec import codec_hash
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import Layout
-from model.official import (
-    WEIGHTS_NAME,
-    ExportConfig,
-    check_variant,
-    converted,
-    diffusers_json,
-    official_json,
-    read_official,
-    unused_scales,
-)
-from model.weights import open_weights, save_weights
+from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, diffusers_name, read_official
+from model.weights import LazyWeights, open_weights, save_weights
 from model.world import (
     COMPLETE,
     WORLD_FILE,
@@ -46,6 +43,19 @@ class ImportConfig:
     flow: FlowMatchConfig = field(default_factory=FlowMatchConfig)
 
 
+@dataclass(frozen=True)
+class ExportConfig:
+    """`python -m model export <checkpoint>`."""
+
+    checkpoint: str  # a step folder, or a run folder: its newest complete step
+    format: KeyNames
+    out: str  # folder that gets the weights and their config.json
+    weights: Literal["ema", "model"] = "ema"
+    prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
+    dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
+
+
 def import_official(config: ImportConfig) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
     file, out, codec = config.file.rstrip("/"), config.out, config.codec
@@ -68,24 +78,37 @@ def export(config: ExportConfig) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
     checkpoint = find_checkpoint(config.checkpoint)
     world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
-    model, codec, lacking = world.model, None, ""
+    codec, without_codec = None, ""
     try:
         codec = find_codec(checkpoint, world, config.codec)
     except ValueError as error:  # others need none: their format can still be written
         if config.codec:
             raise
-        lacking = f"note: without a codec, so that others can read it, but nobody can play it here: {error}"
+        without_codec = f"note: without a codec, so that others can read it, but it cannot be played here: {error}"
     weights = open_weights(file)
-    check_variant(model, weights.specs, {}, file)
-    given = converted(weights, config)
-    described = diffusers_json(model) if config.format == "diffusers" else official_json(model)
+    check_variant(world.model, weights.specs, {}, file)
+    exported = _rename(weights, config)
     with writing_world(config.out, world, codec) as folder:
-        save_weights(given, folder / WEIGHTS_NAME)
-        write_text(folder / "config.json", json.dumps(described, indent=1))
-    print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(given)} tensors, the first {next(iter(given))}")
-    if lacking:
-        print(lacking)
-    if config.format == "diffusers" and (scales := unused_scales(weights)):
-        print(
-            f"note: {scales} RMS scales of the action modules are not 1; the FastVideo port applies them, this code not"
-        )
+        save_weights(exported, folder / WEIGHTS_NAME)
+        write_text(folder / "config.json", json.dumps(config_json(world.model, config.format), indent=1))
+    print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(exported)} tensors, the first {next(iter(exported))}")
+    if without_codec:
+        print(without_codec)
+    if config.format == "diffusers" and (scales := count_unused_scales(weights)):
+        print(f"note: {scales} RMS scales of the action modules are not 1; only the FastVideo port applies them")
+
+
+def _rename(weights: LazyWeights, config: ExportConfig) -> LazyWeights:
+    """`weights` of a checkpoint under the names and in the dtype that `config` asks for."""
+    if config.dtype != "keep":
+        weights = weights.cast({"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
+    if config.format == "diffusers":
+        return weights.renamed({name: diffusers_name(name) for name in weights})
+    prefix = "" if config.prefix == "none" else config.prefix or weights.metadata.get("prefix", "")
+    return weights.renamed({name: prefix + name for name in weights})
+
+
+def count_unused_scales(weights: Mapping[str, Tensor]) -> int:
+    """How many RMS scales of the action modules are not all ones: upstream ignores them, FastVideo's port does not."""
+    names = [name for name in weights if re.search(r"(img|key)_attn_[qk]_norm\.weight$", name)]
+    return sum(bool((weights[name] != 1).any()) for name in names)

@@ -127,10 +127,8 @@ class PatchCodec(Codec):
 
     def encode_stream(self, video: Tensor, state: State | None) -> tuple[Tensor, State]:
         # The first frame is repeated four times, so that one set of weights serves it too.
-        lead = 1 if state is None else 0
-        frames, height, width = video.shape[2:]
-        if frames < 1 or (frames - lead) % TEMPORAL or height % SPATIAL or width % SPATIAL:
-            raise UserError(f"{frames} frames of {height}x{width} px: a clip has {lead} + 4k frames, multiples of 8 px")
+        self.require_whole_latents(video, state)
+        lead = int(state is None)
         first = repeat(video[:, :, :lead], "b c n h w -> b c (n t) h w", t=TEMPORAL)
         raw = (to_patches(torch.cat([first, video[:, :, lead:]], dim=2)) - self.centre) @ self.basis.T
         return rearrange((raw - self.latent_mean) / self.latent_std, "b f h w c -> b c f h w"), []

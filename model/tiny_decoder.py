@@ -4,6 +4,7 @@
 sample are all that a stream keeps. Parameter names are those of the released file, numbered places of a sequence.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model.foreign import load_foreign
+from model.third_party import load_third_party
 from model.weights import require_same_tensors
 
 WIDTHS = (256, 128, 64, 64)  # of taew2_1, from latent to pixel resolution
@@ -70,10 +71,7 @@ class TinyDecoder(nn.Module):
             layers += [nn.Upsample(scale_factor=2), TGrow(width, growth), _conv(width, following, bias=False)]
         layers += [nn.ReLU(inplace=True), _conv(widths[-1], 3)]
         self.decoder = nn.Sequential(*layers)
-        self.dropped = 1  # frames by which the first latent's exceed the one that Wan gives it
-        for growth in TIME_GROWTH:
-            self.dropped *= growth
-        self.dropped -= 1
+        self.dropped = math.prod(TIME_GROWTH) - 1  # Wan's first latent is one frame
 
     def decode_stream(self, latents: Tensor, state: TinyState | None) -> tuple[Tensor, TinyState]:
         """The next frames (b 3 n h w), about [-1, 1], and the state that the block after it needs; None starts a clip.
@@ -99,12 +97,10 @@ class TinyDecoder(nn.Module):
 
 
 def load_tiny_decoder(path: str | Path) -> TinyDecoder:
-    """The tiny decoder in a released file (taew2_1.pth or .safetensors), in eval mode on the CPU.
-
-    The encoder that such a file also holds is left out. Raises ValueError in one line that names what does not fit.
-    """
-    given = load_foreign(path)
-    state = given.renamed({name: name for name in given if not name.startswith("encoder.")})
+    """The tiny decoder in a released file (taew2_1.pth or .safetensors), in eval mode on the CPU; the encoder that such
+    a file also holds is left out."""
+    stored = load_third_party(path)
+    state = stored.renamed({name: name for name in stored if not name.startswith("encoder.")})
     tiny = TinyDecoder()
     require_same_tensors(tiny.state_dict(), state.specs, f"{path} is no tiny decoder (TAEHV)")
     tiny.load_state_dict(state)

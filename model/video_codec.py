@@ -5,6 +5,8 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from configs.errors import UserError
+
 
 class Codec(nn.Module):
     """A codec: `spatial` pixels per latent each way, `temporal` frames per latent after the first frame.
@@ -19,7 +21,10 @@ class Codec(nn.Module):
     latent_std: Tensor
 
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised latents (b c f h/8 w/8) of a clip (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1); 8 and 4 are Wan's."""
+        """Normalised latents (b c f h/8 w/8) of a clip (b 3 n h w) in [-1, 1], n = 1 + 4 (f - 1).
+
+        8 and 4 stand for `spatial` and `temporal`, here and below.
+        """
         return self.encode_stream(video, None)[0]
 
     def encode_stream(self, video: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -29,6 +34,14 @@ class Codec(nn.Module):
         whole.
         """
         raise NotImplementedError
+
+    def require_whole_latents(self, video: Tensor, state: Any) -> None:
+        """A UserError unless the frames of `video`, which follow those of `state`, are whole latents."""
+        lead, spatial, temporal = int(state is None), self.config.spatial, self.config.temporal
+        frames, height, width = video.shape[2:]
+        if frames < 1 or (frames - lead) % temporal or height % spatial or width % spatial:
+            given = f"{frames} frames of {height}x{width} px"
+            raise UserError(f"{given}: a clip has {lead} + {temporal}k frames, multiples of {spatial} px")
 
     def decode(self, latents: Tensor) -> Tensor:
         """Video (b 3 1+4(f-1) h w), clamped to [-1, 1], of a whole clip of normalised latents (b c f h/8 w/8)."""

@@ -15,9 +15,9 @@ from configs.errors import UserError
 from configs.files import sha256_file
 from configs.foreign import reading
 from model.config import Vision
-from model.foreign import load_foreign, read_json
 from model.inputs import with_mask
 from model.limits import MANY, WIDE, require_between
+from model.third_party import load_third_party, read_json, substitute
 from model.video_codec import Codec
 from model.weights import LazyWeights, lazily, require_same_tensors
 
@@ -90,9 +90,9 @@ def load_vision(path: str | Path) -> VisionTower:
     """
     local = storage.local(path)
     if not local.is_dir():
-        return load_tower(load_foreign(local), WAN_TOWER, str(local))
+        return load_tower(load_third_party(local), WAN_TOWER, str(local))
     sizes, weights = _read_sizes(local / HF_CONFIG), local / HF_WEIGHTS
-    return load_tower(load_foreign(weights), sizes, str(weights))
+    return load_tower(load_third_party(weights), sizes, str(weights))
 
 
 def vision_hash(path: str | Path) -> str:
@@ -177,9 +177,8 @@ def _select(state: LazyWeights, prefix: str, unused: tuple[str, ...], layers: st
 
 
 def official_name(name: str) -> str:
-    for pattern, replacement in OFFICIAL_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    """The name in the official file of the tensor that transformers calls `name`."""
+    return substitute(name, OFFICIAL_NAMES)
 
 
 def _official_like(name: str, tensor: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from model.foreign import load_foreign, read_json
 from model.limits import MANY, require_between
+from model.third_party import load_third_party, read_json, substitute
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.video_codec import Codec
 from model.weights import require_same_tensors
@@ -65,8 +65,6 @@ class WanCodecConfig:
     decoder: Literal["full", "tiny"] = "full"  # tiny: TAEHV's, a fraction of the work, for live use
     tiny_weights: str = "taew2_1.pth"  # read for the tiny decoder only; relative as above
     piece_latents: int = 3  # latents that pass through the networks at once: memory grows with it, overhead falls
-    tile: tuple[int, int] | None = None  # rows and columns, in latents, that `encode` sees at once; None: the picture
-    tile_stride: tuple[int, int] = (23, 38)  # in latents; upstream's, for its tile of 44 x 80
     width: int = 96  # features at pixel resolution
     channels: int = 16  # of the latents
     dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # of the width, one per level
@@ -86,8 +84,6 @@ class WanCodecConfig:
             raise UserError(f"latent_mean and latent_std need {self.channels} values each, one per channel")
         if len(self.temperal_downsample) != len(self.dim_mult) - 1:
             raise UserError(f"temperal_downsample needs {len(self.dim_mult) - 1} values, one less than dim_mult")
-        if self.tile and not all(0 < step <= size for step, size in zip(self.tile_stride, self.tile, strict=True)):
-            raise UserError(f"tile_stride {self.tile_stride} must be at least 1 and at most the tile {self.tile}")
 
     @property
     def spatial(self) -> int:
@@ -135,22 +131,13 @@ class WanCodec(Codec):
         tiny = load_tiny_decoder(folder / config.tiny_weights) if config.decoder == "tiny" else None
         return cls(config, load_vae(config, folder / config.weights), tiny)
 
-    def encode(self, video: Tensor) -> Tensor:
-        """The means, not samples, float32, as upstream. With `tile`, overlapping tiles are encoded and blended."""
-        return self.encode_stream(video, None)[0] if self.config.tile is None else self._encode_tiles(video)
-
     def encode_stream(self, video: Tensor, state: WanState | None) -> tuple[Tensor, WanState]:
-        """An episode of any length is encoded in the memory of one block. Tiles do not apply."""
-        lead, step = (1 if state is None else 0), self.config.temporal
-        frames, height, width = video.shape[2:]
-        if frames < 1 or (frames - lead) % step or height % self.config.spatial or width % self.config.spatial:
-            raise UserError(
-                f"{frames} frames of {height}x{width} px: a clip has {lead} + {step}k frames, "
-                f"multiples of {self.config.spatial} px"
-            )
+        """The means, not samples, float32, as upstream."""
+        self.require_whole_latents(video, state)
         cache = [None] * _count_convolutions(self.encoder) if state is None else list(state)
         means = []
-        for piece in _pieces(video.to(self.quant_conv.weight.dtype), lead, step * self.config.piece_latents):
+        frames = self.config.temporal * self.config.piece_latents
+        for piece in _pieces(video.to(self.quant_conv.weight.dtype), int(state is None), frames):
             moments = self.quant_conv(self.encoder(piece, feat_cache=cache, feat_idx=[0]))
             means.append(moments.chunk(2, dim=1)[0].float())
         mean, std = self._statistics()
@@ -170,7 +157,7 @@ class WanCodec(Codec):
         x = self.post_quant_conv((latents.float() * std + mean).to(self.post_quant_conv.weight.dtype))
         cache = [None] * _count_convolutions(self.decoder) if state is None else list(state)
         videos = []
-        for piece in _pieces(x, 1 if state is None else 0, self.config.piece_latents):
+        for piece in _pieces(x, int(state is None), self.config.piece_latents):
             videos.append(self.decoder(piece, feat_cache=cache, feat_idx=[0]).float())
         return torch.cat(videos, dim=2), cache
 
@@ -178,32 +165,12 @@ class WanCodec(Codec):
         mean, std = (rearrange(one.float(), "c -> c 1 1 1") for one in (self.latent_mean, self.latent_std))
         return mean, std
 
-    def _encode_tiles(self, video: Tensor) -> Tensor:
-        """As upstream: a tile counts less towards its inner edges, linearly over the overlap; corners take the less."""
-        assert self.config.tile is not None
-        scale, (rows, columns) = self.config.spatial, self.config.tile
-        height, width = (size // scale for size in video.shape[3:])
-        borders = [size - step for size, step in zip(self.config.tile, self.config.tile_stride, strict=True)]
-        total, weight = 0, 0
-        for top in _tile_starts(height, rows, self.config.tile_stride[0]):
-            for left in _tile_starts(width, columns, self.config.tile_stride[1]):
-                bottom, right = min(top + rows, height), min(left + columns, width)
-                part = video[..., top * scale : bottom * scale, left * scale : right * scale]
-                down = _edge_weights(bottom - top, borders[0], top > 0, bottom < height).to(video.device)
-                across = _edge_weights(right - left, borders[1], left > 0, right < width).to(video.device)
-                mask = torch.minimum(down[:, None], across[None])
-                around = (left, width - right, top, height - bottom)
-                total = total + nn.functional.pad(self.encode_stream(part, None)[0] * mask, around)
-                weight = weight + nn.functional.pad(mask, around)
-        assert isinstance(total, Tensor)
-        return total / weight
-
 
 def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
     """diffusers' AutoencoderKLWan, float32, with the tensors of a file in the official or the diffusers layout."""
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
         vae = make_vae(config)
-    state, own = load_foreign(weights), vae.state_dict()
+    state, own = load_third_party(weights), vae.state_dict()
     official = {official_name(name, config): name for name in own}
     names = official if len(official.keys() & state) > len(own.keys() & state) else {name: name for name in own}
     expected = {theirs: own[ours] for theirs, ours in names.items()}
@@ -215,16 +182,14 @@ def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
 
 def official_name(name: str, config: WanCodecConfig) -> str:
     """The name in Wan's own file of the tensor that diffusers calls `name`."""
-    for pattern, replacement in OFFICIAL_NAMES:
-        name = re.sub(pattern, replacement, name)
     per_level = config.num_res_blocks + 2  # the decoder's levels have one block more, and the upsampler
 
-    def place(found: re.Match[str]) -> str:
-        level, kind, index = int(found[1]), found[2], int(found[3])
-        within = index if kind == "resnets" else per_level - 1
-        return f".upsamples.{level * per_level + within}."
+    def number(match: re.Match[str]) -> str:
+        within = int(match[3]) if match[2] == "resnets" else per_level - 1
+        return f".upsamples.{int(match[1]) * per_level + within}."
 
-    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", place, name)
+    name = substitute(name, OFFICIAL_NAMES)
+    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", number, name)
 
 
 def make_vae(config: WanCodecConfig) -> Any:
@@ -267,18 +232,3 @@ def _pieces(x: Tensor, lead: int, size: int) -> Iterator[Tensor]:
         yield x[:, :, :lead]
     if x.shape[2] > lead:
         yield from x[:, :, lead:].split(size, dim=2)
-
-
-def _tile_starts(length: int, size: int, stride: int) -> list[int]:
-    """Where tiles begin along an axis; none begins after one that reached the end."""
-    return [start for start in range(0, length, stride) if start == 0 or start - stride + size < length]
-
-
-def _edge_weights(length: int, border: int, rises: bool, falls: bool) -> Tensor:
-    """(length): 1 inside, 1/border ... 1 over `border` places at each side that another tile overlaps."""
-    weights, ramp = torch.ones(length), (torch.arange(min(border, length)) + 1) / max(border, 1)
-    if rises:
-        weights[: len(ramp)] = ramp
-    if falls:
-        weights[length - len(ramp) :] = ramp.flip(0)
-    return weights

@@ -1,4 +1,4 @@
-"""Weights in and out: safetensors files that appear whole or not at all, read and written one tensor at a time."""
+"""safetensors files, read and written one tensor at a time; a file is written whole or not at all."""
 
 import json
 import math
@@ -31,12 +31,13 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, eq=False)
 class LazyWeights(Mapping[str, Tensor]):
-    """Tensors by name, each made when it is asked for and kept by nobody; `specs` are their twins without data."""
+    """Tensors by name, each read when it is asked for; `specs` have their shapes and dtypes without data."""
 
-    specs: Mapping[str, Tensor]  # on the meta device: shape and dtype
+    specs: Mapping[str, Tensor]  # on the meta device
     read: Callable[[str], Tensor]
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file, words without a meaning for the tensors
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the file
     where: str = "these weights"  # the file, for errors
+    prefix: str = ""  # that all names had in the file, see `bare_weights`
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.specs:
@@ -50,10 +51,10 @@ class LazyWeights(Mapping[str, Tensor]):
         return len(self.specs)
 
     def renamed(self, names: Mapping[str, str]) -> "LazyWeights":
-        """The tensors of `names`, each under `names[name]`. Raises ValueError if two would have one name."""
+        """The tensors of `names`, each under `names[name]`."""
         old = {new: name for name, new in names.items()}
-        if len(old) != len(names):
-            twice = [new for name, new in names.items() if old[new] != name]
+        twice = [new for name, new in names.items() if old[new] != name]
+        if twice:
             raise UserError(f"two tensors of {self.where} would be called {_some(twice)}")
         specs = {new: self.specs[name] for new, name in old.items()}
         return replace(self, specs=specs, read=lambda new: self.read(old[new]))
@@ -65,7 +66,7 @@ class LazyWeights(Mapping[str, Tensor]):
 
 
 def lazily(state: Mapping[str, Tensor]) -> LazyWeights:
-    """A dict of tensors in the form of those on disk; LazyWeights as they are."""
+    """A dict of tensors as LazyWeights; LazyWeights as they are."""
     if isinstance(state, LazyWeights):
         return state
     return LazyWeights({name: tensor.detach().to("meta") for name, tensor in state.items()}, state.__getitem__)
@@ -90,32 +91,90 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
 
 
 def load_weights(path: str | Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises ValueError in one line for a file that is none."""
+    """All tensors of a safetensors file, on the CPU."""
     return dict(open_weights(path))
 
 
-def read_weights(where: str | Path, opened: Callable[[str | Path], BufferedReader]) -> LazyWeights:
-    """As open_weights of the safetensors file `where`, which `opened` opens for every read, wherever it lies."""
-    return _open_file(where, opened)
-
-
 def open_weights(path: str | Path) -> LazyWeights:
-    """The tensors of a safetensors file or of the shards that an `*.index.json` names, each read when asked for.
-
-    Raises in one line: no such file, a truncated one, shards that are not what their index says.
-    """
+    """The tensors of a safetensors file, or of the shards that an `*.index.json` names."""
     path = storage.local(path)
     if not path.is_file():
         raise MissingFileError(f"no weights file {path}")
-    return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else _open_file(path)
+    return _open_shards(path) if path.name.endswith(INDEX_SUFFIX) else read_weights(path)
+
+
+def read_weights(path: str | Path) -> LazyWeights:
+    """The tensors of one safetensors file; of an s3:// url each is a request of its own."""
+    with storage.open(path, buffer_bytes=1) as file, reading(path):
+        begin, size, header = _read_header(path, file)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise UserError("__metadata__ must hold strings")
+        specs = {name: _spec(name, entry) for name, entry in header.items()}
+        offsets, end = dict[str, int](), 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            if entry["data_offsets"] != [end, end + specs[name].nbytes]:
+                raise UserError(f"a gap, an overlap or a wrong size at {_some([name])}")
+            offsets[name], end = begin + end, end + specs[name].nbytes
+        if begin + end != size:
+            raise UserError(f"{path} is no complete safetensors file: {size} bytes instead of {begin + end}")
+
+    def read(name: str) -> Tensor:
+        # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
+        tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype, device="cpu")
+        with storage.open(path, buffer_bytes=1) as file:
+            file.seek(offsets[name])
+            if file.readinto(_bytes(tensor)) != tensor.nbytes:
+                raise UserError(f"{path} ends within {name}; it changed while it was read")
+        return tensor
+
+    return LazyWeights(specs, read, metadata, str(path))
+
+
+def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
+    """Where the tensors begin in a safetensors file, its size, and its header."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    begin = 8 + int.from_bytes(file.read(8), "little")
+    if not 8 < begin <= min(size, 8 + HEADER_BYTES):
+        raise UserError(f"{path} is no complete safetensors file: its header cannot be read")
+    return begin, size, parse_object(file.read(begin - 8), path)
+
+
+def _spec(name: str, entry: dict[str, Any]) -> Tensor:
+    """The tensor of a header's untrusted `entry`, without data; of what is no entry, any error that `reading` knows."""
+    dtype, shape, offsets = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+    if not all(type(number) is int and 0 <= number < 1 << 62 for number in (*shape, *offsets)):
+        raise UserError(f"{_some([name])} has sizes or offsets that are no numbers of bytes")
+    if math.prod(max(size, 1) for size in shape) >= 1 << 59 or len(shape) > 64:  # torch cannot count the bytes
+        raise UserError(f"{_some([name])} has the shape {str(shape)[:80]}")
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _open_shards(index: Path) -> LazyWeights:
+    with reading(index):
+        loaded = parse_json(index.read_bytes(), index)
+        files = loaded.get("weight_map") if isinstance(loaded, dict) else None
+        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
+            raise UserError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
+        # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
+        files = {name: require_inside(file, index) for name, file in files.items()}
+    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
+    if missing:
+        raise MissingFileError(f"{index} names shards that are not there: {_some(missing)}")
+    shards = {file: read_weights(index.parent / file) for file in files.values()}
+    stored = sorted((name, file) for file, shard in shards.items() for name in shard)
+    if stored != sorted(files.items()):
+        differing = sorted({name for name, _ in set(stored) ^ set(files.items())})
+        raise UserError(f"{index} does not say what is in its shards: {_some(differing)}")
+    specs = {name: shards[file].specs[name] for name, file in files.items()}
+    return LazyWeights(specs, lambda name: shards[files[name]].read(name), where=str(index))
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies the model's weights in `state` (see `bare_names`) into the module's parameters and buffers; every one must
-    be there, with its shape.
+    """Copies the weights of `state` (see `bare_weights`), which must be exactly the module's, into the module.
 
-    A module on the meta device gets its memory here, tensor by tensor, in the dtypes of `state`. Raises ValueError in
-    one line otherwise.
+    A module on the meta device gets its memory here, tensor by tensor, in the dtypes of `state`.
     """
     own, given = module.state_dict(), bare_weights(state)
     require_same_tensors(own, given.specs, f"{given.where}: not the weights of this {type(module).__name__}")
@@ -127,20 +186,20 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:
-    """The model's weights in `state` under their own names (see `bare_names`); what those were is said on stderr."""
+    """The model's weights in `state` under their bare names; a note on stderr says what they were called before."""
     given = lazily(state)
-    found = bare_names(given.specs)
-    found.say(given.where)
-    return given.renamed(found.names)
+    bare = bare_names(given.specs)
+    bare.say(given.where)
+    return replace(given.renamed(bare.names), prefix=bare.prefix)
 
 
 def finite(state: LazyWeights) -> LazyWeights:
-    """`state`, of which reading a tensor that holds NaN or infinity raises a ValueError that names the file."""
+    """`state`, of which reading a tensor with NaN or infinity is a UserError."""
 
     def read(name: str) -> Tensor:
         tensor = state.read(name)
-        numbers = tensor if tensor.element_size() > 1 else tensor.float()  # of 8 bits: torch does not tell
-        if not torch.isfinite(numbers).all():
+        # torch cannot tell it of numbers of 8 bits.
+        if not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
             raise UserError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
         return tensor
 
@@ -148,109 +207,25 @@ def finite(state: LazyWeights) -> LazyWeights:
 
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
-    """Raises ValueError that begins with `what` and says what is missing, unexpected or misshapen in `given`."""
-    misshapen = [
-        f"{name} {tuple(given[name].shape)} for {tuple(expected[name].shape)}"
-        for name in expected
-        if name in given and given[name].shape != expected[name].shape
-    ]
-    mistyped = [
-        f"{name} {given[name].dtype} for {expected[name].dtype}"
-        for name in expected
-        if name in given and given[name].is_floating_point() != expected[name].is_floating_point()
-    ]
+    """A UserError that begins with `what` and lists what is missing, unexpected, misshapen or mistyped in `given`."""
+    pairs = {name: (given[name], spec) for name, spec in expected.items() if name in given}
     faults = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
-        "misshapen": misshapen,
-        "mistyped": mistyped,
+        "misshapen": [
+            f"{name} {tuple(ours.shape)} for {tuple(spec.shape)}"
+            for name, (ours, spec) in pairs.items()
+            if ours.shape != spec.shape
+        ],
+        "mistyped": [
+            f"{name} {ours.dtype} for {spec.dtype}"
+            for name, (ours, spec) in pairs.items()
+            if ours.is_floating_point() != spec.is_floating_point()
+        ],
     }
     if any(faults.values()):
-        found = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
-        raise UserError(f"{what}: {found}")
-
-
-def _opened(path: str | Path) -> BufferedReader:
-    return open(path, "rb")
-
-
-def _open_file(path: str | Path, opened: Callable[[str | Path], BufferedReader] = _opened) -> LazyWeights:
-    with opened(path) as file, reading(path):
-        begin, size, header = _read_header(path, file)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(word, str) for word in metadata.values()):
-            raise UserError("__metadata__ holds more than words")
-        spans = {name: _span(name, entry) for name, entry in header.items()}
-        end = 0
-        for name, (start, stop) in sorted(spans.items(), key=lambda item: item[1]):
-            if start != end:
-                raise UserError(f"tensors overlap, or leave a hole, at {_some([name])}")
-            end = stop
-        if begin + end != size:
-            raise UserError(f"{path} is no complete safetensors file: {size} bytes, where it tells of {begin + end}")
-        specs = {
-            name: torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]], device="meta")
-            for name, entry in header.items()
-        }
-
-    def read(name: str) -> Tensor:
-        # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
-        tensor = torch.empty(specs[name].shape, dtype=specs[name].dtype, device="cpu")
-        with opened(path) as file:
-            file.seek(begin + spans[name][0])
-            if file.readinto(_bytes(tensor)) != tensor.nbytes:
-                raise UserError(f"{path} ends within {name}; it changed while it was read")
-        return tensor
-
-    return LazyWeights(specs, read, metadata, str(path))
-
-
-def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
-    """Where the tensors begin in a safetensors file, where they end, and what its header says."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    begin = 8 + int.from_bytes(file.read(8), "little")
-    if not 8 < begin <= min(size, 8 + HEADER_BYTES):
-        raise UserError(f"{path} is no complete safetensors file: its header cannot be read")
-    return begin, size, parse_object(file.read(begin - 8), path)
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """Where a tensor begins and ends. Raises ValueError unless `entry` tells that, a dtype and a shape that fit."""
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise UserError(f"{_some([name])} lacks its dtype, shape or data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{_some([name])} is of type {str(dtype)[:80]}; known are: {', '.join(DTYPES)}")
-    for numbers in (shape, offsets):
-        if not isinstance(numbers, list) or not all(type(one) is int and 0 <= one < 1 << 62 for one in numbers):
-            raise UserError(f"{_some([name])} has the shape {str(shape)[:80]} at {str(offsets)[:80]}")
-    if math.prod(max(one, 1) for one in shape) >= 1 << 59 or len(shape) > 64:  # whose bytes torch cannot count
-        raise UserError(f"{_some([name])} has the shape {str(shape)[:80]}")
-    bytes_told = math.prod(shape) * DTYPES[dtype].itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != bytes_told:
-        raise UserError(f"{_some([name])} has {bytes_told} bytes by its shape, and others at {str(offsets)[:80]}")
-    return offsets[0], offsets[1]
-
-
-def _open_shards(index: Path) -> LazyWeights:
-    with reading(index):
-        told = parse_json(index.read_bytes(), index)
-        files = told.get("weight_map") if isinstance(told, dict) else None
-        if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
-        # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
-        named = {name: require_inside(file, index) for name, file in files.items()}
-    missing = sorted({file for file in named.values() if not (index.parent / file).is_file()})
-    if missing or not named:
-        raise MissingFileError(f"{index} names {len(set(named.values()))} shards; not there: {_some(missing)}")
-    shards = {file: _open_file(index.parent / file) for file in dict.fromkeys(named.values())}
-    held = {name: file for file, shard in shards.items() for name in shard}
-    if held != named or sum(map(len, shards.values())) != len(named):
-        differing = sorted(name for name in held.keys() | named.keys() if held.get(name) != named.get(name))
-        raise UserError(f"{index} does not say what is in its shards: {_some(differing) or 'a tensor is there twice'}")
-    specs = {name: shards[file].specs[name] for name, file in named.items()}
-    return LazyWeights(specs, lambda name: shards[named[name]].read(name), where=str(index))
+        listed = "; ".join(f"{len(names)} {fault}: {_some(names)}" for fault, names in faults.items() if names)
+        raise UserError(f"{what}: {listed}")
 
 
 def _bytes(tensor: Tensor) -> memoryview:

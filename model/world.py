@@ -23,10 +23,10 @@ from model.action_dit import ActionDiT
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig
 from model.flow import FlowMatch, FlowMatchConfig
-from model.foreign import PICKLES
 from model.layout import CHUNK_LATENTS, Layout
 from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
+from model.third_party import PICKLES
 from model.vision import VisionTower, image_tokens, load_vision
 from model.weights import finite, load_into, open_weights
 

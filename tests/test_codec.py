@@ -12,6 +12,7 @@ from configs.errors import UserError
 from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import find_recordings
+from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from model.codec import CODECS, codec_hash, copy_codec, load_codec
 from model.patch_codec import PatchCodec, PatchCodecConfig, to_patches
@@ -83,10 +84,15 @@ def test_a_codec_is_a_file_and_a_line(tmp_path: Path, monkeypatch, game, recordi
     (tmp_path / "codec").mkdir()
     (tmp_path / "codec" / "toy.txt").write_text("its weights")
     (tmp_path / "codec" / "config.yaml").write_text("name: toy")
-    config = EncodeConfig(game, str(recordings), str(tmp_path / "codec"), str(tmp_path / "latents"), heldout_every=0)
+    config = EncodeConfig(
+        game, str(recordings), str(tmp_path / "codec"), str(tmp_path / "latents"), layout="continuous", clip_frames=7,
+        heldout_every=0,
+    )  # fmt: skip
     encode_recordings(config)
     manifest = load_manifest(str(tmp_path / "latents" / "train" / "manifest.json"))
-    assert (manifest.codec, manifest.latent_channels) == ("toy", 3)
+    assert (manifest.codec, manifest.latent_channels, manifest.spatial, manifest.temporal) == ("toy", 3, 16, 2)
+    latents = read_clips(str(tmp_path / "latents" / "train" / "manifest.json"), 1)[0].latents
+    assert latents.shape == (3, 4, game.height // 16, game.width // 16)
     copy_codec(tmp_path / "codec", tmp_path / "copy")
     assert codec_hash(tmp_path / "copy") == manifest.codec_hash
     video = random_video(5)

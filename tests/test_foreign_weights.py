@@ -13,8 +13,8 @@ from torch import Tensor
 
 from model.bare_names import bare_names
 from model.codec import load_codec
-from model.foreign import load_foreign, open_foreign
 from model.patch_codec import WEIGHTS_FILE
+from model.third_party import load_third_party, open_third_party
 from model.weights import load_into, load_weights, open_weights, save_weights
 from model.world import load_world
 
@@ -46,7 +46,7 @@ def test_what_wraps_all_names_is_taken_off_and_said(
         saved(under(prefix), path)
     else:
         save_weights(under(prefix), path)
-    assert same_bits(dict(load_foreign(path)), PLAIN)
+    assert same_bits(dict(load_third_party(path)), PLAIN)
     said = capsys.readouterr().err.strip()
     assert str(path) in said and "\n" not in said and all(part in said for part in prefix.split("."))
 
@@ -78,14 +78,14 @@ def test_what_wraps_parts_of_a_model_is_taken_out_of_the_middle_of_names() -> No
 def test_of_several_sets_the_newest_average_is_taken_else_the_model(
     tmp_path: Path, content: dict[str, Any], taken: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert same_bits(dict(load_foreign(saved(content, tmp_path / "x.pt"))), PLAIN)
+    assert same_bits(dict(load_third_party(saved(content, tmp_path / "x.pt"))), PLAIN)
     assert f"the weights under {taken} are taken" in capsys.readouterr().err
 
 
 def test_names_of_the_model_itself_stay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert same_bits(dict(load_foreign(saved(PLAIN, tmp_path / "x.pt"))), PLAIN)
+    assert same_bits(dict(load_third_party(saved(PLAIN, tmp_path / "x.pt"))), PLAIN)
     clip = under("transformer.") | {"cls_embedding": torch.ones(1), "head": torch.ones(2)}
-    assert same_bits(dict(load_foreign(saved(clip, tmp_path / "clip.pt"))), clip)
+    assert same_bits(dict(load_third_party(saved(clip, tmp_path / "clip.pt"))), clip)
     assert capsys.readouterr().err == ""
 
 
@@ -166,7 +166,7 @@ def test_a_torch_file_of_garbage_is_one_line(tmp_path: Path, garbage: bytes) -> 
         for name in given.namelist():
             spoilt.writestr(name, garbage if name.endswith("data.pkl") else given.read(name))
     with pytest.raises(ValueError, match=r"x\.pth"):
-        open_foreign(tmp_path / "x.pth")
+        open_third_party(tmp_path / "x.pth")
 
 
 def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) ->
         nested = {"a": nested, "b": nested}
     nested["a"]["itself"] = nested
     path = saved({"ema": PLAIN, "model": PLAIN, "of the optimizer": nested}, tmp_path / "x.pt")
-    assert same_bits(dict(load_foreign(path)), PLAIN)
+    assert same_bits(dict(load_third_party(path)), PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) ->
 )  # fmt: skip
 def test_a_torch_file_without_plain_tensors_is_one_line(tmp_path: Path, content: Any) -> None:
     with pytest.raises(ValueError, match=r"x\.pt must hold names and plain tensors"):
-        open_foreign(saved(content, tmp_path / "x.pt"))
+        open_third_party(saved(content, tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

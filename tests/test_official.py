@@ -19,8 +19,8 @@ from model.config import ActionDiTConfig, ModelConfig
 from model.official import (
     WEIGHTS_NAME,
     check_variant,
+    config_json,
     diffusers_name,
-    official_json,
     official_name,
     settings_of_json,
     settings_of_tensors,
@@ -97,7 +97,7 @@ def test_each_released_file_is_recognised_by_names_and_shapes_at_its_full_size(v
     config = model_of(variant)
     specs = {name: spec.to(dtype) for name, spec in shapes(config).items()}
     assert (sum(spec.numel() for spec in specs.values()), len(specs)) == (numbers, tensors)
-    check_variant(config, specs, official_json(config), variant)
+    check_variant(config, specs, config_json(config, "official"), variant)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_a_file_of_another_variant_names_the_settings_that_differ(given: str, co
 def test_shapes_and_config_json_tell_the_same_settings() -> None:
     for variant in VARIANTS:
         config = model_of(variant)
-        told, shown = settings_of_json(official_json(config)), settings_of_tensors(shapes(config))
+        told, shown = settings_of_json(config_json(config, "official")), settings_of_tensors(shapes(config))
         both = told.keys() & shown.keys()
         assert len(both) >= 10 and all(told[name] == shown[name] for name in both)
         assert ("causal.window" in told) and told["causal.window"] == (config.causal.window if config.causal else None)
@@ -247,7 +247,7 @@ def test_a_config_json_beside_the_file_counts(
 ) -> None:
     config = model_of("universal", *SMALL)
     save_file(random_state(config), tmp_path / "official.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(official_json(config) | {"num_heads": 4}))
+    (tmp_path / "config.json").write_text(json.dumps(config_json(config, "official") | {"num_heads": 4}))
     said = refusal(capsys, "import", str(tmp_path / "official.safetensors"), *import_words)
     assert "model.num_heads=4 (config 2)" in said
 

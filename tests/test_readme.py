@@ -21,8 +21,7 @@ from launch.plan import read_plan
 from launch.run import read_launch
 from model.__main__ import VERBS as MODEL_VERBS
 from model.config import ModelConfig
-from model.convert import ImportConfig
-from model.official import ExportConfig
+from model.convert import ExportConfig, ImportConfig
 from sampling.__main__ import VERBS as SAMPLING_VERBS
 from sampling.evaluate import EvaluateConfig
 from sampling.generate import GenerateConfig

@@ -15,12 +15,12 @@ from model.video_codec import Codec
 class ToyCodecConfig:
     name: Literal["toy"] = "toy"
     channels: int = 3
-    spatial: int = 8
-    temporal: int = 4
+    spatial: int = 16
+    temporal: int = 2
 
 
 class ToyCodec(Codec):
-    """Latents are the mean colours of 8 x 8 pixels over four frames."""
+    """Latents are the mean colours of 16 x 16 pixels over two frames."""
 
     Config = ToyCodecConfig
 
@@ -31,12 +31,12 @@ class ToyCodec(Codec):
         self.register_buffer("latent_std", torch.ones(3))
 
     def encode_stream(self, video: Tensor, state: Any) -> tuple[Tensor, Any]:
-        first = video[:, :, :1].expand(-1, -1, 3 if state is None else 0, -1, -1)
-        return reduce(torch.cat([first, video], 2), "b c (f t) (h y) (w x) -> b c f h w", "mean", t=4, y=8, x=8), True
+        first = video[:, :, :1].expand(-1, -1, 1 if state is None else 0, -1, -1)
+        return reduce(torch.cat([first, video], 2), "b c (f t) (h y) (w x) -> b c f h w", "mean", t=2, y=16, x=16), True
 
     def decode_stream(self, latents: Tensor, state: Any) -> tuple[Tensor, Any]:
-        video = repeat(latents, "b c f h w -> b c (f t) (h y) (w x)", t=4, y=8, x=8)
-        return video[:, :, 3 if state is None else 0 :], True
+        video = repeat(latents, "b c f h w -> b c (f t) (h y) (w x)", t=2, y=16, x=16)
+        return video[:, :, 1 if state is None else 0 :], True
 
     @classmethod
     def weight_files(cls, config: ToyCodecConfig) -> dict[str, str]:

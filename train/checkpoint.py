@@ -19,7 +19,7 @@ from configs.foreign import parse_object, reading
 from configs.overrides import read_settings
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
-from model.foreign import PICKLES
+from model.third_party import PICKLES
 from model.weights import open_weights, save_weights
 from model.world import (
     COMPLETE,

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from configs.errors import UserError
 from data_pipeline.shards import load_manifest
+from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.cost import clip_pass, counted_dit, random_inputs, training_flops
-from model.patch_codec import SPATIAL
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
@@ -114,14 +114,15 @@ def clip_size(config: TrainConfig, height: int | None, width: int | None, latent
     """The clips of the run's manifest, but `latents` latents of `height` x `width` px where those are given; without a
     manifest all three must be."""
     objective = make_objective(config.objective)
-    layout = objective.layout
+    layout, spatial = objective.layout, Manifest.spatial
     if height is None or width is None or latents is None:
         manifest = load_manifest(config.sources[0].path)
-        height, width, layout = height or manifest.game.height, width or manifest.game.width, manifest.layout
+        height, width = height or manifest.game.height, width or manifest.game.width
+        layout, spatial = manifest.layout, manifest.spatial
         latents = latents or manifest.clip_latents
-    if min(height, width, latents) < 1 or height % SPATIAL or width % SPATIAL:
+    if min(height, width, latents) < 1 or height % spatial or width % spatial:
         raise UserError(
-            f"height={height} and width={width} must be multiples of {SPATIAL} px, latents={latents} 1 or more"
+            f"height={height} and width={width} must be multiples of {spatial} px, latents={latents} 1 or more"
         )
     check_objective(objective, config.model, layout, latents)
-    return latents, height // SPATIAL, width // SPATIAL
+    return latents, height // spatial, width // spatial

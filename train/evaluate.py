@@ -5,7 +5,6 @@ import torch
 from data_pipeline.stream import Stream
 from model.flow import FlowMatch
 from model.loss import velocity_loss
-from model.patch_codec import TEMPORAL
 from sampling.metrics import action_variants, first_latents
 from train.config import TrainConfig
 from train.engine import Engine
@@ -28,10 +27,11 @@ class Validation:
         """`heldout/right`, `/shuffled`, `/none`: mean squared velocity error of the latents to be made up."""
         sums = torch.zeros(2, len(VARIANTS))
         objective, accelerator = self.objective, self.engine.accelerator
+        temporal = self.stream.shards.manifest.temporal
         for done in range(self.rounds):
             index = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(index).to(accelerator.device)
-            clips = first_latents(batch, objective.latents or batch.latents.shape[2], objective.layout, TEMPORAL)
+            clips = first_latents(batch, objective.latents or batch.latents.shape[2], objective.layout, temporal)
             assert clips is not None
             rng = rng_for_step(0, index, index * self.batch, self.batch)
             noise = objective.heldout_noise(clips.latents, self.flow, rng)

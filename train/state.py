@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -85,7 +85,7 @@ class RankFile:
     def __init__(self, path: str | Path, copies: ExitStack | None) -> None:
         """Raises UserError for a file that holds no state."""
         self.path, self.copies = path, copies
-        self.file = read_weights(path, partial(storage.open, buffer_bytes=1))
+        self.file = read_weights(path)
         if STARTS not in self.file.metadata:
             raise UserError(f"{path} holds weights, but no state of a training run")
         with reading(path):

@@ -2,11 +2,10 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs.errors import UserError
 from model.vision import clip_pixels, image_conditions, load_tower
@@ -48,13 +47,45 @@ def _codec(fixture: Fixture) -> WanCodec:
 
 
 def _tiled(fixture: Fixture, codec: WanCodec, video: Tensor) -> dict[str, Tensor]:
-    """`latent_tiled_2x3_s1x2`: tiles of 2 x 3 latents, a stride of 1 x 2."""
+    """`latent_tiled_2x3_s1x2`: tiles of 2 x 3 latents, a stride of 1 x 2; upstream's exceed its pictures."""
     found = {}
     for name in fixture.outputs("latent_tiled_"):
         rows, columns, down, across = map(int, re.findall(r"\d+", name))
-        codec.config, whole = replace(codec.config, tile=(rows, columns), tile_stride=(down, across)), codec.config
-        found[name], codec.config = codec.encode(video), whole
+        found[name] = _encode_tiles(codec, video, (rows, columns), (down, across))
     return found
+
+
+def _encode_tiles(codec: WanCodec, video: Tensor, tile: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """As upstream: a tile counts less towards its inner edges, linearly over the overlap; corners take the less."""
+    scale, (rows, columns) = codec.config.spatial, tile
+    height, width = (size // scale for size in video.shape[3:])
+    total, weight = torch.zeros(()), torch.zeros(())
+    for top in _tile_starts(height, rows, stride[0]):
+        for left in _tile_starts(width, columns, stride[1]):
+            bottom, right = min(top + rows, height), min(left + columns, width)
+            part = video[..., top * scale : bottom * scale, left * scale : right * scale]
+            ramp_down = _edge_weights(bottom - top, rows - stride[0], top > 0, bottom < height)
+            ramp_across = _edge_weights(right - left, columns - stride[1], left > 0, right < width)
+            mask = torch.minimum(ramp_down[:, None], ramp_across[None])
+            around = (left, width - right, top, height - bottom)
+            total = total + nn.functional.pad(codec.encode(part) * mask, around)
+            weight = weight + nn.functional.pad(mask, around)
+    return total / weight
+
+
+def _tile_starts(length: int, size: int, stride: int) -> list[int]:
+    """Where tiles begin along an axis; none begins after one that reached the end."""
+    return [start for start in range(0, length, stride) if start == 0 or start - stride + size < length]
+
+
+def _edge_weights(length: int, border: int, rises: bool, falls: bool) -> Tensor:
+    """(length): 1 inside, 1/border ... 1 over `border` places at each side that another tile overlaps."""
+    weights, ramp = torch.ones(length), (torch.arange(min(border, length)) + 1) / max(border, 1)
+    if rises:
+        weights[: len(ramp)] = ramp
+    if falls:
+        weights[length - len(ramp) :] = ramp.flip(0)
+    return weights
 
 
 def _decoded(fixture: Fixture, codec: WanCodec, z: Tensor) -> dict[str, Tensor]:

@@ -1,0 +1,83 @@
+"""Weights that third parties made, read without running code in them."""
+
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configs import storage
+from configs.errors import MissingFileError, UserError
+from configs.foreign import parse_object, reading
+from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+
+
+def load_third_party(path: str | Path) -> LazyWeights:
+    """The model's weights in a file (see `open_third_party`) under their bare names. Reading NaN or infinity is a
+    UserError."""
+    return finite(bare_weights(open_third_party(path)))
+
+
+def open_third_party(path: str | Path) -> LazyWeights:
+    """The tensors of a safetensors file, an index of shards or a torch (.pth, .pt, .bin) file, under the names there;
+    of mappings in mappings the keys are joined with `/`. Code in a pickle is never run."""
+    path = storage.local(path)
+    if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
+        return open_weights(path)
+    if not path.is_file():
+        raise MissingFileError(f"no weights file {path}")
+    with reading(path):
+        tensors = dict(_tensors(_unpickle(path), set()))
+        unfit = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES or not _is_plain(tensor)]
+        if unfit or not tensors:
+            raise UserError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
+        return replace(lazily(tensors), where=str(path))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
+
+
+def _unpickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"wants to run {code[1]}" if code else "holds more than tensors"
+        raise UserError(f"{path} {what}; it was not run: get the file as safetensors") from error
+    except (RuntimeError, AssertionError) as error:  # torch's own for a file that is cut off
+        raise UserError(f"{path} is damaged or no torch file; copy or download it again") from error
+
+
+def _tensors(loaded: Any, seen: set[int], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors in mappings of mappings. Skipped are other values (steps, settings, lists), and a mapping that was
+    `seen`: a few that hold each other twice would unfold to more than any memory."""
+    if not isinstance(loaded, Mapping) or id(loaded) in seen:
+        return
+    seen.add(id(loaded))
+    for key, value in loaded.items():
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value.detach()
+        else:
+            yield from _tensors(value, seen, f"{prefix}{key}/")
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The settings in a JSON file."""
+    if not Path(path).is_file():
+        raise MissingFileError(f"no config file {path}")
+    return parse_object(Path(path).read_bytes(), path)
+
+
+def substitute(name: str, table: Iterable[tuple[str, str]]) -> str:
+    """`name` after the replacements (regular expression, replacement) of `table`, in their order."""
+    for pattern, replacement in table:
+        name = re.sub(pattern, replacement, name)
+    return name
