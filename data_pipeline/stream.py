@@ -56,11 +56,11 @@ class Stream:
         sources: str | Path | Sequence[Source],  # manifests
         batch: int,  # clips per rank and micro-step
         seed: int,
-        rank: int = 0,
-        world: int = 1,
+        place: tuple[int, int] = (0, 1),  # this rank, and how many there are
         workers: int = 1,
         loader: LoaderConfig = LoaderConfig(),
     ) -> None:
+        rank, world = place
         if not 1 <= batch <= MOST_CLIPS or not 0 <= workers <= MOST_WORKERS or not 0 <= rank < world:
             raise UserError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
                             f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip

@@ -11,6 +11,7 @@ from configs.errors import UserError
 from configs.overrides import is_override, merge_args
 from launch.machine import MachineConfig
 from launch.scheduler import Cluster, Job
+from train.check import check_run
 from train.config import TrainConfig
 
 
@@ -93,8 +94,6 @@ def launch(args: list[str]) -> int:
     """Start a run, or write it down for a scheduler: configs/machines/X.yaml configs/train/Y.yaml ... dry_run=true"""
     run = read_launch(args)
     run.machine.render(run.job)  # UserError for what cannot run there
-    from train.check import check_run  # torch takes a second, and a mistyped setting should not
-
     check_run(run.train, run.machine.ranks)
     return run.machine.start(run.job, run.script, run.dry_run)
 

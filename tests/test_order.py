@@ -93,7 +93,7 @@ def two_sets(encoded):
 
 def names(sources, world=1, workers=0, start=0, stop=12, **loader):
     """The run's samples from micro-step `start` of 2 / `world` clips on, put together over all ranks."""
-    streams = [Stream(sources, 2 // world, 5, r, world, workers, loader=LoaderConfig(**loader)) for r in range(world)]
+    streams = [Stream(sources, 2 // world, 5, (r, world), workers, loader=LoaderConfig(**loader)) for r in range(world)]
     ranks = [stream.batches(start) for stream in streams]
     found = [name for _ in range(start, stop) for batches in ranks for name in next(batches).ids]
     for batches in ranks:

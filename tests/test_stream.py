@@ -26,7 +26,7 @@ def manifest(encoded):
 
 def order_hash(manifest, world, batch, clips=3 * CLIPS):
     """A hash of the run's global order of clips, put together from what each rank gets."""
-    streams = [Stream(manifest, batch, seed=5, rank=rank, world=world) for rank in range(world)]
+    streams = [Stream(manifest, batch, seed=5, place=(rank, world)) for rank in range(world)]
     names = [
         name for step in range(clips // (world * batch)) for stream in streams for name in stream.batch_at(step).ids
     ]
@@ -46,7 +46,7 @@ def test_no_two_ranks_share_a_clip_and_every_clip_comes_once_per_epoch(manifest)
     for epoch in range(3):
         steps = range(2 * epoch, 2 * epoch + 2)
         taken = [
-            {name for step in steps for name in Stream(manifest, 2, seed=1, rank=rank, world=2).batch_at(step).ids}
+            {name for step in steps for name in Stream(manifest, 2, seed=1, place=(rank, 2)).batch_at(step).ids}
             for rank in range(2)
         ]
         assert len(taken[0]) == len(taken[1]) == 4 and len(taken[0] | taken[1]) == CLIPS
@@ -97,7 +97,7 @@ def cut_manifest(encoded, tmp_path, shards):
 )
 def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(encoded, tmp_path, shards, world, batch):
     url, clips = cut_manifest(encoded, tmp_path, shards), 2 * shards
-    ranks = [Stream(url, batch, seed=4, rank=rank, world=world) for rank in range(world)]
+    ranks = [Stream(url, batch, seed=4, place=(rank, world)) for rank in range(world)]
     steps = 3 * clips  # so that epochs end as steps do, in the end
     dealt = [[stream.batch_at(step).ids for stream in ranks] for step in range(steps)]
     assert all(len(ids) == batch for step in dealt for ids in step)  # no rank without data, ever
@@ -120,7 +120,7 @@ def test_it_resumes_at_any_step_with_any_number_of_workers(workers, manifest):
 def test_it_resumes_on_other_ranks_too(world, workers, manifest):
     whole = [name for batch in islice(Stream(manifest, 4, seed=3, workers=0).batches(0), 12) for name in batch.ids]
     for start in (0, 1, 5, 11):
-        ranks = [Stream(manifest, 4 // world, 3, rank, world, workers).batches(start) for rank in range(world)]
+        ranks = [Stream(manifest, 4 // world, 3, (rank, world), workers).batches(start) for rank in range(world)]
         found = [name for _ in range(start, 12) for batches in ranks for name in next(batches).ids]
         for batches in ranks:
             batches.close()
@@ -212,7 +212,7 @@ def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(encode
 
 
 def test_fewer_shards_than_loader_workers_is_refused(manifest):
-    Stream(manifest, 1, seed=0, world=2, workers=2)
+    Stream(manifest, 1, seed=0, place=(0, 2), workers=2)
     for world, workers, readers in [(2, 3, 6), (5, 0, 5)]:  # the last: a rank that would have none of its own
         with pytest.raises(ValueError, match=rf"4 shards for {readers} loader workers \(ranks x workers\)"):
             Stream(manifest, 1, seed=0, world=world, workers=workers)

@@ -60,7 +60,7 @@ def train(config: TrainConfig) -> bool:
     if asked.tensorboard:
         require_tensorboard()
     config = checked.config
-    stream = Stream(config.sources, config.batch, config.seed, rank, ranks, config.workers, loader=config.loader)
+    stream = Stream(config.sources, config.batch, config.seed, (rank, ranks), config.workers, config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
     url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
