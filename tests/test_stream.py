@@ -215,7 +215,7 @@ def test_fewer_shards_than_loader_workers_is_refused(manifest):
     Stream(manifest, 1, seed=0, place=(0, 2), workers=2)
     for world, workers, readers in [(2, 3, 6), (5, 0, 5)]:  # the last: a rank that would have none of its own
         with pytest.raises(ValueError, match=rf"4 shards for {readers} loader workers \(ranks x workers\)"):
-            Stream(manifest, 1, seed=0, world=world, workers=workers)
+            Stream(manifest, 1, seed=0, place=(0, world), workers=workers)
 
 
 def test_a_manifest_that_is_not_there_is_named(tmp_path):
