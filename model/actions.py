@@ -71,7 +71,7 @@ class ActionConfig:
         if self.enable_keyboard and self.keyboard_dim_in not in (None, len(space.keys)):
             raise UserError(
                 f"model.action.keyboard_dim_in={self.keyboard_dim_in}, but {space.name!r} has {len(space.keys)} keys "
-                f"({', '.join(space.keys)}); leave it out"
+                f"({', '.join(space.keys)}); leave it out, or give its own game"
             )
         keys = len(space.keys) if self.enable_keyboard else self.keys
         return replace(self, keyboard_dim_in=keys, enable_mouse=self.enable_mouse and space.mouse)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from configs import save_config, storage
-from configs.errors import UserError
 from configs.files import require_other_files, write_text
 from configs.game import GameConfig
 from model.codec import codec_hash
@@ -63,9 +62,6 @@ def import_official(config: ImportConfig) -> None:
     read = {"codec": storage.files_at(codec), "official weights": storage.files_at(file)}
     require_other_files([storage.join(out, name) for name in written], read)
     world = WorldModelConfig(config.model, config.flow, config.game, config.layout, codec, codec_hash(codec))
-    action, keys = world.model.action, world.game.action_space.keys
-    if action and action.enable_keyboard and action.keys != len(keys):
-        raise UserError(f"the model has {action.keys} keys, {world.game.name} has {', '.join(keys)}")
     weights, provenance = read_official(file, world.model)
     with writing_world(out, world, codec) as folder:
         save_weights(weights, folder / "model.safetensors", asdict(provenance))

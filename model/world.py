@@ -50,6 +50,12 @@ class WorldModelConfig:
     codec: str  # folder of the codec: a url, absolute, or relative to where training was started
     codec_hash: str  # of its weights, first 12 hex digits
 
+    def __post_init__(self) -> None:
+        # The sizes of the action modules follow from the game; a UserError if the model says others.
+        if action := self.model.action:
+            sized = action.for_game(self.game.action_space)
+            object.__setattr__(self, "model", replace(self.model, action=sized))
+
 
 @dataclass(frozen=True)
 class WorldModel:

@@ -311,7 +311,7 @@ def test_a_game_with_other_keys_and_a_finished_checkpoint_are_refused(
     save_file(random_state(model_of("universal", *SMALL)), tmp_path / "official.safetensors")
     drive = [import_words[0], yamls("gta_drive")[1], *import_words[2:]]
     said = refusal(capsys, "import", str(tmp_path / "official.safetensors"), *drive)
-    assert "the model has 4 keys, gta_drive has forward, back" in said
+    assert "keyboard_dim_in=4, but 'gta_drive' has 2 keys" in said
     assert model_command("import", str(tmp_path / "official.safetensors"), *import_words) == 0
     assert "checkpoint already" in refusal(capsys, "import", str(tmp_path / "official.safetensors"), *import_words)
 

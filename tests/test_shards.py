@@ -241,8 +241,8 @@ FAULTS = {
     "nothing held out": (["heldout_every=7"], "hold out none"),
     "no fps": (["game.fps=0"], "tiny: fps=0 must be from 0.1 to 1000"),
     "a negative fps": (["game.fps=-17.5"], "must be from 0.1 to 1000"),
-    "no height": (["game.height=0"], "from 1 to 8192"),
-    "a negative width": (["game.width=-16"], "from 1 to 8192"),
+    "no height": (["game.height=0"], "height"),
+    "a negative width": (["game.width=-16"], "width"),
     "another fps": (["game.fps=30"], "episode.json says 17.5 fps"),
     "another mouse unit": (["game.action_space.mouse_unit_deg=1.0"], "mouse unit 3 deg"),
 }
