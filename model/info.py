@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model.action_dit import ActionDiT
 from model.config import ModelConfig
-from model.official import ranges
+from model.official import general_name, ranges
 
 
 def info(config: ModelConfig) -> None:
@@ -25,20 +25,19 @@ def info(config: ModelConfig) -> None:
 
 def tensor_table(state: dict[str, Tensor]) -> list[tuple[str, str, str]]:
     """Rows (name with {i} for the block, blocks, shape), equal blocks together."""
-    blocks: dict[tuple[str, str], list[int]] = {}
+    rows: dict[tuple[str, str], list[int]] = {}
     for name, tensor in state.items():
-        numbered = re.match(r"blocks\.(\d+)\.", name)
-        general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
-        shape = "x".join(map(str, tensor.shape))
-        blocks.setdefault((general, shape), []).extend([int(numbered[1])] if numbered else [])
-    return [(name, ranges(indices), shape) for (name, shape), indices in blocks.items()]
+        block = re.match(r"blocks\.(\d+)\.", name)
+        row = rows.setdefault((general_name(name), "x".join(map(str, tensor.shape))), [])
+        row += [int(block[1])] if block else []
+    return [(name, ranges(blocks), shape) for (name, shape), blocks in rows.items()]
 
 
 def count_by_part(state: dict[str, Tensor]) -> dict[str, int]:
-    """Numbers stored per part of the model; those of all blocks added up."""
+    """Parameters per part of the model; those of all blocks added up."""
     counts: Counter[str] = Counter()
     for name, tensor in state.items():
-        words = name.split(".")
-        part = words[0] if words[0] != "blocks" else f"blocks.{words[2]}"
-        counts[part] += tensor.numel()
-    return dict(counts)
+        part = re.match(r"blocks\.{i}\.\w+|\w+", general_name(name))
+        assert part
+        counts[part[0].replace("{i}.", "")] += tensor.numel()
+    return counts

@@ -1,5 +1,7 @@
 """What can be asked for: sizes that a model can have, devices that are here."""
 
+import re
+
 import torch
 
 from configs.errors import UserError
@@ -16,13 +18,9 @@ def require_between(where: str, least: float, most: float, **numbers: float) -> 
 
 def require_device(device: str) -> None:
     """Refuses a `device` that is neither cpu nor a GPU that is here: cuda, cuda:1, mps."""
-    kind, colon, number = device.partition(":")
-    if kind not in ("cpu", "cuda", "mps") or (
-        colon and not (number.isascii() and number.isdigit() and len(number) < 4)
-    ):
+    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    name = re.fullmatch(r"(cpu|cuda|mps)(?::([0-9]{1,3}))?", device)
+    if not name:
         raise UserError(f"device={device!r} must be cpu, cuda, cuda:N or mps")
-    here = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}[kind]
-    if int(number or 0) >= here:
-        name = {"cuda": "CUDA"}.get(kind, kind)
-        there = f"there is no {name} device" if here == 0 else f"the last {name} device is {kind}:{here - 1}"
-        raise UserError(f"device={device}, but {there} here; use device=cpu")
+    if int(name[2] or 0) >= here[name[1]]:
+        raise UserError(f"device={device}: this machine has {here[name[1]]} of them; use device=cpu")

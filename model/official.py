@@ -46,16 +46,9 @@ AXES = {
 
 # Our name of a setting in the port's config.json.
 DIFFUSERS_SETTINGS = {
-    "num_attention_heads": "num_heads",
-    "in_channels": "in_dim",
-    "out_channels": "out_dim",
-    "num_layers": "num_layers",
-    "ffn_dim": "ffn_dim",
-    "freq_dim": "freq_dim",
-    "image_dim": "img_dim",
-    "patch_size": "patch_size",
-    "eps": "eps",
-}
+    "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim", "num_layers": "num_layers",
+    "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "image_dim": "img_dim", "patch_size": "patch_size", "eps": "eps",
+}  # fmt: skip
 
 # Official name -> the port's, first match wins; what matches none is called the same in both.
 DIFFUSERS_NAMES = (
@@ -140,7 +133,7 @@ def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: 
 
 def settings_of_tensors(specs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The dotted settings of ActionDiTConfig that names and shapes of official tensors show."""
-    shapes = {re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name): tuple(spec.shape) for name, spec in specs.items()}
+    shapes = {general_name(name): tuple(spec.shape) for name, spec in specs.items()}
     blocks, action_blocks = _block_numbers(specs), _block_numbers(name for name in specs if ".action_model." in name)
     sizes = {name: shapes[tensor][axis] for name, (tensor, axis) in AXES.items() if len(shapes.get(tensor, ())) > axis}
     settings: dict[str, Any] = {"num_layers": blocks[-1] + 1} if blocks else {}
@@ -206,22 +199,26 @@ def _action_json(config: ActionDiTConfig) -> dict[str, Any]:
 
 def diffusers_name(name: str) -> str:
     """The port's name of an official parameter."""
-    return _renamed(name, DIFFUSERS_NAMES)
+    return _rename(name, DIFFUSERS_NAMES)
 
 
 def official_name(name: str) -> str:
     """The official name of the port's parameter."""
-    return _renamed(name, OFFICIAL_NAMES)
+    return _rename(name, OFFICIAL_NAMES)
 
 
-def _renamed(name: str, table: Iterable[tuple[str, str]]) -> str:
-    numbered = re.match(r"blocks\.(\d+)\.", name)
-    general = re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
+def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
+    general = general_name(name)
     for start, other in table:
         if general.startswith(start):
             general = other + general.removeprefix(start)
             break
-    return general.replace("{i}", numbered[1]) if numbered else general
+    return general.replace("{i}", name.split(".")[1]) if "{i}" in general else general
+
+
+def general_name(name: str) -> str:
+    """The name of a parameter with {i} for the number of its block."""
+    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
 
 
 def ranges(indices: Iterable[int]) -> str:

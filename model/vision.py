@@ -26,16 +26,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Sizes of Wan's tower, open-clip xlm-roberta-large-vit-huge-14, by transformers' names.
+# The last of its 32 layers is not used; gelu is the exact one; sizes are in px.
 WAN_TOWER: dict[str, Any] = {
-    "image_size": 224,  # px, each way
-    "patch_size": 14,  # px
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_attention_heads": 16,
-    "num_hidden_layers": 31,  # the last of its 32 is not used
-    "layer_norm_eps": 1e-5,
-    "hidden_act": "gelu",  # the exact one
-}
+    "image_size": 224, "patch_size": 14, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16,
+    "num_hidden_layers": 31, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
+}  # fmt: skip
 
 VISUAL_PREFIX, HF_PREFIX = "visual.", "vision_model."
 HF_CONFIG, HF_WEIGHTS = "config.json", "model.safetensors"
@@ -57,6 +52,8 @@ OFFICIAL_NAMES = (
     (r"\.mlp\.fc1\.", ".mlp.0."),
     (r"\.mlp\.fc2\.", ".mlp.2."),
 )
+
+QKV = re.compile(r"\.([qkv])_proj\.")
 
 
 class VisionTower(nn.Module):
@@ -183,16 +180,14 @@ def official_name(name: str) -> str:
 
 def _official_like(name: str, tensor: Tensor) -> Tensor:
     """A tensor of the shape that the official file gives to what transformers calls `name`."""
-    if name.endswith("class_embedding"):
-        return rearrange(tensor, "c -> 1 1 c")
-    if "position_embedding" in name:
-        return rearrange(tensor, "l c -> 1 l c")
-    return torch.cat([tensor] * 3) if re.search(r"\.[qkv]_proj\.", name) else tensor
+    if "class_embedding" in name or "position_embedding" in name:
+        return tensor.reshape(1, -1, tensor.shape[-1])
+    return torch.cat([tensor] * 3) if QKV.search(name) else tensor
 
 
 def _take(tensor: Tensor, name: str, shape: Size) -> Tensor:
     """The part of an official `tensor` that transformers calls `name`."""
-    part = re.search(r"\.([qkv])_proj\.", name)
+    part = QKV.search(name)
     return tensor.chunk(3)["qkv".index(part[1])] if part else tensor.reshape(shape)
 
 

@@ -15,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from configs import to_dict
 from configs.errors import UserError
 from model.limits import MANY, require_between
 from model.third_party import load_third_party, read_json, substitute
@@ -24,6 +25,12 @@ from model.weights import require_same_tensors
 
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 NEEDS_DIFFUSERS = "the Wan codec needs diffusers: pip install 'diffusers>=0.42'"
+
+# Our name of a setting in diffusers' config.json.
+DIFFUSERS_SETTINGS = {
+    "base_dim": "width", "z_dim": "channels", "dim_mult": "dim_mult", "num_res_blocks": "num_res_blocks",
+    "temperal_downsample": "temperal_downsample", "latents_mean": "latent_mean", "latents_std": "latent_std",
+}  # fmt: skip
 
 # Statistics of Wan 2.1's latents, per channel: those with which its DiT and Matrix-Game's were trained.
 MEAN = (
@@ -197,28 +204,17 @@ def make_vae(config: WanCodecConfig) -> Any:
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
     except ImportError as error:
         raise UserError(NEEDS_DIFFUSERS) from error
-    return AutoencoderKLWan(
-        base_dim=config.width,
-        z_dim=config.channels,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temperal_downsample=list(config.temperal_downsample),
-        latents_mean=list(config.latent_mean),
-        latents_std=list(config.latent_std),
-    )
+    settings = to_dict(config)
+    return AutoencoderKLWan(**{name: settings[ours] for name, ours in DIFFUSERS_SETTINGS.items()})
 
 
 def _read_diffusers_config(path: Path) -> dict[str, Any]:
     """Our settings of a diffusers config.json; refuses another autoencoder than Wan 2.1's."""
     given = read_json(path)
-    named = given.get("_class_name")
     others = {name: given[name] for name in ("is_residual", "patch_size", "attn_scales") if given.get(name)}
-    if named != "AutoencoderKLWan" or others:
-        raise UserError(f"{path} describes {named} {others or ''}, not the autoencoder of Wan 2.1 (AutoencoderKLWan)")
-    ours = {"base_dim": "width", "z_dim": "channels", "latents_mean": "latent_mean", "latents_std": "latent_std"}
-    same = ("dim_mult", "num_res_blocks", "temperal_downsample")
-    renamed = {ours[name]: value for name, value in given.items() if name in ours}
-    return renamed | {name: given[name] for name in same if name in given}
+    if given.get("_class_name") != "AutoencoderKLWan" or others:
+        raise UserError(f"{path}: {given.get('_class_name')} {others or ''} is not Wan 2.1's AutoencoderKLWan")
+    return {ours: given[name] for name, ours in DIFFUSERS_SETTINGS.items() if name in given}
 
 
 def _count_convolutions(network: nn.Module) -> int:

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from test_foreign_checkpoints import change
-from test_moving_worlds import generate
-from test_official import refusal, yamls
-from tiny_world import write_checkpoint, write_codec
+from tiny_released import refusal, yamls
+from tiny_world import change, generate, write_checkpoint, write_codec
 
 from configs import load_config
 from model.codec import CONFIG_FILE, load_codec, locate_codec

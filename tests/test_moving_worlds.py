@@ -9,21 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from test_official import SMALL, model_command, model_of, random_state, yamls
-from tiny_world import GAME, write_checkpoint, write_codec
+from tiny_released import SMALL, model_command, model_of, random_state, yamls
+from tiny_world import generate, write_checkpoint, write_codec
 
 from configs import storage
-from configs.cli import run
 from model.weights import save_weights
 from model.world import load_world, read_world_config, writing_world
-from sampling.__main__ import VERBS
-
-
-def generate(checkpoint: Path, out: Path, *words: str) -> int:
-    Image.new("RGB", (GAME.width, GAME.height), "teal").save(out / "prompt.png")
-    fixed = [f"prompt={out / 'prompt.png'}", "actions=idle", "frames=9", "steps=1", f"out={out / 'film.mp4'}"]
-    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *words])
 
 
 @pytest.fixture

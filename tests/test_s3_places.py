@@ -13,8 +13,8 @@ import torch
 import yaml
 from fault_proxy import Fault
 from foreign_games import load_game, read_all, write_all
-from test_official import SMALL, model_command, model_of, random_state, same_bits, yamls
 from tiny_recordings import draw_frames, write_recording
+from tiny_released import SMALL, model_command, model_of, random_state, same_bits, yamls
 from tiny_world import GAME, write_checkpoint
 
 from configs import load_config, s3, save_config, storage, to_dict

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_vision import STATE, TINY
+from tiny_released import TOWER_SIZES, TOWER_STATE
 from tiny_world import DIT, GAME, SPACE, random_video, write_checkpoint
 from torch import Tensor, nn
 
@@ -124,8 +124,11 @@ def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:
-    config = replace(DIT, vision="pooled", img_dim=TINY["hidden_size"])
-    dit, tower = ActionDiT(config, torch.Generator().manual_seed(0)).eval(), load_tower(STATE, TINY, "the fixture")
+    config = replace(DIT, vision="pooled", img_dim=TOWER_SIZES["hidden_size"])
+    dit, tower = (
+        ActionDiT(config, torch.Generator().manual_seed(0)).eval(),
+        load_tower(TOWER_STATE, TOWER_SIZES, "the fixture"),
+    )
     shown: list[Tensor] = []
     tower.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
     seeing = replace(world, dit=dit, tower=tower)
@@ -227,7 +230,7 @@ def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) ->
         (["guidance=1e300"], "guidance 1e+300 above 0 and at most 100"),
         (["mouse_deg=1e300"], "mouse_deg=1e+300 must be from -3600 to 3600"),
         (["prompt_frames=1000000000"], "must be from 1 to frames=81"),
-        (["device=cuda"], "no CUDA device"),
+        (["device=cuda"], "device=cuda: this machine has 0"),
     ],
 )
 def test_bad_input_is_one_line_with_status_2_and_nothing_written(

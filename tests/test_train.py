@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_moving_worlds import generate
 from tiny_recordings import write_recording
 from tiny_training import ALONE, ROOT, STEPS, launch, losses, read_metrics, run
-from tiny_world import DIT, GAME
+from tiny_world import DIT, GAME, generate
 from toy_objective import Toy
 
 from configs import load_config

@@ -3,11 +3,12 @@
 import json
 import sys
 from itertools import islice
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_released import FIXTURE, GOLDEN, TOWER_JSON, TOWER_SIZES, TOWER_STATE, hf_state
 
 from configs.errors import UserError
 from model.vision import (
@@ -22,30 +23,14 @@ from model.vision import (
 )
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from tests.parity.codec import clip
-from tests.parity.fixtures import read_fixtures, run_fixture
+from tests.parity.fixtures import run_fixture
 
-GOLDEN = Path(__file__).parent / "golden"
-FIXTURE = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "clip")
-STATE = {name.removeprefix("sd."): tensor for name, tensor in FIXTURE.tensors.items() if name.startswith("sd.")}
-TINY = WAN_TOWER | {
-    "hidden_size": 36, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 28,
-    "patch_size": 7,
-}  # fmt: skip
-HF_CONFIG = {**TINY, "model_type": "clip_vision_model", "num_hidden_layers": 3}  # of `hf_state`
 IMAGES = torch.rand(2, 3, 20, 36, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 @pytest.fixture(scope="module")
 def tower():
-    return load_tower(STATE, TINY, "the fixture").requires_grad_(False)
-
-
-def hf_state(tower) -> dict[str, torch.Tensor]:
-    """The tower under transformers' names, with the layer and the norm that are not used."""
-    state = {f"vision_model.{name}": tensor.clone() for name, tensor in tower.tower.state_dict().items()}
-    last = {name.replace("layers.1.", "layers.2."): tensor + 1 for name, tensor in state.items() if "layers.1." in name}
-    unused = {"vision_model.post_layernorm.weight": torch.ones(36), "text_model.x": torch.ones(1)}
-    return state | last | unused
+    return load_tower(TOWER_STATE, TOWER_SIZES, "the fixture").requires_grad_(False)
 
 
 def test_every_output_agrees_with_the_reference() -> None:
@@ -65,9 +50,9 @@ def test_the_released_file_has_392_vision_tensors_of_which_377_are_used() -> Non
 
 
 def test_the_official_file_loads_with_its_text_tower_left_out(tower, tmp_path) -> None:
-    state = {f"visual.{name}": tensor for name, tensor in STATE.items()}
+    state = {f"visual.{name}": tensor for name, tensor in TOWER_STATE.items()}
     state |= {"textual.token_embedding.weight": torch.zeros(4, 4), "log_scale": torch.zeros(1)}
-    assert torch.equal(load_tower(state, TINY, "file")(IMAGES), tower(IMAGES))
+    assert torch.equal(load_tower(state, TOWER_SIZES, "file")(IMAGES), tower(IMAGES))
     torch.save(state, tmp_path / "clip.pth")
     with pytest.raises(ValueError, match=r"clip.pth holds no such CLIP vision tower: .* misshapen"):
         load_vision(tmp_path / "clip.pth")  # by itself such a file has the released sizes
@@ -75,11 +60,11 @@ def test_the_official_file_loads_with_its_text_tower_left_out(tower, tmp_path) -
 
 def test_the_layout_of_transformers_gives_the_same_tokens(tower, tmp_path) -> None:
     save_file(hf_state(tower), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(TOWER_JSON))
     loaded = load_vision(tmp_path)
     assert torch.equal(loaded(IMAGES), tower(IMAGES))
     for name, value in (("hidden_act", "quick_gelu"), ("hidden_size", 0), ("patch_size", "x"), ("image_size", 10**9)):
-        (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG | {name: value}))
+        (tmp_path / "config.json").write_text(json.dumps(TOWER_JSON | {name: value}))
         with pytest.raises(UserError, match=r"config\.json") as error:
             load_vision(tmp_path)
         assert "\n" not in str(error.value)
@@ -88,9 +73,9 @@ def test_the_layout_of_transformers_gives_the_same_tokens(tower, tmp_path) -> No
 def test_the_tower_in_a_library_model_gives_the_same_tokens(tower) -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    sizes = CLIPVisionConfig(**TINY | {"num_hidden_layers": 3})
-    whole = CLIPVisionModel(sizes).eval().requires_grad_(False)
-    loaded = load_tower(whole.state_dict(), TINY, "a model")
+    sizes: dict[str, Any] = TOWER_SIZES | {"num_hidden_layers": 3}
+    whole = CLIPVisionModel(CLIPVisionConfig(**sizes)).eval().requires_grad_(False)
+    loaded = load_tower(whole.state_dict(), TOWER_SIZES, "a model")
     hidden = whole(pixel_values=clip_pixels(IMAGES, 28), output_hidden_states=True).hidden_states
     assert hidden is not None
     torch.testing.assert_close(loaded(IMAGES), hidden[-2], atol=1e-5, rtol=0)
@@ -111,21 +96,21 @@ def test_a_picture_has_the_same_tokens_alone_and_in_a_batch(tower) -> None:
 
 
 def test_names_and_shapes_that_do_not_fit_are_said(tower) -> None:
-    state = {name: tensor for name, tensor in STATE.items() if name != "transformer.1.norm2.bias"}
+    state = {name: tensor for name, tensor in TOWER_STATE.items() if name != "transformer.1.norm2.bias"}
     state |= {"transformer.0.attn.to_qkv.bias": torch.zeros(36), "extra": torch.zeros(1)}
     with pytest.raises(ValueError) as error:
-        load_tower(state, TINY, "clip.pth")
+        load_tower(state, TOWER_SIZES, "clip.pth")
     for part in ("transformer.1.norm2.bias", "transformer.0.attn.to_qkv.bias (36,) for (108,)", "extra"):
         assert part in str(error.value)
     other = {name: tensor for name, tensor in hf_state(tower).items() if not name.endswith("layers.0.mlp.fc1.bias")}
     with pytest.raises(ValueError, match=r"1 missing: encoder.layers.0.mlp.fc1.bias"):
-        load_tower(other, TINY, "model.safetensors")
+        load_tower(other, TOWER_SIZES, "model.safetensors")
 
 
 def test_without_transformers_one_line_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ValueError, match="pip install 'transformers"):
-        load_tower(STATE, TINY, "the fixture")
+        load_tower(TOWER_STATE, TOWER_SIZES, "the fixture")
 
 
 def test_conditions_come_block_by_block_without_an_end() -> None:

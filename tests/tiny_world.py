@@ -4,9 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
+from PIL import Image
 from torch import nn
 
 from configs import save_config
+from configs.cli import run
 from configs.game import ActionSpace, GameConfig
 from model.action_dit import ActionDiT
 from model.actions import ActionConfig
@@ -17,6 +20,7 @@ from model.masks import CausalConfig
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import load_into, save_weights
 from model.world import COMPLETE, WORLD_FILE, WorldModel, WorldModelConfig
+from sampling.__main__ import VERBS
 
 SPACE = ActionSpace("tiny", ("forward", "back", "left", "right"), ("W", "S", "A", "D"), mouse_unit_deg=3.0)
 GAME = GameConfig("tiny", SPACE, fps=17.5, height=32, width=48)
@@ -74,3 +78,21 @@ def write_checkpoint(run: Path, step: int = 100, game: GameConfig = GAME) -> Pat
         save_weights(random_dit().state_dict(), folder / f"{weights}.safetensors")
     (folder / COMPLETE).write_text("{}")
     return folder
+
+
+def change(path: Path, **settings: object) -> None:
+    """Other values for keys of a YAML file; `a__b` is b in a."""
+    told = yaml.safe_load(path.read_text())
+    for name, value in settings.items():
+        *outer, last = name.split("__")
+        where = told
+        for key in outer:
+            where = where[key]
+        where[last] = value
+    path.write_text(yaml.safe_dump(told))
+
+
+def generate(checkpoint: Path, out: Path, *words: str) -> int:
+    Image.new("RGB", (GAME.width, GAME.height), "teal").save(out / "prompt.png")
+    fixed = [f"prompt={out / 'prompt.png'}", "actions=idle", "frames=9", "steps=1", f"out={out / 'film.mp4'}"]
+    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *words])

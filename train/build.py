@@ -8,11 +8,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from model.action_dit import ActionDiT
-from model.memory import give_back
 from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
 from train.engine import Engine
 from train.engines import engine_of
+from train.memory import give_back
 
 META = torch.device("meta")
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from model.action_dit import ActionDiTConfig
 from model.cost import training_flops
 from model.loss import SIGMA_BINS
-from model.memory import memory_gib
 from train.config import TrainConfig
 from train.engine import Engine
+from train.memory import memory_gib
 from train.objectives.objective import LossMetrics
 
 

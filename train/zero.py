@@ -9,9 +9,9 @@ from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 
 from model.action_dit import ActionDiT
-from model.memory import give_back
 from train.config import EngineConfig, TrainConfig
 from train.engine import Engine, set_timeouts
+from train.memory import give_back
 from train.optim import make_optimizer
 from train.state import ParamShard
 

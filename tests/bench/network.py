@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import statistics
 import time
 from collections.abc import Iterator
@@ -24,7 +25,6 @@ from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_in
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
 from model.limits import require_device
-from model.memory import peak_gib
 from model.patch_codec import SPATIAL, TEMPORAL, PatchCodec, PatchCodecConfig
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
@@ -242,7 +242,7 @@ def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int |
     tflop = flops / 1e12
     mfu = tflop / median / config.peak_tflops if config.peak_tflops else None
     speed = frames / median if frames else None
-    peak = peak_gib(config.device)
+    peak = _peak_gib(config.device)
     return Measured(what, median, min(wall), max(wall), statistics.median(cpu), peak, tflop, speed, mfu)
 
 
@@ -291,3 +291,13 @@ def table_line(row: Measured) -> str:
     speed = "-" if row.frames_per_s is None else f"{row.frames_per_s:.1f}"
     mfu = "-" if row.mfu is None else f"{100 * row.mfu:.1f} %"
     return f"{row.what:<24}{times} {1e3 * row.model_tflop:>9.1f} {speed:>9} {mfu:>7} {row.peak_gib:>6.2f} GiB"
+
+
+def _peak_gib(device: str) -> float:
+    """The peak of memory in GiB. CPU: resident memory of the process; CUDA: allocated by torch."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)  # kB
+    return (int(peak) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20

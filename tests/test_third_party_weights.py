@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_official import SMALL, model_command, model_of, random_state, refusal, same_bits, yamls
+from tiny_released import SMALL, model_command, model_of, random_state, refusal, same_bits, yamls
 from tiny_world import random_dit, write_checkpoint, write_codec
 from torch import Tensor
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_world import write_checkpoint, write_codec
+from tiny_world import change, write_checkpoint, write_codec
 
 from configs import load_config, save_config, storage
 from model.codec import CONFIG_FILE, load_codec
@@ -22,18 +22,6 @@ SECRET = "${oc.env:WORLDLOOM_SECRET}"
 def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("WORLDLOOM_SECRET", "wJalr")
     return "wJalr"
-
-
-def change(path: Path, **settings: object) -> None:
-    """Other values for keys of a YAML file; `a__b` is b in a."""
-    told = yaml.safe_load(path.read_text())
-    for name, value in settings.items():
-        *outer, last = name.split("__")
-        where = told
-        for key in outer:
-            where = where[key]
-        where[last] = value
-    path.write_text(yaml.safe_dump(told))
 
 
 @pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys"])
