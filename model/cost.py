@@ -28,8 +28,8 @@ def training_flops(model: ActionDiTConfig, b: int, f: int, h: int, w: int) -> in
 
     What checkpointing computes again is not counted: these are the FLOPs that the model needs.
     """
-    dit = counted_dit(model)
-    return count_flops(clip_pass(dit, random_inputs(model, b, f, h, w, META), train=True))
+    dit, inputs = counted_dit(model), random_inputs(model, b, f, h, w, META)
+    return count_flops(lambda: run_clip(dit, inputs, train=True))
 
 
 def counted_dit(model: ActionDiTConfig) -> ActionDiT:
@@ -38,17 +38,13 @@ def counted_dit(model: ActionDiTConfig) -> ActionDiT:
         return ActionDiT(replace(model, attention="sdpa", checkpoint_every=0)).eval()
 
 
-def clip_pass(dit: ActionDiT, inputs: dict[str, Tensor], train: bool) -> Run:
+def run_clip(dit: ActionDiT, inputs: dict[str, Tensor], train: bool) -> None:
     """One pass over a clip of `inputs`; with its backward pass if `train`."""
-
-    def run() -> None:
-        with torch.set_grad_enabled(train):
-            velocity = dit(**inputs)
-            if train:
-                velocity.square().mean().backward()
-                dit.zero_grad(set_to_none=True)
-
-    return run
+    with torch.set_grad_enabled(train):
+        velocity = dit(**inputs)
+        if train:
+            velocity.square().mean().backward()
+            dit.zero_grad(set_to_none=True)
 
 
 def random_inputs(model: ActionDiTConfig, b: int, f: int, h: int, w: int, device: torch.device) -> dict[str, Tensor]:

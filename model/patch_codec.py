@@ -6,7 +6,7 @@ with a memory of earlier latents can add. Fitted by `python -m train codec`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from einops import rearrange, repeat
@@ -20,6 +20,7 @@ from model.weights import finite, load_into, open_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
+PATCHES = "b f h w (c t y x)"
 WEIGHTS_FILE = "model.safetensors"
 
 State = list[Tensor]  # the newest features (b c h w) of each memory block: what the next latents need of the past
@@ -29,6 +30,8 @@ State = list[Tensor]  # the newest features (b c h w) of each memory block: what
 class PatchCodecConfig:
     """Sizes of the demo's codec."""
 
+    spatial: ClassVar[int] = SPATIAL
+    temporal: ClassVar[int] = TEMPORAL
     name: Literal["patch"] = "patch"
     channels: int = 16  # of the latents
     width: int = 128  # features at latent resolution
@@ -43,16 +46,6 @@ class PatchCodecConfig:
         require_between("codec.", 1, 3 * TEMPORAL * SPATIAL * SPATIAL, channels=self.channels)  # numbers in a patch
         require_between("codec.", 1, WIDE, width=self.width, fine_width=self.fine_width)
         require_between("codec.", 0, MANY, memory_blocks=self.memory_blocks, fine_blocks=self.fine_blocks)
-
-    @property
-    def spatial(self) -> int:
-        """Pixels per latent, each way."""
-        return SPATIAL
-
-    @property
-    def temporal(self) -> int:
-        """Frames per latent, after the first."""
-        return TEMPORAL
 
 
 class MemoryBlock(nn.Module):
@@ -185,13 +178,9 @@ class PatchCodec(Codec):
 
 def to_patches(video: Tensor) -> Tensor:
     """(b 3 4f 8h 8w) -> (b f h w 768), one row per latent position."""
-    return rearrange(
-        video, "b c (f t) (h y) (w x) -> b f h w (c t y x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
-    )  # fmt: skip
+    return rearrange(video, f"b c (f t) (h y) (w x) -> {PATCHES}", t=TEMPORAL, y=SPATIAL, x=SPATIAL)
 
 
 def from_patches(patches: Tensor) -> Tensor:
     """(b f h w 768) -> (b 3 4f 8h 8w)."""
-    return rearrange(
-        patches, "b f h w (c t y x) -> b c (f t) (h y) (w x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL
-    )  # fmt: skip
+    return rearrange(patches, f"{PATCHES} -> b c (f t) (h y) (w x)", t=TEMPORAL, y=SPATIAL, x=SPATIAL)

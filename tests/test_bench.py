@@ -10,7 +10,7 @@ import torch
 from configs import load_config
 from configs.cli import run
 from model.__main__ import VERBS
-from model.cost import clip_pass, count_flops, counted_dit, training_flops
+from model.cost import count_flops, counted_dit, run_clip, training_flops
 from tests.bench.network import BenchConfig, inputs_for, measure_all
 
 SMOKE = str(Path(__file__).parent.parent / "configs" / "models" / "smoke.yaml")
@@ -19,7 +19,7 @@ TINY = [SMOKE, "height=32", "width=48", "repeats=2"]
 
 def flops(config: BenchConfig, train: bool = False) -> int:
     dit = counted_dit(config.model)
-    return count_flops(clip_pass(dit, inputs_for(config, config.latents, dit), train))
+    return count_flops(lambda: run_clip(dit, inputs_for(config, config.latents, dit), train))
 
 
 def test_flops_are_those_of_the_matrices() -> None:

@@ -16,7 +16,7 @@ from configs.errors import UserError
 from data_pipeline.shards import load_manifest
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT, ActionDiTConfig
-from model.cost import clip_pass, counted_dit, random_inputs, training_flops
+from model.cost import counted_dit, random_inputs, run_clip, training_flops
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
@@ -106,7 +106,7 @@ def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bo
             torch.set_default_dtype(dtype)
         inputs = random_inputs(model, *size, CPU)
         with LiveBytes(dit, inputs.values()) as live:
-            clip_pass(dit, inputs, train=True)()
+            run_clip(dit, inputs, train=True)
     return live
 
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from configs.files import require_no_folder, require_other_files, write_text
 from model.action_dit import ActionDiT, CompileMode
 from model.codec import Codec, load_codec
 from model.config import ActionDiTConfig
-from model.cost import META, Run, clip_pass, count_flops, counted_dit, random_inputs
+from model.cost import META, Run, count_flops, counted_dit, random_inputs, run_clip
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
 from model.limits import require_device
@@ -120,8 +121,11 @@ def measure_all(config: BenchConfig) -> Iterator[Measured]:
     dit, costs = make_dit(config), counted_dit(config.model)
     on_device, on_meta = (inputs_for(config, config.latents, model) for model in (dit, costs))
     for train in (False, True):
-        what = "forward + backward" if train else "forward"
-        yield measured(what, clip_pass(dit, on_device, train), config, count_flops(clip_pass(costs, on_meta, train)))
+        what, flops = (
+            "forward + backward" if train else "forward",
+            count_flops(partial(run_clip, costs, on_meta, train)),
+        )
+        yield measured(what, partial(run_clip, dit, on_device, train), config, flops)
     dit, costs = dit.requires_grad_(False), costs.requires_grad_(False)
     codec = bench_codec(config) if config.codec else None
     if config.streams:
