@@ -3,7 +3,7 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,10 +74,3 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MissingFileError(f"no config file {path}")
     return parse_object(Path(path).read_bytes(), path)
-
-
-def substitute(name: str, table: Iterable[tuple[str, str]]) -> str:
-    """`name` after the replacements (regular expression, replacement) of `table`, in their order."""
-    for pattern, replacement in table:
-        name = re.sub(pattern, replacement, name)
-    return name

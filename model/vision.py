@@ -17,7 +17,7 @@ from configs.foreign import reading
 from model.config import Vision
 from model.inputs import with_mask
 from model.limits import MANY, WIDE, require_between
-from model.third_party import load_third_party, read_json, substitute
+from model.third_party import load_third_party, read_json
 from model.video_codec import Codec
 from model.weights import LazyWeights, lazily, require_same_tensors
 
@@ -175,7 +175,9 @@ def _select(state: LazyWeights, prefix: str, unused: tuple[str, ...], layers: st
 
 def official_name(name: str) -> str:
     """The name in the official file of the tensor that transformers calls `name`."""
-    return substitute(name, OFFICIAL_NAMES)
+    for pattern, replacement in OFFICIAL_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def _official_like(name: str, tensor: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ a clip of any length is encoded and decoded in the memory of one piece, and in p
 first frame passes alone and becomes the first latent; every later latent stands for four frames.
 """
 
-import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from configs import to_dict
 from configs.errors import UserError
 from model.limits import MANY, require_between
-from model.third_party import load_third_party, read_json, substitute
+from model.third_party import load_third_party, read_json
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.video_codec import Codec
 from model.weights import require_same_tensors
@@ -41,24 +40,6 @@ STD = (
     2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
     3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
 )  # fmt: skip
-
-# Names of the official file for those of diffusers, in this order; the numbered up-blocks are left to `official_name`.
-OFFICIAL_NAMES = (
-    (r"^quant_conv\.", "conv1."),
-    (r"^post_quant_conv\.", "conv2."),
-    (r"\.conv_in\.", ".conv1."),
-    (r"\.norm_out\.", ".head.0."),
-    (r"\.conv_out\.", ".head.2."),
-    (r"\.norm1\.", ".residual.0."),
-    (r"(resnets\.\d+|down_blocks\.\d+)\.conv1\.", r"\1.residual.2."),
-    (r"\.norm2\.", ".residual.3."),
-    (r"\.conv2\.", ".residual.6."),
-    (r"\.conv_shortcut\.", ".shortcut."),
-    (r"\.mid_block\.resnets\.0\.", ".middle.0."),
-    (r"\.mid_block\.attentions\.0\.", ".middle.1."),
-    (r"\.mid_block\.resnets\.1\.", ".middle.2."),
-    (r"\.down_blocks\.", ".downsamples."),
-)
 
 WanState = list[Any]  # per convolution its last frames (b c 2 h w), None before the first; diffusers marks one as "Rep"
 
@@ -177,26 +158,20 @@ def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
     """diffusers' AutoencoderKLWan, float32, with the tensors of a file in the official or the diffusers layout."""
     with torch.device("meta"):  # no memory and no random numbers for weights that the file replaces
         vae = make_vae(config)
-    state, own = load_third_party(weights), vae.state_dict()
-    official = {official_name(name, config): name for name in own}
-    names = official if len(official.keys() & state) > len(own.keys() & state) else {name: name for name in own}
-    expected = {theirs: own[ours] for theirs, ours in names.items()}
-    require_same_tensors(expected, state.specs, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
+    state = load_third_party(weights)
+    if "encoder.conv1.weight" in state:
+        state = state.renamed(diffusers_names(state))
+    require_same_tensors(vae.state_dict(), state.specs, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
     vae.to_empty(device="cpu")
-    vae.load_state_dict({ours: state[theirs] for theirs, ours in names.items()})
+    vae.load_state_dict(state)
     return vae
 
 
-def official_name(name: str, config: WanCodecConfig) -> str:
-    """The name in Wan's own file of the tensor that diffusers calls `name`."""
-    per_level = config.num_res_blocks + 2  # the decoder's levels have one block more, and the upsampler
+def diffusers_names(official: Iterable[str]) -> dict[str, str]:
+    """diffusers' names of the tensors in Wan's own file; others stay as they are."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    def number(match: re.Match[str]) -> str:
-        within = int(match[3]) if match[2] == "resnets" else per_level - 1
-        return f".upsamples.{int(match[1]) * per_level + within}."
-
-    name = substitute(name, OFFICIAL_NAMES)
-    return re.sub(r"\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", number, name)
+    return {name: ours for ours, name in convert_wan_vae_to_diffusers({name: name for name in official}).items()}
 
 
 def make_vae(config: WanCodecConfig) -> Any:
