@@ -16,7 +16,8 @@ from model.codec import codec_hash
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import Layout
-from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, diffusers_name, read_official
+from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, read_official
+from model.third_party import diffusers_names
 from model.weights import LazyWeights, open_weights, save_weights
 from model.world import (
     COMPLETE,
@@ -99,7 +100,7 @@ def _rename(weights: LazyWeights, config: ExportConfig) -> LazyWeights:
     if config.dtype != "keep":
         weights = weights.cast({"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
     if config.format == "diffusers":
-        return weights.renamed({name: diffusers_name(name) for name in weights})
+        return weights.renamed(diffusers_names("transformer", weights))
     prefix = "" if config.prefix == "none" else config.prefix or weights.metadata.get("prefix", "")
     return weights.renamed({name: prefix + name for name in weights})
 

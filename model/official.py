@@ -1,7 +1,7 @@
 """Files of the released models: which variant one is, its key names, and those of the FastVideo port.
 
-Names and shapes of the official layout are the parameters' own. Sources: the released configs of Matrix-Game 2.0, and
-the name table of FastVideo 0.2.1 (configs/models/dits/matrixgame2.py) for the port.
+Names and shapes of the official layout are the parameters' own. The port (FastVideo 0.2.1, configs/models/dits/
+matrixgame2.py) has diffusers' names of Wan's parameters.
 """
 
 import re
@@ -18,7 +18,7 @@ from configs.errors import MissingFileError, UserError
 from configs.foreign import reading
 from model.action_dit import ActionDiT
 from model.config import ActionDiTConfig
-from model.third_party import PICKLES, load_third_party, read_json
+from model.third_party import PICKLES, diffusers_names, load_third_party, read_json
 from model.weights import INDEX_SUFFIX, LazyWeights, require_same_tensors
 
 KeyNames = Literal["official", "diffusers"]
@@ -50,30 +50,6 @@ DIFFUSERS_SETTINGS = {
     "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "image_dim": "img_dim", "patch_size": "patch_size", "eps": "eps",
 }  # fmt: skip
 
-# Official name -> the port's, first match wins; what matches none is called the same in both.
-DIFFUSERS_NAMES = (
-    ("time_embedding.0.", "condition_embedder.time_embedder.linear_1."),
-    ("time_embedding.2.", "condition_embedder.time_embedder.linear_2."),
-    ("time_projection.1.", "condition_embedder.time_proj."),
-    ("img_emb.proj.0.", "condition_embedder.image_embedder.norm1."),
-    ("img_emb.proj.1.", "condition_embedder.image_embedder.ff.net.0.proj."),
-    ("img_emb.proj.3.", "condition_embedder.image_embedder.ff.net.2."),
-    ("img_emb.proj.4.", "condition_embedder.image_embedder.norm2."),
-    ("head.modulation", "scale_shift_table"),
-    ("head.head.", "proj_out."),
-    ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
-    ("blocks.{i}.self_attn.o.", "blocks.{i}.attn1.to_out.0."),
-    ("blocks.{i}.cross_attn.o.", "blocks.{i}.attn2.to_out.0."),
-    *((f"blocks.{{i}}.self_attn.{x}.", f"blocks.{{i}}.attn1.to_{x}.") for x in "qkv"),
-    *((f"blocks.{{i}}.cross_attn.{x}.", f"blocks.{{i}}.attn2.to_{x}.") for x in "qkv"),
-    ("blocks.{i}.self_attn.norm_", "blocks.{i}.attn1.norm_"),
-    ("blocks.{i}.cross_attn.norm_", "blocks.{i}.attn2.norm_"),
-    ("blocks.{i}.norm3.", "blocks.{i}.norm2."),
-    ("blocks.{i}.ffn.0.", "blocks.{i}.ffn.net.0.proj."),
-    ("blocks.{i}.ffn.2.", "blocks.{i}.ffn.net.2."),
-)
-OFFICIAL_NAMES = (*((port, ours) for ours, port in DIFFUSERS_NAMES), ("patch_embedding.proj.", "patch_embedding."))
-
 
 @dataclass(frozen=True)
 class Provenance:
@@ -95,7 +71,10 @@ def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeight
     names: KeyNames = "diffusers" if "proj_out.weight" in weights else "official"
     provenance = Provenance(str(path) + str(file).removeprefix(str(local)), names, weights.prefix)
     if names == "diffusers":
-        weights = weights.renamed({name: official_name(name) for name in weights})
+        official = {port: name for name, port in diffusers_names("transformer", _own_tensors(config)).items()}
+        official["patch_embedding.proj.weight"] = "patch_embedding.weight"  # as FastVideo itself calls them
+        official["patch_embedding.proj.bias"] = "patch_embedding.bias"
+        weights = weights.renamed({name: official.get(name, name) for name in weights})
     check_variant(config, weights.specs, _config_beside(file), str(file))
     return weights, provenance
 
@@ -116,8 +95,6 @@ def weights_file(path: Path) -> Path:
 
 def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: Mapping[str, Any], where: str) -> None:
     """A UserError unless tensors like `specs`, and the config.json `beside` them, are those of `config`."""
-    with torch.device("meta"):
-        expected = ActionDiT(config).state_dict()
     with reading(f"the config.json beside {where}"):
         ours, theirs = _dotted(config), {**settings_of_tensors(specs), **settings_of_json(beside)}
     differing = [
@@ -126,9 +103,14 @@ def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: 
         if name in ours and ours[name] != value
     ]
     listed = f": it has {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}" if differing else ""
-    require_same_tensors(expected, specs, f"{where} is of another variant than the config{listed}")
+    require_same_tensors(_own_tensors(config), specs, f"{where} is of another variant than the config{listed}")
     if differing:
         raise UserError(f"{where} is of another variant than the config{listed}")
+
+
+def _own_tensors(config: ActionDiTConfig) -> dict[str, Tensor]:
+    with torch.device("meta"):
+        return ActionDiT(config).state_dict()
 
 
 def settings_of_tensors(specs: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -195,25 +177,6 @@ def _action_json(config: ActionDiTConfig) -> dict[str, Any]:
     names = [name for name in ACTION_NAMES if config.action.enable_mouse or not name.startswith("mouse_")]
     fixed = {"img_hidden_size": config.dim, "patch_size": list(config.patch_size), "qk_norm": True, "qkv_bias": False}
     return {"action_config": {**{name: values[name] for name in names}, **fixed}}
-
-
-def diffusers_name(name: str) -> str:
-    """The port's name of an official parameter."""
-    return _rename(name, DIFFUSERS_NAMES)
-
-
-def official_name(name: str) -> str:
-    """The official name of the port's parameter."""
-    return _rename(name, OFFICIAL_NAMES)
-
-
-def _rename(name: str, table: Iterable[tuple[str, str]]) -> str:
-    general = general_name(name)
-    for start, other in table:
-        if general.startswith(start):
-            general = other + general.removeprefix(start)
-            break
-    return general.replace("{i}", name.split(".")[1]) if "{i}" in general else general
 
 
 def general_name(name: str) -> str:

@@ -3,10 +3,10 @@
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,3 +74,14 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not Path(path).is_file():
         raise MissingFileError(f"no config file {path}")
     return parse_object(Path(path).read_bytes(), path)
+
+
+def diffusers_names(part: Literal["transformer", "vae"], names: Iterable[str]) -> dict[str, str]:
+    """diffusers' names for `names` of Wan's own files; those that it does not know stay as they are."""
+    from diffusers.loaders import single_file_utils as diffusers
+
+    convert = {
+        "transformer": diffusers.convert_wan_transformer_to_diffusers,
+        "vae": diffusers.convert_wan_vae_to_diffusers,
+    }[part]
+    return {ours: theirs for theirs, ours in convert({name: name for name in names}).items()}

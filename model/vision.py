@@ -34,7 +34,6 @@ WAN_TOWER: dict[str, Any] = {
 
 VISUAL_PREFIX, HF_PREFIX = "visual.", "vision_model."
 HF_CONFIG, HF_WEIGHTS = "config.json", "model.safetensors"
-NEEDS_TRANSFORMERS = "CLIP tokens need transformers: pip install 'transformers>=4.57'"
 
 # In either layout, what Matrix-Game does not use: text tower, the norm and projection after the last layer.
 OFFICIAL_UNUSED = ("post_norm.", "head", "textual.", "log_scale")
@@ -141,8 +140,9 @@ def image_conditions(codec: Codec, image: Tensor, latents: int) -> Iterator[Tens
 
 def make_tower(sizes: Mapping[str, Any]) -> nn.Module:
     """transformers' tower of these `sizes` (see WAN_TOWER), without the norm after its last layer."""
-    transformers = _transformers()
-    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes))
+    from transformers import CLIPVisionConfig, CLIPVisionModel  # slow: not for every command
+
+    model: Any = CLIPVisionModel(CLIPVisionConfig(**sizes))
     tower = model.vision_model if hasattr(model, "vision_model") else model  # transformers 4 has the tower one deeper
     tower.post_layernorm = nn.Identity()
     return tower
@@ -195,7 +195,9 @@ def _take(tensor: Tensor, name: str, shape: Size) -> Tensor:
 
 def _read_sizes(path: Path) -> dict[str, Any]:
     """The sizes (see WAN_TOWER) in transformers' config.json, without the last layer."""
-    given, defaults = read_json(path), _transformers().CLIPVisionConfig()
+    from transformers import CLIPVisionConfig
+
+    given, defaults = read_json(path), CLIPVisionConfig()
     with reading(path):
         vision = given.get("vision_config", given)
         sizes = {name: vision.get(name, getattr(defaults, name)) for name in WAN_TOWER}
@@ -213,12 +215,3 @@ def _read_sizes(path: Path) -> dict[str, Any]:
         if sizes["hidden_size"] % sizes["num_attention_heads"]:
             raise UserError(f"hidden_size={sizes['hidden_size']} must be a multiple of num_attention_heads")
     return sizes
-
-
-def _transformers() -> Any:
-    """The library, imported when something is to be made with it."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError(NEEDS_TRANSFORMERS) from error
-    return transformers

@@ -5,7 +5,7 @@ a clip of any length is encoded and decoded in the memory of one piece, and in p
 first frame passes alone and becomes the first latent; every later latent stands for four frames.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from configs import to_dict
 from configs.errors import UserError
 from model.limits import MANY, require_between
-from model.third_party import load_third_party, read_json
+from model.third_party import diffusers_names, load_third_party, read_json
 from model.tiny_decoder import TinyDecoder, load_tiny_decoder
 from model.video_codec import Codec
 from model.weights import require_same_tensors
 
 DIFFUSERS_CONFIG, DIFFUSERS_WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
-NEEDS_DIFFUSERS = "the Wan codec needs diffusers: pip install 'diffusers>=0.42'"
 
 # Our name of a setting in diffusers' config.json.
 DIFFUSERS_SETTINGS = {
@@ -160,25 +159,17 @@ def load_vae(config: WanCodecConfig, weights: str | Path) -> Any:
         vae = make_vae(config)
     state = load_third_party(weights)
     if "encoder.conv1.weight" in state:
-        state = state.renamed(diffusers_names(state))
+        state = state.renamed(diffusers_names("vae", state))
     require_same_tensors(vae.state_dict(), state.specs, f"{weights} is no Wan 2.1 autoencoder of width {config.width}")
     vae.to_empty(device="cpu")
     vae.load_state_dict(state)
     return vae
 
 
-def diffusers_names(official: Iterable[str]) -> dict[str, str]:
-    """diffusers' names of the tensors in Wan's own file; others stay as they are."""
-    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
-    return {name: ours for ours, name in convert_wan_vae_to_diffusers({name: name for name in official}).items()}
-
-
 def make_vae(config: WanCodecConfig) -> Any:
-    try:
-        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
-    except ImportError as error:
-        raise UserError(NEEDS_DIFFUSERS) from error
+    """diffusers' AutoencoderKLWan with random weights."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan  # slow: not for every command
+
     settings = to_dict(config)
     return AutoencoderKLWan(**{name: settings[ours] for name, ours in DIFFUSERS_SETTINGS.items()})
 

@@ -1,7 +1,6 @@
 """CLIP's vision tower: both layouts, the right layers, and what a model with each kind of vision is told."""
 
 import json
-import sys
 from itertools import islice
 from typing import Any
 
@@ -105,12 +104,6 @@ def test_names_and_shapes_that_do_not_fit_are_said(tower) -> None:
     other = {name: tensor for name, tensor in hf_state(tower).items() if not name.endswith("layers.0.mlp.fc1.bias")}
     with pytest.raises(ValueError, match=r"1 missing: encoder.layers.0.mlp.fc1.bias"):
         load_tower(other, TOWER_SIZES, "model.safetensors")
-
-
-def test_without_transformers_one_line_says_what_to_install(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="pip install 'transformers"):
-        load_tower(TOWER_STATE, TOWER_SIZES, "the fixture")
 
 
 def test_conditions_come_block_by_block_without_an_end() -> None:

@@ -17,8 +17,9 @@ from data_pipeline.encode import encode_recordings
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
 from model.codec import codec_hash, load_codec
+from model.third_party import diffusers_names
 from model.tiny_decoder import TinyDecoder
-from model.wan_codec import WanCodec, WanCodecConfig, diffusers_names, make_vae
+from model.wan_codec import WanCodec, WanCodecConfig, make_vae
 from model.weights import load_weights
 from tests.parity.codec import vae
 from tests.parity.fixtures import read_fixtures, run_fixture
@@ -70,12 +71,12 @@ def test_a_wrong_expectation_is_a_failure() -> None:
 def test_the_released_file_has_these_names_and_no_others(official) -> None:
     with torch.device("meta"):
         real = make_vae(WanCodecConfig()).state_dict()
-    assert set(diffusers_names(official).values()) == set(real) and len(real) == len(official) == 194
+    assert set(diffusers_names("vae", official).values()) == set(real) and len(real) == len(official) == 194
     assert sum(tensor.numel() for tensor in real.values()) == 126_892_531
 
 
 def test_the_official_and_the_diffusers_layout_give_the_same_codec(codec, official, tmp_path) -> None:
-    state = {name: official[theirs].clone() for theirs, name in diffusers_names(official).items()}
+    state = {name: official[theirs].clone() for theirs, name in diffusers_names("vae", official).items()}
     save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
     given = {"_class_name": "AutoencoderKLWan", "base_dim": WIDTH, "z_dim": 16, "dim_mult": [1, 2, 4, 4]}
     (tmp_path / "config.json").write_text(json.dumps(given))
@@ -193,12 +194,6 @@ def test_another_autoencoder_of_diffusers_is_refused(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", "is_residual": True}))
     with pytest.raises(ValueError, match="is_residual"):
         load_codec(tmp_path)
-
-
-def test_without_diffusers_one_line_says_what_to_install(folder, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "diffusers.models.autoencoders.autoencoder_kl_wan", None)
-    with pytest.raises(ValueError, match="pip install 'diffusers"):
-        load_codec(folder)
 
 
 def test_a_config_of_other_numbers_is_refused() -> None:
