@@ -32,19 +32,17 @@ class Clamp(nn.Module):
 class MemBlock(nn.Module):
     """A residual block over a frame and the one before it."""
 
-    def __init__(self, n_in: int, n_out: int) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
-            _conv(2 * n_in, n_out), nn.ReLU(inplace=True),
-            _conv(n_out, n_out), nn.ReLU(inplace=True),
-            _conv(n_out, n_out),
+            _conv(2 * width, width), nn.ReLU(inplace=True),
+            _conv(width, width), nn.ReLU(inplace=True),
+            _conv(width, width),
         )  # fmt: skip
-        self.skip = nn.Conv2d(n_in, n_out, 1, bias=False) if n_in != n_out else nn.Identity()
-        self.act = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:
         """(m c h w) of m frames and of the frames before them -> (m c h w)."""
-        return self.act(self.conv(torch.cat([x, past], dim=1)) + self.skip(x))
+        return torch.relu(self.conv(torch.cat([x, past], dim=1)) + x)
 
 
 class TGrow(nn.Module):
@@ -67,7 +65,7 @@ class TinyDecoder(nn.Module):
         super().__init__()
         layers: list[nn.Module] = [Clamp(), _conv(channels, widths[0]), nn.ReLU(inplace=True)]
         for width, following, growth in zip(widths[:-1], widths[1:], TIME_GROWTH, strict=True):
-            layers += [MemBlock(width, width) for _ in range(BLOCKS_PER_LEVEL)]
+            layers += [MemBlock(width) for _ in range(BLOCKS_PER_LEVEL)]
             layers += [nn.Upsample(scale_factor=2), TGrow(width, growth), _conv(width, following, bias=False)]
         layers += [nn.ReLU(inplace=True), _conv(widths[-1], 3)]
         self.decoder = nn.Sequential(*layers)

@@ -208,19 +208,13 @@ def finite(state: LazyWeights) -> LazyWeights:
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:
     """A UserError that begins with `what` and lists what is missing, unexpected, misshapen or mistyped in `given`."""
-    pairs = {name: (given[name], spec) for name, spec in expected.items() if name in given}
+    shared = [(name, given[name], spec) for name, spec in expected.items() if name in given]
     faults = {
         "missing": [name for name in expected if name not in given],
         "unexpected": [name for name in given if name not in expected],
-        "misshapen": [
-            f"{name} {tuple(ours.shape)} for {tuple(spec.shape)}"
-            for name, (ours, spec) in pairs.items()
-            if ours.shape != spec.shape
-        ],
+        "misshapen": [f"{name} {tuple(a.shape)} for {tuple(b.shape)}" for name, a, b in shared if a.shape != b.shape],
         "mistyped": [
-            f"{name} {ours.dtype} for {spec.dtype}"
-            for name, (ours, spec) in pairs.items()
-            if ours.is_floating_point() != spec.is_floating_point()
+            f"{name} {a.dtype} for {b.dtype}" for name, a, b in shared if a.is_floating_point() != b.is_floating_point()
         ],
     }
     if any(faults.values()):
