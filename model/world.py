@@ -51,10 +51,8 @@ class WorldModelConfig:
     codec_hash: str  # of its weights, first 12 hex digits
 
     def __post_init__(self) -> None:
-        # The sizes of the action modules follow from the game; a UserError if the model says others.
-        if action := self.model.action:
-            sized = action.for_game(self.game.action_space)
-            object.__setattr__(self, "model", replace(self.model, action=sized))
+        if action := self.model.action:  # its sizes follow from the game; a UserError if the model says others
+            object.__setattr__(self, "model", replace(self.model, action=action.for_game(self.game.action_space)))
 
 
 @dataclass(frozen=True)
