@@ -1,8 +1,8 @@
 """The one config loader: YAML files and key=value overrides, later ones winning, as a frozen dataclass."""
 
 import difflib
+import json
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -21,17 +21,12 @@ SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "o
 
 
 def load_config(cls: type[T], args: Sequence[str]) -> T:
-    """The dataclass `cls` from `args`: paths of YAML files and `key.sub=value` overrides, later ones winning.
-
-    A UserError for a file that is not there, a mistyped key (with the nearest right one), a value of the wrong type or
-    a required key that was not given.
-    """
+    """The dataclass `cls` from `args`: paths of YAML files and `key.sub=value` overrides, later ones winning."""
     return build(cls, merge_args(args))
 
 
 def load_file(cls: type[T], path: str | Path, args: Sequence[str] = ()) -> T:
-    """The dataclass `cls` from a YAML file that a program wrote, in which nothing is resolved; the user's `args` change
-    its settings. Errors name the file."""
+    """The dataclass `cls` from a YAML file that a program wrote, resolving nothing in it, and the user's `args`."""
     return build_from(cls, merged(read_settings(path), merge_args(args)), path)
 
 
@@ -96,10 +91,8 @@ def _convert_list(cls: type, args: tuple[Any, ...], values: Any, key: str) -> An
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
     if hint is str and type(value) in (int, float):
         return str(value)
-    if isinstance(value, str) and hint is not str:
-        value = _parse_scalar(hint, value.strip())
-    elif hint is float and type(value) is int:
-        value = _parse_scalar(float, str(value))
+    if (isinstance(value, str) and hint is not str) or (hint is float and type(value) is int):
+        value = _parse_scalar(hint, str(value).strip())
     if type(value) is not hint:
         raise UserError(f"{key} must be of type {hint.__name__}, not {value!r}")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -113,23 +106,15 @@ def _parse_scalar(hint: type, text: str) -> Any:
     """The value of type `hint` that `text` stands for, or the text itself if it stands for none."""
     if hint is bool:
         return SWITCH.get(text.lower(), text)
-    if not re.fullmatch(r"[-+]?[0-9._]*([eE][-+]?[0-9]+)?", text, re.ASCII) or len(text) > 400:
-        return text
     try:
-        return int(text) if hint is int else float(text)
+        return hint(text)
     except ValueError:
         return text
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The plain dict that `build` turns back into `config`; tuples become lists."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-    return plain(asdict(config))
+    return json.loads(json.dumps(asdict(config)))
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -23,11 +23,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 @dataclass(frozen=True)
 class Verb:
-    """A command: a function, or its `module:name`, which is imported only when the command is run.
-
-    The function takes one config, a dataclass that is loaded from the arguments, or `args: list[str]`, the arguments
-    themselves, and returns an exit status or None.
-    """
+    """A command: a function, or its `module:name`, imported when it is run, that returns an exit status or None. It
+    takes one config, a dataclass that is loaded from the arguments, or `args: list[str]`, the arguments themselves."""
 
     function: str | Callable[..., int | None]
     first: str | None = None  # the setting that a bare first argument stands for
@@ -45,11 +42,8 @@ def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = No
     Arguments that begin with a setting belong to the verb `default`. An error that the user can fix is one line on
     stderr and status 2; Ctrl-C is status 130.
     """
-    args = [expand_home(arg) for arg in (sys.argv[1:] if args is None else args)]
-    _open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may not be encodable in this locale
+    args = expand_home(list(sys.argv[1:] if args is None else args))
+    _prepare_streams()
     if default and args and is_setting(args[0]):
         args.insert(0, default)
     if not args or args[0] in ("-h", "--help", "help"):
@@ -74,7 +68,6 @@ def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = No
 
 
 def call(verb: Verb, args: list[str]) -> int | None:
-    """Calls the verb's function with the config that `args` make, or with `args` themselves."""
     function = verb.load()
     if verb.first and args and not is_setting(args[0]):
         args = [f"{verb.first}={args[0]}", *args[1:]]
@@ -88,15 +81,15 @@ def is_setting(arg: str) -> bool:
     return arg.endswith((".yaml", ".yml")) or ("=" in arg and not Path(arg).exists())
 
 
-def _open_closed_streams() -> None:
-    """Opens standard streams that are closed, to nowhere: else a file of ours would get the number of one, and what
-    libraries print would be written into it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            if (null := os.open(os.devnull, os.O_RDWR)) != number:
-                os.dup2(null, number)
-                os.close(null)
-            setattr(sys, name, open(number, "w" if number else "r", encoding="utf-8", closefd=False))  # noqa: SIM115
+def _prepare_streams() -> None:
+    """Opens streams that are closed, to nowhere: else a file of ours would get the number of one, and what libraries
+    print would be written into it. Escapes what the locale cannot encode, such as a file's name."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - gets the lowest free number
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -106,7 +99,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def usage(program: str, verbs: Mapping[str, Verb]) -> str:
-    """The verbs with the first line of each one's docstring."""
     lines = [f"python -m {program} <verb> file.yaml ... key=value ...", ""]
     lines += [f"  {name:<12} {(verb.load().__doc__ or '').strip().splitlines()[0]}" for name, verb in verbs.items()]
     return "\n".join(lines)

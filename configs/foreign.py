@@ -3,7 +3,6 @@
 import csv
 import errno
 import json
-import math
 import os
 import pickle
 import struct
@@ -33,7 +32,7 @@ def reading(where: str | Path, remedy: str = "copy, download or write it again")
     try:
         yield
     except DAMAGE as error:
-        if isinstance(error, ValueError) and str(where) in str(error):
+        if isinstance(error, UserError) and str(where) in str(error):
             raise
         raise UserError(f"{where} is damaged ({one_line(error)[:200]}); {remedy}") from error
     except OSError as error:
@@ -46,9 +45,8 @@ def parse_json(text: str | bytes, where: str | Path) -> Any:
     """The value of the JSON `text`: its numbers are finite, its strings encodable. Errors begin with `where`."""
     try:
         plain = bytes(text).decode("utf-8-sig") if isinstance(text, bytes | bytearray | memoryview) else text
-        loaded = json.loads(plain, parse_constant=_finite, parse_float=_finite)
-        if "\\u" in plain:  # may be half of a surrogate pair, which no file or message can hold
-            json.dumps(loaded, ensure_ascii=False).encode()
+        loaded = json.loads(plain)
+        json.dumps(loaded, allow_nan=False, ensure_ascii=False).encode()  # raises for half of a surrogate pair, too
         return loaded
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not valid JSON: {one_line(error)[:200]}") from error
@@ -62,18 +60,9 @@ def parse_object(text: str | bytes, where: str | Path) -> dict[str, Any]:
     return loaded
 
 
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise UserError(f"{text} is no finite number")
-    return number
-
-
 def require_inside(name: str, where: str | Path) -> str:
-    """`name`, found in the folder or file `where`, if it is a plain relative path that stays in its folder.
-
-    A UserError if it is absolute or empty, has an empty part, `.` or `..`, a backslash or a control character.
-    """
+    """`name`, which `where` holds, if it is a plain path that stays in its folder: not absolute, no empty part, no `.`
+    or `..`, no backslash, no control character. Else a UserError."""
     parts = name.split("/")
     if any(part in ("", ".", "..") for part in parts) or any(ord(c) < 32 or c in "\\\x7f" for c in name):
         raise UserError(f"{where} names {name!r}, which is no file of a folder; it was not read or written")

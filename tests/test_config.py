@@ -3,7 +3,6 @@ text means, and nothing in an untrusted file is resolved."""
 
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,11 +38,6 @@ class Required:
     steps: int
 
 
-def test_a_missing_config_file_is_named() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config file nowhere\.yaml"):
-        load_config(Settings, ["nowhere.yaml"])
-
-
 @pytest.mark.parametrize("program", ["data_pipeline", "model", "sampling", "train", "launch"])
 def test_every_program_refuses_an_unknown_verb_in_one_line(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", program, "dance"], capture_output=True, text=True)
@@ -77,18 +71,13 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_setting_of_type_str_takes_its_text_as_it_stands(text: str) -> None:
+def test_a_text_is_taken_as_it_stands_and_read_back_as_it_was_saved(text: str, tmp_path: Path) -> None:
     assert load_config(Settings, [f"out={text}"]).out == text
     assert load_config(Settings, [f"env.A={text}"]).env == {"A": text}
-    if text != "null":
-        assert load_config(Settings, [f"init={text}"]).init == text
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_a_saved_text_is_read_back_as_it_was(text: str, tmp_path: Path) -> None:
-    save_config(Settings(out=text, keys=(text,), env={text: text}), tmp_path / "c.yaml")
-    assert load_config(Settings, [str(tmp_path / "c.yaml")]) == Settings(out=text, keys=(text,), env={text: text})
-    assert load_file(Settings, tmp_path / "c.yaml") == Settings(out=text, keys=(text,), env={text: text})
+    assert load_config(Settings, [f"init={text}"]).init == (None if text == "null" else text)
+    saved = Settings(out=text, keys=(text,), env={text: text})
+    save_config(saved, tmp_path / "c.yaml")
+    assert load_config(Settings, [str(tmp_path / "c.yaml")]) == saved == load_file(Settings, tmp_path / "c.yaml")
 
 
 def test_texts_in_lists_and_files_are_no_switches_or_numbers(tmp_path: Path) -> None:
@@ -115,8 +104,10 @@ def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path: Path, monkey
     (tmp_path / "a.yaml").write_text("init: ~/b\nkeys: [~/k, '~']\n")
     given = load_config(Settings, [str(tmp_path / "a.yaml"), "out=~/x"])
     assert (given.out, given.init, given.keys) == ("/home/me/x", "/home/me/b", ("/home/me/k", "~"))
-    assert load_config(Settings, ["out=~"]).out == "/home/me"
     assert load_file(Settings, tmp_path / "a.yaml").init == "~/b"  # a foreign file does not know whose home it is
+    received: list[list[str]] = []
+    run("program", {"verb": Verb(lambda args: received.append(args))}, ["verb", "~/a.yaml", "~x", "out=~/b"])
+    assert received == [["/home/me/a.yaml", "~x", "out=~/b"]]
 
 
 @pytest.mark.parametrize("arg", [
@@ -136,6 +127,8 @@ def test_a_mistyped_a_missing_and_a_stray_argument_are_named() -> None:
             load_config(cls, [arg])
     with pytest.raises(UserError, match="'steps' is required"):
         load_config(Required, [])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config(Settings, ["nowhere.yaml"])
 
 
 FILES = {
@@ -160,44 +153,25 @@ def test_a_program_s_file_cannot_read_the_environment(tmp_path: Path, monkeypatc
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SEKRIT")
     for text in ("out: s3://b/${oc.env:AWS_SECRET_ACCESS_KEY}", "env: {'${oc.env:HOME}': a}", "keys: [a, '\\${x}']"):
         (tmp_path / "world.yaml").write_text(text)
-        with pytest.raises(ValueError, match=r"world\.yaml refers to \$\{") as caught:
+        with pytest.raises(UserError, match=r"world\.yaml refers to") as caught:
             load_file(Settings, tmp_path / "world.yaml")
         assert "SEKRIT" not in str(caught.value)
 
 
-def test_a_short_foreign_file_does_not_become_a_huge_one(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
-    (tmp_path / "world.yaml").write_text("\n".join(lines))
-    began = time.monotonic()
-    with pytest.raises(ValueError, match=r"world\.yaml is damaged .*alias"):
-        read_settings(tmp_path / "world.yaml")
-    assert time.monotonic() - began < 5  # it is not unfolded; a hang would be hours
-
-
-def test_a_short_file_of_ones_own_does_not_become_a_huge_one_either(tmp_path: Path) -> None:
-    lines = ["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))]
-    (tmp_path / "a.yaml").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=r"a\.yaml holds more than 100000 values"):
-        load_config(Settings, [str(tmp_path / "a.yaml")])
-    (tmp_path / "a.yaml").write_text("keys: &k [x, y]\nenv: {A: &a b, C: *a}\n")
-    assert load_config(Settings, [str(tmp_path / "a.yaml")]) == Settings(keys=("x", "y"), env={"A": "b", "C": "b"})
+@pytest.mark.parametrize("read", [read_settings, lambda path: load_config(Settings, [str(path)])])
+def test_a_short_file_does_not_become_a_huge_one(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "world.yaml").write_text("a: &a [x, x]\nb: [*a, *a]")
+    with pytest.raises(UserError, match=r"world\.yaml is damaged .*alias"):
+        read(tmp_path / "world.yaml")
 
 
 def test_a_file_of_settings_is_read_or_refused_soon(tmp_path: Path) -> None:
-    many, began = "\n".join(f"k{i}: x" for i in range(40_000)), time.monotonic()
-    (tmp_path / "world.yaml").write_text(many)
+    """Comparing every key with every other took minutes."""
+    (tmp_path / "world.yaml").write_text("\n".join(f"k{i}: x" for i in range(40_000)))
     assert len(read_settings(tmp_path / "world.yaml")) == 40_000
     (tmp_path / "world.yaml").write_text("a: [" + "x," * 300_000 + "]")
     with pytest.raises(ValueError, match="that is no file of settings"):
         read_settings(tmp_path / "world.yaml")
-    assert time.monotonic() - began < 20  # every key was compared with every other: minutes
-
-
-def test_every_argument_may_begin_with_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    received: list[list[str]] = []
-    monkeypatch.setenv("HOME", "/home/me")
-    run("program", {"verb": Verb(lambda args: received.append(args))}, ["verb", "~/a.yaml", "~", "~x", "out=~/b"])
-    assert received == [["/home/me/a.yaml", "/home/me", "~x", "out=~/b"]]
 
 
 def test_an_error_that_quotes_a_file_is_cut() -> None:
