@@ -1,4 +1,4 @@
-"""How a video's frames are to be shown: the one place where they become RGB pictures, as a player shows them."""
+"""How a video's frames become RGB pictures, as a player shows them."""
 
 import io
 from collections.abc import Iterable, Iterator
@@ -21,7 +21,7 @@ from configs.errors import UserError
 
 # The numbers of ITU-T H.273 (AVColorSpace, AVColorTransferCharacteristic, AVColorPrimaries).
 UNSPECIFIED = (2, 3)  # 3 is reserved; encoders have written it for "unknown"
-MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # those that are honoured, by swscale's numbers
+MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # those that can be shown, with swscale's numbers
 BT709, BT601 = 1, 5
 HD = 577, 1280  # rows, columns from which players take untagged video for BT.709 (mpv, mp_csp_guess_colorspace)
 SHOWN_AS_THEY_ARE = (1, *UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15)  # transfers of displays with the usual contrast
@@ -30,11 +30,9 @@ LIKE_SRGB = (1, *UNSPECIFIED, 4, 5, 6, 7, 22)  # primaries that players show as 
 ASPECTS = 1 / 4, 4.0  # of a pixel, width to height; what is beyond is no picture
 SQUARE = 0.01  # a pixel whose sides differ by less is square: encoders round
 REFUSED = {
-    "SPHERICAL": "a spherical video",
-    "DOVI_RPU_BUFFER": "Dolby Vision",
-    "DOVI_METADATA": "Dolby Vision",
-    "STEREO3D": "a stereoscopic video",
-}
+    "SPHERICAL": "a spherical video", "STEREO3D": "a stereoscopic video",
+    "DOVI_RPU_BUFFER": "Dolby Vision", "DOVI_METADATA": "Dolby Vision",
+}  # fmt: skip
 NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # Matroska's elements: the way to a track's picture, and pixels to cut off at the bottom, top, left and right.
 TRACK = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
@@ -43,7 +41,7 @@ REMEDY = "convert it to an H.264 mp4 (yuv420p, BT.709, square pixels)"
 
 
 class FrameTags(NamedTuple):
-    """What a frame says of how it is to be shown; all frames of a video must say the same."""
+    """How a frame is to be shown; all frames of a video must say the same."""
 
     width: int  # px
     height: int  # px
@@ -52,32 +50,26 @@ class FrameTags(NamedTuple):
     range: int
     transfer: int
     primaries: int
-    turned_deg: int  # counter-clockwise; half a turn is also what mirrored ones say
+    turned_deg: int  # counter-clockwise; mirrored frames say half a turn, too
     interlaced: bool
 
 
 def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
-    """The one video of the file, or of several the one that players choose; covers and thumbnails are none.
-
-    Refused if there is none, if there are several and none is the default, or if nothing decodes it.
-    """
+    """The file's video, or the default one of several; covers and thumbnails do not count."""
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
-    if len(streams) > 1:
-        default = [stream for stream in streams if stream.disposition & Disposition.default]
-        if len(default) != 1:
-            raise UserError(
-                f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read"
-            )
-        streams = default
     if not streams:
         raise UserError(f"{path} holds no video")
-    if streams[0].codec_context is None:
+    default = [stream for stream in streams if stream.disposition & Disposition.default]
+    chosen = streams if len(streams) == 1 else default
+    if len(chosen) != 1:
+        raise UserError(f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read")
+    if chosen[0].codec_context is None:
         raise UserError(f"{path} holds a video that nothing here can decode; {REMEDY}")
-    return streams[0]
+    return chosen[0]
 
 
 class Display:
-    """Shows the frames of one video."""
+    """Turns the frames of one video into pictures."""
 
     def __init__(self, path: str | Path, container: InputContainer, stream: av.VideoStream) -> None:
         self.path, self.container, self.stream = path, container, stream
@@ -86,9 +78,9 @@ class Display:
         self._turn, self._stretch = (False, False, False), (1.0, 1.0)
 
     def picture(self, frame: VideoFrame, number: int) -> np.ndarray:
-        """Frame `number` as (h w 3) uint8 RGB, cropped, stretched, turned and mirrored as the file says it.
+        """Frame `number` as (h w 3) uint8 RGB, cropped, stretched, turned and mirrored as the file says.
 
-        Refuses what cannot be shown so, and a frame unlike those before it.
+        UserError for what cannot be shown so, and for a frame with other tags than those before it.
         """
         colours = frame.colorspace, frame.color_range, frame.color_trc, frame.color_primaries
         shape = frame.width, frame.height, frame.format.name
@@ -104,7 +96,7 @@ class Display:
 
     @property
     def changes(self) -> str:
-        """What is done to the stored pictures, in words; empty if they are shown as they are stored."""
+        """How the stored pictures are changed, in words; empty if they are shown as they are stored."""
         transposed, _, _ = self._turn
         high, wide = self._stretch
         changes = {
@@ -116,12 +108,12 @@ class Display:
         return " and ".join(change for change, applies in changes.items() if applies)
 
     def _require_shown(self, frame: VideoFrame, tags: FrameTags) -> None:
+        known_matrix = frame.format.is_rgb or tags.matrix in (*MATRICES, *UNSPECIFIED)
         refused = {
             f"high dynamic range ({HDR.get(tags.transfer)})": tags.transfer in HDR,
             f"the transfer characteristic {tags.transfer}": tags.transfer not in SHOWN_AS_THEY_ARE,
             "interlaced frames": tags.interlaced,
-            f"the colour matrix {tags.matrix}": not frame.format.is_rgb
-            and tags.matrix not in (*MATRICES, *UNSPECIFIED),
+            f"the colour matrix {tags.matrix}": not known_matrix,
             "transparent pixels": self.stream.metadata.get("alpha_mode") == "1",
         }
         for what, applies in refused.items():
@@ -129,75 +121,70 @@ class Display:
                 raise self._refuse(f"a video with {what}")
 
     def _read_turn(self, frame: VideoFrame, tags: FrameTags) -> tuple[bool, bool, bool]:
-        """Whether rows and columns change places, and then rows and columns are turned round."""
+        """Whether rows and columns are exchanged, and then whether each is reversed."""
+        turned = self._refuse(f"a video that is turned by {-tags.turned_deg} degrees")
         try:
-            data = {one.type.name: bytes(one) for one in cast(Iterable[SideData], frame.side_data)}
+            data = {side.type.name: bytes(side) for side in cast(Iterable[SideData], frame.side_data)}
         except ValueError:  # PyAV does not know a kind that FFmpeg knows (Exif)
-            if tags.turned_deg == 0:
-                return False, False, False
-            raise self._refuse(f"a video that is turned by {-tags.turned_deg} degrees") from None
+            if tags.turned_deg:
+                raise turned from None
+            return False, False, False
         for name in REFUSED.keys() & data.keys():
             if name != "STEREO3D" or any(data[name][:4]):  # type 0 is a flat picture
                 raise self._refuse(REFUSED[name])
         if Type.DISPLAYMATRIX.name not in data:
             return False, False, False
-        # A stored place (x, y) is shown at (a x + c y, b x + d y), but for where the picture begins.
+        # A stored point (x, y) is shown at (a x + c y, b x + d y), apart from an offset.
         a, b, _, c, d = np.frombuffer(data[Type.DISPLAYMATRIX.name], np.int32)[:5].tolist()
         if a and d and not b and not c:
             return False, d < 0, a < 0
         if b and c and not a and not d:
             return True, b < 0, c < 0
-        raise self._refuse(f"a video that is turned by {-tags.turned_deg} degrees, which is no quarter of a circle")
+        raise turned
 
     def _read_stretch(self) -> tuple[float, float]:
-        """By how much the rows and the columns of the stored picture are more, so that its pixels are square."""
+        """Factors for the height and the width that make the pixels square; one of them is 1."""
         aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
         if not ASPECTS[0] <= aspect <= ASPECTS[1]:
             raise self._refuse(f"a video whose pixels are {aspect:.3g} times as wide as high")
-        if abs(aspect - 1) < SQUARE:
-            return 1.0, 1.0
-        return max(1 / aspect, 1.0), max(aspect, 1.0)
+        return (1.0, 1.0) if abs(aspect - 1) < SQUARE else (max(1 / aspect, 1.0), max(aspect, 1.0))
 
     def _to_rgb(self, frame: VideoFrame, tags: FrameTags, number: int) -> np.ndarray:
-        height, width = HD
-        guess = BT709 if tags.height >= height or tags.width >= width else BT601
+        guess = BT709 if tags.height >= HD[0] or tags.width >= HD[1] else BT601
         like = {"src_colorspace": MATRICES.get(tags.matrix, guess)}
         if tags.primaries not in LIKE_SRGB:
             same = ColorTrc.BT709 if tags.transfer in UNSPECIFIED else tags.transfer  # grey stays as it is
             like |= {"dst_color_trc": same, "dst_color_primaries": ColorPrimaries.BT709}
-        convert = _reformatter(get_ident(), tags)
-        if not any(one.is_alpha for one in frame.format.components):
-            return convert.reformat(frame, format="rgb24", **like).to_ndarray()
-        pixels = convert.reformat(frame, format="rgba", **like).to_ndarray()
-        if pixels[..., 3].min() < 255:
+        alpha = any(component.is_alpha for component in frame.format.components)
+        converted = _reformatter(get_ident(), tags).reformat(frame, format="rgba" if alpha else "rgb24", **like)
+        pixels = converted.to_ndarray()
+        if alpha and pixels[..., 3].min() < 255:
             raise self._refuse(f"frame {number} with transparent pixels")
-        return np.ascontiguousarray(pixels[..., :3])
+        return pixels[..., :3]
 
     def _shown(self, picture: np.ndarray) -> np.ndarray:
         picture = picture if self._crop is None else picture[self._crop]
         if self._stretch != (1.0, 1.0):
-            h, w = (round(size * more) for size, more in zip(picture.shape[:2], self._stretch, strict=True))
+            h, w = (round(size * factor) for size, factor in zip(picture.shape[:2], self._stretch, strict=True))
             picture = cv2.resize(np.ascontiguousarray(picture), (w, h), interpolation=cv2.INTER_CUBIC)
         transposed, rows, columns = self._turn
         picture = picture.transpose(1, 0, 2) if transposed else picture
         return np.ascontiguousarray(picture[:: -1 if rows else 1, :: -1 if columns else 1])
 
-    def _refuse(self, what: str) -> ValueError:
+    def _refuse(self, what: str) -> UserError:
         return UserError(f"{self.path}: {what} cannot be read as players show it; {REMEDY}")
 
 
 @lru_cache(maxsize=16)
 def _reformatter(thread: int, tags: FrameTags) -> VideoReformatter:
-    """One for all frames with the same tags that a thread converts: for primaries unlike the screen's, setting it up
-    takes a second or more."""
+    """One per thread and tags: for primaries unlike the screen's, setting it up takes a second or more."""
     return VideoReformatter()
 
 
 def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[slice, slice] | None:
-    """Rows and columns that remain where the container (mp4's clap, Matroska's PixelCrop) cuts some off.
+    """Rows and columns that the container (mp4's clap, Matroska's PixelCrop) leaves; the decoder crops by itself.
 
-    The codec's own cropping is the decoder's business. PyAV gives no access to the container's, but a Matroska header
-    made for the same stream tells it.
+    PyAV gives no access to it, but a Matroska header made for the same stream says it.
     """
     if not {"mp4", "matroska"} & set(container.format.name.split(",")):
         return None
@@ -217,7 +204,7 @@ def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[s
 
 
 def _elements(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Id and contents of each element of Matroska's `data` (RFC 8794): a length's first bit says how long it is."""
+    """Id and contents of each element of Matroska's `data` (RFC 8794); leading zero bits say how long a number is."""
     at = 0
     while at < len(data) and data[at]:
         name = data[at : at + 9 - data[at].bit_length()]

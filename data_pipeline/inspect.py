@@ -1,11 +1,10 @@
-"""What a shard set holds: a few lines of text, and a page with pictures, actions and a few clips as video."""
+"""What a shard set holds: a few lines of text, and a page with pictures, keys and a few clips as video."""
 
 import base64
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +21,7 @@ from data_pipeline.video import to_uint8, write_video
 from model.codec import Codec, codec_hash, load_codec
 from model.layout import CHUNK_LATENTS
 
-BINS = 41  # of the mouse's histograms
-VIDEOS, PICTURES, COUNTED = 4, 24, 256  # clips that are shown as video, as a first frame, whose actions are counted
+VIDEOS, PICTURES, COUNTED = 4, 24, 256  # clips shown as video, shown by their first frame, whose actions are counted
 
 
 @dataclass(frozen=True)
@@ -41,26 +39,22 @@ def inspect(config: InspectConfig) -> None:
         read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
         require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
-    actions = sample_actions(shards, COUNTED)
-    print("\n".join(summarise(config.manifest, shards, actions)))
+    keys, mouse_deg = sample_actions(shards)
+    lines = summarise(config.manifest, shards, keys, mouse_deg)
+    print("\n".join(lines))
     if config.out is not None:
         with storage.writing_folder(config.out, last="index.html") as folder:
-            storage.write_text(folder / "index.html", make_page(config, shards, actions, folder))
+            clips = [shards.clip(number) for number in spread(shards, PICTURES)]
+            page = render(
+                Path(__file__).with_name("inspect.html"),
+                title=f"{shards.manifest.game.name}, {shards.manifest.split}",
+                lines=lines,
+                keys=keys,
+                videos=list(write_videos(folder, config.codec, shards)) if config.codec else None,
+                pictures=[(base64.b64encode(clip.first_frame).decode(), caption(clip)) for clip in clips],
+            )
+            storage.write_text(folder / "index.html", page)
         print(storage.join(config.out, "index.html"))
-
-
-class SampledActions(NamedTuple):
-    """The actions of some clips, one row per frame."""
-
-    keyboard: torch.Tensor  # (n k)
-    mouse_deg: torch.Tensor  # (n 2) pitch and yaw; (n 0) without a mouse
-
-
-def sample_actions(shards: Shards, clips: int) -> SampledActions:
-    """Those of `clips` clips spread over the set."""
-    read = [shards.read(number) for number in spread(shards, clips)]
-    keyboard, mouse = (torch.cat([clip[name] for clip in read]) for name in ("keyboard", "mouse"))
-    return SampledActions(keyboard, mouse * shards.manifest.game.action_space.mouse_unit_deg)
 
 
 def spread(shards: Shards, wanted: int) -> list[int]:
@@ -69,16 +63,19 @@ def spread(shards: Shards, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, len(shards) - 1, count).astype(int)).tolist() if count else []
 
 
-def clips_per_episode(shards: Shards) -> list[int]:
-    return list(Counter(entry.episode for _, entry in shards.places).values())
+def sample_actions(shards: Shards) -> tuple[dict[str, float], torch.Tensor]:
+    """Of some clips, the share of frames in which each key is held, and none; and the mouse (n 2) in degrees."""
+    clips, space = [shards.read(number) for number in spread(shards, COUNTED)], shards.manifest.game.action_space
+    keyboard, mouse = (torch.cat([clip[name] for clip in clips]) for name in ("keyboard", "mouse"))
+    keys = dict(zip(space.keys, keyboard.mean(0).tolist(), strict=True))
+    return {**keys, "none": (keyboard.sum(1) == 0).float().mean().item()}, mouse * space.mouse_unit_deg
 
 
-def summarise(url: str, shards: Shards, actions: SampledActions) -> list[str]:
-    """Lines that say what the set at `url` holds."""
+def summarise(url: str, shards: Shards, keys: dict[str, float], mouse_deg: torch.Tensor) -> list[str]:
+    """Lines about the set at `url`."""
     manifest, game, space = shards.manifest, shards.manifest.game, shards.manifest.game.action_space
     megabytes = sum(info.bytes for info in manifest.shards) / 1e6
-    shares = ", ".join(f"{key} {share:.0%}" for key, share in key_shares(manifest, actions).items())
-    clips = clips_per_episode(shards)
+    clips = Counter(entry.episode for _, entry in shards.places).values()
     lines = [
         f"{url}: {manifest.split}, {manifest.clips} clips in {len(manifest.shards)} shards, {megabytes:.1f} MB",
         f"game {game.name!r}, {game.width}x{game.height} px, {game.fps:g} fps, action space {space.describe()}",
@@ -86,40 +83,29 @@ def summarise(url: str, shards: Shards, actions: SampledActions) -> list[str]:
         f"{manifest.clip_frames / game.fps:.1f} s, codec {manifest.codec} {manifest.codec_hash}, "
         f"plan {manifest.plan_hash}",
         f"{len(clips)} episodes of {min(clips)} to {max(clips)} clips",
-        f"keys held: {shares}",
+        f"keys held: {', '.join(f'{key} {share:.0%}' for key, share in keys.items())}",
     ]
     if space.mouse:
-        pitch, yaw = actions.mouse_deg.std(0).tolist()
+        pitch, yaw = mouse_deg.std(0).tolist()
         lines.append(f"mouse: standard deviation of pitch {pitch:.2f}, yaw {yaw:.2f} degrees per frame")
     return lines
 
 
-def key_shares(manifest: Manifest, actions: SampledActions) -> dict[str, float]:
-    """The share of frames in which each key is held, and none."""
-    shares = dict(zip(manifest.game.action_space.keys, actions.keyboard.mean(0).tolist(), strict=True))
-    return {**shares, "none": (actions.keyboard.sum(1) == 0).float().mean().item()}
+def caption(clip: Clip) -> str:
+    return f"{clip.episode}, frame {clip.start}"
 
 
-def make_page(config: InspectConfig, shards: Shards, actions: SampledActions, folder: Path) -> str:
-    """The page as HTML; its videos are written into `folder`."""
-    manifest = shards.manifest
-    videos = None
-    if config.codec is not None:
-        codec = open_codec(config.codec, manifest)
-        videos = list(write_videos(folder, codec, shards, spread(shards, VIDEOS)))
-    clips = [shards.clip(number) for number in spread(shards, PICTURES)]
-    lengths = Counter(clips_per_episode(shards))
-    return render(
-        Path(__file__).with_name("inspect.html"),
-        title=f"{manifest.game.name}, {manifest.split}",
-        lines=summarise(config.manifest, shards, actions),
-        keys=key_shares(manifest, actions),
-        mouse=[histogram(*axis) for axis in zip(("pitch", "yaw"), actions.mouse_deg.T, strict=False)],
-        episodes_of=dict(sorted(lengths.items())),
-        most_episodes=max(lengths.values()),
-        videos=videos,
-        pictures=[(base64.b64encode(clip.first_frame).decode(), caption(clip)) for clip in clips],
-    )
+def write_videos(folder: Path, codec_path: str, shards: Shards) -> Iterator[tuple[str, str]]:
+    """Writes some clips as mp4 with their actions drawn onto them; yields each file's name and a caption."""
+    game, codec = shards.manifest.game, open_codec(codec_path, shards.manifest)
+    for number in spread(shards, VIDEOS):
+        clip = shards.clip(number)
+        name = f"clip_{number:06d}.mp4"
+        frames = [enlarge(frame) for frame in decode_clip(codec, clip, shards.manifest)]
+        overlay = Overlay(game.action_space, *frames[0].shape[:2])
+        rows = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
+        write_video(folder / name, (overlay.draw(*row) for row in rows), game.fps)
+        yield name, caption(clip)
 
 
 def open_codec(path: str, manifest: Manifest) -> Codec:
@@ -130,35 +116,9 @@ def open_codec(path: str, manifest: Manifest) -> Codec:
     return load_codec(here)
 
 
-def histogram(name: str, values: torch.Tensor) -> dict[str, Any]:
-    """How often values (n) in degrees come, relative to the most frequent one; the middle 99 % of them."""
-    bound = max(float(values.abs().quantile(0.995)), 1e-3)
-    counts = torch.histc(values, BINS, -bound, bound)
-    still = (values == 0).float().mean()
-    note = f"from {-bound:.2f} to {bound:.2f} degrees; exactly 0 in {still:.0%} of the frames"
-    return {"name": name, "heights": (counts / counts.max()).tolist(), "note": note}
-
-
-def caption(clip: Clip) -> str:
-    return f"{clip.episode}, frame {clip.start}"
-
-
-def write_videos(folder: Path, codec: Codec, shards: Shards, numbers: list[int]) -> Iterator[tuple[str, str]]:
-    """Writes each clip as mp4 with its actions drawn onto it; yields the file's name and a caption."""
-    game = shards.manifest.game
-    for number in numbers:
-        clip = shards.clip(number)
-        name = f"clip_{number:06d}.mp4"
-        frames = [enlarge(frame) for frame in decode_clip(codec, clip, shards.manifest)]
-        overlay = Overlay(game.action_space, *frames[0].shape[:2])
-        actions = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
-        write_video(folder / name, (overlay.draw(*shown) for shown in actions), game.fps)
-        yield name, caption(clip)
-
-
 @torch.no_grad()
 def decode_clip(codec: Codec, clip: Clip, manifest: Manifest) -> np.ndarray:
-    """The frames (n h w 3) uint8 of a clip; chunks are decoded each by itself, as they were encoded."""
+    """The frames (n h w 3) uint8 of a clip; chunks are decoded one by one, as they were encoded."""
     length = CHUNK_LATENTS if manifest.layout == "chunked" else manifest.clip_latents
     chunks = rearrange(clip.latents.float(), "c (k f) h w -> k c f h w", f=length)
     video = torch.cat([codec.decode(chunk[None]) for chunk in chunks], dim=2)

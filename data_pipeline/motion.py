@@ -5,9 +5,9 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-WIDTH = 80  # px that pictures are shrunk to, in proportion; FrameMotion is in these
+WIDTH = 80  # px that pictures are shrunk to; FrameMotion is in these
 
-# Which way the picture moves under a held command: to the right (px > 0) when the view turns or steps left; it expands
+# Which way the picture moves under a command: to the right (px > 0) when the view turns or steps left; it expands
 # (divergence > 0) when it walks forward.
 EXPECTED = {
     "turn_left": ("right_px", 1),
@@ -28,24 +28,16 @@ class FrameMotion(NamedTuple):
     change: float  # mean absolute difference of brightness, of 255
 
 
-class FlowEstimator:
-    """Measures motion in one video; its pairs must come in order, as OpenCV's DIS keeps state from pair to pair."""
-
-    def __init__(self) -> None:
-        # DIS (Kroeger et al., arXiv 1603.03590). It follows large motion on small pictures, which the Farneback flow
-        # of the evaluation halves: on 100 ViZDoom recordings of 6 s a shift had a median log-likelihood ratio of 17
-        # with it and of 10 with Farneback's.
-        self.flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
-
-    def motion(self, before: np.ndarray, after: np.ndarray) -> FrameMotion:
-        """The motion between two grey pictures (h w) uint8, where their edges show it."""
-        flow = self.flow.calc(before, after, np.zeros((*before.shape, 2), np.float32))
-        # A plain wall shows no motion: upright edges show motion to the side, level ones motion up and down.
-        upright, level = (
-            1 + cv2.GaussianBlur(cv2.Sobel(before, cv2.CV_32F, *axis) ** 2, (0, 0), 2) for axis in ((1, 0), (0, 1))
-        )
-        right, down = np.average(flow[..., 0], weights=upright), np.average(flow[..., 1], weights=level)
-        return FrameMotion(float(right), float(down), divergence(flow), float(cv2.absdiff(before, after).mean()))
+def measure_motion(flow: cv2.DISOpticalFlow, before: np.ndarray, after: np.ndarray) -> FrameMotion:
+    """The motion between two grey pictures (h w) uint8, where their edges show it; pairs must come in order, as `flow`
+    keeps state."""
+    px = flow.calc(before, after, np.zeros((*before.shape, 2), np.float32))
+    # A plain wall shows no motion: upright edges show motion to the side, level ones motion up and down.
+    upright, level = (
+        1 + cv2.GaussianBlur(cv2.Sobel(before, cv2.CV_32F, *axis) ** 2, (0, 0), 2) for axis in ((1, 0), (0, 1))
+    )
+    right, down = np.average(px[..., 0], weights=upright), np.average(px[..., 1], weights=level)
+    return FrameMotion(float(right), float(down), divergence(px), float(cv2.absdiff(before, after).mean()))
 
 
 def divergence(flow: np.ndarray) -> float:

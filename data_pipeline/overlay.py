@@ -1,7 +1,7 @@
 """What was pressed, drawn onto the picture: keys bottom-left, the mouse's motion on a dial bottom-right."""
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -12,12 +12,13 @@ from configs.game import ActionSpace
 from data_pipeline.types import Actions
 
 MIN_WIDTH = 640  # px; smaller pictures are enlarged before anything is drawn, so that the letters stay sharp
-SUPERSAMPLING = 4  # sprites are drawn this much larger and averaged down: smooth edges without a font file
+SUPERSAMPLING = 4  # sprites are drawn so many times larger and averaged down, for smooth edges
 CROSS = {"W": (0, 1), "A": (1, 0), "S": (1, 1), "D": (1, 2)}  # (row, column) of the four keys that belong together
 
 WHITE, INK, DARK, AMBER = (250, 250, 252), (22, 24, 30), (14, 16, 22), (255, 190, 50)
-GLASS, RIM, SHADOW, LINE = (*DARK, 140), (*WHITE, 150), (*INK, 90), (99, 101, 105, 167)  # with alpha, of 255
+GLASS, RIM, SHADOW = (*DARK, 140), (*WHITE, 150), (*INK, 90)  # with alpha, of 255
 HALF_DIAL_DEG = 2.5  # degrees per frame at which the mouse vector is about half of the dial's radius long
+SUBPIXEL_BITS, SUBPIXELS = 4, 16  # of OpenCV's coordinates
 
 
 def active_keys(action_space: ActionSpace, actions: Actions) -> dict[str, np.ndarray]:
@@ -32,23 +33,14 @@ def active_keys(action_space: ActionSpace, actions: Actions) -> dict[str, np.nda
     return active
 
 
-@dataclass(frozen=True)
-class Sprite:
-    """A small picture with an alpha channel and its place on the frame."""
+Box = tuple[float, float, float, float]  # left, top, right, bottom, px
 
-    top: int  # px
-    left: int  # px
-    colour: np.ndarray  # (h w 3) float32, already multiplied by alpha
-    alpha: np.ndarray  # (h w 1) float32 in [0, 1]
 
-    def blit(self, frame: np.ndarray) -> None:
-        """Lays the sprite over `frame` (h w 3) uint8, in place; what sticks out is cut."""
-        height, width = self.alpha.shape[:2]
-        top, left = max(self.top, 0), max(self.left, 0)
-        place = frame[top : self.top + height, left : self.left + width]
-        rows = slice(top - self.top, top - self.top + place.shape[0])
-        columns = slice(left - self.left, left - self.left + place.shape[1])
-        place[:] = np.rint(self.colour[rows, columns] + (1 - self.alpha[rows, columns]) * place)
+class Sprite(NamedTuple):
+    """A small RGBA picture and where its top left corner is on the frame."""
+
+    image: Image.Image
+    corner: tuple[int, int]  # (x, y), px
 
 
 class Overlay:
@@ -62,27 +54,29 @@ class Overlay:
         nothing = Actions(np.zeros((1, len(action_space.keys))), np.zeros((1, 2)))
         labels = [label.replace("_", " ").capitalize() for label in active_keys(action_space, nothing)]
         self.radius = 1.08 * key_px
-        self.centre = (height - margin - self.radius, width - margin - self.radius)  # (row, column), px
+        self.centre = (width - margin - self.radius, height - margin - self.radius)  # (x, y), px
         dial_left = width - margin - 2 * self.radius if action_space.mouse else width
         boxes = key_boxes(labels, key_px, height - margin, margin, dial_left - margin)
         self.keys = [
-            (key_sprite(label, box, False), key_sprite(label, box, True))
+            (_draw_sprite(box, 0.22, label), _draw_sprite(box, 0.22, label, active=True))  # dark, lit
             for label, box in zip(labels, boxes, strict=True)
         ]
-        self.dial = dial_sprite(self.centre, self.radius)
+        x, y = self.centre
+        self.dial = _draw_sprite((x - self.radius, y - self.radius, x + self.radius, y + self.radius), 0.5)
 
     def draw(self, frame: np.ndarray, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
         """A copy of `frame` (h w 3) uint8 with the held keys of `keyboard` (k) lit and the vector of `mouse` (2)."""
         if frame.shape != (self.height, self.width, 3):
             raise UserError(f"the overlay is made for {self.height}x{self.width} px, the frame is {frame.shape}")
-        drawn = frame.copy()
         active = active_keys(self.action_space, Actions(keyboard[None], mouse[None]))
-        for (dark, bright), held in zip(self.keys, active.values(), strict=True):
-            (bright if held[0] else dark).blit(drawn)
+        sprites = [lit if held[0] else dark for (dark, lit), held in zip(self.keys, active.values(), strict=True)]
+        picture = Image.fromarray(frame)
+        for sprite in [*sprites, self.dial] if self.action_space.mouse else sprites:
+            picture.paste(sprite.image, sprite.corner, sprite.image)
+        drawn = np.array(picture)
         if self.action_space.mouse:
-            self.dial.blit(drawn)
             pitch_deg, yaw_deg = mouse * self.action_space.mouse_unit_deg
-            vector_sprite(self.centre, self.radius, (-pitch_deg, yaw_deg)).blit(drawn)
+            draw_vector(drawn, self.centre, self.radius, (yaw_deg, -pitch_deg))
         return drawn
 
 
@@ -93,9 +87,6 @@ def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
     if factor == 1:
         return frame
     return cv2.resize(frame, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
-
-
-Box = tuple[float, float, float, float]  # top, left, bottom, right, px
 
 
 def key_boxes(labels: list[str], key_px: int, bottom: float, left: float, right: float) -> list[Box]:
@@ -109,55 +100,31 @@ def key_boxes(labels: list[str], key_px: int, bottom: float, left: float, right:
         if label in cross:
             row, column = cross[label]
             top, start = bottom - key_px - (1 - row) * pitch, left + column * pitch
-            boxes.append((top, start, top + key_px, start + key_px))
+            boxes.append((start, top, start + key_px, top + key_px))
             continue
         width = max(key_px, _font(key_px, label).getlength(label) + 0.6 * key_px)
         if row_left > row_start and row_left + width > right:
             row_bottom, row_left = row_bottom - pitch, row_start
-        boxes.append((row_bottom - key_px, row_left, row_bottom, row_left + width))
+        boxes.append((row_left, row_bottom - key_px, row_left + width, row_bottom))
         row_left += width + 0.15 * key_px
     return boxes
 
 
-def key_sprite(label: str, box: Box, active: bool) -> Sprite:
-    """One rounded key: white with a dark letter when `active`, else dark glass with a white rim and letter."""
-    canvas, origin = _draw_glass(box, 0.22, active)
-    top, left, bottom, right = (SUPERSAMPLING * (edge - start) for edge, start in zip(box, 2 * origin, strict=True))
-    font = _font(bottom - top, label)
-    ascent = font.getbbox("H", anchor="ls")[1]  # centred on the capitals, so that "Q" does not sit higher than "W"
-    place = (left + right) / 2, (top + bottom - ascent) / 2
-    ImageDraw.Draw(canvas).text(place, label, font=font, fill=(*INK, 255) if active else (*WHITE, 235), anchor="ms")
-    return _average_down(canvas, origin)
-
-
-def dial_sprite(centre: tuple[float, float], radius: float) -> Sprite:
-    """The round glass under the mouse vector, with a thin cross."""
-    canvas, origin = _draw_glass(_around(centre, radius), 0.5)
-    row, column = (SUPERSAMPLING * (c - o) for c, o in zip(centre, origin, strict=True))
-    arm, thin = 0.8 * radius * SUPERSAMPLING, max(1, round(0.022 * radius * SUPERSAMPLING))
-    pen = ImageDraw.Draw(canvas)
-    pen.line([column - arm, row, column + arm, row], fill=LINE, width=thin)
-    pen.line([column, row - arm, column, row + arm], fill=LINE, width=thin)
-    return _average_down(canvas, origin)
-
-
-def vector_sprite(centre: tuple[float, float], radius: float, down_right_deg: tuple[float, float]) -> Sprite:
-    """The amber line of the mouse's motion and its knob; a white knob in the middle when the mouse rests.
+def draw_vector(
+    frame: np.ndarray, centre: tuple[float, float], radius: float, right_down_deg: tuple[float, float]
+) -> None:
+    """Draws the mouse's motion onto `frame` as an amber line with a knob; a white knob in the middle when it rests.
 
     The length saturates smoothly, so that slow and fast turns of any game can be told apart within the dial.
     """
-    speed = math.hypot(*down_right_deg)  # degrees per frame
+    speed = math.hypot(*right_down_deg)  # degrees per frame
     length = 0.78 * radius * math.tanh(speed / (2 * HALF_DIAL_DEG) * math.log(3))  # tanh(log(3) / 2) = 1/2
-    down, right = (length * part / speed if speed else 0.0 for part in down_right_deg)
-    # Every frame has its own: the coverage of a pixel is its distance to the edge, which is fast, and no canvas.
-    top, left = (math.floor(c - radius) for c in centre)
-    rows, columns = np.mgrid[0 : math.ceil(2 * radius) + 1, 0 : math.ceil(2 * radius) + 1].astype(np.float32)
-    rows, columns = rows + top + 0.5 - centre[0], columns + left + 0.5 - centre[1]
-    along = ((rows * down + columns * right) / max(length**2, 1e-9)).clip(0, 1)
-    line = (0.065 * radius - np.hypot(rows - along * down, columns - along * right) + 0.5).clip(0, 1)
-    knob = (0.17 * radius - np.hypot(rows - down, columns - right) + 0.5).clip(0, 1)
-    alpha = np.maximum(line if length > 1 else 0 * line, knob)[..., None]
-    return Sprite(top, left, np.array(AMBER if length > 1 else WHITE, np.float32) * alpha, alpha)
+    tip = [c + (length * part / speed if speed else 0) for c, part in zip(centre, right_down_deg, strict=True)]
+    # OpenCV counts from the middle of a pixel, and takes fractions of one as whole numbers.
+    start, end = ([round((c - 0.5) * SUBPIXELS) for c in point] for point in (centre, tip))
+    colour, thickness = AMBER if length > 1 else WHITE, max(1, round(0.13 * radius))
+    cv2.line(frame, start, end, colour, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
+    cv2.circle(frame, end, round(0.17 * radius * SUBPIXELS), colour, cv2.FILLED, cv2.LINE_AA, SUBPIXEL_BITS)
 
 
 def _font(key_px: float, label: str) -> ImageFont.FreeTypeFont:
@@ -166,41 +133,23 @@ def _font(key_px: float, label: str) -> ImageFont.FreeTypeFont:
     return font
 
 
-def _around(centre: tuple[float, float], radius: float) -> Box:
-    return centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
+def _draw_sprite(box: Box, rounding: float, label: str = "", active: bool = False) -> Sprite:
+    """Dark glass with a white rim above a shadow, or white with dark letters if `active`.
 
-
-def _canvas(box: Box) -> tuple[Image.Image, tuple[int, int]]:
-    """A supersampled canvas for `box` with room around it, and its top left corner on the frame, px."""
-    top, left, bottom, right = box
-    pad = math.ceil(0.25 * (bottom - top))
-    origin = math.floor(top) - pad, math.floor(left) - pad
-    height, width = math.ceil(bottom) + pad - origin[0], math.ceil(right) + pad - origin[1]
-    return Image.new("RGBA", (width * SUPERSAMPLING, height * SUPERSAMPLING), (*INK, 0)), origin
-
-
-def _draw_glass(box: Box, corner: float, active: bool = False) -> tuple[Image.Image, tuple[int, int]]:
-    """`_canvas` with dark glass with a white rim in `box`, or white if `active`, above a shadow.
-
-    `corner` is its radius as a share of the box's height; 0.5 is a circle.
+    `rounding` is a share of the height; 0.5 is a circle.
     """
-    canvas, origin = _canvas(box)
-    top, left, bottom, right = (SUPERSAMPLING * (edge - start) for edge, start in zip(box, 2 * origin, strict=True))
-    height = bottom - top
+    pad = math.ceil(0.25 * (box[3] - box[1]))
+    x, y = math.floor(box[0]) - pad, math.floor(box[1]) - pad
+    size = SUPERSAMPLING * (math.ceil(box[2]) + pad - x), SUPERSAMPLING * (math.ceil(box[3]) + pad - y)
+    left, top, right, bottom = (SUPERSAMPLING * (edge - start) for edge, start in zip(box, (x, y, x, y), strict=True))
+    height, canvas = bottom - top, Image.new("RGBA", size, (*INK, 0))
     shadow = [left, top + 0.013 * height, right, bottom + 0.06 * height]
-    ImageDraw.Draw(canvas).rounded_rectangle(shadow, corner * height, fill=SHADOW)
+    ImageDraw.Draw(canvas).rounded_rectangle(shadow, rounding * height, fill=SHADOW)
     canvas = canvas.filter(ImageFilter.GaussianBlur(0.05 * height))
-    fill, rim = ((*WHITE, 255), None) if active else (GLASS, RIM)
-    width = max(1, round(0.03 * height))
-    pen = ImageDraw.Draw(canvas)
-    pen.rounded_rectangle([left, top, right, bottom], corner * height, fill=fill, outline=rim, width=width)
-    return canvas, origin
-
-
-def _average_down(canvas: Image.Image, origin: tuple[int, int]) -> Sprite:
-    """The sprite of a supersampled canvas whose top left corner is `origin`."""
-    pixels = np.asarray(canvas, np.float32)
-    alpha = pixels[..., 3:] / 255
-    size = (canvas.width // SUPERSAMPLING, canvas.height // SUPERSAMPLING)
-    small = cv2.resize(np.concatenate([pixels[..., :3] * alpha, alpha], axis=2), size, interpolation=cv2.INTER_AREA)
-    return Sprite(*origin, small[..., :3], small[..., 3:])
+    fill, rim, ink = ((*WHITE, 255), None, (*INK, 255)) if active else (GLASS, RIM, (*WHITE, 235))
+    pen, width = ImageDraw.Draw(canvas), max(1, round(0.03 * height))
+    pen.rounded_rectangle([left, top, right, bottom], rounding * height, fill=fill, outline=rim, width=width)
+    font = _font(height, label)
+    ascent = font.getbbox("H", anchor="ls")[1]  # centred on the capitals, so that "Q" does not sit higher than "W"
+    pen.text(((left + right) / 2, (top + bottom - ascent) / 2), label, font=font, fill=ink, anchor="ms")
+    return Sprite(canvas.reduce(SUPERSAMPLING), (x, y))

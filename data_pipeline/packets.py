@@ -1,7 +1,7 @@
-"""Where a video's frames lie in its file, and how one is reached; no frame that is damaged passes for a whole one.
+"""Where a video's frames are in its file, and how one is reached; a damaged frame is never taken for a whole one.
 
 Our own videos have a checksum of their pictures, since an H.264 decoder does not see every altered byte. It is an mp4
-box at the end of the file, which players pass over and converters leave out.
+box at the end of the file, which players skip and converters leave out.
 """
 
 import hashlib
@@ -10,7 +10,6 @@ import struct
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from heapq import heappop, heappush
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,10 +35,7 @@ CONTAINERS = (
 
 @contextmanager
 def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterator[InputContainer]:
-    """The file, wherever it lies, if it holds a video itself; from a server come `buffer_bytes` at a time.
-
-    What FFmpeg says of it in the block is a UserError.
-    """
+    """Opens a video, of a server `buffer_bytes` at a time; FFmpeg's errors in the block become a UserError."""
     if not storage.path(path).is_file():
         raise MissingFileError(f"no video {path}")
     only: Any = {"container_options": {"format_whitelist": CONTAINERS, "protocol_whitelist": "file"}}
@@ -57,9 +53,9 @@ def opened(path: str | Path, buffer_bytes: int = storage.BUFFER_BYTES) -> Iterat
 
 
 def count_indexed(container: InputContainer, stream: av.VideoStream, path: str | Path) -> int | None:
-    """How many frames are shown, if the file has one table of them, in which those that an edit list hides stand too.
+    """How many frames are shown, if the file has a table of them (with those that an edit list hides).
 
-    A file that ends before its frames do is refused.
+    UserError if the file ends before its frames do.
     """
     if "mp4" not in container.format.name or not stream.frames:
         return None
@@ -84,12 +80,15 @@ class Packets(NamedTuple):
 
 
 def packets_of(path: str | Path) -> Packets:
-    """Of the video of the file at `path`; what was read last is kept."""
-    return _cached_packets(storage.path(path), storage.version(path))
+    """The packets of the video at `path`; those of the last few videos are cached."""
+    packets = _cached_packets(storage.path(path), storage.version(path))
+    if packets is None:
+        raise UserError(f"{path} does not say when its frames are shown; convert it to mp4")
+    return packets
 
 
-@lru_cache(maxsize=16)  # what is cut into parts is read through once, and not for each part; 17 bytes a frame are kept
-def _cached_packets(path: Path, version: Hashable) -> Packets:
+@lru_cache(maxsize=16)  # a video that is read in parts is gone through once; 17 bytes a frame
+def _cached_packets(path: Path, version: Hashable) -> Packets | None:
     # From a server, only the index of a file is read, where frames are shown in the order in which they are stored.
     if storage.is_s3(path):
         with opened(path, PROBE_BYTES) as container:
@@ -97,18 +96,19 @@ def _cached_packets(path: Path, version: Hashable) -> Packets:
             if count_indexed(container, stream, path) and not stream.codec_context.reorder_depth:
                 first = next(container.demux(stream))
                 late = (first.pts or 0) - (first.dts or 0)
-                entries = [one for one in stream.index_entries if not one.is_discard]
-                return _packets([(one.timestamp + late, one.timestamp, one.is_keyframe) for one in entries], stream)
+                shown = [entry for entry in stream.index_entries if not entry.is_discard]
+                return _packets([(it.timestamp + late, it.timestamp, it.is_keyframe) for it in shown], stream)
     with opened(path) as container:
-        return _read_packets(container, choose_stream(container, path), path)
+        return _read_packets(container, choose_stream(container, path))
 
 
-def _read_packets(container: InputContainer, stream: av.VideoStream, path: str | Path) -> Packets:
+def _read_packets(container: InputContainer, stream: av.VideoStream) -> Packets | None:
+    """None if a packet does not say when its frame is shown."""
     rows = []
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
             if packet.pts is None:
-                raise UserError(f"{path} does not say when its frames are shown; convert it to mp4")
+                return None
             dts = packet.pts if packet.dts is None else packet.dts  # Matroska, which seeks by pts, leaves some out
             rows.append((packet.pts, dts, packet.is_keyframe))
     return _packets(rows, stream)
@@ -122,60 +122,33 @@ def _packets(rows: list[tuple[int, int, bool]], stream: av.VideoStream) -> Packe
 def decode_from(
     container: InputContainer, stream: av.VideoStream, path: str | Path, start: int
 ) -> Iterator[VideoFrame]:
-    """Decoded frames from number `start` on, reached from the last key frame that is shown no later."""
-    if start == 0:
-        for i, frame in enumerate(_decode(container, stream, path)):
-            yield undamaged(frame, path, i)
-        return
-    packets = packets_of(path)
-    if start >= len(packets.pts):
-        return
-    if "mp4" not in container.format.name or stream.frames < len(packets.pts):
-        _read_packets(container, stream, path)  # no table of frames in front: only what was read is surely found
-    first = int(np.sort(packets.pts)[start])
-    # What stands behind a key frame in the file may be shown before it, so pts chooses the key frame and dts finds it.
-    keys = np.flatnonzero(packets.key & (packets.pts <= first))
-    key = keys[np.argmax(packets.dts[keys])] if len(keys) else 0
-    container.seek(int(packets.dts[key]), stream=stream)
-    number = start
-    for frame in _decode(container, stream, path, start, first):
-        if frame.pts is None or frame.pts < packets.pts[key]:
+    """Decoded frames from number `start` on, reached from the last key frame that is shown no later.
+
+    DamagedVideoError for a frame that does not come in its place: decoders leave out what they cannot decode.
+    """
+    packets = packets_of(path) if start else _cached_packets(storage.path(path), storage.version(path))
+    shown, begin, number = np.sort(packets.pts) if packets else (), None, start
+    if start and packets:
+        if start >= len(shown):
+            return
+        if "mp4" not in container.format.name or stream.frames < len(shown):
+            _read_packets(container, stream)  # no table of frames in front: only what was read is surely found
+        # What stands behind a key frame in the file may be shown before it: pts chooses the key frame, dts finds it.
+        keys = np.flatnonzero(packets.key & (packets.pts <= shown[start]))
+        key = keys[np.argmax(packets.dts[keys])] if len(keys) else 0
+        container.seek(int(packets.dts[key]), stream=stream)
+        begin = packets.pts[key]
+    for frame in container.decode(stream):
+        if begin is not None and (frame.pts is None or frame.pts < begin):
             continue  # it needs frames before the key frame
-        undamaged(frame, path, number)
-        if frame.pts < first:
+        if frame.is_corrupt:  # FFmpeg makes up what is missing
+            raise damaged(path, number)
+        if begin is not None and frame.pts < shown[start]:
             continue
-        if number == start and frame.pts != first:
-            raise UserError(f"frame {start} of {path} cannot be reached alone; convert it to H.264 mp4")
+        if frame.pts is not None and number < len(shown) and frame.pts != shown[number]:
+            raise damaged(path, number, ", which does not come in its place")
         yield frame
         number += 1
-
-
-def _decode(
-    container: InputContainer, stream: av.VideoStream, path: str | Path, number: int = 0, first: int | None = None
-) -> Iterator[VideoFrame]:
-    """Decoded frames. From frame `number` on, which is shown at `first`, a gap is refused: decoders leave out what they
-    cannot decode, and players show what is left at its time."""
-    due: list[int] = []  # when the frames are shown whose packets were read and that did not come yet
-    known = True
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            known = known and packet.pts is not None  # AVI does not say it
-            if packet.pts is not None and (first is None or packet.pts >= first):
-                heappush(due, packet.pts)
-        for frame in packet.decode():
-            if known and due and frame.pts is not None and frame.pts >= due[0]:
-                if heappop(due) < frame.pts:
-                    raise DamagedVideoError(f"{path} is damaged or truncated in or before its frame {number}, which "
-                                            "does not come in its place; convert, copy or record it again")  # fmt: skip
-                number += 1
-            yield frame
-
-
-def undamaged(frame: VideoFrame, path: str | Path, number: int) -> VideoFrame:
-    """The frame; refused if it is not what was encoded: FFmpeg makes up what is missing."""
-    if frame.is_corrupt:
-        raise damaged(path, number)
-    return frame
 
 
 def require_unaltered(path: str | Path) -> None:
@@ -194,27 +167,25 @@ def _is_altered(path: Path, version: Hashable) -> bool:
         return tuple(head) == CHECKSUM_HEAD and _hash_pictures(file) != digest
 
 
-def append_checksum(path: Path) -> None:
+def append_checksum(file: BinaryIO) -> None:
     """Adds the checksum of an mp4's pictures to its end."""
-    with open(path, "rb+") as file:
-        digest = _hash_pictures(file)
-        file.seek(0, 2)
-        file.write(CHECKSUM.pack(*CHECKSUM_HEAD, digest))
+    checksum = CHECKSUM.pack(*CHECKSUM_HEAD, _hash_pictures(file))
+    file.seek(0, os.SEEK_END)
+    file.write(checksum)
 
 
 def _hash_pictures(file: BinaryIO) -> bytes:
     """SHA-256 of what is in an mp4's `mdat` boxes."""
-    digest, size, begin = hashlib.sha256(), file.seek(0, 2), 0
+    digest, size, begin = hashlib.sha256(), file.seek(0, os.SEEK_END), 0
     while begin + 8 <= size:
         file.seek(begin)
         length, kind = struct.unpack(">I4s", file.read(8))
-        first = begin + 8
         if length == 1:
-            length, first = int.from_bytes(file.read(8), "big"), begin + 16
-        end = size if length == 0 else begin + length
+            length = int.from_bytes(file.read(8), "big")
+        end = begin + length if length else size
         if not begin + 8 <= end <= size:
             break
-        left = end - first if kind == b"mdat" else 0
+        left = end - file.tell() if kind == b"mdat" else 0
         while left > 0 and (piece := file.read(min(left, 1 << 20))):
             digest.update(piece)
             left -= len(piece)
@@ -222,5 +193,6 @@ def _hash_pictures(file: BinaryIO) -> bytes:
     return digest.digest()
 
 
-def damaged(path: str | Path, number: int) -> DamagedVideoError:
-    return DamagedVideoError(f"{path} is damaged or truncated in or before its frame {number}; copy or record it again")
+def damaged(path: str | Path, number: int, how: str = "") -> DamagedVideoError:
+    where = f"in or before its frame {number}{how}"
+    return DamagedVideoError(f"{path} is damaged or truncated {where}; convert, copy or record it again")

@@ -4,6 +4,7 @@ import io
 import logging
 import sys
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from configs import storage
-from configs.errors import UserError
+from configs.errors import UserError, one_line
 from configs.foreign import DAMAGE
 
 # Of the others that Pillow knows, some start programs (EPS), some are no single picture (PDF).
@@ -21,10 +22,8 @@ MOST_PIXELS = 100_000_000  # 300 MB; what says that it has more is a decompressi
 
 
 def read_picture(path: str | Path) -> np.ndarray:
-    """(h w 3) uint8 RGB, as a viewer shows it.
-
-    Turned as its Exif data say, colours as its profile says, 16 bits scaled to 8, transparent pixels on white; of an
-    animation the first frame, with a note. Refused if it is damaged, none of `FORMATS`, or larger than `MOST_PIXELS`.
+    """(h w 3) uint8 RGB, as a viewer shows it: turned as its Exif data say, in the colours of its profile, 16 bits
+    scaled to 8, transparent pixels on white, the first frame of an animation. UserError if it is damaged or too large.
     """
     return decode_picture(storage.read_bytes(path), path)
 
@@ -38,12 +37,12 @@ def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise UserError(f"{picture.width}x{picture.height} px are more than {MOST_PIXELS:,}")
-                if getattr(picture, "n_frames", 1) > 1:  # only formats that can have several say it
+                if getattr(picture, "n_frames", 1) > 1:  # formats without animations have no such attribute
                     tqdm.write(f"{path} holds several pictures; the first one is taken", file=sys.stderr)
                 return np.array(_to_rgb(ImageOps.exif_transpose(picture)))
     except (*DAMAGE, OSError, SyntaxError, Image.DecompressionBombError) as error:
         unknown = isinstance(error, UnidentifiedImageError)  # its message names an object in memory
-        fault = "no known format" if unknown else " ".join(str(error).split())[:200] or type(error).__name__
+        fault = "no known format" if unknown else one_line(error)[:200]
         expected = f"it is truncated, too large or none of {', '.join(FORMATS)}"
         raise UserError(f"cannot read the picture {path} ({fault}); {expected}") from error
 
@@ -57,23 +56,12 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
     if picture.mode == "F":
         raise UserError("its grey values are no whole numbers")
     profile = picture.info.get("icc_profile")
-    if picture.mode == "CMYK":
-        return _to_srgb(picture, profile) or picture.convert("RGB")
     if picture.has_transparency_data:
         pixels = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
-    shown = picture.convert("RGB")
-    return _to_srgb(shown, profile) or shown
-
-
-def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image | None:
-    """The picture in the colours of a screen; none if its profile is theirs already, of other channels or damaged."""
-    if not profile:
-        return None
-    try:
-        own: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(own) or own.profile.xcolor_space.strip() != picture.mode:
-            return None
-        return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):
-        return None
+    shown = picture if picture.mode == "CMYK" else picture.convert("RGB")
+    with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
+        own: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
+        if own and "sRGB" not in ImageCms.getProfileDescription(own) and own.profile.xcolor_space.strip() == shown.mode:
+            shown = ImageCms.profileToProfile(shown, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or shown
+    return shown.convert("RGB")

@@ -1,14 +1,14 @@
-"""Real gameplay to start from: ViZDoom played headless by a scripted explorer, written in the format users bring."""
+"""Gameplay to start from: ViZDoom played headless by a scripted explorer, in the format of users' recordings."""
 
 import importlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -66,18 +66,10 @@ class RecordConfig:
         return round(TICS_PER_S / self.game.fps)
 
 
-class Step(NamedTuple):
-    """One frame and what is held until the next."""
-
-    frame: np.ndarray  # (h w 3) uint8 RGB, of the game's size
-    keyboard: np.ndarray  # (k) 0 or 1
-    mouse_deg: np.ndarray  # (2) pitch, yaw over the frame's interval
-
-
 class Explorer:
-    """Holds keys and turns for a while, then others; turns away from walls, leaves places where it is stuck.
+    """Holds keys and turns for a while, then others; turns away from walls, and tries other keys where it is stuck.
 
-    Segments are short, so that many clips see a change: what goes on as before can be read off the frames before.
+    Segments are short, so that many clips see a change: the rest can be told from the frames before.
     """
 
     # Pure forward and back are the hard ones to learn (radial flow), so they have the largest shares.
@@ -122,18 +114,16 @@ class Explorer:
 
 
 def record_episodes(config: RecordConfig) -> int:
-    """Plays and writes `episodes` folders into `out`; says how many it played.
+    """Plays and writes the episodes that `out` lacks, so a run started again goes on; returns how many.
 
-    Complete ones are kept, so a run started again goes on. Episode i depends on the seed and i alone.
+    Episode i depends on the seed and i alone.
     """
     s3 = storage.is_s3(config.out)
-    names = [f"episode_{i:05d}" for i in range(config.episodes)]
-    if not _missing(config, names):
-        return 0
     import_vizdoom()  # before anything is written
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record"), lease(config.out, "record", folder) if s3 else nullcontext():
-        todo = _missing(config, names)  # another one may just have ended
+        todo = [i for i in range(config.episodes) if not _is_complete(_folder(config, i), config, i)]
+        names = {_folder(config, i).name for i in todo}
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
             spawn_workers(_record_share, shares) as workers,
@@ -141,25 +131,20 @@ def record_episodes(config: RecordConfig) -> int:
         ):
             while any([worker.is_running() for worker in workers]):
                 time.sleep(2.0 if s3 else 0.2)
-                there = set(map(storage.name_of, storage.list_folders(config.out)))
-                bar.update(sum(names[i] in there for i in todo) - bar.n)
+                bar.update(len(names.intersection(map(storage.name_of, storage.list_folders(config.out)))) - bar.n)
     return len(todo)
 
 
-def _missing(config: RecordConfig, names: Sequence[str]) -> list[int]:
-    """The numbers of the episodes that are not there."""
-    return [i for i, name in enumerate(names) if not _is_complete(storage.path(config.out) / name, config, i)]
+def _folder(config: RecordConfig, index: int) -> Path:
+    return storage.path(config.out) / f"episode_{index:05d}"
 
 
 def _record_share(config: RecordConfig, indices: list[int]) -> None:
-    """Plays the episodes `indices` in one game."""
     with running_game(config) as game:
         for i in indices:
-            steps = list(play(game, config, i))
-            keyboard, mouse_deg = np.stack([s.keyboard for s in steps]), np.stack([s.mouse_deg for s in steps])
-            folder = storage.path(config.out) / f"episode_{i:05d}"
-            frames = (step.frame for step in steps)
-            write_episode(folder, _about(config, i), frames, keyboard, mouse_deg, RECORDER["crf"])
+            frames, keyboard, mouse_deg = zip(*play(game, config, i), strict=True)
+            rows = np.stack(keyboard), np.stack(mouse_deg)
+            write_episode(_folder(config, i), _about(config, i), frames, *rows, RECORDER["crf"])
 
 
 def import_vizdoom() -> Any:
@@ -187,14 +172,11 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         for part in ("hud", "weapon", "crosshair", "messages", "screen_flashes"):
             getattr(game, f"set_render_{part}")(False)
         game.set_window_visible(False)
-        game.set_sound_enabled(False)
-        game.set_mode(vizdoom.Mode.PLAYER)
-        game.set_episode_timeout(0)
         game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
         variables = ("POSITION_X", "POSITION_Y", "ANGLE")
         game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in variables])
         game.add_game_args("-nomonsters +viz_nocheat 0")
-        # Where the game wants to write; if it cannot make it, or another game does just then, the library crashes.
+        # The game writes there; if it cannot make the folder, or another game makes it just then, the library crashes.
         Path("_vizdoom").mkdir(exist_ok=True)
         try:
             game.init()
@@ -205,8 +187,8 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
             game.close()
 
 
-def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
-    """The frames of episode `index` with what the explorer holds during each one's interval."""
+def play(game: Any, config: RecordConfig, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Each frame (h w 3) of an episode with the keys (k) 0 or 1 and pitch and yaw (2) in degrees until the next one."""
     rng = np.random.default_rng((config.seed, index))
     game.set_seed(int(rng.integers(2**31)))
     game.new_episode()
@@ -220,14 +202,14 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[Step]:
         keys, pitch, yaw = explorer.policy(state.depth_buffer, speed)
         keyboard = np.array([name in keys for name in names], dtype=np.uint8)
         frame = fit_frame(state.screen_buffer, config.game.height, config.game.width)
-        yield Step(frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0)
+        yield frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0
         game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
         before = position
 
 
 def _about(config: RecordConfig, index: int) -> dict[str, Any]:
-    facts = {"seed": config.seed, "index": index, "recorder": RECORDER, "licence": LICENCE}
-    return {**describe_episode(config.game, config.frames), **facts}
+    about = describe_episode(config.game, config.frames)
+    return {**about, "seed": config.seed, "index": index, "recorder": RECORDER, "licence": LICENCE}
 
 
 def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
@@ -235,14 +217,13 @@ def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
     path = folder / ABOUT
     if not path.is_file() and (storage.is_s3(folder) or not folder.exists()):
         return False
-    lacking = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
-    if lacking:
-        raise UserError(f"{folder} lacks {', '.join(lacking)}; delete it, and it is recorded again")
-    found, wanted = parse_object(path.read_bytes(), path), _about(config, index)
-    differing = [key for key in wanted if found.get(key) != wanted[key]]
-    if differing:
-        key = differing[0]
-        raise UserError(f"{folder} was recorded with {key} {found.get(key)!r}, not {wanted[key]!r}; give another out=")
+    missing = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} lacks {', '.join(missing)}; delete it, and it is recorded again")
+    about = parse_object(path.read_bytes(), path)
+    for key, wanted in _about(config, index).items():
+        if about.get(key) != wanted:
+            raise UserError(f"{folder} was recorded with {key} {about.get(key)!r}, not {wanted!r}; give another out=")
     return True
 
 

@@ -30,10 +30,9 @@ from data_pipeline.packets import (
     opened,
     packets_of,
     require_unaltered,
-    undamaged,
 )
 
-LARGEST = 4  # times as many pixels as are wanted: what is longer is cut before it is resized
+LARGEST = 4  # times the pixels wanted: a longer picture is cut before it is resized
 
 
 class VideoInfo(NamedTuple):
@@ -43,39 +42,28 @@ class VideoInfo(NamedTuple):
     frames: int  # those that a player shows
     height: int  # px, as a player shows it
     width: int  # px
-    changes: str = ""  # what is done to the stored pictures to show them so, in words
+    changes: str = ""  # how the stored pictures are changed to show them so
 
 
 def probe(path: str | Path) -> VideoInfo:
-    """Frames per second, number of frames and size in pixels, as a player shows them.
+    """Frames per second, number of frames and size in pixels, as a player shows them; the first frame is decoded.
 
-    The first frame is decoded. Frames are counted packet by packet where the file does not say. What cannot be read, or
-    not be shown as a player does, is refused.
+    UserError for what cannot be read, or not be shown as a player does.
     """
     with opened(path, PROBE_BYTES) as container:
         stream = choose_stream(container, path)
-        display, indexed = Display(path, container, stream), count_indexed(container, stream, path)
-        picture, counted = None, 0
-        for packet in container.demux(stream):
-            counted += bool(packet.size and not packet.is_discard)
-            for frame in packet.decode() if picture is None else ():
-                picture = display.picture(undamaged(frame, path, 0), 0)
-                break
-            if picture is not None and indexed is not None:
-                break
-        if picture is None:
+        display, frames = Display(path, container, stream), count_indexed(container, stream, path)
+        first = next(decode_from(container, stream, path, 0), None)
+        if first is None:
             raise UserError(f"{path} is truncated: none of its frames can be decoded; copy or record it again")
-        frames = counted if indexed is None else indexed
-        height, width = picture.shape[:2]
+        height, width = display.picture(first, 0).shape[:2]
+        frames = len(packets_of(path).pts) if frames is None else frames
         return VideoInfo(float(stream.average_rate or 0), frames, height, width, display.changes)
 
 
 def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
     """Frames `start` to before `stop` (default: all) in order, (h w 3) uint8 RGB as a player shows them, the same as
-    when all are decoded.
-
-    A file that ends early, is damaged as far as the decoder sees it, or cannot be decoded is refused.
-    """
+    when all are decoded. UserError for a file that ends early, or is damaged as far as the decoder sees it."""
     count = start
     require_unaltered(path)
     with opened(path) as container:
@@ -96,7 +84,7 @@ def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> It
 
 
 def frame_times(path: str | Path) -> np.ndarray:
-    """When each frame is shown, (n) seconds in ascending order, as the file says it; nothing is decoded."""
+    """When each frame is shown, (n) seconds in ascending order; nothing is decoded."""
     require_unaltered(path)
     packets = packets_of(path)
     return np.sort(packets.pts).astype(np.float64) * packets.unit_s
@@ -105,68 +93,34 @@ def frame_times(path: str | Path) -> np.ndarray:
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float, crf: int = 18) -> None:
     """Writes (h w 3) uint8 RGB frames as H.264 yuv420p mp4, whole or not at all; height and width must be even.
 
-    A key frame every second, so that a clip in the middle is cheap to reach. The same frames give the same bytes. The
-    colours are BT.709's, as the file says; its table of frames comes first, a checksum of its pictures last.
+    A key frame every second, so that a clip in the middle is cheap to reach. The same frames give the same bytes, which
+    are in memory until all are there. The colours are BT.709's, as the file says; its table of frames comes first, a
+    checksum of its pictures last.
     """
-    rate = Fraction(fps).limit_denominator(1001)
     # One thread, no B-frames and no macroblock tree for the sake of equal bytes: x264's lookahead reads memory that it
     # has not written, with the tree in up to 7 of 100 encodings; without it 0 of 1,900 differ, and processors with and
     # without AVX-512 agree, for 17 % more bytes and 0.3 dB.
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "bf": "0", "x264-params": "mbtree=0"}
-    with storage.writing(path) as part, open(part, "wb", buffering=0) as empty:
-        file = _Kept(empty)
-        try:
-            # To put the table of frames first, FFmpeg reads what it has written.
-            first = {"options": {"movflags": "faststart"}, "io_open": lambda *_: open(part, "rb")}  # noqa: SIM115
-            with av.open(file, "w", format="mp4", **first) as container:
-                stream = container.add_stream("libx264", rate=rate, options=options)
-                stream.pix_fmt = "yuv420p"
-                stream.gop_size = max(1, round(fps))
-                stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
-                stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
-                convert = VideoReformatter()
-                for count, frame in enumerate(frames):
-                    if count == 0:
-                        stream.height, stream.width = frame.shape[:2]
-                    container.mux(stream.encode(_to_yuv(frame, convert)))
-                    if file.fault:
-                        break
-                container.mux(stream.encode())
-        except av.error.FFmpegError:
-            if file.fault is None:
-                raise
-        if file.fault:
-            raise OSError(file.fault.errno, file.fault.strerror, str(path)) from file.fault
-        append_checksum(part)
-
-
-def _to_yuv(frame: np.ndarray, convert: VideoReformatter) -> VideoFrame:
-    given = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
     tags = {"dst_colorspace": Colorspace.ITU709, "dst_color_range": ColorRange.MPEG}
-    return convert.reformat(given, format="yuv420p", **tags)
-
-
-class _Kept:
-    """A file for FFmpeg, opened by Python, whose first fault (a full disk) is kept: FFmpeg would go on without it, and
-    PyAV print it."""
-
-    def __init__(self, file: io.FileIO) -> None:
-        self.file, self.name, self.fault = file, "", None  # a name that is no UTF-8 PyAV does not take
-
-    def write(self, data: bytes) -> int:
-        left = memoryview(data)
-        try:
-            while left and self.fault is None:
-                left = left[self.file.write(left) :]
-        except OSError as error:
-            self.fault = error
-        return len(data)
-
-    def seek(self, place: int, whence: int = 0) -> int:
-        return self.file.seek(place, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
+    convert, file = VideoReformatter(), io.BytesIO()
+    # To put the table of frames first, FFmpeg reads what it has written.
+    first = {"options": {"movflags": "faststart"}, "io_open": lambda *_: io.BytesIO(file.getvalue())}
+    with storage.writing(path) as part:
+        part.touch()  # where nothing can be written, this fails before the work
+        with av.open(file, "w", format="mp4", **first) as container:
+            rate = Fraction(fps).limit_denominator(1001)
+            stream = container.add_stream("libx264", rate=rate, options=options)
+            stream.pix_fmt, stream.gop_size = "yuv420p", max(1, round(fps))
+            stream.color_range, stream.colorspace = ColorRange.MPEG, Colorspace.ITU709
+            stream.color_primaries, stream.color_trc = ColorPrimaries.BT709, ColorTrc.BT709
+            for count, frame in enumerate(frames):
+                if count == 0:
+                    stream.height, stream.width = frame.shape[:2]
+                picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
+                container.mux(stream.encode(convert.reformat(picture, format="yuv420p", **tags)))
+            container.mux(stream.encode())
+        append_checksum(file)
+        part.write_bytes(file.getbuffer())
 
 
 def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -187,7 +141,7 @@ def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def kept_share(size: tuple[int, int], height: int, width: int) -> float:
-    """How much of a picture of `size` (h w) `fit_frame` keeps, in (0, 1]."""
+    """The share of a picture of `size` (h w) that `fit_frame` keeps."""
     aspect, wanted = size[1] / size[0], width / height
     return min(aspect / wanted, wanted / aspect)
 

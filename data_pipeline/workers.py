@@ -1,4 +1,4 @@
-"""Worker processes with a game each: they end together with it, and with the program that started them."""
+"""Worker processes with a game each, which end with their game and with the program that started them."""
 
 import math
 import multiprocessing
@@ -32,7 +32,7 @@ class Worker:
         sender.close()
 
     def is_running(self) -> bool:
-        """Raises what it raised, or UserError if it was killed."""
+        """Raises the worker's exception, or UserError if it was killed."""
         status = self._process.exitcode
         if status == RAISED:
             raise self._errors.recv()
@@ -41,11 +41,11 @@ class Worker:
         return status is None
 
     def end(self) -> None:
-        """Has it close its game; kills both if that takes more than some seconds."""
+        """Lets it close its game; kills both after END_S."""
         group, until = self._process.ident, time.monotonic() + END_S
         assert group
         while self._process.is_alive() and time.monotonic() < until:
-            self._process.terminate()  # again, as what a signal raises is lost within a callback of a library
+            self._process.terminate()  # again and again: what a signal raises in a library's callback is lost
             self._process.join(0.5)
         with suppress(ProcessLookupError):  # if it is no group yet, or no more
             os.killpg(group, signal.SIGKILL)
@@ -55,7 +55,7 @@ class Worker:
 
 @contextmanager
 def spawn_workers(work: Callable[..., None], shares: Sequence[Sequence[Any]]) -> Iterator[list[Worker]]:
-    """A worker for each of `shares`; none of them, nor a game of theirs, outlives the block."""
+    """A worker per share; neither workers nor their games outlive the block."""
     workers: list[Worker] = []
     try:
         for share in shares:
@@ -67,13 +67,11 @@ def spawn_workers(work: Callable[..., None], shares: Sequence[Sequence[Any]]) ->
 
 
 def game_ended(how: str) -> UserError:
-    return UserError(
-        f"a game ended by itself ({how}): was it killed, or is memory short? Run the same command to go on"
-    )
+    return UserError(f"a game ended by itself ({how}): was it killed, or out of memory? Run the same command to go on")
 
 
 def _run(work: Callable[..., None], share: Sequence[Any], errors: Connection) -> None:
-    os.setpgid(0, 0)  # its game ignores SIGTERM and sleeps on without it: both are killed as one group
+    os.setpgid(0, 0)  # its game ignores SIGTERM and would outlive it: both are killed as one group
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     threading.Thread(target=_watch, daemon=True).start()
     try:
@@ -85,7 +83,7 @@ def _run(work: Callable[..., None], share: Sequence[Any], errors: Connection) ->
 
 
 def _watch() -> None:
-    """Ends this process with its program, and some seconds after its game, if ViZDoom still waits for that then."""
+    """Ends this process with its program, or END_S after its game, for which ViZDoom may wait for ever."""
     program = multiprocessing.parent_process()
     assert program is not None
     alive_s = math.inf  # when the game was last seen; it has not started yet

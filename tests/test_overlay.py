@@ -15,8 +15,10 @@ def lit_keys(action_space: ActionSpace, keyboard: list[int]) -> list[bool]:
     overlay = Overlay(action_space, *GREY.shape[:2])
     mouse = np.zeros(2 if action_space.mouse else 0)
     drawn = overlay.draw(GREY, np.array(keyboard, float), mouse)
-    corners = [(key.top + key.alpha.shape[0] // 4 + 5, key.left + key.alpha.shape[1] // 2) for key, _ in overlay.keys]
-    return [bool(drawn[row, column].min() > 240) for row, column in corners]
+    spots = [
+        (key.corner[0] + key.image.width // 2, key.corner[1] + key.image.height // 4 + 5) for key, _ in overlay.keys
+    ]
+    return [bool(drawn[y, x].min() > 240) for x, y in spots]
 
 
 @pytest.mark.parametrize("keyboard", [[0, 0, 0, 0], [1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [1, 1, 1, 1]])
@@ -31,7 +33,7 @@ def amber_centre(mouse: tuple[float, float]) -> np.ndarray:
     drawn = overlay.draw(GREY, np.zeros(4), np.array(mouse, float)).astype(int)
     amber = (drawn[..., 0] - drawn[..., 2]) > 120
     assert amber.any()
-    return np.argwhere(amber).mean(axis=0) + 0.5 - np.array(overlay.centre)
+    return np.argwhere(amber).mean(axis=0) + 0.5 - np.array(overlay.centre[::-1])
 
 
 @pytest.mark.parametrize(
@@ -62,10 +64,10 @@ def test_the_given_frame_is_left_as_it_is() -> None:
 def test_no_two_keys_overlap_and_all_are_on_the_picture_even_with_many_keys() -> None:
     labels = ["W", "A", "S", "D", "Space", "Crouch", "Use", "Reload", "Next weapon", "Map"]
     boxes = key_boxes(labels, key_px=35, bottom=365, left=19, right=540)
-    for i, (top, left, bottom, right) in enumerate(boxes):
+    for i, (left, top, right, bottom) in enumerate(boxes):
         assert 0 <= top < bottom <= 365 and 19 <= left < right <= 540
         for other in boxes[:i]:
-            assert right <= other[1] or left >= other[3] or bottom <= other[0] or top >= other[2]
+            assert right <= other[0] or left >= other[2] or bottom <= other[1] or top >= other[3]
 
 
 def test_a_small_picture_is_enlarged_by_a_whole_factor_and_a_large_one_is_not() -> None:

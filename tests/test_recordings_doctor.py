@@ -82,17 +82,17 @@ def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_examined(cl
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "named"),
     [
         (["source=nowhere"], "no folder of recordings nowhere"),
-        (["source=.", "fov_deg=5"], "fov_deg=5 must be from 20 to 150"),
+        (["source=.", "fov_deg=5"], "fov_deg=5"),
         (["source=.", "wrkers=2"], "did you mean 'workers'"),
     ],
 )
-def test_bad_words_are_one_line(words, message, capsys):
+def test_bad_input_is_one_line(words, named, capsys):
     assert run("data_pipeline", VERBS, ["doctor", GAME, *words]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and message in said[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert named in line
 
 
 @pytest.mark.long
@@ -103,15 +103,13 @@ def test_every_planted_fault_on_several_seeds(tmp_path):
     for name, planted in PLANTED.items():
         found: Counter[str] = Counter()
         for recordings in clean:
-            out = tmp_path / "planted"
-            config = doctor_of(out)
-            out.mkdir()
-            plant(planted, recordings, out, config.game)
-            faults = {finding.fault for finding in examine(config).findings if finding.harmful}
-            found.update(faults or {"nothing"})
-            if (planted.fault or "nothing") not in (faults or {"nothing"}):
-                missed.append(name)
-            shutil.rmtree(out)
+            config = doctor_of(tmp_path / "planted")
+            Path(config.source).mkdir()
+            plant(planted, recordings, Path(config.source), config.game)
+            faults = {finding.fault for finding in examine(config).findings if finding.harmful} or {"nothing"}
+            found.update(faults)
+            missed += [name] if (planted.fault or "nothing") not in faults else []
+            shutil.rmtree(config.source)
         print(f"| {name} | {planted.fault} | {', '.join(f'{fault} {n}' for fault, n in found.most_common())} |")
     # One of every 4th recording's faults is weak evidence at 20 recordings: five seeds found 139 of 140.
     assert len(missed) <= 1, missed

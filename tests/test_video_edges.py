@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from av.video.frame import VideoFrame
 from full_disk import full_disk
 from tiny_videos import (
     CORNER,
+    H264,
     add_box,
     clean_aperture,
     copy_packets,
@@ -93,7 +95,7 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path):
 def test_what_the_container_crops_is_cut_off(tmp_path):
     path = write_foreign(tmp_path / "a.mp4", corner_frames())
     add_box(path, clean_aperture(48, 64, 16, -8))  # the right two thirds, the upper three quarters
-    for copy in (path, copy_packets(path, tmp_path / "a.mkv", lambda i, t: t)):  # Matroska says it in its own way
+    for copy in (path, copy_packets(path, tmp_path / "a.mkv")):  # Matroska says it in its own way
         picture = next(read_frames(copy))
         assert picture.shape == (48, 64, 3) and probe(copy)[2:] == (48, 64, "cropped")
         np.testing.assert_allclose(picture[8, [4, 60]].mean(axis=-1), [CORNER[0], 20], atol=6)
@@ -118,97 +120,78 @@ def coloured(matrix, wide, tagged=True, size=(64, 96), **tags):
     return [np.full((*size, 3), RED, np.uint8)] * 3, prepare, change
 
 
-@pytest.mark.parametrize("matrix", [1, 5, 9])
-@pytest.mark.parametrize("wide", [1, 2])
-def test_the_colour_matrix_and_range_that_a_video_says_are_used(matrix, wide, tmp_path):
-    frames, prepare, change = coloured(matrix, wide)
-    path = write_foreign(tmp_path / "a.mp4", frames, prepare, change=change)
-    np.testing.assert_allclose(next(read_frames(path))[30, 40], RED, atol=4)
-
-
-@pytest.mark.parametrize(("size", "matrix"), [((64, 96), 5), ((720, 1280), 1)])
-def test_a_video_that_says_nothing_of_its_colours_is_taken_as_players_take_it(size, matrix, tmp_path):
-    frames, prepare, change = coloured(matrix, 1, tagged=False, size=size)
+@pytest.mark.parametrize(
+    ("size", "matrix", "wide", "tagged"),
+    [*(((64, 96), matrix, wide, True) for matrix in (1, 5, 9) for wide in (1, 2)),
+     ((64, 96), 5, 1, False), ((720, 1280), 1, 1, False)],  # untagged ones are taken as players take them
+)  # fmt: skip
+def test_the_colour_matrix_and_range_are_those_that_a_video_says_or_players_assume(
+    size, matrix, wide, tagged, tmp_path
+):
+    frames, prepare, change = coloured(matrix, wide, tagged, size)
     path = write_foreign(tmp_path / "a.mp4", frames, prepare, change=change)
     np.testing.assert_allclose(next(read_frames(path))[30, 40], RED, atol=4)
 
 
 @pytest.mark.parametrize(
-    ("tags", "named"),
+    ("prepare", "options", "named"),
     [
-        ({"color_trc": 16, "color_primaries": 9}, "high dynamic range .PQ"),
-        ({"color_trc": 18, "color_primaries": 9}, "high dynamic range .HLG"),
-        ({"color_trc": 8}, "transfer characteristic 8"),
-        ({"colorspace": 10}, "colour matrix 10"),
-        ({"sample_aspect_ratio": Fraction(1, 60)}, "0.0167 times as wide as high"),
+        ({"color_trc": 16, "color_primaries": 9}, {}, "high dynamic range .PQ"),
+        ({"color_trc": 18, "color_primaries": 9}, {}, "high dynamic range .HLG"),
+        ({"color_trc": 8}, {}, "transfer characteristic 8"),
+        ({"colorspace": 10}, {}, "colour matrix 10"),
+        ({"sample_aspect_ratio": Fraction(1, 60)}, {}, "0.0167 times as wide as high"),
+        ({}, {"x264-params": "tff=1"}, "interlaced"),
+        (lambda stream: stream.set_display_rotation(45), {}, "turned by -45 degrees"),
     ],
 )
-def test_what_cannot_be_shown_as_a_player_does_is_refused_by_name(tags, named, tmp_path):
-    frames, prepare, _ = coloured(9, 1, **tags)
-    path = write_foreign(tmp_path / "a.mp4", frames, prepare)
+def test_what_cannot_be_shown_as_a_player_does_is_refused_by_name(prepare, options, named, tmp_path):
+    frames, tag, _ = coloured(9, 1, **prepare) if isinstance(prepare, dict) else (corner_frames(), prepare, None)
+    path = write_foreign(tmp_path / "a.mp4", frames, tag, options=H264 | options)
     for read in (probe, lambda path: list(read_frames(path))):
         with pytest.raises(ValueError, match=f"a.mp4: .*{named}") as error:
             read(path)
         assert "\n" not in str(error.value)
 
 
-def test_an_interlaced_video_and_one_on_its_edge_are_refused_by_name(tmp_path):
-    fields = write_foreign(tmp_path / "a.mp4", corner_frames(), options={"x264-params": "tff=1"})
-    with pytest.raises(ValueError, match="interlaced"):
-        probe(fields)
-    askew = write_foreign(tmp_path / "b.mp4", corner_frames(), lambda stream: stream.set_display_rotation(45))
-    with pytest.raises(ValueError, match="turned by -45 degrees, which is no quarter"):
-        probe(askew)
+def write_streams(path: Path, *streams: tuple[str, int, list[np.ndarray]]) -> Path:
+    """A video stream for each codec, disposition, and frames (h w c) uint8."""
+    formats = {"libx264": "yuv420p", "png": "rgba"}
+    with av.open(str(path), "w") as container:
+        made: list[Any] = [container.add_stream(codec, rate=20) for codec, _, _ in streams]
+        for stream, (codec, disposition, frames) in zip(made, streams, strict=True):
+            stream.height, stream.width = frames[0].shape[:2]
+            stream.pix_fmt, stream.disposition, stream.max_b_frames = formats[codec], disposition, 0
+        for stream, (_, _, frames) in zip(made, streams, strict=True):
+            for frame in frames:
+                given = VideoFrame.from_ndarray(frame, format="rgba" if frame.shape[2] == 4 else "rgb24")
+                container.mux(stream.encode(given))
+            container.mux(stream.encode())
+    return path
 
 
 def test_transparent_pixels_of_a_video_are_refused_and_opaque_ones_read(tmp_path):
     for name, alpha in (("opaque", 255), ("clear", 100)):
-        with av.open(str(tmp_path / f"{name}.mov"), "w") as container:
-            stream = container.add_stream("png", rate=20)
-            stream.height, stream.width, stream.pix_fmt = 64, 96, "rgba"
-            pixels = np.full((64, 96, 4), (*RED, alpha), np.uint8)
-            container.mux(stream.encode(VideoFrame.from_ndarray(pixels, format="rgba")))
-            container.mux(stream.encode())
+        write_streams(tmp_path / f"{name}.mov", ("png", 0, [np.full((64, 96, 4), (*RED, alpha), np.uint8)]))
     assert next(read_frames(tmp_path / "opaque.mov"))[5, 5].tolist() == list(RED)
     with pytest.raises(ValueError, match="transparent pixels"):
         probe(tmp_path / "clear.mov")
 
 
-def two_videos(path: Path, dispositions: list[int]) -> Path:
-    with av.open(str(path), "w") as container:
-        streams = [container.add_stream("libx264", rate=20, options=dict(bf="0")) for _ in dispositions]
-        stream: Any
-        for stream, disposition in zip(streams, dispositions, strict=True):
-            stream.height, stream.width, stream.pix_fmt, stream.disposition = 64, 96, "yuv420p", disposition
-        for i, stream in enumerate(streams):
-            for _ in range(2 + i):
-                picture = np.full((64, 96, 3), 200 * i + 20, np.uint8)
-                container.mux(stream.encode(VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode())
-    return path
-
-
 def test_of_several_videos_the_default_is_read_or_they_are_refused(tmp_path):
-    path = two_videos(tmp_path / "a.mkv", [0, 1])
-    assert [round(float(one.mean()), -1) for one in read_frames(path)] == [220] * 3 and probe(path).frames == 3
+    dark, bright = ([np.full((64, 96, 3), shade, np.uint8)] * 3 for shade in (20, 220))
+    path = write_streams(tmp_path / "a.mkv", ("libx264", 0, dark[:2]), ("libx264", 1, bright))
+    assert [round(float(frame.mean()), -1) for frame in read_frames(path)] == [220] * 3 and probe(path).frames == 3
     with pytest.raises(ValueError, match="holds 2 videos, none of which is the default"):
-        probe(two_videos(tmp_path / "b.mkv", [0, 0]))
+        probe(write_streams(tmp_path / "b.mkv", ("libx264", 0, dark), ("libx264", 0, dark)))
 
 
 def test_a_cover_is_no_video(tmp_path):
-    with av.open(str(tmp_path / "a.mp4"), "w") as container:
-        video = container.add_stream("libx264", rate=20, options={"bf": "0"})
-        cover = container.add_stream("png", rate=20)
-        cover.disposition = Disposition.attached_pic
-        shapes = ((cover, (32, 32), "rgb24"), (video, (64, 96), "yuv420p"))
-        for stream, size, pixels in shapes:
-            (stream.height, stream.width), stream.pix_fmt = size, pixels
-        for stream, size, _ in shapes:
-            container.mux(stream.encode(VideoFrame.from_ndarray(np.zeros((*size, 3), np.uint8), format="rgb24")))
-            container.mux(stream.encode())
-    with av.open(str(tmp_path / "a.mp4")) as container:
+    cover, frames = [np.zeros((32, 32, 4), np.uint8)], [np.zeros((64, 96, 3), np.uint8)]
+    path = write_streams(tmp_path / "a.mp4", ("png", Disposition.attached_pic, cover), ("libx264", 0, frames))
+    with av.open(str(path)) as container:
         assert len(container.streams.video) == 2
-    assert probe(tmp_path / "a.mp4")[1:4] == (1, 64, 96)
+    assert probe(path)[1:4] == (1, 64, 96)
 
 
 @pytest.mark.parametrize(
@@ -301,7 +284,9 @@ def test_a_full_disk_is_one_error_of_the_disk_and_leaves_nothing(tmp_path, capfd
 def test_a_long_thin_picture_is_cut_before_it_is_resized():
     thin = np.zeros((1, 60000, 3), np.uint8)
     thin[:, 29990:30010] = 255
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert fit_frame(thin, 96, 160).min() > 200 and fit_frame(thin.transpose(1, 0, 2), 96, 160).shape == (96, 160, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
 
 
 def test_the_share_of_a_picture_that_is_kept():

@@ -26,8 +26,7 @@ def retimed(game, tmp_path):
         folder = tmp_path / "episode_00000"
         write_recording(folder, game, frames=FRAMES)
         options = {"video_track_timescale": "100000"} if suffix == "mp4" else {}
-        copied = copy_packets(folder / "video.mp4", tmp_path / f"copy.{suffix}", retime, options)
-        copied.rename(folder / "video.mp4")
+        copy_packets(folder / "video.mp4", tmp_path / f"a.{suffix}", retime, options).rename(folder / "video.mp4")
         return folder
 
     return make
@@ -51,20 +50,15 @@ def test_uneven_frames_are_refused_with_the_first_one_named(retime, frame, retim
     folder = retimed(retime)
     with av.open(str(folder / "video.mp4")) as container:
         assert container.streams.video[0].average_rate == pytest.approx(game.fps, rel=0.005)
-    with pytest.raises(ValueError, match=f"video.mp4: {frame}.*game.inputs.times=resample") as error:
-        read_episode(folder, game)
-    assert "\n" not in str(error.value)
+    for read in (lambda: read_episode(folder, game), lambda: open_video(folder / "video.mp4", game)):  # all readers'
+        with pytest.raises(ValueError, match=f"video.mp4: {frame}.*game.inputs.times=resample") as error:
+            read()
+        assert "\n" not in str(error.value)
 
 
 def test_times_that_a_container_rounds_are_even(retimed, game):
     folder = retimed(lambda i, t: t, "mkv")
     assert len(read_episode(folder, game).actions) == FRAMES
-
-
-def test_every_reader_that_pairs_by_rows_refuses_uneven_frames(retimed, game):
-    folder = retimed(jitter)
-    with pytest.raises(ValueError, match="frame 1 is shown"):
-        open_video(folder / "video.mp4", game)
 
 
 def test_a_rate_that_only_the_header_says_is_no_rate(retimed, game):

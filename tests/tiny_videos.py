@@ -50,19 +50,29 @@ def write_foreign(
 
 
 def copy_packets(
-    source: Path, target: Path, retime: Callable[[int, float], float], options: dict[str, str] | None = None
+    source: Path,
+    target: Path,
+    retime: Callable[[int, float], float] = lambda i, t: t,
+    options: dict[str, str] | None = None,
+    prepare: Callable[[av.VideoStream], Any] = lambda stream: None,
 ) -> Path:
-    """The same packets; number i that was shown at t seconds is shown at `retime(i, t)`."""
+    """The same packets; number i, shown at t seconds, is shown at `retime(i, t)`; `prepare` changes the stream."""
     with av.open(str(source)) as given, av.open(str(target), "w", options=options or {}) as container:
         before = given.streams.video[0]
         stream = container.add_stream_from_template(before)
+        prepare(stream)
         unit = float(before.time_base or 1)
-        for i, packet in enumerate(one for one in given.demux(before) if one.size):
+        for i, packet in enumerate(packet for packet in given.demux(before) if packet.size):
             assert packet.pts is not None and packet.dts is not None
             moved = round((retime(i, packet.pts * unit) - packet.pts * unit) / unit)
             packet.pts, packet.dts, packet.stream = packet.pts + moved, packet.dts + moved, stream
             container.mux(packet)
     return target
+
+
+def change_packets(video: Path, *how: Any, **more: Any) -> None:
+    """`copy_packets` in place."""
+    copy_packets(video, video.with_name("copy.mp4"), *how, **more).rename(video)
 
 
 def add_box(path: Path, box: bytes, inside: bytes = b"avc1") -> None:

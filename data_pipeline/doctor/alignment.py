@@ -1,6 +1,6 @@
 """Whether rows of inputs and pictures go together: shift, rate, axes and their signs, in each recording and in all.
 
-The motion of the picture is regressed on the inputs under many hypotheses of which row belongs to which frame.
+The motion of the picture is regressed on the inputs for many shifts and rates.
 """
 
 from collections import defaultdict
@@ -16,18 +16,22 @@ MIN_FRAMES = 8  # of an episode that is measured
 # rate, 3 for a wrong axis or sign, and 9 (the next ones 2) against the motion per degree of the others; of 1,000 with
 # another one's inputs, the worst had 17 and 25, and 54 % had 12 and more against that motion.
 SHIFT_LLR, RATE_LLR, AXIS_LLR, UNRELATED_LLR = 12.0, 17.0, 12.0, 12.0
-KNOWN_LLR = 50.0  # for the effect of all, before a single recording is held against it
-BY_KEYS = 1.7  # times as much is asked for where keys are what moves the picture: they are many, and explain more
-KEY_DELAY_S = 0.25  # a picture may answer to a key so late, since walking begins slowly; to the mouse it does at once
-SHIFT_S, LEAST_SHIFT = 1.0, 8  # the largest shift that is tried, and in frames, however few there are in a second
-# Rates that recorders run at, 24 to 60 per second, by each other: rows of the inputs that pass from picture to picture.
+KNOWN_LLR = 50.0  # of all recordings together, before a single one is compared with them
+BY_KEYS = 1.7  # times as much is needed where keys move the picture: they are many, and explain more
+KEY_DELAY_S = 0.25  # walking begins slowly: the picture may answer a key so late; it answers the mouse at once
+SHIFT_S, LEAST_SHIFT = 1.0, 8  # the largest shift that is tried, in seconds and at least in frames
+# Rows of inputs per picture, for recorders that run at 24 to 60 per second.
 RATES = (1.0, 0.4, 0.5, 0.6, 0.8, 5 / 6, 0.96, 25 / 24, 1.2, 1.25, 5 / 3, 2.0, 2.5)
 MAX_DRIFT = 0.04  # slower drifts of one clock against another are looked for in long recordings
-# Of all differences the largest tenth is cut down: cuts, flow that failed, and the few jerks that a coincidence is made
-# of. Of 200 ViZDoom recordings with another one's inputs, the worst then had a log-likelihood ratio of 16 for some
-# shift; with a fiftieth it was 22.
+# The largest tenth of all differences is clipped: cuts, flow that failed, the few jerks that make a coincidence. Of 200
+# ViZDoom recordings with another one's inputs, the worst then had 16 for some shift; with a fiftieth it was 22.
 CLIPPED = 0.1
 TINY = 1e-9
+AXES = {
+    "axes_swapped": ("swapped axes", "axes are swapped: pitch moves the picture sideways, yaw at most up and down"),
+    "yaw_inverted": ("inverted", "yaw is inverted: above 0 it turns left"),
+    "pitch_inverted": ("inverted", "pitch is inverted: above 0 it looks down"),
+}
 
 
 def align(data: Dataset, mouse: bool) -> tuple[dict[str, CheckResult], np.ndarray]:
@@ -35,30 +39,27 @@ def align(data: Dataset, mouse: bool) -> tuple[dict[str, CheckResult], np.ndarra
 
     And moments (r v v) of each recording at its own shift; zeros where none is right, since the rate is wrong.
     """
-    fps = data.game.fps
-    longest = max(round(SHIFT_S * fps), LEAST_SHIFT)
+    longest = max(round(SHIFT_S * data.game.fps), LEAST_SHIFT)
     shifts = np.arange(-longest, longest + 1)
-    in_time = (shifts == 0) if mouse else (shifts <= 0) & (shifts >= -round(KEY_DELAY_S * fps))
+    in_time = (shifts == 0) if mouse else (shifts <= 0) & (shifts >= -round(KEY_DELAY_S * data.game.fps))
     motions = 2 if mouse else 3  # keys expand the picture, too
-    rates = [RATES, *(rates_for(one.frames) for one in data.recordings)]
-    moments = [
-        measure_moments(
-            [(one.yaw_pitch if mouse else one.keyboard, one.motion[:, :motions]) for one in parts], shifts, tried
-        )
-        for parts, tried in zip((one.episodes for one in data.recordings), rates[1:], strict=True)
-    ]
-    whole = np.sum([one[: len(RATES)] for one in moments], axis=0)
-    llrs = [gain_and_llr(one, motions)[1] / (1.0 if mouse else BY_KEYS) for one in (whole, *moments)]
+    moments, rates = [], [RATES, *(rates_for(recording.frames) for recording in data.recordings)]
+    for recording, tried in zip(data.recordings, rates[1:], strict=True):
+        parts = [(it.yaw_pitch if mouse else it.keyboard, it.motion[:, :motions]) for it in recording.episodes]
+        moments.append(measure_moments(parts, shifts, tried))
+    whole = np.sum([own[: len(RATES)] for own in moments], axis=0)
+    llrs = [gain_and_llr(own, motions)[1] / (1.0 if mouse else BY_KEYS) for own in (whole, *moments)]
     judged = [judge(llr, tried, shifts, in_time) for llr, tried in zip(llrs, rates, strict=True)]
     late, shift_llr, confidence, rate, rate_llr = np.array(judged).T
     rate_check = pool(rate_llr, RATE_LLR, rate, near=0.1)
     if rate_check.status[0] > 0:  # then a shift is only what fits best for a while
         shift_llr[1:] = np.minimum(shift_llr[1:], 0)
     shift = pool(shift_llr, SHIFT_LLR, late, near=1, confidence=confidence)
+    at_shift = np.stack([own[0, longest + int(i)] for own, i in zip(moments, shift.amount[1:], strict=True)])
     wrong_rate = rate_check.status[1:] > 0
-    own = np.stack([one[0, longest + int(i)] for one, i in zip(moments, shift.amount[1:], strict=True)])
-    own[wrong_rate] = 0
-    return {"frames_late": shift, "rows_per_picture": rate_check, **(judge_axes(own, wrong_rate) if mouse else {})}, own
+    at_shift[wrong_rate] = 0
+    axes = judge_axes(at_shift, wrong_rate) if mouse else {}
+    return {"frames_late": shift, "rows_per_picture": rate_check, **axes}, at_shift
 
 
 def rates_for(frames: int) -> tuple[float, ...]:
@@ -72,8 +73,8 @@ def measure_moments(
 ) -> np.ndarray:
     """(rates shifts v v): sums over all frame pairs of the products of v columns: inputs, motions, and 1.
 
-    That is all that a regression of motion (n-1 c) on rows of inputs (n m) needs. Both are differences between
-    neighbours: walking goes on as before and drops out, a turn begins and ends at once.
+    They are all that a regression of motion (n-1 c) on rows of inputs (n m) needs. Both are differences between
+    neighbours: walking goes on and drops out, a turn begins and ends at once.
     """
     total, longest = np.zeros(1), shifts[-1]
     for rows, motion in episodes:
@@ -85,7 +86,7 @@ def measure_moments(
                 padded = np.pad(padded, ((longest, longest), (0, 0)))
                 shifted = (padded[first : first + len(change)] for first in range(len(shifts)))
                 columns = (np.column_stack([inputs, known]) for inputs in shifted)
-                moments.append([one.T @ one for one in columns])
+                moments.append([values.T @ values for values in columns])
             total = total + np.array(moments)
     return total
 
@@ -105,14 +106,14 @@ def input_changes(rows: np.ndarray, rate: float) -> np.ndarray:
 
 
 def clip(values: np.ndarray) -> np.ndarray:
-    """(n m) with the largest of each column cut down, of those that are not zero."""
+    """(n m) with the largest values of each column clipped; zeros do not count."""
     limits = [np.quantile(np.abs(column[column != 0]), 1 - CLIPPED) if column.any() else 0.0 for column in values.T]
     return np.clip(values, -np.array(limits), limits)
 
 
 def gain_and_llr(moments: np.ndarray, motions: int, gain: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The best motion per unit of input (... m c) by moments (... v v), or the given one, and the log-likelihood ratio
-    (...) of the motion with it against no effect at all: Gaussian residuals of their measured size."""
+    """The best motion per unit of input (... m c) by moments (... v v), or `gain`, and the log-likelihood ratio (...)
+    of the motion with it against no effect: Gaussian residuals of their measured size."""
     m = moments.shape[-1] - motions - 1
     inputs, mixed, pairs = moments[..., :m, :m], moments[..., :m, m:-1], moments[..., -1, -1]
     squares = np.diagonal(moments, axis1=-2, axis2=-1)[..., m:-1]
@@ -148,9 +149,9 @@ def pool(
     near: float = 0.0,
     confidence: np.ndarray | None = None,
 ) -> CheckResult:
-    """Verdicts from log-likelihood ratios (1 + r) of a fault against none, natural, of `least` or more either way.
+    """Verdicts from natural log-likelihood ratios (1 + r) of a fault against none, `least` or more either way.
 
-    A recording that by itself tells nothing, or has a fault within `near` of that of all, gets the verdict of all.
+    A recording with too little evidence, or with a fault within `near` of that of all, gets the verdict of all.
     """
     status = np.where(np.abs(llr) < least, 0, np.sign(llr)).astype(int)
     amount = np.where(status > 0, amount, 0.0)
@@ -160,7 +161,7 @@ def pool(
 
 
 def judge_axes(moments: np.ndarray, silent: np.ndarray) -> dict[str, CheckResult]:
-    """Whether yaw and pitch are swapped, and each inverted, by moments (r v v); nothing is said of `silent` (r)."""
+    """Whether yaw and pitch are swapped, and each inverted, by moments (r v v); unknown where `silent` (r)."""
     moments = np.concatenate([moments.sum(axis=0, keepdims=True), moments])
     mixed, squares = moments[:, :2, 2:4], np.diagonal(moments, axis1=1, axis2=2)
     share = np.minimum(mixed**2 / (squares[:, :2, None] * squares[:, None, 2:4] + TINY), 1 - TINY)
@@ -171,7 +172,7 @@ def judge_axes(moments: np.ndarray, silent: np.ndarray) -> dict[str, CheckResult
     for check in checks:
         for values in (check.status, check.amount, check.confidence):
             values[1:][silent] = 0
-    return dict(zip(("axes_swapped", "yaw_inverted", "pitch_inverted"), checks, strict=True))
+    return dict(zip(AXES, checks, strict=True))
 
 
 def report_timing(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarray) -> Iterator[Finding]:
@@ -187,33 +188,27 @@ def report_timing(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarr
     for late, numbers, confidence in checks["frames_late"].faults():
         # Where each row or picture stays for some frames, its middle is some later than its beginning.
         numbers = [i for i in numbers if not wrong_rate[i] and abs(late) > stays[i] - 1]
-        n, first_entry, remedy = abs(int(late)), data.game.inputs.first_entry + int(late), ""
-        how, sign = ("late", "+") if late > 0 else ("early", "-")
+        n, (how, sign) = abs(int(late)), ("late", "+") if late > 0 else ("early", "-")
         what = f"inputs are {n} frame{'s' * (n > 1)} {how}: row i {sign} {n} leads from frame i to i + 1"
-        if data.reader == "gf_minecraft" and 0 <= first_entry <= 2:
-            remedy = f"set game.inputs.first_entry={first_entry}"
+        first_entry = data.game.inputs.first_entry + int(late)
+        by_setting = data.reader == "gf_minecraft" and 0 <= first_entry <= 2
+        remedy = f"set game.inputs.first_entry={first_entry}" if by_setting else ""
         if numbers:
             yield data.find("shift", numbers, what, confidence, remedy)
 
 
 def report_axes(data: Dataset, checks: dict[str, CheckResult]) -> Iterator[Finding]:
     """Findings of swapped and inverted axes."""
-    inputs = data.game.inputs
-    for _, numbers, confidence in checks["axes_swapped"].faults():
-        what = "axes are swapped: pitch moves the picture sideways, and yaw, if at all, up and down"
-        remedy = f"set game.inputs.axes=[{','.join(reversed(inputs.axes))}]" if inputs.axes else ""
-        yield data.find("swapped axes", numbers, what, confidence, remedy)
-    for name, scale, how in (("yaw", inputs.yaw_deg, "turns left"), ("pitch", inputs.pitch_deg, "looks down")):
-        for _, numbers, confidence in checks[f"{name}_inverted"].faults():
-            remedy = f"set game.inputs.{name}_deg={-scale:g}" if scale else ""
-            yield data.find("inverted", numbers, f"{name} is inverted: above 0 it {how}", confidence, remedy)
+    for check, (fault, what) in AXES.items():
+        for _, numbers, confidence in checks[check].faults():
+            yield data.find(fault, numbers, what, confidence)
 
 
 def report_unrelated(
     data: Dataset, checks: dict[str, CheckResult], moments: np.ndarray, excluded: set[str]
 ) -> Iterator[Finding]:
     """Of recordings without a fault of their own, and not `excluded`, those that contradict the others."""
-    left_out = np.array([one.name in excluded for one in data.recordings])
+    left_out = np.array([recording.name in excluded for recording in data.recordings])
     for name, check in checks.items():
         own = (check.status != check.status[0]) | (check.amount != check.amount[0])
         left_out |= (name != "rows_per_picture") & (check.status > 0)[1:] & own[1:]

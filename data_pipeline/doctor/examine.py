@@ -1,24 +1,25 @@
-"""Recordings examined before anything is trained on them: do inputs and pictures go together?"""
+"""The doctor of recordings: do inputs and pictures go together? Asked before anything is trained on them."""
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from configs import storage
+from configs.cli import table
 from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
 from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_axes, report_timing, report_unrelated
-from data_pipeline.doctor.findings import REMEDIES, Dataset, Finding
-from data_pipeline.doctor.keys import measure_keys, report_keys
+from data_pipeline.doctor.findings import REMEDIES, CheckResult, Dataset, Finding
+from data_pipeline.doctor.keys import KeyEffect, measure_keys, report_keys
 from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files
-from data_pipeline.doctor.report import Report
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
 from data_pipeline.doctor.turns import report_turns
 from data_pipeline.packets import DamagedVideoError
@@ -45,6 +46,48 @@ class DoctorConfig:
             raise UserError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Everything about a source."""
+
+    names: tuple[str, ...]  # of all its recordings
+    findings: list[Finding]
+    together: dict[str, dict[str, Any]] = field(default_factory=dict)  # by check: status, amount, confidence
+    each: dict[str, dict[str, Any]] = field(default_factory=dict)  # by recording: frames, and as `together`
+    keys: dict[str, KeyEffect] = field(default_factory=dict)
+
+    @property
+    def harmful(self) -> int:
+        """How many problems would hurt training."""
+        return sum(finding.harmful for finding in self.findings)
+
+    def text(self) -> str:
+        """What was measured of all recordings together and of the keys, and a line per finding."""
+        checks = [["in all recordings", "is", "amount", "confidence"]]
+        for name, check in self.together.items():
+            row = [check["status"], f"{check['amount']:+.4g}", f"{check['confidence']:.1%}"]
+            checks.append([name.replace("_", " "), *row])
+        keys = [["key", "presses", "effect, sd"]]
+        for name, effect in self.keys.items():
+            keys.append([name, str(effect.presses), "?" if effect.strongest is None else f"{effect.strongest:.1f}"])
+        worst_first = sorted(self.findings, key=lambda finding: not finding.harmful)
+        lines = [finding.describe(len(self.names)) for finding in worst_first]
+        many, problems = "s" * (len(self.names) != 1), "s" * (self.harmful != 1)
+        lines.append(f"{len(self.names)} recording{many}, {self.harmful or 'no'} problem{problems}")
+        return "\n\n".join([*(table(rows) for rows in (checks, keys) if rows[1:]), "\n".join(lines)])
+
+    def json(self) -> dict[str, Any]:
+        """Plain data; the status of a check is fault, fine or unknown, the amount is in the check's unit."""
+        return {
+            "recordings": list(self.names),
+            "problems": self.harmful,
+            "findings": [asdict(finding) for finding in self.findings],
+            "together": self.together,
+            "each": self.each,
+            "keys": {name: effect._asdict() for name, effect in self.keys.items()},
+        }
+
+
 def doctor(config: DoctorConfig) -> int:
     """Find what would hurt training in recordings: GAME.yaml source= out=report.json; exit status 1 if there is any"""
     if config.out is not None:
@@ -63,32 +106,33 @@ def examine(config: DoctorConfig) -> Report:
     signals, findings = read_signals(recordings, config.game, config.workers)
     everything = Dataset(tuple(signals), config.game, config.reader)
     findings += report_files(everything, config.clip_frames)
-    report = Report(tuple(one.name for one in recordings), findings)
-    long_enough = [one for one in signals if any(len(episode) >= MIN_FRAMES for episode in one.episodes)]
+    report = Report(tuple(recording.name for recording in recordings), findings)
+    long_enough = tuple(it for it in signals if any(len(episode) >= MIN_FRAMES for episode in it.episodes))
     if long_enough:
-        report = diagnose(report, replace(everything, recordings=tuple(long_enough)), config.fov_deg)
-    if not report.harmful and (not report.checks or report.checks["frames_late"].status[0] == 0):
+        report = diagnose(report, replace(everything, recordings=long_enough), config.fov_deg)
+    if not report.harmful and (not long_enough or report.together["frames_late"]["status"] == "unknown"):
         what = "whether inputs and pictures go together cannot be told from so little"
         report.findings.append(everything.note("untold", range(len(signals)), what))
     return report
 
 
-def diagnose(report: Report, data: Dataset, fov_deg: float | None = None) -> Report:
+def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     """The report with all checks of recordings each of which has an episode of MIN_FRAMES and more."""
-    moving = np.any([one.joined("yaw_pitch").any(axis=0) for one in data.recordings], axis=0)
+    moving = np.any([it.joined("yaw_pitch").any(axis=0) for it in data.recordings], axis=0)
     mouse, everyone = bool(moving.any()), range(len(data.recordings))
     (findings, stays), (checks, moments) = find_repeats(data), align(data, mouse)
     findings += report_timing(data, checks, stays)
     if mouse:
         findings += report_axes(data, checks)
-        findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
-        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))
+        still = named(findings, "still picture")
+        findings += report_turns(data, checks, still, fov_deg)
+        findings += report_unrelated(data, checks, moments, still)
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
         elif not moving[1]:
             findings.append(data.note("dead input", everyone, "pitch never moves"))
-    spoilt = named([one for one in findings if one.harmful and len(one.recordings) < len(data.recordings)])
+    spoilt = named(it for it in findings if it.harmful and len(it.recordings) < len(data.recordings))
     trusted = [
         episode.pairs(int(late))
         for recording, late in zip(data.recordings, checks["frames_late"].amount[1:], strict=True)
@@ -99,18 +143,23 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None = None) -> Rep
     # With a mouse whose rows are missing, what it does would count as chance, or as what keys do.
     findings += report_keys(data, keys, complete=mouse or not data.game.action_space.mouse)
     findings += find_copies(data)
-    return Report(report.names, [*report.findings, *findings], data, checks, keys)
+    each = {it.name: {"frames": it.frames, **plain(checks, 1 + i)} for i, it in enumerate(data.recordings)}
+    return Report(report.names, [*report.findings, *findings], plain(checks, 0), each, keys)
 
 
-def named(findings: Sequence[Finding], fault: str | None = None) -> set[str]:
+def plain(checks: dict[str, CheckResult], row: int) -> dict[str, dict[str, Any]]:
+    return {name: check.row(row) for name, check in checks.items()}
+
+
+def named(findings: Iterable[Finding], fault: str | None = None) -> set[str]:
     """The recordings that have findings, of one fault or any."""
-    return {name for one in findings if fault in (None, one.fault) for name in one.recordings}
+    return {name for finding in findings if fault in (None, finding.fault) for name in finding.recordings}
 
 
 def read_signals(
     recordings: Sequence[Recording], game: GameConfig, workers: int
 ) -> tuple[list[RecordingSignals], list[Finding]]:
-    """The signals of all recordings in order; a finding for each one that cannot be read."""
+    """The signals of all recordings in order, and a finding for each one that cannot be read."""
     with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
         try:
             read = pool.map(partial(_read, game=game), recordings)
@@ -118,8 +167,8 @@ def read_signals(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    signals = [one for one in read if isinstance(one, RecordingSignals)]
-    return signals, [one for one in read if isinstance(one, Finding)]
+    signals = [it for it in read if isinstance(it, RecordingSignals)]
+    return signals, [it for it in read if isinstance(it, Finding)]
 
 
 def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:

@@ -1,4 +1,4 @@
-"""What the checks of the doctor give: findings in words, and verdicts from log-likelihood ratios."""
+"""What the doctor's checks return: findings in words, and verdicts from log-likelihood ratios."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +17,8 @@ REMEDIES = {  # by fault
     "untold": "examine longer recordings or more of them",
     "shift": "leave out the rows and frames without a partner, or record again, with one clock for both",
     "rate": "write down the times of rows and of pictures (one clock may be slow), and resample the rows by them",
-    "swapped axes": "exchange pitch and yaw in the inputs",
-    "inverted": "give it the other sign in the inputs",
+    "swapped axes": "exchange pitch and yaw in the inputs, or in game.inputs.axes",
+    "inverted": "give it the other sign in the inputs, or in game.inputs.yaw_deg or pitch_deg",
     "units": "degrees of another unit or sensitivity, or another fps: fix the inputs",
     "unrelated": "another recording's inputs, or a shift or fps that this one is too short to show: record again",
     "repeats": "record both at the game's fps, or set game.inputs.fps to it and a lower game.fps",
@@ -50,8 +50,8 @@ class Finding:
         sure = "" if self.confidence is None else f" (confidence {self.confidence:.1%})"
         note = "" if self.harmful else "note: "
         several = f"{len(self.recordings)} of {total} recordings"
-        named = several if len(self.recordings) > NAMED else ", ".join(self.recordings)
-        return f"{named}: {note}{self.what}{sure}; {self.remedy}"
+        names = several if len(self.recordings) > NAMED else ", ".join(self.recordings)
+        return f"{names}: {note}{self.what}{sure}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What one check says: row 0 of all r recordings together, the others of each."""
+    """One check's verdicts: row 0 of all r recordings together, then one row for each."""
 
     status: np.ndarray  # (1 + r): 1 for a fault, -1 for none, 0 if there is too little to tell
     amount: np.ndarray  # (1 + r), of the fault, in the check's unit
@@ -89,11 +89,7 @@ class CheckResult:
             rows = np.flatnonzero(faulty & (self.amount[1:] == amount))
             yield float(amount), rows.tolist(), float(self.confidence[1 + rows].max())
 
-    def of(self, row: int) -> dict[str, str | float]:
+    def row(self, row: int) -> dict[str, str | float]:
         """One row as plain data."""
         status = ("unknown", "fault", "fine")[self.status[row]]
         return {"status": status, "amount": float(self.amount[row]), "confidence": float(self.confidence[row])}
-
-    def cell(self, row: int) -> str:
-        """One row in few letters: what is wrong, by how much."""
-        return ("?", f"{self.amount[row]:+.4g}", "ok")[self.status[row]]

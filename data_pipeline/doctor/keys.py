@@ -1,4 +1,4 @@
-"""What the keys do to the picture, against what is left of that when keys and pictures are of different moments."""
+"""What the keys do to the picture, compared with chance: keys and pictures of different moments."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from data_pipeline.doctor.findings import Dataset, Finding
 from data_pipeline.doctor.signals import Pairs
 from data_pipeline.motion import EXPECTED
 
-WINDOW_S = 0.35  # a key's effect builds up: what counts is how much of the last so many seconds it was held
-APART_S = 2.0  # moments so far apart have nothing to do with each other
+WINDOW_S = 0.35  # a key's effect builds up: what counts is the share of this time in which it was held
+APART_S = 2.0  # between moments that have nothing to do with each other
 # Standard deviations of chance. In 5 sets of 20 clean ViZDoom recordings the weakest key had 4.6, 6 in the median; with
 # the rows of another recording, one had 2.9 at most.
 NONE, REVERSED, CLEAR = 3.0, -4.0, 6.0
@@ -21,7 +21,7 @@ MOST = 500_000  # frame pairs that are looked at
 
 
 class KeyEffect(NamedTuple):
-    """One key: by how many standard deviations of chance motion goes with it, the mouse and other keys taken out."""
+    """The motion that goes with one key, in standard deviations of chance, without what the mouse and other keys do."""
 
     held: int  # frames
     presses: int
@@ -32,7 +32,7 @@ class KeyEffect(NamedTuple):
     @property
     def strongest(self) -> float | None:
         """The largest of the three, without its sign."""
-        return max((abs(one) for one in self[2:] if one is not None), default=None)
+        return max((abs(effect) for effect in self[2:] if effect is not None), default=None)
 
     def along(self, key: str) -> float | None:
         """The effect that a key of this name should have, > 0 if it goes the right way; none for other names."""
@@ -41,24 +41,25 @@ class KeyEffect(NamedTuple):
         return None if strength is None else sign * strength
 
 
-def measure_keys(data: Dataset, trusted: Sequence[Pairs]) -> list[KeyEffect]:
+def measure_keys(data: Dataset, trusted: Sequence[Pairs]) -> dict[str, KeyEffect]:
     """How often each key is held, and its effect in the `trusted` frame pairs."""
     keyboards = [episode.keyboard for recording in data.recordings for episode in recording.episodes]
-    held = np.sum([keys.sum(axis=0, dtype=np.int64) for keys in keyboards], axis=0).tolist()
-    presses = np.sum([(np.diff(keys, axis=0, prepend=0) == 1).sum(axis=0) for keys in keyboards], axis=0).tolist()
-    window, apart = max(round(WINDOW_S * data.game.fps), 1), round(APART_S * data.game.fps)
-    if sum(len(one.motion) for one in trusted) < 10 * apart:
-        return [KeyEffect(*counts) for counts in zip(held, presses, strict=True)]
-    motion = np.concatenate([one.motion[:, :3] for one in trusted])[:MOST]
-    keys = np.concatenate([_recent(one.keyboard, window) for one in trusted])[:MOST]
-    turns = np.concatenate([one.yaw_pitch for one in trusted])[:MOST]
-    motion = np.clip(motion, *np.quantile(motion, [CLIPPED, 1 - CLIPPED], axis=0))
-    effects = []
-    for i in range(keys.shape[1]):
+    held = np.sum([keys.sum(axis=0, dtype=np.int64) for keys in keyboards], axis=0)
+    presses = np.sum([(np.diff(keys, axis=0, prepend=0) == 1).sum(axis=0) for keys in keyboards], axis=0)
+    counts = np.stack([held, presses], axis=1).tolist()
+    names, window = data.game.action_space.keys, max(round(WINDOW_S * data.game.fps), 1)
+    apart = round(APART_S * data.game.fps)
+    if sum(len(pairs.motion) for pairs in trusted) < 10 * apart:
+        return {name: KeyEffect(*count) for name, count in zip(names, counts, strict=True)}
+    motion = np.concatenate([pairs.motion[:, :3] for pairs in trusted])[:MOST]
+    keys = np.concatenate([_recent(pairs.keyboard, window) for pairs in trusted])[:MOST]
+    turns = np.concatenate([pairs.yaw_pitch for pairs in trusted])[:MOST]
+    motion, effects = np.clip(motion, *np.quantile(motion, [CLIPPED, 1 - CLIPPED], axis=0)), {}
+    for i, name in enumerate(names):
         known = np.column_stack([turns, np.delete(keys, i, axis=1), np.ones(len(keys))])
         key = _residual(keys[:, i : i + 1], known)
         strength = _against_chance(_residual(motion, known), key, apart).tolist() if key.std() > 1e-6 else []
-        effects.append(KeyEffect(held[i], presses[i], *strength))
+        effects[name] = KeyEffect(*counts[i], *strength)
     return effects
 
 
@@ -80,24 +81,22 @@ def _against_chance(motion: np.ndarray, key: np.ndarray, apart: int) -> np.ndarr
     return together[0] / (together[apart:-apart].std(axis=0) + 1e-12)
 
 
-def report_keys(data: Dataset, effects: Sequence[KeyEffect], complete: bool) -> Iterator[Finding]:
+def report_keys(data: Dataset, effects: dict[str, KeyEffect], complete: bool) -> Iterator[Finding]:
     """Keys that are dead or exchanged, and if the inputs are `complete`, those without effect."""
-    names, everyone = data.game.action_space.keys, range(len(data.recordings))
-    total = sum(one.frames for one in data.recordings)
+    everyone, total = range(len(data.recordings)), sum(recording.frames for recording in data.recordings)
     find = data.find if total >= DEAD_S * data.game.fps else data.note  # in a short time it may be chance
-    along = {name: effect.along(name) for name, effect in zip(names, effects, strict=True)}
-    clearest = max((strength for strength in along.values() if strength is not None), default=0.0)
-    for name, effect in zip(names, effects, strict=True):
-        strength = along[name] if name in EXPECTED else effect.strongest
+    along = {name: strength for name, effect in effects.items() if (strength := effect.along(name)) is not None}
+    clear = max(along.values(), default=0.0) >= CLEAR
+    for name, effect in effects.items():
+        strength = along.get(name) if name in EXPECTED else effect.strongest
         if effect.held == 0 and data.game.inputs.keys.get(name) != ():
             yield find("dead input", everyone, f"the key {name} is never held")
         elif effect.held == total:
             yield find("dead input", everyone, f"the key {name} is always held")
-        elif complete and clearest >= CLEAR and effect.presses >= PRESSES and abs(strength or NONE) < NONE:
+        elif complete and clear and effect.presses >= PRESSES and abs(strength or NONE) < NONE:
             what = f"the key {name} is pressed {effect.presses} times, but does nothing that can be seen"
             yield (data.find if name in EXPECTED else data.note)("no effect", everyone, what)
-    for pair in (("left", "right"), ("forward", "back")):
-        strengths = [strength for name in pair if (strength := along.get(name)) is not None]
-        if len(strengths) == 2 and max(strengths) <= REVERSED:
-            what = f"the keys {pair[0]} and {pair[1]} are exchanged: each moves the picture as the other should"
+    for first, second in (("left", "right"), ("forward", "back")):
+        if max(along.get(first, 0.0), along.get(second, 0.0)) <= REVERSED:
+            what = f"the keys {first} and {second} are exchanged: each moves the picture as the other should"
             yield data.find("swapped keys", everyone, what)

@@ -1,6 +1,6 @@
-"""What can be told of pictures without any alignment: repeats, copies, black and cropped ones, short episodes."""
+"""Findings that need no alignment: repeated pictures, copies, black and cropped ones, short episodes."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from itertools import combinations
 
@@ -29,19 +29,19 @@ def find_repeats(data: Dataset) -> tuple[list[Finding], np.ndarray]:
     """Findings of repeated pictures or rows, and a picture that never changes; and for how many frames a picture or row
     stays the same in each recording (r)."""
     fps, findings, stays = data.game.fps, [], np.ones(len(data.recordings))
-    shares, periods, still = {}, {}, []
+    shares, periods, still = {}, defaultdict(list), []
     for i, recording in enumerate(data.recordings):
-        changes = [one.motion[:, 3] for one in recording.episodes]
-        repeated, others = np.sum([_count_repeats(one) for one in changes], axis=0)
+        change = [episode.motion[:, 3] for episode in recording.episodes]
+        repeated, others = np.sum([_count_repeats(part) for part in change], axis=0)
         if others and repeated >= max(REPEATS_SHARE * (repeated + others), fps / 2):
             shares[i] = float(repeated / (repeated + others))
             stays[i] = 1 / (1 - shares[i])
-        period = int(np.gcd.reduce([_input_period(one) for one in recording.episodes]))
+        period = int(np.gcd.reduce([_input_period(episode) for episode in recording.episodes]))
         if period > 1:
-            periods.setdefault(period, []).append(i)
+            periods[period].append(i)
             stays[i] = max(stays[i], period)
-        change = np.concatenate(changes)
-        if len(change) >= fps and (change < UNCHANGED).mean() >= UNCHANGED_SHARE:
+        unchanged = np.concatenate(change) < UNCHANGED
+        if len(unchanged) >= fps and unchanged.mean() >= UNCHANGED_SHARE:
             still.append(i)
     if shares:
         share = float(np.median(list(shares.values())))
@@ -85,26 +85,27 @@ def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
 
 def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:
     """Findings of pictures that are shown otherwise than they are stored, cropped sizes, and short episodes."""
-    for changes in sorted({one.changes for one in data.recordings if one.changes}):
-        numbers = [i for i, one in enumerate(data.recordings) if one.changes == changes]
-        yield data.note("shown otherwise", numbers, f"stored pictures are {changes}, as players show them")
-    height, width = data.game.height, data.game.width
-    for size in sorted({one.size for one in data.recordings}):
-        share = kept_share(size, height, width)
+    changed, sizes, short = defaultdict(list), defaultdict(list), []
+    for i, recording in enumerate(data.recordings):
+        changed[recording.changes].append(i)
+        sizes[recording.size].append(i)
+        short += [(i, len(episode)) for episode in recording.episodes if len(episode) < clip_frames]
+    for changes in sorted(changed.keys() - {""}):
+        yield data.note("shown otherwise", changed[changes], f"stored pictures are {changes}, as players show them")
+    for (h, w), numbers in sorted(sizes.items()):
+        share = kept_share((h, w), data.game.height, data.game.width)
         if share < KEPT_WELL:
-            find = data.find if share < KEPT_LEAST else data.note
-            what = f"{share:.0%} of the picture is kept: {size[0]}x{size[1]} px become {height}x{width}"
-            yield find("cropped", [i for i, one in enumerate(data.recordings) if one.size == size], what)
-    lengths = [(i, len(episode)) for i, one in enumerate(data.recordings) for episode in one.episodes]
-    short = [(i, frames) for i, frames in lengths if frames < clip_frames]
+            what = f"{share:.0%} of the picture is kept: {h}x{w} px become {data.game.height}x{data.game.width}"
+            yield (data.find if share < KEPT_LEAST else data.note)("cropped", numbers, what)
     if short:
-        lost = f"{len(short)} of {len(lengths)} episodes ({sum(frames for _, frames in short)} frames)"
+        episodes = sum(len(recording.episodes) for recording in data.recordings)
+        lost = f"{len(short)} of {episodes} episodes ({sum(frames for _, frames in short)} frames)"
         yield data.note("short", dict(short), f"{lost} are shorter than a clip of {clip_frames} frames")
 
 
 def find_copies(data: Dataset) -> Iterator[Finding]:
     """Pairs that have half of the shorter one's pictures in common; each recording is named as a copy once."""
-    hashes, copies = [recording.joined("hashes") for recording in data.recordings], {}
+    hashes, copies = [recording.joined("hashes") for recording in data.recordings], set()
     for (a, b, later), votes in _candidates(data, hashes).most_common():
         if votes < VOTES or b in copies:
             continue
@@ -112,7 +113,7 @@ def find_copies(data: Dataset) -> Iterator[Finding]:
         differing = np.bitwise_count(hashes[a][begin:end] ^ hashes[b][begin + later : end + later])
         share = (differing <= NEAR_BITS).sum() / min(len(hashes[a]), len(hashes[b]))
         if share >= LEAST_SHARE:
-            copies[b] = a
+            copies.add(b)
             what = f"the same recording, or nearly: {share:.0%} of the pictures, {abs(later)} frames apart"
             yield data.find("copy", [a, b], what)
 
@@ -123,12 +124,9 @@ def _candidates(data: Dataset, hashes: list[np.ndarray]) -> Counter[tuple[int, i
         np.flatnonzero((recording.joined("contrast") > CONTRAST) & (own != np.roll(own, 1)))
         for recording, own in zip(data.recordings, hashes, strict=True)
     ]
-    owner, frame, votes = (
-        np.repeat(np.arange(len(telling)), list(map(len, telling))),
-        np.concatenate(telling),
-        Counter(),
-    )
+    owner, frame = np.repeat(np.arange(len(telling)), list(map(len, telling))), np.concatenate(telling)
     kept = np.concatenate([own[frames] for own, frames in zip(hashes, telling, strict=True)])
+    votes: Counter[tuple[int, int, int]] = Counter()
     for half in kept.view(np.uint32).reshape(-1, 2).T:
         order = np.argsort(half, kind="stable")
         for group in np.split(order, np.flatnonzero(np.diff(half[order])) + 1):

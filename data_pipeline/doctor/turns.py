@@ -24,21 +24,10 @@ CONSTANT_S = 2.0  # without any change of the inputs
 LIKE_ALWAYS = 0.7  # the picture's motion then, of its usual one (standard deviations)
 EXPLAINED = 0.2  # of that motion's variance, by yaw, before its absence says something
 
-Turns = dict[int, list[Pairs]]  # of the recordings whose yaw is known to move the picture, by number
-
-
-def _read_turns(data: Dataset, checks: dict[str, CheckResult]) -> Turns:
-    """Frame pairs with the rows that belong to them; what acts as yaw is the first column of the mouse."""
-    turns, swapped, late = {}, checks["axes_swapped"].status[1:] > 0, checks["frames_late"].amount[1:]
-    for i in np.flatnonzero(checks["yaw_inverted"].status[1:]).tolist():
-        pairs = [episode.pairs(int(late[i])) for episode in data.recordings[i].episodes]
-        turns[i] = [one._replace(yaw_pitch=one.yaw_pitch[:, ::-1]) if swapped[i] else one for one in pairs]
-    return turns
-
 
 def yaw_and_motion(pairs: Iterable[Pairs]) -> tuple[np.ndarray, np.ndarray]:
     """All degrees, and all motion to the right, (n) each."""
-    both = [(one.yaw_pitch[:, 0], one.motion[:, 0]) for one in pairs]
+    both = [(it.yaw_pitch[:, 0], it.motion[:, 0]) for it in pairs]
     degrees, right_px = map(np.concatenate, zip(*both, strict=True))
     return degrees, right_px
 
@@ -58,19 +47,22 @@ def report_turns(
     data: Dataset, checks: dict[str, CheckResult], excluded: set[str], fov_deg: float | None
 ) -> Iterator[Finding]:
     """Findings of units, and of stillness in the recordings that are not `excluded`."""
-    turns = _read_turns(data, checks)
-    known = [px for one in turns.values() for px, count in [px_per_degree(*yaw_and_motion(one))] if count]
-    others = {i: one for i, one in turns.items() if data.recordings[i].name not in excluded}
-    if known:
-        yield from _units(data, turns, median(known), fov_deg)
-        yield from _stills(data, others, median(known))
-        yield from _constant(data, others)
+    turns, swapped, late = {}, checks["axes_swapped"].status[1:] > 0, checks["frames_late"].amount[1:]
+    for i in np.flatnonzero(checks["yaw_inverted"].status[1:]).tolist():  # others' yaw is not known to move the picture
+        pairs = [episode.pairs(int(late[i])) for episode in data.recordings[i].episodes]
+        turns[i] = [it._replace(yaw_pitch=it.yaw_pitch[:, ::-1]) if swapped[i] else it for it in pairs]
+    px = [px for pairs in turns.values() for px, count in [px_per_degree(*yaw_and_motion(pairs))] if count]
+    if px:
+        yield from _units(data, turns, median(px), fov_deg)
+        episodes = [(i, it) for i in turns if data.recordings[i].name not in excluded for it in turns[i]]
+        yield from _stills(data, episodes, median(px))
+        yield from _constant(data, episodes)
 
 
-def _units(data: Dataset, turns: Turns, px: float, fov_deg: float | None) -> Iterator[Finding]:
+def _units(data: Dataset, turns: dict[int, list[Pairs]], px: float, fov_deg: float | None) -> Iterator[Finding]:
     what = "a degree of yaw turns the picture {:.2g} times as far as"
-    for i, one in turns.items():
-        factor = _compare_px(one, px)
+    for i, pairs in turns.items():
+        factor = _compare_px(pairs, px)
         if factor != 1:
             yield data.find("units", [i], f"{what.format(factor)} in the other recordings")
     if fov_deg:
@@ -89,9 +81,9 @@ def _compare_px(pairs: Sequence[Pairs], usual: float) -> float:
     return float(np.median(factors)) if len(factors) >= PARTS_WITH_TURNS and apart else 1.0
 
 
-def _stills(data: Dataset, turns: Turns, px: float) -> Iterator[Finding]:
+def _stills(data: Dataset, episodes: Sequence[tuple[int, Pairs]], px: float) -> Iterator[Finding]:
     """Pictures that stand still while inputs turn; frames that ask for no turn do not end it."""
-    for i, pairs in ((i, pairs) for i, own in turns.items() for pairs in own):
+    for i, pairs in episodes:
         asked = np.abs(px * pairs.yaw_pitch[:, 0])
         still = (asked >= ASKED_PX) & (np.abs(pairs.motion[:, 0]) < STILL * asked)
         for begin, end in runs(still | (asked < ASKED_PX)):
@@ -102,12 +94,12 @@ def _stills(data: Dataset, turns: Turns, px: float) -> Iterator[Finding]:
                 yield data.find("still picture", [i], what)
 
 
-def _constant(data: Dataset, turns: Turns) -> Iterator[Finding]:
+def _constant(data: Dataset, episodes: Sequence[tuple[int, Pairs]]) -> Iterator[Finding]:
     """Inputs that stay the same although the picture turns."""
-    degrees, moved = yaw_and_motion(pairs for own in turns.values() for pairs in own) if turns else np.zeros((2, 1))
+    degrees, moved = yaw_and_motion(pairs for _, pairs in episodes) if episodes else np.zeros((2, 1))
     if not degrees.std() or not moved.std() or np.corrcoef(degrees, moved)[0, 1] ** 2 < EXPLAINED:
         return
-    for i, pairs in ((i, pairs) for i, own in turns.items() for pairs in own):
+    for i, pairs in episodes:
         rows = np.column_stack([pairs.keyboard, pairs.yaw_pitch])
         for begin, end in runs((rows[1:] == rows[:-1]).all(axis=1)):
             seconds, motion = (end + 1 - begin) / data.game.fps, pairs.motion[begin : end + 1, 0]
