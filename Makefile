@@ -70,7 +70,8 @@ $(READY): pyproject.toml constraints.txt
 	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/*/lock
 	@echo "compiling DeepSpeed's CPU communication (once, up to a minute)"
-	@python -m launch warm
+	@DS_ACCELERATOR=cpu python -c 'from deepspeed.accelerator import get_accelerator; \
+		get_accelerator().create_op_builder("ShareMemCommBuilder").load(verbose=False)'
 	@touch $@
 
 clean:

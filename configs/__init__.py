@@ -6,7 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, fields, is_dataclass
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -44,16 +44,27 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     A value may be the text that stands for it in an argument or in YAML. A setting of type str takes it as it is.
     """
     hints = typing.get_type_hints(cls)
-    settings = {field.name: field for field in fields(typing.cast(Any, cls)) if field.init}
+    settings = {setting.name: setting for setting in fields(typing.cast(Any, cls)) if setting.init}
     for key in values:
         if key not in settings:
             near = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.5)
             hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(settings)}"
             raise UserError(f"unknown setting {prefix + str(key)!r}; {hint}")
-    for name, field in settings.items():
-        if name not in values and field.default is MISSING and field.default_factory is MISSING:
+    for name, setting in settings.items():
+        if name not in values and setting.default is MISSING and setting.default_factory is MISSING:
             raise UserError(f"{prefix + name!r} is required")
-    return cls(**{key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()})
+    converted = {key: _convert(hints[key], value, f"{prefix}{key}") for key, value in values.items()}
+    for key, value in converted.items():
+        if limits := settings[key].metadata.get("range"):
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(number is None or limits[0] <= number <= limits[1] for number in numbers):
+                raise UserError(f"{prefix}{key}={value} must lie between {limits[0]} and {limits[1]}")
+    return cls(**converted)
+
+
+def within(low: float, high: float, default: Any = MISSING) -> Any:
+    """A setting that `build` refuses outside of [low, high]; of a tuple every value."""
+    return field(default=default, metadata={"range": (low, high)})
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

@@ -10,7 +10,6 @@ VERBS = {
     "plan": Verb("launch.plan:plan"),
     "accelerate": Verb("launch.rendezvous:accelerate"),
     "pipeline": Verb("launch.pipeline:pipeline"),
-    "warm": Verb("launch.run:warm"),
 }
 
 if __name__ == "__main__":

@@ -48,11 +48,6 @@ class Kubernetes(Scheduler):
                 "machine.kubernetes.volume_claim="
             )
 
-    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
-        if status := super().submit(cluster, job, script):  # a Job of that name may be there, and cannot be changed
-            raise UserError(f"{script} was not taken; an earlier one goes by kubectl delete -f {script}")
-        return status
-
     def render(self, cluster: Cluster, job: Job) -> str:
         """Documents of JSON, which is YAML too and quotes every text."""
         documents = [json.dumps(document, indent=2, ensure_ascii=False) for document in self.manifests(cluster, job)]

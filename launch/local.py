@@ -50,17 +50,22 @@ def supervise(line: Sequence[str], env: dict[str, str], restarts: int) -> int:
             ended = Path(folder, "ended")
             process = subprocess.Popen(line, env={**env, ENDED: str(ended)})
             with passing_on(process) as signals:
-                try:
-                    status = process.wait()
-                except KeyboardInterrupt:
-                    process.wait()  # it got the same Ctrl-C, and saves
-                    status = 130
+                status = wait(process)
             if ended.exists() and ended.read_text() == FAULT:
                 status = 2
         if status in (0, 2, 130) or not left or signals:
             break
         print(f"launch: ended with status {status}; started again, {left - 1} more times if need be", flush=True)
     return status
+
+
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status; 130 after Ctrl-C, which `process` got too and acts on first."""
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        process.wait()
+        return 130
 
 
 @contextmanager

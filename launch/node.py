@@ -1,14 +1,15 @@
-"""What one node is: its software, GPUs, memory and disks, and what it sees of what nodes share."""
+"""What one node is: its software, GPUs, memory and disks, and what it can reach of the others."""
 
 import hashlib
-import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,40 +26,30 @@ from configs.errors import UserError, one_line
 PACKAGES = ("torch", "deepspeed", "accelerate", "safetensors", "webdataset", "worldloom")
 OURS = ("configs", "model", "data_pipeline", "sampling", "train", "launch")
 MISSING, NONE = "missing", "none"
+GPUS = "GPUs"  # among the versions: what kind, how many, which driver
 GIB = 2**30
 CONNECT_S = 5.0
 PATIENCE_S = 5.0  # network file systems show a new file of another machine only after a while
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """As nvidia-smi shows it."""
-
-    name: str
-    memory_gib: float
-    free_gib: float
-    driver: str
-
-
-@dataclass(frozen=True)
 class NodeFacts:
-    """Software, GPUs, memory and free space of a node."""
+    """Software, GPUs and free space of a node."""
 
     versions: dict[str, str]
-    gpus: tuple[Gpu, ...]  # of the machine
+    gpu_free: tuple[float, ...]  # share of each GPU's memory
     visible_gpus: int  # those that torch may use
-    cores: int
-    available_gib: float  # memory
+    memory_gib: float  # available
     disk_gib: float  # free where the run is written to
     temp_gib: float  # free in the temporary folder
     shm_gib: float  # free in /dev/shm, which loaders and NCCL talk through
 
 
 def inspect_node(folder: str | None) -> NodeFacts:
-    """The facts of this node; `folder` is where runs are written to (none: the working folder)."""
+    """The facts of this node; `folder` is where runs are written to (None: the working folder)."""
     free = [free_gib(path) for path in (folder or ".", tempfile.gettempdir(), "/dev/shm")]
-    cores = len(os.sched_getaffinity(0))
-    return NodeFacts(versions(), gpus(), torch.cuda.device_count(), cores, memory_gib()[1], *free)
+    kind, gpu_free = gpus()
+    return NodeFacts({**versions(), GPUS: kind}, gpu_free, torch.cuda.device_count(), memory_gib()[1], *free)
 
 
 def versions() -> dict[str, str]:
@@ -76,19 +67,19 @@ def versions() -> dict[str, str]:
     return {**found, "worldloom": f"{found['worldloom']}+{digest.hexdigest()[:8]}"}
 
 
-def gpus() -> tuple[Gpu, ...]:
-    """All GPUs of the machine, none where there is no nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits"]
-    if shutil.which(query[0]) is None:
-        return ()
-    return parse_gpus(subprocess.run(query, capture_output=True, text=True).stdout)
+def gpus() -> tuple[str, tuple[float, ...]]:
+    """What kind of GPUs the machine has, and the free share of each one's memory; none without nvidia-smi."""
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader,nounits"]
+    text = "" if shutil.which(query[0]) is None else subprocess.run(query, capture_output=True, text=True).stdout
+    return parse_gpus(text)
 
 
-def parse_gpus(text: str) -> tuple[Gpu, ...]:
-    """One GPU per line of name, total and free memory in MiB, driver; other lines are skipped."""
-    rows = [[part.strip() for part in line.split(",")] for line in text.splitlines()]
-    rows = [row for row in rows if len(row) == 4 and row[1].isdigit() and row[2].isdigit()]
-    return tuple(Gpu(name, int(total) / 1024, int(free) / 1024, driver) for name, total, free, driver in rows)
+def parse_gpus(text: str) -> tuple[str, tuple[float, ...]]:
+    """As `gpus`, from a line per GPU: name, driver, free and total memory; other lines are skipped."""
+    lines = re.findall(r"^(.+), (.+), (\d+), (\d+)$", text, re.MULTILINE)
+    kinds = Counter(f"{name} ({driver})" for name, driver, _, _ in lines)
+    kind = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or NONE
+    return kind, tuple(int(free) / int(total) for _, _, free, total in lines)
 
 
 def memory_gib() -> tuple[float, float]:
@@ -109,37 +100,33 @@ def memory_gib() -> tuple[float, float]:
 def free_gib(folder: str) -> float:
     """Free space of the file system that `folder` is on, or will be on when it is made."""
     path = Path(folder).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free / GIB
+    return shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free / GIB
 
 
 def address(env: Mapping[str, str]) -> str:
-    """The IPv4 address at which this node's processes let others find them: that of the interface which is named for
-    gloo, else what the host's name means. Empty if it means nothing."""
+    """The IPv4 address at which this node's processes let others find them: that of the interface named for gloo, else
+    what the host's name means. Empty if it means nothing."""
     interface = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
     if interface:
         addresses = psutil.net_if_addrs().get(interface, [])
         return next((found.address for found in addresses if found.family == socket.AF_INET), "")
-    try:
+    with suppress(OSError):
         return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return ""
+    return ""
 
 
-def probe_connectivity(addresses: Mapping[int, tuple[str, int]]) -> dict[str, str]:
-    """Why a node cannot be connected to at a port that it chose freely, as gloo and NCCL do; by its number as text."""
+def probe_connectivity(addresses: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
+    """`name: why` of every node that cannot be connected to at a port that it chose freely, as gloo and NCCL do."""
 
-    def probe(where: tuple[str, int]) -> str:
+    def probe(name: str) -> str:
         try:
-            socket.create_connection(where, timeout=CONNECT_S).close()
+            socket.create_connection(addresses[name], timeout=CONNECT_S).close()
         except OSError as error:
-            return str(error)
+            return f"{name}: {error}"
         return ""
 
     with ThreadPoolExecutor(16) as pool:
-        errors = zip(addresses, pool.map(probe, addresses.values()), strict=True)
-        return {str(node): error for node, error in errors if error}
+        return tuple(filter(None, pool.map(probe, addresses)))
 
 
 @dataclass(frozen=True)
@@ -151,27 +138,39 @@ class SharedPath:
     unread: tuple[int, ...] = ()  # nodes whose file this one cannot read
 
 
-def probe_file(url: str, token: str) -> str:
+@dataclass(frozen=True)
+class NodeReport:
+    """A node, and what it sees of the others."""
+
+    node: int
+    host: str
+    address: str  # where its processes let others find them
+    facts: NodeFacts
+    paths: tuple[SharedPath, ...]
+    unreached: tuple[str, ...]  # `node at address: why` of those that cannot be connected to
+
+
+def probe_file(url: str, token: str, node: int) -> str:
     """The file that a node writes to a shared folder or bucket."""
-    return storage.join(url, f".doctor_{token}")
+    return storage.join(url, f".doctor_{token}_{node}")
 
 
-def probe_path(url: str, node: int, tokens: Mapping[int, str]) -> SharedPath:
-    """Writes this node's file and reads those of all nodes, which are named by their tokens."""
+def probe_path(url: str, token: str, node: int, nodes: Iterable[int]) -> SharedPath:
+    """Writes this node's file and reads those of all nodes."""
     error = ""
     try:
         if not storage.is_s3(url) and not Path(url).is_dir():
             raise UserError("there is no such folder")
-        storage.write_text(probe_file(url, tokens[node]), tokens[node])
+        storage.write_text(probe_file(url, token, node), token)
     except (OSError, ValueError) as problem:
         error = one_line(problem)
 
     def unread(other: int) -> bool:
         with suppress(OSError):
-            return storage.read_bytes(probe_file(url, tokens[other])) != tokens[other].encode()
+            return storage.read_bytes(probe_file(url, token, other)) != token.encode()
         return True
 
-    deadline, left = time.monotonic() + PATIENCE_S, tuple(tokens)
-    while (left := tuple(other for other in left if unread(other))) and time.monotonic() < deadline:
+    deadline, left = time.monotonic() + PATIENCE_S, tuple(nodes)
+    while (left := tuple(filter(unread, left))) and time.monotonic() < deadline:
         time.sleep(0.2)
     return SharedPath(url, error, left)

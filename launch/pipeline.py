@@ -18,6 +18,7 @@ from configs.errors import UserError
 from configs.files import sole_writer, write_text
 from configs.foreign import parse_object, reading, require_inside
 from configs.storage import is_s3
+from launch.local import wait
 
 Precision = Literal["fp32", "bf16"]
 STAMPS = ".pipeline"  # folder in `out`
@@ -125,12 +126,7 @@ def run_command(stage: Stage, env: dict[str, str]) -> tuple[int, float]:
     """Exit status and seconds of the stage's command; its output goes straight through."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     started = time.perf_counter()
-    process = subprocess.Popen(shlex.split(stage.command), env={**os.environ, **env, "PATH": path})
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it got the same Ctrl-C, and saves
-        status = 130
+    status = wait(subprocess.Popen(shlex.split(stage.command), env={**os.environ, **env, "PATH": path}))
     return status, time.perf_counter() - started
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from configs import build, merge_args
+from configs import build, merge_args, within
 from configs.cli import table
 from configs.errors import UserError
 from launch.machine import MachineConfig
@@ -28,14 +28,8 @@ class PlanConfig:
     height: int | None = None  # px of a frame; like the next two, the manifest's if left out
     width: int | None = None
     latents: int | None = None  # of a clip
-    memory_gib: float | None = None  # of a device, or of a process on a CPU; of this machine's if left out
-    mfu: float | None = None  # share of peak_tflops that the run will reach
-
-    def __post_init__(self) -> None:
-        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
-            raise UserError(f"memory_gib={self.memory_gib:g} must be a positive number")
-        if self.mfu is not None and not 0 < self.mfu <= 1:
-            raise UserError(f"mfu={self.mfu:g} must lie above 0 and not above 1: it is a share of peak_tflops=")
+    memory_gib: float | None = within(1e-3, 1e9, None)  # of a device, or a process on a CPU; else this machine's
+    mfu: float | None = within(1e-6, 1, None)  # share of peak_tflops= that the run will reach
 
 
 def read_plan(args: Sequence[str]) -> tuple[PlanConfig, list[str]]:

@@ -1,10 +1,8 @@
 """One run from the command line: checked first, then started here or handed to a scheduler."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 from configs import build, flat
 from configs.errors import UserError
@@ -62,11 +60,7 @@ def _for_trainer(arg: str) -> list[str]:
     if "machine" not in settings:
         return [arg]
     others = flat({name: value for name, value in settings.items() if name not in OWN})
-    return [f"{name}={_as_text(value)}" for name, value in others.items()]
-
-
-def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in others.items()]
 
 
 def accelerate_line(
@@ -96,19 +90,3 @@ def launch(args: list[str]) -> int:
     run.machine.render(run.job)  # UserError for what cannot run there
     check_run(run.train, run.machine.ranks)
     return run.machine.start(run.job, run.script, run.dry_run)
-
-
-def warm(args: list[str]) -> None:
-    """Compile what DeepSpeed compiles at its first start on a CPU, so that no run waits for it."""
-    import torch
-
-    if torch.cuda.is_available():
-        return  # no such step on an accelerator
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.accelerator import get_accelerator
-
-    accelerator = get_accelerator()
-    assert accelerator is not None
-    builder = accelerator.create_op_builder("ShareMemCommBuilder")
-    assert builder is not None
-    builder.load(verbose=False)

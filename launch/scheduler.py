@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from configs import within
 from configs.errors import FileInTheWayError, MissingFileError, UserError
 from configs.files import write_text
 from configs.storage import is_s3
 
 MARK = "# Rendered by: python -m launch"  # a line of every file that is written for a scheduler
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
-# 65535 s is what Slurm takes at most as the time of a signal.
-BOUNDS = {"nodes": (1, 100_000), "processes": (1, 1024), "grace_s": (1, 65_535), "max_restarts": (0, 10_000)}
 
 
 class Shell(str):
@@ -63,14 +62,15 @@ class Cluster:
     """Nodes and the processes on them, whichever scheduler starts these."""
 
     name: str = "worldloom"  # of the job
-    nodes: int = 1
-    processes: int = 1  # per node: its GPUs, or as many processes on its CPU
+    nodes: int = within(1, 100_000, 1)
+    processes: int = within(1, 1024, 1)  # per node: its GPUs, or as many processes on its CPU
     device: Literal["cpu", "cuda"] = "cuda"
     node_rank: int = 0  # local: which of `nodes` this is
     host: str = "127.0.0.1"  # local: where node 0 is reached; Slurm and Kubernetes find it
-    port: int = 29500  # 0: a free one, for a run on one node
-    grace_s: int = 180  # from the warning to the end: for the step, and for saving
-    max_restarts: int = 0  # after a crash; a Slurm job counts every time that it was queued again
+    port: int = within(0, 65_535, 29500)  # 0: a free one, for a run on one node
+    # From the warning to the end: for the step, and for saving. Slurm takes at most 65535 s.
+    grace_s: int = within(1, 65_535, 180)
+    max_restarts: int = within(0, 10_000, 0)  # after a crash; a Slurm job counts every time that it was queued again
     env: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,11 +81,8 @@ class Cluster:
                 raise UserError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
             if not is_text(value):
                 raise UserError(f"machine.env.{name}={value!r} holds control characters; leave them out")
-        if not (0 if self.nodes == 1 else 1) <= self.port <= 65535:
-            raise UserError(f"machine.port={self.port} must be 1 to 65535 (0, a free one, is for one node)")
-        for name, (least, most) in BOUNDS.items():
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"machine.{name}={getattr(self, name)} must be {least} or more and at most {most}")
+        if self.port == 0 and self.nodes > 1:
+            raise UserError("machine.port=0, a free one, is for one node; give all nodes the same number")
         if not 0 <= self.node_rank < self.nodes:
             raise UserError(f"machine.node_rank={self.node_rank} must be 0 or more and below nodes={self.nodes}")
 

@@ -5,6 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs import within
 from configs.errors import UserError
 from configs.storage import is_s3
 from launch.scheduler import (
@@ -29,7 +30,7 @@ class Slurm(Scheduler):
     time: str = "24:00:00"
     partition: str | None = None
     account: str | None = None
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = within(1, 65_535, None)
     memory: str | None = None  # per node, as 200G
     logs: str = "logs"  # folder
     setup: str = ""  # a line of shell before the run, as `source .venv/bin/activate`
@@ -43,18 +44,15 @@ class Slurm(Scheduler):
             require_word(f"machine.slurm.{name}", getattr(self, name))
         if not is_text(self.setup):
             raise UserError(f"machine.slurm.setup={self.setup!r} holds control characters; leave them out")
-        if self.cpus_per_task is not None and not 1 <= self.cpus_per_task <= 65_535:
-            raise UserError(f"machine.slurm.cpus_per_task={self.cpus_per_task} must be 1 or more and at most 65535")
 
     def check(self, cluster: Cluster, job: Job) -> None:
-        """What a run in a container writes must lie under a mount that has its own path inside."""
         mounts = [mount.split(":") for mount in (self.mounts or "").split(",") if mount.startswith("/")]
         same_inside = [mount[0] for mount in mounts if len(mount) == 1 or mount[0] == mount[1]]
         written = {"out": job.saves_to, "machine.slurm.logs": self.logs} if self.container and job.saves_to else {}
-        for name, place in written.items():
-            if place and not is_s3(place) and not any(Path(place).is_relative_to(mount) for mount in same_inside):
+        for name, path in written.items():
+            if path and not is_s3(path) and not any(Path(path).is_relative_to(mount) for mount in same_inside):
                 raise UserError(
-                    f"{name}={place} ends with its container: give an absolute path under one of "
+                    f"{name}={path} ends with its container: give an absolute path under one of "
                     "machine.slurm.mounts=/path:/path, with the same path inside and outside"
                 )
 

@@ -7,14 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from tiny_training import ROOT, launch, losses, run
+from tiny_training import ROOT, launch, losses, require_equal_bits, run
 
-from model.weights import load_weights
 from model.world import COMPLETE, newest_checkpoint
 
 COMMAND = [*launch("cpu_zero2", "-m", "train")]
@@ -88,10 +88,7 @@ def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kil
     assert len(log) == kills, log
     done = run(command)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert torch.equal(losses(out), losses(uninterrupted)), log
-    for name in ("model.safetensors", "ema.safetensors"):
-        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, uninterrupted))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), (name, log)
+    require_equal_bits(out, uninterrupted)
     return log
 
 
@@ -109,58 +106,52 @@ def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, backg
     print("\n" + "\n".join(log))
 
 
+def start(command: list[str], log: Path, sign: Callable[[], object]) -> subprocess.Popen[bytes]:
+    """A process of the command, once `sign` is true or it has ended."""
+    with open(log, "w") as file:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=env)
+    while process.poll() is None and not sign():
+        time.sleep(0.01)
+    return process
+
+
 @pytest.mark.long
 def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, uninterrupted, tmp_path) -> None:
     words = [*train_words, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *words], cwd=ROOT, stdout=log, stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        while process.poll() is None and not list(tmp_path.glob("run/step_*/COMPLETE")):
-            time.sleep(0.01)
-        trainers = [one for one in psutil.Process(process.pid).children(recursive=True) if "-m" in one.cmdline()[:3]]
-        random.choice(trainers).kill()
-        assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
-    assert (tmp_path / "log").read_text().count("started again") == 1
+    line, log = [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *words], tmp_path / "log"
+    process = start(line, log, lambda: list(tmp_path.glob("run/step_*/COMPLETE")))
+    trainers = [one for one in psutil.Process(process.pid).children(recursive=True) if "-m" in one.cmdline()[:3]]
+    random.choice(trainers).kill()
+    assert process.wait(timeout=200) == 0, log.read_text()[-3000:]
+    assert log.read_text().count("started again") == 1
     assert torch.equal(losses(tmp_path / "run"), losses(uninterrupted))
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 def test_a_warning_to_one_rank_saves_and_ends_all(train_words, uninterrupted, tmp_path, name: str) -> None:
-    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        psutil.Process(process.pid).children()[1].send_signal(signal.Signals[name])
-        assert process.wait(timeout=120) == 0, (tmp_path / "log").read_text()[-2000:]
-    assert "as asked" in (tmp_path / "log").read_text()
-    assert newest_checkpoint(tmp_path).name < "step_0000008"
+    command, log = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"], tmp_path / "log"
+    process = start(command, log, (tmp_path / "metrics.jsonl").exists)
+    psutil.Process(process.pid).children()[1].send_signal(signal.Signals[name])
+    assert process.wait(timeout=120) == 0, log.read_text()[-2000:]
+    assert "as asked" in log.read_text() and newest_checkpoint(tmp_path).name < "step_0000008"
     assert run(command).returncode == 0
     assert torch.equal(losses(tmp_path), losses(uninterrupted))
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
 def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp_path, name: str) -> None:
-    settings = [*SETTINGS, "steps=2000", "engine.timeout_s=10", "checkpoint.every=1000"]
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [*COMMAND, *train_words, *settings, f"out={tmp_path}"], cwd=ROOT, stdout=log, stderr=log,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        while process.poll() is None and not (tmp_path / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        victim = psutil.Process(process.pid).children()[1]
-        victim.send_signal(signal.Signals[name])
-        deadline = time.monotonic() + 60  # six times the limit
-        while not (tmp_path / "stacks_rank_00000.txt").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        if name == "SIGSTOP":
-            victim.kill()  # the launcher would wait for it
-        assert process.wait(timeout=120) == 1
-    said = next(line for line in (tmp_path / "log").read_text().splitlines() if "train run: rank 0 stops" in line)
+    settings = [*SETTINGS, "steps=2000", "engine.timeout_s=10", "checkpoint.every=1000", f"out={tmp_path}"]
+    log, stacks = tmp_path / "log", tmp_path / "stacks_rank_00000.txt"
+    process = start([*COMMAND, *train_words, *settings], log, (tmp_path / "metrics.jsonl").exists)
+    victim = psutil.Process(process.pid).children()[1]
+    victim.send_signal(signal.Signals[name])
+    deadline = time.monotonic() + 60  # six times the limit
+    while not stacks.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if name == "SIGSTOP":
+        victim.kill()  # the launcher would wait for it
+    assert process.wait(timeout=120) == 1
+    said = next(line for line in log.read_text().splitlines() if "train run: rank 0 stops" in line)
     assert "missing: rank 1 (silent for" in said and "in step" in said, said
-    assert "run_steps" in (tmp_path / "stacks_rank_00000.txt").read_text()
+    assert "run_steps" in stacks.read_text()

@@ -9,12 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from tiny_training import launch, losses, run
+from tiny_training import launch, require_equal_bits, run
 from two_nodes import LOOSE, SETTINGS, Nodes, kill_node, sh, wait_for_steps
-
-from model.weights import load_weights
-from model.world import newest_checkpoint
 
 pytest_plugins = ["two_nodes"]  # the fixture `nodes`
 TIMEOUT_S = 8
@@ -75,10 +71,7 @@ def test_two_nodes_lose_the_cable_and_then_a_node_and_end_as_if_nothing_had_been
         assert process.wait(timeout=300) == 0, log.read_text(errors="replace")[-3000:]
     resumed = wait_for_line(logs[0], "resumed from", 1)
     print(resumed.rpartition("\r")[2].strip())
-    assert torch.equal(losses(out), losses(whole))
-    for name in ("model.safetensors", "ema.safetensors"):
-        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, whole))
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+    require_equal_bits(out, whole)
 
 
 # The doctor, on the same two nodes.
@@ -88,16 +81,9 @@ def start_doctor(
     nodes: Nodes, folder: Path, *words: str, first: str = "", env: dict[str, str] | None = None
 ) -> tuple[list[subprocess.Popen[bytes]], list[Path]]:
     """The doctor on both nodes and what they say; `first` and `env` are planted on node 1."""
-    line = [
-        "python",
-        "-m",
-        "launch",
-        "doctor",
-        "configs/machines/laptop.yaml",
-        "machine.processes=1",
-        "machine.nodes=2",
-    ]
-    line += ["machine.host=node0", "machine.port=29517", "timeout_s=15", f"shared={folder / 'shared'}", *words]
+    line = ["python", "-m", "launch", "doctor", "configs/machines/laptop.yaml", "machine.processes=1"]
+    line += ["machine.nodes=2", "machine.host=node0", "machine.port=29517", "timeout_s=15"]
+    line += [f"shared={folder / 'shared'}", *words]
     (folder / "shared").mkdir()
     logs = [folder / f"node{node}.log" for node in range(2)]
     running = [
@@ -123,8 +109,8 @@ def test_the_doctor_finds_nothing_where_nothing_is_wrong(nodes: Nodes, tmp_path)
     status, said = end_of(*start_doctor(nodes, tmp_path, *words))
     assert status == (0, 0) and problems(said) == [] and "no problem found" in said, said
     report = json.loads((tmp_path / "report.json").read_text())
-    for node in "01":
-        (link,) = report["measured"][node]["links"]
+    assert len(report["links"]) == 2
+    for link in report["links"]:
         assert abs(link["ahead_s"]) <= link["latency_ms"] / 1e3  # both nodes read the very same clock
         assert link["mb_per_s"] > 0 and 0 < link["latency_ms"] < 50
     assert [one["address"] for one in report["nodes"]] == ["10.77.0.1", "10.77.0.2"]
@@ -157,8 +143,8 @@ def test_the_doctor_names_ports_that_are_closed(nodes: Nodes, tmp_path) -> None:
         sh(f"ip -n {nodes.names[1]} rule add ipproto tcp dport {ports} blackhole")
     status, said = end_of(*start_doctor(nodes, tmp_path))
     assert status == (1, 0)
-    assert "problem: node 0 (node0): no connection to node 1 (node1): " in said
-    assert "problem: node 1 (node1): no connection to node 0 (node0): " in said
+    assert "problem: node 0 (node0): no connection to node 1 (node1) at 10.77.0.2: " in said
+    assert "problem: node 1 (node1): no connection to node 0 (node0) at 10.77.0.1: " in said
     assert "links: were not measured: not all nodes reach each other" in said
 
 
@@ -167,7 +153,7 @@ def test_the_doctor_does_not_wait_for_ever_for_a_node_that_is_cut_off(nodes: Nod
     status, said = end_of(*start_doctor(nodes, tmp_path))
     assert status == (1, 1)
     assert "problem: node 1: did not come within 15 s" in said
-    assert "node0:29517 of node 0 was not reached within 15 s" in (tmp_path / "node1.log").read_text()
+    assert "node0:29517 of node 0 not reached within 15 s" in (tmp_path / "node1.log").read_text()
 
 
 def test_the_doctor_ends_when_the_cable_is_pulled_while_it_measures(nodes: Nodes, tmp_path) -> None:
@@ -182,6 +168,5 @@ def test_the_doctor_ends_when_the_cable_is_pulled_while_it_measures(nodes: Nodes
     nodes.cable("down")  # the first transfer, of 250 kB at 125 kB/s, has begun
     status, said = end_of(running, logs)
     assert status == (1, 1)
-    assert "problem: node 1 (node1): has said nothing more" in said
-    assert re.search(r"problem: node 0 \(node0\): .* failed: Timed out waiting 15000ms", said)
+    assert re.search(r"problem: links: were not measured: .* failed: .*Timed out waiting 15000ms", said)
     assert "problem: node 1: " in logs[1].read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from configs.files import sole_writer
-from launch.pipeline import STAMPS, faster_precision, pipeline, stored_precision
+from launch.pipeline import STAMPS, pipeline, stored_precision
 
 PIPELINE = """
 out: {out}
@@ -37,28 +37,32 @@ def test_done_stages_are_reused_until_one_before_them_changes(yaml_file: str, tm
     assert (tmp_path / "b").read_text() == (tmp_path / "b.1").read_text() == "fp32\n"
 
 
+def write_pipeline(folder: Path, stages: str, out: object = None) -> str:
+    path = folder / "pipeline.yaml"
+    path.write_text(f"out: {out or folder}\nopens: x\nprecision: fp32\nstages: [{stages}]\n")
+    return str(path)
+
+
 def test_a_changed_yaml_file_sets_aside_what_was_made_with_it(tmp_path: Path) -> None:
     settings, out = tmp_path / "settings.yaml", tmp_path / "made"
     settings.write_text("steps: 1")
     command = f'sh -c "cat {settings} >> {out}" {settings}'
-    given = f"out: {tmp_path}\nopens: x\nprecision: fp32\nstages: [{{name: a, command: '{command}', output: {out}}}]"
-    (tmp_path / "pipeline.yaml").write_text(given)
+    path = write_pipeline(tmp_path, f"{{name: a, command: '{command}', output: {out}}}")
     for _ in range(2):
-        assert pipeline([str(tmp_path / "pipeline.yaml")]) == 0
+        assert pipeline([path]) == 0
     assert out.read_text() == "steps: 1"
     settings.write_text("steps: 2")
-    assert pipeline([str(tmp_path / "pipeline.yaml")]) == 0
+    assert pipeline([path]) == 0
     assert out.read_text() == "steps: 2" and (tmp_path / "made.1").read_text() == "steps: 1"
 
 
 def test_a_stage_that_was_stopped_goes_on_with_what_it_has(tmp_path: Path) -> None:
     out, go = tmp_path / "made", tmp_path / "go"
     command = f'sh -c "echo part >> {out}; test -e {go}"'
-    given = f"out: {tmp_path}\nopens: x\nprecision: fp32\nstages: [{{name: a, command: '{command}', output: {out}}}]"
-    (tmp_path / "pipeline.yaml").write_text(given)
-    assert pipeline([str(tmp_path / "pipeline.yaml")]) == 1
+    path = write_pipeline(tmp_path, f"{{name: a, command: '{command}', output: {out}}}")
+    assert pipeline([path]) == 1
     go.touch()
-    assert pipeline([str(tmp_path / "pipeline.yaml")]) == 0
+    assert pipeline([path]) == 0
     assert out.read_text() == "part\npart\n" and not (tmp_path / "made.1").exists()
 
 
@@ -70,10 +74,6 @@ def test_the_precision_is_measured_once_and_kept(yaml_file: str, tmp_path: Path)
     (tmp_path / STAMPS / "precision").write_text(other)
     assert pipeline([yaml_file]) == 0
     assert (tmp_path / "b").read_text().strip() == other
-
-
-def test_faster_precision_gives_a_word_that_the_engine_takes() -> None:
-    assert faster_precision() in ("fp32", "bf16")
 
 
 def test_a_stage_that_fails_or_makes_nothing_is_not_done(yaml_file: str, tmp_path: Path) -> None:
@@ -103,9 +103,8 @@ def test_a_damaged_stamp_is_one_line(yaml_file: str, tmp_path: Path, text: str) 
     ],
 )
 def test_a_pipeline_that_cannot_run_is_refused_before_its_first_stage(tmp_path: Path, stages: str, said: str) -> None:
-    (tmp_path / "pipeline.yaml").write_text(f"out: {tmp_path}\nopens: x\nprecision: fp32\nstages: [{stages}]\n")
     with pytest.raises(ValueError, match=re.escape(said)):
-        pipeline([str(tmp_path / "pipeline.yaml")])
+        pipeline([write_pipeline(tmp_path, stages)])
 
 
 def test_a_precision_that_is_none_is_not_guessed(tmp_path: Path) -> None:
@@ -118,8 +117,7 @@ def test_a_precision_that_is_none_is_not_guessed(tmp_path: Path) -> None:
 def test_a_pipeline_writes_into_a_folder_of_any_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = "{name: a, command: 'touch ${out}/a', output: '${out}/a'}"
-    (tmp_path / "pipeline.yaml").write_text(f"out: x\nopens: x\nprecision: fp32\nstages: [{stage}]\n")
+    write_pipeline(tmp_path, "{name: a, command: 'touch ${out}/a', output: '${out}/a'}", out="x")
     monkeypatch.chdir(tmp_path)
     assert pipeline(["pipeline.yaml", f"out={name}"]) == 0
     assert (tmp_path / name / "a").exists() and {path.name for path in tmp_path.iterdir()} == {"pipeline.yaml", name}
@@ -127,10 +125,8 @@ def test_a_pipeline_writes_into_a_folder_of_any_name(
 
 def test_two_pipelines_do_not_share_one_folder(yaml_file: str, tmp_path: Path) -> None:
     """The second one would set aside what a stage of the first one is writing."""
-    with (
-        sole_writer(tmp_path / STAMPS, "pipeline"),
-        pytest.raises(ValueError, match="in use by the pipeline of"),
-    ):
+    in_use = pytest.raises(ValueError, match="in use by the pipeline of")
+    with sole_writer(tmp_path / STAMPS, "pipeline"), in_use:
         pipeline([yaml_file, "precision=fp32"])
     assert not (tmp_path / "a").exists() and pipeline([yaml_file, "precision=fp32"]) == 0
 

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from model.weights import load_weights
+from model.world import newest_checkpoint
+
 STEPS = 8
 ROOT = Path(__file__).parent.parent
 ALONE = [sys.executable, "-m", "train"]
@@ -30,3 +33,11 @@ def read_metrics(out: Path) -> list[dict]:
 
 def losses(out: Path) -> torch.Tensor:
     return torch.tensor([[line["loss"], line["grad_norm"]] for line in read_metrics(out) if "loss" in line])
+
+
+def require_equal_bits(out: Path, whole: Path) -> None:
+    """Metrics, weights and their average of two runs."""
+    assert torch.equal(losses(out), losses(whole))
+    for name in ("model.safetensors", "ema.safetensors"):
+        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, whole))
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

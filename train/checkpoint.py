@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
@@ -43,6 +43,7 @@ from train.state import SavedState
 FORMAT = 1  # of what resuming reads
 TRAINER = "trainer"  # the folder of what only resuming needs
 POSITION = "position.json"
+OF_SAMPLES = ("seed", "manifest", "manifests", "loader.shuffle_shards")  # settings that decide their order
 MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
 WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # the files for everyone, by their name in the state
 
@@ -83,9 +84,9 @@ def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
 
 
 def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, Position] | None:
-    """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one; before it
-    has any, that of `resume`. Raises UserError if it is damaged, or of another model, flow, game or codec; or if `out`
-    holds checkpoints that did not begin at `resume`."""
+    """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one, or at first
+    that of `resume`. UserError if it is damaged, of another model, flow, game or codec, or if `out` holds checkpoints
+    that did not begin at `resume`."""
     own, origin = newest_step(config.checkpoints), config.resume
     checkpoint = own or origin
     if checkpoint is None:
@@ -100,15 +101,19 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
             f"resume={checkpoint} has {position.step} steps done, and steps={config.steps}; give more steps"
         )
     there, here = flat(to_dict(read_world_config(checkpoint))), flat(to_dict(world))
-    differing = [
-        f"{key} {there.get(key, 'absent')} there, {here.get(key, 'absent')} here"
-        for key in sorted(there.keys() | here.keys())
-        if key not in MAY_DIFFER and there.get(key) != here.get(key)
-    ]
-    if differing:
+    if differing := _differing(there, here, (there.keys() | here.keys()) - set(MAY_DIFFER)):
         remedy = "choose another out=" if own else "use the same"
-        raise UserError(f"{checkpoint} is of another run ({'; '.join(differing)}); {remedy}")
+        raise UserError(f"{checkpoint} is of another run ({differing}); {remedy}")
     return checkpoint, position
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> str:
+    """Those of the settings `names` that differ, with both values."""
+    return "; ".join(
+        f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
+        for name in sorted(names)
+        if there.get(name) != here.get(name)
+    )
 
 
 def _require_complete(folder: str) -> None:
@@ -161,28 +166,20 @@ def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
 
 
 def require_same_data(config: TrainConfig, data: str, position: Position, folder: str | Path) -> None:
-    """Raises UserError, naming what differs, unless the samples of `config`, whose shards have the digest `data`, are
-    those that the saved run would have had."""
+    """UserError that names what differs unless `config`, whose shards have the digest `data`, has the samples of the
+    saved run."""
     if (position.seed, position.manifest) == (config.seed, data):
         return
-    saved = to_dict(load_file(TrainConfig, storage.local(storage.join(folder, "config.yaml"))))
-    there, here = _data_settings(saved), _data_settings(to_dict(config))
-    differing = [f"{name}={there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]
-    fault = "; ".join(differing) or f"the shards of {config.sources[0].path} have changed since"
+    saved = load_file(TrainConfig, storage.local(storage.join(folder, "config.yaml")))
+    differing = _differing(flat(to_dict(saved)), flat(to_dict(config)), OF_SAMPLES)
+    fault = differing or f"the shards of {config.sources[0].path} have changed since"
     raise UserError(f"{folder} was trained on other samples: {fault}; use the same, or start anew with init={folder}")
 
 
-def _data_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that decide the order of the samples."""
-    sets = {entry["path"]: entry["weight"] for entry in config.get("manifests") or ()} or config.get("manifest")
-    groups = config.get("loader", {}).get("shuffle_shards", 0)
-    return {"seed": config["seed"], "manifest": sets, "loader.shuffle_shards": groups}
-
-
 def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
-    """The config with the batch and the accumulation that give the saved run's clips per step on `ranks`, so that every
-    step has the same samples: on as many ranks as before those of `config`; on others the batch stays or becomes
-    smaller, and the accumulation follows. Raises UserError if that cannot be."""
+    """The config with a batch (at most its own) and an accumulation that give the saved run's clips per step, and so
+    the same samples in every step, on `ranks`. UserError if there are none, or if `config` asks for other numbers on
+    as many ranks as before."""
     if ranks * config.batch * config.accumulation == position.clips_per_step:
         return config
     per_rank, rest = divmod(position.clips_per_step, ranks)
@@ -190,8 +187,7 @@ def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: st
         raise UserError(
             f"{folder} was written by {position.ranks} ranks x batch {position.batch} x accumulation "
             f"{position.accumulation} = {position.clips_per_step} clips per step, which {ranks} x {config.batch} x "
-            f"{config.accumulation} is not{'' if ranks == position.ranks else ' and cannot be'}; use the same, or "
-            f"start a new run with init={folder}"
+            f"{config.accumulation} is not; use the same, or start a new run with init={folder}"
         )
     batch = next(size for size in range(min(config.batch, per_rank), 0, -1) if per_rank % size == 0)
     return replace(config, batch=batch, accumulation=per_rank // batch)

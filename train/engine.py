@@ -101,8 +101,8 @@ class Engine:
             group["lr"] = rate
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
-        """Gradients of one micro-step. At the last one they are clipped and applied, and `grad_norm` is set; if their
-        norm is not finite, or without `apply`, those of the whole step are dropped. Whether they were kept."""
+        """Adds the gradients of one micro-step; at the last they are clipped and applied, and `grad_norm` is set. If
+        their norm is not finite, or without `apply`, the whole step is dropped. Whether they were kept."""
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return True
@@ -141,8 +141,7 @@ class Engine:
 
     @torch.no_grad()
     def load_shard(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes this rank's part of some whole parameters, and whole buffers; `sync_compute_weights` must follow in the
-        end."""
+        """Takes this rank's part of whole parameters and buffers; `sync_compute_weights` must follow in the end."""
         own = {shard.name: shard for shard in self.shards()}
         buffers = dict(self.buffers())
         for name, whole in weights.items():
@@ -176,11 +175,8 @@ def set_timeouts(config: TrainConfig) -> None:
 
 
 def gather_objects(own: Any) -> list[Any]:
-    """What every rank gives, by rank; the same on each. For rare and small things, which travel as JSON: torch's own
-    collectives of objects unpickle what a peer sends, which may be any code. Tuples become lists.
-
-    Raises UserError on all ranks if one sends more than OBJECT_BYTES, or what is not JSON.
-    """
+    """The objects of all ranks, by rank, as torch's all_gather_object but as JSON, since unpickling what a peer sends
+    may run any code. Tuples become lists. UserError on all ranks if one sends more than OBJECT_BYTES or no JSON."""
     if not dist.is_initialized():
         return [own]
     device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None

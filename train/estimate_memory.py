@@ -12,6 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from configs import storage
 from configs.errors import UserError
 from data_pipeline.shards import load_manifest
 from data_pipeline.types import Manifest
@@ -86,7 +87,7 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
         held |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
         held["baseline RSS"] = psutil.Process().memory_info().rss
-        if config.checkpoint.background:
+        if config.checkpoint.background or storage.is_s3(config.checkpoints):
             held["checkpoint"] = held["average"] * 4
     _, p, q = model.patch_size
     tokens = b * size[1] * (rows // p) * (columns // q)

@@ -45,8 +45,8 @@ def as_asked(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def sole_run(config: TrainConfig) -> Iterator[None]:
-    """Holds the run's folder, and its url if it has one: two runs would spoil each other's checkpoints. What killed
-    runs left unfinished at the url is deleted. Raises UserError if another live run holds them."""
+    """Holds the run's folder, and its url if it has one; UserError if another live run holds them. Deletes what killed
+    runs left unfinished at the url."""
     folder, url = Path(config.out), config.checkpoints
     with sole_writer(folder, "run"), lease(url, "run", folder) if storage.is_s3(url) else nullcontext():
         if storage.is_s3(url):
@@ -86,8 +86,8 @@ def pull(folder: Path, url: str) -> None:
 
 
 def push(folder: Path, url: str) -> None:
-    """Copies what has changed in the folder since the last time to an s3:// url; neither names that begin with a dot,
-    nor what a link finds outside of the folder, nor checkpoints of a time when the run was here alone."""
+    """Copies what has changed in the folder since the last time to an s3:// url, but for names that begin with a dot,
+    links that lead out of the folder, and checkpoints of a time when the run was here alone."""
     if not storage.is_s3(url):
         return
     pushed: dict[str, int] = {}

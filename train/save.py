@@ -5,10 +5,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from fnmatch import fnmatch
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -29,8 +28,8 @@ from train.watchdog import own_store
 
 
 class Saver:
-    """Writes the checkpoints of one run, one at a time. With `checkpoint.background` all of it, and to an s3:// url the
-    upload, is the work of a thread while training goes on.
+    """Writes the checkpoints of one run, one at a time; with `checkpoint.background` or to an s3:// url while training
+    goes on, from a copy of this rank's part in the CPU's memory.
 
     No process group is used: the parts of all ranks are there when their files are, since a file appears whole.
     """
@@ -38,9 +37,9 @@ class Saver:
     def __init__(self, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig) -> None:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
         self.remote = storage.is_s3(config.checkpoints)
+        self.background = config.checkpoint.background or self.remote
         self.fault: BaseException | None = None  # of the newest save
         self._thread: threading.Thread | None = None
-        self._staging = ExitStack()  # holds this rank's part until it is uploaded
         self._store = own_store()
 
     @property
@@ -52,8 +51,8 @@ class Saver:
         """Writes, or begins to write, the checkpoint of `position`; then deletes those that it supersedes. All ranks
         must call.
 
-        Raises FileError when a disk does not take it. A server that does not is said on stderr: the next checkpoint is
-        another try.
+        Raises FileError when a disk does not take it. A server that does not is reported on stderr: the next checkpoint
+        is another try.
         """
         self.finish()
         self.check()
@@ -64,20 +63,21 @@ class Saver:
         if not all(gather_objects(self.fault is None)):
             self.check()
             return folder
-        tensors, metadata = self._own_part()
-        if self.config.checkpoint.background:
+        tensors, metadata = dict[str, Tensor](), dict[str, str]()
+        if self.engine.writes_state:  # else another rank has the same
+            buffers = dict(self.engine.buffers()) if self.engine.accelerator.is_main_process else {}
+            tensors, metadata = collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
+        if self.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        work = [partial(self._stage, folder, tensors, metadata), partial(self._complete, folder, position)]
-        steps_before = 0 if self.config.checkpoint.background else 1 if self.remote else 2
-        if self._try(folder, *work[:steps_before]) and steps_before < 2:
-            self._start_thread(folder, *work[steps_before:])
-        if steps_before == 2:
+        self._start_thread(folder, lambda: self._write(folder, position, tensors, metadata))
+        if not self.background:
+            self.finish()
             self.check()
             self.engine.accelerator.wait_for_everyone()
         return folder
 
     def check(self) -> None:
-        """Raises the error of a save, if it had one; not that of a server, which has been said."""
+        """Raises the error of a save, if it had one; not that of a server, which has been reported."""
         if self.fault is not None and not (self.remote and isinstance(self.fault, OSError)):
             raise self.fault
 
@@ -87,24 +87,20 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _start_thread(self, folder: str, *work: Callable[[], None]) -> None:
+    def _start_thread(self, folder: str, work: Callable[[], None]) -> None:
         began = time.perf_counter()
 
-        def do() -> None:
-            if self._try(folder, *work) and self.engine.accelerator.is_main_process:
+        def run() -> None:
+            if self._try(folder, work) and self.background and self.engine.accelerator.is_main_process:
                 tqdm.write(f"{folder}: written beside the training, in {time.perf_counter() - began:.1f} s")
 
-        self._thread = threading.Thread(target=do, name="save")
+        self._thread = threading.Thread(target=run, name="save")
         self._thread.start()
 
-    def _try(self, folder: str, *work: Callable[[], None]) -> bool:
-        """Does the work, unless something of this save has failed, and keeps its error: in a thread it would be lost.
-        Whether all is well."""
-        if self.fault is not None:
-            return False
+    def _try(self, folder: str, work: Callable[[], None]) -> bool:
+        """Does the work and says whether it succeeded; its error is kept, since in a thread it would be lost."""
         try:
-            for part in work:
-                part()
+            work()
             return True
         except OSError as error:
             full = not self.remote or error.errno in NO_ROOM
@@ -118,36 +114,25 @@ class Saver:
                 tqdm.write(f"train run: rank {self.engine.accelerator.process_index}: {self.fault}", file=sys.stderr)
         except BaseException as error:  # noqa: BLE001 - raised by `check`
             self.fault = error
-        self._staging.close()
         if self._store is not None:
             with suppress(RuntimeError):  # rank 0, which waits for this rank's part, has gone
-                self._store.set(_failed(folder), str(self.engine.accelerator.process_index))
+                self._store.set(_failed(folder), "")
         return False
 
-    def _own_part(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What this rank writes; nothing where another rank has the same."""
-        if not self.engine.writes_state:
-            return {}, {}
-        buffers = dict(self.engine.buffers()) if self.engine.accelerator.is_main_process else {}
-        return collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
-
-    def _stage(self, folder: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        """Writes this rank's part to this machine's disk."""
-        place = self._staging.enter_context(cache.tmp_dir()) if self.remote else Path(folder) / TRAINER
-        self._part = place / state_file(self.engine.accelerator.process_index)
-        if self.engine.writes_state:
-            save_weights(tensors, self._part, {**metadata, **checksums(tensors)})
-
-    def _complete(self, folder: str, position: Position) -> None:
-        """Brings this rank's part to where it belongs; rank 0 adds the rest."""
-        with self._staging:
-            if self.remote and self.engine.writes_state:
-                storage.write_file(self._part, storage.join(folder, f"{TRAINER}/{self._part.name}"))
-            if self.engine.accelerator.is_main_process:
+    def _write(self, folder: str, position: Position, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        """This rank's part, and on rank 0 the rest. What goes to a server is written to this machine's disk first."""
+        rank, place = self.engine.accelerator.process_index, storage.join(folder, TRAINER)
+        with cache.tmp_dir() if self.remote else nullcontext(Path(place)) as here:
+            part = here / state_file(rank)
+            if self.engine.writes_state:
+                save_weights(tensors, part, {**metadata, **checksums(tensors)})
+                if self.remote:
+                    storage.write_file(part, storage.join(place, part.name))
+            if rank == 0:
                 names = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
                 self._wait_for(names, folder)
-                parts = [storage.join(folder, f"{TRAINER}/{name}") for name in names[1:]]
-                complete_checkpoint(folder, position, [self._part, *parts], self.config, self.world)
+                parts = [storage.join(place, name) for name in names[1:]]
+                complete_checkpoint(folder, position, [part, *parts], self.config, self.world)
 
     def _wait_for(self, parts: list[str], folder: str) -> None:
         # Twice the limit: where nothing else goes on, the watchdog then has named who is gone.

@@ -7,15 +7,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from configs import storage
+from configs.errors import one_line
 
 HEARTBEAT_S = 0.5  # between two heartbeats of a rank
 MISSED_S = 6 * HEARTBEAT_S  # after which a rank counts as gone
@@ -35,12 +37,30 @@ def own_store() -> dist.Store | None:
     return distributed_c10d._get_default_store().clone()  # pyright: ignore[reportAttributeAccessIssue]  # not in its stubs
 
 
-class Watchdog:
-    """Two threads: one sends heartbeats (how many so far, step, phase) through the store of the process group, one ends
-    this rank when a phase takes longer than `limit_s`.
+def call(what: str, limit_s: float, function: Callable[..., T], *args: Any) -> T:
+    """What `function` gives. ConnectionError with one line if it fails or does not end within `limit_s`: then it goes
+    on in its thread, which cannot be ended and does not keep the process from ending."""
+    future = Future[T]()
 
-    The store may not answer at all, if the machine that keeps it is cut off: it is asked in threads that nobody waits
-    for. Stacks go into `folder`, and to the s3:// `url`, since a folder may go with its machine.
+    def run() -> None:
+        try:
+            future.set_result(function(*args))
+        except (RuntimeError, OSError, ValueError) as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return future.result(limit_s)
+    except (RuntimeError, OSError, ValueError) as error:
+        why = f"failed: {one_line(error)[:300]}" if future.done() else f"did not end within {limit_s:g} s"
+        raise ConnectionError(f"{what} {why}") from error
+
+
+class Watchdog:
+    """Two threads: one sends heartbeats (number, step, phase) through the process group's store, one ends this rank
+    when a phase takes longer than `limit_s`. Stacks go into `folder`, and to the s3:// `url` if there is one.
+
+    The store may not answer at all, if the machine that keeps it is cut off: it is asked with a time limit.
     """
 
     def __init__(self, folder: Path, rank: int, ranks: int, limit_s: float, url: str = "") -> None:
@@ -55,8 +75,8 @@ class Watchdog:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watches within the block. A collective that fails in it because a peer is lost ends this rank with one line
-        that names the peer; other errors pass."""
+        """Watches within the block, in which a collective that fails because a peer is lost ends this rank with one
+        line that names the peer."""
         if self.store is None:
             yield
             return
@@ -74,8 +94,8 @@ class Watchdog:
 
     @contextmanager
     def rank0_section(self, step: int, phase: str) -> Iterator[Callable[[], None]]:
-        """Within the block rank 0 may work alone for longer than a step may take; the others wait at its end as long as
-        rank 0 lives. Gives what rank 0 calls after every piece of its work, each of which may take `limit_s`."""
+        """A block in which rank 0 works alone, calling the function given after every piece of work, each of which may
+        take `limit_s`. The others wait at its end as long as rank 0 lives."""
         self.begins(step, phase)
         yield lambda: self.begins(step, phase)
         if (store := self.store) is None:
@@ -96,16 +116,9 @@ class Watchdog:
 
     def _ask(self, question: Callable[[], T]) -> T | None:
         """The answer of the store, or None if there is none."""
-        answer: list[T] = []
-
-        def ask() -> None:
-            with suppress(RuntimeError):
-                answer.append(question())
-
-        asking = threading.Thread(target=ask, daemon=True)
-        asking.start()
-        asking.join(MISSED_S)
-        return answer[0] if answer else None
+        with suppress(ConnectionError):
+            return call("asking the store", MISSED_S, question)
+        return None
 
     def _heartbeats(self) -> dict[int, str]:
         """The newest of every other rank."""
@@ -117,7 +130,7 @@ class Watchdog:
         return newest
 
     def _find_missing(self) -> tuple[list[str], list[str]]:
-        """Ranks that send no heartbeat now, and those that are in another phase than this one, which waits for them."""
+        """Ranks that send no heartbeat, and those in another phase than this rank, which waits for them."""
         before = self._ask(self._heartbeats)
         time.sleep(MISSED_S + HEARTBEAT_S)
         after = self._ask(self._heartbeats)
@@ -156,9 +169,8 @@ class Watchdog:
                 flush=True,
             )
             # In a thread that is not waited for: what hangs may be the very disk of the run folder.
-            writing = threading.Thread(target=_write_stacks, args=(path, error, self.url), daemon=True)
-            writing.start()
-            writing.join(COPYING_S if self.url else MISSED_S)
+            with suppress(ConnectionError):
+                call("writing stacks", COPYING_S if self.url else MISSED_S, _write_stacks, path, error, self.url)
         finally:
             os._exit(1)
 
