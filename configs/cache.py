@@ -18,13 +18,11 @@ from configs import s3
 from configs.errors import FileError, UserError
 from configs.files import sha256_file, sync, temporary
 from configs.foreign import require_inside
-from configs.s3_errors import Damaged, MissingBucket
 
-DEFAULT_GB = 50.0
 OWNER_ONLY = 0o700
 
 Files = Mapping[str, tuple[int, str]]  # path in a copy's folder: bytes, and what changes when it is written again
-_held: dict[Path, IO[str]] = {}  # locks of the copies that this process may read until it ends
+_kept_locks: dict[Path, IO[str]] = {}  # of the copies that this process may read until it ends
 
 
 def root(kind: str) -> Path:
@@ -33,12 +31,9 @@ def root(kind: str) -> Path:
     if given.startswith("~"):
         raise FileError(f"{given}: this user has no home folder; set WORLDLOOM_CACHE to a folder with room")
     folder = Path(given).absolute() / kind
-    try:
-        folder.mkdir(OWNER_ONLY, parents=True, exist_ok=True)
-        with suppress(PermissionError):  # somebody else's
-            folder.chmod(OWNER_ONLY)
-    except OSError as error:
-        raise FileError(f"cannot write to {folder}: {error.strerror}; set WORLDLOOM_CACHE to another folder") from error
+    folder.mkdir(OWNER_ONLY, parents=True, exist_ok=True)
+    with suppress(PermissionError):  # somebody else's
+        folder.chmod(OWNER_ONLY)
     return folder
 
 
@@ -54,7 +49,7 @@ def tmp_dir() -> AbstractContextManager[Path]:
 
 def limit_bytes() -> int:
     """How much the copies may take."""
-    given = os.environ.get("WORLDLOOM_CACHE_GB", str(DEFAULT_GB))
+    given = os.environ.get("WORLDLOOM_CACHE_GB", "50")
     try:
         return int(float(given) * 1e9)
     except (ValueError, OverflowError) as error:
@@ -62,36 +57,28 @@ def limit_bytes() -> int:
 
 
 def local_copy(url: str, wanted: Callable[[str], bool] = bool) -> Path:
-    """The file or folder at the s3 `url` on this machine, as it is now; of a folder the files whose path is `wanted`.
-
-    Processes share a copy, and it stays until this process ends. A FileNotFoundError if nothing is there.
-    """
+    """As `storage.local`, for an s3 `url`. Processes share a copy, and it stays until this process ends."""
     url = url.rstrip("/")
     name = _name_of(url)
     try:
-        found = s3.head(url)
-        files = {name: (found.st_size, found.etag)}
-    except MissingBucket:
-        raise
+        size, etag, _ = s3.head(url)
+        files = {name: (size, etag)}
     except FileNotFoundError:
         tree = {path: entry for path, entry in s3.list_folder(url).items() if not path.endswith("/")}
         if not tree:
             raise
         files = {f"{name}/{path}": (entry.st_size, entry.etag) for path, entry in tree.items() if wanted(path)}
     folder, lock = _copy(url, files)
-    if folder in _held:
+    if folder in _kept_locks:
         lock.close()
     else:
-        _held[folder] = lock
+        _kept_locks[folder] = lock
     return folder / name
 
 
 @contextmanager
 def cached_file(url: str, size: int = 0, sha256: str | None = None) -> Iterator[Path]:
-    """The file at the s3 `url` on this machine; the copy may be deleted afterwards.
-
-    The server is not asked about a copy of the given `size` and `sha256`. Raises Damaged if the file has another one.
-    """
+    """As `storage.cached_file`, for an s3 `url`."""
     name, version = _name_of(url), sha256
     if version is None:
         size, version, _ = s3.head(url)
@@ -106,8 +93,8 @@ def _name_of(url: str) -> str:
 
 def _copy(url: str, files: Files, sha256: str | None = None) -> tuple[Path, IO[str]]:
     """The folder that holds `files`, fetched if they are not there, and the open lock that protects it."""
-    about = json.dumps([url, sorted(files.items())])
-    folder = root("copies") / hashlib.sha256(about.encode()).hexdigest()[:16]
+    key = json.dumps([url, sorted(files.items())])
+    folder = root("copies") / hashlib.sha256(key.encode()).hexdigest()[:16]
     lock = open(folder.with_suffix(".lock"), "a")  # noqa: SIM115 - the caller closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_SH)
@@ -123,10 +110,8 @@ def _copy(url: str, files: Files, sha256: str | None = None) -> tuple[Path, IO[s
 
 
 def _is_whole(folder: Path, files: Files) -> bool:
-    try:
-        return folder.is_dir() and all((folder / path).stat().st_size == size for path, (size, _) in files.items())
-    except FileNotFoundError:
-        return False
+    copies = {folder / path: size for path, (size, _) in files.items()}
+    return folder.is_dir() and all(copy.is_file() and copy.stat().st_size == size for copy, size in copies.items())
 
 
 def _fetch(url: str, folder: Path, files: Files, sha256: str | None) -> None:
@@ -140,7 +125,7 @@ def _fetch(url: str, folder: Path, files: Files, sha256: str | None) -> None:
             copy.parent.mkdir(parents=True, exist_ok=True)
             s3.download(f"{url.rpartition('/')[0]}/{path}", copy)
             if sha256 not in (None, sha256_file(copy)):
-                raise Damaged(url, "altered: its SHA-256 is not the manifest's")
+                raise UserError(f"{url} is altered: its SHA-256 is not the manifest's")
             sync(copy)
         if not _is_whole(part, files):
             raise FileError(f"{url} was changed while it was copied; run the command again")

@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and no command writes over what it reads."""
 
 import errno
 import fcntl
@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,17 +16,17 @@ from pathlib import Path
 
 import psutil
 
-from configs.errors import FileError, FileInTheWayError, UserError
+from configs.errors import FileInTheWayError, UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEMPORARY = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})-[0-9a-f]{8}\.tmp(\.[^.]*)?")
+TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp(?:\.[^.]*)?")  # of which machine, process
 ABANDONED_S = 86400.0  # a temporary file of another machine that is older was left by a killed writer
 
 
 @contextmanager
 def temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. The next process deletes what a
-    killed one left."""
+    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. What a killed process left is
+    deleted by the next one."""
     part = _part_of(path)
     try:
         if folder:
@@ -48,8 +47,8 @@ def temporary(path: Path, folder: bool) -> Iterator[Path]:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path`, renamed onto it when the block ends well and deleted when it does not.
 
-    The temporary name keeps the suffix, so that writers that look at it (ffmpeg, matplotlib) work. The file is
-    synced to disk before the rename, so that a machine that stops cannot leave an empty file under the good name.
+    The temporary name keeps the suffix, for writers that look at it (ffmpeg, matplotlib). The file is synced before
+    the rename: a machine that stops cannot leave an empty file under the good name.
     """
     with temporary(Path(path), folder=False) as part:
         yield part
@@ -58,10 +57,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[Path]:
+def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
     """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
-    names; the file `last` comes after all others, so that it is there only if they are. Of several writers, one wins
-    with all its files. A `new` folder must not hold any files when they appear."""
+    names; the file `last` is there only if all others are. Of several writers, one wins with all its files."""
     folder = Path(folder)
     with temporary(folder / last, folder=True) as part:
         yield part
@@ -71,8 +69,6 @@ def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[P
             if (folder / name).is_dir():  # before anything is replaced
                 raise FileInTheWayError(f"{folder / name} is a folder, and a file is to be written there")
         with _locked(folder):
-            if new and holds_files(folder):
-                raise FileInTheWayError(f"{folder} holds files of another process; choose another out=")
             (folder / last).unlink(missing_ok=True)
             for name in sorted(names, key=lambda name: (str(name) == last, name)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -81,53 +77,18 @@ def atomic_files(folder: str | Path, last: str, new: bool = False) -> Iterator[P
 
 @contextmanager
 def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder`, which must not be there, when the block ends well."""
-    try:
-        with temporary(Path(folder), folder=True) as part:
-            yield part
-            for path in part.rglob("*"):
-                if path.is_file():
-                    sync(path)
-            os.rename(part, folder)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
-        raise
-
-
-def holds_files(folder: Path) -> bool:
-    """Whether there is anything in `folder` but unfinished files of writers, running or killed."""
-    return folder.is_dir() and not all(TEMPORARY.fullmatch(path.name) for path in folder.iterdir())
-
-
-@contextmanager
-def sole_writer(folder: str | Path, what: str) -> Iterator[None]:
-    """Locks `folder`, which is made, for a `what`: another process that asks for it meanwhile gets a UserError. A
-    FileError if it cannot be written to or locked."""
-    lock = Path(folder) / ".lock"
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a+", encoding="utf-8", opener=_no_link)  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise FileError(f"cannot write to the {what} folder {folder}: {error.strerror}; choose another out=") from error
-    with file:
+    """An empty folder that becomes `folder`, in which nothing may be, when the block ends well."""
+    with temporary(Path(folder), folder=True) as part:
+        yield part
+        for path in part.rglob("*"):
+            if path.is_file():
+                sync(path)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise UserError(f"{folder} is in use by the {what} of {file.read()}; choose another out=") from error
+            os.rename(part, folder)
         except OSError as error:
-            fix = "mount that file system with locks (Lustre: -o flock), or choose another out="
-            raise FileError(f"cannot lock {lock}: {error.strerror}; {fix}") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def _no_link(path: str, flags: int) -> int:
-    """Follows no link: the lock's file is emptied, and a link in somebody else's folder could lead to any file."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
+            raise
 
 
 @contextmanager
@@ -143,19 +104,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically, as UTF-8."""
-    data = utf8(text, path)
+    """Writes `text` to `path` atomically, as UTF-8; names of files in it that are no UTF-8 keep their bytes."""
     with atomic_path(path) as part:
-        part.write_bytes(data)
-
-
-def utf8(text: str, path: str | Path) -> bytes:
-    """The bytes of `text`, which `path` is to hold. A UserError for a file's name in it that is no UTF-8."""
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        around = text[max(0, error.start - 20) : error.end + 20]
-        raise UserError(f"{path} cannot hold {around!r}, which is no UTF-8; rename what is called so") from error
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
@@ -180,18 +131,18 @@ config_files: list[str] = []  # YAML files that the running command was given
 Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folders by the setting that names them
 
 
-def require_other_files(outs: Iterable[str | Path], read: Read, name: str = "out") -> None:
+def require_other_files(outs: Iterable[str | Path], read: Read) -> None:
     """Raises UserError if one of `outs`, which a command is about to write, is a file that it reads, by any path or
-    link, or lies in a folder that it reads; the command's YAML files count too. The setting `name` gives `outs`.
+    link, or lies in a folder that it reads; the command's YAML files count too.
 
     To be called before anything is written. Of a folder of which only some files matter, give those.
     """
     outs = [str(out) for out in outs]
-    for label, given in {**read, "config": config_files}.items():
-        places = [given] if isinstance(given, str | Path) else given or ()
-        for out, place in product(outs, map(str, places)):
-            if how := _how_written(out, place):
-                raise UserError(f"{out} would be written {how} {label}={place}, which this reads; give another {name}=")
+    for setting, given in {**read, "config": config_files}.items():
+        sources = [given] if isinstance(given, str | Path) else given or ()
+        for out, source in product(outs, map(str, sources)):
+            if how := _how_written(out, source):
+                raise UserError(f"{out} would be written {how} {setting}={source}; give another out=")
 
 
 def require_no_folder(outs: Iterable[str | Path]) -> None:
@@ -201,34 +152,25 @@ def require_no_folder(outs: Iterable[str | Path]) -> None:
             raise UserError(f"{out} is a folder; give out= the name of a file")
 
 
-def _how_written(out: str, place: str) -> str:
-    """Whether writing `out` would write `over` or `into` the file or folder `place`; nothing if neither."""
-    if out.startswith("s3:") or place.startswith("s3:"):
-        spots, target = [out.rstrip("/")], place.rstrip("/")
+def _how_written(out: str, source: str) -> str:
+    """Whether writing `out` would write `over` or `into` the file or folder `source`; nothing if neither."""
+    if out.startswith("s3:") or source.startswith("s3:"):
+        targets, source = [out.rstrip("/")], source.rstrip("/")
     else:
+        if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):  # hard links too
+            return "over"
         folder, name = os.path.split(os.path.abspath(out))
-        spots, target = [os.path.join(os.path.realpath(folder), name), os.path.realpath(out)], os.path.realpath(place)
-    if target in spots or _same_file(out, place):
+        targets = [os.path.join(os.path.realpath(folder), name), os.path.realpath(out)]
+        source = os.path.realpath(source)
+    if source in targets:
         return "over"
-    return "into" if any(spot.startswith(f"{target.rstrip('/')}/") for spot in spots) else ""
-
-
-def _same_file(first: str, second: str) -> bool:
-    """Whether both are there and are one file: hard links."""
-    with suppress(OSError):
-        return os.path.samefile(first, second)
-    return False
+    return "into" if any(target.startswith(f"{source.rstrip('/')}/") for target in targets) else ""
 
 
 def _is_special(path: Path) -> bool:
     """Whether `path` is a device or a pipe, or lies in /dev, where root's rename would succeed."""
-    if Path(os.path.abspath(path)).parent == Path("/dev"):
-        return True
-    # One look: another writer may delete what is there before a second one.
-    with suppress(OSError):
-        mode = path.stat().st_mode
-        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
-    return False
+    kinds = (path.is_char_device, path.is_block_device, path.is_fifo, path.is_socket)
+    return Path(os.path.abspath(path)).parent == Path("/dev") or any(is_kind() for is_kind in kinds)
 
 
 def _part_of(path: Path) -> Path:
@@ -239,7 +181,7 @@ def _part_of(path: Path) -> Path:
         raise UserError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     _sweep(path.parent)
-    writer = f"{_machine_digest()}-{os.getpid()}-{os.urandom(4).hex()}"
+    writer = f"{machine_id()}-{os.getpid()}-{os.urandom(4).hex()}"
     stem, suffix = os.fsdecode(os.fsencode(path.stem)[:150]), path.suffix if len(path.suffix) < 20 else ""
     return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
 
@@ -248,37 +190,36 @@ def _part_of(path: Path) -> Path:
 def _sweep(folder: Path) -> None:
     """Deletes what killed writers left in `folder`."""
     for left in folder.glob(".*.tmp*"):
-        found = TEMPORARY.fullmatch(left.name)
         with suppress(OSError):  # another process sweeps too, or the file belongs to another user
-            if found and _is_left_behind(left, found["machine"], int(found["pid"])):
+            if _is_abandoned(left):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
 
-def _is_left_behind(left: Path, machine: str, pid: int) -> bool:
-    if machine == _machine_digest():
-        return _has_ended(pid)
-    return time.time() - left.lstat().st_mtime > ABANDONED_S
-
-
-def _has_ended(pid: int) -> bool:
-    """Whether there is no such process on this machine, or only its exit status."""
+def _is_abandoned(path: Path) -> bool:
+    if not (match := TEMPORARY.fullmatch(path.name)):
+        return False
+    machine, pid = match[1], int(match[2])
+    if machine != machine_id():
+        return time.time() - path.lstat().st_mtime > ABANDONED_S
     with suppress(psutil.Error):
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return not psutil.pid_exists(pid)
 
 
+def remove_unfinished(folder: str | Path) -> None:
+    """Deletes all temporary files in `folder`. A process that is writing there gets an OSError."""
+    for left in Path(folder).glob(".*.tmp*"):
+        if left.is_file():
+            left.unlink(missing_ok=True)
+
+
 @cache
-def this_machine() -> str:
-    """What tells this machine or container from all others, so that with a process id it names one process."""
-    about = [socket.gethostname()]
+def machine_id() -> str:
+    """Eight hex digits that tell this machine or container from others: with a process id they name one process."""
+    facts = [socket.gethostname()]
     with suppress(OSError):  # not Linux
-        about += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
-    return " ".join(about)
-
-
-@cache
-def _machine_digest() -> str:
-    return hashlib.sha256(this_machine().encode()).hexdigest()[:8]
+        facts += [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), os.readlink("/proc/self/ns/pid")]
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()[:8]
 
 
 def sync(path: Path) -> None:

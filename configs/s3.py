@@ -1,4 +1,4 @@
-"""Requests to an S3 server: transfers are compared with their SHA-256, and repeated when they break off.
+"""Requests to an S3 server. Bytes are compared with their SHA-256; what fails for a while is repeated.
 
 Credentials, profiles, roles, regions and the server are found by boto3's own rules; `S3_ENDPOINT_URL` comes before its
 `AWS_ENDPOINT_URL_S3`. boto3 is imported only where s3 is used.
@@ -7,29 +7,76 @@ Credentials, profiles, roles, regions and the server are found by boto3's own ru
 import hashlib
 import os
 import random
+import re
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from botocore.exceptions import ClientError, FlexibleChecksumError, HTTPClientError
+from botocore import exceptions as boto
 
-from configs.errors import FileError, MissingFileError, RefusedError
+from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
 from configs.files import sha256_file
-from configs.s3_errors import BROKEN_OFF, MISSING, Damaged, NotOffered, bucket_and_key, error_code, named_errors
+from configs.foreign import require_inside
 
 ATTEMPTS = 7  # of a request: half a minute of pauses on average
 SILENT_S = 60.0  # after which a server that says nothing more is asked again
 CONNECTIONS = 32  # at a time
 PART_BYTES, PARALLEL = 16 << 20, 8  # of a large file's transfer: so many parts at a time, and no more in memory
 SHA256 = "sha256"  # the name under which an object's metadata holds the digest of its bytes
-ABANDONED_S = 86400.0  # an unfinished upload in parts that is older was left by a killed process
 DOWNLOADS = 3  # of a file whose bytes are not what they should be
-PAST_THE_END = ("416", "InvalidRange")
-TAKEN = ("412", "PreconditionFailed", "409", "ConditionalRequestConflict")  # written before or at the same moment
+BAD_BODY = (boto.IncompleteReadError, boto.FlexibleChecksumError)
+BROKEN_OFF = (boto.HTTPClientError, boto.ConnectionError, *BAD_BODY)  # another attempt may succeed
+CHECK = "check S3_ENDPOINT_URL and the credentials: AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+
+
+class Found(NamedTuple):
+    """What a server says about an object."""
+
+    st_size: int  # named as in os.stat
+    etag: str  # changes when the object is written again
+    sha256: str | None  # of its bytes, if Worldloom wrote it
+
+
+def bucket_and_key(url: str) -> tuple[str, str]:
+    """The two parts of `s3://bucket/key`; the key of a folder, which ends in `/`, may be empty.
+
+    Any other text is a UserError; so are keys that no path can have, such as `a/../b`.
+    """
+    bucket, slash, key = url.removeprefix("s3://").partition("/")
+    if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
+        raise UserError(f"an s3 url holds no credentials and no port; write s3://bucket/key, and {CHECK}")
+    if not url.startswith("s3://") or not bucket or not (key or slash):
+        raise UserError(f"{url!r} is no s3 url; write s3://bucket/key")
+    require_inside(f"{bucket}/{key}".rstrip("/"), url)
+    return bucket, key
+
+
+@contextmanager
+def named_errors(url: str) -> Iterator[None]:
+    """Turns boto3's errors into FileErrors about `url`."""
+    try:
+        yield
+    except (boto.ClientError, boto.BotoCoreError) as error:
+        text = re.sub(r"//[^/@\s]+@", "//***@", one_line(error))  # the server's address may hold a password
+        kind: type[FileError] = FileError
+        if isinstance(error, boto.ClientError):
+            code, status = error.response.get("Error", {}).get("Code", ""), _status(error)
+            if code == "NoSuchBucket":  # no MissingFileError: what is asked about is not only a file
+                text = f"there is no bucket {bucket_and_key(url)[0]!r}; create it, or check the name and the server"
+            elif status == 404:
+                kind, text = MissingFileError, "it is not there"
+            elif status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
+                kind, text = RefusedError, f"the server refuses ({code}); {CHECK}"
+        elif not isinstance(error, BAD_BODY):
+            text = f"{text}; {CHECK}"
+        raise kind(f"{url}: {text}") from error
+
+
+def _status(error: boto.ClientError) -> int:
+    return error.response["ResponseMetadata"]["HTTPStatusCode"]
 
 
 def client() -> Any:
@@ -67,34 +114,17 @@ def _pause(failed: int) -> None:
     time.sleep(random.random() * 0.1 * 2**failed)
 
 
-class Found(NamedTuple):
-    """What a server says about an object."""
-
-    st_size: int  # named as in os.stat
-    etag: str  # changes when the object is written again
-    sha256: str | None  # of its bytes, if Worldloom wrote it
-
-
 def head(url: str) -> Found:
-    """What is known about `url`. A FileNotFoundError if it, or its bucket, is not there."""
+    """What is known about `url`. A FileNotFoundError if it is not there."""
     bucket, key = bucket_and_key(url)
     with named_errors(url):
         try:
             answer = client().head_object(Bucket=bucket, Key=key)
-        except ClientError as error:
-            if error_code(error) in MISSING:  # a HEAD has no body that would say which of the two is missing
-                _require_bucket(client(), bucket)
-            raise
+        except boto.ClientError as error:
+            if _status(error) != 404:
+                raise
+            answer = client().get_object(Bucket=bucket, Key=key)  # whose error says whether the bucket is missing
     return Found(int(answer["ContentLength"]), answer["ETag"], answer["Metadata"].get(SHA256))
-
-
-@lru_cache(maxsize=64)
-def _require_bucket(asked: Any, bucket: str) -> None:
-    try:
-        asked.head_bucket(Bucket=bucket)
-    except ClientError as error:
-        if error_code(error) in (*MISSING, "NoSuchBucket"):
-            raise ClientError({"Error": {"Code": "NoSuchBucket"}}, "HeadBucket") from error
 
 
 def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
@@ -111,15 +141,15 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
         with named_errors(url):
             try:
                 answer = client().get_object(Bucket=bucket, Key=key, **ranged)
-            except ClientError as error:
-                if error_code(error) in PAST_THE_END:
+            except boto.ClientError as error:
+                if _status(error) == 416:  # past the end
                     return b""
                 raise
             try:
                 data, digest = answer["Body"].read(), answer["Metadata"].get(SHA256)
                 if ranged or digest in (None, hashlib.sha256(data).hexdigest()):
                     return data
-                raise FlexibleChecksumError(error_msg=f"damaged: its SHA-256 is not {digest}")
+                raise boto.FlexibleChecksumError(error_msg=f"damaged: its SHA-256 is not {digest}")
             except BROKEN_OFF:
                 if failed == ATTEMPTS:
                     raise
@@ -134,73 +164,52 @@ def download(url: str, file: Path) -> None:
     bucket, key = bucket_and_key(url)
     for failed in range(1, DOWNLOADS + 1):
         found = head(url)
-        with named_errors(url), suppress(FlexibleChecksumError), open(file, "wb") as out:
+        with named_errors(url), suppress(boto.FlexibleChecksumError), open(file, "wb") as out:
             try:
                 client().download_fileobj(bucket, key, out, Config=_transfer())
             except RetriesExceededError as error:
-                raise HTTPClientError(error=error.last_exception) from error
+                raise boto.HTTPClientError(error=error.last_exception) from error
             out.flush()
             if found.st_size == file.stat().st_size and found.sha256 in (None, sha256_file(file)):
                 return
         _pause(failed)
     file.unlink(missing_ok=True)
-    raise Damaged(url, f"damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
+    raise UserError(f"{url} is damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
 def upload(data: IO[bytes], url: str) -> None:
     """Writes `data`, an open file, to `url`: a large one in parts, which are taken back if one of them fails."""
     bucket, key = bucket_and_key(url)
     digest = hashlib.file_digest(data, SHA256).hexdigest()  # type: ignore[arg-type]
-    size, metadata = data.seek(0, os.SEEK_END), {SHA256: digest}
+    size, extra = data.seek(0, os.SEEK_END), {"Metadata": {SHA256: digest}}
     data.seek(0)
-    if size <= PART_BYTES:
-        with named_errors(url):
-            client().put_object(Bucket=bucket, Key=key, Body=data, Metadata=metadata)
-    else:
-        with suppress(OSError):  # they can wait
-            abort_uploads(url, ABANDONED_S)
-        with named_errors(url):
-            client().upload_fileobj(data, bucket, key, ExtraArgs={"Metadata": metadata}, Config=_transfer())
+    with named_errors(url):
+        client().upload_fileobj(data, bucket, key, ExtraArgs=extra, Config=_transfer())
     kept = head(url)
     if (kept.st_size, kept.sha256) != (size, digest):
-        raise FileError(
-            f"{url} has {kept.st_size} bytes after {size} were written: this server does not keep what it is given; "
-            "AWS_REQUEST_CHECKSUM_CALCULATION=when_required helps with older ones"
-        )
+        fix = "this server alters what it is given; set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+        raise FileError(f"{url} has {kept.st_size} bytes after {size} were written: {fix}")
 
 
 def create(url: str, data: bytes) -> bool:
     """Writes `data` to `url` if nothing is there, and says whether it did. `data` must differ from other writers'.
 
-    Raises NotOffered if the server cannot do that, whether it says so or overwrites silently.
+    A server without conditional writes overwrites, in spite of what it is asked or because it is asked again.
     """
     bucket, key = bucket_and_key(url)
     with named_errors(url):
-        _require_conditions(client(), bucket, key.rpartition("/")[0])
         try:
             client().put_object(Bucket=bucket, Key=key, Body=data, IfNoneMatch="*")
             return True
-        except ClientError as error:
-            if error_code(error) not in TAKEN:
+        except boto.ClientError as error:
+            if _status(error) == 501:
+                client().put_object(Bucket=bucket, Key=key, Body=data)
+                return True
+            if _status(error) not in (409, 412):  # written at the same moment, or before
                 raise
     with suppress(MissingFileError):  # the other one was deleted at the same moment
         return read(url) == data  # ours, if the answer to a first attempt was lost
     return False
-
-
-@lru_cache(maxsize=64)
-def _require_conditions(asked: Any, bucket: str, folder: str) -> None:
-    """Raises if the server ignores `If-None-Match`, as some do: then two writers would both be first."""
-    probe = {"Bucket": bucket, "Key": f"{folder}/.probe-{os.urandom(8).hex()}".lstrip("/")}
-    try:
-        asked.put_object(**probe, Body=b"", IfNoneMatch="*")
-        asked.put_object(**probe, Body=b"", IfNoneMatch="*")
-        raise ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
-    except ClientError as error:
-        if error_code(error) not in TAKEN:
-            raise
-    finally:
-        asked.delete_object(**probe)
 
 
 def remove(bucket: str, key: str) -> None:
@@ -222,22 +231,6 @@ def list_objects(folder: str, delimiter: str = "") -> Iterator[tuple[str, Found]
 
 def list_folder(folder: str, delimiter: str = "") -> dict[str, Found]:
     """As `list_objects`, by the path from `folder`, without the object that may stand for `folder` itself."""
-    _, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
-    listed = list_objects(f"{folder.rstrip('/')}/", delimiter)
-    return {key.removeprefix(prefix): found for key, found in listed if key != prefix}
-
-
-def abort_uploads(url: str, older_s: float) -> None:
-    """Ends unfinished uploads begun more than `older_s` ago: those to `url`, or below it if it ends in `/`.
-
-    They stay where the server does not list them, or not for this user: not everyone who may write may list.
-    """
-    bucket, prefix = bucket_and_key(url)
-    with suppress(RefusedError, NotOffered), named_errors(url):
-        for page in client().get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix):
-            for begun in page.get("Uploads", ()):
-                wanted = url.endswith("/") or begun["Key"] == prefix
-                if not wanted or (datetime.now(UTC) - begun["Initiated"]).total_seconds() < older_s:
-                    continue
-                with suppress(MissingFileError), named_errors(url):  # it has come to its end meanwhile
-                    client().abort_multipart_upload(Bucket=bucket, Key=begun["Key"], UploadId=begun["UploadId"])
+    folder = f"{folder.rstrip('/')}/"
+    _, prefix = bucket_and_key(folder)
+    return {key.removeprefix(prefix): found for key, found in list_objects(folder, delimiter) if key != prefix}

@@ -6,16 +6,86 @@ import shutil
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
-from typing import cast
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 from configs import cache, files, s3
 from configs.errors import FileError, UserError
-from configs.s3_errors import bucket_and_key
-from configs.s3_path import S3Path
+from configs.foreign import require_inside
 
 BUFFER_BYTES = 4 << 20  # of a file on a server that is read piece by piece
 WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end
+
+
+class RemoteFile(io.RawIOBase):
+    """An object as a file for reading, each read a request for just those bytes."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.name, self.position = url, url, 0
+
+    @cached_property
+    def size(self) -> int:
+        return s3.head(self.url).st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = self.size if whence == io.SEEK_END else self.position if whence == io.SEEK_CUR else 0
+        self.position = max(0, start + offset)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        memory = memoryview(buffer).cast("B")
+        data = s3.read(self.url, self.position, len(memory))
+        memory[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+    def readall(self) -> bytes:
+        data = s3.read(self.url, self.position)  # io's own asks for 8 kB at a time
+        self.position += len(data)
+        return data
+
+
+class S3Path(PurePosixPath):
+    """`s3://bucket/key` with what readers ask of a Path; its parts, names and suffixes are a path's own."""
+
+    def __str__(self) -> str:
+        return "s3://" + "/".join(self.parts[1:])
+
+    def stat(self) -> s3.Found:
+        return s3.head(str(self))
+
+    def is_file(self) -> bool:
+        """Whether there is an object. A FileError if not even the bucket is there."""
+        try:
+            self.stat()
+        except FileNotFoundError:
+            return False
+        return True
+
+    def is_dir(self) -> bool:
+        return next(s3.list_objects(f"{self}/"), None) is not None
+
+    def iterdir(self) -> Iterator["S3Path"]:
+        """The files and folders directly in it. A UserError for a key that no path can have, such as `a//b`."""
+        return (self / require_inside(name.removesuffix("/"), str(self)) for name in s3.list_folder(str(self), "/"))
+
+    def open(self, mode: str = "rb", buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
+        """Only the bytes that are asked for are fetched, `buffering` of them or more at a time."""
+        assert mode == "rb"
+        return io.BufferedReader(RemoteFile(str(self)), max(1, buffering))
+
+    def read_bytes(self) -> bytes:
+        return s3.read(str(self))
+
+    def read_text(self, encoding: str = "utf-8") -> str:
+        return self.read_bytes().decode(encoding)
 
 
 def is_s3(url: str | Path) -> bool:
@@ -25,7 +95,7 @@ def is_s3(url: str | Path) -> bool:
 
 def join(folder: str | Path, name: str) -> str:
     """The url of `name` in `folder`."""
-    return f"{str(folder).rstrip('/')}/{name}" if str(folder) != "/" else f"/{name}"
+    return f"{str(folder).rstrip('/')}/{name}"
 
 
 def parent(url: str | Path) -> str:
@@ -44,7 +114,7 @@ def path(url: str | Path) -> Path:
     if not is_s3(url):
         return Path(url)
     if isinstance(url, str):
-        bucket_and_key(join(url, ""))
+        s3.bucket_and_key(join(url, ""))
     return cast(Path, S3Path(url))
 
 
@@ -69,14 +139,14 @@ def open(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader
 
 
 def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
-    """The file or folder `url` on this machine: itself, or a copy, of a folder that of the files whose path in it is
-    `wanted`. A FileNotFoundError if `url` is on a server and not there."""
+    """The file or folder `url` on this machine: itself, or a copy (of a folder, of the files whose path is `wanted`).
+    A FileNotFoundError if `url` is on a server and not there."""
     return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
 
 
 def cached_file(url: str | Path, size: int = 0, sha256: str | None = None) -> AbstractContextManager[Path]:
     """The file `url` on this machine: itself, or a copy that may be deleted when the block ends. Of a copy that has the
-    given `size` and `sha256` the server is not asked."""
+    given `size` and `sha256` the server is not asked; a UserError if what comes has another digest."""
     return cache.cached_file(str(url), size, sha256) if is_s3(url) else nullcontext(Path(url))
 
 
@@ -87,8 +157,8 @@ def size(url: str | Path) -> int:
 
 def version(url: str | Path) -> Hashable:
     """What changes when `url` is written again."""
-    found = path(url).stat()
-    return found.etag if isinstance(found, s3.Found) else (found.st_ino, found.st_size, found.st_mtime_ns)
+    stat = path(url).stat()
+    return stat.etag if isinstance(stat, s3.Found) else (stat.st_ino, stat.st_size, stat.st_mtime_ns)
 
 
 def sha256(url: str | Path) -> str:
@@ -98,7 +168,7 @@ def sha256(url: str | Path) -> str:
 
 
 def exists(url: str | Path) -> bool:
-    """Whether there is a file at `url`. A FileNotFoundError if not even the bucket is there."""
+    """Whether there is a file at `url`. A FileError if not even the bucket is there."""
     return path(url).is_file()
 
 
@@ -112,14 +182,12 @@ def list_folders(folder: str | Path) -> list[str]:
     return sorted(join(folder, name.rstrip("/")) for name in _names(folder) if name.endswith("/"))
 
 
-def _names(folder: str | Path) -> Iterator[str]:
+def _names(folder: str | Path) -> list[str]:
     """Of what is directly in `folder`; those of folders end in `/`."""
     if is_s3(folder):
-        yield from s3.list_folder(str(folder), "/")
-    elif Path(folder).is_dir():
-        for found in Path(folder).iterdir():
-            if found.is_dir() or found.is_file():
-                yield f"{found.name}/" if found.is_dir() else found.name
+        return list(s3.list_folder(str(folder), "/"))
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
+    return [f"{path.name}/" if path.is_dir() else path.name for path in paths if path.is_dir() or path.is_file()]
 
 
 def files_at(url: str | Path) -> list[str]:
@@ -131,11 +199,11 @@ def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
         listed = s3.list_folder(str(folder)).items()
-        found = {name: entry.st_size for name, entry in listed if not name.endswith("/")}  # that stand for folders
+        sizes = {name: entry.st_size for name, entry in listed if not name.endswith("/")}  # that stand for folders
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
-        found = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    return dict(sorted(found.items()))
+        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
+    return dict(sorted(sizes.items()))
 
 
 @contextmanager
@@ -145,7 +213,7 @@ def writing(url: str | Path) -> Iterator[Path]:
         with files.atomic_path(url) as part:
             yield part
         return
-    bucket_and_key(str(url))  # an error before the work
+    s3.bucket_and_key(str(url))  # an error before the work
     with cache.tmp_dir() as folder:
         yield folder / name_of(url)
         write_file(folder / name_of(url), url)
@@ -154,9 +222,9 @@ def writing(url: str | Path) -> Iterator[Path]:
 @contextmanager
 def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty local folder for files that appear in the folder `url` when the block ends well; the file `last` comes
-    after all others, so that it is there only if they are. A `new` folder must not hold any files then."""
+    after all others, so that it is there only if they are. In a `new` folder nothing may be before."""
     if not is_s3(url):
-        with files.atomic_files(url, last, new) as folder:
+        with files.atomic_folder(url) if new else files.atomic_files(url, last) as folder:
             yield folder
         return
     exists(join(url, last))  # raises if there is no such bucket, before the work
@@ -193,25 +261,21 @@ def write_file(file: Path, url: str | Path) -> None:
 
 
 def write_text(url: str | Path, text: str) -> None:
-    """Writes `text` to `url` as UTF-8, whole or not at all."""
-    if is_s3(url):
-        s3.upload(io.BytesIO(files.utf8(text, url)), str(url))
-    else:
-        files.write_text(url, text)
+    """Writes `text` to `url` as UTF-8, whole or not at all; names of files in it keep their bytes."""
+    with writing(url) as part:
+        part.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def create(url: str | Path, data: bytes) -> bool:
-    """Writes `data` to `url` unless something is there, and says whether it did.
-
-    `data` must differ from that of all other writers. Raises NotOffered if the server cannot do that.
-    """
+    """Writes `data` to `url` unless something is there, and says whether it did. `data` must differ from that of all
+    other writers. A server without conditional writes overwrites."""
     return s3.create(str(url), data) if is_s3(url) else files.create_file(url, data)
 
 
 def remove(url: str | Path) -> None:
     """Deletes the file at `url`, if there is one."""
     if is_s3(url):
-        s3.remove(*bucket_and_key(str(url)))
+        s3.remove(*s3.bucket_and_key(str(url)))
     else:
         Path(url).unlink(missing_ok=True)
 
@@ -220,23 +284,13 @@ def remove_folder(folder: str | Path, first: str = "") -> None:
     """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
     that looks whole. Of a link to a folder, only the link is deleted."""
     if not is_s3(folder) and Path(folder).is_symlink():
-        Path(folder).unlink()
+        remove(folder)
         return
     if first:
         remove(join(folder, first))
     if is_s3(folder):
-        bucket, _ = bucket_and_key(join(folder, ""))
+        bucket, _ = s3.bucket_and_key(join(folder, ""))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
             list(pool.map(lambda entry: s3.remove(bucket, entry[0]), list(s3.list_objects(join(folder, "")))))
     elif Path(folder).is_dir():
         shutil.rmtree(folder)
-
-
-def remove_unfinished(folder: str | Path) -> None:
-    """Deletes temporary files and unfinished uploads in `folder`. A process that is writing there gets an OSError."""
-    if is_s3(folder):
-        s3.abort_uploads(join(folder, ""), 0.0)
-        return
-    for left in Path(folder).glob(".*.tmp*"):
-        if left.is_file():
-            left.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import UserError
-from configs.files import require_other_files
+from configs.files import remove_unfinished, require_other_files
 from data_pipeline.clips import BadEpisodeError, Encoder, Run, cut_episodes, encode_clips
 from data_pipeline.left_out import LEFT_OUT, LeftOut
 from data_pipeline.plan import PLAN, EncodeConfig, Plan, add_bad_episodes, describe_set, make_plans, require_same_plan
@@ -68,7 +68,7 @@ def encode_recordings(config: EncodeConfig) -> Encoded:
     left_out = tuple(_collect_left_out(config, *of_plan) for of_plan in by_plan)
     manifests = tuple(_write_manifest(encoder, *of_plan, left) for of_plan, left in zip(by_plan, left_out, strict=True))
     for plan in plans:
-        storage.remove_unfinished(plan.folder)  # of killed workers; a live one finds its shard there
+        remove_unfinished(plan.folder)  # of killed workers; a live one finds its shard there
     clips = [index.info.clips for index in indexes if index.info.clips]
     seconds = time.perf_counter() - worker.began
     return Encoded(

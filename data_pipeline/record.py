@@ -5,7 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ from tqdm import tqdm
 
 from configs import cache, storage
 from configs.errors import UserError
-from configs.files import sole_writer
 from configs.foreign import parse_object
 from configs.game import GameConfig
-from configs.lease import lease
+from configs.lease import sole_writer
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
 from data_pipeline.workers import game_ended, spawn_workers
@@ -121,7 +120,7 @@ def record_episodes(config: RecordConfig) -> int:
     s3 = storage.is_s3(config.out)
     import_vizdoom()  # before anything is written
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
-    with sole_writer(folder, "record"), lease(config.out, "record", folder) if s3 else nullcontext():
+    with sole_writer(folder, "record", config.out):
         todo = [i for i in range(config.episodes) if not _is_complete(_folder(config, i), config, i)]
         names = {_folder(config, i).name for i in todo}
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]

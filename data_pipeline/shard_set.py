@@ -12,7 +12,6 @@ import torch
 from configs import s3, storage
 from configs.errors import UserError
 from configs.game import ActionSpace
-from configs.s3_errors import Damaged
 from data_pipeline.batch_buffer import BatchBuffer
 from data_pipeline.shards import Entry, clip_shapes, load_manifest, read_clip, read_entries, shard_url
 from data_pipeline.types import Clip, Manifest, ShardInfo, Source
@@ -64,8 +63,8 @@ class ShardFile:
                 require_bytes(self.url, self.info)
                 self._trusted = True
             return self.url
-        except (UserError, Damaged) as error:
-            self._faults.append(error.fault if isinstance(error, Damaged) else str(error))
+        except UserError as error:
+            self._faults.append(str(error))
             raise self._error() from error
 
     def _error(self) -> UserError:

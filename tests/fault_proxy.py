@@ -34,6 +34,11 @@ class Fault:
     met: int = 0  # requests so far
     released: threading.Event = field(default_factory=threading.Event)  # held: until this is set
 
+    def wait(self) -> None:
+        """Until a request has met it."""
+        while not self.met:
+            time.sleep(0.01)
+
 
 class FaultProxy:
     """Forwards to 127.0.0.1:`port`; `requests` are all that came, `faults` what they suffer."""

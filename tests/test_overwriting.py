@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ import model.__main__
 import sampling.__main__
 import train.__main__
 from configs.cli import run
+from configs.errors import UserError
 from configs.files import require_other_files
 
 VERBS = {
@@ -81,19 +81,15 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
         ("sampling evaluate run recordings=rec manifest=lat/report.json out=lat", "manifest=lat/report.json"),
         ("train consolidate run out=run/step_0000100/ema.safetensors", "checkpoint=run/step_0000100/ema.safetensors"),
         ("train consolidate run out=run/step_0000100/trainer/x.safetensors", "checkpoint=run/step_0000100/trainer"),
-        ("train consolidate run out=run/codec/model.safetensors", "run/codec/model.safetensors, which this reads"),
+        ("train consolidate run out=run/codec/model.safetensors", "run/codec/model.safetensors"),
         ("train consolidate run codec=codec out=codec/model.safetensors", "codec=codec/model.safetensors"),
         ("train codec game.yaml source=rec out=rec", "source=rec"),
-        ("train codec game.yaml source=rec out=rec/codec", "source=rec"),
         ("train codec config.yaml source=rec out=.", "config=config.yaml"),
         (IMPORT + "codec=codec out=codec", "codec=codec/"),
         (IMPORT + "codec=run/codec out=codec", "official weights=codec/model.safetensors"),
         ("model bench model.yaml out=model.yaml", "config=model.yaml"),
         ("data_pipeline encode game.yaml source=rec codec=codec out=rec", "source=rec"),
-        (
-            "data_pipeline encode game.yaml source=rec codec=codec out=rec/sub",
-            "rec/sub would be written into source=rec",
-        ),
+        ("data_pipeline encode game.yaml source=rec codec=codec out=rec/sub", "written into source=rec"),
         ("data_pipeline encode game.yaml source=rec/train codec=codec out=rec", "source=rec/train"),
         ("data_pipeline inspect lat/index.html out=lat", "manifest=lat/index.html"),
         ("data_pipeline doctor game.yaml source=rec out=rec/report.json", "source=rec"),
@@ -134,16 +130,15 @@ def test_what_lies_beside_is_another_file(here: Path) -> None:
     read = {"prompt": "mine.png", "source": "rec", "bucket": "s3://b/rec", "nothing": None}
     require_other_files(["mine.mp4", "recordings", "rec.png", "s3://b/recordings", "s3://b", "nowhere/x", "."], read)
     for out in ("s3://b/rec", "s3://b/rec/", "s3://b/rec/x", "rec/new/x", "films/rec"):
-        with pytest.raises(ValueError, match="give another script="):
-            require_other_files([out], read, "script")
+        with pytest.raises(UserError, match="give another out="):
+            require_other_files([out], read)
 
 
 def test_a_long_path_is_compared_soon(here: Path) -> None:
-    began = time.monotonic()
+    """Following every part of it for every source took minutes."""
     require_other_files(["a/" + "b/" * 1900 + "x"], {"checkpoint": [f"run/{i}" for i in range(20)]})
     with pytest.raises(ValueError, match="written into"):
         require_other_files(["films/rec/" + "b/" * 1900 + "x"], {"source": "rec"})
-    assert time.monotonic() - began < 10  # every part of it was followed for every place: minutes
 
 
 def test_a_link_that_lies_in_a_source_counts_as_there(here: Path) -> None:

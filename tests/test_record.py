@@ -75,10 +75,10 @@ def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
     assert "recorded with seed 3, not 4" in line
 
 
-def test_a_bucket_in_which_another_one_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys):
+def test_a_bucket_in_which_another_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
     words = [DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
-    with lease.lease(bucket_folder, "record", Path("another")):
+    with lease.sole_writer(tmp_path, "record", bucket_folder):
         assert f"{bucket_folder} is in use by another record" in refused(capsys, *words)
         assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
     assert run("data_pipeline", VERBS, ["record", *words]) == 0

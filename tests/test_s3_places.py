@@ -123,7 +123,7 @@ def test_other_bytes_under_a_shards_name_are_found_when_it_is_copied(s3, encoded
     url = put(Path(encoded) / "train", "s3://worlds/changed")
     alter(f"{url}/shard-000001.tar")
     stream = Stream(f"{url}/manifest.json", 8, seed=1, loader=LoaderConfig(shuffle_shards=2))
-    with pytest.raises(ValueError, match=r"shard-000001.tar: altered: .*; run python -m data_pipeline verify"):
+    with pytest.raises(ValueError, match=r"shard-000001.tar is altered: .*; run python -m data_pipeline verify"):
         stream.batch_at(0)
 
 

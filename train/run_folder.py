@@ -7,16 +7,16 @@ url; everything else in the folder is copied there before each of them, and at t
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
 from configs import cache, storage
 from configs.errors import UserError, one_line
-from configs.files import sole_writer, write_text
+from configs.files import write_text
 from configs.foreign import parse_object
-from configs.lease import lease
+from configs.lease import sole_writer
 from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import TrainConfig
@@ -45,12 +45,10 @@ def as_asked(config: TrainConfig) -> TrainConfig:
 
 @contextmanager
 def sole_run(config: TrainConfig) -> Iterator[None]:
-    """Holds the run's folder, and its url if it has one; UserError if another live run holds them. Deletes what killed
-    runs left unfinished at the url."""
+    """Holds the run's folder, and its url if it has one; UserError if another live run holds them."""
     folder, url = Path(config.out), config.checkpoints
-    with sole_writer(folder, "run"), lease(url, "run", folder) if storage.is_s3(url) else nullcontext():
+    with sole_writer(folder, "run", url):
         if storage.is_s3(url):
-            storage.remove_unfinished(url)
             storage.remove(storage.join(url, STOPPED))
             pull(folder, url)
         (folder / STOPPED).unlink(missing_ok=True)

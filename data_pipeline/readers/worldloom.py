@@ -18,7 +18,7 @@ import numpy as np
 
 from configs import build, build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.files import atomic_folder, write_text
+from configs.files import write_text
 from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import mouse_rows
 from data_pipeline.readers.logs import check_frame_numbers, read_frame_rows, read_json, read_rows
@@ -146,8 +146,7 @@ def write_episode(
 ) -> None:
     """Writes an episode folder, whole or not at all: frames (h w 3) uint8, keyboard (n k), mouse (n 2) degrees. On a
     server the folder is whole when it has its episode.json."""
-    s3 = storage.is_s3(folder)
-    with storage.writing_folder(folder, last=ABOUT) if s3 else atomic_folder(folder) as part:
+    with storage.writing_folder(folder, last=ABOUT, new=True) as part:
         write_video(part / VIDEO, frames, about["fps"], crf)
         write_actions(part / ACTIONS, build(ActionSpace, about["action_space"]), keyboard, mouse_deg)
         write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
