@@ -42,7 +42,7 @@ def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = No
     Arguments that begin with a setting belong to the verb `default`. An error that the user can fix is one line on
     stderr and status 2; Ctrl-C is status 130.
     """
-    args = expand_home(list(sys.argv[1:] if args is None else args))
+    args = [expand_home(arg) for arg in (sys.argv[1:] if args is None else args)]
     _prepare_streams()
     if default and args and is_setting(args[0]):
         args.insert(0, default)
