@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 
-import av
 import numpy as np
 import psutil
 import pytest
 from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, numbered_episode, write_recording
+from tiny_videos import numbered_frames, write_foreign
 
 from data_pipeline.readers import Recording, find_recordings, read_game_frames, recording_of, split_episodes
 from data_pipeline.readers.recording import cut_episodes
@@ -196,16 +196,6 @@ def test_another_size_is_resized_and_cropped_at_the_centre(game, tmp_path):
     assert frames[0].shape == (32, 48, 3)
 
 
-def encode_video(path, codec, options, frames=40):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=20, options=options)
-        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 12
-        for i in range(frames):
-            picture = np.full((64, 64, 3), 6 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
     [
@@ -218,7 +208,7 @@ def encode_video(path, codec, options, frames=40):
 )
 def test_a_span_of_a_video_is_what_decoding_all_of_it_gives(name, codec, options, tmp_path):
     """Whatever order the frames are stored in, and wherever the key frames are."""
-    encode_video(tmp_path / name, codec, options)
+    write_foreign(tmp_path / name, numbered_frames(40, step=6), codec=codec, options=options)
     whole = list(read_frames(tmp_path / name))
     assert len(whole) == 40
     for start in range(40):
@@ -248,7 +238,7 @@ def test_a_video_that_is_written_anew_is_read_anew(tmp_path):
 
 
 def test_a_video_without_times_is_read_whole_or_refused(tmp_path):
-    encode_video(tmp_path / "bare.h264", "libx264", {})
+    write_foreign(tmp_path / "bare.h264", numbered_frames(40))
     assert len(list(read_frames(tmp_path / "bare.h264"))) == 40
     with pytest.raises(ValueError, match=r"bare.h264 does not say when its frames are shown; convert it to mp4"):
         list(read_frames(tmp_path / "bare.h264", 5, 9))

@@ -74,9 +74,9 @@ def read_file(name: str, path: Path, game: GameConfig) -> list[Episode]:
     wrong = ~np.isin(table, (0, 1)).all(axis=1) | (x.sum(axis=1) != 1) | (y.sum(axis=1) != 1)
     if wrong.any():
         raise UserError(f"{path} frame_{wrong.argmax()}_y must be 0 and 1, with one bin of mouse x and one of mouse y")
-    where = f"{path} frame_{{}}_y".format
+    rows = [f"{path} frame_{i}_y" for i in range(count)]
     moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
-    actions = Actions(keys.rows(NAMES, held, where), scale_mouse(game, moves, where))
+    actions = Actions(keys.rows(NAMES, held, rows.__getitem__), scale_mouse(game, moves, rows.__getitem__))
     footage = Footage(path, count, height, width, partial(read_pictures, path, (height, width, 3)), is_video=False)
     return cut_episodes(name, footage, actions, alive)
 
