@@ -47,9 +47,12 @@ class Row(NamedTuple):
         """Whether the key of this column is held."""
         value = self.cell(column)
         text = str(value).strip().casefold()
-        if text not in ("true", "false") and self.number(column) not in (0, 1):
+        if text in ("true", "false"):
+            return text == "true"
+        number = self.number(column)
+        if number not in (0, 1):
             raise UserError(f"{self.where}: {column} is {value!r:.80}; a key must be 0, 1, true or false")
-        return text == "true" or (text != "false" and self.number(column) == 1)
+        return number == 1
 
 
 @contextmanager
