@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from foreign_games import load_game, read_all
-from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lines, write_owl
+from foreign_recordings import draw_play, owl_rows, write_lines, write_owl
 
 from configs import load_config
 from configs.game import GameConfig
@@ -50,43 +50,31 @@ def test_a_key_held_at_the_start_is_held_to_its_release(start: str, release: str
     assert held(episode) == list(range(60))
 
 
-@pytest.mark.parametrize("nothing", ['"[]"', "[]", "", '""', "null"])
-def test_a_start_without_inputs_holds_nothing(nothing: str, tmp_path: Path) -> None:
-    rows = [f"1000,START,{nothing}", "1001,KEYBOARD,[87, true]", "1002,END,"]
-    (episode,) = read_owl(tmp_path, rows)
-    assert held(episode) == list(range(60, 120))
-
-
-@pytest.mark.parametrize("back", ["FOCUS", "REFOCUS"])
-def test_frames_without_focus_are_left_out_in_both_spellings(back: str, tmp_path: Path) -> None:
-    rows = ["1000,START,[]", "1000.1,KEYBOARD,[87,true]", "1000.3,UNFOCUS,[]", f"1000.7,{back},[]", "1002,END,[]"]
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        *(([f"1000,START,{nothing}", "1001,KEYBOARD,[87, true]", "1002,END,"], {"one": (120, range(60, 120))})
+          for nothing in ('"[]"', "[]", "", '""', "null")),
+        *((["1000,START,[]", "1000.1,KEYBOARD,[87,true]", "1000.3,UNFOCUS,[]", f"1000.7,{back},[]", "1002,END,[]"],
+           {"one-f000000": (18, range(6, 18)), "one-f000042": (78, [])}) for back in ("FOCUS", "REFOCUS")),
+        # Black frames before the hook are left out.
+        (["1000,START,[]", "1000,VIDEO_START,[]", "1000.5,KEYBOARD,[87,true]", "1001,HOOK_START,[]", "1002,END,[]"],
+         {"one-f000060": (60, range(60))}),
+        # Rows may stand up to a second behind their time, and those of one time stay in the order of the file.
+        (["1000,START,[]", "1001,KEYBOARD,[87,false]", "1000.5,KEYBOARD,[87,true]", "1002,END,[]"],
+         {"one": (120, range(30, 60))}),
+        (["1000,START,[]", "1000.5,KEYBOARD,[87,true]", "1000.5,KEYBOARD,[87,false]", "1002,END,[]"],
+         {"one": (120, [30])}),
+        # What follows the end does not count.
+        (["1000,START,[]", "1001,END,[]", "1001.5,KEYBOARD,[87,true]", "1001.2,KEYBOARD,[65,true]"],
+         {"one": (60, [])}),
+    ],
+)  # fmt: skip
+def test_frames_have_what_was_held_in_them_and_those_that_were_not_logged_are_left_out(rows, expected, tmp_path):
     episodes = read_owl(tmp_path, rows)
-    assert [len(episode.actions) for episode in episodes] == [18, 78]
-    assert held(episodes[0]) == list(range(6, 18)) and held(episodes[1]) == []
-
-
-def test_black_frames_before_the_hook_are_left_out(tmp_path: Path) -> None:
-    rows = ["1000,START,[]", "1000,VIDEO_START,[]", "1000.5,KEYBOARD,[87,true]", "1001,HOOK_START,[]", "1002,END,[]"]
-    (episode,) = read_owl(tmp_path, rows)
-    assert episode.id == "one-f000060" and len(episode.actions) == 60 and held(episode) == list(range(60))
-
-
-def test_rows_may_stand_up_to_a_second_behind_their_time(tmp_path: Path) -> None:
-    rows = ["1000,START,[]", "1001,KEYBOARD,[87,false]", "1000.5,KEYBOARD,[87,true]", "1002,END,[]"]
-    (episode,) = read_owl(tmp_path, rows)
-    assert held(episode) == list(range(30, 60))
-
-
-def test_events_of_one_time_stay_in_the_order_of_the_file(tmp_path: Path) -> None:
-    taps = ["1000.5,KEYBOARD,[87,true]", "1000.5,KEYBOARD,[87,false]"]
-    (episode,) = read_owl(tmp_path, ["1000,START,[]", *taps, "1002,END,[]"])
-    assert held(episode) == [30]
-
-
-def test_what_follows_the_end_does_not_count(tmp_path: Path) -> None:
-    rows = ["1000,START,[]", "1001,END,[]", "1001.5,KEYBOARD,[87,true]", "1001.2,KEYBOARD,[65,true]"]
-    (episode,) = read_owl(tmp_path, rows)
-    assert len(episode.actions) == 60 and not episode.actions.keyboard.any()
+    found = {episode.id: (len(episode.actions), held(episode)) for episode in episodes}
+    assert found == {name: (length, list(frames)) for name, (length, frames) in expected.items()}
+    assert all(not episode.actions.keyboard[:, 1:].any() for episode in episodes)
 
 
 def test_kinds_that_do_not_count_are_not_parsed(tmp_path: Path) -> None:
@@ -238,16 +226,6 @@ def test_a_damaged_table_is_one_line(more: str, tmp_path: Path) -> None:
     write_video(tmp_path / "in" / "one.mp4", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
     with pytest.raises(ValueError, match=r"^\S*one.csv .{,200}$"):
         read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["a"]}}))
-
-
-def test_folders_with_a_video_and_a_log_each_are_recordings(tmp_path: Path, capsys) -> None:
-    for name in ("a", "b"):
-        write_event_log(tmp_path / "in" / name / "log.csv", play := draw_play(40, 5), log_rows(play))
-    (tmp_path / "in" / "notes").mkdir()
-    found = find_recordings("event_log", tmp_path / "in")
-    assert [one.name for one in found] == ["a", "b"] and ": notes" in capsys.readouterr().err
-    (episode,) = found[1].read(load_game("event_log", tmp_path))
-    np.testing.assert_array_equal(episode.actions.keyboard, play.keyboard[:, [0, 2, 1, 3, 4]])  # w, s, a, d
 
 
 def test_a_log_that_ends_long_before_its_video_is_said(tmp_path: Path, capsys) -> None:

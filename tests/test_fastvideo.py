@@ -18,7 +18,7 @@ from foreign_recordings import draw_play, read_picture, write_fastvideo
 from configs import load_config
 from configs.game import GameConfig
 from data_pipeline.readers import find_recordings
-from data_pipeline.readers.npy import read_npy
+from data_pipeline.readers.fastvideo import read_npy
 from train.codec import CodecTrainConfig
 
 

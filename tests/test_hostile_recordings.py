@@ -148,9 +148,9 @@ def test_a_link_in_a_lerobot_dataset_does_not_lead_out_of_it(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda info: info.update(features=[]), "features must be an object"),
-        (lambda info: info.update(features=[1]), "features must be an object"),
-        (lambda info: info["features"].update(other="text"), "features must be an object"),
+        (lambda info: info.update(features=[]), "info.json: features"),
+        (lambda info: info.update(features=[1]), "info.json: features"),
+        (lambda info: info["features"].update(other="text"), "info.json: features"),
         (lambda info: info["features"].pop("action"), "has no feature action or actions, but"),
         (lambda info: info["features"]["action"].update(shape=[10**12]), "must be a vector, not of shape"),
         (lambda info: info["features"]["action"].update(shape=[6.0]), "must be a vector, not of shape"),

@@ -1,18 +1,19 @@
 """Recordings: what is written is read back, and what is wrong with one is said in one line."""
 
 import json
+import os
 import shutil
 
-import av
 import numpy as np
 import psutil
 import pytest
-from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, write_recording
+from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, numbered_episode, write_recording
+from tiny_videos import numbered_frames, write_foreign
 
-from data_pipeline.readers import find_recordings, read_game_frames, recording_of, split_episodes
-from data_pipeline.readers.recording import find_spans
+from data_pipeline.readers import Recording, find_recordings, read_game_frames, recording_of, split_episodes
+from data_pipeline.readers.recording import cut_episodes
 from data_pipeline.readers.worldloom import find_episodes, read_actions, read_episode
-from data_pipeline.video import fit_frame, frame_times, probe, read_frames, write_video
+from data_pipeline.video import fit_frame, frame_times, read_frames, write_video
 
 
 def test_a_recording_is_read_back(game, recordings):
@@ -38,7 +39,7 @@ def test_a_row_leads_from_its_frame_to_the_next(game, recordings):
 
 
 def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
-    assert [path.name for path in find_episodes(recordings)] == [f"episode_{i:05d}" for i in range(6)]
+    assert list(find_episodes(recordings)) == [f"episode_{i:05d}" for i in range(6)]
     (tmp_path / ".episode_00000.tmp").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
         find_episodes(tmp_path)
@@ -55,7 +56,7 @@ def test_what_is_no_episode_is_named_once_and_left_out(recordings, tmp_path, cap
     for name in (".DS_Store", ".lock", "README.md", "notes/todo.txt"):  # .lock is our own
         (tmp_path / name).touch()
     for _ in range(2):
-        assert [path.name for path in find_episodes(tmp_path)] == ["a"]
+        assert list(find_episodes(tmp_path)) == ["a"]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}: left out") and line.endswith(": .DS_Store, README.md, __MACOSX, notes")
 
@@ -96,11 +97,12 @@ def test_a_table_that_is_much_longer_than_its_video_is_not_parsed(game, recordin
 
 
 def test_every_nth_episode_is_held_out():
-    train, heldout = split_episodes(list(range(7)), 3)
-    assert (train, heldout) == ([0, 1, 3, 4, 6], [2, 5])
-    assert split_episodes([1, 2], 0) == ([1, 2], [])
+    recordings = [Recording(name, lambda game: [], name) for name in "abcdefg"]
+    train, heldout = split_episodes(recordings, 3)
+    assert ["".join(one.name for one in part) for part in (train, heldout)] == ["abdeg", "cf"]
+    assert split_episodes(recordings, 0) == (recordings, [])
     with pytest.raises(ValueError, match="heldout_every"):
-        split_episodes([1, 2], 1)
+        split_episodes(recordings, 1)
 
 
 def _edit_rows(folder, edit):
@@ -113,56 +115,51 @@ def _edit_about(folder, **changes):
     (folder / "episode.json").write_text(json.dumps({**about, **changes}))
 
 
-def _cut(folder, share=0.6):
-    data = (folder / "video.mp4").read_bytes()
-    (folder / "video.mp4").write_bytes(data[: int(share * len(data))])
-
-
-def _other_fps(folder):
-    frames = list(read_frames(folder / "video.mp4"))
-    write_video(folder / "video.mp4", frames, 30.0)
-
-
 SPACE = {"name": "other", "keys": ["jump"], "caps": [], "mouse": False, "mouse_unit_deg": 1.0}
+
+
+def _third(row):
+    return lambda folder: _edit_rows(folder, lambda rows: [*rows[:3], row, *rows[4:]])
+
+
 FAULTS = {
-    "a row too few": (lambda f: _edit_rows(f, lambda r: r[:-1]), "29 rows, .* 30 frames"),
-    "a mistyped key": (lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]), "missing: left; .* lef"),
-    "a word": (lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]), "line 4: yaw_deg is .* no number"),
-    "not a number": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,nan,0", *r[4:]]), "line 4: pitch_deg"),
-    "too large": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,1e308", *r[4:]]), "4: yaw_deg is '1e308'"),
-    "ten turns": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0,0,0,0,-3601", *r[4:]]), "4: yaw turns by -3601"),
-    "half a key": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0.5,0,0,0,0", *r[4:]]), "line 4: back is '0.5'"),
-    "a cell too few": (lambda f: _edit_rows(f, lambda r: [*r[:3], "2,0,0", *r[4:]]), "line 4: 3 cells"),
-    "a frame left out": (lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:], r[-1]]), "line 4: frame must be 2, not 3"),
-    "no rows at all": (lambda f: (f / "actions.csv").write_text(""), "actions.csv has 0 rows"),
-    "no actions": (lambda f: (f / "actions.csv").unlink(), "no file"),
-    "no video": (lambda f: (f / "video.mp4").unlink(), "no video"),
-    "no description": (lambda f: (f / "episode.json").unlink(), "every episode folder needs"),
-    "broken JSON": (lambda f: (f / "episode.json").write_text("{"), "not valid JSON"),
-    "a key left out": (lambda f: (f / "episode.json").write_text("{}"), "episode.json: 'fps' is required"),
-    "no frames": (lambda f: _edit_about(f, frames=-1), "episode.json says frames -1, .*video.mp4 has 30"),
-    "frames in words": (lambda f: _edit_about(f, frames="x"), "episode.json: frames must be of type int, not 'x'"),
-    "frames null": (lambda f: _edit_about(f, frames=None), "episode.json: frames must be of type int, not None"),
-    "no height": (lambda f: _edit_about(f, height=0), "episode.json says height 0, .*video.mp4 has 32"),
-    "another width": (lambda f: _edit_about(f, width=160), "episode.json says width 160, .*video.mp4 has 48"),
-    "action space null": (lambda f: _edit_about(f, action_space=None), "episode.json: action_space holds settings"),
-    "action space empty": (lambda f: _edit_about(f, action_space={}), "episode.json: 'action_space.name' is required"),
-    "nested JSON": (lambda f: (f / "episode.json").write_text("[" * 200_000), "episode.json is not valid JSON"),
-    "two videos": (lambda f: shutil.copy(f / "video.mp4", f / "Video.MKV"), "holds Video.MKV and video.mp4; leave the"),
-    "another fps": (lambda f: _edit_about(f, fps=30.0), "30.0 fps, the game 'tiny' has 17.5"),
-    "another fps in the video": (_other_fps, "runs at 30 fps, the game 'tiny' at 17.5"),
-    "another action space": (lambda f: _edit_about(f, action_space=SPACE), "'other' .jump; no mouse.*'tiny' .forward"),
-    "a truncated video": (_cut, "video.mp4 .*truncated"),
-    "a video that is none": (lambda f: (f / "video.mp4").write_text("hello"), "video.mp4 .*truncated or no video"),
-}  # fmt: skip
+    r"29 rows, .* 30 frames": lambda f: _edit_rows(f, lambda r: r[:-1]),
+    r"missing: left; .*lef": lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]),
+    r"line 4: yaw_deg is .* no number": lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]),
+    r"line 4: pitch_deg": _third("2,0,0,0,0,nan,0"),
+    r"line 4: yaw_deg is '1e308'": _third("2,0,0,0,0,0,1e308"),
+    r"line 4: yaw turns by -3601": _third("2,0,0,0,0,0,-3601"),
+    r"line 4: back is '0.5'": _third("2,0,0.5,0,0,0,0"),
+    r"line 4: 3 cells": _third("2,0,0"),
+    r"line 4: frame must be 2, not 3": lambda f: _edit_rows(f, lambda r: [*r[:3], *r[4:], r[-1]]),
+    r"actions.csv has 0 rows": lambda f: (f / "actions.csv").write_text(""),
+    r"no file": lambda f: (f / "actions.csv").unlink(),
+    r"no video": lambda f: (f / "video.mp4").unlink(),
+    r"every episode folder needs": lambda f: (f / "episode.json").unlink(),
+    r"not valid JSON: E": lambda f: (f / "episode.json").write_text("{"),
+    r"episode.json is not valid JSON": lambda f: (f / "episode.json").write_text("[" * 200_000),
+    r"episode.json: 'fps' is required": lambda f: (f / "episode.json").write_text("{}"),
+    r"episode.json says frames -1, .*video.mp4 has 30": lambda f: _edit_about(f, frames=-1),
+    r"episode.json: frames must be of type int, not None": lambda f: _edit_about(f, frames=None),
+    r"episode.json says width 160, .*video.mp4 has 48": lambda f: _edit_about(f, width=160),
+    r"episode.json: action_space holds settings": lambda f: _edit_about(f, action_space=None),
+    r"episode.json: 'action_space.name' is required": lambda f: _edit_about(f, action_space={}),
+    r"holds Video.MKV and video.mp4; leave the": lambda f: shutil.copy(f / "video.mp4", f / "Video.MKV"),
+    r"30.0 fps, the game 'tiny' has 17.5": lambda f: _edit_about(f, fps=30.0),
+    r"runs at 30 fps, the game 'tiny' at 17.5": lambda f: write_video(
+        f / "video.mp4", list(read_frames(f / "video.mp4")), 30.0
+    ),
+    r"'other' .jump; no mouse.*'tiny' .forward": lambda f: _edit_about(f, action_space=SPACE),
+    r"video.mp4 .*truncated": lambda f: os.truncate(f / "video.mp4", int(0.6 * (f / "video.mp4").stat().st_size)),
+    r"video.mp4 .*truncated or no video": lambda f: (f / "video.mp4").write_text("hello"),
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_line_that_names_the_file(fault, game, recordings, tmp_path):
+@pytest.mark.parametrize("message", FAULTS)
+def test_a_fault_is_one_line_that_names_the_file(message, game, recordings, tmp_path):
     folder = tmp_path / "episode_00000"
     shutil.copytree(recordings / "episode_00000", folder)
-    damage, message = FAULTS[fault]
-    damage(folder)
+    FAULTS[message](folder)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         list(read_episode(folder, game).frames())
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
@@ -199,21 +196,6 @@ def test_another_size_is_resized_and_cropped_at_the_centre(game, tmp_path):
     assert frames[0].shape == (32, 48, 3)
 
 
-def test_a_video_knows_its_rate_and_size(recordings, game):
-    info = probe(recordings / "episode_00000" / "video.mp4")
-    assert (info.fps, info.frames, info.height, info.width) == (game.fps, FRAMES, game.height, game.width)
-
-
-def encode_video(path, codec, options, frames=40):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=20, options=options)
-        stream.height, stream.width, stream.pix_fmt, stream.gop_size = 64, 64, "yuv420p", 12
-        for i in range(frames):
-            picture = np.full((64, 64, 3), 6 * i, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-
-
 @pytest.mark.parametrize(
     ("name", "codec", "options"),
     [
@@ -226,7 +208,7 @@ def encode_video(path, codec, options, frames=40):
 )
 def test_a_span_of_a_video_is_what_decoding_all_of_it_gives(name, codec, options, tmp_path):
     """Whatever order the frames are stored in, and wherever the key frames are."""
-    encode_video(tmp_path / name, codec, options)
+    write_foreign(tmp_path / name, numbered_frames(40, step=6), codec=codec, options=options)
     whole = list(read_frames(tmp_path / name))
     assert len(whole) == 40
     for start in range(40):
@@ -256,7 +238,7 @@ def test_a_video_that_is_written_anew_is_read_anew(tmp_path):
 
 
 def test_a_video_without_times_is_read_whole_or_refused(tmp_path):
-    encode_video(tmp_path / "bare.h264", "libx264", {})
+    write_foreign(tmp_path / "bare.h264", numbered_frames(40))
     assert len(list(read_frames(tmp_path / "bare.h264"))) == 40
     with pytest.raises(ValueError, match=r"bare.h264 does not say when its frames are shown; convert it to mp4"):
         list(read_frames(tmp_path / "bare.h264", 5, 9))
@@ -265,8 +247,14 @@ def test_a_video_without_times_is_read_whole_or_refused(tmp_path):
 def test_frames_of_one_recording_are_kept_apart_where_they_do_not_follow():
     keep = np.array([1, 1, 0, 1, 1, 1, 0, 0, 1], dtype=bool)
     jumps = np.array([1, 0, 0, 0, 0, 1, 0, 1, 0], dtype=bool)
-    assert find_spans(keep, jumps) == [(0, 2), (3, 5), (5, 6), (8, 9)]
-    assert find_spans(~keep[2:3], jumps[:1]) == [(0, 1)] and find_spans(keep[:0], jumps[:0]) == []
+    recorded = numbered_episode(np.zeros((9, 1), np.float32))
+
+    def cut(keep, jumps):
+        episodes = cut_episodes("a", recorded.footage, recorded.actions[: len(keep)], keep, jumps)
+        return {episode.id: (episode.first, episode.stop) for episode in episodes}
+
+    assert cut(keep, jumps) == {"a-f000000": (0, 2), "a-f000003": (3, 5), "a-f000005": (5, 6), "a-f000008": (8, 9)}
+    assert cut(~keep[2:3], jumps[:1]) == {"a": (0, 1)} and cut(keep[:0], jumps[:0]) == {}
     assert (recording_of("a-f000123"), recording_of("a"), recording_of("a-f12")) == ("a", "a", "a-f12")
 
 

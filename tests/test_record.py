@@ -42,7 +42,7 @@ def test_recordings_read_back_as_the_games(recorded):
     out, done = recorded
     game = make_config(out).game
     assert done == 2
-    for folder in find_episodes(out):
+    for folder in find_episodes(out).values():
         episode = read_episode(folder, game)
         frames = np.stack(list(read_game_frames(episode, game)))
         assert frames.shape == (12, 96, 160, 3) and frames.std() > 10
@@ -52,13 +52,13 @@ def test_recordings_read_back_as_the_games(recorded):
 
 def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded, tmp_path):
     out, _ = recorded
-    before = [digest(folder) for folder in find_episodes(out)]
+    before = [digest(folder) for folder in find_episodes(out).values()]
     assert before[0] != before[1]
     for path in (out / "episode_00001").iterdir():
         path.unlink()
     (out / "episode_00001").rmdir()
     assert record_episodes(make_config(out)) == 1  # the second episode without the first one before it
-    assert [digest(folder) for folder in find_episodes(out)] == before
+    assert [digest(folder) for folder in find_episodes(out).values()] == before
     assert record_episodes(make_config(out)) == 0
 
 

@@ -40,39 +40,39 @@ def read_vpt(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> 
     return [len(episode.actions) for episode in episodes]
 
 
-def test_vpt_s_last_frame_has_no_action_where_it_has_no_line(tmp_path: Path) -> None:
-    assert read_vpt(tmp_path, lambda lines: lines.pop()) == [19]
+def late(ms: int) -> Callable[[list[dict[str, Any]]], None]:
+    """Tick 7 took `ms` more than 50."""
+
+    def change(lines: list[dict[str, Any]]) -> None:
+        for line in lines[7:]:
+            line["milli"] += ms
+
+    return change
 
 
-def test_vpt_s_only_frame_needs_a_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "lengths"),
+    [
+        (lambda lines: lines.pop(), [19]),  # the last frame then has no action
+        (lambda lines: lines[7].update(mouse=None), [7, 12]),
+        (lambda lines: lines[7].update(keyboard=None), [7, 12]),
+        (lambda lines: lines[7]["mouse"].update(dx=-1201.0), [7, 12]),  # more than half a turn
+        (lambda lines: lines[7]["mouse"].update(dx=1e30), [7, 12]),
+        *((late(ms - 50), [7, 13]) for ms in (-40, 19, 101)),
+        *((late(ms - 50), [20]) for ms in (20, 100)),
+    ],
+)
+def test_vpt_is_cut_where_a_line_is_no_action_of_its_frame(change, lengths: list[int], tmp_path: Path) -> None:
+    assert read_vpt(tmp_path, change) == lengths
+
+
+def test_vpt_s_only_frame_needs_a_line_and_lines_beyond_its_frames_are_refused(tmp_path: Path) -> None:
     write_vpt(tmp_path, "one", draw_play(1, 9))
     (tmp_path / "one.jsonl").write_text("")
     with pytest.raises(ValueError, match=r"one.jsonl has 0 rows"):
         read_all("vpt", tmp_path, load_game("vpt", tmp_path))
-
-
-def test_vpt_s_lines_beyond_its_frames_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"one.jsonl has 21 rows, .*one.mp4 has 20 frames"):
         read_vpt(tmp_path, lambda lines: lines.append({**lines[-1], "tick": 20, "milli": lines[-1]["milli"] + 50}))
-
-
-@pytest.mark.parametrize("part", ["mouse", "keyboard"])
-def test_vpt_is_cut_where_a_line_has_no_mouse_or_no_keyboard(part: str, tmp_path: Path) -> None:
-    assert read_vpt(tmp_path, lambda lines: lines[7].update({part: None})) == [7, 12]
-
-
-@pytest.mark.parametrize(("px", "lengths"), [(-1201.0, [7, 12]), (1e30, [7, 12])])
-def test_vpt_is_cut_where_the_mouse_jumps_by_more_than_half_a_turn(px, lengths, tmp_path: Path) -> None:
-    assert read_vpt(tmp_path, lambda lines: lines[7]["mouse"].update(dx=px)) == lengths
-
-
-@pytest.mark.parametrize(("ms", "lengths"), [(19, [7, 13]), (20, [20]), (100, [20]), (101, [7, 13]), (-40, [7, 13])])
-def test_vpt_is_cut_where_a_tick_took_too_long_or_no_time(ms: int, lengths: list[int], tmp_path: Path) -> None:
-    def late(lines: list[dict[str, Any]]) -> None:
-        for line in lines[7:]:
-            line["milli"] += ms - 50
-
-    assert read_vpt(tmp_path, late) == lengths
 
 
 def test_a_video_or_a_log_alone_is_a_bad_recording_beside_good_ones(tmp_path: Path) -> None:
@@ -209,19 +209,8 @@ def test_without_a_header_the_last_row_of_a_frame_counts_and_with_one_they_add_u
 @pytest.mark.parametrize(
     ("cell", "held"),
     [
-        ("WQ", "w"),
-        ("qWe", "w"),
-        ("dswa", "wsad"),
-        ("w+a", "wa"),
-        ("W A", "wa"),
-        ("ww", "w"),
-        ("space", ""),
-        ("Shift", ""),
-        ("left_control", ""),
-        ("up", ""),
-        ("jump", ""),
-        (" ", ""),
-        (" W ", "w"),
+        *(("WQ", "w"), ("qWe", "w"), ("dswa", "wsad"), ("w+a", "wa"), ("W A", "wa"), ("ww", "w"), (" W ", "w")),
+        *((cell, "") for cell in ("space", "Shift", "left_control", "up", "jump", " ")),
     ],
 )
 def test_to_drop_other_keys_never_drops_a_bound_one(cell: str, held: str, tmp_path: Path) -> None:

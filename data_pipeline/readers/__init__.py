@@ -1,18 +1,19 @@
 """Recording formats by name: each finds the recordings of a source and reads them into episodes of a game."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
+from operator import itemgetter
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.readers.recording import RATE_TOLERANCE, Format, Recording, recording_of
+from data_pipeline.readers.recording import RATE_TOLERANCE, Format, Recording, list_names, recording_of
 from data_pipeline.resample import resample
 from data_pipeline.types import Episode
 from data_pipeline.video import fit_frame, frame_times, kept_share
@@ -22,7 +23,6 @@ __all__ = [
     "read_game_frames", "recording_of", "split_episodes",
 ]  # fmt: skip
 
-T = TypeVar("T")
 KEPT_WELL = 0.9  # of a picture that is cropped to the game's proportions: less is said
 # A format is the module of that name in this folder, whose FORMAT says what it needs, and its name here.
 Reader = Literal[
@@ -33,34 +33,34 @@ READERS: dict[Reader, Format] = {name: import_module(f"{__name__}.{name}").FORMA
 
 def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
     """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate."""
-    found = READERS[reader].find(source)
-    return [recording._replace(read=partial(_read_at_rate, reader, recording, str(source))) for recording in found]
+    read, session = READERS[reader].read, READERS[reader].session
+    recordings = []
+    for name, files in sorted(READERS[reader].find(source).items(), key=itemgetter(0)):
+        part = session.fullmatch(name) if session else None
+        read_one = partial(_read_at_rate, reader, f"{source}/{name}", partial(read, name, files))
+        recordings.append(Recording(name, read_one, part[1] if part else name))
+    return recordings
 
 
-def _read_at_rate(reader: Reader, recording: Recording, source: str, game: GameConfig) -> Sequence[Episode]:
-    _require_utf8(f"{source}/{recording.name}")
+def _read_at_rate(
+    reader: Reader, path: str, read: Callable[[GameConfig], Sequence[Episode]], game: GameConfig
+) -> Sequence[Episode]:
+    try:
+        path.encode()  # neither JSON nor a shard can hold another name
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right") from error
     inputs, recorded_fps = game.inputs, game.inputs.fps or game.fps
     if READERS[reader].scaled_mouse and game.action_space.mouse and not (inputs.pitch_deg and inputs.yaw_deg):
         how = "the degrees up and right of one recorded unit (of a pixel: pitch_deg < 0, since y counts downwards)"
         raise UserError(f"reader={reader}: set game.inputs.pitch_deg and game.inputs.yaw_deg, {how}")
-    episodes = recording.read(replace(game, fps=recorded_fps))
+    episodes = read(replace(game, fps=recorded_fps))
     if inputs.times == "resample":
         return [resample(episode, game.fps, recorded_fps, _times_of(episode, game)) for episode in episodes]
-    if recorded_fps == game.fps:
-        return episodes
-    return [resample(episode, game.fps, recorded_fps) for episode in episodes]
-
-
-def _require_utf8(name: str) -> None:
-    """Raises UserError for a name that neither JSON nor a shard can hold."""
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{name!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right") from error
+    return episodes if recorded_fps == game.fps else [resample(one, game.fps, recorded_fps) for one in episodes]
 
 
 def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:
-    """When each frame is shown, (n) seconds. Raises UserError if nothing says so, or if they are too few."""
+    """When each frame is shown, (n) seconds."""
     video = episode.footage.path
     if not episode.footage.is_video:
         raise UserError(f"{video} is no video that says when its frames are shown; set game.inputs.times=even")
@@ -77,18 +77,14 @@ def count_cut(episodes: Sequence[Episode]) -> int:
     return max(0, recorded - sum(episode.stop - episode.first for episode in episodes))
 
 
-def split_episodes(recordings: Sequence[T], heldout_every: int) -> tuple[list[T], list[T]]:
-    """Recordings to train on and recordings held out: every `heldout_every`-th is held out, none if it is 0.
-
-    Those of one session count as one.
-    """
+def split_episodes(recordings: Sequence[Recording], heldout_every: int) -> tuple[list[Recording], list[Recording]]:
+    """Recordings to train on, and those of every `heldout_every`-th session, which are held out; none if it is 0."""
     if heldout_every < 0 or heldout_every == 1:
         raise UserError(f"heldout_every must be 0 (hold out nothing) or at least 2, not {heldout_every}")
-    sessions = [each.session or each.name if isinstance(each, Recording) else each for each in recordings]
-    chosen = set(list(dict.fromkeys(sessions))[heldout_every - 1 :: heldout_every] if heldout_every else [])
-    paired = list(zip(recordings, sessions, strict=True))
-    train = [recording for recording, session in paired if session not in chosen]
-    return train, [recording for recording, session in paired if session in chosen]
+    sessions = list(dict.fromkeys(recording.session for recording in recordings))
+    heldout = set(sessions[heldout_every - 1 :: heldout_every]) if heldout_every else set()
+    train = [recording for recording in recordings if recording.session not in heldout]
+    return train, [recording for recording in recordings if recording.session in heldout]
 
 
 def read_game_frames(episode: Episode, game: GameConfig) -> Iterator[np.ndarray]:
@@ -100,10 +96,8 @@ def read_game_frames(episode: Episode, game: GameConfig) -> Iterator[np.ndarray]
 def describe_crop(episodes: Sequence[Episode], game: GameConfig) -> str:
     """One line that says how much of their pictures is kept in the game's size; empty if nearly all is."""
     sizes = Counter((episode.footage.height, episode.footage.width) for episode in episodes)
-    shares = {size: kept_share(size, game.height, game.width) for size in sizes}
-    cropped = sorted((size for size in sizes if shares[size] < KEPT_WELL), key=lambda size: shares[size])
-    if not cropped:
-        return ""
-    parts = [f"of {h}x{w} px {shares[h, w]:.0%} is kept ({sizes[h, w]} episodes)" for h, w in cropped[:3]]
-    more = f", and of {len(cropped) - 3} other sizes more" if len(cropped) > 3 else ""
-    return f"pictures are cropped at the centre to {game.height}x{game.width} px: {', '.join(parts)}{more}"
+    shares = sorted((kept_share(size, game.height, game.width), size) for size in sizes)
+    cropped = [(kept, size) for kept, size in shares if kept < KEPT_WELL]
+    parts = [f"of {h}x{w} px {kept:.0%} is kept ({sizes[h, w]} episodes)" for kept, (h, w) in cropped]
+    what = f"pictures are cropped at the centre to {game.height}x{game.width} px"
+    return f"{what}: {list_names(parts)}" if parts else ""

@@ -24,19 +24,10 @@ from typing import Any
 import numpy as np
 
 from configs import storage
-from configs.errors import FileError, UserError
-from configs.foreign import reading
+from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
-from data_pipeline.readers.recording import (
-    Format,
-    Recording,
-    cut_episodes,
-    find_spans,
-    import_extra,
-    list_files,
-    list_folders,
-)
+from data_pipeline.readers.recording import Format, cut_episodes, import_extra, list_files, reading_extra
 from data_pipeline.types import Actions, Episode, Footage
 
 FPS = 16
@@ -51,46 +42,46 @@ DEPTH = 3  # of folders in folders; full_res/1-200/ is two deep
 LARGEST_BYTES = 1 << 28  # of an array: more than an 8K picture
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
+def find_files(source: str | Path) -> dict[str, Path]:
     """The HDF5 files in `source` and in its folders, by name."""
     files: dict[str, Path] = {}
-    for path in _find_files(source, DEPTH):
+    for path in list_files(source, ".hdf5", ".h5", depth=DEPTH):
         if files.setdefault(path.stem, path) != path:
             raise UserError(f"{files[path.stem]} and {path} have the same name; choose one of their folders as source")
     if not files:
         raise UserError(f"{source} holds no .hdf5 files; unpack the tars first")
-    return [Recording(name, partial(read_file, files[name])) for name in sorted(files)]
+    return files
 
 
-FORMAT = Format(find_recordings, scaled_mouse=True)
-
-
-def _find_files(folder: str | Path, depth: int) -> list[Path]:
-    inner = list_folders(folder) if depth else []
-    return [*list_files(folder, ".hdf5", ".h5"), *(path for sub in inner for path in _find_files(sub, depth - 1))]
-
-
-def read_file(path: Path, game: GameConfig) -> list[Episode]:
+def read_file(name: str, path: Path, game: GameConfig) -> list[Episode]:
     """The episodes of a file, between deaths."""
     if game.fps != FPS:
         raise UserError(f"{path} has {FPS} fps, as all of its format; the game {game.name!r} has {game.fps:g}")
     keys = bind_keys(game, NAMES)
     with open_hdf5(path) as file:
-        numbers = range(count_frames(file, path))
-        table = np.stack([find_array(file, f"frame_{i}_y", path, (WIDTH,))[()] for i in numbers])
-        died = np.array([read_death(file, f"frame_{i}_helperarr", path) for i in numbers])
+        names = set(file)
+        count = sum(name.startswith("frame_") and name.endswith("_x") for name in names)
+        wanted = [f"frame_{i}_{part}" for i in range(max(count, 1)) for part in "xy"]
+        if missing := [name for name in wanted if name not in names]:
+            raise UserError(f"{path} has {count} pictures, but no {missing[0]}")
+        table = np.stack([find_array(file, f"frame_{i}_y", path, (WIDTH,))[()] for i in range(count)])
+        alive = np.ones(count, dtype=bool)
+        for i in range(count):
+            if f"frame_{i}_helperarr" in names:
+                alive[i] = find_array(file, f"frame_{i}_helperarr", path, (2,))[1] == 0
         height, width, _ = read_picture(file, 0, path).shape
     held, x, y = np.split(table, [len(NAMES), len(NAMES) + len(MOUSE_X)], axis=1)
     wrong = ~np.isin(table, (0, 1)).all(axis=1) | (x.sum(axis=1) != 1) | (y.sum(axis=1) != 1)
     if wrong.any():
         raise UserError(f"{path} frame_{wrong.argmax()}_y must be 0 and 1, with one bin of mouse x and one of mouse y")
+    rows = [f"{path} frame_{i}_y" for i in range(count)]
     moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
-    actions = Actions(
-        keys.rows(NAMES, held, lambda i: f"{path} frame_{i}_y"),
-        scale_mouse(game, moves, lambda i: f"{path} frame_{i}_y"),
-    )
-    footage = Footage(path, len(died), height, width, partial(read_pictures, path, (height, width, 3)), is_video=False)
-    return cut_episodes(path.stem, footage, actions, find_spans(~died, np.zeros(len(died), dtype=bool)))
+    actions = Actions(keys.rows(NAMES, held, rows.__getitem__), scale_mouse(game, moves, rows.__getitem__))
+    footage = Footage(path, count, height, width, partial(read_pictures, path, (height, width, 3)), is_video=False)
+    return cut_episodes(name, footage, actions, alive)
+
+
+FORMAT = Format(find_files, read_file, scaled_mouse=True)
 
 
 def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int) -> Iterator[np.ndarray]:
@@ -105,26 +96,11 @@ def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int
 
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
-    """The file, open for reading. Raises UserError if it is none, or as soon as it proves to be damaged."""
+    """The file, open for reading; what proves to be damaged in the block is a UserError."""
     h5py = import_extra("h5py")
-    with reading(path):
-        try:
-            with h5py.File(storage.open(path) if storage.is_s3(path) else path, "r") as file:
-                yield file
-        except FileError:  # a server that refuses, not a damaged file
-            raise
-        except (OSError, RuntimeError) as error:  # what HDF5 makes of damaged data
-            raise UserError(f"cannot read {path} ({error}); it is truncated or no HDF5") from error
-
-
-def count_frames(file: Any, path: Path) -> int:
-    """How many frames a file has; all of them, from 0 on, with picture and row."""
-    names = set(file)
-    count = sum(name.startswith("frame_") and name.endswith("_x") for name in names)
-    missing = [name for i in range(max(count, 1)) for name in (f"frame_{i}_x", f"frame_{i}_y") if name not in names]
-    if missing:
-        raise UserError(f"{path} has {count} pictures, but no {missing[0]}")
-    return count
+    source = storage.open(path) if storage.is_s3(path) else path
+    with reading_extra(path, "HDF5", OSError, RuntimeError), h5py.File(source, "r") as file:
+        yield file
 
 
 def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
@@ -136,10 +112,9 @@ def read_picture(file: Any, i: int, path: Path) -> np.ndarray:
 
 
 def find_array(file: Any, name: str, path: Path, shape: tuple[int, ...] | None = None) -> Any:
-    """A dataset of numbers, of this `shape` if it is given; they are not read yet.
+    """A dataset of numbers that lie in this file, no more than a picture has, of this `shape` if it is given.
 
-    Raises UserError for anything else, for one whose numbers lie in another file, and for one that would need more
-    memory than any picture.
+    They are not read yet.
     """
     h5py = import_extra("h5py")
     # To open what an external link names opens another file; h5py's `in` and `get` do, too.
@@ -155,8 +130,3 @@ def find_array(file: Any, name: str, path: Path, shape: tuple[int, ...] | None =
     if shape is not None and array.shape != shape:
         raise UserError(f"{path} {name} has the shape {array.shape}, it must be {shape}")
     return array
-
-
-def read_death(file: Any, name: str, path: Path) -> bool:
-    """Whether the player dies in a frame, by its [kill, death], which a file may lack."""
-    return file.id.links.exists(name.encode()) and bool(find_array(file, name, path, (2,))[1] != 0)

@@ -20,19 +20,10 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.readers.event_rows import (
-    EVENT_BYTES,
-    Event,
-    EventLog,
-    Kind,
-    Screen,
-    cut_by_log,
-    open_screen,
-    sort_events,
-)
+from data_pipeline.readers.event_rows import Event, EventLog, Kind, cut_by_log, sort_events
 from data_pipeline.readers.keys import bind_keys
-from data_pipeline.readers.logs import Row, read_number, read_rows
-from data_pipeline.readers.recording import Format, find_pairs_or_folders, say
+from data_pipeline.readers.logs import EVENT_BYTES, Row, read_number, read_rows
+from data_pipeline.readers.recording import Format, find_pairs_or_folders, read_pair, say
 from data_pipeline.types import Episode
 
 COLUMNS = ("time", "kind", "key", "button", "state", "dx", "dy")
@@ -57,21 +48,28 @@ class Vocabulary(NamedTuple):
     unit_s: float
     mouse: bool  # whether moves count
 
+    def meaning(self, cells: Mapping[str, str], role: str, where: str) -> Meaning:
+        """What the word in the cell of a role stands for."""
+        word, column = cells.get(role, ""), self.columns[role]
+        if word.casefold() not in self.words:
+            fix = f"say in game.inputs.kinds what it is: {', '.join(WORDS)}"
+            raise UserError(f"{where}: {column} is {word[:80]!r}; {fix}")
+        return self.words[word.casefold()]
+
 
 def read_log(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes of a video and its log, cut where nothing was logged."""
     keys, vocabulary = bind_keys(game), read_vocabulary(game)
-    screen = open_screen(video, game)
-    events = sort_events(log, read_events(log, vocabulary, game), screen, game)
+    events = sort_events(video, log, read_events(log, vocabulary, game), game)
     start = events.first("start")
     if start is None and "start" in game.inputs.kinds:
         raise UserError(f"{log} has no event of game.inputs.kinds.start ({', '.join(game.inputs.kinds['start'])})")
     zero_s = start.time if start else 0.0
-    _compare_lengths(events, screen, zero_s - game.inputs.offset_s)
-    return cut_by_log(name, screen, zero_s, events, keys)
+    _compare_lengths(events, zero_s - game.inputs.offset_s)
+    return cut_by_log(name, events, zero_s, keys)
 
 
-FORMAT = Format(partial(find_pairs_or_folders, suffixes=(".csv", ".jsonl"), read=read_log), scaled_mouse=True)
+FORMAT = Format(find_pairs_or_folders, partial(read_pair, read_log), scaled_mouse=True)
 
 
 def read_vocabulary(game: GameConfig) -> Vocabulary:
@@ -96,7 +94,7 @@ def read_events(log: Path, vocabulary: Vocabulary, game: GameConfig) -> Iterator
     named = game.inputs.columns.values() if log.suffix.lower() == ".csv" else ()
     for row in read_rows(log, EVENT_BYTES):
         for column in named:
-            row.cell(column)  # raises UserError if there is none
+            row.cell(column)  # a UserError if there is none
         yield from read_row(row, vocabulary)
 
 
@@ -107,39 +105,25 @@ def read_row(row: Row, vocabulary: Vocabulary) -> Iterator[Event]:
     if row.cells.get(columns["key"]) == " ":
         cells["key"] = "space"
     time = row.number(columns["time"]) * vocabulary.unit_s
-    kind = _meaning(cells, "kind", where, vocabulary) if "kind" in cells else None
+    kind = vocabulary.meaning(cells, "kind", where) if "kind" in cells else None
     if kind not in (None, "press", "release", "change", "move"):
         if kind != "ignore":
             yield Event(time, where, kind)
         return
-    names = [_input(role, cells[role]) for role in ("key", "button") if role in cells and kind != "move"]
+    if "button" in cells and not cells["button"].casefold().startswith("mouse_"):
+        cells["button"] = f"mouse_{cells['button']}"
+    names = [cells[role] for role in ("key", "button") if role in cells and kind != "move"]
     moved = bool({"dx", "dy"} & cells.keys()) and kind in (None, "move")
     if not names and not moved:
         raise UserError(f"{where} names neither a key nor a move (game.inputs.columns, kinds)")
     if names:
-        down = kind if kind in ("press", "release") else _meaning(cells, "state", where, vocabulary)
+        down = kind if kind in ("press", "release") else vocabulary.meaning(cells, "state", where)
         if down not in ("press", "release"):
             raise UserError(f"{where}: {columns['state']} is {cells['state'][:80]!r}, no press and no release")
-        for name in names:
-            yield Event(time, where, down, name)
+        yield from (Event(time, where, down, name) for name in names)
     if moved and vocabulary.mouse:
         move = [read_number(cells.get(role, 0), f"{where}: {columns[role]}") for role in ("dx", "dy")]
         yield Event(time, where, "move", move)
-
-
-def _meaning(cells: Mapping[str, str], role: str, where: str, vocabulary: Vocabulary) -> Meaning:
-    """The kind that the cell's word means."""
-    word = cells.get(role, "")
-    kind = vocabulary.words.get(word.casefold())
-    if kind is None:
-        column = vocabulary.columns[role]
-        raise UserError(f"{where}: {column} is {word[:80]!r}; say in game.inputs.kinds what it is: {', '.join(WORDS)}")
-    return kind
-
-
-def _input(role: str, name: str) -> str:
-    """The input's name; that of a button begins with `mouse_`."""
-    return name if role == "key" or name.casefold().startswith("mouse_") else f"mouse_{name}"
 
 
 def _text(value: Any) -> str:
@@ -149,9 +133,9 @@ def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
 
 
-def _compare_lengths(log: EventLog, screen: Screen, zero_s: float) -> None:
-    """Raises UserError for a log of other units or another video than `screen`; prints a line if the two end apart."""
-    video, length = screen.footage.path, float(screen.times[-1])
+def _compare_lengths(log: EventLog, zero_s: float) -> None:
+    """A UserError for a log of other units or of another video; a note if the two end apart."""
+    video, length = log.footage.path, float(log.times[-1])
     times = np.concatenate([[event.time for event in log.events], log.moves[:, 0]]) - zero_s
     if not ((times >= 0) & (times <= length)).any():
         seen = f"its times are {times.min():g} to {times.max():g} s" if len(times) else "it has no events"

@@ -12,6 +12,8 @@ than a second before an event above it is refused: that log has two clocks.
 import re
 from array import array
 from collections.abc import Iterable
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +22,7 @@ import numpy as np
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import MOST_DEG, KeyMap, scale_mouse
-from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, find_spans, probe_footage, say
+from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, probe_footage, say
 from data_pipeline.types import Actions, Episode, Footage
 from data_pipeline.video import frame_times
 
@@ -34,7 +36,6 @@ FUNCTION_KEY = re.compile(r"f\d{1,2}", re.IGNORECASE)
 MOST_S = 1e11  # of any clock, since 1970 or not; milliseconds since 1970 are more
 # Mice report up to 8,000 times a second. A log of more is of another video, or none, and not worth reading to its end.
 MOST_EVENTS, MOST_EVENTS_PER_S = 200_000, 20_000
-EVENT_BYTES = 1 << 36  # of a log: days of such a mouse
 
 # begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: of the
 # video, its first and its last picture. hook: pictures before are black.
@@ -51,9 +52,11 @@ class Event(NamedTuple):
 
 
 class EventLog(NamedTuple):
-    """Everything that happened, in the order of time."""
+    """Everything that happened while a video was recorded, in the order of time."""
 
     path: Path
+    footage: Footage
+    times: np.ndarray  # (n) s since the video's first frame, when each of its frames is shown
     events: list[Event]  # without moves
     moves: np.ndarray  # (n 3) s, x, y
 
@@ -62,47 +65,30 @@ class EventLog(NamedTuple):
         return next((event for kind in kinds for event in self.events if event.kind == kind), None)
 
 
-class Screen(NamedTuple):
-    """A video and when its frames are shown."""
-
-    footage: Footage
-    times: np.ndarray  # (n) s since its first frame
-
-
-class Press(NamedTuple):
-    """A key from down to up."""
-
-    name: str  # of the input
-    down: float  # s, by the log's clock
-    up: float
-    where: str  # file and line
-
-
-def open_screen(video: Path, game: GameConfig) -> Screen:
-    """The video's frames in time, which is cheap beside reading a log, so comes first.
-
-    Raises UserError for another rate than the game's.
-    """
-    footage, times = probe_footage(video), frame_times(video)
+def read_frame_times(video: Path, game: GameConfig) -> np.ndarray:
+    """When each frame is shown, (n) seconds since the first; a UserError for another rate than the game's."""
+    times = frame_times(video)
     frames, lasts = len(times) - 1, float(np.ptp(times))
     if abs(lasts * game.fps - frames) > 1 + RATE_TOLERANCE * frames:  # frames are left out, or the rate is another
         steps = np.diff(times)
         usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
         step = float(steps[np.abs(steps - usual) <= usual / 2].mean())
         check_rate(video, 1 / step if step else 0.0, game)
-    return Screen(footage, times - times[0])
+    return times - times[0]
 
 
-def sort_events(path: Path, events: Iterable[Event], screen: Screen, game: GameConfig) -> EventLog:
-    """The `events` of a log in the order of time; those of one time stay in the order of the file.
+def sort_events(video: Path, path: Path, events: Iterable[Event], game: GameConfig) -> EventLog:
+    """The `events` of a video's log in the order of time; those of one time stay in the order of the file.
 
-    Raises UserError for a time or a move beyond sense, and for more events than the video can have.
+    The video is looked at first, which is cheap beside reading the log. A UserError for a time or a move beyond sense,
+    and for more events than the video can have.
     """
-    most = MOST_EVENTS + int(MOST_EVENTS_PER_S * screen.times[-1])
+    footage, times = probe_footage(video), read_frame_times(video, game)
+    most = MOST_EVENTS + int(MOST_EVENTS_PER_S * times[-1])
     latest, others, moves = -np.inf, [], array("d")
     for count, event in enumerate(events, 1):
         if count > most:
-            raise UserError(f"{event.where}: too many events for {len(screen.times)} frames of {screen.footage.path}")
+            raise UserError(f"{event.where}: too many events for {len(times)} frames of {video}")
         if not abs(event.time) <= MOST_S:
             raise UserError(f"{event.where}: a time of {event.time:g} s is no time of a recording")
         if event.time < latest - BACK_S:
@@ -117,16 +103,16 @@ def sort_events(path: Path, events: Iterable[Event], screen: Screen, game: GameC
             raise UserError(f"{event.where}: a move of {x:g}, {y:g} turns by more than {MOST_DEG:g} degrees")
         moves.extend((event.time, x, y))
     others.sort(key=lambda event: event.time)
-    return EventLog(path, others, np.array(moves).reshape(-1, 3))
+    return EventLog(path, footage, times, others, np.array(moves).reshape(-1, 3))
 
 
-def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: KeyMap) -> list[Episode]:
+def cut_by_log(name: str, log: EventLog, zero_s: float, keys: KeyMap) -> list[Episode]:
     """The episodes of a video whose clock is at 0 when the log's is at `zero_s`; `game.inputs.offset_s` comes on top.
 
-    Raises UserError for a video that is shorter than its log and for an input that holds no key.
+    A UserError for a video that is shorter than its log and for an input that holds no key.
     """
-    game, video = keys.game, screen.footage.path
-    shown = screen.times + zero_s - game.inputs.offset_s
+    game, video = keys.game, log.footage.path
+    shown = log.times + zero_s - game.inputs.offset_s
     stop = log.first("stop", "end")
     if stop and shown[-1] < stop.time - SHORT_S:
         raise UserError(f"{video} is truncated: it ends {stop.time - shown[-1]:.1f} s before {log.path} does")
@@ -137,50 +123,50 @@ def cut_by_log(name: str, screen: Screen, zero_s: float, log: EventLog, keys: Ke
     logged = find_logged(log)
     keyboard, moves = hold_keys(log, keys, logged, edges)[frames], sum_moves(log.moves, edges)[frames]
     actions = Actions(keyboard, scale_mouse(game, moves, lambda i: f"{log.path}: frame {i}"))
-    spans = find_spans(cover_logged(logged, edges)[frames], np.roll(gaps, 1))
-    if not spans:
+    episodes = cut_episodes(name, log.footage, actions, cover_logged(logged, edges)[frames], np.roll(gaps, 1))
+    if not episodes:
         say(f"{log.path}: nothing was logged while {video} was shown; it is left out")
-    return cut_episodes(name, screen.footage, actions, spans)
+    return episodes
 
 
 def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    """Which keys are held in each interval, (n k) of 0 and 1. Raises UserError for an input that holds no key.
+    """Which keys are held in each interval, (n k) of 0 and 1; a UserError for an input that holds no key.
 
     Those that start or stop the recorder do not count: see `HOTKEY_S`.
     """
     keyboard = np.zeros((len(edges) - 1, len(keys.game.action_space.keys)), dtype=np.float32)
-    for press in find_presses(log, keys):
-        if press.name in keys.places:
-            held = held_intervals(press.down, press.up, edges)
-            keyboard[held[:, None], keys.places[press.name]] = 1
+    for press, up in find_presses(log, keys):
+        if press.value in keys.places:
+            held = held_intervals(press.time, up, edges)
+            keyboard[held[:, None], keys.places[press.value]] = 1
             continue
-        stops = (press.up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(press.name))
+        stops = (up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(press.value))
         until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
-        if ((logged[:, 0] + HOTKEY_S < press.down) & (press.down < until)).any():
-            keys.row([press.name], press.where)  # refuses it, unless others are dropped
+        if ((logged[:, 0] + HOTKEY_S < press.time) & (press.time < until)).any():
+            keys.row([press.value], press.where)  # refuses it, unless others are dropped
     return keyboard
 
 
-def find_presses(log: EventLog, keys: KeyMap) -> list[Press]:
-    """Every input's presses: to its release, to a pause, to the log's end, or without an end."""
-    held: dict[str, Press] = {}
+def find_presses(log: EventLog, keys: KeyMap) -> list[tuple[Event, float]]:
+    """Every press with the time at which it ends: its release, a pause, the log's end, or never."""
+    held: dict[str, Event] = {}
     folded: dict[str, str] = {}  # names as they were pressed last
     presses = []
     for event in log.events:
         if event.kind in ("pause", "end"):
-            presses += [press._replace(up=event.time) for press in held.values()]
+            presses += [(press, event.time) for press in held.values()]
             held.clear()
         elif event.kind in ("press", "release"):
             name = keys.spell(event.value, event.where)
             if event.kind == "press":
-                held.setdefault(name, Press(name, event.time, np.inf, event.where))  # a held key repeats its press
+                held.setdefault(name, event._replace(value=name))  # a held key repeats its press
                 folded[name.casefold()] = name
                 continue
             if name not in held:  # Shift may change the letter between press and release
                 name = folded.get(name.casefold(), name)
             if name in held:
-                presses.append(held.pop(name)._replace(up=event.time))
-    return [*presses, *held.values()]
+                presses.append((held.pop(name), event.time))
+    return presses + [(press, np.inf) for press in held.values()]
 
 
 def held_intervals(down: float, up: float, edges: np.ndarray) -> np.ndarray:
@@ -198,11 +184,9 @@ def held_intervals(down: float, up: float, edges: np.ndarray) -> np.ndarray:
 
 def sum_moves(moves: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """How far the mouse moved in each interval, (n 2): y (down), x (to the right)."""
+    moves = moves[(moves[:, 0] >= edges[0]) & (moves[:, 0] < edges[-1])]
     numbers = np.searchsorted(edges, moves[:, 0], side="right") - 1
-    inside = (numbers >= 0) & (numbers < len(edges) - 1)
-    summed = np.zeros((len(edges) - 1, 2))
-    np.add.at(summed, numbers[inside], moves[inside][:, [2, 1]])
-    return summed
+    return np.stack([np.bincount(numbers, moves[:, axis], len(edges) - 1) for axis in (2, 1)], axis=1)
 
 
 def find_logged(log: EventLog) -> np.ndarray:
@@ -210,17 +194,12 @@ def find_logged(log: EventLog) -> np.ndarray:
 
     A log that does not say when it begins is one that began before the video; the same with its end.
     """
-    bounds = [event for event in log.events if event.kind in ("begin", "resume", "pause", "end")]
-    since = None if bounds and bounds[0].kind in ("begin", "resume") else -np.inf
-    spans = []
-    for event in bounds:
-        if event.kind in ("begin", "resume"):
-            since = event.time if since is None else since
-        elif since is not None:
-            spans.append((since, event.time))
-            since = None
-    if since is not None:
-        spans.append((since, np.inf))
+    starts, ends = ("begin", "resume"), ("pause", "end")
+    switches = [(event.time, event.kind in starts) for event in log.events if event.kind in starts + ends]
+    before = not switches or not switches[0][1]
+    switches = [(-np.inf, before), *switches, (np.inf, False)]
+    changes = [next(same) for _, same in groupby(switches, itemgetter(1))]
+    spans = [(since, until) for (since, logged), (until, _) in pairwise(changes) if logged]
     hook = log.first("hook")
     return np.maximum(np.array(spans), hook.time if hook else -np.inf)
 

@@ -12,30 +12,42 @@ the game's action space (`game.inputs.keys` can bind keys to columns by number i
 units of the action space, or of `game.inputs.pitch_deg` and `yaw_deg` degrees; up and right are positive.
 """
 
+import io
+import math
+import pickle
+import re
+import tokenize
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from configs import storage
-from configs.errors import UserError
-from configs.foreign import inside, parse_json
+from configs.errors import MissingFileError, UserError
+from configs.foreign import inside, parse_json, reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.logs import check_row_count, read_text
-from data_pipeline.readers.npy import read_npy
-from data_pipeline.readers.recording import Format, Recording, cut_episodes, open_video, say
+from data_pipeline.readers.recording import Format, cut_episodes, open_video, say
 from data_pipeline.types import Actions, Episode
 
 MERGE, ROWS = "merge.txt", 77
+KINDS = re.compile("[biuf][1248]")  # bool, whole numbers, floats
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
+class Item(NamedTuple):
+    """A video in a json."""
+
+    folder: Path
+    files: Mapping[str, Any]  # `path` and `action_path` in the folder
+    where: str  # json and item, in errors
+
+
+def find_recordings(source: str | Path) -> dict[str, Item]:
     """The videos that `merge.txt` leads to, by their paths."""
     merge = storage.path(source) / MERGE
-    found: dict[str, Recording] = {}
+    found: dict[str, Item] = {}
     for number, line in enumerate(read_text(merge).splitlines(), start=1):
         names, where = [name.strip() for name in line.split(",")], f"{merge} line {number}"
         if names == [""]:
@@ -43,27 +55,24 @@ def find_recordings(source: str | Path) -> list[Recording]:
         if len(names) != 2:
             raise UserError(f"{where} must be folder,annotations.json, not {line[:80]!r}")
         folder, annotations = (_find(merge.parent, name, where) for name in names)
-        items = parse_json(read_text(annotations), annotations)
-        if not isinstance(items, list):
+        files = parse_json(read_text(annotations), annotations)
+        if not isinstance(files, list) or not all(isinstance(item, dict) for item in files):
             raise UserError(f"{annotations} must hold a list of objects with path and action_path")
-        for i, item in enumerate(items):
-            recording = _find_recording(folder, item, f"{annotations} item {i}")
-            if found.setdefault(recording.name, recording) is not recording:
-                raise UserError(f"{where}: {annotations} item {i} names a second video {recording.name}; rename one")
+        for i, item in enumerate(files):
+            path = _path(item, "path", f"{annotations} item {i}")
+            name = PurePosixPath("-".join(part for part in PurePosixPath(path).parts if part != "/")).stem
+            if name in found:
+                raise UserError(f"{where}: {annotations} item {i} names a second video {name}; rename one")
+            found[name] = Item(folder, item, f"{annotations} item {i}")
     if not found:
         raise UserError(f"{merge} leads to no videos")
-    return [found[name] for name in sorted(found)]
+    return found
 
 
-FORMAT = Format(find_recordings)
-
-
-def _find_recording(folder: Path, item: Any, where: str) -> Recording:
-    path = item.get("path") if isinstance(item, dict) else None
-    if not isinstance(path, str):
-        raise UserError(f"{where}: path is {path!r:.80}, which is no file's name")
-    name = PurePosixPath("-".join(part for part in PurePosixPath(path).parts if part != "/")).stem
-    return Recording(name, partial(read_item, name, folder, item, where))
+def _path(item: Mapping[str, Any], name: str, where: str) -> str:
+    if not isinstance(item.get(name), str):
+        raise UserError(f"{where}: {name} is {item.get(name)!r:.80}, which is no file's name")
+    return item[name]
 
 
 def _find(folder: Path, name: str, where: str) -> Path:
@@ -76,21 +85,20 @@ def _find(folder: Path, name: str, where: str) -> Path:
     raise UserError(f"{where} names {name[:200]!r}, which is not in {folder}")
 
 
-def read_item(name: str, folder: Path, item: Mapping[str, Any], where: str, game: GameConfig) -> list[Episode]:
-    """The one episode of a video; `item` of the json `where` names its files."""
-    if not isinstance(item.get("action_path"), str):
-        raise UserError(f"{where}: action_path is {item.get('action_path')!r:.80}; a video needs its actions")
+def read_item(name: str, item: Item, game: GameConfig) -> list[Episode]:
+    """The one episode of a video."""
+    paths = [_path(item.files, key, item.where) for key in ("path", "action_path")]
     # An absolute path was one on the machine where the json was written.
-    video, log = (
-        _find(folder, path, where) if path.startswith("/") else inside(folder, path, where)
-        for path in (item["path"], item["action_path"])
-    )
+    video, log = ((_find if path.startswith("/") else inside)(item.folder, path, item.where) for path in paths)
     footage, actions = open_video(video, game), read_actions(log, game)
     if len(actions) != footage.frames:
         if min(len(actions), footage.frames) < ROWS:
             check_row_count(log, len(actions), footage)
-        say(f"{folder}: where rows and frames are not as many, those without a counterpart are left out")
+        say(f"{item.folder}: where rows and frames are not as many, those without a counterpart are left out")
     return cut_episodes(name, footage, actions[: footage.frames])
+
+
+FORMAT = Format(find_recordings, read_item)
 
 
 def read_actions(log: Path, game: GameConfig) -> Actions:
@@ -109,3 +117,89 @@ def read_actions(log: Path, game: GameConfig) -> Actions:
     scale = game.inputs.pitch_deg or space.mouse_unit_deg, game.inputs.yaw_deg or space.mouse_unit_deg
     degrees = mouse.astype(np.float64) * scale if space.mouse and mouse is not None else np.zeros((len(held), 2))
     return Actions(held, mouse_rows(space, degrees, lambda i: f"{log} row {i}"))
+
+
+def read_npy(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a .npy file by their names in its dict; "" is the name of one that is all of the file.
+
+    A UserError for a file that holds anything but numbers, and for a pickle that makes anything but arrays.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"no file {path}")
+    with reading(path):
+        file = io.BytesIO(path.read_bytes())
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0)):
+            raise UserError(f"its version is {version}")
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        try:
+            shape, fortran, dtype = header(file)
+        except (SyntaxError, tokenize.TokenError) as error:
+            raise UserError(f"its header is damaged: {error}") from error
+        if not dtype.hasobject:
+            return {"": _shape(file.read(), dtype.str, shape, fortran)}
+        outer = _Arrays(file, path).load()
+        values = outer.value if isinstance(outer, _Array) else None
+        if math.prod(shape) != 1 or not isinstance(values, list) or not values or not isinstance(values[0], dict):
+            raise UserError("it holds neither an array nor a dict of arrays")
+        arrays = {str(name): array.value for name, array in values[0].items() if isinstance(array, _Array)}
+        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+
+
+def _shape(data: bytes, dtype: str, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
+    if not KINDS.fullmatch(np.dtype(dtype).str[1:]):
+        raise UserError(f"it holds {dtype!r:.80}, no numbers")
+    return np.frombuffer(data, np.dtype(dtype)).reshape(shape, order="F" if fortran else "C")
+
+
+class _Array:
+    """Stands for an array until its numbers come; a hostile pickle could give numpy's own ones any memory to read."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, *args: Any) -> None:
+        self.value: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.value = data if dtype.name[:1] == "O" else _shape(bytes(data), dtype.order + dtype.name, shape, fortran)
+
+
+class _Dtype:
+    """Stands for the type of an array's numbers."""
+
+    __slots__ = ("name", "order")
+
+    def __init__(self, name: str, *args: Any) -> None:
+        self.name, self.order = str(name), "|"
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = str(state[1])
+
+
+# What a pickle may call. It cannot change these classes: what it would set goes to their __setstate__.
+ADMITTED: dict[str, type] = {
+    "numpy.core.multiarray._reconstruct": _Array,
+    "numpy._core.multiarray._reconstruct": _Array,
+    "numpy.ndarray": _Array,
+    "numpy.dtype": _Dtype,
+}
+
+
+class _Arrays(pickle._Unpickler):
+    """Admits numpy arrays alone. It is Python's, since the one in C takes as much memory as a file asks for."""
+
+    # The one instruction that takes memory before its bytes are there; arrays in .npy files do without.
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
+
+    def __init__(self, file: io.BytesIO, path: Path) -> None:
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> type:
+        wanted = f"{module}.{name}"
+        if wanted not in ADMITTED:
+            raise UserError(f"{self.path} wants to run {wanted[:80]!r}; only numpy arrays are read of it")
+        return ADMITTED[wanted]

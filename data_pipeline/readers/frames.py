@@ -19,20 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from configs import storage
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.pictures import read_picture
 from data_pipeline.readers.keys import INPUTS, KeyMap, bind_keys, mouse_rows
 from data_pipeline.readers.logs import open_text, read_cells, read_number
-from data_pipeline.readers.recording import (
-    RATE_TOLERANCE,
-    Format,
-    Recording,
-    cut_episodes,
-    find_folders,
-    list_files,
-    list_folders,
-)
+from data_pipeline.readers.recording import RATE_TOLERANCE, Format, cut_episodes, find_folders, list_files
 from data_pipeline.types import Actions, Episode, Footage
 
 LOG, COLUMNS = "input.csv", ["key", "time", "frame"]
@@ -42,16 +35,15 @@ NOTHING, BETWEEN = ("", "="), " +,;|/&"  # in a cell without a key; between seve
 WORDS = INPUTS | {"shift", "ctrl", "control", "alt", "esc", "return", "del", "ins", "cmd", "win", "fn", "caps", "altgr"}
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
+def find_recordings(source: str | Path) -> dict[str, Path]:
     """The folders with an `input.csv` or pictures directly in `source`; `source` itself if it has an `input.csv`."""
-    folders = find_folders(source, f"pictures and {LOG}", lambda folder: bool(list_pictures(folder)), log=LOG)
-    return [Recording(folder.name, partial(read_folder, folder)) for folder in folders]
+    folder = storage.path(source)
+    if (folder / LOG).is_file():
+        return {folder.name: folder}
+    return find_folders(source, f"pictures and {LOG}", lambda inner: list_files(inner, f"/{LOG}") or _pictures(inner))
 
 
-FORMAT = Format(find_recordings)
-
-
-def read_folder(folder: Path, game: GameConfig) -> list[Episode]:
+def read_folder(name: str, folder: Path, game: GameConfig) -> list[Episode]:
     """The one episode of `folder`."""
     if game.action_space.mouse:
         raise UserError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
@@ -68,7 +60,10 @@ def read_folder(folder: Path, game: GameConfig) -> list[Episode]:
     actions = Actions(keyboard, mouse_rows(game.action_space, np.zeros((len(pictures), 2))))
     height, width, _ = read_picture(pictures[0]).shape
     read = partial(read_pictures, pictures, (height, width))
-    return cut_episodes(folder.name, Footage(folder, len(pictures), height, width, read, is_video=False), actions)
+    return cut_episodes(name, Footage(folder, len(pictures), height, width, read, is_video=False), actions)
+
+
+FORMAT = Format(find_recordings, read_folder)
 
 
 def read_pictures(pictures: Sequence[Path], size: tuple[int, int], start: int, stop: int) -> Iterator[np.ndarray]:
@@ -80,16 +75,15 @@ def read_pictures(pictures: Sequence[Path], size: tuple[int, int], start: int, s
         yield frame
 
 
-def list_pictures(folder: Path) -> list[Path]:
-    """The pictures of a recording, by name."""
-    inner = [path for path in list_folders(folder) if path.name == "frames"]
-    return list_files(inner[0] if inner else folder, *PICTURES)
+def _pictures(folder: Path) -> list[Path]:
+    inner = folder / "frames"
+    return list_files(inner if inner.is_dir() else folder, *PICTURES)
 
 
 def number_pictures(folder: Path) -> tuple[int, list[Path]]:
     """The first number and the pictures in the order of their numbers."""
     numbered: dict[int, Path] = {}
-    for path in list_pictures(folder):
+    for path in _pictures(folder):
         digits = re.search(r"(\d+)$", path.stem)
         if digits is None:
             raise UserError(f"{path} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
@@ -99,16 +93,16 @@ def number_pictures(folder: Path) -> tuple[int, list[Path]]:
     if not numbered:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
     first = min(numbered)
-    missing = [number for number in range(first, first + len(numbered)) if number not in numbered]
-    if missing:
+    numbers = range(first, first + len(numbered))
+    if missing := [number for number in numbers if number not in numbered]:
         raise UserError(f"{folder}: frame {missing[0]} has no picture; split the recording there")
-    return first, [numbered[number] for number in sorted(numbered)]
+    return first, [numbered[number] for number in numbers]
 
 
 def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
     """The inputs that a cell of the log names: none, one, or several letters; bound ones as they are bound.
 
-    Raises UserError for a long unknown word of which some letters are bound: a bound key is never left out.
+    A UserError for a long unknown word of which some letters are bound: a bound key is never left out.
     """
     name = "space" if cell == " " else cell.strip()
     if name in NOTHING:
@@ -128,24 +122,24 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
 def read_log(path: Path, fps: float) -> Iterator[tuple[str, str, int, bool]]:
     """File and line, key and frame of each row, and whether the rows of a frame add up.
 
-    Raises UserError where time and frame drift apart.
+    A UserError where time and frame drift apart.
     """
     start = before = None
-    adds_up = False
+    header = False
     with open_text(path) as text:
         for number, (where, cells) in enumerate(read_cells(path, text)):
             if number == 0 and [name.strip() for name in cells] == COLUMNS:
-                adds_up = True
+                header = True
                 continue
             if len(cells) != len(COLUMNS):
                 raise UserError(f"{where}: {len(cells)} cells; columns must be {','.join(COLUMNS)}")
             time, frame = (read_number(cells[i], f"{where}: {COLUMNS[i]}") for i in (1, 2))
-            start = start or (time, frame)
-            if frame != int(frame) or (before and (time < before[0] or frame < before[1])):
+            start, before = start or (time, frame), before or (time, frame)
+            if frame != int(frame) or time < before[0] or frame < before[1]:
                 raise UserError(f"{where}: times must ascend, and frames be whole numbers that ascend")
             before = time, frame
             drift = (time - start[0]) * fps - (frame - start[1])
             if abs(drift) > 1 + RATE_TOLERANCE * (frame - start[1]):  # keys of one frame may be logged at its two ends
                 apart = f"times and frames drift apart by {drift:+.1f} frames at {fps:g} fps"
                 raise UserError(f"{where}: {apart}; set game.fps, or split the recording")
-            yield where, cells[0], int(frame), adds_up
+            yield where, cells[0], int(frame), header

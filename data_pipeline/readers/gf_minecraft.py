@@ -15,16 +15,18 @@ file where it goes by that of a neighbour is refused. Keys have the names of tho
 space, left_shift, left_control. Minecraft's pitch grows downwards, here it grows upwards; its yaw grows to the right.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from configs import storage
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.logs import Row, read_json
-from data_pipeline.readers.recording import Format, Recording, cut_episodes, find_pairs, list_folders, open_video, say
+from data_pipeline.readers.recording import Format, cut_episodes, find_pairs, open_video, read_pair, say
 from data_pipeline.types import Actions, Episode
 
 DEG_PER_DELTA = 15.0
@@ -33,16 +35,13 @@ KEYS = [name for names in CHOICES.values() for name in names if name]
 SAME_DEG = 0.5  # a yaw that changes by this much more or less than its delta agrees with it
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
+def find_recordings(source: str | Path) -> dict[str, list[Path]]:
     """The pairs of `metadata/` and `video/` (or `videos/`) in `source`, by name."""
-    folders = {path.name: path for path in list_folders(source)}
-    videos = folders.get("video") or folders.get("videos")
-    if videos is None or "metadata" not in folders:
+    videos, other, metadata = (storage.path(source) / name for name in ("video", "videos", "metadata"))
+    videos = videos if videos.is_dir() else other
+    if not videos.is_dir() or not metadata.is_dir():
         raise UserError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    return find_pairs(videos, folders["metadata"], (".json",), read_recording)
-
-
-FORMAT = Format(find_recordings)
+    return find_pairs(videos, metadata, ".json")
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
@@ -65,42 +64,40 @@ def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[
     return cut_episodes(name, footage, Actions(keyboard, mouse[first:])[: footage.frames])
 
 
+FORMAT = Format(find_recordings, partial(read_pair, read_recording))
+
+
 def read_entries(log: Path) -> list[Row]:
     """The entries 0, 1, 2, ... of `actions`."""
-    found = read_json(log).get("actions")
-    if not isinstance(found, dict) or len(found) < 4:
-        raise UserError(f"{log} must hold actions, an object with the entries 0, 1, 2, 3, ...")
-    missing = [i for i in range(len(found)) if not isinstance(found.get(str(i)), dict)]
-    if missing:
-        raise UserError(f"{log} has {len(found)} entries, but no entry {missing[0]}")
-    return [Row(f"{log} entry {i}", found[str(i)]) for i in range(len(found))]
+    entries = read_json(log).get("actions")
+    entries = entries if isinstance(entries, dict) else {}
+    names = [str(i) for i in range(len(entries))]
+    if len(names) < 4 or not all(isinstance(entries.get(name), dict) for name in names):
+        raise UserError(f"{log} must hold actions, an object of objects 0, 1, 2, 3, ... of which none is left out")
+    return [Row(f"{log} entry {name}", entries[name]) for name in names]
 
 
-def _held(entry: Row) -> list[str]:
-    names = []
+def _held(entry: Row) -> Iterator[str]:
     for axis, choices in CHOICES.items():
         value = entry.number(axis)
         if value not in range(len(choices)):
             raise UserError(f"{entry.where}: {axis} must be 0 to {len(choices) - 1}, not {value:g}")
-        names.append(choices[int(value)])
-    return [name for name in names if name]
+        if value:
+            yield choices[int(value)]
 
 
 def check_poses(log: Path, entries: Sequence[Row], yaw_deg: np.ndarray) -> None:
-    """Raises UserError if the `yaw` of `entries` goes by the `yaw_deg` (n) of the entries before or after them."""
+    """A UserError if the `yaw` of `entries` changes by the `yaw_deg` (n) of the entries before or after them."""
     if any("yaw" not in entry.cells for entry in entries):
         return
-    turned = np.diff([entry.number("yaw") for entry in entries])
-    agreeing: dict[int, float] = {shift: _agreement(turned, yaw_deg, shift) for shift in (0, -1, 1)}
-    best = max(agreeing, key=lambda shift: agreeing[shift])
+    turned = np.diff([entry.number("yaw") for entry in entries], prepend=0.0)
+    turned[[0, 1, -1]] = 0.0  # what has no neighbour, and entry 0
+    turns = np.flatnonzero(np.abs(turned) > SAME_DEG)
+    if not len(turns):
+        return
+    off = {shift: (turned[turns] - yaw_deg[turns + shift] + 180) % 360 - 180 for shift in (0, -1, 1)}
+    agreeing = {shift: float(np.mean(np.abs(degrees) < SAME_DEG)) for shift, degrees in off.items()}
+    best = max(off, key=lambda shift: agreeing[shift])
     if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
         share, side = f"{agreeing[best]:.0%} of the turns", "before" if best < 0 else "after"
         raise UserError(f"{log}: the actions are shifted: yaw changes by the yaw_delta of the entry {side} in {share}")
-
-
-def _agreement(turned: np.ndarray, yaw_deg: np.ndarray, shift: int) -> float:
-    """The share of turns `turned` (n - 1), the i-th leads to entry i + 1, that are the delta `shift` entries later."""
-    places = np.arange(2, len(yaw_deg) - 1)  # without those that have no neighbour, and without entry 0
-    places = places[np.abs(turned[places - 1]) > SAME_DEG]
-    off = (turned[places - 1] - yaw_deg[places + shift] + 180) % 360 - 180
-    return float(np.mean(np.abs(off) < SAME_DEG)) if len(places) else 0.0

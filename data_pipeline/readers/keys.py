@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import numpy as np
 
@@ -34,9 +35,9 @@ class KeyMap:
     known: Collection[str] | None  # inputs that can be bound; None: any
 
     def spell(self, name: str, where: str) -> str:
-        """The input `name` as it is bound: by its own spelling, else in other case; as it is if it is not bound.
+        """The input `name` as it is bound, if need be in other case; as it is if it is not bound.
 
-        Raises UserError if it could be either of two, even where `others` are dropped.
+        A UserError if it could be either of two, even where `others` are dropped.
         """
         near = [] if name in self.places else _ignoring_case(name, self.places)
         if len({tuple(self.places[other]) for other in near}) > 1:
@@ -56,24 +57,21 @@ class KeyMap:
 
     def rows(self, names: Sequence[str], table: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
         """The keyboard vectors (n k) of a `table` (n c) of 0 and 1 with a column per input of `names`."""
+        bound = np.array([name in self.places for name in names], dtype=bool)
+        wrong = np.argwhere((table != 0) & (table != 1) & bound)
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            raise UserError(f"{where(row)}: {names[column]} is {table[row, column]:g}; a key must be 0 or 1")
         keyboard = np.zeros((len(table), len(self.game.action_space.keys)), dtype=np.float32)
-        for name, column in zip(names, table.T, strict=True):
-            used = np.flatnonzero(column != 0)
-            places = self.places.get(name, [])
-            if len(used) and not places:
-                self.row([name], where(int(used[0])))  # refuses it, unless others are dropped
-            wrong = used[column[used] != 1]
-            if places and len(wrong):
-                value = column[wrong[0]]
-                raise UserError(f"{where(int(wrong[0]))}: {name} is {value:g}; a key must be 0 or 1")
-            keyboard[used[:, None], places] = 1
+        for i, row in enumerate(table):
+            keyboard[i] = self.row(compress(names, row), where(i))
         return keyboard
 
 
 def bind_keys(game: GameConfig, known: Collection[str] | None = None) -> KeyMap:
     """The game's bindings; without any, a key is held by the input of its own name.
 
-    Raises UserError for an input that is not in `known`, which is what recordings of a format can hold.
+    A UserError for an input that is not in `known`, which is what recordings of a format can hold.
     """
     places: dict[str, list[int]] = {}
     for key, inputs in (game.inputs.keys or {key: (key,) for key in game.action_space.keys}).items():
@@ -104,8 +102,7 @@ def scale_mouse(game: GameConfig, moves: np.ndarray, where: Callable[[int], str]
 def mouse_rows(space: ActionSpace, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
     """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
 
-    Raises UserError for more than `MOST_DEG`, no number and what float32 cannot hold; `where` names a row's file and
-    place.
+    A UserError for more than `MOST_DEG`, no number and what float32 cannot hold; `where` names a row.
     """
     if not space.mouse:
         return np.zeros((len(degrees), 0), dtype=np.float32)

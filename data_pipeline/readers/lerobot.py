@@ -16,28 +16,20 @@ the dataset. Datasets of version 2 and those with pictures in the parquet files 
 
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from configs import build_from, storage
-from configs.errors import FileError, MissingFileError, UserError
+from configs import storage
+from configs.errors import MissingFileError, UserError
 from configs.foreign import inside, reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
-from data_pipeline.readers.logs import Row, check_frame_numbers, read_json, read_number
-from data_pipeline.readers.recording import (
-    Format,
-    Recording,
-    check_times,
-    import_extra,
-    list_files,
-    list_folders,
-    probe_footage,
-)
+from data_pipeline.readers.logs import Row, check_frame_numbers, read_facts, read_number
+from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, probe_footage, reading_extra
 from data_pipeline.types import Actions, Episode
 from data_pipeline.video import frame_times
 
@@ -59,119 +51,100 @@ class Info:
     video_path: str | None = None
 
 
-@dataclass(frozen=True)
-class Dataset:
+class Dataset(NamedTuple):
     """A folder in this format."""
 
     root: Path
     path: Path  # of info.json
     info: Info
-
-    @property
-    def action(self) -> str:
-        """The feature that is the action."""
-        features = self.info.features
-        found = [name for name in ACTIONS if name in features]
-        if not found:
-            raise UserError(f"{self.path} has no feature {' or '.join(ACTIONS)}, but {', '.join(features):.300}")
-        return found[0]
-
-    @property
-    def components(self) -> list[str]:
-        """The names of the action vector's components."""
-        feature = self.info.features[self.action]
-        names, shape = feature.get("names"), feature.get("shape")
-        if not isinstance(shape, list) or [type(part) for part in shape] != [int] or not 0 < shape[0] < COMPONENTS:
-            raise UserError(f"{self.path}: the feature {self.action} must be a vector, not of shape {shape!r:.80}")
-        with reading(self.path):
-            if isinstance(names, dict):  # {"motors": [...]} or {"w": 0, "a": 1, ...}
-                groups = [group for group in names.values() if isinstance(group, list)]
-                names = groups[0] if groups else [name for _, name in sorted((at, name) for name, at in names.items())]
-            names = [str(name) for name in names or range(shape[0])]
-        if len(names) != shape[0] or len(set(names)) != len(names):
-            given = ", ".join(names)
-            raise UserError(f"{self.path}: {self.action} has {shape[0]} components and the names {given:.200}")
-        return names
-
-    def camera(self, wanted: str | None) -> str:
-        """The feature that is the picture."""
-        features = self.info.features
-        cameras = [name for name in features if features[name].get("dtype") == "video"]
-        pictures = [name for name in features if features[name].get("dtype") == "image"]
-        if pictures and (wanted in pictures or not cameras):
-            raise UserError(f"{self.path}: {wanted or pictures[0]} has its pictures in the tables: {CONVERT_IMAGES}")
-        if wanted not in cameras and (wanted or len(cameras) != 1):
-            there = ", ".join(cameras) or "none"
-            raise UserError(f"{self.path}: choose a video by game.inputs.camera; there are: {there}")
-        return wanted or cameras[0]
+    action: str  # the feature that is the action
+    components: list[str]  # names of the action vector's
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
-    """The episodes of the dataset `source`, by number; the parquet files in `meta/episodes` are read."""
+def find_episodes(source: str | Path) -> dict[str, tuple[Dataset, Row]]:
+    """The dataset `source`, and what the parquet files in `meta/episodes` say of each episode."""
     dataset = read_info(storage.path(source))
-    episodes: dict[int, Row] = {}
-    for folder in list_folders(dataset.root / EPISODES):
-        for file in list_files(folder, ".parquet"):
-            for row in read_parquet(file, (EPISODE, "length", "data/", "videos/")):
-                if episodes.setdefault(row.count(EPISODE), row) is not row:
-                    raise UserError(f"{row.where} lists the {EPISODE} {row.count(EPISODE)} a second time")
+    episodes: dict[str, tuple[Dataset, Row]] = {}
+    for file in list_files(dataset.root / EPISODES, ".parquet", depth=1):
+        for row in read_parquet(file, (EPISODE, "length", "data/", "videos/")):
+            name = f"episode_{row.count(EPISODE):06d}"
+            if name in episodes:
+                raise UserError(f"{row.where} lists the {EPISODE} {row.count(EPISODE)} a second time")
+            episodes[name] = dataset, row
     if not episodes:
         raise UserError(f"{dataset.root / EPISODES} lists no episodes")
-    return [Recording(_name(index), partial(read_episode, dataset, episodes[index])) for index in sorted(episodes)]
-
-
-FORMAT = Format(find_recordings, scaled_mouse=True)
-
-
-def _name(index: int) -> str:
-    return f"episode_{index:06d}"
+    return episodes
 
 
 def read_info(root: Path) -> Dataset:
-    """What `meta/info.json` says."""
-    path, names = root / INFO, {field.name for field in fields(Info)}
-    values = {name: value for name, value in read_json(path).items() if name in names}
-    features = values.get("features")
-    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
-        raise UserError(f"{path}: features must be an object of objects, not {features!r:.80}")
-    info = build_from(Info, values, path)
+    path = root / INFO
+    info = read_facts(Info, path)
     if not info.codebase_version.startswith("v3."):
         raise UserError(f"{path} is of version {info.codebase_version:.20}; convert it, in place: {CONVERT}{root}")
-    return Dataset(root, path, info)
+    action = next((name for name in ACTIONS if name in info.features), None)
+    if action is None:
+        raise UserError(f"{path} has no feature {' or '.join(ACTIONS)}, but {', '.join(info.features):.300}")
+    names, shape = (info.features[action].get(part) for part in ("names", "shape"))
+    if not isinstance(shape, list) or [type(part) for part in shape] != [int] or not 0 < shape[0] < COMPONENTS:
+        raise UserError(f"{path}: the feature {action} must be a vector, not of shape {shape!r:.80}")
+    with reading(path):
+        if isinstance(names, dict):  # {"motors": [...]} or {"w": 0, "a": 1, ...}
+            groups = [group for group in names.values() if isinstance(group, list)]
+            names = groups[0] if groups else sorted(names, key=names.__getitem__)
+        names = [str(name) for name in names or range(shape[0])]
+    if len(names) != shape[0] or len(set(names)) != len(names):
+        raise UserError(f"{path}: {action} has {shape[0]} components and the names {', '.join(names):.200}")
+    return Dataset(root, path, info, action, names)
 
 
-def read_episode(dataset: Dataset, about: Row, game: GameConfig) -> list[Episode]:
-    """The one episode that the row `about` of `meta/episodes` describes."""
-    camera, index, action = dataset.camera(game.inputs.camera), about.count(EPISODE), dataset.action
+def choose_camera(dataset: Dataset, wanted: str | None) -> str:
+    """The feature that is the picture."""
+    kinds = {name: feature.get("dtype") for name, feature in dataset.info.features.items()}
+    cameras = [name for name, kind in kinds.items() if kind == "video"]
+    pictures = [name for name, kind in kinds.items() if kind == "image"]
+    if pictures and (wanted in pictures or not cameras):
+        raise UserError(f"{dataset.path}: {wanted or pictures[0]} has its pictures in the tables: {CONVERT_IMAGES}")
+    if wanted not in cameras and (wanted or len(cameras) != 1):
+        there = ", ".join(cameras) or "none"
+        raise UserError(f"{dataset.path}: choose a video by game.inputs.camera; there are: {there}")
+    return wanted or cameras[0]
+
+
+def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
+    """The one episode that a row of `meta/episodes` describes."""
+    dataset, about = found
+    camera, index = choose_camera(dataset, game.inputs.camera), about.count(EPISODE)
     table = fill_pattern(dataset, dataset.info.data_path, about, "data/")
     video = fill_pattern(dataset, dataset.info.video_path or "", about, f"videos/{camera}/", camera)
-    rows = read_parquet(table, (action, "timestamp", "frame_index"), index)
+    rows = read_parquet(table, (dataset.action, "timestamp", "frame_index"), index)
     if len(rows) != about.count("length"):
         raise UserError(f"{table}: episode {index} has {len(rows)} rows, {EPISODES} says {about.count('length')}")
     if not rows:
         return []
     check_frame_numbers(rows, "frame_index", first=0)
-    actions = read_actions(rows, action, dataset.components, game)
+    actions = read_actions(rows, dataset, game)
     begin = about.number(f"videos/{camera}/from_timestamp")
     shown = np.array([begin + row.number("timestamp") for row in rows])
     footage = replace(probe_footage(video), frames=len(rows))
     first = find_first(video, shown, game.fps)
     check_times(video, frame_times(video)[first : first + len(rows)], game)  # episodes may lie apart in it
-    return [Episode(_name(index), actions, footage, first, first + len(rows))]
+    return [Episode(name, actions, footage, first, first + len(rows))]
 
 
-def read_actions(rows: Sequence[Row], action: str, components: list[str], game: GameConfig) -> Actions:
-    """The vectors in the column `action` as the game's actions."""
-    axes = game.inputs.axes if game.action_space.mouse else ()
+FORMAT = Format(find_episodes, read_episode, scaled_mouse=True)
+
+
+def read_actions(rows: Sequence[Row], dataset: Dataset, game: GameConfig) -> Actions:
+    """The action vectors as the game's actions."""
+    axes, components = game.inputs.axes if game.action_space.mouse else (), dataset.components
     if len(axes) != 2 * game.action_space.mouse or not set(axes) <= set(components):
         there = ", ".join(components)
         raise UserError(f"game.inputs.axes must name the mouse's y and x of {there}, or set action_space.mouse=false")
     names = [name for name in components if name not in axes]
     keys = bind_keys(game, names)
-    table = np.array([_vector(row, action, len(components)) for row in rows], dtype=np.float64)
-    columns = dict(zip(components, table.T, strict=True))
-    held = np.array([columns[name] for name in names]).reshape(len(names), len(rows)).T
-    moves = np.array([columns[name] for name in axes]).T if axes else np.zeros((len(rows), 2))
+    table = np.array([_vector(row, dataset.action, len(components)) for row in rows], dtype=np.float64)
+    held, moves = (table[:, [components.index(name) for name in part]] for part in (names, axes))
+    moves = moves if axes else np.zeros((len(rows), 2))
     return Actions(keys.rows(names, held, lambda i: rows[i].where), scale_mouse(game, moves, lambda i: rows[i].where))
 
 
@@ -185,59 +158,42 @@ def _vector(row: Row, column: str, length: int) -> list[float]:
 def find_first(video: Path, shown: np.ndarray, fps: float) -> int:
     """The number of the frame at `shown[0]`, given when an episode's frames are shown, (n) seconds.
 
-    Raises UserError if one of them is not in the video at its time, within a quarter of a frame.
+    A UserError if one of them is not in the video at its time, within a quarter of a frame.
     """
     times = frame_times(video)
     first = int(np.argmin(np.abs(times - shown[0])))
     part = times[first : first + len(shown)]
-    found = np.pad(part, (0, len(shown) - len(part)), constant_values=np.inf)
-    wrong = np.flatnonzero(~(np.abs(found - shown) < 0.25 / fps))
-    if len(wrong):
-        i = int(wrong[0])
-        there = f"one at {found[i]:.3f} s" if np.isfinite(found[i]) else "none, the video is truncated"
+    wrong = np.flatnonzero(~(np.abs(part - shown[: len(part)]) < 0.25 / fps))
+    i = int(wrong[0]) if len(wrong) else len(part)
+    if i < len(shown):
+        there = f"one at {part[i]:.3f} s" if i < len(part) else "none, the video is truncated"
         raise UserError(f"{video}: frame {i} of the episode should be shown at {shown[i]:.3f} s, there is {there}")
     return first
 
 
 def fill_pattern(dataset: Dataset, pattern: str, about: Row, prefix: str, camera: str = "") -> Path:
-    """The file in the dataset that a pattern of info.json gives for an episode: the numbers in `about` and the video's
-    name are filled in."""
+    """The file that a pattern of info.json names once the numbers in `about` and the camera are filled in."""
     if re.search(r"[{}]", FIELD.sub("", pattern)):
         allowed = "{chunk_index:03d}, {file_index:03d} and {video_key}"
         raise UserError(f"{dataset.path}: the pattern {pattern!r:.200} may ask for {allowed} alone")
-
-    def fill(field: re.Match[str]) -> str:
-        return camera if field[3] else f"{about.count(prefix + field[1]):0{field[2] or 0}d}"
-
-    return inside(dataset.root, FIELD.sub(fill, pattern), dataset.path)
+    name = FIELD.sub(lambda m: camera if m[3] else f"{about.count(prefix + m[1]):0{m[2] or 0}d}", pattern)
+    return inside(dataset.root, name, dataset.path)
 
 
 def read_parquet(path: Path, columns: Sequence[str], episode: int | None = None) -> list[Row]:
-    """The rows of a parquet file, or those of one `episode`: `columns`, and all that begin with those that end in a
-    slash."""
+    """The rows of a parquet file, or those of one `episode`: `columns`, where `a/` is all that begin with it."""
     arrow, compute = import_extra("pyarrow"), import_extra("pyarrow.compute")
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
-    with reading(path):
-        try:
-            if episode is None:
-                return [Row(f"{path} row {i}", row) for i, row in enumerate(_read_table(path, columns).to_pylist())]
-            table = _kept_table(path, (*columns, EPISODE), storage.version(path))
-            kept = table.filter(compute.equal(table[EPISODE], episode)).to_pylist()
-            return [Row(f"{path} episode {episode} frame {i}", row) for i, row in enumerate(kept)]
-        except FileError:  # a server that refuses, not a damaged file
-            raise
-        except (OSError, arrow.ArrowException) as error:
-            said = " ".join(str(error).split())[:200]
-            raise UserError(f"cannot read {path} ({said}); it is truncated or no parquet file") from error
+    with reading_extra(path, "parquet file", OSError, arrow.ArrowException):
+        table, what = _read_table(path, (*columns, EPISODE), storage.version(path)), "row"
+        if episode is not None:
+            table, what = table.filter(compute.equal(table[EPISODE], episode)), f"episode {episode} frame"
+        return [Row(f"{path} {what} {i}", row) for i, row in enumerate(table.to_pylist())]
 
 
 @lru_cache(maxsize=2)  # many episodes share a file
-def _kept_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
-    return _read_table(path, columns)
-
-
-def _read_table(path: Path, columns: Sequence[str]) -> Any:
+def _read_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
     parquet = import_extra("pyarrow.parquet")
     with storage.open(path) as file:
         table = parquet.ParquetFile(file)

@@ -3,23 +3,23 @@
 import csv
 import io
 import math
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 
-from configs import storage
+from configs import build_from, storage
 from configs.errors import MissingFileError, UserError
 from configs.foreign import parse_object, reading
 from data_pipeline.types import Footage
 
+T = TypeVar("T")
 LARGEST = float(np.finfo(np.float32).max)  # rows of actions are float32
-LOG_BYTES = 1 << 29  # a larger log is none
-DOWN = {"true": 1.0, "false": 0.0}
+LOG_BYTES, EVENT_BYTES = 1 << 29, 1 << 36  # a larger log is none; of events: days of a mouse
 
 
 class Row(NamedTuple):
@@ -46,11 +46,13 @@ class Row(NamedTuple):
     def down(self, column: str) -> bool:
         """Whether the key of this column is held."""
         value = self.cell(column)
-        number = float(value) if isinstance(value, bool) else DOWN.get(str(value).strip().casefold())
-        number = self.number(column) if number is None else number
+        text = str(value).strip().casefold()
+        if text in ("true", "false"):
+            return text == "true"
+        number = self.number(column)
         if number not in (0, 1):
             raise UserError(f"{self.where}: {column} is {value!r:.80}; a key must be 0, 1, true or false")
-        return bool(number)
+        return number == 1
 
 
 @contextmanager
@@ -75,6 +77,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_object(read_text(path), path)
 
 
+def read_facts(cls: type[T], path: Path) -> T:
+    """The dataclass `cls` from the object in a JSON file, which may hold more."""
+    names = [field.name for field in fields(cast(Any, cls))]
+    return build_from(cls, {name: value for name, value in read_json(path).items() if name in names}, path)
+
+
 def read_rows(log: Path, most_bytes: int = LOG_BYTES) -> Iterator[Row]:
     """The rows of a .csv with a header, or of a .jsonl; empty lines are left out."""
     with open_text(log, most_bytes) as text:
@@ -90,8 +98,7 @@ def read_rows(log: Path, most_bytes: int = LOG_BYTES) -> Iterator[Row]:
 def _named_cells(log: Path, text: io.TextIOWrapper) -> Iterator[Row]:
     lines = read_cells(log, text)
     header = [name.strip() for name in next(lines, ("", []))[1]]
-    twice = [name for name, count in Counter(header).items() if name and count > 1]
-    if twice:
+    if twice := [name for name in header if name and header.count(name) > 1]:
         raise UserError(f"{log} has two columns {twice[0]!r:.80}")
     for where, cells in lines:
         if len(cells) != len(header):
@@ -119,13 +126,13 @@ def read_frame_rows(log: Path, footage: Footage, spare: int = 0) -> list[Row]:
 
 
 def check_row_count(log: Path, rows: int, footage: Footage, spare: int = 0) -> None:
-    """Raises UserError if a log has not one row per frame: then it is unknown which row belongs to which frame."""
+    """A UserError if a log has not one row per frame: then it is unknown which row belongs to which frame."""
     if not rows or not footage.frames - spare <= rows <= footage.frames:
         raise UserError(f"{log} has {rows} rows, {footage.path} has {footage.frames} frames; give each frame a row")
 
 
 def check_frame_numbers(rows: Sequence[Row], column: str, first: float | None = None) -> None:
-    """Raises UserError unless `column` counts up by one, from `first` or wherever it begins."""
+    """A UserError unless `column` counts up by one, from `first` or wherever it begins."""
     for i, row in enumerate(rows):
         number = row.number(column)
         first = number if first is None else first

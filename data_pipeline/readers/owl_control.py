@@ -11,6 +11,7 @@ The video's first frame is at `VIDEO_START`. Without one it is taken to be at `S
 published recording: `game.inputs.offset_s` mends that. How events become frames: event_rows.py.
 """
 
+import operator
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -18,36 +19,21 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.foreign import parse_json
+from configs.foreign import parse_json, reading
 from configs.game import GameConfig
-from data_pipeline.readers.event_rows import EVENT_BYTES, Event, Kind, cut_by_log, open_screen, sort_events
+from data_pipeline.readers.event_rows import Event, Kind, cut_by_log, sort_events
 from data_pipeline.readers.keys import bind_keys
-from data_pipeline.readers.logs import open_text, read_number
-from data_pipeline.readers.recording import (
-    VIDEOS,
-    Format,
-    Recording,
-    find_folders,
-    list_files,
-    list_names,
-    read_pair,
-    say,
-)
+from data_pipeline.readers.logs import EVENT_BYTES, open_text, read_number
+from data_pipeline.readers.recording import Format, find_pairs_or_folders, list_names, read_pair, say
 from data_pipeline.types import Episode
 
 LOG, COLUMNS = "inputs.csv", ["timestamp", "event_type", "event_args"]
 # Empty files with which the recorder and its server mark a recording that is not to be used.
 MARKS = (".invalid", ".server_invalid")
 KINDS: dict[str, Kind] = {
-    "START": "begin",
-    "END": "end",
-    "VIDEO_START": "start",
-    "VIDEO_END": "stop",
-    "HOOK_START": "hook",
-    "UNFOCUS": "pause",
-    "FOCUS": "resume",
-    "REFOCUS": "resume",
-}
+    "START": "begin", "END": "end", "VIDEO_START": "start", "VIDEO_END": "stop", "HOOK_START": "hook",
+    "UNFOCUS": "pause", "FOCUS": "resume", "REFOCUS": "resume",
+}  # fmt: skip
 KIND = re.compile(r"[A-Za-z]\w*", re.ASCII)
 BUTTONS = {1: "mouse_left", 2: "mouse_right", 4: "mouse_middle", 5: "mouse_4", 6: "mouse_5"}
 # https://learn.microsoft.com/windows/win32/inputdev/virtual-key-codes; a key that says no side is the left one.
@@ -65,33 +51,34 @@ KEYS = {
     **{0x70 + i: f"f{i + 1}" for i in range(24)},
     **{int(code, 16): name for code, name in re.findall(r"(\w\w) (\w+)", NAMED)},
 }
-CODE = "code_{}"  # one without a name
+NAMES = {"KEYBOARD": KEYS, "MOUSE_BUTTON": BUTTONS}
+PARTS = {"KEYBOARD": "keyboard", "MOUSE_BUTTON": "mouse"}  # of what is held at the start
+PRESSED: dict[Any, Kind] = {True: "press", False: "release"}
+CODE = "code_{}"  # of a key or button without a name
 INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in range(256) if i not in KEYS)))
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
-    """The folders with a video or an `inputs.csv` directly in `source`; `source` itself if it has the latter.
+def find_recordings(source: str | Path) -> dict[str, list[Path]]:
+    """The folders with a video or an `inputs.csv` directly in `source`, or `source` itself if it has both.
 
     Those that the recorder or its server marked as invalid are left out.
     """
-    folders = find_folders(source, f"a video and {LOG}", lambda folder: bool(list_files(folder, *VIDEOS)), log=LOG)
-    invalid = [folder for folder in folders if any(path.name.endswith(MARKS) for path in (folder, *folder.iterdir()))]
+    found = find_pairs_or_folders(source, f"/{LOG}")
+    folders = {name: files[0].parent for name, files in found.items()}
+    invalid = [
+        name for name, folder in folders.items() if any(p.name.endswith(MARKS) for p in (folder, *folder.iterdir()))
+    ]
     if invalid:
-        say(f"{source}: left out {list_names([folder.name for folder in invalid])}: marked by the recorder as invalid")
-    folders = [folder for folder in folders if folder not in invalid]
-    if not folders:
+        say(f"{source}: left out {list_names(invalid)}: marked by the recorder as invalid")
+    if len(invalid) == len(found):
         raise UserError(f"{source} holds no recordings but those that are marked as invalid")
-    files = {folder.name: [*list_files(folder, *VIDEOS), folder / LOG] for folder in folders}
-    return [Recording(name, partial(read_pair, name, files[name], read_recording)) for name in files]
-
-
-FORMAT = Format(find_recordings, scaled_mouse=True)
+    return {name: files for name, files in found.items() if name not in invalid}
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes between losses of focus and gaps of the video."""
-    keys, screen = bind_keys(game, INPUTS), open_screen(video, game)
-    events = sort_events(log, read_events(log, game.action_space.mouse), screen, game)
+    keys = bind_keys(game, INPUTS)
+    events = sort_events(video, log, read_events(log, game.action_space.mouse), game)
     start, stop = events.first("start", "begin"), events.first("stop", "end")
     if start is None or stop is None:
         missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
@@ -99,7 +86,10 @@ def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[
     if start.kind == "begin" and not game.inputs.offset_s:
         taken = "the video is taken to begin at START, which may be some frames off"
         say(f"{log} has no VIDEO_START: {taken}; let the doctor measure it and set game.inputs.offset_s")
-    return cut_by_log(name, screen, start.time, events, keys)
+    return cut_by_log(name, events, start.time, keys)
+
+
+FORMAT = Format(find_recordings, partial(read_pair, read_recording), scaled_mouse=True)
 
 
 def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
@@ -117,50 +107,35 @@ def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
             time, kind = (cell.strip('" ') for cell in cells[:2])
             if not KIND.fullmatch(kind):  # it may have been a kind that counts
                 raise UserError(f"{where} is damaged: event_type is {kind[:80]!r}")
-            if kind in KINDS or kind in ("KEYBOARD", "MOUSE_BUTTON") or (kind == "MOUSE_MOVE" and mouse):
-                yield from _events(read_number(time, f"{where}: timestamp"), where, kind, cells[2])
+            if kind in KINDS or kind in NAMES or (kind == "MOUSE_MOVE" and mouse):
+                with reading(where, f"the arguments of {kind} are {cells[2]:.80}"):
+                    yield from _events(read_number(time, f"{where}: timestamp"), where, kind, cells[2])
 
 
 def _events(time: float, where: str, kind: str, args: str) -> Iterator[Event]:
-    """What one row says."""
     if kind in KINDS:
         yield Event(time, where, KINDS[kind])
-        for name in _held(_parse(args, where), where) if kind == "START" else []:
-            yield Event(time, where, "press", name)
-        return
-    pair, is_move = _parse(args, where), kind == "MOUSE_MOVE"
-    if not isinstance(pair, list) or len(pair) != 2:
-        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not two")
-    if is_move:
-        yield Event(time, where, "move", [read_number(part, f"{where}: {kind}") for part in pair])
-        return
-    code, pressed = pair
-    if type(code) is not int or pressed not in (0, 1):
-        raise UserError(f"{where}: {kind} has the arguments {str(pair)[:80]}, not a code and whether it is pressed")
-    names = KEYS if kind == "KEYBOARD" else BUTTONS
-    yield Event(time, where, "press" if pressed else "release", names.get(code, CODE.format(code)))
+    if kind == "START":  # versions 1.0 do not say what is held then
+        start = _parse(args, where)
+        inputs = start.get("inputs", start) if isinstance(start, dict) else {}
+        held = [(type_, code) for type_, part in PARTS.items() for code in inputs.get(part, [])]
+        yield from (Event(time, where, "press", _name(type_, code)) for type_, code in held)
+    elif kind == "MOUSE_MOVE":
+        dx, dy = (read_number(part, f"{where}: {kind}") for part in _parse(args, where))
+        yield Event(time, where, "move", (dx, dy))
+    elif kind in NAMES:
+        code, pressed = _parse(args, where)
+        yield Event(time, where, PRESSED[pressed], _name(kind, code))
 
 
-def _held(args: Any, where: str) -> list[str]:
-    """The keys and buttons that are held when the log begins; versions 1.0 say nothing about them."""
-    inputs = args.get("inputs", args) if isinstance(args, dict) else {}
-    names = []
-    for kind, named in (("keyboard", KEYS), ("mouse", BUTTONS)):
-        codes = inputs.get(kind, []) if isinstance(inputs, dict) else None
-        if not isinstance(codes, list) or not all(type(code) is int for code in codes):
-            raise UserError(f"{where}: START has the arguments {str(args)[:80]}; keyboard and mouse hold numbers")
-        names += [named.get(code, CODE.format(code)) for code in codes]
-    return names
+def _name(kind: str, code: Any) -> str:
+    return NAMES[kind].get(operator.index(code), CODE.format(code))
 
 
 def _parse(args: str, where: str) -> Any:
     """A row's arguments: JSON, quoted or not, the quotes within doubled or not."""
-    text = args.strip()
-    if len(text) > 1 and text[0] == text[-1] == '"':
-        text = text[1:-1]
+    text = args.strip().strip('"') or "null"
     try:
-        return parse_json(text or "null", where)
-    except ValueError:
-        if '""' not in text:
-            raise
+        return parse_json(text, where)
+    except UserError:
         return parse_json(text.replace('""', '"'), where)

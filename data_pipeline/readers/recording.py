@@ -5,7 +5,8 @@ import os
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configs import storage
-from configs.errors import MissingFileError, UserError
+from configs.errors import FileError, MissingFileError, UserError, one_line
+from configs.foreign import reading
 from configs.game import GameConfig
 from data_pipeline.types import Actions, Episode, Footage
 from data_pipeline.video import frame_times, probe, read_frames
@@ -40,14 +42,16 @@ class Recording(NamedTuple):
 
     name: str
     read: Callable[[GameConfig], Sequence[Episode]]  # reads its actions; frames only when asked for
-    session: str | None = None  # recordings of one session are parts of one play, and held out together
+    session: str  # recordings of one session are parts of one play, and held out together
 
 
 class Format(NamedTuple):
     """What the module of a recording format declares, as its FORMAT."""
 
-    find: Callable[[str | Path], list[Recording]]  # the recordings in a source, by name; little is read of them yet
+    find: Callable[[str | Path], Mapping[str, Any]]  # the recordings in a source by name: what `read` needs of each
+    read: Callable[[str, Any, GameConfig], Sequence[Episode]]  # from a recording's name and what was found
     scaled_mouse: bool = False  # its mouse counts in units whose degrees only the game's YAML says
+    session: re.Pattern[str] | None = None  # its group in a recording's name is the session's name
 
 
 ReadPair = Callable[[str, Path, Path, GameConfig], Sequence[Episode]]  # name, video and log
@@ -60,10 +64,7 @@ def say(line: str) -> None:
 
 
 def open_video(video: Path, game: GameConfig) -> Footage:
-    """The pictures of a video that are paired with rows by their number.
-
-    Raises UserError for another rate than the game's and for uneven times.
-    """
+    """The pictures of a video that are paired with rows by their number. Its times are checked as by `check_times`."""
     footage = probe_footage(video)
     check_times(video, frame_times(video), game)
     return footage
@@ -76,15 +77,17 @@ def probe_footage(video: Path) -> Footage:
 
 
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
-    """Raises UserError for another rate than the game's, unless frames are taken by their times."""
+    """A UserError for another rate than the game's, unless frames are taken by their times."""
     if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
         fix = "set game.fps, or game.inputs.fps to leave frames out"
         raise UserError(f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; {fix}")
 
 
 def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
-    """Raises UserError unless frames that are shown at `times` (n) come evenly and at the game's rate, or are taken by
-    their times. The rate in a header is not used: it counts how long the last frame stays."""
+    """A UserError unless frames shown at `times` (n) come evenly and at the game's rate, or are taken by their times.
+
+    The rate in a header is not used: it counts how long the last frame stays.
+    """
     if game.inputs.times != "even" or len(times) < 2:
         return
     frames, lasts = np.arange(len(times)), float(np.ptp(times))
@@ -102,13 +105,17 @@ def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
 
 
 def cut_episodes(
-    name: str, footage: Footage, actions: Actions, spans: Sequence[tuple[int, int]] | None = None
+    name: str, footage: Footage, actions: Actions, keep: np.ndarray | None = None, jumps: np.ndarray | None = None
 ) -> list[Episode]:
-    """One episode per span of frames (first, one past the last); without `spans` one of all that have an action.
+    """One episode per run of frames to `keep` (n) bool, by default of all that have an action.
 
-    Where a recording was cut, an episode is called `<name>-f<its first frame, six digits>`.
+    Where `jumps` (n) bool is true, a frame does not follow the one before it, and another run begins. Where a recording
+    was cut, an episode is called `<name>-f<its first frame, six digits>`.
     """
-    spans = [(0, len(actions))] if spans is None else spans
+    keep = np.ones(len(actions), dtype=bool) if keep is None else keep
+    cuts = keep[1:] != keep[:-1] if jumps is None else (keep[1:] != keep[:-1]) | jumps[1:]
+    runs = np.split(np.arange(len(keep)), np.flatnonzero(cuts) + 1)
+    spans = [(int(run[0]), int(run[-1]) + 1) for run in runs if keep[run].any()]
     whole = len(spans) == 1 and spans[0][0] == 0
     return [
         Episode(name if whole else f"{name}-f{first:06d}", actions[first:stop], footage, first, stop)
@@ -121,42 +128,35 @@ def recording_of(episode: str) -> str:
     return re.sub(r"-f\d{6,}$", "", episode)
 
 
-def find_spans(keep: np.ndarray, jumps: np.ndarray) -> list[tuple[int, int]]:
-    """First and one past the last index of each run of frames to `keep` (n) bool.
-
-    Where `jumps` (n) bool is true, a frame does not follow the one before it, and another run begins.
-    """
-    begins = keep & (~np.roll(keep, 1) | jumps)
-    ends = keep & (~np.roll(keep, -1) | np.roll(jumps, -1))
-    begins[:1], ends[-1:] = keep[:1], keep[-1:]
-    return list(zip(np.flatnonzero(begins).tolist(), (np.flatnonzero(ends) + 1).tolist(), strict=True))
+def find_pairs(videos: Path, logs: Path, suffix: str) -> dict[str, list[Path]]:
+    """The videos in `videos` and the logs in `logs` by their names without suffix, for `read_pair`."""
+    files = [*list_files(videos, *VIDEOS), *list_files(logs, suffix)]
+    if not files:
+        raise UserError(f"{videos} holds no videos with a {suffix} each")
+    return _by_stem(files)
 
 
-def find_pairs(videos: Path, logs: Path, suffixes: tuple[str, ...], read: ReadPair) -> list[Recording]:
-    """Each video in `videos` with the log of its name in `logs`, by name; one without the other cannot be read."""
-    by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in [*list_files(videos, *VIDEOS), *list_files(logs, *suffixes)]:
-        by_name[path.stem].append(path)
-    if not by_name:
-        raise UserError(f"{videos} holds no videos with a {' or '.join(suffixes)} each")
-    return [Recording(name, partial(read_pair, name, files, read)) for name, files in sorted(by_name.items())]
+def find_pairs_or_folders(source: str | Path, *logs: str) -> dict[str, list[Path]]:
+    """The videos and `logs` in `source` by name; or those of each folder in it, or of itself, if it has one of each."""
+    logs = logs or (".csv", ".jsonl")
+    files = list_files(source, *VIDEOS, *logs)
+    if len({path.name.lower().endswith(VIDEOS) for path in files}) < 2:  # a table beside folders may list them
+        what = f"a video and a {' or '.join(logs).replace('/', '')}"
+        folders = find_folders(source, what, lambda folder: list_files(folder, *VIDEOS, *logs))
+        return {name: list_files(folder, *VIDEOS, *logs) for name, folder in folders.items()}
+    if len(files) == 2 and files[0].stem != files[1].stem:
+        return {storage.path(source).name: files}
+    return _by_stem(files)
 
 
-def find_pairs_or_folders(source: str | Path, suffixes: tuple[str, ...], read: ReadPair) -> list[Recording]:
-    """The videos in `source` with the log of their name; or the folders in it, or itself, with one of each."""
-    source = storage.path(source)
-    files = list_files(source, *VIDEOS, *suffixes)
-    if not any(path.name.lower().endswith(VIDEOS) for path in files):
-        files = []  # a table beside folders may list them
-    if len(files) > 2 or len({path.stem for path in files}) == 1:
-        return find_pairs(source, source, suffixes, read)
-    what = f"a video and a {' or '.join(suffixes)}"
-    folders = [source] if files else find_folders(source, what, lambda one: bool(list_files(one, *VIDEOS, *suffixes)))
-    held = {folder.name: list_files(folder, *VIDEOS, *suffixes) for folder in folders}
-    return [Recording(name, partial(read_pair, name, held[name], read)) for name in held]
+def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
+    by_stem: dict[str, list[Path]] = defaultdict(list)
+    for path in files:
+        by_stem[path.stem].append(path)
+    return by_stem
 
 
-def read_pair(name: str, files: Sequence[Path], read: ReadPair, game: GameConfig) -> Sequence[Episode]:
+def read_pair(read: ReadPair, name: str, files: Sequence[Path], game: GameConfig) -> Sequence[Episode]:
     """The episodes of a recording that must be one video and one log."""
     videos = [path for path in files if path.name.lower().endswith(VIDEOS)]
     logs = [path for path in files if path not in videos]
@@ -166,19 +166,13 @@ def read_pair(name: str, files: Sequence[Path], read: ReadPair, game: GameConfig
     return read(name, videos[0], logs[0], game)
 
 
-def find_folders(source: str | Path, what: str, holds: Callable[[Path], bool], log: str = "") -> list[Path]:
-    """The folders directly in `source` that hold `what`, by name; what else lies there is named on stderr.
-
-    With the name of a `log`, also those that have just that file; or `source` alone, if it has one.
-    """
+def find_folders(source: str | Path, what: str, holds: Callable[[Path], Any]) -> dict[str, Path]:
+    """The folders directly in `source` that hold `what`, by name; what else lies there is named on stderr."""
     listed = _list_all(source)
-    if log and (storage.path(source) / log).is_file():
-        return [storage.path(source)]
-    folders = [path for path in listed if not path.name.startswith(".") and path.is_dir()]
-    found = [path for path in folders if (log and (path / log).is_file()) or holds(path)]
+    found = {path.name: path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)}
     if not found:
         raise UserError(f"{source} holds no folders with {what}")
-    others = [path.name for path in listed if path not in found and path.name != ".lock"]  # `record` makes it
+    others = [path.name for path in listed if path.name not in found and path.name != ".lock"]  # `record` makes it
     if others and os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{source}: left out, as they are no folders with {what}: {list_names(others)}")
     return found
@@ -191,15 +185,15 @@ def list_names(names: Sequence[str]) -> str:
     return shown + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
-def list_folders(source: str | Path) -> list[Path]:
-    """The folders directly in `source`, by name. Names that begin with a dot are unfinished ones or the system's."""
-    return [path for path in _list_all(source) if not path.name.startswith(".") and path.is_dir()]
+def list_files(source: str | Path, *endings: str, depth: int = 0) -> list[Path]:
+    """The files in `source`, and in its folders `depth` deep, whose `/name` in lower case has one of `endings`.
 
-
-def list_files(source: str | Path, *suffixes: str) -> list[Path]:
-    """The files directly in `source` whose names end in one of `suffixes`, by name; none that begin with a dot."""
-    named = [path for path in _list_all(source) if path.name.lower().endswith(suffixes)]
-    return [path for path in named if not path.name.startswith(".") and path.is_file()]
+    Names that begin with a dot are unfinished ones or the system's.
+    """
+    paths = [path for path in _list_all(source) if not path.name.startswith(".")]
+    files = [path for path in paths if f"/{path.name.lower()}".endswith(endings) and path.is_file()]
+    folders = [path for path in paths if path.is_dir()] if depth else []
+    return files + [file for folder in folders for file in list_files(folder, *endings, depth=depth - 1)]
 
 
 def _list_all(source: str | Path) -> list[Path]:
@@ -210,9 +204,21 @@ def _list_all(source: str | Path) -> list[Path]:
 
 
 def import_extra(module: str) -> Any:
-    """An optional package; raises UserError with what to install."""
+    """An optional package; a UserError says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
         raise UserError(f"these recordings need {package}: pip install 'worldloom[readers]'") from error
+
+
+@contextmanager
+def reading_extra(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+    """As `reading`, with a package that raises `errors` for damaged files of its `kind`."""
+    with reading(path):
+        try:
+            yield
+        except FileError:  # a server that refuses, not a damaged file
+            raise
+        except errors as error:
+            raise UserError(f"cannot read {path} ({one_line(error)[:200]}); it is truncated or no {kind}") from error

@@ -22,7 +22,7 @@ from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
 from data_pipeline.readers.logs import Row, check_frame_numbers, read_frame_rows
-from data_pipeline.readers.recording import Format, cut_episodes, find_pairs_or_folders, open_video
+from data_pipeline.readers.recording import Format, cut_episodes, find_pairs_or_folders, open_video, read_pair
 from data_pipeline.types import Actions, Episode
 
 ROLES = ("keys", "dx", "dy", "frame")
@@ -32,9 +32,8 @@ WORD = re.compile(r"""[^\s,;+|"'\[\]]+""")  # of a text that lists keys
 def read_table(name: str, video: Path, table: Path, game: GameConfig) -> list[Episode]:
     """The one episode of a video and its table."""
     columns = game.inputs.columns
-    unknown = [role for role in columns if role not in ROLES]
-    if unknown:
-        raise UserError(f"game.inputs.columns has no {unknown[0]!r} in tables; there are {', '.join(ROLES)}")
+    if unknown := columns.keys() - {*ROLES}:
+        raise UserError(f"game.inputs.columns has no {min(unknown)!r} in tables; there are {', '.join(ROLES)}")
     footage = open_video(video, game)
     rows = read_frame_rows(table, footage)
     if "frame" in columns:
@@ -48,14 +47,13 @@ def read_table(name: str, video: Path, table: Path, game: GameConfig) -> list[Ep
     return cut_episodes(name, footage, actions)
 
 
-FORMAT = Format(partial(find_pairs_or_folders, suffixes=(".csv", ".jsonl"), read=read_table), scaled_mouse=True)
-
-
 def _listed(row: Row, column: str) -> list[str]:
-    """The keys that a cell lists."""
     value = row.cell(column)
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         return value
     if value is not None and not isinstance(value, str):
         raise UserError(f"{row.where}: {column} is {value!r:.80}; it must list the names of keys")
     return WORD.findall(value or "")
+
+
+FORMAT = Format(find_pairs_or_folders, partial(read_pair, read_table), scaled_mouse=True)

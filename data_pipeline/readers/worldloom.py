@@ -9,33 +9,25 @@ the view turns during the frame's interval (pitch > 0 up, yaw > 0 right). Row i 
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from configs import build, build_from, storage, to_dict
+from configs import build, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import write_text
 from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import mouse_rows
-from data_pipeline.readers.logs import check_frame_numbers, read_frame_rows, read_json, read_rows
-from data_pipeline.readers.recording import (
-    VIDEOS,
-    Format,
-    Recording,
-    cut_episodes,
-    find_folders,
-    list_files,
-    list_names,
-    open_video,
-)
+from data_pipeline.readers.logs import check_frame_numbers, read_facts, read_frame_rows, read_rows
+from data_pipeline.readers.recording import VIDEOS, Format, cut_episodes, find_folders, list_files, open_video
 from data_pipeline.types import Actions, Episode, Footage
 from data_pipeline.video import write_video
 
 VIDEO, ACTIONS, ABOUT = "video.mp4", "actions.csv", "episode.json"
+# What each file of an episode may be called, as `list_files` has it.
+FILES = {VIDEO: [f"/video{suffix}" for suffix in VIDEOS], ACTIONS: [f"/{ACTIONS}"], ABOUT: [f"/{ABOUT}"]}
 MOUSE_COLUMNS = ("pitch_deg", "yaw_deg")
 
 
@@ -50,61 +42,49 @@ class About:
     action_space: ActionSpace
 
 
-def find_recordings(source: str | Path) -> list[Recording]:
-    """The recordings directly in `source`, by name; each is one episode."""
-    return [Recording(folder.name, partial(_read_folder, folder)) for folder in find_episodes(source)]
-
-
-FORMAT = Format(find_recordings)
-
-
-def _read_folder(folder: Path, game: GameConfig) -> list[Episode]:
-    return [read_episode(folder, game)]
-
-
-def find_episodes(source: str | Path) -> list[Path]:
+def find_episodes(source: str | Path) -> dict[str, Path]:
     """The episode folders directly in `source`, by name: those with any of the files, even if others are missing."""
-    return find_folders(source, f"{VIDEO}, {ACTIONS} and {ABOUT}", lambda folder: any(_find_files(folder).values()))
+    return find_folders(source, ", ".join(FILES), _list)
 
 
-def _find_files(folder: Path) -> dict[str, list[Path]]:
-    """The files in `folder` that can be its video, actions and description, whatever the case of their letters."""
-    files = list_files(folder, *VIDEOS, ".csv", ".json")
-    videos = [path for path in files if path.stem.lower() == Path(VIDEO).stem and path.suffix.lower() in VIDEOS]
-    return {VIDEO: videos} | {name: [path for path in files if path.name.lower() == name] for name in (ACTIONS, ABOUT)}
+def _list(folder: Path) -> list[Path]:
+    return list_files(folder, *(name for names in FILES.values() for name in names))
 
 
-def _only(folder: Path, name: str, found: Sequence[Path]) -> Path:
-    if len(found) > 1:
-        raise UserError(f"{folder} holds {' and '.join(path.name for path in found)}; leave the one that is its {name}")
-    return found[0] if found else folder / name
+def _only(folder: Path, files: Sequence[Path], name: str) -> Path:
+    paths = [path for path in files if f"/{path.name.lower()}" in FILES[name]]
+    if len(paths) > 1:
+        raise UserError(f"{folder} holds {' and '.join(path.name for path in paths)}; leave the one that is its {name}")
+    return paths[0] if paths else folder / name
 
 
 def read_episode(folder: str | Path, game: GameConfig) -> Episode:
     """The episode in `folder`, its actions in the units of the game's action space."""
     folder = storage.path(folder)
-    video, table, about = (_only(folder, name, found) for name, found in _find_files(folder).items())
-    said, footage = read_about(about, game), open_video(video, game)
+    files = _list(folder)
+    video, table, path = (_only(folder, files, name) for name in FILES)
+    about, footage = read_about(path, game), open_video(video, game)
     # Of pictures that are turned or stretched, some recorders write the stored size and some the one that is shown.
     for name in ("frames",) if footage.changes else ("frames", "height", "width"):
-        if getattr(said, name) != getattr(footage, name):
-            raise UserError(f"{about} says {name} {getattr(said, name)}, {video} has {getattr(footage, name)}")
+        if getattr(about, name) != getattr(footage, name):
+            raise UserError(f"{path} says {name} {getattr(about, name)}, {video} has {getattr(footage, name)}")
     (episode,) = cut_episodes(folder.name, footage, read_actions(table, game.action_space, footage))
     return episode
+
+
+FORMAT = Format(find_episodes, lambda name, folder, game: [read_episode(folder, game)])
 
 
 def read_about(path: Path, game: GameConfig) -> About:
     """`episode.json`, checked against the game's fps and action space."""
     if not path.is_file():
-        raise MissingFileError(f"no {path}; every episode folder needs {VIDEO}, {ACTIONS} and {ABOUT}")
-    names = {field.name for field in fields(About)}
-    about = build_from(About, {name: value for name, value in read_json(path).items() if name in names}, path)
+        raise MissingFileError(f"no {path}; every episode folder needs {', '.join(FILES)}")
+    about = read_facts(About, path)
     if about.fps != game.fps:
         raise UserError(f"{path} says {about.fps} fps, the game {game.name!r} has {game.fps}; set game.fps or resample")
-    space = about.action_space
-    if space.hash != game.action_space.hash:
-        wanted = game.action_space.describe()
-        raise UserError(f"{path} has the action space {space.describe()}, the game {game.name!r} has {wanted}")
+    if about.action_space.hash != game.action_space.hash:
+        given, wanted = about.action_space.describe(), game.action_space.describe()
+        raise UserError(f"{path} has the action space {given}, the game {game.name!r} has {wanted}")
     return about
 
 
@@ -115,10 +95,10 @@ def read_actions(path: str | Path, space: ActionSpace, footage: Footage | None =
     if not rows:
         raise UserError(f"{path} has no rows")
     columns = ["frame", *space.keys, *(MOUSE_COLUMNS if space.mouse else ())]
-    missing = list_names([name for name in columns if name not in rows[0].cells])
-    unknown = list_names([name for name in rows[0].cells if name not in columns])
-    if missing or unknown:
-        raise UserError(f"{path}: columns must be {','.join(columns)}; missing: {missing}; unknown: {unknown}")
+    if rows[0].cells.keys() != {*columns}:
+        missing = ", ".join(name for name in columns if name not in rows[0].cells)
+        unknown = ", ".join(repr(name) for name in rows[0].cells if name not in columns)
+        raise UserError(f"{path}: columns must be {','.join(columns)}; missing: {missing}; unknown: {unknown:.300}")
     check_frame_numbers(rows, "frame", first=0)
     keyboard = np.array([[row.down(key) for key in space.keys] for row in rows], dtype=np.float32)
     degrees = np.array([[row.number(name) for name in MOUSE_COLUMNS if space.mouse] for row in rows])
@@ -128,12 +108,8 @@ def read_actions(path: str | Path, space: ActionSpace, footage: Footage | None =
 def describe_episode(game: GameConfig, frames: int) -> dict[str, Any]:
     """What every `episode.json` must hold; a seed, a licence and what else is known may stand beside it."""
     facts = to_dict(game)
-    return {
-        "game": facts["name"],
-        **{name: facts[name] for name in ("fps", "height", "width")},
-        "frames": frames,
-        "action_space": facts["action_space"],
-    }
+    size = {name: facts[name] for name in ("fps", "height", "width")}
+    return {"game": game.name, **size, "frames": frames, "action_space": facts["action_space"]}
 
 
 def write_episode(
