@@ -85,7 +85,7 @@ def test_a_recording_that_cannot_be_read_is_named_and_the_others_are_examined(cl
     ("words", "named"),
     [
         (["source=nowhere"], "no folder of recordings nowhere"),
-        (["source=.", "fov_deg=5"], "fov_deg=5"),
+        (["source=.", "fov_deg=5"], "fov_deg=5.0 must lie between 20 and 150"),
         (["source=.", "wrkers=2"], "did you mean 'workers'"),
     ],
 )

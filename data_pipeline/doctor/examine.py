@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs import storage
+from configs import storage, within
 from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
@@ -34,15 +34,9 @@ class DoctorConfig:
     source: str  # folder of recordings
     reader: Reader = "worldloom"  # format of the recordings
     out: str | None = None  # file for everything that was measured, as JSON
-    clip_frames: int = 18  # that encode will be told; shorter episodes are left out there
-    fov_deg: float | None = None  # the game's horizontal field of view, to check the unit of yaw
-    workers: int = os.cpu_count() or 1  # recordings that are read at the same time
-
-    def __post_init__(self) -> None:
-        if self.fov_deg is not None and not 20 <= self.fov_deg <= 150:
-            raise UserError(f"fov_deg={self.fov_deg:g} must be from 20 to 150, the horizontal field of view in degrees")
-        if min(self.workers, self.clip_frames) < 1:
-            raise UserError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
+    clip_frames: int = within(1, 1 << 30, 18)  # as in encode, which leaves shorter episodes out
+    fov_deg: float | None = within(20, 150, None)  # the game's horizontal field of view, to check the unit of yaw
+    workers: int = within(1, 1024, os.cpu_count() or 1)  # recordings that are read at the same time
 
 
 @dataclass(frozen=True)
@@ -106,9 +100,8 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     findings += report_timing(data, checks, stays)
     if mouse:
         findings += report_axes(data, checks)
-        still = named(findings, "still picture")
-        findings += report_turns(data, checks, still, fov_deg)
-        findings += report_unrelated(data, checks, moments, still)
+        findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
+        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))  # of turns, too
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
