@@ -59,8 +59,7 @@ def inspect(config: InspectConfig) -> None:
 
 def spread(shards: Shards, wanted: int) -> list[int]:
     """Up to `wanted` clip numbers from the first to the last."""
-    count = min(wanted, len(shards))
-    return np.unique(np.linspace(0, len(shards) - 1, count).astype(int)).tolist() if count else []
+    return np.unique(np.linspace(0, len(shards) - 1, min(wanted, len(shards))).astype(int)).tolist()
 
 
 def sample_actions(shards: Shards) -> tuple[dict[str, float], torch.Tensor]:

@@ -101,7 +101,7 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     if mouse:
         findings += report_axes(data, checks)
         findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
-        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))  # of turns, too
+        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
