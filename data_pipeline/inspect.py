@@ -59,8 +59,7 @@ def inspect(config: InspectConfig) -> None:
 
 def spread(shards: Shards, wanted: int) -> list[int]:
     """Up to `wanted` clip numbers from the first to the last."""
-    count = min(wanted, len(shards))
-    return np.unique(np.linspace(0, len(shards) - 1, count).astype(int)).tolist() if count else []
+    return np.unique(np.linspace(0, len(shards) - 1, min(wanted, len(shards))).astype(int)).tolist()
 
 
 def sample_actions(shards: Shards) -> tuple[dict[str, float], torch.Tensor]:
@@ -97,7 +96,10 @@ def caption(clip: Clip) -> str:
 
 def write_videos(folder: Path, codec_path: str, shards: Shards) -> Iterator[tuple[str, str]]:
     """Writes some clips as mp4 with their actions drawn onto them; yields each file's name and a caption."""
-    game, codec = shards.manifest.game, open_codec(codec_path, shards.manifest)
+    game, encoded_by = shards.manifest.game, shards.manifest.codec_hash
+    if (own_hash := codec_hash(codec_path)) != encoded_by:
+        raise UserError(f"codec={codec_path} is {own_hash}, the set was encoded by {encoded_by}; name that one")
+    codec = load_codec(codec_path)
     for number in spread(shards, VIDEOS):
         clip = shards.clip(number)
         name = f"clip_{number:06d}.mp4"
@@ -106,14 +108,6 @@ def write_videos(folder: Path, codec_path: str, shards: Shards) -> Iterator[tupl
         rows = zip(frames, clip.keyboard.numpy(), clip.mouse.numpy(), strict=True)
         write_video(folder / name, (overlay.draw(*row) for row in rows), game.fps)
         yield name, caption(clip)
-
-
-def open_codec(path: str, manifest: Manifest) -> Codec:
-    """The codec at `path`, if it is the one that encoded the set."""
-    here = storage.local(path)
-    if (own_hash := codec_hash(here)) != manifest.codec_hash:
-        raise UserError(f"codec={path} is {own_hash}, the set was encoded by {manifest.codec_hash}; name that one")
-    return load_codec(here)
 
 
 @torch.no_grad()

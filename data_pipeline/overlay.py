@@ -122,7 +122,7 @@ def draw_vector(
     tip = [c + (length * part / speed if speed else 0) for c, part in zip(centre, right_down_deg, strict=True)]
     # OpenCV counts from the middle of a pixel, and takes fractions of one as whole numbers.
     start, end = ([round((c - 0.5) * SUBPIXELS) for c in point] for point in (centre, tip))
-    colour, thickness = AMBER if length > 1 else WHITE, max(1, round(0.13 * radius))
+    colour, thickness = AMBER if length > 1 else WHITE, max(1, round(0.1 * radius))
     cv2.line(frame, start, end, colour, thickness, cv2.LINE_AA, SUBPIXEL_BITS)
     cv2.circle(frame, end, round(0.17 * radius * SUBPIXELS), colour, cv2.FILLED, cv2.LINE_AA, SUBPIXEL_BITS)
 

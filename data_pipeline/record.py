@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs import cache, storage
+from configs import cache, storage, within
 from configs.errors import UserError
 from configs.foreign import parse_object
 from configs.game import GameConfig
@@ -25,12 +25,6 @@ from data_pipeline.workers import game_ended, spawn_workers
 TICS_PER_S = 35
 WARM_UP_TICS = 7  # at an episode's start, in which inputs do nothing, in deathmatch.wad and in others
 BUTTONS = {"forward": "MOVE_FORWARD", "back": "MOVE_BACKWARD", "left": "MOVE_LEFT", "right": "MOVE_RIGHT"}
-BOUNDS = {
-    "episodes": (1, 100_000),  # whose names then sort like numbers
-    "frames": (2, 100_000),  # which are held in memory
-    "workers": (1, 256),
-    "seed": (0, 2**63),
-}
 # A scenario of ViZDoom's, a map of its own, and H.264 quality: small noisy pictures need a low number.
 RECORDER = {"scenario": "deathmatch.wad", "map": "map01", "crf": 14}
 LICENCE = "pictures of Freedoom (BSD-3-Clause, https://freedoom.github.io), made with ViZDoom (MIT)"
@@ -42,15 +36,12 @@ class RecordConfig:
 
     game: GameConfig
     out: str  # folder that gets one folder per episode
-    episodes: int
-    frames: int = 105  # per episode
-    seed: int = 0
-    workers: int = 1  # games played at the same time; the episodes are the same for any number
+    episodes: int = within(1, 100_000)  # whose names then sort like numbers
+    frames: int = within(2, 100_000, 105)  # per episode; they are held in memory
+    seed: int = within(0, 1 << 63, 0)
+    workers: int = within(1, 256, 1)  # games played at the same time; the episodes are the same for any number
 
     def __post_init__(self) -> None:
-        for name, (least, most) in BOUNDS.items():
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"{name}={getattr(self, name)} must be from {least} to {most}")
         if TICS_PER_S % self.game.fps:
             raise UserError(
                 f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"

@@ -37,15 +37,40 @@ class Planted:
     every: int = 1  # each so manieth recording is spoilt
 
 
-def late(frames: int) -> Spoil:
-    """Inputs that are so many frames late, or early if it is below 0."""
+Indices = Callable[[int], slice | np.ndarray]  # of n frames or rows
+
+
+def picking(frames: Indices | None = None, rows: Indices | None = None) -> Spoil:
+    """Some of the frames with some of the rows; all without."""
 
     def spoil(tape: Tape, _: Tape) -> Tape:
-        n = len(tape.frames) - abs(frames)
-        pictures, rows = slice(max(frames, 0), max(frames, 0) + n), slice(max(-frames, 0), max(-frames, 0) + n)
-        return Tape(tape.frames[pictures], tape.keyboard[rows], tape.mouse_deg[rows])
+        n = len(tape.frames)
+        pictures, kept = tape.frames[frames(n)] if frames else tape.frames, rows(n) if rows else slice(None)
+        return Tape(pictures, tape.keyboard[kept], tape.mouse_deg[kept])
 
     return spoil
+
+
+def late(frames: int) -> Spoil:
+    """Inputs that are so many frames late, or early if it is below 0."""
+    first, last = max(frames, 0), max(-frames, 0)
+    return picking(lambda n: slice(first, n - last), lambda n: slice(last, n - first))
+
+
+def every_second(n: int) -> slice:
+    return slice(None, n // 2 * 2, 2)
+
+
+def first_half(n: int) -> slice:
+    return slice(None, n // 2)
+
+
+def each_twice(n: int) -> np.ndarray:
+    return np.arange(n) // 2 * 2
+
+
+def frozen(first: int, end: int) -> Indices:
+    return lambda n: np.where((np.arange(n) >= first) & (np.arange(n) < end), first, np.arange(n))
 
 
 def turning(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
@@ -65,30 +90,6 @@ def with_column(keyboard: np.ndarray, key: int, held: np.ndarray | int) -> np.nd
     return changed
 
 
-def every_second(tape: Tape, frames: bool, rows: bool) -> Tape:
-    """Half of the frames, half of the rows; of what is not halved, as much as there is of the other."""
-    n = len(tape.frames) // 2
-    pictures, kept = (slice(None, 2 * n, 2) if halved else slice(None, n) for halved in (frames, rows))
-    return Tape(tape.frames[pictures], tape.keyboard[kept], tape.mouse_deg[kept])
-
-
-def repeating(tape: Tape, frames: bool) -> Tape:
-    """Every second frame, or row, instead of the one after it."""
-    twice = np.arange(len(tape.frames)) // 2 * 2
-    if frames:
-        return Tape(tape.frames[twice], tape.keyboard, tape.mouse_deg)
-    return Tape(tape.frames, tape.keyboard[twice], tape.mouse_deg[twice])
-
-
-def frozen(tape: Tape, frames: bool, first: int, end: int) -> Tape:
-    """Frames, or rows, that stay as they are at `first`."""
-    stuck = np.arange(len(tape.frames))
-    stuck[first:end] = first
-    if frames:
-        return Tape(tape.frames[stuck], tape.keyboard, tape.mouse_deg)
-    return Tape(tape.frames, tape.keyboard[stuck], tape.mouse_deg[stuck])
-
-
 PLANTED = {
     "nothing": Planted(None, lambda tape, _: tape),
     "inputs 1 late": Planted("shift", late(1)),
@@ -98,11 +99,11 @@ PLANTED = {
     "inputs 2 early": Planted("shift", late(-2)),
     "inputs 5 early": Planted("shift", late(-5)),
     "inputs 5 late, in every 4th": Planted("shift", late(5), every=4),
-    "half the fps: every 2nd picture left out": Planted("rate", lambda tape, _: every_second(tape, True, False)),
-    "half the fps: every 2nd row left out": Planted("rate", lambda tape, _: every_second(tape, False, True)),
-    "half the fps: every 2nd picture twice": Planted("repeats", lambda tape, _: repeating(tape, frames=True)),
-    "half the fps: every 2nd row twice": Planted("repeats", lambda tape, _: repeating(tape, frames=False)),
-    "half the fps: every 2nd of both left out": Planted("units", lambda tape, _: every_second(tape, True, True)),
+    "half the fps: every 2nd picture left out": Planted("rate", picking(every_second, first_half)),
+    "half the fps: every 2nd row left out": Planted("rate", picking(first_half, every_second)),
+    "half the fps: every 2nd picture twice": Planted("repeats", picking(frames=each_twice)),
+    "half the fps: every 2nd row twice": Planted("repeats", picking(rows=each_twice)),
+    "half the fps: every 2nd of both left out": Planted("units", picking(every_second, every_second)),
     "axes swapped": Planted("swapped axes", turning(lambda mouse: mouse[:, ::-1])),
     "yaw inverted": Planted("inverted", turning(lambda mouse: mouse * [1, -1])),
     "yaw inverted, in every 4th": Planted("inverted", turning(lambda mouse: mouse * [1, -1]), every=4),
@@ -120,12 +121,8 @@ PLANTED = {
     "left and right exchanged": Planted(
         "swapped keys", pressing(lambda keys, _: keys[:, [FORWARD, BACK, RIGHT, LEFT]])
     ),
-    "frozen picture, in every 4th": Planted(
-        "still picture", lambda tape, _: frozen(tape, True, 20, 60), every=4
-    ),
-    "frozen inputs, in every 4th": Planted(
-        "constant inputs", lambda tape, _: frozen(tape, False, 10, 100), every=4
-    ),
+    "frozen picture, in every 4th": Planted("still picture", picking(frames=frozen(20, 60)), every=4),
+    "frozen inputs, in every 4th": Planted("constant inputs", picking(rows=frozen(10, 100)), every=4),
     "black picture, in every 4th": Planted(
         "still picture", lambda tape, _: Tape(0 * tape.frames, tape.keyboard, tape.mouse_deg), every=4
     ),

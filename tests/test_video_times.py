@@ -23,7 +23,7 @@ def retimed(game, tmp_path):
     """What makes a recording whose frames are shown at other times."""
 
     def make(retime, suffix="mp4"):
-        folder = tmp_path / "episode_00000"
+        folder = tmp_path / f"episode_of_{suffix}"
         write_recording(folder, game, frames=FRAMES)
         options = {"video_track_timescale": "100000"} if suffix == "mp4" else {}
         copy_packets(folder / "video.mp4", tmp_path / f"a.{suffix}", retime, options).rename(folder / "video.mp4")
@@ -56,15 +56,10 @@ def test_uneven_frames_are_refused_with_the_first_one_named(retime, frame, retim
         assert "\n" not in str(error.value)
 
 
-def test_times_that_a_container_rounds_are_even(retimed, game):
-    folder = retimed(lambda i, t: t, "mkv")
-    assert len(read_episode(folder, game).actions) == FRAMES
-
-
-def test_a_rate_that_only_the_header_says_is_no_rate(retimed, game):
-    folder = retimed(lambda i, t: 1.02 * t)
+def test_times_that_a_container_rounds_are_even_and_a_rate_that_only_the_header_says_is_none(retimed, game):
+    assert len(read_episode(retimed(lambda i, t: t, "mkv"), game).actions) == FRAMES
     with pytest.raises(ValueError, match=r"runs at 17\.1"):
-        read_episode(folder, game)
+        read_episode(retimed(lambda i, t: 1.02 * t), game)
 
 
 def test_uneven_frames_can_be_taken_by_their_times(retimed, game):

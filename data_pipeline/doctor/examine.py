@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from configs import storage
-from configs.cli import table
+from configs import storage, within
 from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
 from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_axes, report_timing, report_unrelated
-from data_pipeline.doctor.findings import REMEDIES, CheckResult, Dataset, Finding
-from data_pipeline.doctor.keys import KeyEffect, measure_keys, report_keys
+from data_pipeline.doctor.findings import REMEDIES, Dataset, Finding
+from data_pipeline.doctor.keys import measure_keys, report_keys
 from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
 from data_pipeline.doctor.turns import report_turns
@@ -35,15 +34,9 @@ class DoctorConfig:
     source: str  # folder of recordings
     reader: Reader = "worldloom"  # format of the recordings
     out: str | None = None  # file for everything that was measured, as JSON
-    clip_frames: int = 18  # that encode will be told; shorter episodes are left out there
-    fov_deg: float | None = None  # the game's horizontal field of view, to check the unit of yaw
-    workers: int = os.cpu_count() or 1  # recordings that are read at the same time
-
-    def __post_init__(self) -> None:
-        if self.fov_deg is not None and not 20 <= self.fov_deg <= 150:
-            raise UserError(f"fov_deg={self.fov_deg:g} must be from 20 to 150, the horizontal field of view in degrees")
-        if min(self.workers, self.clip_frames) < 1:
-            raise UserError(f"workers={self.workers} and clip_frames={self.clip_frames} must be 1 or more")
+    clip_frames: int = within(1, 1 << 30, 18)  # as in encode, which leaves shorter episodes out
+    fov_deg: float | None = within(20, 150, None)  # the game's horizontal field of view, to check the unit of yaw
+    workers: int = within(1, 1024, os.cpu_count() or 1)  # recordings that are read at the same time
 
 
 @dataclass(frozen=True)
@@ -52,9 +45,7 @@ class Report:
 
     names: tuple[str, ...]  # of all its recordings
     findings: list[Finding]
-    together: dict[str, dict[str, Any]] = field(default_factory=dict)  # by check: status, amount, confidence
-    each: dict[str, dict[str, Any]] = field(default_factory=dict)  # by recording: frames, and as `together`
-    keys: dict[str, KeyEffect] = field(default_factory=dict)
+    measured: dict[str, Any] = field(default_factory=dict)  # plain data of those that are long enough
 
     @property
     def harmful(self) -> int:
@@ -62,30 +53,15 @@ class Report:
         return sum(finding.harmful for finding in self.findings)
 
     def text(self) -> str:
-        """What was measured of all recordings together and of the keys, and a line per finding."""
-        checks = [["in all recordings", "is", "amount", "confidence"]]
-        for name, check in self.together.items():
-            row = [check["status"], f"{check['amount']:+.4g}", f"{check['confidence']:.1%}"]
-            checks.append([name.replace("_", " "), *row])
-        keys = [["key", "presses", "effect, sd"]]
-        for name, effect in self.keys.items():
-            keys.append([name, str(effect.presses), "?" if effect.strongest is None else f"{effect.strongest:.1f}"])
+        """A line per finding, the harmful ones first, and a sum."""
         worst_first = sorted(self.findings, key=lambda finding: not finding.harmful)
-        lines = [finding.describe(len(self.names)) for finding in worst_first]
         many, problems = "s" * (len(self.names) != 1), "s" * (self.harmful != 1)
-        lines.append(f"{len(self.names)} recording{many}, {self.harmful or 'no'} problem{problems}")
-        return "\n\n".join([*(table(rows) for rows in (checks, keys) if rows[1:]), "\n".join(lines)])
+        last = f"{len(self.names)} recording{many}, {self.harmful or 'no'} problem{problems}"
+        return "\n".join([*(finding.describe(len(self.names)) for finding in worst_first), last])
 
     def json(self) -> dict[str, Any]:
-        """Plain data; the status of a check is fault, fine or unknown, the amount is in the check's unit."""
-        return {
-            "recordings": list(self.names),
-            "problems": self.harmful,
-            "findings": [asdict(finding) for finding in self.findings],
-            "together": self.together,
-            "each": self.each,
-            "keys": {name: effect._asdict() for name, effect in self.keys.items()},
-        }
+        findings = [asdict(finding) for finding in self.findings]
+        return {"recordings": list(self.names), "problems": self.harmful, "findings": findings, **self.measured}
 
 
 def doctor(config: DoctorConfig) -> int:
@@ -110,7 +86,7 @@ def examine(config: DoctorConfig) -> Report:
     long_enough = tuple(it for it in signals if any(len(episode) >= MIN_FRAMES for episode in it.episodes))
     if long_enough:
         report = diagnose(report, replace(everything, recordings=long_enough), config.fov_deg)
-    if not report.harmful and (not long_enough or report.together["frames_late"]["status"] == "unknown"):
+    if not report.harmful and (not long_enough or report.measured["together"]["frames_late"]["status"] == "unknown"):
         what = "whether inputs and pictures go together cannot be told from so little"
         report.findings.append(everything.note("untold", range(len(signals)), what))
     return report
@@ -124,9 +100,8 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     findings += report_timing(data, checks, stays)
     if mouse:
         findings += report_axes(data, checks)
-        still = named(findings, "still picture")
-        findings += report_turns(data, checks, still, fov_deg)
-        findings += report_unrelated(data, checks, moments, still)
+        findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
+        findings += report_unrelated(data, checks, moments, named(findings, "still picture"))
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
@@ -143,12 +118,13 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     # With a mouse whose rows are missing, what it does would count as chance, or as what keys do.
     findings += report_keys(data, keys, complete=mouse or not data.game.action_space.mouse)
     findings += find_copies(data)
-    each = {it.name: {"frames": it.frames, **plain(checks, 1 + i)} for i, it in enumerate(data.recordings)}
-    return Report(report.names, [*report.findings, *findings], plain(checks, 0), each, keys)
-
-
-def plain(checks: dict[str, CheckResult], row: int) -> dict[str, dict[str, Any]]:
-    return {name: check.row(row) for name, check in checks.items()}
+    rows = [{name: check.row(i) for name, check in checks.items()} for i in range(1 + len(data.recordings))]
+    measured = {
+        "together": rows[0],
+        "each": {it.name: {"frames": it.frames} | row for it, row in zip(data.recordings, rows[1:], strict=True)},
+        "keys": {name: effect._asdict() for name, effect in keys.items()},
+    }
+    return Report(report.names, [*report.findings, *findings], measured)
 
 
 def named(findings: Iterable[Finding], fault: str | None = None) -> set[str]:

@@ -10,9 +10,7 @@ from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import Reader
 
 REMEDIES = {  # by fault
-    "unreadable": "repair it or leave it out",
-    "damaged": "repair it or leave it out",
-    "uneven times": "repair it or leave it out",
+    **dict.fromkeys(("unreadable", "damaged", "uneven times"), "repair it or leave it out"),
     "short": "encode leaves them out: record longer ones or lower clip_frames",
     "untold": "examine longer recordings or more of them",
     "shift": "leave out the rows and frames without a partner, or record again, with one clock for both",
