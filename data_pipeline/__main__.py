@@ -7,7 +7,7 @@ from configs.cli import Verb, run
 VERBS = {
     "record": Verb("data_pipeline.commands:record"),
     "doctor": Verb("data_pipeline.doctor.examine:doctor"),
-    "encode": Verb("data_pipeline.commands:encode"),
+    "encode": Verb("data_pipeline.commands:run_encode"),
     "verify": Verb("data_pipeline.commands:verify", first="manifest"),
     "repair": Verb("data_pipeline.commands:repair"),
     "inspect": Verb("data_pipeline.inspect:inspect", first="manifest"),

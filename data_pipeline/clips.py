@@ -83,7 +83,8 @@ def _cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator
     for i, episode in enumerate(episodes):
         starts, frames = run_starts(config, len(episode.actions)), read_game_frames(episode, config.game)
         try:
-            yield from (Run(i, *run) for run in cut_runs(frames, starts, config.run_frames))
+            for start, run in cut_runs(frames, starts, config.run_frames):
+                yield Run(i, start, run)
         except BAD_RECORDING as error:
             raise BadEpisodeError(episode.id, error) from error
 
@@ -91,6 +92,11 @@ def _cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator
 def run_starts(config: EncodeConfig, frames: int) -> list[int]:
     """The first frames of the runs that the clips of an episode of `frames` frames need; clips share runs."""
     return sorted({start + offset for start in clip_starts(config, frames) for offset in _run_offsets(config)})
+
+
+def _run_offsets(config: EncodeConfig) -> range:
+    """First frames of a clip's runs, counted from the clip's first frame."""
+    return range(0, config.clip_frames, config.run_frames)
 
 
 def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -105,16 +111,18 @@ def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -
 def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterable[list[Run]]) -> Iterator[Clip]:
     """The episodes' clips in order; each run of frames is encoded once, however many clips share it."""
     config, offsets = encoder.config, _run_offsets(encoder.config)
-    clips = deque(
-        (i, start) for i, episode in enumerate(episodes) for start in clip_starts(config, len(episode.actions))
-    )
-    clip_set = set(clips)
+    starts = [(i, start) for i, each in enumerate(episodes) for start in clip_starts(config, len(each.actions))]
+    first_frames: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in starts}
     latents: dict[tuple[int, int], torch.Tensor] = {}  # by episode and first frame of the run
-    first_frames: dict[tuple[int, int], dict[str, Any]] = {}
+    clips = deque(starts)
     for batch in batches:
-        _encode_runs(encoder, episodes, batch, latents)
-        for i, start, frames in batch:
-            if (i, start) in clip_set:
+        encoded = encoder.latents(np.stack([run.frames for run in batch]))
+        if not torch.isfinite(encoded).all():
+            names = ", ".join(dict.fromkeys(episodes[run.episode].id for run in batch))
+            raise UserError(f"codec={config.codec} makes latents of {names} that are not finite numbers")
+        for (i, start, frames), of_run in zip(batch, encoded, strict=True):
+            latents[i, start] = of_run
+            if (i, start) in first_frames:
                 first_frames[i, start] = encoder.first_frame(frames[0])
         while clips and (clips[0][0], clips[0][1] + offsets[-1]) in latents:
             i, start = clips.popleft()
@@ -129,22 +137,6 @@ def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterabl
             )
         for done in [run for run in latents if not clips or run < clips[0]]:
             del latents[done]
-
-
-def _encode_runs(
-    encoder: Encoder, episodes: Sequence[Episode], batch: list[Run], latents: dict[tuple[int, int], torch.Tensor]
-) -> None:
-    """Adds the latents (c f h w) of the batch's runs."""
-    encoded = encoder.latents(np.stack([run.frames for run in batch]))
-    if not torch.isfinite(encoded).all():
-        names = dict.fromkeys(episodes[run.episode].id for run in batch)
-        raise UserError(f"codec={encoder.config.codec} makes latents of {', '.join(names)} that are not finite numbers")
-    latents.update({(run.episode, run.start): of_run for run, of_run in zip(batch, encoded, strict=True)})
-
-
-def _run_offsets(config: EncodeConfig) -> range:
-    """First frames of a clip's runs, counted from the clip's first frame."""
-    return range(0, config.clip_frames, config.run_frames)
 
 
 def _jpeg(frame: np.ndarray) -> bytes:

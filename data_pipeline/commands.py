@@ -1,11 +1,12 @@
 """What `python -m data_pipeline` does: each verb with what it prints."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from data_pipeline.encode import Encoded, drop_faulty, encode_recordings
-from data_pipeline.left_out import describe_left_out
-from data_pipeline.plan import EncodeConfig
+from data_pipeline.encode import LEFT_OUT, Encoded, drop_faulty, encode
+from data_pipeline.plan import EncodeConfig, LeftOut
+from data_pipeline.readers.recording import list_names
 from data_pipeline.record import RecordConfig, record_episodes
 from data_pipeline.shards import load_manifest
 from data_pipeline.verify import verify_set
@@ -21,29 +22,40 @@ def record(config: RecordConfig) -> None:
     )
 
 
-def encode(config: EncodeConfig) -> None:
+def run_encode(config: EncodeConfig) -> None:
     """Recordings to verified shards of latents: GAME.yaml source= codec= out=; started again it goes on."""
-    _tell(encode_recordings(config))
+    print(describe_encoded(encode(config)))
 
 
 def repair(config: EncodeConfig) -> None:
     """Re-read every shard and encode again what is missing or altered: the settings of `encode`."""
     for fault in drop_faulty(config):
         print(fault)
-    _tell(encode_recordings(config))
+    print(describe_encoded(encode(config)))
 
 
-def _tell(done: Encoded) -> None:
-    rate = ""
-    if done.new_clips:
-        clips, megabytes = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
-        rate = f", {clips:.0f} clips/s, {megabytes:.1f} MB/s, the codec waited for {done.waits}"
-    left_out = describe_left_out(done.left_out)
-    print(
+def describe_encoded(done: Encoded) -> str:
+    """One line; its end says what was recorded and is in no clip."""
+    clips_s, megabytes_s = done.new_clips / done.seconds, done.bytes / 1e6 / done.seconds
+    rate = f", {clips_s:.0f} clips/s, {megabytes_s:.1f} MB/s" if done.new_clips else ""
+    return (
         f"encoded {done.clips} clips ({done.new_clips} by this worker) in {done.shards} shards in "
-        f"{done.seconds:.1f} s{rate} -> {', '.join(done.manifests)}"
-        f"{left_out and '; '}{left_out}"
+        f"{done.seconds:.1f} s{rate} -> {', '.join(done.manifests)}{describe_left_out(done.left_out)}"
     )
+
+
+def describe_left_out(sets: Sequence[LeftOut]) -> str:
+    """What all sets together leave out; empty if all that was recorded is in clips."""
+    bad = [f"{name}: {why}" for left_out in sets for name, why in left_out.bad_recordings.items()]
+    counts = {
+        f"bad recordings ({list_names(bad)})": len(bad),
+        "recordings of which the reader keeps nothing": sum(len(left_out.empty_recordings) for left_out in sets),
+        "episodes shorter than a clip": sum(len(left_out.short_episodes) for left_out in sets),
+        "frames of other episodes that no clip covers": sum(left_out.other_frames for left_out in sets),
+        "recorded frames, cut by the reader": sum(left_out.cut_frames for left_out in sets),
+    }
+    parts = [f"{count} {what}" for what, count in counts.items() if count]
+    return f"; left out (see {LEFT_OUT}): {'; '.join(parts)}" if parts else ""
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,7 @@ def verify(config: VerifyConfig) -> int:
     """Re-read the shards of a manifest and compare: verify MANIFEST sample=10; exit status 1 if anything is wrong."""
     manifest = load_manifest(config.manifest)
     faults = verify_set(config.manifest, config.sample)
-    for fault in faults:
-        print(fault)
     read = "" if config.sample is None else f", {min(config.sample, len(manifest.shards))} of them read"
-    print(
-        f"{config.manifest}: {len(manifest.shards)} shards{read}, {manifest.clips} clips, {len(faults) or 'no'} faults"
-    )
+    summary = f"{len(manifest.shards)} shards{read}, {manifest.clips} clips, {len(faults) or 'no'} faults"
+    print("\n".join([*faults, f"{config.manifest}: {summary}"]))
     return 1 if faults else 0

@@ -2,29 +2,28 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from configs import storage, to_dict
+from configs import storage, to_dict, within
 from configs.errors import UserError, one_line
 from configs.foreign import parse_object
 from configs.game import GameConfig
-from data_pipeline.left_out import LeftOut
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents
 from data_pipeline.types import Episode, Manifest, ShardInfo
 from model.codec import Codec, codec_hash
 from model.config import Vision
-from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, CondFill, Layout
+from model.layout import CHUNK_FRAMES, CondFill, Layout
 from model.vision import vision_hash
 
-PLAN, SHARD = "plan.json", "shard-{:06d}.tar"
+PLAN = "plan.json"
 NO_FACTS = ("source", "out", "vision_weights", "device", "on_bad_recording")  # change no byte of a shard
-LARGEST = {"clip_frames": 10_000, "stride": 1_000_000, "shard_clips": 1_000_000, "batch": 10_000}
 SHOWN = 60  # characters of a fact of another plan
 
 
@@ -38,9 +37,9 @@ class EncodeConfig:
     out: str  # gets train/ and heldout/, each with shards and a manifest
     reader: Reader = "worldloom"  # format of the recordings
     layout: Layout = "chunked"
-    clip_frames: int = 18
-    stride: int = 9  # frames between the starts of two clips
-    shard_clips: int = 100  # a shard is closed after the episode that reaches this
+    clip_frames: int = within(1, 10_000, 18)
+    stride: int = within(1, 1_000_000, 9)  # frames between the starts of two clips
+    shard_clips: int = within(1, 1_000_000, 100)  # a shard is closed after the episode that reaches this
     heldout_every: int = 10  # every n-th episode is held out; 0 holds out nothing
     vision: Vision = "none"  # CLIP tokens of each clip's first frame, for a model with that model.vision
     vision_weights: str | None = None  # of CLIP's vision tower
@@ -48,20 +47,15 @@ class EncodeConfig:
     # Runs of frames, of all episodes of a shard, that the codec encodes at once. Few: the next ones are decoded
     # meanwhile, and glibc gives tensors above 32 MB back to the system after each use, which took as long as encoding.
     # Part of the plan, since a matrix product may round its last bit differently in another batch.
-    batch: int = 4
+    batch: int = within(1, 10_000, 4)
     device: Literal["auto", "cpu"] = "auto"  # auto: this process's GPU if there is one
     on_bad_recording: Literal["stop", "skip"] = "stop"  # skip: what cannot be read or decoded is left out and listed
 
     def __post_init__(self) -> None:
-        if self.layout == "chunked" and self.clip_frames % CHUNK_FRAMES:
-            raise UserError(f"clip_frames={self.clip_frames}: chunked clips are multiples of {CHUNK_FRAMES} frames")
         if (self.vision == "none") != (self.vision_weights is None):
             raise UserError(f"vision={self.vision} and vision_weights={self.vision_weights}: give both or neither")
         if self.unknown == "grey" and self.layout != "continuous":
             raise UserError("unknown=grey is how a causal model is conditioned; it needs layout=continuous")
-        for name, largest in LARGEST.items():
-            if not 1 <= getattr(self, name) <= largest:
-                raise UserError(f"{name}={getattr(self, name)} must be from 1 to {largest}")
 
     @property
     def run_frames(self) -> int:
@@ -70,18 +64,81 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """What a set leaves out of its recordings. Frames are counted at the game's rate, but for `cut_frames`."""
+
+    bad_recordings: Mapping[str, str]  # recordings that cannot be read, and episodes that cannot be decoded: why
+    empty_recordings: Sequence[str]  # those of which the reader keeps nothing
+    short_episodes: Mapping[str, int]  # shorter than a clip: their frames
+    other_frames: int  # of the other episodes: what is in no clip
+    cut_frames: int  # as recorded, that readers keep out of every episode, as far as they say so
+
+
+@dataclass(frozen=True)
 class Plan:
     """What goes into one shard set; a function of the config and the recordings' actions alone."""
 
+    config: EncodeConfig
     split: str
-    folder: str  # of the set
     facts: dict[str, Any]  # everything that decides what is in the shards; its hash is the manifest's plan_hash
     shards: tuple[tuple[Episode, ...], ...]  # the episodes of each, in order
-    left_out: LeftOut  # before any frame is decoded
+    unread: LeftOut  # before any frame is decoded
 
     @property
-    def hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12]
+    def folder(self) -> str:
+        return storage.join(self.config.out, self.split)
+
+    def require_same(self, write: bool = False) -> None:
+        """Raises UserError if the set's folder holds another plan, or shards without a plan; writes a missing one."""
+        url = storage.join(self.folder, PLAN)
+        if not storage.exists(url):
+            if write:
+                with unless_there(url):
+                    storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
+            elif not any(name.endswith(INDEX) for name in storage.list_files(self.folder)):
+                return
+            # Looked at again: a worker that has just begun writes its plan before its shards.
+            if not storage.exists(url):
+                raise UserError(f"{self.folder} holds shards without their {PLAN}; delete them or give another out=")
+        try:
+            facts = parse_object(storage.read_bytes(url), url)
+        except ValueError as error:
+            raise UserError(f"{error}; it is no plan: delete {self.folder} or give another out=") from error
+        for name, value in self.facts.items():
+            if facts.get(name) != value:
+                change = f"{name} {_describe_change(facts.get(name), value)}"
+                raise UserError(f"{self.folder} holds shards of another plan: {change}; give another out= or delete it")
+
+    def left_out(self, bad: Mapping[str, str]) -> LeftOut:
+        """What the set leaves out if the episodes `bad` (id: why) cannot be decoded."""
+        config, unused = self.config, 0
+        for episode in (episode for shard in self.shards for episode in shard if episode.id not in bad):
+            frames, clips = len(episode.actions), count_clips(config, [episode])
+            unused += frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames)
+        bad_recordings = {**self.unread.bad_recordings, **bad}
+        return replace(self.unread, bad_recordings=bad_recordings, other_frames=unused)
+
+    def manifest(self, codec: Codec, shards: Sequence[ShardInfo]) -> Manifest:
+        """The set's manifest."""
+        config, codec_config = self.config, codec.config
+        return Manifest(
+            game=config.game,
+            layout=config.layout,
+            clip_frames=config.clip_frames,
+            clip_latents=count_latents(config.layout, config.clip_frames, codec_config.temporal),
+            latent_channels=codec_config.channels,
+            spatial=codec_config.spatial,
+            temporal=codec_config.temporal,
+            codec=self.facts["codec"],
+            codec_hash=self.facts["codec_hash"],
+            latent_mean=tuple(codec.latent_mean.tolist()),
+            latent_std=tuple(codec.latent_std.tolist()),
+            plan_hash=hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:12],
+            split=self.split,
+            vision=config.vision,
+            unknown=config.unknown,
+            shards=tuple(shards),
+        )
 
 
 def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
@@ -89,7 +146,7 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
 
     A recording is held out by its position among all recordings, bad ones included, so a bad one moves no other.
     """
-    _require_whole_clips(config, codec)
+    count_latents(config.layout, config.clip_frames, codec.config.temporal)  # a UserError if they are no clip
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
@@ -106,14 +163,6 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     return plans
 
 
-def _require_whole_clips(config: EncodeConfig, codec: Codec) -> None:
-    temporal, frames = codec.config.temporal, config.clip_frames
-    if config.layout == "continuous" and (frames - 1) % temporal:
-        raise UserError(f"clip_frames={frames}: continuous clips have 1 + {temporal}k frames")
-    if config.layout == "chunked" and 1 + temporal * (CHUNK_LATENTS - 1) != CHUNK_FRAMES:
-        raise UserError(f"layout=chunked: {codec.config.name} has {temporal} frames per latent; use layout=continuous")
-
-
 def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) -> tuple[list[Episode], LeftOut]:
     episodes, bad, empty, cut = list[Episode](), {}, [], 0
     for recording in recordings:
@@ -127,17 +176,8 @@ def _read_all(config: EncodeConfig, recordings: Sequence[Recording], bar: tqdm) 
                 raise
             bad[recording.name] = describe_fault(config, error)
         bar.update()
-    lengths = {episode.id: len(episode.actions) for episode in episodes}
-    left_out = LeftOut(
-        episodes=len(lengths),
-        clip_frames=config.clip_frames,
-        bad_recordings=bad,
-        empty_recordings=empty,
-        short_episodes={name: frames for name, frames in lengths.items() if not clip_starts(config, frames)},
-        other_frames=sum(_count_unused_frames(config, frames) for frames in lengths.values()),
-        cut_frames=cut,
-    )
-    return episodes, left_out
+    short = {each.id: len(each.actions) for each in episodes if len(each.actions) < config.clip_frames}
+    return episodes, LeftOut(bad, empty, short, 0, cut)
 
 
 def describe_fault(config: EncodeConfig, error: Exception) -> str:
@@ -155,31 +195,16 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Ep
     if not shards:
         bad = "".join(f"; {name} cannot be read: {why}" for name, why in [*left_out.bad_recordings.items()][:1])
         raise UserError(f"none of the {len(episodes)} {split} episodes has {config.clip_frames} frames, a clip{bad}")
-    _require_distinct_keys(shards)
-    settings = {name: value for name, value in to_dict(config).items() if name not in NO_FACTS}
+    _require_distinct_keys([episode.id for shard in shards for episode in shard])
     facts = {
-        **settings,
+        **{name: value for name, value in to_dict(config).items() if name not in NO_FACTS},
         "codec": codec.config.name,
         "codec_hash": codec_hash(config.codec),
         "vision_hash": vision_hash(config.vision_weights) if config.vision_weights else None,
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
-    return Plan(split, storage.join(config.out, split), facts, tuple(shards), left_out)
-
-
-def add_bad_episodes(config: EncodeConfig, plan: Plan, bad: Mapping[str, str]) -> LeftOut:
-    """What the plan leaves out if its episodes `bad` (id: why) cannot be decoded."""
-    lengths = [len(episode.actions) for shard in plan.shards for episode in shard if episode.id in bad]
-    other_frames = plan.left_out.other_frames - sum(_count_unused_frames(config, frames) for frames in lengths)
-    all_bad = {**plan.left_out.bad_recordings, **bad}
-    return replace(plan.left_out, bad_recordings=all_bad, other_frames=other_frames)
-
-
-def _count_unused_frames(config: EncodeConfig, frames: int) -> int:
-    """Frames in no clip of an episode of `frames` frames; 0 if it has no clip at all."""
-    clips = len(clip_starts(config, frames))
-    return frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames) if clips else 0
+    return Plan(config, split, facts, tuple(shards), left_out)
 
 
 def clip_starts(config: EncodeConfig, frames: int) -> range:
@@ -196,30 +221,11 @@ def _fingerprint(episode: Episode) -> str:
     return f"{len(episode.actions)} frames {digest.hexdigest()[:12]}"
 
 
-def _require_distinct_keys(shards: Sequence[Sequence[Episode]]) -> None:
-    seen: dict[str, str] = {}
-    for episode in (episode for shard in shards for episode in shard):
-        other = seen.setdefault(clip_key(episode.id, 0), episode.id)
-        if other != episode.id:
-            raise UserError(f"episodes {other!r} and {episode.id!r} have the same name in a shard; rename one")
-
-
-def require_same_plan(plan: Plan) -> None:
-    """Raises UserError if the plan's folder holds another plan, or shards without a plan."""
-    folder, url = plan.folder, storage.join(plan.folder, PLAN)
-    if not storage.exists(url):
-        if not any(name.endswith(INDEX) for name in storage.list_files(folder)):
-            return
-        if not storage.exists(url):  # looked at again: a worker that has just begun writes its plan before its shards
-            raise UserError(f"{folder} holds shards without their {PLAN}; delete them or give another out=")
-    try:
-        facts = parse_object(storage.read_bytes(url), url)
-    except ValueError as error:
-        raise UserError(f"{error}; it is no plan: delete {folder} or give another out=") from error
-    for name in plan.facts:
-        if facts.get(name) != plan.facts[name]:
-            change = _describe_change(facts.get(name), plan.facts[name])
-            raise UserError(f"{folder} holds shards of another plan: {name} {change}; give another out= or delete it")
+def _require_distinct_keys(episodes: Sequence[str]) -> None:
+    by_key: dict[str, str] = {}
+    for episode in episodes:
+        if (other := by_key.setdefault(clip_key(episode, 0), episode)) != episode:
+            raise UserError(f"episodes {other!r} and {episode!r} have the same name in a shard; rename one")
 
 
 def _describe_change(old: Any, new: Any) -> str:
@@ -230,22 +236,12 @@ def _describe_change(old: Any, new: Any) -> str:
     return f"{names[0]} {_describe_change(old.get(names[0]), new.get(names[0]))}{more}"
 
 
-def describe_set(config: EncodeConfig, codec: Codec, plan: Plan, shards: Sequence[ShardInfo]) -> Manifest:
-    return Manifest(
-        game=config.game,
-        layout=config.layout,
-        clip_frames=config.clip_frames,
-        clip_latents=count_latents(config.layout, config.clip_frames, codec.config.temporal),
-        latent_channels=codec.config.channels,
-        spatial=codec.config.spatial,
-        temporal=codec.config.temporal,
-        codec=plan.facts["codec"],
-        codec_hash=plan.facts["codec_hash"],
-        latent_mean=tuple(codec.latent_mean.tolist()),
-        latent_std=tuple(codec.latent_std.tolist()),
-        plan_hash=plan.hash,
-        split=plan.split,
-        vision=config.vision,
-        unknown=config.unknown,
-        shards=tuple(shards),
-    )
+@contextmanager
+def unless_there(url: str) -> Iterator[None]:
+    """Ignores an OSError while writing what all workers write alike, if it is there: another worker that was done first
+    may have removed this one's temporary file."""
+    try:
+        yield
+    except OSError:
+        if not storage.exists(url):
+            raise

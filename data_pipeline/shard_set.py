@@ -12,32 +12,33 @@ import torch
 from configs import s3, storage
 from configs.errors import UserError
 from configs.game import ActionSpace
-from data_pipeline.batch_buffer import BatchBuffer
-from data_pipeline.shards import Entry, clip_shapes, load_manifest, read_clip, read_entries, shard_url
+from data_pipeline.shards import BatchBuffer, Entry, clip_shapes, load_manifest, read_clip, read_entries, shard_url
 from data_pipeline.types import Clip, Manifest, ShardInfo, Source
-from data_pipeline.verify import FAULT, require_bytes
+from data_pipeline.verify import ALTERED, FAULT
 
 TRIES = 2  # a disk, or a copy, may be at fault for a moment
 SET_KIND = ("layout", "clip_frames", "clip_latents", "spatial", "temporal", "codec_hash", "vision", "unknown")
 
 
 class ShardFile:
-    """One shard of a set. Its bytes are compared once, by the reader that comes first, and after `TRIES` faults it is
-    not looked at again."""
+    """One shard of a set. The first reader compares its bytes; after `TRIES` faults it is not looked at again."""
 
     def __init__(self, manifest: str, info: ShardInfo, verify: bool, copy: bool) -> None:
         self.manifest, self.info, self.url = manifest, info, shard_url(manifest, info)
         self._copy = copy and storage.is_s3(self.url)
         self._trusted = not verify
-        self._faults: list[str] = []
+        self._fault, self._tries = "", TRIES
         self._lock = threading.Lock()
 
-    def read_entries(self) -> list[Entry]:
-        """Where its clips lie, by its index. Raises UserError if size or index are not as the manifest says."""
+    def read_entries(self, faults: bool) -> list[Entry]:
+        """Where its clips lie, by its index. Raises UserError if size or index are not as the manifest says; with
+        `faults`, only when a clip is read."""
         try:
             return read_entries(self.url, self.info)
         except FAULT as error:
-            self._faults = [str(error)] * TRIES
+            self._fault, self._tries = str(error), 0
+            if faults:
+                return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
             raise self._error() from error
 
     @contextmanager
@@ -45,11 +46,11 @@ class ShardFile:
         """The url or the path to read from. Raises UserError for a shard that is not as its manifest says."""
         with ExitStack() as stack:
             with self._lock:
-                if len(self._faults) >= TRIES:
+                if not self._tries:
                     raise self._error()
-                place = self._check(stack)
+                url = self._check(stack)
             try:
-                yield place
+                yield url
             except OSError as error:
                 if error.filename is None and error.errno is not None:  # of a read, which does not name the file
                     raise OSError(error.errno, error.strerror, self.url) from error
@@ -59,16 +60,16 @@ class ShardFile:
         try:
             if self._copy:
                 return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
-            if not self._trusted:
-                require_bytes(self.url, self.info)
-                self._trusted = True
+            if not self._trusted and storage.sha256(self.url) != self.info.sha256:
+                raise UserError(ALTERED)
+            self._trusted = True
             return self.url
-        except UserError as error:
-            self._faults.append(str(error))
+        except (UserError, FileNotFoundError) as error:
+            self._fault, self._tries = str(error), self._tries - 1
             raise self._error() from error
 
     def _error(self) -> UserError:
-        return UserError(f"shard {self.url}: {self._faults[-1]}; run python -m data_pipeline verify {self.manifest}")
+        return UserError(f"shard {self.url}: {self._fault}; run python -m data_pipeline verify {self.manifest}")
 
 
 class Shards:
@@ -84,6 +85,7 @@ class Shards:
         """Raises UserError for a set that is not there, is not whole, or is of another kind than the first."""
         self.sources = [Source(str(sources))] if isinstance(sources, str | Path) else list(sources)
         self.manifests = load_manifests(self.sources)
+        self.manifest = self.manifests[0]  # what all have in common can be asked of it
         self.shapes = clip_shapes(self.manifest)
         self.shards = [
             ShardFile(source.path, info, verify, copies)
@@ -91,16 +93,11 @@ class Shards:
             for info in manifest.shards
         ]
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            entries = pool.map(lambda shard: _read_entries(shard, faults), self.shards)
+            entries = pool.map(lambda shard: shard.read_entries(faults), self.shards)
             self.places = [(number, entry) for number, of_shard in enumerate(entries) for entry in of_shard]
 
     def __len__(self) -> int:
         return len(self.places)
-
-    @property
-    def manifest(self) -> Manifest:
-        """That of the first set: what all have in common can be asked of it."""
-        return self.manifests[0]
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
         """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), start ()."""
@@ -117,26 +114,15 @@ class Shards:
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""
         shard, entry = self.places[number]
-        tensors = self.read(number)
+        tensors = {name: tensor for name, tensor in self.read(number).items() if name != "start"}
         with self.shards[shard].open() as url:
             jpeg = storage.read_range(url, entry.jpeg_offset, entry.jpeg_size)
-        actions = tensors["keyboard"], tensors["mouse"]
-        optional = tensors.get("visual"), tensors.get("image_latents")
-        return Clip(tensors["latents"], *actions, jpeg, entry.episode, entry.start, *optional)
+        return Clip(first_frame=jpeg, episode=entry.episode, start=entry.start, **tensors)
 
     def fetch(self, shard: int) -> None:
         """Makes the copy of a shard, so that nobody waits for it later."""
         with self.shards[shard].open():
             pass
-
-
-def _read_entries(shard: ShardFile, faults: bool) -> list[Entry]:
-    try:
-        return shard.read_entries()
-    except UserError:
-        if not faults:
-            raise
-        return [Entry("?", "?", 0, 0, 0, 0, 0)] * shard.info.clips  # its clips keep their numbers
 
 
 def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
@@ -161,12 +147,6 @@ def require_same_kind(
     for name, ours, theirs in pairs:
         if ours != theirs:
             raise UserError(f"{other_url} has {name} {theirs}, {url} {ours}; they must agree in it; encode both alike")
-
-
-def read_clips(manifest_url: str | Path, limit: int | None = None) -> list[Clip]:
-    """The first `limit` clips of a set (all if None) in the manifest's order, first frames included."""
-    shards = Shards(manifest_url)
-    return [shards.clip(number) for number in range(len(shards) if limit is None else min(limit, len(shards)))]
 
 
 def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from webdataset.writer import TarWriter
@@ -21,7 +22,6 @@ from configs import build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import sha256_file
 from configs.foreign import parse_object, reading, require_inside
-from data_pipeline.batch_buffer import BatchBuffer, TensorLayout
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 
@@ -31,7 +31,11 @@ AGAIN = "delete it and run the same encode command again"
 CLIP_BYTES = 1 << 30  # of one clip at most; an index that says more is wrong
 SHARD_CLIPS = 10_000_000  # of one shard at most
 ALIGNMENT = 64  # bytes, of a clip's latents in its shard: copying them is faster then
-DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # safetensors' names of what clips hold
+TENSORS = {"latents", "keyboard", "mouse", "start", "visual", "image_latents"}  # that a clip may hold
+DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # safetensors' names of their types
+
+Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
+TensorLayout = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # a clip's tensors in the order of their bytes
 
 
 class Entry(NamedTuple):
@@ -99,17 +103,14 @@ def _write_tar(path: Path, clips: Sequence[Clip]) -> list[Entry]:
 
 
 def pack_clip(clip: Clip) -> bytes:
-    """A clip as safetensors: latents, keyboard, mouse, start; the episode's id is in the file's metadata."""
-    tensors = {name: value for name, value in vars(clip).items() if isinstance(value, torch.Tensor)}
-    tensors = {name: tensor.contiguous() for name, tensor in {**tensors, "start": torch.tensor(clip.start)}.items()}
-    packed = save(tensors, metadata={"episode": clip.episode})  # one entry: the order of several is not reproducible
+    """A clip as safetensors: its tensors and `start`; the episode's id is in the file's metadata."""
+    tensors = {name: value.contiguous() for name, value in vars(clip).items() if isinstance(value, torch.Tensor)}
+    # One entry of metadata: the order of several is not reproducible.
+    packed = save({**tensors, "start": torch.tensor(clip.start)}, metadata={"episode": clip.episode})
     length = int.from_bytes(packed[:8], "little")
     latents = json.loads(packed[8 : 8 + length])["latents"]["data_offsets"][0]
     blanks = -(8 + length + latents) % ALIGNMENT  # a tar's members begin at multiples of 512; a header may end in them
     return (length + blanks).to_bytes(8, "little") + packed[8 : 8 + length] + b" " * blanks + packed[8 + length :]
-
-
-Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
 
 
 def clip_shapes(manifest: Manifest) -> Shapes:
@@ -121,16 +122,49 @@ def clip_shapes(manifest: Manifest) -> Shapes:
     return {**shapes, "start": ()} | ({"image_latents": latents} if manifest.unknown == "grey" else {})
 
 
+class BatchBuffer:
+    """Memory for `b` clips of one layout, that of the clip which is read first."""
+
+    def __init__(self, b: int, pin_memory: bool = False) -> None:
+        self.b, self.pin_memory = b, pin_memory
+        self.layout: TensorLayout = {}
+        self._bytes: dict[str, torch.Tensor] = {}  # (b size) uint8
+
+    def row(self, i: int, layout: TensorLayout, clip: str) -> dict[str, memoryview]:
+        """The bytes of row `i` by tensor. Raises UserError, naming `clip`, for another layout than the first clip's."""
+        if not self.layout:
+            self.layout = layout
+            sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
+            self._bytes = {name: self._allocate(size) for name, size in sizes.items()}
+        if layout != self.layout:
+            raise UserError(f"{clip} has {layout}, others {self.layout}; encode them alike")
+        return {name: tensor[i].numpy().data for name, tensor in self._bytes.items()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """(b ...) by name."""
+        return {
+            name: self._bytes[name].view(dtype).view(self.b, *shape)
+            if math.prod(shape)
+            else torch.empty(self.b, *shape, dtype=dtype)  # such as the mouse of a game without one
+            for name, (dtype, shape) in self.layout.items()
+        }
+
+    def _allocate(self, size: int) -> torch.Tensor:
+        if self.pin_memory:  # torch uses it again, but not before copies from it to a GPU have ended
+            return torch.empty(self.b, size, dtype=torch.uint8, pin_memory=True)
+        return torch.from_numpy(np.empty((self.b, size), np.uint8))  # NumPy asks for large pages, torch does not
+
+
 def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, buffer: BatchBuffer, row: int) -> None:
     """Reads a clip's tensors into a row of the buffer; of a local file each is copied once.
 
     Raises UserError, naming the `url` of the shard, if the clip is damaged or has not the `shapes`.
     """
     layout, first = _read_layout(file, url, entry)
-    found = {name: shape for name, (_, shape) in layout.items()}
     for name, shape in shapes.items():
-        if found.get(name) != shape:
-            raise UserError(f"{url}: clip {entry.key} has {name} of the shape {found.get(name)}, not {shape}; {VERIFY}")
+        there = layout[name][1] if name in layout else None
+        if there != shape:
+            raise UserError(f"{url}: clip {entry.key} has {name} of the shape {there}, not {shape}; {VERIFY}")
     rows = buffer.row(row, layout, f"{url}: clip {entry.key}")
     file.seek(first)
     for name in layout:
@@ -140,11 +174,11 @@ def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, b
 
 def _read_layout(file: io.BufferedIOBase, url: str, entry: Entry) -> tuple[TensorLayout, int]:
     """The clip's layout, and the offset in the shard of its first tensor; the others follow without gaps."""
-    file.seek(entry.offset)
-    length = int.from_bytes(file.read(8), "little")
-    if length > entry.size - 8:
-        raise UserError(f"{url} holds a damaged clip at {entry.offset}; {VERIFY}")
     with reading(url, VERIFY):
+        file.seek(entry.offset)
+        length = int.from_bytes(file.read(8), "little")
+        if length > entry.size - 8:
+            raise UserError(f"clip {entry.key} has a header of {length} bytes")
         header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
         header.pop("__metadata__", None)
         tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
@@ -152,8 +186,8 @@ def _read_layout(file: io.BufferedIOBase, url: str, entry: Entry) -> tuple[Tenso
         if any(type(size) is not int or size < 0 for _, shape in layout.values() for size in shape):
             raise UserError(f"clip {entry.key} has an impossible shape")
         size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-    if size != entry.size - 8 - length:
-        raise UserError(f"{url} holds a damaged clip ({size} bytes in {entry.size}); {VERIFY}")
+        if not layout.keys() <= TENSORS or size != entry.size - 8 - length:
+            raise UserError(f"clip {entry.key} has {size} bytes of {', '.join(layout)}, not {entry.size - 8 - length}")
     return layout, entry.offset + 8 + length
 
 
@@ -186,21 +220,16 @@ def _read_entry(values: Any, info: ShardInfo) -> Entry:
 
 def read_entries(url: str, info: ShardInfo) -> list[Entry]:
     """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
-    require_size(url, info)
-    found, entries, _ = read_index(url)
-    if found != info or len(entries) != info.clips:
-        raise UserError(f"{index_url(url)} is of another shard; {AGAIN}")
-    return entries
-
-
-def require_size(url: str, info: ShardInfo) -> None:
-    """Raises UserError, not naming the `url`, unless a shard of the right size is there."""
     try:
         size = storage.size(url)
     except FileNotFoundError as error:
         raise UserError("missing") from error
     if size != info.bytes:
         raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
+    index = read_index(url)
+    if index.info != info or len(index.entries) != info.clips:
+        raise UserError(f"{index_url(url)} is of another shard; {AGAIN}")
+    return index.entries
 
 
 def save_manifest(manifest: Manifest, url: str | Path) -> None:
@@ -213,32 +242,39 @@ def load_manifest(url: str | Path) -> Manifest:
     if not storage.exists(url):
         raise MissingFileError(f"no manifest {url}; it is written last, so run the encode command (again) to its end")
     manifest = build_from(Manifest, parse_object(storage.read_bytes(url), url), url)
-    if not manifest.shards:
-        raise UserError(f"{url} lists no shards; encode some episodes first")
-    _require_possible(manifest, str(url))
+    with reading(url, "encode the set again"):
+        _require_possible(manifest)
     return manifest
 
 
 def count_latents(layout: str, frames: int, temporal: int) -> int:
-    """Latent frames of a clip of `frames` pixel frames, `temporal` of them per latent."""
-    return frames // CHUNK_FRAMES * CHUNK_LATENTS if layout == "chunked" else 1 + (frames - 1) // temporal
+    """Latents of a clip of `frames` pixel frames, of a codec of `temporal` frames per latent; UserError for no clip."""
+    if layout == "continuous":
+        (latents, rest), allowed = divmod(frames + temporal - 1, temporal), f"1 + {temporal}k"
+    else:
+        if 1 + temporal * (CHUNK_LATENTS - 1) != CHUNK_FRAMES:
+            raise UserError(f"layout={layout}: the codec has {temporal} frames per latent; use layout=continuous")
+        (chunks, rest), allowed = divmod(frames, CHUNK_FRAMES), f"a multiple of {CHUNK_FRAMES}"
+        latents = chunks * CHUNK_LATENTS
+    if frames < 1 or rest:
+        raise UserError(f"clip_frames={frames}: {layout} clips have {allowed} frames")
+    return latents
 
 
-def _require_possible(manifest: Manifest, url: str) -> None:
+def _require_possible(manifest: Manifest) -> None:
     """Raises UserError for a manifest that no encoding can have written."""
-    frames, latents, channels = manifest.clip_frames, manifest.clip_latents, manifest.latent_channels
     if min(manifest.spatial, manifest.temporal) < 1:
-        raise UserError(f"{url}: spatial={manifest.spatial} and temporal={manifest.temporal} must be at least 1")
-    off = frames % CHUNK_FRAMES if manifest.layout == "chunked" else (frames - 1) % manifest.temporal
-    if frames < 1 or off or latents != count_latents(manifest.layout, frames, manifest.temporal):
-        raise UserError(f"{url} says {manifest.layout} clips of {frames} frames and {latents} latents; there are none")
-    mean, std = manifest.latent_mean, manifest.latent_std
-    if channels < 1 or len(mean) != channels or len(std) != channels or min(std) <= 0:
-        raise UserError(f"{url}: latent_mean and latent_std must be {channels} numbers each, those of std above 0")
+        raise UserError(f"spatial={manifest.spatial} and temporal={manifest.temporal} must be at least 1")
+    latents = count_latents(manifest.layout, manifest.clip_frames, manifest.temporal)
+    if manifest.clip_latents != latents:
+        raise UserError(f"clip_latents={manifest.clip_latents} must be {latents}")
+    channels, mean, std = manifest.latent_channels, manifest.latent_mean, manifest.latent_std
+    if not channels == len(mean) == len(std) > 0 or min(std) <= 0:
+        raise UserError(f"latent_mean and latent_std must be {channels} numbers each, those of std above 0")
+    if not manifest.shards:
+        raise UserError("it lists no shards")
     for info in manifest.shards:
         # A bare name; the file may be a link to where the bytes lie, as in caches of downloads.
-        named = "/" not in require_inside(info.url, url) and info.url.isprintable()
+        named = "/" not in require_inside(info.url, "the manifest") and info.url.isprintable()
         if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
-            raise UserError(
-                f"{url} lists an impossible shard: {info.url!r:.80}, {info.clips} clips, {info.bytes} bytes"
-            )
+            raise UserError(f"shard {info.url!r:.80} of {info.clips} clips and {info.bytes} bytes is impossible")

@@ -7,21 +7,22 @@ not depend on the number of ranks or workers. A batch that reaches the end of an
 """
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
+from configs import within
 from configs.errors import UserError
-from data_pipeline.batch_buffer import BatchBuffer
 from data_pipeline.order import Order
-from data_pipeline.prefetch import PrefetchThread, ShardPrefetcher
+from data_pipeline.prefetch import PrefetchThread
 from data_pipeline.shard_set import Shards
+from data_pipeline.shards import BatchBuffer
 from data_pipeline.types import Batch, Source
 
 AHEAD = 4  # batches
-MOST_WORKERS, MOST_CLIPS = 1024, 1 << 20  # threads of a rank, clips of its batch; more is a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,8 @@ class LoaderConfig:
 
     # 0: shuffled over everything, clip by clip. n: shards in a random order, shuffled within groups of n; those on a
     # server are copied to this machine before they are used, and the cache (WORLDLOOM_CACHE_GB) should hold two groups.
-    shuffle_shards: int = 0
-    on_corrupt: Literal["stop", "skip"] = "stop"  # skip: the next clip stands in, and is counted (skipped_clips)
-
-    def __post_init__(self) -> None:
-        if self.shuffle_shards < 0:
-            raise UserError(f"loader.shuffle_shards={self.shuffle_shards} must be 0 (all at once) or more")
+    shuffle_shards: int = within(0, 1_000_000, 0)
+    on_corrupt: Literal["stop", "skip"] = "stop"  # skip: the next clip is taken, and it is counted (skipped_clips)
 
 
 def require_shards(shards: int, world: int, workers: int, manifest: str) -> None:
@@ -60,43 +57,31 @@ class Stream:
         workers: int = 1,
         loader: LoaderConfig = LoaderConfig(),
     ) -> None:
-        rank, world = place
-        if not 1 <= batch <= MOST_CLIPS or not 0 <= workers <= MOST_WORKERS or not 0 <= rank < world:
-            raise UserError(f"batch={batch}, workers={workers}, rank={rank} of {world}: batch must be 1 to "
-                            f"{MOST_CLIPS}, workers 0 to {MOST_WORKERS}, rank below the number of ranks")  # fmt: skip
+        self.batch, self.workers, self.loader = batch, workers, loader
+        self.rank, self.world = place
         self.shards = Shards(sources, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
-        require_shards(len(self.shards.shards), world, workers, self.shards.sources[0].path)
-        self.batch, self.rank, self.world, self.workers, self.loader = batch, rank, world, workers, loader
+        require_shards(len(self.shards.shards), self.world, workers, self.shards.sources[0].path)
         counts = [[info.clips for info in manifest.shards] for manifest in self.shards.manifests]
         self.order = Order(counts, [source.weight for source in self.shards.sources], seed, loader.shuffle_shards)
         for source, clips in zip(self.shards.sources, self.order.clips_per_set, strict=True):
             if not clips:
-                raise UserError(f"weight {source.weight:g} of {source.path}: no clip of it would ever come; use a "
-                                "larger one")  # fmt: skip
+                raise UserError(f"weight={source.weight:g} of {source.path} gives no clip per epoch; use a larger one")
 
     def __len__(self) -> int:
         """Clips per epoch, over all ranks."""
         return self.order.clips_per_epoch
 
-    def first_sample(self, micro_step: int) -> int:
-        """The first sample that this rank takes in `micro_step`."""
-        return (micro_step * self.world + self.rank) * self.batch
-
     def batch_at(self, micro_step: int, pin_memory: bool = False) -> Batch:
         """The batch of a micro-step, whatever was read before."""
-        first, buffer = self.first_sample(micro_step), BatchBuffer(self.batch, pin_memory)
+        first, buffer = self._first_sample(micro_step), BatchBuffer(self.batch, pin_memory)
         read = [self._read(first + row, buffer, row) for row in range(self.batch)]
         entries = [self.shards.places[number][1] for number, _ in read]
-        tensors = buffer.tensors()
-        return Batch(
-            latents=tensors["latents"],
-            keyboard=tensors["keyboard"],
-            mouse=tensors["mouse"],
-            ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries),
-            visual=tensors.get("visual"),
-            image_latents=tensors.get("image_latents"),
-            skipped=sum(skipped for _, skipped in read),
-        )
+        tensors = {name: tensor for name, tensor in buffer.tensors().items() if name != "start"}
+        ids = tuple(f"{entry.episode}:{entry.start}" for entry in entries)
+        return Batch(ids=ids, skipped=sum(skipped for _, skipped in read), **tensors)
+
+    def _first_sample(self, micro_step: int) -> int:
+        return (micro_step * self.world + self.rank) * self.batch
 
     def _read(self, sample: int, buffer: BatchBuffer, row: int) -> tuple[int, int]:
         """Reads a clip into a row of the buffer; gives its number, and how many clips before it had to be skipped.
@@ -129,14 +114,17 @@ class Stream:
             return
         steps = [count(start + worker, self.workers) for worker in range(self.workers)]
         readers = [PrefetchThread(map(read, of_worker), -(-AHEAD // self.workers), "stream") for of_worker in steps]
-        shards_after = partial(self.order.shards_after, batch=self.batch, rank=self.rank, world=self.world)
-        prefetcher = ShardPrefetcher(self.shards.fetch, shards_after) if self.loader.shuffle_shards else None
+        copier, copies, group = ThreadPoolExecutor(1, "copy"), list[Future[None]](), None
         try:
             for step in count(start):
-                if prefetcher:
-                    prefetcher.reach(self.order.group(self.first_sample(step)))
+                if self.loader.shuffle_shards and group != (now := self.order.group(self._first_sample(step))):
+                    for copy in copies:  # of shards that are read now
+                        copy.cancel()
+                    group, following = now, self.order.shards_after(*now, self.batch, self.rank, self.world)
+                    # An error stays in its future: it comes again when a clip of that shard is read.
+                    copies = [copier.submit(self.shards.fetch, shard) for shard in following]
                 yield next(readers[(step - start) % self.workers])
         finally:
-            for thread in (*readers, prefetcher):
-                if thread:
-                    thread.close()
+            for reader in readers:
+                reader.close()
+            copier.shutdown(cancel_futures=True)

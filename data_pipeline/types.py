@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs.errors import UserError
+from configs import within
 from configs.game import GameConfig
 from model.config import Vision
 from model.layout import CondFill, Layout
@@ -81,11 +81,7 @@ class Source:
     """A shard set that is mixed with others."""
 
     path: str  # of its manifest
-    weight: float = 1.0  # how often each of its clips comes per epoch
-
-    def __post_init__(self) -> None:
-        if not 0 < self.weight <= 1000:  # an epoch's order is in memory
-            raise UserError(f"weight={self.weight} of {self.path} must be a positive number, 1000 at most")
+    weight: float = within(1e-9, 1000, 1.0)  # how often each of its clips comes per epoch, whose order is in memory
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Tiny real objects that many tests share: a game, recordings of it, a codec, shards."""
 
 import hashlib
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from tiny_world import DIT, GAME, write_codec
 
 from configs import to_dict
 from configs.s3 import client
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from model.flow import FlowMatchConfig
 
@@ -104,8 +105,14 @@ def encode_config(game, recordings, codec_folder, tmp_path_factory):
 @pytest.fixture(scope="session")
 def encoded(encode_config):
     """The folder with train/ and heldout/; not to be changed."""
-    encode_recordings(encode_config)
+    encode(encode_config)
     return encode_config.out
+
+
+@pytest.fixture
+def copied(encoded, tmp_path) -> Path:
+    """A copy of the folder of the train set, to be spoilt."""
+    return Path(shutil.copytree(f"{encoded}/train", tmp_path / "train"))
 
 
 @pytest.fixture(scope="session")

@@ -71,11 +71,6 @@ def encode_words(config: EncodeConfig, game_yaml: str, *more: str, verb: str = "
     return [verb, game_yaml, *(f"{key}={value}" for key, value in settings.items()), *more]
 
 
-def read_tree(folder: str | Path) -> dict[str, bytes]:
-    """The bytes of every file in a folder, by path."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-
-
 def start(command: list[str], workers: int, rank: int) -> subprocess.Popen[str]:
     env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers)}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

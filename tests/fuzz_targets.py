@@ -16,16 +16,16 @@ import torch
 from fuzz_mutations import NUMBERS, TEXTS
 from PIL import Image
 from tiny_recordings import write_recording
+from tiny_shards import read_clips
 from tiny_world import GAME, SPACE, random_dit, write_checkpoint, write_codec
 
 from configs import load_config, to_dict
 from configs.cli import call
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.inspect import InspectConfig, inspect
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.record import RecordConfig
-from data_pipeline.shard_set import read_clips
 from data_pipeline.verify import verify_set
 from launch.pipeline import PipelineConfig
 from launch.run import read_launch
@@ -90,7 +90,7 @@ def _episodes(folder: Path) -> None:
 def _shards(folder: Path) -> None:
     _episodes(folder / "recordings")
     write_codec(folder / "codec")
-    encode_recordings(_encoding(folder))
+    encode(_encoding(folder))
 
 
 def _encoding(folder: Path) -> EncodeConfig:
@@ -237,7 +237,7 @@ TARGETS = [
         episode for recording in find_recordings("worldloom", folder) for episode in recording.read(GAME)
     )),
     Target("shards", _shards, _look, lambda path: "latents" in path.parts, (0, 1)),
-    Target("encode", _shards, lambda folder, rng: (encode_recordings(_encoding(folder)), None)[1], goes_on=True),
+    Target("encode", _shards, lambda folder, rng: (encode(_encoding(folder)), None)[1], goes_on=True),
     Target("generate", _checkpoint, _sample),
     Target("pictures", _pictures, _see),
     Target("scripts", _scripts, _play),

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_world import DIT
 
 from configs import to_dict
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.video import probe
 from model.flow import FlowMatchConfig
@@ -32,7 +32,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def settings(encode_config: EncodeConfig, codec_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("continuous")
-    encode_recordings(replace(encode_config, out=str(folder / "latents"), layout="continuous", clip_frames=21))
+    encode(replace(encode_config, out=str(folder / "latents"), layout="continuous", clip_frames=21))
     given = {
         "model": to_dict(replace(DIT, causal=CausalConfig(block=3, window=6))),
         "flow": to_dict(FlowMatchConfig()),

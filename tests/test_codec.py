@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_shards import read_clips
 from tiny_world import random_video
 from toy_codec import ToyCodec
 
 from configs import load_config, to_dict
 from configs.errors import UserError
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import find_recordings
-from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from model.codec import CODECS, codec_hash, copy_codec, load_codec
 from model.patch_codec import PatchCodec, PatchCodecConfig, to_patches
@@ -57,7 +57,7 @@ def test_a_codec_is_a_file_and_a_line(tmp_path: Path, monkeypatch, game, recordi
         game, str(recordings), str(tmp_path / "codec"), str(tmp_path / "latents"), layout="continuous", clip_frames=7,
         heldout_every=0,
     )  # fmt: skip
-    encode_recordings(config)
+    encode(config)
     manifest = load_manifest(str(tmp_path / "latents" / "train" / "manifest.json"))
     assert (manifest.codec, manifest.latent_channels, manifest.spatial, manifest.temporal) == ("toy", 3, 16, 2)
     latents = read_clips(str(tmp_path / "latents" / "train" / "manifest.json"), 1)[0].latents

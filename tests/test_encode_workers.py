@@ -2,23 +2,23 @@
 
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from encode_runs import DIES, MOMENTS, encode_words, read_tree, start, start_workers
+from encode_runs import DIES, MOMENTS, encode_words, start, start_workers
 from tiny_recordings import numbered_episode
+from tiny_shards import read_tree
 
 from configs import storage
 from configs.game import InputConfig
-from data_pipeline.encode import Worker, encode_recordings
+from data_pipeline.encode import ShardJob, Worker, encode, sort_jobs
 from data_pipeline.plan import make_plans
 from data_pipeline.resample import resample
-from data_pipeline.shard_jobs import ShardJob, sort_jobs
 from data_pipeline.shards import index_url
 from model.codec import load_codec
 
@@ -38,14 +38,16 @@ def shards(names: Iterable[str], suffix: str) -> int:
     return sum(name.endswith(suffix) and "/." not in name for name in names)
 
 
-def test_workers_without_a_number_leave_the_bytes_of_one(encode_config, encoded, tmp_path):
-    """Two at once in this process, each with a thread of its own."""
-    config, made = replace(encode_config, out=str(tmp_path)), []
-    threads = [threading.Thread(target=lambda: made.append(encode_recordings(config).new_clips)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+@pytest.fixture
+def config(encode_config, tmp_path):
+    """The settings that made `encoded`, into an empty folder."""
+    return replace(encode_config, out=str(tmp_path))
+
+
+def test_workers_without_a_number_leave_the_bytes_of_one(config, encoded, tmp_path):
+    """Two at once in this process, each in a thread."""
+    with ThreadPoolExecutor(2) as pool:
+        made = [done.new_clips for done in pool.map(encode, [config, config])]
     assert sum(made) >= 12 and read_tree(tmp_path) == read_tree(encoded)
 
 
@@ -62,25 +64,23 @@ def test_a_worker_makes_its_share_first_and_then_what_is_missing(jobs, world, mo
 
 
 @pytest.mark.parametrize("moment", LEFT)
-def test_a_worker_is_killed_at_the_moment_that_is_named(moment, encode_config, encoded, game_yaml, tmp_path):
-    config = replace(encode_config, out=str(tmp_path))
+def test_a_worker_is_killed_at_the_moment_that_is_named(moment, config, encoded, game_yaml, tmp_path):
     assert start_workers(config, game_yaml, 1, {0: moment}) == [-signal.SIGKILL]
     left = read_tree(tmp_path)
     assert LEFT[moment](left), sorted(left)
-    encode_recordings(config)
+    encode(config)
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
 @pytest.mark.parametrize("moment", ["encoding", "between shard and index"])
-def test_the_others_take_over_from_a_worker_that_is_killed(moment, encode_config, encoded, game_yaml, tmp_path):
-    config = replace(encode_config, out=str(tmp_path))
+def test_the_others_take_over_from_a_worker_that_is_killed(moment, config, encoded, game_yaml, tmp_path):
     assert start_workers(config, game_yaml, 2, {0: moment}) == [-signal.SIGKILL, 0]
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
-def test_a_shard_that_another_worker_drops_late_is_made_again(encode_config, encoded, tmp_path, monkeypatch):
+def test_a_shard_that_another_worker_drops_late_is_made_again(config, encoded, tmp_path, monkeypatch):
     """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
-    config, make, passes = replace(encode_config, out=str(tmp_path)), Worker.make_missing, []
+    make, passes = Worker.make_missing, []
 
     def make_and_lose(worker: Worker, jobs: Sequence[ShardJob]) -> None:
         make(worker, jobs)
@@ -89,16 +89,15 @@ def test_a_shard_that_another_worker_drops_late_is_made_again(encode_config, enc
             storage.remove(index_url(jobs[0].url))
 
     monkeypatch.setattr(Worker, "make_missing", make_and_lose)
-    assert encode_recordings(config).new_clips == 12 + 2 * 2 and len(passes) == 3
+    assert encode(config).new_clips == 12 + 2 * 2 and len(passes) == 3
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
-def test_all_killed_in_the_middle_and_one_started_again(encode_config, encoded, game_yaml, tmp_path):
-    config = replace(encode_config, out=str(tmp_path))
+def test_all_killed_in_the_middle_and_one_started_again(config, encoded, game_yaml, tmp_path):
     killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "beginning a shard"})
     assert killed == [-signal.SIGKILL] * 2
     assert read_tree(tmp_path) != read_tree(encoded)
-    encode_recordings(config)
+    encode(config)
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
@@ -106,10 +105,9 @@ def test_all_killed_in_the_middle_and_one_started_again(encode_config, encoded, 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
 def test_killed_anywhere_and_started_again_in_other_numbers(
-    moment, before, after, encode_config, encoded, game_yaml, tmp_path
+    moment, before, after, config, encoded, game_yaml, tmp_path
 ):
     """`make test-encode`. The first worker dies at the moment; the others a little later or earlier, all of them."""
-    config = replace(encode_config, out=str(tmp_path))
     rest = {rank: "beginning a shard" for rank in range(1, before)}
     first, *others = start_workers(config, game_yaml, before, {0: moment, **rest})
     assert first == -signal.SIGKILL and set(others) <= {-signal.SIGKILL, 0}
@@ -124,12 +122,12 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
         storage.write_file(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
     words = encode_words(config, game_yaml)
-    one = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words], workers=2, rank=0)
+    dying = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words], workers=2, rank=0)
     until = time.monotonic() + 60
     while not any(name.endswith("plan.json") for name in storage.list_tree(config.out)):  # else the other may do it all
-        assert one.poll() is None and time.monotonic() < until
+        assert dying.poll() is None and time.monotonic() < until
     other = start([sys.executable, "-m", "data_pipeline", *words], workers=2, rank=1)
-    assert (one.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
+    assert (dying.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
     left = {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)}
     assert left == read_tree(encoded)
 
@@ -153,6 +151,6 @@ def test_recordings_of_another_rate_are_encoded_at_the_games(encode_config, tmp_
     config = replace(encode_config, game=game, out=str(tmp_path), clip_frames=9, stride=3)
     plans = make_plans(config, load_codec(config.codec))
     assert {len(episode.actions) for shard in plans[0].shards for episode in shard} == {15}
-    assert encode_recordings(config).clips == 18
+    assert encode(config).clips == 18
     with pytest.raises(ValueError, match=r"inputs\.fps"):
         replace(game, inputs=InputConfig(fps=1.0))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from configs import save_config
 from configs.cli import run as run_words
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
 from data_pipeline.types import Actions, Batch
@@ -239,7 +239,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> Path:
         space = {"name": SPACE.name, "keys": SPACE.keys, "mouse_unit_deg": SPACE.mouse_unit_deg}
         (episode / ABOUT).write_text(json.dumps({**about, "action_space": space}))
     source, codec, out = (str(folder / name) for name in ("recordings", "run/codec", "shards"))
-    encode_recordings(EncodeConfig(GAME, source, codec, out, heldout_every=2))
+    encode(EncodeConfig(GAME, source, codec, out, heldout_every=2))
     return folder
 
 
@@ -293,7 +293,7 @@ def causal(road: Path, judged: Path) -> tuple[str, ...]:
     model = replace(DIT, causal=CausalConfig(block=3, window=6))
     save_config(replace(said, model=model, layout="continuous"), folder / WORLD_FILE)
     source, codec, out = (str(road / name) for name in ("recordings", "causal/codec", "continuous"))
-    encode_recordings(EncodeConfig(GAME, source, codec, out, layout="continuous", clip_frames=21, heldout_every=2))
+    encode(EncodeConfig(GAME, source, codec, out, layout="continuous", clip_frames=21, heldout_every=2))
     return f"checkpoint={folder}", f"manifest={out}/heldout/manifest.json", f"beside=[{judged}/report.json]"
 
 

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny_released import SMALL, TOWER_JSON, TOWER_SIZES, TOWER_STATE, hf_state, random_state, yamls
+from tiny_shards import read_clips
 
 from configs import load_config
 from configs.cli import run as run_words
@@ -19,7 +20,6 @@ from configs.game import GameConfig
 from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import read_episode
-from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.video import probe, to_video

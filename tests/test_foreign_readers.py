@@ -24,17 +24,17 @@ from foreign_recordings import (
     write_vpt,
 )
 from PIL import Image
+from tiny_shards import read_clips
 
 import train.codec
 from configs import load_config
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import READERS, find_recordings, keys, owl_control
 from data_pipeline.readers.event_rows import held_intervals
 from data_pipeline.readers.owl_control import read_events
-from data_pipeline.shard_set import read_clips
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from sampling.trajectories import heldout_episodes
@@ -56,7 +56,7 @@ def test_every_frame_shows_the_action_that_it_is_given(reader, sources, tmp_path
 def test_encoded_clips_have_the_actions_of_their_pictures(reader, sources, codec_folder, tmp_path):
     settings = ["clip_frames=9", "stride=1", "heldout_every=0", f"source={sources[reader]}", f"out={tmp_path}/out"]
     config = load_config(EncodeConfig, [*words(reader, tmp_path), f"codec={codec_folder}", *settings])
-    encode_recordings(config)
+    encode(config)
     clips = read_clips(tmp_path / "out" / "train" / "manifest.json")
     assert len(clips) == sum(max(0, frames - 8) for frames in LENGTHS[reader])
     batch = Stream(tmp_path / "out" / "train" / "manifest.json", 2, seed=0).batch_at(0)
@@ -84,7 +84,7 @@ def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(reader, sources
 
 def test_the_parts_of_one_recording_are_held_out_together_and_found_again(sources, codec_folder, tmp_path):
     settings = ["clip_frames=9", "heldout_every=2", f"source={sources['vpt']}", f"out={tmp_path}/out"]
-    encode_recordings(load_config(EncodeConfig, [*words("vpt", tmp_path), f"codec={codec_folder}", *settings]))
+    encode(load_config(EncodeConfig, [*words("vpt", tmp_path), f"codec={codec_folder}", *settings]))
     train, heldout = (load_manifest(tmp_path / "out" / split / "manifest.json") for split in ("train", "heldout"))
     listed = [episode for shard in train.shards for episode in shard.episodes]
     assert listed == [f"player-20220101-f{first:06d}" for first, end in VPT_SPANS if end - first >= 9]

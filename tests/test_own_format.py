@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from data_pipeline.shard_set import read_clips
+from tiny_shards import read_clips
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,7 +16,7 @@ from tiny_world import DIT, GAME, write_codec
 
 from configs import build, to_dict
 from configs.cli import run as run_words
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from launch.__main__ import VERBS
 from launch.plan import estimate, read_plan
@@ -132,7 +132,7 @@ def clips(tmp_path_factory) -> Path:
         write_recording(folder / "recordings" / f"episode_{i:05d}", game, seed=i)
     write_codec(folder / "codec")
     given = (game, str(folder / "recordings"), str(folder / "codec"), str(folder / "latents"))
-    encode_recordings(EncodeConfig(*given, shard_clips=2, heldout_every=3))
+    encode(EncodeConfig(*given, shard_clips=2, heldout_every=3))
     return folder
 
 

@@ -22,7 +22,7 @@ from configs.cli import run
 from configs.files import write_text
 from configs.s3 import DOWNLOADS
 from data_pipeline.__main__ import VERBS as DATA_VERBS
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.readers import READERS, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
 from data_pipeline.shard_set import TRIES
@@ -66,7 +66,7 @@ def nothing_here_is_called_s3(tmp_path, monkeypatch) -> Iterator[None]:
 
 def test_recordings_and_a_codec_in_a_bucket_give_the_same_shards(bucket, encode_config, encoded) -> None:
     places = {"source": f"{bucket}/recordings", "codec": f"{bucket}/codec", "out": f"{bucket}/latents"}
-    encode_recordings(replace(encode_config, **places))
+    encode(replace(encode_config, **places))
     for split in ("train", "heldout"):
         ours, theirs = f"{bucket}/latents/{split}", f"{encoded}/{split}"
         assert storage.read_bytes(f"{ours}/manifest.json") == storage.read_bytes(f"{theirs}/manifest.json")

@@ -1,18 +1,17 @@
 """The stream: every clip once per epoch, no clip twice, and the same order however it is dealt and resumed."""
 
 import dataclasses
-import hashlib
-import json
-import shutil
 import threading
+from contextlib import closing
 from itertools import count, islice
 
 import pytest
 import torch
+from tiny_shards import alter, edit, read_clips
 
 from data_pipeline.order import Order
 from data_pipeline.prefetch import PrefetchThread
-from data_pipeline.shard_set import Shards, read_clips, require_action_space
+from data_pipeline.shard_set import Shards, require_action_space
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 
@@ -24,15 +23,6 @@ def manifest(encoded):
     return f"{encoded}/train/manifest.json"
 
 
-def order_hash(manifest, world, batch, clips=3 * CLIPS):
-    """A hash of the run's global order of clips, put together from what each rank gets."""
-    streams = [Stream(manifest, batch, seed=5, place=(rank, world)) for rank in range(world)]
-    names = [
-        name for step in range(clips // (world * batch)) for stream in streams for name in stream.batch_at(step).ids
-    ]
-    return hashlib.sha256(" ".join(names).encode()).hexdigest()
-
-
 def test_a_batch_holds_the_clips_that_were_encoded(manifest):
     clips = {f"{clip.episode}:{clip.start}": clip for clip in read_clips(manifest)}
     batch = Stream(manifest, 3, seed=0).batch_at(1)
@@ -42,18 +32,12 @@ def test_a_batch_holds_the_clips_that_were_encoded(manifest):
         assert batch.keyboard[i].equal(clips[name].keyboard) and batch.mouse[i].equal(clips[name].mouse)
 
 
-def test_no_two_ranks_share_a_clip_and_every_clip_comes_once_per_epoch(manifest):
-    for epoch in range(3):
-        steps = range(2 * epoch, 2 * epoch + 2)
-        taken = [
-            {name for step in steps for name in Stream(manifest, 2, seed=1, place=(rank, 2)).batch_at(step).ids}
-            for rank in range(2)
-        ]
-        assert len(taken[0]) == len(taken[1]) == 4 and len(taken[0] | taken[1]) == CLIPS
-
-
-def test_the_order_is_the_same_for_any_number_of_ranks(manifest):
-    assert len({order_hash(manifest, world, batch) for world, batch in [(1, 1), (1, 4), (2, 2), (4, 1), (4, 2)]}) == 1
+@pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 2)])
+def test_the_order_is_the_same_for_any_number_of_ranks(world, batch, manifest):
+    ranks = [Stream(manifest, batch, 5, (rank, world)) for rank in range(world)]
+    steps = range(3 * CLIPS // (world * batch))
+    order = tuple(name for step in steps for stream in ranks for name in stream.batch_at(step).ids)
+    assert order == Stream(manifest, 3 * CLIPS, seed=5).batch_at(0).ids
 
 
 def test_the_order_is_another_in_another_epoch_and_with_another_seed(manifest):
@@ -71,21 +55,6 @@ def test_the_order_stays_what_it_is():
     assert order.epoch(1).clips.tolist() == [7, 4, 5, 1, 6, 2, 0, 3]
 
 
-def test_a_batch_may_span_the_end_of_an_epoch(manifest):
-    ids = [name for step in range(8) for name in Stream(manifest, 3, seed=2).batch_at(step).ids]
-    assert sorted(ids[:8]) == sorted(ids[8:16]) == sorted(ids[16:24])
-    assert len(set(ids[:8])) == CLIPS
-
-
-def cut_manifest(encoded, tmp_path, shards):
-    """The training set's first shards, of two clips each."""
-    shutil.copytree(f"{encoded}/train", tmp_path / "train")
-    url = tmp_path / "train" / "manifest.json"
-    loaded = json.loads(url.read_text())
-    url.write_text(json.dumps({**loaded, "shards": loaded["shards"][:shards]}))
-    return url
-
-
 @pytest.mark.parametrize(
     ("shards", "world", "batch"),
     [
@@ -95,8 +64,9 @@ def cut_manifest(encoded, tmp_path, shards):
         (1, 1, 5),  # steps that hold two epochs and more
     ],
 )
-def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(encoded, tmp_path, shards, world, batch):
-    url, clips = cut_manifest(encoded, tmp_path, shards), 2 * shards
+def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(copied, shards, world, batch):
+    url, clips = copied / "manifest.json", 2 * shards
+    edit(url, lambda m: m.update(shards=m["shards"][:shards]))
     ranks = [Stream(url, batch, seed=4, place=(rank, world)) for rank in range(world)]
     steps = 3 * clips  # so that epochs end as steps do, in the end
     dealt = [[stream.batch_at(step).ids for stream in ranks] for step in range(steps)]
@@ -109,22 +79,10 @@ def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(encoded
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_it_resumes_at_any_step_with_any_number_of_workers(workers, manifest):
-    whole = [batch.ids for batch in islice(Stream(manifest, 3, seed=3, workers=1).batches(0), 9)]
+    whole = [Stream(manifest, 3, seed=3).batch_at(step).ids for step in range(9)]
     for start in range(9):
-        batches = Stream(manifest, 3, seed=3, workers=workers).batches(start)
-        assert [batch.ids for batch in islice(batches, 9 - start)] == whole[start:]
-        batches.close()
-
-
-@pytest.mark.parametrize(("world", "workers"), [(2, 1), (2, 2), (4, 0), (4, 1)])
-def test_it_resumes_on_other_ranks_too(world, workers, manifest):
-    whole = [name for batch in islice(Stream(manifest, 4, seed=3, workers=0).batches(0), 12) for name in batch.ids]
-    for start in (0, 1, 5, 11):
-        ranks = [Stream(manifest, 4 // world, 3, (rank, world), workers).batches(start) for rank in range(world)]
-        found = [name for _ in range(start, 12) for batches in ranks for name in next(batches).ids]
-        for batches in ranks:
-            batches.close()
-        assert found == whole[4 * start :]
+        with closing(Stream(manifest, 3, seed=3, workers=workers).batches(start)) as batches:
+            assert [batch.ids for batch in islice(batches, 9 - start)] == whole[start:]
 
 
 def test_what_goes_wrong_in_a_thread_is_raised_in_its_place():
@@ -144,15 +102,10 @@ def test_what_goes_wrong_in_a_thread_is_raised_in_its_place():
 
 def test_a_batch_stays_as_it_is_while_others_are_read(manifest):
     batches = Stream(manifest, 2, seed=0, workers=1).batches()
-    held = [(batch.latents[1:], batch.latents[1:].clone()) for batch in islice(batches, 4)]
+    kept = [(batch.latents[1:], batch.latents[1:].clone()) for batch in islice(batches, 4)]
     assert len(list(islice(batches, 12))) == 12
     batches.close()
-    assert all(view.equal(copy) for view, copy in held)
-
-
-def test_clips_are_read_in_the_manifests_order(manifest):
-    assert [clip.episode for clip in read_clips(manifest, limit=3)] == ["episode_00000"] * 2 + ["episode_00001"]
-    assert len(read_clips(manifest, limit=100)) == CLIPS
+    assert all(view.equal(copy) for view, copy in kept)
 
 
 def test_closing_ends_the_threads(manifest):
@@ -163,58 +116,48 @@ def test_closing_ends_the_threads(manifest):
     assert not any(thread.name.startswith("stream") for thread in threading.enumerate())
 
 
-def damage(encoded, tmp_path, name="shard-000002.tar", byte=3000):
-    shutil.copytree(f"{encoded}/train", tmp_path / "train")
-    data = bytearray((tmp_path / "train" / name).read_bytes())
-    data[byte] ^= 1
-    (tmp_path / "train" / name).write_bytes(data)
-    return tmp_path / "train" / "manifest.json"
-
-
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_wrong_sha256_stops_the_run_when_the_shard_is_used(workers, encoded, tmp_path):
-    url = damage(encoded, tmp_path)
-    with pytest.raises(ValueError, match=r"shard-000002.tar: altered.*python -m data_pipeline verify") as error:
-        list(islice(Stream(url, 2, seed=0, workers=workers).batches(0), 4))
-    assert "\n" not in str(error.value)
+def test_a_wrong_sha256_stops_the_run_when_the_shard_is_used(workers, copied):
+    alter(copied / "shard-000002.tar")
+    stream = Stream(copied / "manifest.json", 2, seed=0, workers=workers)
+    with (
+        closing(stream.batches(0)) as batches,
+        pytest.raises(ValueError, match=r"shard-000002.tar: altered.*python -m data_pipeline verify"),
+    ):
+        list(islice(batches, 4))
 
 
-def test_an_index_of_another_shard_is_found_before_the_first_batch(encoded, tmp_path):
-    shutil.copytree(f"{encoded}/train", tmp_path / "train")
-    url = tmp_path / "train" / "manifest.json"
-    loaded = json.loads(url.read_text())
-    loaded["shards"][0]["sha256"] = "0" * 64
-    url.write_text(json.dumps(loaded))
+def test_an_index_of_another_shard_is_found_before_the_first_batch(copied):
+    edit(copied / "manifest.json", lambda m: m["shards"][0].update(sha256="0" * 64))
     with pytest.raises(ValueError, match="is of another shard"):
-        Stream(url, 2, seed=0)
+        Stream(copied / "manifest.json", 2, seed=0)
 
 
-def test_the_bytes_of_a_shard_are_compared_unless_it_is_only_looked_at(encoded, tmp_path):
-    url = damage(encoded, tmp_path)
-    assert len([Shards(url, verify=False).read(number) for number in range(CLIPS)]) == CLIPS
+def test_the_bytes_of_a_shard_are_compared_unless_it_is_only_looked_at(copied):
+    alter(copied / "shard-000002.tar")
+    assert len([Shards(copied / "manifest.json", verify=False).read(number) for number in range(CLIPS)]) == CLIPS
     with pytest.raises(ValueError, match=r"shard-000002.tar: altered"):
-        read_clips(url)
+        read_clips(copied / "manifest.json")
 
 
-def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(encoded, tmp_path):
-    shutil.copytree(f"{encoded}/train", tmp_path / "train")
-    url, shard = tmp_path / "train" / "manifest.json", tmp_path / "train" / "shard-000001.tar"
+def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(copied):
+    url, shard = copied / "manifest.json", copied / "shard-000001.tar"
     shard.write_bytes(shard.read_bytes()[:-10240])
     verify = rf"run python -m data_pipeline verify {url}"
-    with pytest.raises(ValueError, match=rf"shard-000001.tar: truncated or grown: \d+ bytes, not \d+; {verify}"):
+    with pytest.raises(ValueError, match=rf"shard-000001.tar: truncated .*; {verify}"):
         Stream(url, 2, seed=0)
     shard.unlink()
     with pytest.raises(ValueError, match=rf"shard-000001.tar: missing; {verify}"):
         Stream(url, 2, seed=0)
-    (tmp_path / "train" / "shard-000000.index.json").unlink()
-    with pytest.raises(ValueError, match="run the same encode command again"):
+    (copied / "shard-000000.index.json").unlink()
+    with pytest.raises(ValueError, match=r"shard-000000.index.json is missing"):
         Stream(url, 2, seed=0)
 
 
 def test_fewer_shards_than_loader_workers_is_refused(manifest):
     Stream(manifest, 1, seed=0, place=(0, 2), workers=2)
     for world, workers, readers in [(2, 3, 6), (5, 0, 5)]:  # the last: a rank that would have none of its own
-        with pytest.raises(ValueError, match=rf"4 shards for {readers} loader workers \(ranks x workers\)"):
+        with pytest.raises(ValueError, match=rf"4 shards for {readers} loader workers"):
             Stream(manifest, 1, seed=0, place=(0, world), workers=workers)
 
 
@@ -228,7 +171,5 @@ def test_another_action_space_is_refused_by_name(manifest):
     require_action_space(own, own.game.action_space, "the game")
     require_action_space(own, dataclasses.replace(own.game.action_space, caps=()), "the game")
     other = dataclasses.replace(own.game.action_space, name="gta_drive", keys=("forward", "back"), caps=())
-    with pytest.raises(
-        ValueError, match=r"'tiny' \(forward, back, left, right;.*the checkpoint 'gta_drive' \(forward, back;"
-    ):
+    with pytest.raises(ValueError, match=r"'tiny' \(forward, back, left, right;.*the checkpoint 'gta_drive'"):
         require_action_space(own, other, "the checkpoint")

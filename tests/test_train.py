@@ -21,7 +21,7 @@ from toy_objective import Toy
 from configs import load_config
 from configs.errors import UserError, is_users
 from configs.game import ActionSpace
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.stream import Stream
 from model.action_dit import ActionDiT
@@ -215,7 +215,7 @@ def test_a_games_keys_and_mouse_reach_the_model_by_themselves(codec_folder, trai
     for i in range(2):
         write_recording(tmp_path / "recordings" / f"episode_{i:05d}", game, seed=i)
     clips = EncodeConfig(game, str(tmp_path / "recordings"), str(codec_folder), str(tmp_path), heldout_every=0)
-    encode_recordings(clips)
+    encode(clips)
     words = ["configs/models/demo.yaml", "configs/train/demo_base.yaml", "engine.name=ddp", "model.num_layers=1"]
     words += ["model.action.blocks=[0]", f"manifest={tmp_path}/train/manifest.json", f"codec={codec_folder}"]
     words += [f"out={tmp_path / 'run'}", "steps=2", "batch=1"]

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import save_file
 
 from configs import to_dict
-from data_pipeline.encode import encode_recordings
+from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
 from model.codec import codec_hash, load_codec
@@ -115,7 +115,7 @@ def test_recordings_are_encoded_in_both_layouts(game, recordings, folder, tmp_pa
     words = EncodeConfig(
         game, str(recordings), str(folder), str(tmp_path), layout=layout, clip_frames=frames, heldout_every=0, batch=2
     )
-    done = encode_recordings(words)
+    done = encode(words)
     manifest = load_manifest(done.manifests[0])
     assert done.clips > 0
     assert (manifest.codec, manifest.codec_hash) == ("wan", codec_hash(folder))
