@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.errors import UserError
-from model.actions import ActionModule, UnusedRMSNormScale, action_rotation
+from model.actions import ActionModule, UnusedRMSNormScale
 from model.block import Block, BlockContext, Head
 from model.config import ActionDiTConfig
 from model.kv_cache import KVCache, LayerKVCache, LayerPast
 from model.layers import FP32Linear, ImageEmbedding, PatchEmbedding, RMSNorm, time_sinusoid
-from model.masks import BlockCausalMask
+from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
 
 # Surrounds the initialisation of a submodule, given with its name: there it may have memory that it otherwise has not.
@@ -93,15 +93,15 @@ class ActionDiT(nn.Module):
         p, q = self.config.patch_size[1:]
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // q
         tokens = self.patch_embedding(torch.cat([x, cond.to(x.dtype)], dim=1))
-        time = timestep if timestep.ndim == 2 else timestep[:, None]
-        time = self.time_embedding(time_sinusoid(time, self.config.freq_dim))
-        rotation, actions_at = self._rotations(f, h, w, cache, x.device)
+        times = timestep if timestep.ndim == 2 else timestep[:, None]
+        time = self.time_embedding(time_sinusoid(times, self.config.freq_dim))
+        rotation, action_rotation = self._rotations(f, h, w, cache, x.device)
         context = BlockContext(
             modulation=rearrange(self.time_projection(time), "b g (six d) -> b g six d", six=6),
             rotation=rotation,
             keyboard=None if keyboard is None else keyboard.to(tokens.dtype),
             mouse=None if mouse is None else mouse.to(tokens.dtype),
-            action_rotation=actions_at,
+            action_rotation=action_rotation,
             update_cache=update_cache,
         )
         if cache is None:
@@ -115,7 +115,7 @@ class ActionDiT(nn.Module):
 
     def _see_clip(self, tokens: Tensor, context: BlockContext, visual: Tensor | None, masks: LayerPast) -> Tensor:
         """Tokens (b l d) of a whole clip after all blocks, every n-th of them checkpointed in training."""
-        image = self.img_emb(visual.to(tokens.dtype)) if self.img_emb is not None and visual is not None else None
+        image = self._image(visual, tokens.dtype)
         every = self.config.checkpoint_every
         for i, block in enumerate(self.blocks):
             if every and i % every == 0 and torch.is_grad_enabled():
@@ -123,6 +123,10 @@ class ActionDiT(nn.Module):
             else:
                 tokens = block(tokens, context, image, masks)
         return tokens
+
+    def _image(self, visual: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Image tokens at the model's width (b m d)."""
+        return self.img_emb(visual.to(dtype)) if self.img_emb is not None and visual is not None else None
 
     def compile_blocks(self, mode: CompileMode) -> None:
         """torch.compile, block by block and in place: names of weights stay, and equal blocks compile once."""
@@ -133,33 +137,26 @@ class ActionDiT(nn.Module):
     @torch.no_grad()
     def make_cache(self, b: int, height: int, width: int, visual: Tensor | None = None) -> KVCache:
         """An empty cache for streams of `b` samples of latents of `height` x `width`, with their image tokens."""
-        causal = self.config.causal
+        causal, like = self.config.causal, self.patch_embedding.weight
         if causal is None or causal.window is None:
             why = "was not trained causally (no `causal` section)" if causal is None else "has causal.window=null"
             raise UserError(f"this model cannot stream: it {why}; train it with diffusion_forcing and a window")
         self._check_sizes(height, width)
         self._check_visual(visual)
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
-        layers, image_kv = [], []
-        image = None
-        if self.img_emb is not None and visual is not None:
-            image = self.img_emb(visual.to(self.patch_embedding.weight.dtype))
-        for block in self.blocks:
-            assert isinstance(block, Block)
-            layers.append(self._layer_cache(block, b, rows * columns))
-            cross = block.cross_attn
-            image_kv.append(None if cross is None or image is None else cross.keys_and_values(image))
+        image = self._image(visual, like.dtype)
+        crosses = [getattr(block, "cross_attn", None) for block in self.blocks]
+        image_kv = [cross.keys_and_values(image) if cross is not None else None for cross in crosses]
+        layers = [self._layer_cache(causal, i, b, rows * columns) for i in range(len(self.blocks))]
         return KVCache(layers, image_kv, (b, rows, columns))
 
-    def _layer_cache(self, block: Block, b: int, s: int) -> LayerPast:
+    def _layer_cache(self, causal: CausalConfig, index: int, b: int, s: int) -> LayerPast:
         """Empty caches of one block for `b` samples of `s` tokens per frame."""
-        causal, action, like = self.config.causal, self.config.action, self.patch_embedding.weight
-        assert causal is not None
-        heads, rule = self.config.num_heads, causal.action_rule()
+        action, heads, like = self.config.action, self.config.num_heads, self.patch_embedding.weight
         video = LayerKVCache(causal.video_rule(), (b, s, heads, self.config.dim // heads), like)
         mouse = keyboard = None
-        if block.action_model is not None and action is not None:
-            a = action.heads_num
+        if action is not None and index in action.blocks:
+            a, rule = action.heads_num, causal.action_rule()
             if action.enable_mouse:
                 mouse = LayerKVCache(rule, (b * s, 1, a, action.mouse_hidden_dim // a), like)
             if action.enable_keyboard:
@@ -172,12 +169,14 @@ class ActionDiT(nn.Module):
         """Positions of the video tokens (g h*w 1 e) and of the frames in the action modules (g 1 e)."""
         causal, start = self.config.causal, 0
         if cache is not None and causal is not None:
-            relative = causal.positions == "relative"
-            start, f = (0, cache.length + f) if relative else (cache.position, f)
+            if causal.positions == "relative":
+                f += cache.length
+            else:
+                start = cache.position
         rotation = video_rotation(f, h, w, self.config.dim // self.config.num_heads, start, device=device)
         rotation = rearrange(rotation, "(f s) one e -> f s one e", f=f)
         action = self.config.action
-        return rotation, action_rotation(action, f, start, device) if action else None
+        return rotation, action.rotation(f, start, device) if action else None
 
     def _masks(self, f: int, s: int) -> LayerPast:
         """What a clip of f frames of s tokens may see; all of it within one block."""
@@ -191,11 +190,9 @@ class ActionDiT(nn.Module):
 
     def _check(self, x: Tensor, cond: Tensor, visual: Tensor | None, cache: KVCache | None) -> None:
         config = self.config
-        if x.shape[1] != config.out_dim or x.shape[1] + cond.shape[1] != config.in_dim:
-            raise UserError(
-                f"{x.shape[1]} latent and {cond.shape[1]} conditioning channels for a model of {config.out_dim} and "
-                f"{config.in_dim - config.out_dim}"
-            )
+        given, takes = (x.shape[1], cond.shape[1]), (config.out_dim, config.in_dim - config.out_dim)
+        if given != takes:
+            raise UserError(f"{given} latent and conditioning channels for a model of {takes}")
         self._check_sizes(x.shape[3], x.shape[4])
         if cache is None:
             self._check_visual(visual)
@@ -217,15 +214,12 @@ class ActionDiT(nn.Module):
         vision = self.config.vision
         if (visual is None) != (vision == "none"):
             raise UserError(f"vision {vision!r}: image tokens must {'not ' if visual is not None else ''}be given")
-        if visual is not None and vision == "pooled" and visual.shape[1] != 1:
-            raise UserError(f"vision 'pooled' takes one image token, not {visual.shape[1]}; use vision=tokens")
 
     def _check_actions(self, keyboard: Tensor | None, mouse: Tensor | None, f: int) -> None:
         action = self.config.action
-        keys = action.keys if action and action.enable_keyboard else 0
-        axes = action.mouse_dim_in if action and action.enable_mouse else 0
+        keys, axes = (action.keys, action.mouse_dim_in) if action else (0, 0)
         for name, windows, channels in (("keyboard", keyboard, keys), ("mouse", mouse, axes)):
-            expected = (f, action.window, channels) if action and channels else None
+            expected = (f, action.window if action else 0, channels)
             if windows is not None and expected != tuple(windows.shape[1:]):
                 raise UserError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
 

@@ -15,8 +15,6 @@ from model.layers import rms_normalize
 from model.limits import MANY, WIDE, require_between
 from model.rope import time_rotation
 
-NO_PAST = LayerPast()
-
 
 @dataclass(frozen=True)
 class ActionConfig:
@@ -40,9 +38,9 @@ class ActionConfig:
     input_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        where, ratio, turned = "model.action.", self.vae_time_compression_ratio, self.rope_dim_list[:1]
-        require_between(where, 1, MANY, heads_num=self.heads_num, windows_size=self.windows_size)
-        require_between(where, 1, MANY, vae_time_compression_ratio=ratio)
+        where, turned = "model.action.", self.rope_dim_list[:1]
+        few = ("heads_num", "windows_size", "vae_time_compression_ratio")
+        require_between(where, 1, MANY, **{name: getattr(self, name) for name in few})
         require_between(where, 1, WIDE, hidden_size=self.hidden_size)
         if not turned or turned[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
             raise UserError(
@@ -51,11 +49,14 @@ class ActionConfig:
             )
         if not self.enable_keyboard and not self.enable_mouse:
             raise UserError("action module without keyboard and mouse; leave `action` out instead")
-        for name, enabled in (("keyboard", self.enable_keyboard), ("mouse", self.enable_mouse)):
-            inputs, hidden = f"{name}_dim_in", f"{name}_hidden_dim"
-            width, given = getattr(self, hidden), self.keys if name == "keyboard" else self.mouse_dim_in
+        for name, enabled, inputs in (
+            ("keyboard", self.enable_keyboard, self.keys),
+            ("mouse", self.enable_mouse, self.mouse_dim_in),
+        ):
+            hidden = f"{name}_hidden_dim"
+            width = getattr(self, hidden)
             if enabled:
-                require_between(where, 1, WIDE, **{inputs: given, hidden: width})
+                require_between(where, 1, WIDE, **{f"{name}_dim_in": inputs, hidden: width})
                 if width % self.heads_num or width // self.heads_num < turned[0]:
                     raise UserError(
                         f"{where}{hidden}={width} must be heads_num {self.heads_num} x at least {turned[0]}"
@@ -81,10 +82,9 @@ class ActionConfig:
         """Pixel frames whose actions a latent frame sees."""
         return self.vae_time_compression_ratio * self.windows_size
 
-
-def action_rotation(config: ActionConfig, f: int, start: int = 0, device: torch.device | None = None) -> Tensor:
-    """Rotations (f 1 e) that place `f` latent frames in time, the first at latent frame `start`."""
-    return time_rotation(f, config.rope_dim_list[0], start, config.rope_theta, device)
+    def rotation(self, f: int, start: int = 0, device: torch.device | None = None) -> Tensor:
+        """Rotations (f 1 e) that place `f` latent frames in time, the first at latent frame `start`."""
+        return time_rotation(f, self.rope_dim_list[0], start, self.rope_theta, device)
 
 
 class UnusedRMSNormScale(nn.Module):
@@ -141,13 +141,10 @@ class ActionModule(nn.Module):
     def scale_inputs(self) -> None:
         """Multiplies the weights that read actions by `input_gain`; part of the initialisation."""
         if self.config.enable_keyboard:
-            first = self.keyboard_embed[0]
-            assert isinstance(first, nn.Linear)
-            first.weight.mul_(self.config.input_gain)
+            self.get_parameter("keyboard_embed.0.weight").mul_(self.config.input_gain)
         if self.config.enable_mouse:
-            mix = self.mouse_mlp[0]
-            assert isinstance(mix, WindowedLinear)
-            mix.weight[:, -self.config.window * self.config.mouse_dim_in :].mul_(self.config.input_gain)
+            window = self.config.window * self.config.mouse_dim_in
+            self.get_parameter("mouse_mlp.0.weight")[:, -window:].mul_(self.config.input_gain)
 
     def forward(
         self,
@@ -155,7 +152,7 @@ class ActionModule(nn.Module):
         keyboard: Tensor | None,
         mouse: Tensor | None,
         rotation: Tensor,
-        past: LayerPast = NO_PAST,
+        past: LayerPast = LayerPast(),  # noqa: B008 - a tuple
         update_cache: bool = False,
     ) -> Tensor:
         """Tokens (b f*s d), with the residual, from tokens x (b f*s d) of the frames that `rotation` (f 1 e) places.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from configs.errors import UserError
-from model.masks import BlockCausalMask
+from model.masks import BlockCausalMask, dense_mask, flex_mask
 
 AttentionBackend = Literal["sdpa", "dense", "flex", "flash_attn"]
 FEW_KEYS: AttentionBackend = "dense"  # the fastest where a query sees a few frames alone, see `_dense`
@@ -26,9 +26,11 @@ def attend(
     return BACKENDS[backend](q, k, v, mask)
 
 
-def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask, whole: Callable[..., Tensor]) -> Tensor:
+def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None, whole: Callable[..., Tensor]) -> Tensor:
     """The mask as one unmasked call per block over the keys that it sees: no kernel needs to know of masks, and
     nothing is computed that a mask would throw away."""
+    if mask is None:
+        return whole(q, k, v)
     attended = []
     for own, ranges in mask.blocks():
         queries = q[:, own.start * mask.queries : own.stop * mask.queries]
@@ -39,7 +41,7 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask, whole: Ca
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tensor:
-    return _by_blocks(q, k, v, mask, _sdpa_whole) if mask else _sdpa_whole(q, k, v)
+    return _by_blocks(q, k, v, mask, _sdpa_whole)
 
 
 def _sdpa_whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -54,15 +56,15 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Ten
     SDPA (in fp32 87 against 59); 60 positions x 6 frames of 2 heads along time 3.2 against 10.7 ms (fp32 6.5 : 9.1).
     9 frames of 60 tokens in blocks of 3, batch 4, bf16: 34 ms block by block against 74 ms with the mask.
     """
-    if mask is not None and mask.keys > 1:
+    if mask is None or mask.keys > 1:
         return _by_blocks(q, k, v, mask, _dense_whole)
-    return _dense_whole(q, k, v, mask)
+    return _dense_whole(q, k, v, dense_mask(mask, q.device))
 
 
-def _dense_whole(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None = None) -> Tensor:
+def _dense_whole(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
     scores = torch.einsum("blae,bmae->balm", q * q.shape[-1] ** -0.5, k)
-    if mask is not None:
-        scores = scores.masked_fill(~mask.dense(q.device), float("-inf"))
+    if seen is not None:
+        scores = scores.masked_fill(~seen, float("-inf"))
     return torch.einsum("balm,bmae->blae", scores.softmax(dim=-1), v)
 
 
@@ -74,7 +76,7 @@ def _flex(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None) -> Tens
         raise UserError("attention=flex trains on a CUDA GPU only (it has no backward pass here); use attention=sdpa")
     compute: Callable[..., Any] = _compiled_flex() if q.is_cuda else flex_attention
     q, k, v = (rearrange(x, "b l a e -> b a l e") for x in (q, k, v))
-    return rearrange(compute(q, k, v, block_mask=mask.flex(q.device)), "b a l e -> b l a e")
+    return rearrange(compute(q, k, v, block_mask=flex_mask(mask, q.device)), "b a l e -> b l a e")
 
 
 @cache
@@ -104,7 +106,7 @@ def flash_attention(
         output = compute(q, k, v)
         return output[0] if isinstance(output, tuple) else output
 
-    return _by_blocks(q, k, v, mask, whole) if mask else whole(q, k, v)
+    return _by_blocks(q, k, v, mask, whole)
 
 
 @cache

@@ -79,18 +79,14 @@ class Block(nn.Module):
         if config.vision != "none":
             self.norm3 = nn.LayerNorm(config.dim, config.eps)
             self.cross_attn = CrossAttention(config)
-        has_actions = config.action is not None and index in config.action.blocks
-        self.action_model = ActionModule(config.action, config.dim) if config.action and has_actions else None
+        action = config.action if config.action and index in config.action.blocks else None
+        self.action_model = ActionModule(action, config.dim) if action else None
         self.ffn = nn.Sequential(
             nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
         )
 
     def forward(
-        self,
-        x: Tensor,
-        context: BlockContext,
-        image: Tensor | tuple[Tensor, Tensor] | None,
-        past: LayerPast,
+        self, x: Tensor, context: BlockContext, image: Tensor | tuple[Tensor, Tensor] | None, past: LayerPast
     ) -> Tensor:
         """Tokens (b l d) -> (b l d). `image` are the image tokens (b m d), or their keys and values (b m a e)."""
         modulation = (self.modulation.float()[:, None] + context.modulation).to(x.dtype)

@@ -34,18 +34,18 @@ class ActionDiTConfig:
     checkpoint_every: int = 0  # activation checkpointing: 0 off, 1 every block, n every n-th
 
     def __post_init__(self) -> None:
-        require_between("model.", 1, WIDE, dim=self.dim, ffn_dim=self.ffn_dim, freq_dim=self.freq_dim)
-        require_between("model.", 1, WIDE, in_dim=self.in_dim, out_dim=self.out_dim, img_dim=self.img_dim)
+        wide = ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "img_dim")
+        require_between("model.", 1, WIDE, **{name: getattr(self, name) for name in wide})
         require_between("model.", 1, MANY, num_heads=self.num_heads, num_layers=self.num_layers)
-        require_between("model.patch_size: ", 1, 64, latents=self.patch_size[0], rows=self.patch_size[1])
-        require_between("model.patch_size: ", 1, 64, columns=self.patch_size[2])
+        require_between("model.", 0, MANY, checkpoint_every=self.checkpoint_every)
         require_between("model.", 0, 1, eps=self.eps)
+        latents, rows, columns = self.patch_size  # each latent frame has its own actions
+        require_between("model.patch_size: ", 1, 1, latents=latents)
+        require_between("model.patch_size: ", 1, 64, rows=rows, columns=columns)
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
             raise UserError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
-        if self.patch_size[0] != 1:
-            raise UserError(f"patch_size {self.patch_size}: one latent frame per patch, as each has its own actions")
-        if self.checkpoint_every < 0 or self.freq_dim % 2:
-            raise UserError(f"checkpoint_every {self.checkpoint_every} must be >= 0 and freq_dim {self.freq_dim} even")
+        if self.freq_dim % 2:
+            raise UserError(f"model.freq_dim={self.freq_dim} must be even")
         outside = [i for i in self.action.blocks if not 0 <= i < self.num_layers] if self.action else []
         if outside:
             raise UserError(f"action.blocks names {outside}, but the blocks are 0 to {self.num_layers - 1}")

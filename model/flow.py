@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from configs.errors import UserError
+from model.limits import require_between
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,10 @@ class FlowMatchConfig:
     reverse_sigmas: bool = False  # sigma counts the data's share instead of the noise's
 
     def __post_init__(self) -> None:
-        if not 1e-3 <= self.shift <= 1e3 or not 1 <= self.train_steps <= 1_000_000:
-            raise UserError(
-                f"flow.shift={self.shift} must be from 0.001 to 1000, "
-                f"flow.train_steps={self.train_steps} from 1 to 1000000"
-            )
-        if not 0 <= self.sigma_min < self.sigma_max <= 1:
-            raise UserError(f"flow: 0 <= sigma_min < sigma_max <= 1, not {self.sigma_min} and {self.sigma_max}")
+        require_between("flow.", 1e-3, 1e3, shift=self.shift)
+        require_between("flow.", 1, 1_000_000, train_steps=self.train_steps)
+        require_between("flow.", 0, 1, sigma_max=self.sigma_max)
+        require_between("flow.", 0, self.sigma_max - 1e-6, sigma_min=self.sigma_min)
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,6 @@ class Schedule:
     sigmas: Tensor  # (n) float32
     timesteps: Tensor  # (n) float32
     end_sigma: float  # where the step after the last level leads: 0, or 1 when the flow runs towards noise
-    training_weights: Tensor | None = None  # (n) float32, mean 1
 
     @property
     def levels(self) -> Tensor:
@@ -58,10 +55,20 @@ class Schedule:
         """The noise level (...) nearest to each timestep (...)."""
         return self.sigmas.to(timestep.device)[self.index(timestep)]
 
+    @property
+    def training_weights(self) -> Tensor:
+        """Loss weights (n) of the levels: a bell, lowered to a minimum of 0 and scaled to a mean of 1.
+
+        Its centre and width come from n, not from the range of the timesteps, as upstream: only n = 1000 gives a bell
+        over the whole range.
+        """
+        n = len(self.timesteps)
+        bell = torch.exp(-2 * ((self.timesteps - n / 2) / n) ** 2)
+        bell = bell - bell.min()
+        return bell * (n / bell.sum())
+
     def training_weight(self, timestep: Tensor) -> Tensor:
         """The bell-shaped loss weight (...) of each timestep (...)."""
-        if self.training_weights is None:
-            raise UserError("this schedule has no training weights; ask for schedule(n, training=True)")
         return self.training_weights.to(timestep.device)[self.index(timestep)]
 
 
@@ -71,21 +78,19 @@ class FlowMatch:
     def __init__(self, config: FlowMatchConfig) -> None:
         self.config = config
 
-    def schedule(self, n: int, denoising_strength: float = 1.0, training: bool = False) -> Schedule:
-        """`n` levels from `denoising_strength` (1 = all the way from noise) down; with loss weights if `training`."""
-        if n < 1 or not 0 < denoising_strength <= 1:
-            raise UserError(f"a schedule needs steps >= 1 and 0 < denoising_strength <= 1: {n}, {denoising_strength}")
+    def schedule(self, n: int, denoising_strength: float = 1.0) -> Schedule:
+        """`n` levels from `denoising_strength` (1 = all the way from noise) down."""
         config = self.config
         start = config.sigma_min + (config.sigma_max - config.sigma_min) * denoising_strength
         sigmas = torch.linspace(start, config.sigma_min, n + 1 if config.extra_one_step else n)[:n]
         if config.inverse_timesteps:
             sigmas = sigmas.flip(0)
-        sigmas = shift_sigma(sigmas, config.shift)
+        # Long clips need more noise for the same signal-to-noise ratio (SD3, arXiv 2403.03206, eq. 23).
+        sigmas = config.shift * sigmas / (1 + (config.shift - 1) * sigmas)
         if config.reverse_sigmas:
             sigmas = 1 - sigmas
-        timesteps = sigmas * config.train_steps
         end_sigma = 1.0 if config.inverse_timesteps or config.reverse_sigmas else 0.0
-        return Schedule(sigmas, timesteps, end_sigma, bell_weights(timesteps) if training else None)
+        return Schedule(sigmas, sigmas * config.train_steps, end_sigma)
 
     def add_noise(self, x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         """(1 - sigma) x0 + sigma noise, in the dtype of `noise`; sigma (b), or (b f) for x0 (b c f h w)."""
@@ -108,29 +113,9 @@ class FlowMatch:
         """The timesteps (len(steps)) at which a few-step list such as 1000, 666, 333 stands after the shift."""
         count = self.config.train_steps
         if any(not 0 <= step <= count for step in steps):
-            raise UserError(f"few-step list {list(steps)}: every step must be between 0 and {count}")
+            raise UserError(f"few_steps {list(steps)}: every step must be between 0 and {count}")
         table = torch.cat([self.schedule(count).timesteps, torch.zeros(1)])
         return table[count - torch.tensor(list(steps), dtype=torch.long)]
-
-
-def shift_sigma(sigma: Tensor, shift: float) -> Tensor:
-    """Noise levels (...) in [0, 1], moved towards 1; `shift` 1 leaves them as they are.
-
-    Long clips need more noise for the same signal-to-noise ratio (SD3, arXiv 2403.03206, eq. 23).
-    """
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def bell_weights(timesteps: Tensor) -> Tensor:
-    """Loss weights (n) of timesteps (n): a bell, lowered to a minimum of 0 and scaled to a mean of 1.
-
-    Its centre and width come from n, not from the range of the timesteps, as upstream: only n = 1000 gives a bell
-    over the whole range.
-    """
-    n = len(timesteps)
-    bell = torch.exp(-2 * ((timesteps - n / 2) / n) ** 2)
-    bell = bell - bell.min()
-    return bell * (n / bell.sum())
 
 
 def per_sample(sigma: Tensor, x: Tensor) -> Tensor:

@@ -33,15 +33,14 @@ def model_inputs(
     row `offset`, rows of the past before it. They give None where the model has no such branch, or the action space no
     such input. `visual` (b m c) are image tokens.
     """
-    action = config_of(dit).action
-    windows: list[Tensor | None] = [None, None]
-    if action:
+    inputs = {"cond": cond, "keyboard": None, "mouse": None, "visual": visual}
+    if action := config_of(dit).action:
         ends = [offset + end for end in latent_ends(layout, cond.shape[2], action.vae_time_compression_ratio)]
-        for i, enabled in enumerate((action.enable_keyboard, action.enable_mouse)):
-            rows = actions[i]
-            if enabled and rows is not None and rows.shape[-1]:
-                windows[i] = action_windows(rows, ends, action.window)
-    return {"cond": cond, "keyboard": windows[0], "mouse": windows[1], "visual": visual}
+        enabled = {"keyboard": action.enable_keyboard, "mouse": action.enable_mouse}
+        for name, rows in zip(enabled, actions, strict=True):
+            if enabled[name] and rows is not None and rows.shape[-1]:
+                inputs[name] = action_windows(rows, ends, action.window)
+    return inputs
 
 
 def action_windows(actions: Tensor, ends: Sequence[int], window: int) -> Tensor:

@@ -68,17 +68,6 @@ class KVCache:
         assert isinstance(video, LayerKVCache)
         return video.length
 
-    @property
-    def buffers(self) -> list[Tensor]:
-        """All buffers of keys and values."""
-        caches = [cache for layer in self.layers for cache in layer if isinstance(cache, LayerKVCache)]
-        return [buffer for cache in caches for buffer in (cache.k, cache.v)]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers."""
-        return sum(buffer.nbytes for buffer in self.buffers)
-
 
 def attend_along_time(
     qkv: tuple[Tensor, Tensor, Tensor],
@@ -93,9 +82,16 @@ def attend_along_time(
     or with positions relative to a window as many as the window shows. `update_cache` appends the frames to a cache.
     """
     q, k, v = qkv
+    relative, own = past is not None and past.rule.relative, rotation[len(rotation) - q.shape[1] :]
     if isinstance(past, LayerKVCache):
-        return _attend_to_cache(qkv, rotation, past, update_cache, backend)
-    if past is not None and past.rule.relative and past.rule.sink:
+        fresh = k if relative else rotate(k, own)  # a position that is counted inside the window changes as it moves
+        known_k, known_v = past.read()
+        keys, values = torch.cat([known_k, fresh], dim=1), torch.cat([known_v, v], dim=1)
+        attended = _attend_tokens(rotate(q, own), rotate(keys, rotation) if relative else keys, values, None, backend)
+        if update_cache:
+            past.append(fresh, v)
+        return attended
+    if past is not None and relative and past.rule.sink:
         return _attend_relatively(qkv, rotation, past, backend)
     return _attend_tokens(rotate(q, rotation), rotate(k, rotation), v, past, backend)
 
@@ -104,24 +100,6 @@ def _attend_tokens(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None
     frames = q.shape[1]
     q, k, v = (rearrange(x, "b f t a e -> b (f t) a e") for x in (q, k, v))
     return rearrange(attend(q, k, v, mask, backend), "b (f t) a e -> b f t a e", f=frames)
-
-
-def _attend_to_cache(
-    qkv: tuple[Tensor, Tensor, Tensor],
-    rotation: Tensor,
-    cache: LayerKVCache,
-    update_cache: bool,
-    backend: AttentionBackend,
-) -> Tensor:
-    q, k, v = qkv
-    relative, own = cache.rule.relative, rotation[len(rotation) - q.shape[1] :]
-    fresh = k if relative else rotate(k, own)  # a position that is counted inside the window changes as it moves
-    known_k, known_v = cache.read()
-    keys, values = torch.cat([known_k, fresh], dim=1), torch.cat([known_v, v], dim=1)
-    attended = _attend_tokens(rotate(q, own), rotate(keys, rotation) if relative else keys, values, None, backend)
-    if update_cache:
-        cache.append(fresh, v)
-    return attended
 
 
 def _attend_relatively(

@@ -1,5 +1,6 @@
 """What can be asked for: sizes that a model can have, devices that are here."""
 
+import math
 import re
 
 import torch
@@ -7,6 +8,7 @@ import torch
 from configs.errors import UserError
 
 WIDE, MANY = 1 << 17, 4096  # features of a layer; layers, heads and other things of which there are few
+BELOW_1 = math.nextafter(1, 0)
 
 
 def require_between(where: str, least: float, most: float, **numbers: float) -> None:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from configs.errors import UserError
 from model.layout import CondFill
-from model.limits import MANY, require_between
+from model.limits import BELOW_1, MANY, require_between
 
 
 @dataclass(frozen=True)
@@ -30,21 +29,13 @@ class CausalConfig:
     unknown: CondFill = "zeros"
 
     def __post_init__(self) -> None:
-        require_between("model.causal.", 1, MANY, block=self.block)
-        require_between("model.causal.", 1, 1 << 20, window=self.window or 1)
-        if not 0 <= self.context_noise < 1:
-            raise UserError(f"model.causal.context_noise={self.context_noise} must be in [0, 1)")
-        if self.window is not None and self.window < self.block:
-            raise UserError(
-                f"causal: window {self.window} is smaller than a block of {self.block} latent frames; use a window of "
-                "at least one block, better of two"
-            )
-        largest = max(self.sink, self.action_sink)
-        if min(self.sink, self.action_sink) < 0 or (self.window is not None and largest > self.window - self.block):
-            raise UserError(
-                f"causal: sink {self.sink} and action_sink {self.action_sink} must be 0 or more and, with the block of "
-                f"{self.block}, fit into the window of {self.window}"
-            )
+        where = "model.causal."
+        require_between(where, 1, MANY, block=self.block)
+        require_between(where, 0, BELOW_1, context_noise=self.context_noise)
+        if self.window is not None:
+            require_between(where, self.block, 1 << 20, window=self.window)
+        most = MANY if self.window is None else self.window - self.block  # a block and the sink fit into the window
+        require_between(where, 0, most, sink=self.sink, action_sink=self.action_sink)
 
     def video_rule(self) -> "BlockCausal":
         """What video tokens see."""
@@ -72,10 +63,6 @@ class BlockCausal:
             return seen
         return seen & ((key >= end - (self.window - self.sink)) | (key < self.sink))
 
-    def oldest(self, end: int) -> int:
-        """The first frame after the sink that the block which ends before frame `end` sees."""
-        return self.sink if self.window is None else max(self.sink, end - (self.window - self.sink))
-
 
 @dataclass(frozen=True)
 class BlockCausalMask:
@@ -86,29 +73,23 @@ class BlockCausalMask:
     queries: int = 1
     keys: int = 1
 
-    def dense(self, device: torch.device | None = None) -> Tensor:
-        """(l m) bool, true where query token l may look at key token m."""
-        return _dense(self, device)
-
-    def flex(self, device: torch.device) -> BlockMask:
-        """The same for torch's flex_attention."""
-        return _flex(self, device)
-
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """For each block its frames and the ranges of frames that it sees, oldest first."""
-        for start in range(0, self.frames, self.rule.block):
-            end = start + self.rule.block  # of a whole block, so that a clip's rest sees what its block would
-            oldest, newest = self.rule.oldest(end), min(end, self.frames)
-            sink = slice(0, min(self.rule.sink, newest))
-            ranges = [sink, slice(oldest, newest)] if oldest > sink.stop else [slice(0, newest)]
-            yield slice(start, newest), [frames for frames in ranges if frames.stop > frames.start]
+        rule = self.rule
+        for start in range(0, self.frames, rule.block):
+            end = start + rule.block  # of a whole block, so that a clip's rest sees what its block would
+            newest = min(end, self.frames)
+            oldest = 0 if rule.window is None else end - (rule.window - rule.sink)
+            seen = [slice(0, rule.sink), slice(oldest, newest)] if oldest > rule.sink else [slice(0, newest)]
+            yield slice(start, newest), [frames for frames in seen if frames.stop]  # there may be no sink
 
 
 # A handful of clip lengths and resolutions live at a time; a mask of 21 x 880 tokens is 340 MB. A mask made while
 # sampling must also serve training, where tensors of inference mode may not go.
 @lru_cache(maxsize=4)
 @torch.inference_mode(False)
-def _dense(mask: BlockCausalMask, device: torch.device | None) -> Tensor:
+def dense_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
+    """(l m) bool, true where query token l may look at key token m."""
     frame = torch.arange(mask.frames, device=device)
     queries, keys = frame.repeat_interleave(mask.queries), frame.repeat_interleave(mask.keys)
     return mask.rule.sees(queries[:, None], keys[None])
@@ -116,7 +97,9 @@ def _dense(mask: BlockCausalMask, device: torch.device | None) -> Tensor:
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
-def _flex(mask: BlockCausalMask, device: torch.device) -> BlockMask:
+def flex_mask(mask: BlockCausalMask, device: torch.device) -> BlockMask:
+    """The same for torch's flex_attention."""
+
     def sees(b: Tensor, a: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return mask.rule.sees(query // mask.queries, key // mask.keys)
 

@@ -7,13 +7,13 @@ from torch import Tensor
 VIDEO_THETA = 10000.0
 
 
-def axis_angles(positions: Tensor, channels: int, theta: float) -> Tensor:
+def _angles(positions: Tensor, channels: int, theta: float) -> Tensor:
     """Angles (n channels/2), float64, of positions (n) along one axis that owns `channels` channels."""
     exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=positions.device) / channels
     return positions.double()[:, None] / theta**exponents
 
 
-def unit_rotation(angles: Tensor) -> Tensor:
+def _rotation(angles: Tensor) -> Tensor:
     """Rotations (l 1 e) complex64 for float64 angles (l e); the 1 stands for the heads."""
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
 
@@ -24,22 +24,18 @@ def video_rotation(f: int, h: int, w: int, head_dim: int, start: int = 0, device
     A third of the pairs (rounded down) goes to y, as many to x, the rest to time; in the order time, y, x.
     """
     spatial = 2 * (head_dim // 6)
-    times = axis_angles(torch.arange(start, start + f, device=device), head_dim - 2 * spatial, VIDEO_THETA)
-    rows = axis_angles(torch.arange(h, device=device), spatial, VIDEO_THETA)
-    columns = axis_angles(torch.arange(w, device=device), spatial, VIDEO_THETA)
+    times, rows, columns = (torch.arange(first, first + n, device=device) for first, n in ((start, f), (0, h), (0, w)))
     parts = [
-        repeat(times, "f e -> (f h w) e", h=h, w=w),
-        repeat(rows, "h e -> (f h w) e", f=f, w=w),
-        repeat(columns, "w e -> (f h w) e", f=f, h=h),
+        repeat(_angles(times, head_dim - 2 * spatial, VIDEO_THETA), "f e -> (f h w) e", h=h, w=w),
+        repeat(_angles(rows, spatial, VIDEO_THETA), "h e -> (f h w) e", f=f, w=w),
+        repeat(_angles(columns, spatial, VIDEO_THETA), "w e -> (f h w) e", f=f, h=h),
     ]
-    return unit_rotation(torch.cat(parts, dim=1))
+    return _rotation(torch.cat(parts, dim=1))
 
 
-def time_rotation(
-    f: int, channels: int, start: int = 0, theta: float = 256.0, device: torch.device | None = None
-) -> Tensor:
+def time_rotation(f: int, channels: int, start: int, theta: float, device: torch.device | None = None) -> Tensor:
     """Rotations (f 1 channels/2) of `f` latent frames from frame `start` on, for the action modules."""
-    return unit_rotation(axis_angles(torch.arange(start, start + f, device=device), channels, theta))
+    return _rotation(_angles(torch.arange(start, start + f, device=device), channels, theta))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:

@@ -12,45 +12,37 @@ from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 from model.noise import seeded_noise
 from model.world import WorldModel
 from sampling.denoising import Denoising, Rows, Velocity, cfg, integrate
-from sampling.rollout import decode_frames, require_actions, require_prompt, with_past
+from sampling.rollout import Rollout, decode_frames
 
 
-class ChunkedRollout:
-    """A `Rollout` in chunks of 9 frames, each of which sees the chunk before it."""
+class ChunkedRollout(Rollout):
+    """A rollout in chunks of 9 frames, each of which sees the chunk before it."""
 
-    frames_due = CHUNK_FRAMES
+    frames_due = _past_rows = CHUNK_FRAMES
 
     @torch.inference_mode()
     def __init__(self, world: WorldModel, prompt: Tensor, seeds: Sequence[int], denoising: Denoising) -> None:
-        self._first_frame = require_prompt(world, prompt, seeds)  # (b 3 h w), of the newest chunk
-        self.world, self.seeds, self.denoising, self.chunks = world, tuple(seeds), denoising, 0
-        self._prompt: list[Tensor] = []  # chunks that the next steps return
+        super().__init__(world, prompt, seeds, denoising)
         if prompt.ndim == 4:
+            self._first_frame = prompt  # (b 3 h w), of the newest chunk
             self._known = world.codec.encode(prompt[:, :, None])  # the picture, then the newest chunk
         elif prompt.shape[2] % CHUNK_FRAMES:
             raise UserError(f"prompt: {prompt.shape[2]} frames must be a multiple of {CHUNK_FRAMES}")
         else:
             self._prompt = [world.codec.encode(chunk) for chunk in prompt.split(CHUNK_FRAMES, dim=2)]
-            self._known = self._prompt[0]
-        self._past: Rows | None = None  # actions of the newest chunk
-
-    @torch.inference_mode()
-    def step(self, keyboard: Tensor, mouse: Tensor) -> Tensor:
-        """The next 9 frames as in `Rollout`."""
-        actions = require_actions(self.world, (keyboard, mouse), len(self.seeds), CHUNK_FRAMES)
-        self._known = self._prompt.pop(0) if self._prompt else self._denoise(actions)
-        self._past, self.chunks = actions, self.chunks + 1
-        frames = decode_frames(self.world, self._known)
-        self._first_frame = to_video(frames[:, :1])[:, :, 0]
-        return frames
 
     def _denoise(self, actions: Rows) -> Tensor:
-        latents = CHUNK_LATENTS if self._past is None else 2 * CHUNK_LATENTS  # the chunk before it is known
+        latents = 2 * CHUNK_LATENTS if self.pieces else CHUNK_LATENTS  # the chunk before it is known
         _, channels, _, height, width = self._known.shape
-        noise = seeded_noise((channels, latents, height, width), self.seeds, self.chunks).to(self._known.device)
-        actions, image_tokens = with_past(self._past, actions), self.world.look(self._first_frame)
+        noise = seeded_noise((channels, latents, height, width), self.seeds, self.pieces).to(self._known.device)
+        image_tokens = self.world.look(self._first_frame)
         made = denoise_chunk(self.world, self._known, noise, actions, self.denoising, image_tokens)
         return made[:, :, -CHUNK_LATENTS:]
+
+    def _finish(self, latents: Tensor, actions: Rows) -> Tensor:
+        self._known, frames = latents, decode_frames(self.world, latents)
+        self._first_frame = to_video(frames[:, :1])[:, :, 0]
+        return frames
 
 
 @torch.inference_mode()

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from configs.errors import UserError
 from model.flow import FlowMatch
+from model.limits import BELOW_1, require_between
 
-MOST_STEPS = 1000  # as many levels as training draws from
-MOST_GUIDANCE = 100
 Velocity = Callable[[Tensor, Tensor], Tensor]  # of latents x (b c f h w) at timesteps (b), of x's shape
 Rows = tuple[Tensor, Tensor]  # keyboard (b n k) and mouse (b n 2), one row per frame
 
@@ -26,16 +26,11 @@ class Denoising:
     guidance: float = 1.0  # by actions (`cfg`); 1: the model as it is
 
     def __post_init__(self) -> None:
-        guided = 0 < self.guidance <= MOST_GUIDANCE
-        if not 1 <= self.steps <= MOST_STEPS or not 0 <= (self.context_noise or 0) < 1 or not guided:
-            raise UserError(
-                f"steps {self.steps} must be from 1 to {MOST_STEPS}, context_noise {self.context_noise} in [0, 1), "
-                f"guidance {self.guidance} above 0 and at most {MOST_GUIDANCE}"
-            )
+        require_between("", 1, 1000, steps=self.steps)  # training draws from as many levels
+        require_between("", 1e-3, 100, guidance=self.guidance)
+        require_between("", 0, BELOW_1, context_noise=self.context_noise or 0)
         if any(after >= before for before, after in pairwise(self.few_steps)):
-            raise UserError(
-                f"few_steps {list(self.few_steps)[:10]} must descend between 0 and 1000, as in [1000,666,333]"
-            )
+            raise UserError(f"few_steps {list(self.few_steps)[:10]} must descend, as in [1000,666,333]")
 
 
 def cfg(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance: float) -> Velocity:
@@ -47,18 +42,13 @@ def cfg(velocity: Callable[[Rows], Velocity], actions: Rows, made: int, guidance
     cond = velocity(actions)
     if guidance == 1 or not any(rows.shape[-1] for rows in actions):
         return cond
-    uncond = velocity((_null_actions(actions[0], made), _null_actions(actions[1], made)))
+    keyboard, mouse = (F.pad(rows[:, :-made], (0, 0, 0, made)) for rows in actions)
+    uncond = velocity((keyboard, mouse))
 
     def guided(x: Tensor, timestep: Tensor) -> Tensor:
         return torch.lerp(uncond(x, timestep), cond(x, timestep), guidance)
 
     return guided
-
-
-def _null_actions(rows: Tensor, made: int) -> Tensor:
-    """Action rows (b n k) with zeros in the last `made`."""
-    before = rows.shape[1] - made
-    return torch.cat([rows[:, :before], torch.zeros_like(rows[:, before:])], dim=1)
 
 
 def integrate(velocity: Velocity, flow: FlowMatch, noise: Tensor, steps: int, known: Tensor | None = None) -> Tensor:

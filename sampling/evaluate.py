@@ -3,7 +3,8 @@
 import json
 import os
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from urllib.parse import quote
 
 import numpy as np
@@ -14,7 +15,6 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.files import require_other_files
 from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from configs.game import GameConfig
 from data_pipeline.readers import Reader
@@ -22,43 +22,27 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.layout import CHUNK_FRAMES
-from model.limits import require_device
+from model.limits import require_between
 from model.loss import NoiseSample, sigma_bins, velocity_error
-from model.world import (
-    Precision,
-    Weights,
-    WorldModel,
-    check_same_game,
-    checkpoint_files,
-    find_checkpoint,
-    load_world,
-    read_world_config,
-)
+from model.world import WorldModel, check_same_game, read_world_config
+from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
 from sampling.metrics import action_loss_table, action_variants, first_latents, picture_statistics, psnr
-from sampling.motion import EVALUATOR, Motion, all_motions, chunk_motion, held_command, held_table, turn_agreement
+from sampling.motion import EVALUATOR, all_motions, held_table, turn_agreement
 from sampling.report import Compared, Report, compared, main_figures, write_page
 from sampling.scripts import Scripted
-from sampling.trajectories import (
-    Prompt,
-    Replay,
-    RolloutSettings,
-    between_frames,
-    heldout_episodes,
-    play_constant_actions,
-    read_prompts,
-    replay,
-)
-from sampling.video_grid import held_grid, replay_grid, write_grid
+from sampling.trajectories import Player, Prompt, commanded_yaw, heldout_episodes, read_prompts
+from sampling.video_grid import HELD_WIDTH, Panel, VideoGrid, write_grid
 
 WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
+MOST = 10_000  # clips, rollouts, or chunks of one
+SHOWN_PROMPTS, REPLAY_WIDTH = 3, 480  # rollouts of the replays' video, and px of one of its pictures
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """`python -m sampling evaluate <checkpoint>`."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SamplingConfig):
+    """`python -m sampling evaluate <checkpoint>`; `guidance` is of the rollouts, not of the velocity loss."""
 
-    checkpoint: str  # a step folder, or a run folder: its newest complete step
     recordings: str  # folder of the recordings that the shards were made of
     manifest: str  # of the held-out shards
     out: str  # folder of report.json, report.html, the videos and sheets
@@ -70,28 +54,13 @@ class EvaluateConfig:
     held_starts: int = 8  # as starts, for the held commands
     held_chunks: int = 3  # as chunks, for the held commands
     steps: int = 6  # Euler steps per chunk or block
-    guidance: float = 1.0  # by actions, of the rollouts; the velocity loss is of the model as it is
     batch: int = 16  # rollouts or clips computed at once
-    seed: int = 0
-    mouse_deg: float = 3.0  # degrees per frame of the held turns
-    weights: Weights = "ema"
-    device: str = "cpu"
-    precision: Precision = "fp32"  # of the DiT's weights
-    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
-    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
     def __post_init__(self) -> None:
-        if self.clips < 1:
-            raise UserError(f"clips={self.clips} must be at least 1")
-        _ = self.replay, self.held, Scripted(1, 0, self.mouse_deg)  # checks of their own
-
-    @property
-    def replay(self) -> RolloutSettings:
-        return RolloutSettings(self.starts, self.chunks, self.denoising, self.batch, self.seed)
-
-    @property
-    def held(self) -> RolloutSettings:
-        return RolloutSettings(self.held_starts, self.held_chunks, self.denoising, self.batch, self.seed + 1)
+        super().__post_init__()
+        require_between("", 1, MOST, clips=self.clips, starts=self.starts, chunks=self.chunks, batch=self.batch)
+        require_between("", 1, MOST, held_starts=self.held_starts, held_chunks=self.held_chunks)
+        _ = self.denoising, Scripted(1, 0, self.mouse_deg)  # checks of their own
 
     @property
     def denoising(self) -> Denoising:
@@ -100,14 +69,8 @@ class EvaluateConfig:
 
 def evaluate(config: EvaluateConfig) -> None:
     """Judge a checkpoint on held-out episodes: <checkpoint> recordings=... manifest=... out=<folder of the report>"""
-    require_device(config.device)
-    checkpoint = find_checkpoint(config.checkpoint)
-    read = {
-        "recordings": config.recordings, "manifest": config.manifest, "beside": config.beside, "vision": config.vision,
-        "codec": config.codec and storage.files_at(config.codec),
-        "checkpoint": checkpoint_files(checkpoint),
-    }  # fmt: skip
-    require_other_files([storage.join(config.out, name) for name in WRITTEN], read)
+    outs = [storage.join(config.out, name) for name in WRITTEN]
+    checkpoint = config.find(outs, recordings=config.recordings, manifest=config.manifest, beside=config.beside)
     manifest, trained = load_manifest(config.manifest), read_world_config(checkpoint)
     check_same_game(trained.game, manifest.game, config.manifest)
     for what in ("codec_hash", "layout"):
@@ -115,21 +78,23 @@ def evaluate(config: EvaluateConfig) -> None:
         if of_clips != of_model:
             raise UserError(f"{config.manifest} has {what} {of_clips}, {checkpoint} was trained on {of_model}")
     others = [read_other(path, config.out) for path in config.beside]
-    episodes = heldout_episodes(config.recordings, config.reader, manifest)
-    prompts = read_prompts(episodes, manifest.game, config.replay)
-    held_prompts = read_prompts(episodes, manifest.game, config.held)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
+    episodes, game = heldout_episodes(config.recordings, config.reader, manifest), manifest.game
+    prompts = read_prompts(episodes, game, config.starts, config.chunks, config.seed)
+    held_prompts = read_prompts(episodes, game, config.held_starts, config.held_chunks, config.seed + 1)
+    world = config.load(checkpoint)
+    player = Player(world, config.denoising, config.batch, config.seed)
     began, method = time.perf_counter(), "chunked" if world.layout == "chunked" else "streaming"
     with storage.writing_folder(config.out, last="report.html") as folder:  # fails before the work if it cannot write
-        losses = judge_losses(world, config, min(config.clips, manifest.clips))
-        replayed = replay(world, prompts, config.replay)
-        held = play_constant_actions(world, held_prompts, config.held, config.mouse_deg)
         report = {"checkpoint": checkpoint, "method": method, "settings": asdict(config), "evaluator": EVALUATOR}
-        report |= {"velocity_loss": losses, **judge_replay(replayed)}
-        report["held"] = judge_held(held, [*prompts, *held_prompts], world.game)
-        grids = [replay_grid(prompts, replayed), held_grid(held_prompts[0], held, world.game, config.mouse_deg)]
+        report["velocity_loss"] = judge_losses(world, config, min(config.clips, manifest.clips))
+        replayed = player.replay(prompts)
+        report |= judge_replay(replayed, commanded_yaw(prompts, game))
+        held = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
+        report["held"] = held_table({command: all_motions(made) for command, made in held.items()})
+        grids = [replay_grid(prompts, replayed["from_context"])]
+        grids += [held_grid(held_prompts[0], held, config.mouse_deg, game)]
         for grid in grids:
-            write_grid(folder, grid, world.game)
+            write_grid(folder, grid, game)
         report["seconds"] = round(time.perf_counter() - began, 1)
         storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
         write_page(folder / "report.html", report, grids, others)
@@ -189,39 +154,42 @@ def read_other(path: str, out: str) -> Compared:
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
 
-def judge_replay(replay: Replay) -> Report:
+def judge_replay(frames: Mapping[str, np.ndarray], yaw_deg: Sequence[float]) -> Report:
     """PSNR over time, how the picture answers recorded turns, and drift."""
-    repeated = np.broadcast_to(replay.prompt[:, None], replay.real.shape)
-    against_real = {
-        "codec": psnr(replay.codec, replay.real),
-        "from_context": psnr(replay.from_context, replay.real),
-        "from_frame": psnr(replay.from_frame[:, 1:], replay.real[:, :-1]),
-        "repeat_prompt": psnr(repeated, replay.real),
-    }
-    shown = {"real": replay.real, "codec": replay.codec, "from_context": replay.from_context}
-    return {
-        "psnr_db": {
-            name: {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
-            for name, values in against_real.items()
-        },
-        "replay_turns": {name: turn_agreement(replay.yaw_deg, all_motions(frames)) for name, frames in shown.items()},
-        "drift": {name: drift(frames) for name, frames in shown.items()},
-    }
-
-
-def judge_held(held: dict[str, np.ndarray], recorded: list[Prompt], game: GameConfig) -> dict[str, dict[str, float]]:
-    """How often the picture obeys a held command, beside the `recorded` chunks in which that command was held."""
-    real: dict[str, list[Motion]] = {}
-    for prompt in recorded:
-        for first in range(0, len(prompt.frames), CHUNK_FRAMES):
-            command = held_command(between_frames(prompt.actions, first), game.action_space)
-            if command is not None:
-                real.setdefault(command, []).append(chunk_motion(prompt.frames[first : first + CHUNK_FRAMES]))
-    return held_table({command: all_motions(made) for command, made in held.items()}, real)
+    report: Report = {"psnr_db": {}, "replay_turns": {}, "drift": {}}
+    for name in ("codec", "from_context", "from_frame", "repeat_prompt"):
+        values = psnr(frames[name], frames["real"][:, : frames[name].shape[1]])
+        report["psnr_db"][name] = {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
+    for name in ("real", "codec", "from_context"):
+        report["replay_turns"][name] = turn_agreement(yaw_deg, all_motions(frames[name]))
+        report["drift"][name] = drift(frames[name])
+    return report
 
 
 def drift(frames: np.ndarray) -> dict[str, list[float]]:
     """Brightness, contrast and sharpness of each chunk of rollouts (b n h w 3)."""
     chunks = rearrange(frames, "b (m n) h w c -> m (b n) h w c", n=CHUNK_FRAMES)
-    statistics = [picture_statistics(chunk) for chunk in chunks]
-    return {name: [round(one[name], 3) for one in statistics] for name in statistics[0]}
+    by_chunk = [picture_statistics(chunk) for chunk in chunks]
+    return {name: [round(statistics[name], 3) for statistics in by_chunk] for name in by_chunk[0]}
+
+
+def replay_grid(prompts: Sequence[Prompt], generated: np.ndarray) -> VideoGrid:
+    """What really happened beside what was generated from the same 9 frames and actions."""
+    panels, shown = [], prompts[:SHOWN_PROMPTS]
+    for prompt, frames in zip(shown, generated, strict=False):
+        made = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
+        panels += [Panel("real play", prompt.frames, prompt.actions), Panel("generated", made, prompt.actions)]
+    names = "; ".join(prompt.name for prompt in shown)
+    sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
+    return VideoGrid("replay", "Real play and the model's", sentence, panels, 2, REPLAY_WIDTH)
+
+
+def held_grid(prompt: Prompt, made: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
+    """Every constant action from the 9 frames of `prompt`, the first of the rollouts `made`."""
+    panels = []
+    for command, rollouts in made.items():
+        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], rollouts[0]])
+        actions = prompt.with_constant_action(command, game, mouse_deg)
+        panels.append(Panel(command.replace("_", " "), frames, actions))
+    sentence = "The same 9 frames and the same noise, another command held in each picture."
+    return VideoGrid("held", f"One command held, from {prompt.name}", sentence, panels, 4, HELD_WIDTH)

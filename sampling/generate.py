@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.files import require_no_folder, require_other_files
+from configs.files import require_no_folder
 from configs.game import GameConfig
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.pictures import read_picture
@@ -24,30 +24,21 @@ from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
-from model.limits import require_device
-from model.world import (
-    Precision,
-    Weights,
-    WorldModel,
-    WorldModelConfig,
-    checkpoint_files,
-    find_checkpoint,
-    load_world,
-    read_world_config,
-)
-from sampling.contact_sheet import Tile, write_sheet
+from model.limits import require_between
+from model.world import WorldModel, WorldModelConfig, read_world_config
+from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
 from sampling.play import play
 from sampling.scripts import Scripted, is_file, read_script
+from sampling.video_grid import Tile, write_sheet
 
 SHEET_TILES = 36  # pictures of the contact sheet at most
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
     """`python -m sampling generate <checkpoint>`."""
 
-    checkpoint: str  # a step folder, or a run folder: its newest complete step
     prompt: str  # an image, or a video of which `prompt_frame` is taken
     out: str  # .mp4; the contact sheet gets the same name with .png
     actions: str = "random"  # random, words (forward+turn_left:36,idle:12), a .csv or a .json file
@@ -56,25 +47,15 @@ class GenerateConfig:
     steps: int = 8  # Euler steps per chunk or block
     few_steps: tuple[int, ...] = ()  # streaming: instead of steps the list of a few-step model: [1000,666,333]
     context_noise: float | None = None  # streaming: noise level of finished blocks in the caches; null: the model's own
-    guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
-    prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
-    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
-    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
-    compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
-    seed: int = 0
     prompt_frame: int = 0
-    mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
-    weights: Weights = "ema"
-    device: str = "cpu"
-    precision: Precision = "fp32"  # of the DiT's weights
+    prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
+    compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _ = self.denoising, self.scripted  # checks of their own
-        if not 1 <= self.prompt_frames <= self.frames or self.seed < 0 or self.prompt_frame < 0:
-            raise UserError(
-                f"prompt_frames={self.prompt_frames} must be from 1 to frames={self.frames}, seed and prompt_frame at "
-                "least 0"
-            )
+        require_between("", 1, self.frames, prompt_frames=self.prompt_frames)
+        require_between("", 0, 1 << 62, prompt_frame=self.prompt_frame)
         if Path(self.out).suffix.lower() != ".mp4":
             raise UserError(f"out={self.out} must end in .mp4")
         if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
@@ -91,16 +72,16 @@ class GenerateConfig:
 
 def generate(config: GenerateConfig) -> None:
     """Play an action script from a prompt picture: <checkpoint> prompt=frame.png actions=random out=demo.mp4"""
-    require_device(config.device)
-    checkpoint = find_checkpoint(config.checkpoint)
-    trained = read_world_config(checkpoint)
-    check_method(config, trained, checkpoint)
     out, sheet = storage.path(config.out), storage.path(config.out).with_suffix(".png")
-    require_other_outs(config, [config.out, sheet], checkpoint)
+    require_no_folder([config.out, sheet])
+    script = config.actions if is_file(config.actions) else None
+    checkpoint = config.find([config.out, sheet], prompt=config.prompt, actions=script)
+    trained = read_world_config(checkpoint)
+    _require_method(config, trained, checkpoint)
     game = trained.game
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
-    world = load_world(checkpoint, config.weights, config.device, config.precision, config.vision, config.codec)
+    world = config.load(checkpoint)
     world.dit.compile_blocks(config.compile)
     started, tiles = time.perf_counter(), list[Tile]()
     title = f"{game.name}: {config.frames} frames, actions {config.actions}, seed {config.seed}, {config.steps} steps"
@@ -112,26 +93,12 @@ def generate(config: GenerateConfig) -> None:
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
 
 
-def check_method(config: GenerateConfig, trained: WorldModelConfig, checkpoint: str) -> None:
-    """Refuses settings that the model of `checkpoint` does not take."""
-    FlowMatch(trained.flow).warp(config.few_steps)  # which raises
+def _require_method(config: GenerateConfig, trained: WorldModelConfig, checkpoint: str) -> None:
+    FlowMatch(trained.flow).warp(config.few_steps)  # refuses steps that the model does not have
     method = "chunked" if trained.model.causal is None else "streaming"
     if config.method != method:
         was = "not trained causally" if method == "chunked" else "trained causally, block after block"
         raise UserError(f"method={config.method}, but {checkpoint} was {was}; use method={method}")
-
-
-def require_other_outs(config: GenerateConfig, outs: Sequence[str | Path], checkpoint: str) -> None:
-    """Refuses to write video or sheet over what is read, or where a folder is."""
-    require_no_folder(outs)
-    read = {
-        "prompt": config.prompt,
-        "actions": config.actions if is_file(config.actions) else None,
-        "vision": config.vision,
-        "checkpoint": checkpoint_files(checkpoint),
-        "codec": config.codec and storage.files_at(config.codec),
-    }
-    require_other_files(outs, read)
 
 
 def _drawn_frames(
@@ -157,17 +124,16 @@ def _drawn_frames(
 
 
 def read_prompt(path: str, frame: int, game: GameConfig, count: int = 1) -> np.ndarray:
-    """Pictures (n h w 3) uint8 of the game's size: the image `path`, or `count` frames of the video `path` from number
-    `frame` on."""
+    """Pictures (n h w 3) uint8 of the game's size: the image `path`, or `count` frames of a video from `frame` on."""
     if not storage.path(path).is_file():
         raise MissingFileError(f"no prompt {path}; give an image or a video")
     if Path(path).suffix.lower() in VIDEOS:
-        pictures = [fit_frame(one, game.height, game.width) for one in islice(read_frames(path), frame, frame + count)]
-        if len(pictures) < count:
-            raise UserError(
-                f"{path} has too few frames for prompt_frame={frame} and prompt_frames={count}; give smaller ones"
-            )
-        return np.stack(pictures)
-    if count != 1:
+        recorded = islice(read_frames(path), frame, frame + count)
+    elif count == 1:
+        recorded = [read_picture(path)]
+    else:
         raise UserError(f"prompt_frames={count} needs a video as the prompt, not {path}")
-    return fit_frame(read_picture(path), game.height, game.width)[None]
+    pictures = [fit_frame(picture, game.height, game.width) for picture in recorded]
+    if len(pictures) < count:
+        raise UserError(f"{path} is too short for prompt_frame={frame} and prompt_frames={count}")
+    return np.stack(pictures)

@@ -17,23 +17,24 @@ from model.loss import sigma_bins
 def cut_chunk(batch: Batch, index: int) -> Batch:
     """The batch cut to one chunk of its chunked clips."""
     latents = slice(CHUNK_LATENTS * index, CHUNK_LATENTS * (index + 1))
-    frames = slice(CHUNK_FRAMES * index, CHUNK_FRAMES * (index + 1))
-    cut = {"latents": batch.latents[:, :, latents], "keyboard": batch.keyboard[:, frames]}
-    return replace(batch, **cut, mouse=batch.mouse[:, frames])
+    return _cut(batch, latents, slice(CHUNK_FRAMES * index, CHUNK_FRAMES * (index + 1)))
 
 
 def first_latents(batch: Batch, count: int, layout: Layout, frames_per_latent: int) -> Batch | None:
     """The batch cut to the first `count` latents of its clips and their frames; None if they are shorter."""
     if batch.latents.shape[2] < count:
         return None
-    frames = latent_ends(layout, count, frames_per_latent)[-1] + 1
-    given = batch.image_latents
+    return _cut(batch, slice(count), slice(latent_ends(layout, count, frames_per_latent)[-1] + 1))
+
+
+def _cut(batch: Batch, latents: slice, frames: slice) -> Batch:
+    grey = batch.image_latents
     return replace(
         batch,
-        latents=batch.latents[:, :, :count],
-        keyboard=batch.keyboard[:, :frames],
-        mouse=batch.mouse[:, :frames],
-        image_latents=None if given is None else given[:, :, :count],
+        latents=batch.latents[:, :, latents],
+        keyboard=batch.keyboard[:, frames],
+        mouse=batch.mouse[:, frames],
+        image_latents=None if grey is None else grey[:, :, latents],
     )
 
 
@@ -45,12 +46,12 @@ def other_episodes(ids: tuple[str, ...]) -> list[int] | None:
     episodes = [clip.rpartition(":")[0] for clip in ids]
     order = sorted(range(len(ids)), key=lambda i: episodes[i])
     partner = [0] * len(ids)
-    for place, i in enumerate(order):  # sorted by episode, so that the others are those behind it, then around
-        others = [j for j in [*order[place:], *order[:place]] if episodes[j] != episodes[i]]
+    for rank, i in enumerate(order):  # sorted by episode, so that the others are those behind it, then around
+        others = [j for j in [*order[rank:], *order[:rank]] if episodes[j] != episodes[i]]
         if not others:
             return None
-        own = [j for j in order if episodes[j] == episodes[i]]
-        partner[i] = others[own.index(i) % len(others)]
+        same = [j for j in order if episodes[j] == episodes[i]]
+        partner[i] = others[same.index(i) % len(others)]
     return partner
 
 
@@ -60,8 +61,8 @@ def action_variants(batch: Batch) -> dict[str, Batch]:
     partner = other_episodes(batch.ids)
     if partner is not None:
         variants["shuffled"] = replace(batch, keyboard=batch.keyboard[partner], mouse=batch.mouse[partner])
-    still = {"keyboard": torch.zeros_like(batch.keyboard), "mouse": torch.zeros_like(batch.mouse)}
-    return variants | {"none": replace(batch, **still)}
+    still = replace(batch, keyboard=torch.zeros_like(batch.keyboard), mouse=torch.zeros_like(batch.mouse))
+    return variants | {"none": still}
 
 
 def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> dict[str, dict[str, float]]:
@@ -71,21 +72,18 @@ def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> 
     `standard_error` its standard error (clips taken as independent).
     """
     share = {name: len(levels) / flow.config.train_steps for name, levels in sigma_bins(flow)}
-    per_clip = {
-        variant: torch.stack([share[name] * values for name, values in bins.items()]).sum(dim=0)
-        for variant, bins in losses.items()
-    }
-    table = {}
-    for variant, loss in per_clip.items():
-        figures = {"loss": loss.mean().item()}
-        figures |= {f"loss/{name}": values.mean().item() for name, values in losses[variant].items()}
+    table, right = {}, losses["right"]
+    for variant, bins in losses.items():
+        tables = {"loss": bins}
         if variant != "right":
-            difference = loss - per_clip["right"]
-            figures["minus_right"] = difference.mean().item()
-            if len(difference) > 1:
-                figures["standard_error"] = (difference.std() / math.sqrt(len(difference))).item()
-            for name, values in losses[variant].items():
-                figures[f"minus_right/{name}"] = (values - losses["right"][name]).mean().item()
+            tables["minus_right"] = {name: values - right[name] for name, values in bins.items()}
+        figures = {}
+        for what, by_bin in tables.items():
+            per_clip = torch.stack([share[name] * values for name, values in by_bin.items()]).sum(dim=0)
+            figures[what] = per_clip.mean().item()
+            figures |= {f"{what}/{name}": values.mean().item() for name, values in by_bin.items()}
+            if what == "minus_right" and len(per_clip) > 1:
+                figures["standard_error"] = (per_clip.std() / math.sqrt(len(per_clip))).item()
         table[variant] = figures
     return table
 

@@ -2,28 +2,25 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 from einops import rearrange
 
-from configs.game import ActionSpace
 from data_pipeline.motion import EXPECTED, divergence
-from data_pipeline.types import Actions
 from model.layout import CHUNK_FRAMES
 
 EVALUATOR = f"OpenCV {cv2.__version__} Farneback flow, mean over a chunk's {CHUNK_FRAMES - 1} frame pairs"
 TURNING_DEG = 1.0  # degrees per frame from which a chunk's mean yaw counts as a commanded turn
 
 
-@dataclass(frozen=True)
-class Motion:
+class Motion(NamedTuple):
     """The mean motion of one chunk."""
 
     right_px: float  # px per frame, > 0 if the picture moves to the right
-    divergence: float  # per frame, > 0 if it moves apart
+    divergence: float  # per frame, > 0 if it expands
 
 
 def chunk_motion(frames: np.ndarray) -> Motion:
@@ -51,6 +48,19 @@ def share_obeyed(command: str, measured: Sequence[Motion]) -> float:
     return float(np.mean([sign * getattr(motion, quantity) > 0 for motion in measured]))
 
 
+def held_table(made: Mapping[str, Sequence[Motion]]) -> dict[str, dict[str, float]]:
+    """Per command the share of generated chunks that obey, and of those that move so with nothing pressed."""
+    return {
+        command: {
+            "obeyed": share_obeyed(command, chunks),
+            "idle": share_obeyed(command, made["idle"]),
+            "chunks": len(chunks),
+        }
+        for command, chunks in made.items()
+        if command in EXPECTED
+    }
+
+
 def turn_agreement(yaw_deg: Sequence[float], measured: Sequence[Motion]) -> dict[str, float]:
     """How the picture's horizontal motion answers the commanded mean yaw (degrees per frame, > 0 right) of each chunk.
 
@@ -65,37 +75,3 @@ def turn_agreement(yaw_deg: Sequence[float], measured: Sequence[Motion]) -> dict
     if len(yaw) > 2 and yaw.std() > 0 and right.std() > 0:
         figures["correlation"] = float(np.corrcoef(-yaw, right)[0, 1])
     return figures
-
-
-def held_command(actions: Actions, action_space: ActionSpace) -> str | None:
-    """The one command whose effect on the picture is known that these rows hold, if there is one.
-
-    A turn may come with a key that does not itself move the picture sideways.
-    """
-    share = dict(zip(action_space.keys, actions.keyboard.mean(axis=0).tolist(), strict=True))
-    yaw_deg = float(actions.mouse[:, 1].mean()) * action_space.mouse_unit_deg if action_space.mouse else 0.0
-    if abs(yaw_deg) > TURNING_DEG:
-        sideways = max((share.get(key, 0.0) for key in ("left", "right")), default=0.0)
-        return None if sideways > 0.1 else "turn_right" if yaw_deg > 0 else "turn_left"
-    held = [key for key, value in share.items() if value > 0.1]
-    if abs(yaw_deg) > TURNING_DEG / 2 or len(held) != 1 or share[held[0]] < 0.9:
-        return None
-    return held[0] if held[0] in EXPECTED else None
-
-
-def held_table(
-    made: Mapping[str, Sequence[Motion]], real: Mapping[str, Sequence[Motion]]
-) -> dict[str, dict[str, float]]:
-    """Per command the share of chunks that obey, of generated ones and, where there are any, of real ones.
-
-    Beside it the share that move the same way when nothing is pressed.
-    """
-    table = {}
-    for command, chunks in made.items():
-        if command in EXPECTED and chunks:
-            table[command] = {"obeyed": share_obeyed(command, chunks), "chunks": len(chunks)}
-            if made.get("idle"):
-                table[command]["idle"] = share_obeyed(command, made["idle"])
-            if real.get(command):
-                table[command] |= {"real": share_obeyed(command, real[command]), "real_chunks": len(real[command])}
-    return table

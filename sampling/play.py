@@ -32,7 +32,7 @@ def play(
     rollout, frames, made = start_rollout(world, prompt, seeds, denoising), actions[0].shape[1], 0
     while made < frames:
         rows = torch.arange(made, made + rollout.frames_due).clamp(max=frames - 1)
-        piece = rollout.step(*(one[:, rows.to(one.device)] for one in actions))
+        piece = rollout.step(*(stream[:, rows.to(stream.device)] for stream in actions))
         yield piece[:, : frames - made]
         made += piece.shape[1]
 
@@ -60,8 +60,8 @@ class LiveWorld:
 
     def step(self, actions: Actions) -> np.ndarray:
         """The next frames (n h w 3) uint8; `actions` has n rows, or one that is held for all of them."""
-        rows = (torch.from_numpy(one)[None] for one in (actions.keyboard, actions.mouse))
-        held = (one.expand(-1, self.frames_due, -1) if one.shape[1] == 1 else one for one in rows)
+        rows = (torch.from_numpy(array)[None] for array in (actions.keyboard, actions.mouse))
+        held = (row.expand(-1, self.frames_due, -1) if row.shape[1] == 1 else row for row in rows)
         return self.rollout.step(*held)[0].cpu().numpy()
 
     def play(self, act: Callable[[int], Actions]) -> Iterator[np.ndarray]:

@@ -1,38 +1,28 @@
 """The page of an evaluation: its plots, and the figures by which models are compared; its text is in report.html."""
 
 import io
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
-from markupsafe import Markup
-
-from configs.errors import UserError
-
-matplotlib.use("agg")
 import numpy as np
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from configs import storage
+from configs.errors import UserError
 from data_pipeline.page import as_utf8, render
 from sampling.video_grid import VideoGrid
 
 COLOURS = {
-    "right": "#2f6fde", "shuffled": "#e0663c", "none": "#8a8f9c", "real": "#2d2f36", "codec": "#8a8f9c",
-    "from_context": "#2f6fde", "from_frame": "#5fb0e5", "repeat_prompt": "#e0663c",
-    "idle": "#c9ccd4", "obeyed": "#2f6fde",
+    "real": "#2d2f36", "codec": "#8a8f9c", "from_context": "#2f6fde", "from_frame": "#5fb0e5",
+    "repeat_prompt": "#e0663c",
 }  # fmt: skip
 NAMES = {
     "real": "real play", "codec": "codec's reconstruction", "from_context": "generated from 9 frames",
     "from_frame": "generated from 1 frame", "repeat_prompt": "last given frame repeated",
-    "obeyed": "command held", "idle": "nothing pressed",
     "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
 }  # fmt: skip
-SIZE = 10  # inches, width of a plot
 Report = dict[str, Any]
 
 
@@ -60,23 +50,23 @@ def write_page(path: Path, report: Report, videos: Sequence[VideoGrid], others: 
     """Writes the page of `report` with `videos` that lie beside it; `others` are models on the same recordings."""
     models = [compared(report, ""), *others]
     psnr = {name: figures["by_frame"] for name, figures in report["psnr_db"].items()}
-    turns = {name: f["agreement"] for name, f in report["replay_turns"].items() if "agreement" in f}
     beside = {f"{model.method}, from 9 frames": model.by_frame for model in models}
+    statistics = {"brightness": "mean", "contrast": "std", "sharpness": "sharpness"}
+    drift = {
+        title: {name: figures[key] for name, figures in report["drift"].items()} for title, key in statistics.items()
+    }
+    after = "frames after the last given one"
     plots = {
-        "losses": {kind: plot_losses(table) for kind, table in report["velocity_loss"].items()},
-        "psnr": plot_psnr(psnr),
-        "held": report["held"] and plot_held(report["held"]),
-        "drift": plot_drift(report["drift"]),
-        "beside": plot_psnr({**beside, "repeat_prompt": psnr["repeat_prompt"]}),
+        "psnr": plot({"PSNR, dB": psnr}, after),
+        "beside": plot({"PSNR, dB": {**beside, "repeat_prompt": psnr["repeat_prompt"]}}, after),
+        "drift": plot(drift, "chunk"),
     }
     page = render(
         Path(__file__).with_name("report.html"),
         title=report["checkpoint"],
         report=report,
         models=models,
-        others=others,
         figure_names=list(dict.fromkeys(name for model in models for name in model.figures)),
-        turns=turns,
         videos=videos,
         plots=plots,
         names=NAMES,
@@ -98,70 +88,10 @@ def main_figures(report: Report) -> dict[str, str]:
         if "agreement" in turns:
             figures[f"recorded turns, {NAMES[name]}"] = f"{turns['agreement']:.0%}"
     for command, held in report["held"].items():
-        beside = f" ({held['idle']:.0%} with nothing pressed)" if "idle" in held else ""
-        figures[f"held {_spaced(command)}"] = f"{held['obeyed']:.0%}{beside}"
+        figures[f"held {_spaced(command)}"] = f"{held['obeyed']:.0%} ({held['idle']:.0%} with nothing pressed)"
     contrast = report["drift"]["from_context"]["std"]
     figures["contrast, first and last chunk"] = f"{contrast[0]:.1f}, {contrast[-1]:.1f}"
     return figures
-
-
-def plot_losses(figures: Mapping[str, Mapping[str, float]]) -> Markup:
-    table = {name: figures[name] for name in ("right", "shuffled", "none") if name in figures}
-    bins = [name.removeprefix("loss/") for name in table["right"] if name.startswith("loss/")]
-    ranges = [name.removeprefix("sigma_").replace("-", " - ") for name in bins]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(SIZE, 3.2))
-    _grouped_bars(left, ranges, {variant: [row[f"loss/{name}"] for name in bins] for variant, row in table.items()})
-    gaps = {v: [row[f"minus_right/{name}"] for name in bins] for v, row in table.items() if v != "right"}
-    _grouped_bars(right, ranges, gaps)
-    right.axhline(0, color=COLOURS["real"], linewidth=0.8)
-    left.set(xlabel="noise level sigma", ylabel="velocity loss")
-    right.set(xlabel="noise level sigma", ylabel="minus the right actions' loss")
-    figure.legend(*left.get_legend_handles_labels(), frameon=False, fontsize=9, ncols=3, loc="upper center")
-    return _svg(figure)
-
-
-def plot_psnr(series: Mapping[str, Sequence[float] | np.ndarray]) -> Markup:
-    figure, axes = pyplot.subplots(figsize=(SIZE, 3.4))
-    _lines(axes, series)
-    axes.set(xlabel="frames after the last given one", ylabel="PSNR, dB")
-    axes.legend(frameon=False, fontsize=9, ncols=2)
-    return _svg(figure)
-
-
-def plot_held(held: Mapping[str, Mapping[str, float]]) -> Markup:
-    figure, axes = pyplot.subplots(figsize=(SIZE, 3.2))
-    names = [name for name in ("obeyed", "idle", "real") if name != "idle" or all("idle" in f for f in held.values())]
-    series = {name: [figures.get(name, math.nan) for figures in held.values()] for name in names}  # no bar where none
-    _grouped_bars(axes, [_spaced(command) for command in held], series)
-    axes.axhline(0.5, color=COLOURS["real"], linewidth=0.8, linestyle=":")
-    axes.set(ylim=(0, 1.05), ylabel="share of chunks")
-    axes.legend(frameon=False, fontsize=9, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
-    return _svg(figure)
-
-
-def plot_drift(drift: Mapping[str, Mapping[str, Sequence[float]]]) -> Markup:
-    quantities = {"mean": "brightness", "std": "contrast", "sharpness": "sharpness"}
-    figure, panels = pyplot.subplots(1, 3, figsize=(SIZE, 2.8))
-    for axes, (quantity, label) in zip(panels, quantities.items(), strict=True):
-        _lines(axes, {name: figures[quantity] for name, figures in drift.items()})
-        axes.set(xlabel="chunk", title=label)
-        axes.set_ylim(0)
-    panels[0].legend(frameon=False, fontsize=8)
-    return _svg(figure)
-
-
-def _lines(axes: Axes, series: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    for name, values in series.items():
-        label = NAMES.get(name) or _label(name)
-        axes.plot(np.arange(1, 1 + len(values)), values, color=COLOURS.get(name), label=label)
-
-
-def _grouped_bars(axes: Axes, groups: Sequence[str], series: Mapping[str, list[float]]) -> None:
-    width = 0.8 / max(1, len(series))
-    for i, (name, values) in enumerate(series.items()):
-        places = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
-        axes.bar(places, values, 0.92 * width, color=COLOURS[name], label=NAMES.get(name, name))
-    axes.set_xticks(np.arange(len(groups)), [_label(group) for group in groups])
 
 
 def difference(figures: Mapping[str, float]) -> str:
@@ -170,20 +100,21 @@ def difference(figures: Mapping[str, float]) -> str:
     return f"{figures['minus_right']:+.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
 
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _label(text: str) -> str:
-    """`text` for matplotlib, which would read a formula between dollars."""
-    return as_utf8(text)[:60].replace("$", r"\$")
-
-
-def _svg(figure: Figure) -> Markup:
-    for axes in figure.axes:
+def plot(panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], x: str) -> Markup:
+    """An SVG of lines by name, one panel beside the other by title."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")  # inches
+    for axes, (title, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for name, values in lines.items():
+            label = NAMES.get(name) or as_utf8(name)[:60].replace("$", r"\$")  # a formula stands between dollars
+            axes.plot(np.arange(1, 1 + len(values)), values, color=COLOURS.get(name), label=label)
+        axes.set(xlabel=x, title=title)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout(rect=(0, 0, 1, 0.92 if figure.legends else 1))
+    names = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside upper center", frameon=False, fontsize=9, ncols=4)
     text = io.StringIO()
     figure.savefig(text, format="svg")
-    pyplot.close(figure)
     return Markup(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _spaced(name: str) -> str:
+    return name.replace("_", " ")

@@ -2,7 +2,7 @@
 
 import difflib
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -15,25 +15,24 @@ from configs.foreign import parse_json
 from configs.game import ActionSpace
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions
+from model.limits import require_between
 
-MOST_FRAMES = 1_000_000  # of one video: 16 hours at 17.5 frames/s
-MOST_DEG = 3600.0  # ten turns a frame: nothing turns faster, and float32 has room
 SEGMENT_FRAMES = 12  # how long a word is held (Matrix-Game 2.0's sampler)
 MOUSE_DEG = 3.0  # degrees per frame of turn_left, look_up, ...
 TURNS = {"turn_left": (0, -1), "turn_right": (0, 1), "look_up": (1, 0), "look_down": (-1, 0)}  # (pitch, yaw)
 SIDES, DIAGONALS, YAWS = ["left", "right"], ["forward+left", "forward+right"], ["turn_left", "turn_right"]
 
-
-def _with_turns(moves: Iterable[str]) -> list[str]:
-    return [f"{move}+{turn}" for move, turn in product(moves, YAWS)]
-
-
 # What upstream draws from in its games, in its order: never back in universal, never up or down.
 UPSTREAM_TABLES = {
-    "universal": DIAGONALS * 5 + YAWS * 5 + ["forward", *SIDES] * 5 + _with_turns(["forward", *SIDES, *DIAGONALS]),
-    "gta_drive": YAWS * 2 + ["forward", "back"] * 2 + _with_turns(["forward", "back"]),
+    "universal": [
+        *DIAGONALS * 5, *YAWS * 5, *["forward", *SIDES] * 5,
+        *(f"{move}+{turn}" for move in ("forward", *SIDES, *DIAGONALS) for turn in YAWS),
+    ],
+    "gta_drive": [
+        *YAWS * 2, *["forward", "back"] * 2, *(f"{move}+{turn}" for move in ("forward", "back") for turn in YAWS)
+    ],
     "templerun": ["jump", "slide", "leftside", "rightside", "turnleft", "turnright", "nomove"],
-}
+}  # fmt: skip
 
 # The table of every other game, as how often each entry is there: moves of those keys that it has, each with each turn.
 # Back is rare, as in play; standing still is not absent, so that a turn is also seen alone. No looking up or down:
@@ -51,12 +50,8 @@ class Scripted:
     mouse_deg: float = MOUSE_DEG  # degrees per frame of turn_left, look_up, ...
 
     def __post_init__(self) -> None:
-        if not 1 <= self.frames <= MOST_FRAMES:
-            raise UserError(f"frames={self.frames} must be from 1 to {MOST_FRAMES}")
-        if not abs(self.mouse_deg) <= MOST_DEG:
-            raise UserError(
-                f"mouse_deg={self.mouse_deg:g} must be from {-MOST_DEG:g} to {MOST_DEG:g} degrees per frame"
-            )
+        require_between("", 1, 1_000_000, frames=self.frames)  # 16 hours at 17.5 frames/s
+        require_between("", -3600, 3600, mouse_deg=self.mouse_deg)  # ten turns a frame: nothing turns faster
 
 
 def is_file(script: str) -> bool:
@@ -75,9 +70,7 @@ def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> A
     if path.suffix.lower() == ".csv":
         actions = read_actions(path, action_space)
         if len(actions) < frames:
-            raise UserError(
-                f"{path} has {len(actions)} rows for {frames} frames; ask for frames={len(actions)} or fewer"
-            )
+            raise UserError(f"{path} has {len(actions)} rows for {frames} frames; ask for fewer")
         return actions[:frames]
     words = script_words(action_space, scripted.mouse_deg)
     if script == "random":
@@ -145,7 +138,7 @@ def random_play(
 
 
 def _rows(table: Sequence[Actions], index: np.ndarray) -> Actions:
-    keyboard, mouse = (np.concatenate(rows) for rows in zip(*((one.keyboard, one.mouse) for one in table), strict=True))
+    keyboard, mouse = (np.concatenate([getattr(row, name) for row in table]) for name in ("keyboard", "mouse"))
     return Actions(keyboard[index].astype(np.float32), mouse[index].astype(np.float32))
 
 

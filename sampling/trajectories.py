@@ -25,8 +25,6 @@ from sampling.play import play
 from sampling.rollout import decode_frames
 from sampling.scripts import Scripted, read_script, script_words
 
-MOST_ROLLOUTS = 10_000
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -36,59 +34,35 @@ class Prompt:
     frames: np.ndarray  # (9 + 9 chunks, h w 3) uint8
     actions: Actions  # of these frames
 
-    def with_constant_action(self, command: str, game: GameConfig, frames: int, mouse_deg: float) -> Actions:
-        """The actions of the 9 given frames, then `command` for `frames`."""
-        held, given = read_script(command, game.action_space, Scripted(frames, 0, mouse_deg)), self.actions
+    def with_constant_action(self, command: str, game: GameConfig, mouse_deg: float) -> Actions:
+        """The actions of the 9 given frames, then `command`."""
+        held = read_script(command, game.action_space, Scripted(len(self.frames) - CHUNK_FRAMES, 0, mouse_deg))
         return Actions(
-            np.concatenate([given.keyboard[:CHUNK_FRAMES], held.keyboard]),
-            np.concatenate([given.mouse[:CHUNK_FRAMES], held.mouse]),
+            np.concatenate([self.actions.keyboard[:CHUNK_FRAMES], held.keyboard]),
+            np.concatenate([self.actions.mouse[:CHUNK_FRAMES], held.mouse]),
         )
-
-
-@dataclass(frozen=True)
-class RolloutSettings:
-    """How many rollouts, how long, and how they are computed."""
-
-    starts: int  # places in held-out episodes
-    chunks: int  # of 9 frames, after the given ones
-    denoising: Denoising
-    batch: int  # rollouts computed at once
-    seed: int  # of the places and, plus the place's number, of the noise
-
-    @property
-    def frames(self) -> int:
-        """Frames of one rollout, without the given ones."""
-        return CHUNK_FRAMES * self.chunks
-
-    def __post_init__(self) -> None:
-        counts = (self.starts, self.chunks, self.batch)
-        if min(counts) < 1 or max(counts) > MOST_ROLLOUTS or self.seed < 0:
-            raise UserError(
-                f"rollouts: starts, chunks and batch must be at least 1 and at most {MOST_ROLLOUTS}, seed at least 0"
-            )
 
 
 def heldout_episodes(recordings: str | Path, reader: Reader, manifest: Manifest) -> list[Episode]:
     """The episodes that the manifest's shards were made of."""
     listed = {episode for info in manifest.shards for episode in info.episodes}
     names = listed | {recording_of(episode) for episode in listed}
-    found = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
-    episodes = [episode for recording in found for episode in recording.read(manifest.game) if episode.id in listed]
+    there = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
+    episodes = [episode for recording in there for episode in recording.read(manifest.game) if episode.id in listed]
     if not episodes:
         raise UserError(f"{recordings} holds none of the manifest's {len(listed)} episodes, such as {min(listed)}")
     return episodes
 
 
-def read_prompts(episodes: Sequence[Episode], game: GameConfig, settings: RolloutSettings) -> list[Prompt]:
-    """`settings.starts` places, spread over the episodes in an order and at frames drawn by the seed."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    length, prompts = CHUNK_FRAMES + settings.frames, []
+def read_prompts(episodes: Sequence[Episode], game: GameConfig, starts: int, chunks: int, seed: int) -> list[Prompt]:
+    """`starts` places followed by `chunks`, spread over the episodes in an order and at frames drawn by the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    length, prompts = CHUNK_FRAMES * (1 + chunks), []
     long = [episode for episode in episodes if len(episode.actions) >= length]
     if not long:
-        most = max(len(episode.actions) for episode in episodes)
-        raise UserError(f"no held-out episode has more than {most} frames, {length} are needed; use fewer chunks")
+        raise UserError(f"no held-out episode has {length} frames; use fewer chunks")
     order = [long[i] for i in torch.randperm(len(long), generator=generator).tolist()]
-    for i in tqdm(range(settings.starts), desc="read held-out episodes", unit="start"):
+    for i in tqdm(range(starts), desc="read held-out episodes", unit="start"):
         episode = order[i % len(order)]
         first = int(torch.randint(len(episode.actions) - length + 1, (), generator=generator))
         frames = np.stack(list(islice(read_game_frames(episode, game), first, first + length)))
@@ -96,88 +70,74 @@ def read_prompts(episodes: Sequence[Episode], game: GameConfig, settings: Rollou
     return prompts
 
 
+def commanded_yaw(prompts: Sequence[Prompt], game: GameConfig) -> list[float]:
+    """Mean yaw in degrees per frame of each recorded chunk after the prompts, prompt by prompt; 0 without a mouse."""
+    yaw_deg = []
+    for prompt in prompts:
+        for first in range(CHUNK_FRAMES, len(prompt.actions), CHUNK_FRAMES):
+            mouse = prompt.actions.mouse[first : first + CHUNK_FRAMES - 1]  # a chunk's last row leads out of it
+            yaw_deg.append(float(mouse[:, 1:].sum(axis=1).mean()) * game.action_space.mouse_unit_deg)
+    return yaw_deg
+
+
 @dataclass(frozen=True)
-class Replay:
-    """Rollouts along the recorded actions, frame by frame beside what really happened; all (b n h w 3) uint8."""
+class Player:
+    """Plays a world from many prompts."""
 
-    real: np.ndarray  # the frames after the last given one, chunk by chunk
-    codec: np.ndarray  # the same frames after encoding and decoding
-    from_context: np.ndarray  # generated from the 9 frames before
-    from_frame: np.ndarray  # generated from the last of these 9 alone; its first frame is that one again
-    prompt: np.ndarray  # (b h w 3) the last given frame
-    yaw_deg: list[float]  # mean commanded yaw of each chunk of each rollout, degrees per frame
+    world: WorldModel
+    denoising: Denoising
+    batch: int  # rollouts computed at once
+    seed: int  # of the noise, plus the prompt's number
 
+    def replay(self, prompts: Sequence[Prompt]) -> dict[str, np.ndarray]:
+        """Frames (b n h w 3) uint8 that follow the 9 of every prompt: `real`, those through the `codec`, generated
+        `from_context` (the 9) or `from_frame` (the last of them, n - 1 frames), and that one repeated."""
+        frames, recorded = np.stack([prompt.frames for prompt in prompts]), [prompt.actions for prompt in prompts]
+        video, last = to_video(torch.from_numpy(frames)), CHUNK_FRAMES - 1
+        real, after_last = frames[:, CHUNK_FRAMES:], [actions[last:-1] for actions in recorded]
+        return {
+            "real": real,
+            "codec": self._through_codec(video)[:, CHUNK_FRAMES:],
+            "from_context": self._play(video[:, :, :CHUNK_FRAMES], recorded, len(prompts)),
+            "from_frame": self._play(video[:, :, last], after_last, len(prompts))[:, 1:],
+            "repeat_prompt": np.broadcast_to(frames[:, last, None], real.shape),
+        }
 
-def replay(world: WorldModel, prompts: Sequence[Prompt], settings: RolloutSettings) -> Replay:
-    """Both kinds of rollout from every prompt."""
-    real, recorded = np.stack([prompt.frames for prompt in prompts]), [prompt.actions for prompt in prompts]
-    video = to_video(torch.from_numpy(real))
-    last = CHUNK_FRAMES - 1
-    from_context = play_all(world, video[:, :, :CHUNK_FRAMES], recorded, settings, "replay from 9 frames")
-    along = [actions[last : last + settings.frames] for actions in recorded]
-    from_frame = play_all(world, video[:, :, last], along, settings, "replay from 1 frame")
-    chunks = range(CHUNK_FRAMES, CHUNK_FRAMES + settings.frames, CHUNK_FRAMES)
-    yaw_deg = [mean_yaw_deg(between_frames(actions, chunk), world.game) for actions in recorded for chunk in chunks]
-    codec = _through_codec(world, video, settings.batch)[:, CHUNK_FRAMES:]
-    return Replay(real[:, CHUNK_FRAMES:], codec, from_context, from_frame, real[:, last], yaw_deg)
+    def constant_actions(self, prompts: Sequence[Prompt], mouse_deg: float) -> dict[str, np.ndarray]:
+        """Frames (b n h w 3) uint8 after the 9 of every prompt, by the constant action: idle, and all whose effect on
+        the picture is known. The noise is the same for all."""
+        game = self.world.game
+        words = script_words(game.action_space)
+        commands = [command for command in [*EXPECTED, "idle"] if command in words]
+        video = to_video(torch.from_numpy(np.stack([prompt.frames[:CHUNK_FRAMES] for prompt in prompts])))
+        actions = [prompt.with_constant_action(word, game, mouse_deg) for word in commands for prompt in prompts]
+        made = self._play(video.repeat(len(commands), 1, 1, 1, 1), actions, len(prompts))
+        return dict(zip(commands, np.split(made, len(commands)), strict=True))
 
+    def _play(self, start: Tensor, actions: Sequence[Actions], prompts: int) -> np.ndarray:
+        """Frames (b n h w 3) uint8 of rollouts from pictures (b 3 h w) in [-1, 1], which come first, or clips
+        (b 3 9 h w), which are left out. `actions` have a row for every frame; noise repeats after `prompts`."""
+        seeds = [self.seed + i % prompts for i in range(len(start))]
+        given, done = start.shape[2] if start.ndim == 5 else 0, []
+        keyboard = torch.from_numpy(np.stack([rows.keyboard for rows in actions]))
+        mouse = torch.from_numpy(np.stack([rows.mouse for rows in actions]))
+        with tqdm(total=len(start) * keyboard.shape[1], desc="play", unit="frame") as progress:
+            for first in range(0, len(start), self.batch):
+                part, pieces = slice(first, first + self.batch), []
+                for piece in play(self.world, start[part], (keyboard[part], mouse[part]), seeds[part], self.denoising):
+                    pieces.append(piece.cpu())
+                    progress.update(len(piece) * piece.shape[1])
+                done.append(torch.cat(pieces, dim=1)[:, given:])
+        return torch.cat(done).numpy()
 
-def between_frames(actions: Actions, first: int) -> Actions:
-    """The rows that lead from frame to frame within the chunk that begins at `first`: its last row leads out of it."""
-    return actions[first : first + CHUNK_FRAMES - 1]
-
-
-def mean_yaw_deg(actions: Actions, game: GameConfig) -> float:
-    """The mean yaw in degrees per frame; 0 without a mouse."""
-    return float(actions.mouse[:, 1].mean()) * game.action_space.mouse_unit_deg if game.action_space.mouse else 0.0
-
-
-def play_constant_actions(
-    world: WorldModel, prompts: Sequence[Prompt], settings: RolloutSettings, mouse_deg: float
-) -> dict[str, np.ndarray]:
-    """Frames (b n h w 3) made from every prompt's 9 frames, by the constant action: idle, and all those of the action
-    space whose effect on the picture is known. The noise is the same for all."""
-    words = script_words(world.game.action_space)
-    commands = [command for command in [*EXPECTED, "idle"] if command in words]
-    video = to_video(torch.from_numpy(np.stack([prompt.frames[:CHUNK_FRAMES] for prompt in prompts])))
-    actions = [
-        prompt.with_constant_action(command, world.game, settings.frames, mouse_deg)
-        for command in commands
-        for prompt in prompts
-    ]
-    made = play_all(world, video.repeat(len(commands), 1, 1, 1, 1), actions, settings, "held commands")
-    return dict(zip(commands, np.split(made, len(commands)), strict=True))
-
-
-def play_all(
-    world: WorldModel, prompts: Tensor, actions: Sequence[Actions], settings: RolloutSettings, what: str
-) -> np.ndarray:
-    """Frames (b n h w 3) uint8 of many rollouts, `settings.batch` at a time.
-
-    `prompts` are pictures (b 3 h w) in [-1, 1], which come first, or clips (b 3 9 h w), which are left out; `actions`
-    have a row for every frame of prompt and rollout. Prompt i has the noise of number i % `settings.starts`.
-    """
-    seeds = [settings.seed + i % settings.starts for i in range(len(prompts))]
-    given, done = prompts.shape[2] if prompts.ndim == 5 else 0, []
-    keyboard = torch.from_numpy(np.stack([one.keyboard for one in actions]))
-    mouse = torch.from_numpy(np.stack([one.mouse for one in actions]))
-    with tqdm(total=len(prompts) * keyboard.shape[1], desc=what, unit="frame") as progress:
-        for first in range(0, len(prompts), settings.batch):
-            part, pieces = slice(first, first + settings.batch), []
-            for piece in play(world, prompts[part], (keyboard[part], mouse[part]), seeds[part], settings.denoising):
-                pieces.append(piece.cpu())
-                progress.update(len(piece) * piece.shape[1])
-            done.append(torch.cat(pieces, dim=1)[:, given:])
-    return torch.cat(done).numpy()
-
-
-@torch.inference_mode()
-def _through_codec(world: WorldModel, video: Tensor, batch: int) -> np.ndarray:
-    """`video` (b 3 n h w), n a multiple of 9, encoded and decoded as the world's clips are: (b n h w 3) uint8."""
-    frames, temporal = video.shape[2], world.codec.config.temporal
-    if world.layout == "chunked":
-        clips = rearrange(video, "b c (m n) h w -> (b m) c n h w", n=CHUNK_FRAMES)
-    else:
-        clips = functional.pad(video, (0, 0, 0, 0, 0, -(frames - 1) % temporal), mode="replicate")
-    shown = [decode_frames(world, world.codec.encode(part.to(world.device))).cpu() for part in clips.split(batch)]
-    return rearrange(torch.cat(shown), "(b m) n h w c -> b (m n) h w c", b=len(video))[:, :frames].numpy()
+    @torch.inference_mode()
+    def _through_codec(self, video: Tensor) -> np.ndarray:
+        """`video` (b 3 n h w), n a multiple of 9, encoded and decoded as the world's clips are: (b n h w 3) uint8."""
+        world, frames = self.world, video.shape[2]
+        if world.layout == "chunked":
+            clips = rearrange(video, "b c (m n) h w -> (b m) c n h w", n=CHUNK_FRAMES)
+        else:
+            missing = -(frames - 1) % world.codec.config.temporal
+            clips = functional.pad(video, (0, 0, 0, 0, 0, missing), mode="replicate")
+        shown = [decode_frames(world, world.codec.encode(part.to(world.device))) for part in clips.split(self.batch)]
+        return rearrange(torch.cat(shown).cpu(), "(b m) n h w c -> b (m n) h w c", b=len(video))[:, :frames].numpy()

@@ -1,23 +1,36 @@
-"""Rollouts to look at: videos in a grid, and contact sheets with one picture per chunk."""
+"""Rollouts to look at: labelled pictures in a grid, as a contact sheet (PNG) or as a video."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from configs import storage
 from configs.game import GameConfig
 from data_pipeline.overlay import Overlay, enlarge
 from data_pipeline.types import Actions
 from data_pipeline.video import write_video
 from model.layout import CHUNK_FRAMES
-from sampling.contact_sheet import Tile, draw_sheet, write_sheet
-from sampling.trajectories import Prompt, Replay
 
-SHOWN_PROMPTS = 3  # of the replays, in the video and the sheet
-REPLAY_WIDTH, SHEET_WIDTH = 480, 200  # px of one picture of a video with two columns, of a sheet
-HELD_WIDTH = 320  # px of one picture of the video with four columns
+PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
+TILE_WIDTH = 400  # px of one picture, unless another is asked for
+SHEET_WIDTH, HELD_WIDTH = 200, 320  # px of one picture of a grid's contact sheet, of a video with four columns
+TITLE_HEIGHT, LABEL_HEIGHT, GAP = 40, 26, 14  # px; the gap is between pictures
+overlay_of = lru_cache(maxsize=4)(Overlay)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture with what stands under it."""
+
+    picture: np.ndarray  # (h w 3) uint8
+    label: str
+    remark: str = ""  # fainter, at the right
 
 
 @dataclass(frozen=True)
@@ -42,51 +55,61 @@ class VideoGrid:
     given: int = CHUNK_FRAMES  # frames at the beginning that were not made
 
 
-def replay_grid(prompts: Sequence[Prompt], replay: Replay) -> VideoGrid:
-    """What really happened beside what was generated from the same 9 frames and actions."""
-    panels, shown = [], prompts[:SHOWN_PROMPTS]
-    for prompt, generated in zip(shown, replay.from_context, strict=False):
-        made = np.concatenate([prompt.frames[:CHUNK_FRAMES], generated])
-        panels.append(Panel("real play", prompt.frames, prompt.actions))
-        panels.append(Panel("generated", made, prompt.actions))
-    names = "; ".join(prompt.name for prompt in shown)
-    sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
-    return VideoGrid("replay", "Real play and the model's", sentence, panels, 2, REPLAY_WIDTH)
-
-
-def held_grid(prompt: Prompt, made: Mapping[str, np.ndarray], game: GameConfig, mouse_deg: float) -> VideoGrid:
-    """Every constant action from the 9 frames of `prompt`, the first of the rollouts `made`."""
-    panels = []
-    for command, rollouts in made.items():
-        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], rollouts[0]])
-        actions = prompt.with_constant_action(command, game, len(rollouts[0]), mouse_deg)
-        panels.append(Panel(command.replace("_", " "), frames, actions))
-    sentence = "The same 9 frames and the same noise, another command held in each picture."
-    return VideoGrid("held", f"One command held, from {prompt.name}", sentence, panels, 4, HELD_WIDTH)
-
-
 def write_grid(out: Path, grid: VideoGrid, game: GameConfig) -> None:
-    """Writes `<name>.mp4` and `<name>.png`, the contact sheet, into `out`."""
+    """Writes `<name>.mp4` and `<name>.png`, the contact sheet with one picture per chunk, into `out`."""
     write_video(out / f"{grid.name}.mp4", _video_frames(grid, game), game.fps, crf=20)
     last_frames = range(CHUNK_FRAMES - 1, len(grid.panels[0].frames), CHUNK_FRAMES)
-    overlay = _overlay(grid, game, SHEET_WIDTH)
-    tiles = [_tile(grid, panel, frame, overlay, game.fps) for panel in grid.panels for frame in last_frames]
+    rows = [_tiles(grid, frame, SHEET_WIDTH, game) for frame in last_frames]
+    tiles = [tile for panel in zip(*rows, strict=True) for tile in panel]
     write_sheet(out / f"{grid.name}.png", tiles, grid.title, len(last_frames), SHEET_WIDTH)
 
 
 def _video_frames(grid: VideoGrid, game: GameConfig) -> Iterator[np.ndarray]:
-    overlay = _overlay(grid, game, grid.width)
     for frame in tqdm(range(len(grid.panels[0].frames)), desc=f"video {grid.name}", unit="frame", disable=None):
-        tiles = [_tile(grid, panel, frame, overlay, game.fps) for panel in grid.panels]
+        tiles = _tiles(grid, frame, grid.width, game)
         yield np.asarray(draw_sheet(tiles, grid.title, grid.columns, grid.width))
 
 
-def _overlay(grid: VideoGrid, game: GameConfig, width: int) -> Overlay:
-    return Overlay(game.action_space, *enlarge(grid.panels[0].frames[0], width).shape[:2])
+def _tiles(grid: VideoGrid, frame: int, width: int, game: GameConfig) -> list[Tile]:
+    """Frame number `frame` of every panel, with its keys and mouse."""
+    seconds = (frame - grid.given + 1) / game.fps
+    remark, tiles = "given" if seconds <= 0 else f"+{seconds:.1f} s", []
+    for panel in grid.panels:
+        picture = enlarge(panel.frames[frame], width)
+        overlay = overlay_of(game.action_space, *picture.shape[:2])
+        drawn = overlay.draw(picture, panel.actions.keyboard[frame], panel.actions.mouse[frame])
+        tiles.append(Tile(drawn, panel.label, remark))
+    return tiles
 
 
-def _tile(grid: VideoGrid, panel: Panel, frame: int, overlay: Overlay, fps: float) -> Tile:
-    picture = enlarge(panel.frames[frame], overlay.width)
-    drawn = overlay.draw(picture, panel.actions.keyboard[frame], panel.actions.mouse[frame])
-    after = frame - grid.given + 1
-    return Tile(drawn, panel.label, "given" if after <= 0 else f"+{after / fps:.1f} s")
+def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> Image.Image:
+    """The `tiles` row by row, `width` px each and all of the first one's shape, under a title; even in size."""
+    columns = min(columns, len(tiles))
+    rows = math.ceil(len(tiles) / columns)
+    height = round(width * tiles[0].picture.shape[0] / tiles[0].picture.shape[1])
+    size = (columns * (width + GAP) + GAP, TITLE_HEIGHT + GAP + rows * (height + LABEL_HEIGHT + GAP))
+    sheet = Image.new("RGB", (size[0] + size[0] % 2, size[1] + size[1] % 2), PAPER)  # H.264 wants even sizes
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP, GAP + TITLE_HEIGHT / 2), title, font=_font(18), fill=INK, anchor="lm")
+    for i, tile in enumerate(tiles):
+        left = GAP + (i % columns) * (width + GAP)
+        top = TITLE_HEIGHT + GAP + (i // columns) * (height + LABEL_HEIGHT + GAP)
+        picture = Image.fromarray(tile.picture)
+        if picture.size != (width, height):
+            picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (left, top))
+        middle = top + height + LABEL_HEIGHT / 2
+        pen.text((left + 2, middle), tile.label, font=_font(13), fill=INK, anchor="lm")
+        pen.text((left + width - 2, middle), tile.remark, font=_font(13), fill=FAINT, anchor="rm")
+    return sheet
+
+
+def write_sheet(path: Path, tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> None:
+    """Writes the sheet as a PNG, atomically."""
+    with storage.writing(path) as part:
+        draw_sheet(tiles, title, columns, width).save(part)
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)

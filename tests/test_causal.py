@@ -5,40 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import TINY, awake
+from tiny_model import CAUSAL, awake, frames, inputs
 from torch import Tensor
 
 from model.action_dit import ActionDiT
-from model.config import ActionDiTConfig
-from model.masks import BlockCausal, BlockCausalMask, CausalConfig
-
-CAUSAL = replace(TINY, attention="sdpa", causal=CausalConfig(block=3, window=6))
-H, W = 4, 6
-
-
-def clip(config: ActionDiTConfig, f: int, b: int = 1, h: int = H, w: int = W) -> dict[str, Tensor]:
-    """A whole clip with a timestep per frame; what is not asked of `config` is left out."""
-    generator = torch.Generator().manual_seed(f)
-    action, causal = config.action, config.causal
-    assert action is not None and causal is not None
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    given = {
-        "x": random(b, config.out_dim, f, h, w),
-        "timestep": 1000 * torch.rand(b, f, generator=generator),
-        "cond": random(b, config.in_dim - config.out_dim, f, h, w),
-        "keyboard": random(b, f, action.window, action.keys),
-        "mouse": random(b, f, action.window, action.mouse_dim_in),
-    }
-    return given | ({"visual": random(b, 5, config.img_dim)} if config.vision == "tokens" else {})
-
-
-def frames(given: dict[str, Tensor], which: slice) -> dict[str, Tensor]:
-    axis = {"x": 2, "cond": 2, "timestep": 1, "keyboard": 1, "mouse": 1}
-    cut = {name: one.movedim(axis[name], 0)[which] for name, one in given.items() if name in axis}
-    return {name: one.movedim(0, axis[name]) for name, one in cut.items()}
+from model.masks import BlockCausal, BlockCausalMask, CausalConfig, dense_mask, flex_mask
 
 
 def stream(dit: ActionDiT, given: dict[str, Tensor]) -> Tensor:
@@ -63,13 +34,13 @@ def test_a_stream_with_caches_gives_what_the_mask_gives(
     block: int, window: int, sink: int, action_sink: int, positions: Any
 ) -> None:
     dit = awake(replace(CAUSAL, causal=CausalConfig(block, window, sink, action_sink, positions)))
-    given = clip(dit.config, f=4 * block)
+    given = inputs(dit.config, f=4 * block)
     assert torch.allclose(stream(dit, given), dit(**given), atol=1e-5)  # float32 sums in another order
 
 
 @torch.no_grad()
 def test_a_window_as_long_as_the_clip_is_no_window() -> None:
-    given = clip(CAUSAL, f=9)
+    given = inputs(CAUSAL, f=9)
     endless = awake(replace(CAUSAL, causal=CausalConfig(3, None)))
     assert torch.allclose(stream(awake(replace(CAUSAL, causal=CausalConfig(3, 9))), given), endless(**given), atol=1e-5)
 
@@ -77,7 +48,7 @@ def test_a_window_as_long_as_the_clip_is_no_window() -> None:
 @torch.no_grad()
 def test_streams_of_a_batch_of_another_size_with_image_tokens_agree_with_the_mask() -> None:
     dit = awake(replace(CAUSAL, vision="tokens", img_dim=24))
-    given = clip(dit.config, f=12, b=3, h=6, w=2)
+    given = inputs(dit.config, b=3, f=12, h=6, w=2)
     assert torch.allclose(stream(dit, given), dit(**given), atol=1e-5)
 
 
@@ -85,7 +56,7 @@ def test_streams_of_a_batch_of_another_size_with_image_tokens_agree_with_the_mas
 @pytest.mark.parametrize("causal", [CausalConfig(3, None), CausalConfig(3, 6, sink=1, positions="relative")])
 def test_a_later_block_has_exactly_no_gradient_on_an_earlier_one(backend: str, causal: CausalConfig) -> None:
     dit = awake(replace(CAUSAL, attention=backend, causal=causal))
-    given = clip(dit.config, f=9)
+    given = inputs(dit.config, f=9)
     for name in ("x", "cond", "keyboard", "mouse"):
         given[name].requires_grad_()
     dit(**given)[:, :, 3:6].square().sum().backward()
@@ -98,7 +69,7 @@ def test_a_later_block_has_exactly_no_gradient_on_an_earlier_one(backend: str, c
 def test_a_frame_sees_its_own_block_and_the_window_and_nothing_else() -> None:
     # One layer, so that nothing reaches a frame through another one.
     dit = awake(replace(CAUSAL, num_layers=1, action=None, causal=CausalConfig(2, 5, sink=1)))
-    given = {name: one for name, one in clip(CAUSAL, f=10).items() if name not in ("keyboard", "mouse")}
+    given = inputs(dit.config, f=10)
     before = dit(**given)
     for frame in range(10):
         x = given["x"].clone()
@@ -112,28 +83,29 @@ def test_a_frame_sees_its_own_block_and_the_window_and_nothing_else() -> None:
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 1), (4, 4)])
 def test_dense_mask_flex_mask_and_block_ranges_say_the_same(rule: BlockCausal, queries: int, keys: int) -> None:
     mask = BlockCausalMask(rule, 11, queries, keys)
-    dense, ranges = mask.dense(), torch.zeros(11, 11, dtype=torch.bool)
+    cpu = torch.device("cpu")
+    dense, ranges = dense_mask(mask, cpu), torch.zeros(11, 11, dtype=torch.bool)
     for own, seen in mask.blocks():
         for one in seen:
             ranges[own, one] = True
     assert torch.equal(dense, ranges.repeat_interleave(queries, dim=0).repeat_interleave(keys, dim=1))
     zero = torch.zeros((), dtype=torch.long)
     rows, columns = torch.arange(11 * queries)[:, None], torch.arange(11 * keys)
-    assert torch.equal(dense, mask.flex(torch.device("cpu")).mask_mod(zero, zero, rows, columns))
+    assert torch.equal(dense, flex_mask(mask, cpu).mask_mod(zero, zero, rows, columns))
 
 
 def test_a_checkpointed_causal_model_has_equal_gradients() -> None:
     gradients = []
     for every in (0, 1):
         dit = awake(replace(CAUSAL, checkpoint_every=every))
-        dit(**clip(CAUSAL, f=6)).square().mean().backward()
+        dit(**inputs(CAUSAL, f=6)).square().mean().backward()
         gradients.append([parameter.grad for parameter in dit.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 @torch.no_grad()
 def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
-    given = clip(CAUSAL, f=3)
+    given = inputs(CAUSAL, f=3)
     assert torch.equal(awake(CAUSAL)(**given), awake(replace(CAUSAL, causal=None))(**given))
 
 
@@ -141,9 +113,9 @@ def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
     ("settings", "message"),
     [
         ({"block": 0}, "must be 1 to"),
-        ({"block": 3, "window": 2}, "smaller than a block"),
-        ({"block": 3, "window": 6, "sink": 4}, "fit into the window"),
-        ({"block": 3, "window": 6, "action_sink": -1}, "0 or more"),
+        ({"block": 3, "window": 2}, "window=2 must be 3"),
+        ({"block": 3, "window": 6, "sink": 4}, "sink=4 must be 0 to 3"),
+        ({"block": 3, "window": 6, "action_sink": -1}, "action_sink=-1 must be 0"),
         ({"context_noise": 1.0}, "context_noise"),
     ],
 )
@@ -155,7 +127,7 @@ def test_lengths_that_do_not_fit_together_are_refused(settings: dict[str, Any], 
 @torch.no_grad()
 def test_compiled_blocks_stream_the_same_numbers_under_the_same_names() -> None:
     dit = awake(CAUSAL)
-    given = clip(dit.config, 9)
+    given = inputs(dit.config, f=9)
     names, eager = list(dit.state_dict()), stream(dit, given)
     dit.compile_blocks("default")
     assert list(dit.state_dict()) == names

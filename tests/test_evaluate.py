@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from configs.cli import run as run_words
 from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, write_actions
-from data_pipeline.types import Actions, Batch
+from data_pipeline.types import Batch
 from data_pipeline.video import probe, write_video
 from model.flow import FlowMatch, FlowMatchConfig
 from model.loss import NoiseSample, sigma_bins, velocity_loss
@@ -36,7 +37,7 @@ from sampling.metrics import (
     picture_statistics,
     psnr,
 )
-from sampling.motion import Motion, chunk_motion, held_command, held_table, share_obeyed, turn_agreement
+from sampling.motion import Motion, chunk_motion, held_table, share_obeyed, turn_agreement
 from sampling.report import compared, write_page
 from sampling.video_grid import VideoGrid
 
@@ -45,14 +46,8 @@ FLOW = FlowMatch(FlowMatchConfig())
 
 def texture(height: int, width: int) -> np.ndarray:
     """A smooth random picture (h w 3) uint8, larger than what is shown of it."""
-    coarse = np.random.default_rng(0).uniform(0, 255, (height // 6, width // 6)).astype(np.float32)
-    rows = np.interp(np.arange(height) / 6, np.arange(height // 6), np.arange(height // 6))
-    columns = np.interp(np.arange(width) / 6, np.arange(width // 6), np.arange(width // 6))
-    low_r, low_c = rows.astype(int).clip(max=height // 6 - 2), columns.astype(int).clip(max=width // 6 - 2)
-    a, b = (rows - low_r)[:, None], (columns - low_c)[None]
-    top = coarse[low_r][:, low_c] * (1 - b) + coarse[low_r][:, low_c + 1] * b
-    bottom = coarse[low_r + 1][:, low_c] * (1 - b) + coarse[low_r + 1][:, low_c + 1] * b
-    return np.repeat((top * (1 - a) + bottom * a).astype(np.uint8)[..., None], 3, axis=2)
+    coarse = np.random.default_rng(0).uniform(0, 255, (height // 6, width // 6)).astype(np.uint8)
+    return np.repeat(cv2.resize(coarse, (width, height))[..., None], 3, axis=2)
 
 
 def panning(step_px: int) -> np.ndarray:
@@ -94,29 +89,13 @@ def test_a_right_turn_obeys_when_the_picture_moves_left() -> None:
     assert found["turning_chunks"] == 3 and found["agreement"] == pytest.approx(2 / 3)
 
 
-def test_figures_over_an_empty_set_are_left_out() -> None:
+def test_figures_that_cannot_be_computed_are_left_out() -> None:
     assert turn_agreement([0.0], [Motion(1.0, 0.0)]) == {"turning_chunks": 0}
-    assert held_table({"forward": [Motion(0, 1.0)], "back": []}, {}) == {"forward": {"obeyed": 1.0, "chunks": 1}}
 
 
-@pytest.mark.parametrize(
-    ("keys", "yaw_deg", "command"),
-    [
-        ((1, 0, 0, 0), 0.0, "forward"),
-        ((1, 0, 1, 0), 0.0, None),
-        ((0, 0, 0, 0), 0.0, None),
-        ((1, 0, 0, 0), 2.0, "turn_right"),
-        ((0, 0, 0, 0), -2.0, "turn_left"),
-        ((0, 0, 1, 0), 2.0, None),
-        ((0, 0, 0, 1), 0.8, None),
-    ],
-)
-def test_a_recorded_chunk_counts_for_the_one_command_it_holds(
-    keys: tuple[int, ...], yaw_deg: float, command: str | None
-) -> None:
-    yaw = yaw_deg / SPACE.mouse_unit_deg
-    actions = Actions(np.tile(np.array(keys, np.float32), (8, 1)), np.tile(np.array([0, yaw], np.float32), (8, 1)))
-    assert held_command(actions, SPACE) == command
+def test_a_held_command_is_beside_what_happens_with_nothing_pressed() -> None:
+    table = held_table({"forward": [Motion(0, 1.0)], "idle": [Motion(0, 1.0), Motion(0, -1.0)]})
+    assert table == {"forward": {"obeyed": 1.0, "idle": 0.5, "chunks": 1}}
 
 
 def test_every_clip_gets_the_actions_of_another_episode_or_there_is_no_such_figure() -> None:
@@ -142,19 +121,6 @@ def random_draw(batch: Batch) -> NoiseSample:
     return NoiseSample(torch.linspace(0.2, 0.9, len(batch.ids)), torch.randn(batch.latents.shape, generator=generator))
 
 
-def test_the_true_velocity_has_no_loss() -> None:
-    batch = random_batch()
-    draw = random_draw(batch)
-
-    class Oracle(nn.Module):
-        config = DIT
-
-        def forward(self, x: Tensor, timestep: Tensor, **rest: Tensor) -> Tensor:
-            return draw.noise - batch.latents
-
-    assert velocity_loss(Oracle(), FLOW, batch, 3, draw).max() == 0
-
-
 def test_the_loss_of_a_clip_does_not_depend_on_the_other_clips_and_sees_its_actions() -> None:
     batch, dit = random_batch(), random_dit()
     draw = random_draw(batch)
@@ -167,19 +133,21 @@ def test_the_loss_of_a_clip_does_not_depend_on_the_other_clips_and_sees_its_acti
     assert (shuffled != together).all()
 
 
-def test_known_latents_are_no_part_of_the_loss() -> None:
+@pytest.mark.parametrize("error", [0.0, 1.0])
+def test_the_loss_is_the_error_of_the_velocity_of_unknown_latents(error: float) -> None:
     batch = random_batch()
     draw = random_draw(batch)
 
-    class RightAboutTheKnown(nn.Module):
+    class Oracle(nn.Module):
         config = DIT
 
         def forward(self, x: Tensor, timestep: Tensor, **rest: Tensor) -> Tensor:
             velocity = draw.noise - batch.latents
-            velocity[:, :, 3:] += 1
+            velocity[:, :, :3] += 7  # of known latents
+            velocity[:, :, 3:] += error
             return velocity
 
-    assert velocity_loss(RightAboutTheKnown(), FLOW, batch, 3, draw) == pytest.approx(1.0)
+    assert velocity_loss(Oracle(), FLOW, batch, 3, draw).numpy() == pytest.approx(error)
 
 
 def test_the_table_weighs_noise_levels_as_training_draws_them_and_pairs_clips() -> None:
@@ -254,7 +222,7 @@ def judged(road: Path) -> Path:
     """The folder of a report."""
     manifest, out = f"{road}/shards/heldout/manifest.json", road / "judged"
     config = EvaluateConfig(
-        str(road / "run"), f"{road}/recordings", manifest, str(out),
+        checkpoint=str(road / "run"), recordings=f"{road}/recordings", manifest=manifest, out=str(out),
         clips=4, starts=2, chunks=2, held_starts=1, held_chunks=1, steps=1, guidance=1.5,
     )  # fmt: skip
     evaluate_config(config)
@@ -276,13 +244,7 @@ def test_evaluate_answers_every_question_and_writes_a_page(judged: Path) -> None
     for name in ("replay", "held"):
         assert f"{name}.mp4" in page and (judged / f"{name}.png").exists()
         assert probe(judged / f"{name}.mp4").frames == 9 * (3 if name == "replay" else 2)
-    assert page.count("<svg") >= 5 and "Evaluator" in page
-
-
-def test_the_command_line_gives_the_same_figures_as_python(road: Path, judged: Path, tmp_path: Path) -> None:
-    assert evaluate(road, tmp_path) == 0
-    one, other = (json.loads((folder / "report.json").read_text()) for folder in (judged, tmp_path))
-    assert {**one, "seconds": 0, "settings": 0} == {**other, "seconds": 0, "settings": 0}
+    assert page.count("<svg") == 2 and "Evaluator" in page
 
 
 @pytest.fixture(scope="module")
@@ -325,7 +287,7 @@ def test_a_page_shows_what_reports_say_as_text_alone(judged: Path, tmp_path: Pat
     video = VideoGrid("replay", PLANTED, PLANTED, [], 1, 1)
     write_page(tmp_path / "report.html", report, [video], [compared(report, PLANTED)])
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.is_closed_to(PLANTED) and page.tags.count("title") == 1 and page.tags.count("svg") >= 6
+    assert page.is_closed_to(PLANTED) and page.tags.count("title") == 1 and page.tags.count("svg") >= 3
 
 
 @pytest.mark.parametrize(
@@ -370,9 +332,9 @@ def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tu
         ("recordings=nowhere", "no folder of recordings nowhere"),
         ("chunks=9", "use fewer chunks"),
         ("stepz=9", "did you mean 'steps'"),
-        ("starts=0", "must be at least 1"),
-        ("starts=1000000000", "at most 10000"),
-        ("mouse_deg=1e9", "mouse_deg=1e+09 must be from"),
+        ("starts=0", "starts=0 must be 1 to 10000"),
+        ("held_starts=1000000000", "held_starts=1000000000 must be 1 to 10000"),
+        ("mouse_deg=1e9", "mouse_deg=1000000000.0 must be"),
         ("reader=obs", "reader must be one of worldloom"),
     ],
 )

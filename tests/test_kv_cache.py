@@ -4,35 +4,39 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_causal import CAUSAL, H, W, clip, frames
-from test_model import awake
+from tiny_model import CAUSAL, H, W, awake, frames, inputs
 
-from model.kv_cache import LayerKVCache
+from model.kv_cache import KVCache, LayerKVCache
 from model.masks import BlockCausal, CausalConfig
+
+
+def buffers(cache: KVCache) -> list[torch.Tensor]:
+    caches = [cache for layer in cache.layers for cache in layer if isinstance(cache, LayerKVCache)]
+    return [buffer for cache in caches for buffer in (cache.k, cache.v)]
 
 
 @torch.no_grad()
 def test_reading_a_cache_changes_nothing_and_keeping_does() -> None:
     dit = awake(CAUSAL)
-    given, cache = clip(CAUSAL, f=9), dit.make_cache(1, H, W)
+    given, cache = inputs(CAUSAL, f=9), dit.make_cache(1, H, W)
     dit(**frames(given, slice(0, 3)), cache=cache, update_cache=True)
-    before, second = [one.clone() for one in cache.buffers], frames(given, slice(3, 6))
+    before, second = [one.clone() for one in buffers(cache)], frames(given, slice(3, 6))
     once, twice = dit(**second, cache=cache), dit(**second, cache=cache)
     assert torch.equal(once, twice) and cache.position == 3 and cache.length == 3
-    assert all(torch.equal(one, other) for one, other in zip(cache.buffers, before, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
     assert torch.equal(dit(**second, cache=cache, update_cache=True), once) and cache.position == 6
-    assert not any(torch.equal(one, other) for one, other in zip(cache.buffers, before, strict=True))
+    assert not any(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
 
 
 @torch.no_grad()
 def test_buffers_keep_their_place_and_size_for_ever() -> None:
     dit = awake(CAUSAL)
-    cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
-    places = [(one.data_ptr(), one.shape) for one in cache.buffers]
+    cache, given = dit.make_cache(1, H, W), inputs(CAUSAL, f=3)
+    places = [(one.data_ptr(), one.shape) for one in buffers(cache)]
     for _ in range(5):
         dit(**given, cache=cache, update_cache=True)
-    assert [(one.data_ptr(), one.shape) for one in cache.buffers] == places
-    assert cache.position == 15 and cache.length == 3 and cache.nbytes == sum(one.nbytes for one in cache.buffers)
+    assert [(one.data_ptr(), one.shape) for one in buffers(cache)] == places
+    assert cache.position == 15 and cache.length == 3
 
 
 def test_nothing_is_allocated_where_there_is_no_action_module_and_keys_are_not_held_per_position() -> None:
@@ -67,7 +71,7 @@ def test_a_window_of_one_block_holds_nothing() -> None:
 @torch.no_grad()
 def test_relative_positions_do_not_grow_with_time() -> None:
     dit = awake(replace(CAUSAL, causal=CausalConfig(3, 6, sink=1, action_sink=1, positions="relative")))
-    cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
+    cache, given = dit.make_cache(1, H, W), inputs(CAUSAL, f=3)
     dit(**given, cache=cache, update_cache=True)
     made = [dit(**given, cache=cache, update_cache=True) for _ in range(8)]
     # Once all that the window shows has been replaced in every layer, an hour more changes nothing.
@@ -77,10 +81,10 @@ def test_relative_positions_do_not_grow_with_time() -> None:
 @torch.no_grad()
 def test_a_stream_in_bf16_has_buffers_in_bf16() -> None:
     dit = awake(CAUSAL).to(torch.bfloat16)
-    cache, given = dit.make_cache(1, H, W), clip(CAUSAL, f=3)
+    cache, given = dit.make_cache(1, H, W), inputs(CAUSAL, f=3)
     first = dit(**given, cache=cache, update_cache=True)
     assert first.dtype == torch.float32 and dit(**given, cache=cache).isfinite().all()
-    assert {one.dtype for one in cache.buffers} == {torch.bfloat16}
+    assert {one.dtype for one in buffers(cache)} == {torch.bfloat16}
 
 
 def test_what_cannot_stream_or_does_not_fit_the_cache_is_refused_in_one_line() -> None:
@@ -93,6 +97,6 @@ def test_what_cannot_stream_or_does_not_fit_the_cache_is_refused_in_one_line() -
         dit.make_cache(1, H + 1, W)
     cache = dit.make_cache(1, H, W)
     with pytest.raises(ValueError, match="a block of 2 latent frames"):
-        dit(**clip(CAUSAL, f=2), cache=cache)
+        dit(**inputs(CAUSAL, f=2), cache=cache)
     with pytest.raises(ValueError, match="samples, rows, columns"):
-        dit(**clip(CAUSAL, f=3, b=2), cache=cache)
+        dit(**inputs(CAUSAL, b=2), cache=cache)

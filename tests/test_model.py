@@ -6,49 +6,19 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_model import MODELS, TINY, H, W, awake, inputs
 from torch import Tensor
 
 from configs import load_config
 from configs.cli import Verb, run
 from configs.files import sha256_file
 from model.action_dit import ActionDiT
-from model.config import ActionDiTConfig, ModelConfig
+from model.config import ModelConfig
 from model.info import info
 from model.inputs import action_windows
 from model.weights import load_into, load_weights, save_weights
 
-MODELS = Path(__file__).parent.parent / "configs" / "models"
-TINY = load_config(ModelConfig, [str(MODELS / "smoke.yaml")]).model
-F, H, W = 3, 4, 6
-
-
-def awake(config: ActionDiTConfig, seed: int = 0) -> ActionDiT:
-    """A model in which no tensor is zero: what upstream starts at zero is random too."""
-    generator = torch.Generator().manual_seed(seed)
-    dit = ActionDiT(config, generator)
-    with torch.no_grad():
-        for parameter in dit.parameters():
-            if not parameter.any():
-                parameter.normal_(std=0.2, generator=generator)
-    return dit
-
-
-def inputs(b: int = 1, config: ActionDiTConfig = TINY, seed: int = 1) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    assert config.action is not None
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    given = {
-        "x": random(b, config.out_dim, F, H, W),
-        "timestep": 1000 * torch.rand(b, generator=generator),
-        "cond": random(b, config.in_dim - config.out_dim, F, H, W),
-        "keyboard": random(b, F, config.action.window, config.action.keys),
-        "mouse": random(b, F, config.action.window, config.action.mouse_dim_in),
-    }
-    tokens = {"tokens": 5, "pooled": 1}.get(config.vision)
-    return given | ({"visual": random(b, tokens, config.img_dim)} if tokens else {})
+F = 3  # latents
 
 
 @pytest.mark.parametrize(
@@ -74,7 +44,7 @@ def test_info_prints_the_total_and_a_row_per_kind_of_tensor(capsys: pytest.Captu
 
 def test_a_new_model_predicts_nothing_and_its_actions_change_nothing() -> None:
     dit = ActionDiT(TINY, torch.Generator().manual_seed(0))
-    assert not dit(**inputs()).any()
+    assert not dit(**inputs(TINY)).any()
     added = [parameter for name, parameter in dit.named_parameters() if ".action_model.proj_" in name]
     assert len(added) == 4 and not any(parameter.any() for parameter in added)
 
@@ -87,7 +57,7 @@ def test_a_generator_decides_the_initial_weights() -> None:
 
 @pytest.mark.parametrize("which", ["keyboard", "mouse"])
 def test_swapping_actions_changes_the_output(which: str) -> None:
-    dit, given = awake(TINY), inputs(b=2)
+    dit, given = awake(TINY), inputs(TINY, b=2)
     right = dit(**given)
     swapped = dit(**given | {which: given[which].flip(0)})
     without = dit(**given | {which: None})
@@ -96,7 +66,7 @@ def test_swapping_actions_changes_the_output(which: str) -> None:
 
 @torch.no_grad()
 def test_a_batch_gives_what_its_samples_give_alone() -> None:
-    dit, given = awake(TINY), inputs(b=3)
+    dit, given = awake(TINY), inputs(TINY, b=3)
     together = dit(**given)
     for i in range(3):
         alone = dit(**{name: tensor[i : i + 1] for name, tensor in given.items()})
@@ -105,7 +75,7 @@ def test_a_batch_gives_what_its_samples_give_alone() -> None:
 
 @torch.no_grad()
 def test_one_timestep_per_frame_that_is_the_same_everywhere_is_one_timestep_per_sample() -> None:
-    dit, given = awake(TINY), inputs(b=2)
+    dit, given = awake(TINY), inputs(TINY, b=2)
     per_frame = dit(**given | {"timestep": given["timestep"][:, None].expand(2, F)})
     assert torch.allclose(per_frame, dit(**given), atol=1e-5)
     other = given["timestep"][:, None] * torch.tensor([1.0, 0.5, 0.1])
@@ -115,7 +85,7 @@ def test_one_timestep_per_frame_that_is_the_same_everywhere_is_one_timestep_per_
 @pytest.mark.parametrize("vision", ["tokens", "pooled"])
 def test_the_image_is_seen_when_the_model_has_vision(vision: Any) -> None:
     config = replace(TINY, vision=vision, img_dim=24)
-    dit, given = awake(config), inputs(b=2, config=config)
+    dit, given = awake(config), inputs(config, b=2)
     swapped = dit(**given | {"visual": given["visual"].flip(0)})
     assert (dit(**given) - swapped).abs().max() > 1e-2
     with pytest.raises(ValueError, match="vision"):
@@ -126,13 +96,13 @@ def test_a_model_without_vision_has_no_parameter_for_it() -> None:
     names = ActionDiT(TINY).state_dict()
     assert not [name for name in names if "cross_attn" in name or "norm3" in name or "img_emb" in name]
     with pytest.raises(ValueError, match="vision"):
-        ActionDiT(TINY)(**inputs(), visual=torch.zeros(1, 1, 8))
+        ActionDiT(TINY)(**inputs(TINY), visual=torch.zeros(1, 1, 8))
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "dense"])
 def test_parameters_in_bf16_take_inputs_in_fp32_and_give_fp32(backend: str) -> None:
     config = replace(TINY, attention=backend, vision="tokens", img_dim=24)
-    dit, given = awake(config), inputs(b=2, config=config)
+    dit, given = awake(config), inputs(config, b=2)
     exact = dit(**given)
     rounded = dit.to(torch.bfloat16)(**given)
     assert rounded.dtype == torch.float32
@@ -143,7 +113,7 @@ def test_parameters_in_bf16_take_inputs_in_fp32_and_give_fp32(backend: str) -> N
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_activation_checkpointing_gives_equal_gradients(every: int) -> None:
-    given = inputs(b=2)
+    given = inputs(TINY, b=2)
     gradients = []
     for config in (TINY, replace(TINY, checkpoint_every=every)):
         dit = awake(config)
@@ -209,7 +179,7 @@ def test_a_truncated_weights_file_is_refused_in_one_line(tmp_path: Path) -> None
 )
 def test_inputs_of_another_model_are_refused(wrong: dict[str, Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ActionDiT(TINY)(**inputs() | wrong)
+        ActionDiT(TINY)(**inputs(TINY) | wrong)
 
 
 @pytest.mark.parametrize(

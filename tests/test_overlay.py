@@ -3,7 +3,7 @@ import pytest
 
 from configs.game import ActionSpace
 from data_pipeline.overlay import Overlay, enlarge, key_boxes
-from sampling.contact_sheet import Tile, draw_sheet
+from sampling.video_grid import Tile, draw_sheet
 
 DOOM = ActionSpace("doom", ("forward", "back", "left", "right"), ("W", "S", "A", "D"))
 RUNNER = ActionSpace("runner", ("jump", "slide", "turn_left", "turn_right"), mouse=False)

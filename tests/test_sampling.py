@@ -1,7 +1,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -25,8 +24,6 @@ from sampling.generate import generate as generate_config
 from sampling.play import play as play_world
 from sampling.scripts import Scripted, read_script
 
-TWO = Denoising(steps=2)
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -40,45 +37,11 @@ def world(run: Path) -> WorldModel:
     return load_world(run)
 
 
-def play(
-    world: WorldModel,
-    script: str = "random",
-    chunks: int = 3,
-    seeds: tuple[int, ...] = (0,),
-    prompt: Tensor | None = None,
-    denoising: Denoising = TWO,
-) -> Tensor:
-    """Frames (b n h w 3) of a rollout in which every sample has the same prompt and script."""
-    actions = read_script(script, SPACE, Scripted(9 * chunks))
-    keyboard, mouse = (torch.from_numpy(rows).expand(len(seeds), -1, -1) for rows in (actions.keyboard, actions.mouse))
-    prompt = random_video(1)[:, :, 0] if prompt is None else prompt
-    made = play_world(world, prompt.expand(len(seeds), *prompt.shape[1:]), (keyboard, mouse), seeds, denoising)
-    return torch.cat(list(made), dim=1)
-
-
-class Oracle(nn.Module):
-    """The true velocity towards one clip."""
-
-    config = DIT
-
-    def __init__(self, x0: Tensor) -> None:
-        super().__init__()
-        self.x0 = nn.Parameter(x0)
-        self.noise = torch.zeros_like(x0)
-
-    def forward(self, x: Tensor, *rest: Tensor, **given: Tensor | None) -> Tensor:
-        return self.noise - self.x0
-
-
-@pytest.mark.parametrize("steps", [1, 4, 30])
-def test_euler_with_the_true_velocity_recovers_the_chunk(world: WorldModel, steps: int) -> None:
-    x0 = torch.cat([world.codec.encode(random_video(9, seed)) for seed in (1, 2)], dim=2)
-    oracle = Oracle(x0)
-    oracle.noise = seeded_noise(x0.shape[1:], [0], 1)
-    actions = (torch.zeros(1, 18, 4), torch.zeros(1, 18, 2))
-    found = denoise_chunk(replace(world, dit=oracle), x0[:, :, :3], oracle.noise, actions, Denoising(steps))  # type: ignore[arg-type]
-    assert torch.equal(found[:, :, :3], x0[:, :, :3])
-    assert (found - x0).abs().max() < 1e-4  # float32 sums of `steps` terms of size about 4
+def play(world: WorldModel, chunks: int) -> Tensor:
+    """Frames (b n h w 3) of random play from one picture."""
+    actions = read_script("random", SPACE, Scripted(9 * chunks))
+    rows = torch.from_numpy(actions.keyboard)[None], torch.from_numpy(actions.mouse)[None]
+    return torch.cat(list(play_world(world, random_video(1)[:, :, 0], rows, [0], Denoising(steps=2))), dim=1)
 
 
 def test_known_slots_carry_the_known_latents_at_the_current_noise_level(world: WorldModel) -> None:
@@ -202,7 +165,7 @@ def test_generate_writes_a_playable_video_and_a_sheet(
 def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) -> None:
     video, out = tmp_path / "play.mp4", tmp_path / "demo.mp4"
     write_video(video, list(to_uint8(random_video(3))[0].numpy()), GAME.fps)
-    config = GenerateConfig(str(run), str(video), str(out), frames=9, steps=1, prompt_frame=2)
+    config = GenerateConfig(checkpoint=str(run), prompt=str(video), out=str(out), frames=9, steps=1, prompt_frame=2)
     generate_config(config)
     assert out.exists()
     out.unlink()
@@ -225,11 +188,11 @@ def test_generate_starts_from_any_frame_of_a_video(run: Path, tmp_path: Path) ->
         (["out=a_folder.mp4"], "a_folder.mp4 is a folder"),
         (["stepz=3"], "did you mean 'steps'"),
         (["frames=100000000000000000000"], "100000000000000000000"),
-        (["frames=1000000000"], "frames=1000000000 must be from 1 to 1000000"),
-        (["steps=1000000000"], "steps 1000000000 must be from 1 to 1000"),
-        (["guidance=1e300"], "guidance 1e+300 above 0 and at most 100"),
-        (["mouse_deg=1e300"], "mouse_deg=1e+300 must be from -3600 to 3600"),
-        (["prompt_frames=1000000000"], "must be from 1 to frames=81"),
+        (["frames=1000000000"], "frames=1000000000 must be 1 to 1000000"),
+        (["steps=1000000000"], "steps=1000000000 must be 1 to 1000"),
+        (["guidance=1e300"], "guidance=1e+300 must be"),
+        (["mouse_deg=1e300"], "mouse_deg=1e+300 must be -3600 to 3600"),
+        (["prompt_frames=1000000000"], "prompt_frames=1000000000 must be 1 to 81"),
         (["device=cuda"], "device=cuda: this machine has 0"),
     ],
 )
@@ -263,12 +226,3 @@ def test_a_run_without_a_complete_checkpoint_is_refused_in_one_line(
     (tmp_path / "run" / "step_0000001").mkdir(parents=True)
     assert generate(tmp_path / "run", f"prompt={prompt}", f"out={tmp_path}/demo.mp4") == 2
     assert "no complete checkpoint" in capsys.readouterr().err
-
-
-def test_the_last_action_row_is_held_where_the_last_chunk_is_longer_than_the_script(run: Path, prompt: Path) -> None:
-    out = prompt.with_name("odd.mp4")
-    path = prompt.with_name("walk.csv")
-    rows = "".join(f"{i},1,0,0,0,0,0\n" for i in range(11))
-    path.write_text("frame,forward,back,left,right,pitch_deg,yaw_deg\n" + rows)
-    assert generate(run, f"prompt={prompt}", f"actions={path}", "frames=11", "steps=1", f"out={out}") == 0
-    assert np.stack(list(read_frames(out))).shape[0] == 11

@@ -201,7 +201,7 @@ def test_tensorboard_that_is_not_installed_is_said_in_one_line(monkeypatch) -> N
         (["validation.videos.actions=[]"], "actions must hold"),
         (["validation.videos.prompts=99"], "there are 4 held-out clips"),
         (["validation.videos.frames=3"], "frames=3"),
-        (["validation.videos.steps=0"], "steps 0"),
+        (["validation.videos.steps=0"], "steps=0"),
         (["validation.videos.few_steps=[1000]"], "belongs to causal models"),
         (["validation.videos.vision=clip.pth"], "leave out validation.videos.vision"),
         (["validation.videos.evry=3"], "did you mean 'validation.videos.every'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_world import DIT, random_dit, random_video, random_world, write_checkpoint
+from tiny_world import DIT, random_video, random_world, write_checkpoint
 from torch import Tensor
 
 from configs import save_config
@@ -16,6 +16,7 @@ from data_pipeline.types import Actions
 from data_pipeline.video import probe, to_uint8, write_video
 from model.flow import FlowMatch, FlowMatchConfig
 from model.inputs import action_windows, condition
+from model.kv_cache import LayerKVCache
 from model.masks import CausalConfig
 from model.world import WORLD_FILE, WorldModel, read_world_config
 from sampling.__main__ import VERBS
@@ -99,16 +100,11 @@ def test_context_noise_changes_what_later_blocks_see_and_the_model_carries_its_o
     assert all(torch.equal(one, other) for one, other in zip(play(own), noisy, strict=True))
 
 
-@pytest.mark.parametrize("denoising", [Denoising(steps=2), FEW])
-def test_guidance_reads_the_caches_twice_and_leaves_idle_play_alone(world: WorldModel, denoising: Denoising) -> None:
-    stretched, idle = replace(denoising, guidance=3.0), (torch.zeros(1, 33, 4), torch.zeros(1, 33, 2))
-    still = [play(world, denoising=one, actions=idle) for one in (denoising, stretched)]
-    assert all(torch.equal(one, other) for one, other in zip(*still, strict=True))
-    acted = [play(world, denoising=one) for one in (denoising, stretched)]
-    assert all(not torch.equal(one, other) for one, other in zip(*acted, strict=True))
+@pytest.mark.parametrize("denoising", [Denoising(steps=2, guidance=3.0), replace(FEW, guidance=3.0)])
+def test_guidance_reads_the_caches_twice(world: WorldModel, denoising: Denoising) -> None:
     passes = []
     hook = world.dit.register_forward_pre_hook(lambda dit, args, kwargs: passes.append(kwargs), with_kwargs=True)
-    play(world, denoising=stretched)
+    play(world, denoising=denoising)
     hook.remove()
     made = len(denoising.few_steps) or denoising.steps
     assert len(passes) == 3 * (2 * made + 1) and sum(one.get("update_cache", False) for one in passes) == 3
@@ -119,12 +115,12 @@ def test_unknown_latents_may_be_grey_frames(codec_folder: Path) -> None:
     stream = StreamingRollout(world, random_video(1)[:, :, 0], [0], Denoising(steps=1))
     grey = torch.cat([random_video(1), torch.zeros(1, 3, 32, 32, 48)], dim=2)
     latents = world.codec.encode(grey)
-    blocks = [next(stream._conditions) for _ in range(4)]
+    blocks = [stream._cond, *(next(stream._conditions) for _ in range(3))]
     assert torch.equal(torch.cat(blocks[:3], dim=2)[:, 4:], latents) and torch.equal(blocks[3], blocks[2])
     assert blocks[0][:, :4, 0].all() and not blocks[0][:, :4, 1:].any() and not blocks[1][:, :4].any()
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", [1, 5, 50])
 def test_euler_with_the_true_velocity_recovers_the_block_and_holds_what_is_known(steps: int) -> None:
     x0, noise = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     flow = FlowMatch(FlowMatchConfig())
@@ -156,9 +152,10 @@ def test_a_long_rollout_holds_no_more_memory_than_a_short_one(world: WorldModel)
 
     def held() -> int:
         stream = live.rollout
-        assert isinstance(stream, StreamingRollout) and stream._past is not None
-        kept = [*stream._past, *stream._decoder_state]
-        return stream.cache.nbytes + sum(one.nbytes for one in kept)
+        assert isinstance(stream, StreamingRollout)
+        caches = [cache for layer in stream.cache.layers for cache in layer if isinstance(cache, LayerKVCache)]
+        kept = [*stream._past, *stream._decoder_state, *(x for cache in caches for x in (cache.k, cache.v))]
+        return sum(one.nbytes for one in kept)
 
     live.step(rest)
     live.step(rest)
@@ -166,11 +163,6 @@ def test_a_long_rollout_holds_no_more_memory_than_a_short_one(world: WorldModel)
     for _ in range(20):
         live.step(rest)
     assert held() == after_two
-
-
-def test_a_model_that_is_not_causal_does_not_stream(world: WorldModel) -> None:
-    with pytest.raises(ValueError, match="not trained causally"):
-        StreamingRollout(replace(world, dit=random_dit()), random_video(1)[:, :, 0], [0], Denoising())
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +194,6 @@ def test_generate_streams_from_an_image_with_few_steps_and_from_a_clip(run: Path
     ("words", "message"),
     [
         (["method=chunked"], "use method=streaming"),
-        (["method=streaming", "few_steps=[1000,2000]"], "between 0 and 1000"),
         (["method=streaming", "few_steps=[2000,1000]"], "every step must be between 0 and 1000"),
         (["method=streaming", "few_steps=[100000000000000000]"], "every step must be between 0 and 1000"),
         (["method=streaming", "few_steps=[333,666]"], "must descend"),

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 
 from model.action_dit import ActionDiT
-from model.actions import ActionModule, action_rotation
+from model.actions import ActionModule
 from model.inputs import model_inputs
 from model.kv_cache import KVCache, LayerKVCache, LayerPast
 from model.masks import BlockCausalMask, CausalConfig
@@ -30,7 +30,7 @@ def action_module(fixture: Fixture) -> Iterator[Row]:
         if "out.full" in tensors:
             f = grid["T_full"]
             keyboard, mouse = (fixture_windows(tensors.get(f"in.{name}_full"), config, f) for name in KINDS)
-            actual = module(tensors["in.x_full"], keyboard, mouse, action_rotation(config, f))
+            actual = module(tensors["in.x_full"], keyboard, mouse, config.rotation(f))
             yield judge(fixture, "full", actual, tensors["out.full"])
         yield from _masked_actions(fixture, module)
         yield from _streamed_actions(fixture, module)
@@ -46,7 +46,7 @@ def _masked_actions(fixture: Fixture, module: ActionModule) -> Iterator[Row]:
         x = tensors["in.x_train"]
         rule = _causal(fixture.meta, int(name.removeprefix("train_local"))).action_rule()
         past = LayerPast(None, BlockCausalMask(rule, f), BlockCausalMask(rule, f, queries=x.shape[1] // f))
-        yield judge(fixture, name, module(x, keyboard, mouse, action_rotation(config, f), past), tensors[f"out.{name}"])
+        yield judge(fixture, name, module(x, keyboard, mouse, config.rotation(f), past), tensors[f"out.{name}"])
 
 
 def _streamed_actions(fixture: Fixture, module: ActionModule) -> Iterator[Row]:
@@ -64,7 +64,7 @@ def _streamed_actions(fixture: Fixture, module: ActionModule) -> Iterator[Row]:
     all_windows = [fixture_windows(tensors.get(f"in.{kind}_stream"), config, n * len(blocks)) for kind in KINDS]
     for i, x in enumerate(blocks):
         keyboard, mouse = (None if one is None else one[:, n * i : n * (i + 1)] for one in all_windows)
-        actual = module(x, keyboard, mouse, action_rotation(config, n, start=n * i), past, update_cache=True)
+        actual = module(x, keyboard, mouse, config.rotation(n, start=n * i), past, update_cache=True)
         if f"stream_b{i}" in names:
             yield judge(fixture, f"stream_b{i}", actual, tensors[f"out.stream_b{i}"])
 

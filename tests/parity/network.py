@@ -79,9 +79,7 @@ def _scheduler_outputs(
     given["train_steps"] = given.get("num_train_timesteps", 1000)
     flow = FlowMatch(build(FlowMatchConfig, known_fields(FlowMatchConfig, given)))
     asked = combination["set"]
-    schedule = flow.schedule(
-        asked["num_inference_steps"], asked.get("denoising_strength", 1.0), asked.get("training", False)
-    )
+    schedule = flow.schedule(asked["num_inference_steps"], asked.get("denoising_strength", 1.0))
     query, query_last = queries["query_t"], queries["query_t_last"]
     sigma, sigma_last = schedule.sigma(query), schedule.sigma(query_last)
     x, last = flow.add_noise(x0, noise, sigma), len(schedule.timesteps) - 1
@@ -89,7 +87,7 @@ def _scheduler_outputs(
     # The (b f) form: samples as the frames of a video of one sample.
     frames = [rearrange(one, "f c h w -> 1 c f h w") for one in (x0, noise)]
     per_frame = flow.add_noise(frames[0], frames[1], schedule.sigma(query[None]))
-    outputs = {
+    return {
         "sigmas": schedule.sigmas,
         "timesteps": schedule.timesteps,
         "add_noise": x,
@@ -102,11 +100,9 @@ def _scheduler_outputs(
         "step_with_last at last": schedule.index(query_last) == last,
         "flow_to_x0": flow.velocity_to_x0(velocity, x, sigma),
         "x0_to_flow": ((x.double() - x0.double()) / per_sample(sigma.double(), x)).to(x0.dtype),
+        "training_weights": schedule.training_weights,
+        "training_weight_query": schedule.training_weight(query),
     }
-    if schedule.training_weights is not None:
-        weight = schedule.training_weight(query)
-        outputs |= {"training_weights": schedule.training_weights, "training_weight_query": weight}
-    return outputs
 
 
 def _judge_timesteps(fixture: Fixture, output: str, actual: Tensor, expected: Tensor) -> Row:

@@ -38,7 +38,7 @@ class DiffusionForcing(Objective, Ranged):
         """The weighted squared velocity error."""
         noise = self.noise_sample(batch.latents, flow, rng)
         error = velocity_error(model, flow, batch, 1, noise, "continuous")
-        schedule = flow.schedule(flow.config.train_steps, training=True)
+        schedule = flow.schedule(flow.config.train_steps)
         weight = schedule.training_weight(flow.config.train_steps * noise.sigma)  # most for middle levels
         return (error * weight).mean(), LossMetrics.of(error, noise, 1)
 

@@ -1,0 +1,41 @@
+"""What both commands of `python -m sampling` are given."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs import storage
+from configs.files import require_other_files
+from model.limits import require_between, require_device
+from model.world import Precision, Weights, WorldModel, checkpoint_files, find_checkpoint, load_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """A checkpoint and how it is loaded."""
+
+    checkpoint: str  # a step folder, or a run folder: its newest complete step
+    guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
+    seed: int = 0
+    mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
+    weights: Weights = "ema"
+    device: str = "cpu"
+    precision: Precision = "fp32"  # of the DiT's weights
+    vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
+    codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
+
+    def __post_init__(self) -> None:
+        require_between("", 0, 1 << 62, seed=self.seed)
+
+    def find(self, outs: Sequence[str | Path], **read: str | Sequence[str] | None) -> str:
+        """The url of the checkpoint. A UserError if one of `outs` is a file of it, or of what else is `read`."""
+        require_device(self.device)
+        checkpoint = find_checkpoint(self.checkpoint)
+        codec = self.codec and storage.files_at(self.codec)
+        own = {"vision": self.vision, "codec": codec, "checkpoint": checkpoint_files(checkpoint)}
+        require_other_files(outs, {**read, **own})
+        return checkpoint
+
+    def load(self, checkpoint: str) -> WorldModel:
+        """The world model in the checkpoint that was found."""
+        return load_world(checkpoint, self.weights, self.device, self.precision, self.vision, self.codec)
