@@ -34,7 +34,7 @@ from train.objectives import make_objective
 from train.objectives.objective import rng_for_step
 from train.save import remove_superseded, superseded
 from train.state import SavedState
-from train.videos import Videos
+from train.validation import Videos
 
 ENGINES = {
     "zero1": ("cpu_zero2", "engine.stage=1"),

@@ -38,7 +38,7 @@ from data_pipeline.readers.owl_control import read_events
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from sampling.trajectories import heldout_episodes
-from train.codec import CodecTrainConfig, read_runs
+from train.codec import CodecTrainConfig, cut_clips
 
 FOREIGN = [reader for reader in READERS if reader != "worldloom"]
 
@@ -79,7 +79,7 @@ def test_the_codec_is_fitted_to_a_bounded_part_of_each_recording(reader, sources
     more = [f"source={sources[reader]}", f"out={tmp_path}"]
     config = load_config(CodecTrainConfig, [*words(reader, tmp_path), *more])
     recordings = find_recordings(reader, sources[reader])
-    assert read_runs(config, recordings).shape == (2 * len(recordings), 9, 64, 112, 3)
+    assert cut_clips(config, recordings).shape == (2 * len(recordings), 9, 64, 112, 3)
 
 
 def test_the_parts_of_one_recording_are_held_out_together_and_found_again(sources, codec_folder, tmp_path):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from model.weights import load_weights
 from model.world import newest_checkpoint
@@ -31,13 +32,18 @@ def read_metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def losses(out: Path) -> torch.Tensor:
+def losses(out: Path) -> Tensor:
     return torch.tensor([[line["loss"], line["grad_norm"]] for line in read_metrics(out) if "loss" in line])
+
+
+def saved_weights(out: Path, name: str) -> dict[str, Tensor]:
+    """The `model` or `ema` weights of a run's newest checkpoint."""
+    return load_weights(newest_checkpoint(out) / f"{name}.safetensors")
 
 
 def require_equal_bits(out: Path, whole: Path) -> None:
     """Metrics, weights and their average of two runs."""
     assert torch.equal(losses(out), losses(whole))
-    for name in ("model.safetensors", "ema.safetensors"):
-        ours, theirs = (load_weights(newest_checkpoint(folder) / name) for folder in (out, whole))
+    for name in ("model", "ema"):
+        ours, theirs = saved_weights(out, name), saved_weights(whole, name)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name

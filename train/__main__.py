@@ -5,8 +5,8 @@ import sys
 from configs.cli import Verb, run
 
 VERBS = {
-    "run": Verb("train.entry:run"),
-    "engine": Verb("train.entry:print_engine"),
+    "run": Verb("train.loop:main"),
+    "engine": Verb("train.build:print_engine"),
     "codec": Verb("train.codec:train_codec"),
     "consolidate": Verb("train.checkpoint:consolidate", first="checkpoint"),
 }

@@ -1,4 +1,4 @@
-"""What can be found wrong with a run before anything of it is started."""
+"""What can be found wrong with a run before it starts."""
 
 import os
 import time
@@ -20,15 +20,14 @@ from train.engine import gather_objects
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
 from train.objectives.objective import Objective
-from train.videos import check_videos
+from train.validation import check_videos
 
 SEEN_S = 30  # in which a file that one machine has written appears on all others
-HELDOUT = ("layout", "codec_hash", "vision", "unknown")  # what held-out clips have in common with the others
 
 
 @dataclass(frozen=True)
 class CheckedRun:
-    """A run whose parts belong together, before any process group is there."""
+    """A run whose parts belong together."""
 
     config: TrainConfig  # with the game's sizes in its model, and the batch and accumulation that the ranks need
     manifest: Manifest  # of the first shard set; all have its kind
@@ -41,12 +40,13 @@ class CheckedRun:
 
 
 def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
-    """Everything that can be found wrong without starting: a UserError, or an error of the file."""
+    """Raises UserError or FileError for what can be found wrong without starting; nothing is written."""
     check_out(config)
     engine_of(config)
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
-    require_shards(sum(len(one.shards) for one in manifests), ranks, config.workers, config.sources[0].path)
+    url = config.sources[0].path
+    require_shards(sum(len(each.shards) for each in manifests), ranks, config.workers, url)
     if action := config.model.action:
         action = action.for_game(manifest.game.action_space)
         config = replace(config, model=replace(config.model, action=action))
@@ -55,43 +55,47 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
     if config.validation.manifest:
         heldout = load_manifest(config.validation.manifest)
-        require_same_kind(manifest, config.sources[0].path, heldout, config.validation.manifest, of_set=HELDOUT)
+        shared = ("layout", "codec_hash", "vision", "unknown")
+        require_same_kind(manifest, url, heldout, config.validation.manifest, shared)
         if config.validation.videos.every:
             check_videos(config.validation.videos, heldout.clips, world)
     resumed, start = None, 0
-    if found := find_resumable(config, world):
-        resumed, position = found
+    if resumable := find_resumable(config, world):
+        resumed, position = resumable
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
     if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
         raise UserError(f"{config.checkpoints} has no checkpoint, but {here} is there: copy it, or choose another out=")
-    init = initial_weights(config, manifest) if config.init else None
+    init = None
+    if config.init:
+        read_complete(checkpoint := find_checkpoint(config.init))
+        require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
+        init = storage.join(checkpoint, "ema.safetensors")
     return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
 
 
 def check_out(config: TrainConfig) -> None:
-    """A UserError if `out` cannot become a run's folder, or lies in what the run reads; nothing is made."""
+    """Raises an error if `out` cannot become a run's folder, or lies in what the run reads."""
     sets = [config.validation.manifest, *(source.path for source in config.sources)]
     folders = [Path(path).parent for path in sets if path and not storage.is_s3(path)]
     # A manifest may lie in a folder of many things; one that holds the shards too is theirs.
-    shards = [folder for folder in folders if next(folder.glob("*.tar"), None)]
-    read = {"manifest": shards, "codec": config.codec, "resume": config.resume}
-    read["init"] = config.init and (newest_step(config.init) or config.init)
+    shards = [folder for folder in folders if any(folder.glob("*.tar"))]
+    init = config.init and (newest_step(config.init) or config.init)
+    read = {"manifest": shards, "codec": config.codec, "resume": config.resume, "init": init}
     require_other_files([config.out, config.checkpoints], read)
     if storage.is_s3(config.out):
         return
     out = Path(config.out).absolute()
     parent = next(path for path in (out, *out.parents) if path.exists())
     if not parent.is_dir():
-        raise FileInTheWayError(f"cannot write to the run folder {config.out}: {parent} is a file; choose another out=")
+        raise FileInTheWayError(f"cannot write to {config.out}: {parent} is a file; choose another out=")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise RefusedError(f"cannot write to the run folder {config.out}: no right to write in {parent}")
+        raise RefusedError(f"cannot write to {config.out}: no right to write in {parent}")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
-    """Checks again now that no other run can write to the folder: one may have saved since, and a file of one machine
-    may appear later on others. All ranks must call; all get a UserError if they never see the same newest checkpoint.
-    """
+    """Checks again now that no other run can write to the folder: one may have saved since, and files of one machine
+    may appear late on others. All ranks must call; all raise UserError if they never see the same newest checkpoint."""
     for _ in range(SEEN_S):
         seen = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
         if {resumed for resumed, _ in seen} == {seen[0][1]}:
@@ -106,7 +110,7 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
-    """What the sampler will need; a UserError if manifest, codec and model do not belong together."""
+    """What the sampler will need. Raises UserError if manifest, codec and model do not belong together."""
     clips, causal = config.sources[0].path, config.model.causal
     for name, ours, theirs in (
         (f"codec={config.codec}", codec_hash(config.codec), manifest.codec_hash),
@@ -117,12 +121,3 @@ def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
             raise UserError(f"{name} is {ours}, but {clips} was encoded with {theirs}")
     game, layout = manifest.game, manifest.layout
     return WorldModelConfig(config.model, config.flow, game, layout, config.codec, manifest.codec_hash)
-
-
-def initial_weights(config: TrainConfig, manifest: Manifest) -> str:
-    """The averaged weights of `config.init`; a UserError if they are of another action space."""
-    assert config.init
-    checkpoint = find_checkpoint(config.init)
-    read_complete(checkpoint)
-    require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
-    return storage.join(checkpoint, "ema.safetensors")

@@ -12,24 +12,25 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import save_config, storage
+from configs import save_config, storage, within
 from configs.errors import UserError
 from configs.files import require_other_files
 from configs.game import GameConfig
 from data_pipeline.readers import Reader, Recording, find_recordings, read_game_frames, split_episodes
-from data_pipeline.video import to_video
+from data_pipeline.video import to_uint8, to_video
 from model.codec import CONFIG_FILE, Codec
 from model.layout import CHUNK_FRAMES
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights
-from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS, Ranged, within
+from sampling.metrics import psnr
+from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS
 
 RECORDING_FRAMES = 900  # of each recording, from its start, since they are held in memory
 PCA_PATCHES = 200_000  # rows of the covariance; 768 x 768 is determined by far fewer
 
 
 @dataclass(frozen=True)
-class CodecTrainConfig(Ranged):
+class CodecTrainConfig:
     """The settings of `python -m train codec`."""
 
     game: GameConfig
@@ -41,7 +42,7 @@ class CodecTrainConfig(Ranged):
     episodes: int = within(1, 1_000_000, 120)  # recordings held in memory
     heldout_episodes: int = within(1, 1_000_000, 12)  # recordings that PSNR is measured on
     steps: int = within(1, MOST_STEPS, 1500)
-    batch: int = within(1, MOST_CLIPS, 4)  # runs of 9 frames
+    batch: int = within(1, MOST_CLIPS, 4)  # clips of 9 frames
     learning_rate: float = within(0, 10, 2e-3)
     warmup_steps: int = within(1, MOST_STEPS, 50)
     precision: Literal["fp32", "bf16"] = "fp32"  # of the products while fitting
@@ -50,42 +51,41 @@ class CodecTrainConfig(Ranged):
 
 def train_codec(config: CodecTrainConfig) -> None:
     """Fit the demo's codec to recordings: PCA encoder, learned decoder; prints PSNR on held-out episodes."""
-    written = [storage.join(config.out, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    require_other_files([config.out, *written], {"source": config.source})
+    files = [storage.join(config.out, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    require_other_files([config.out, *files], {"source": config.source})
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(config.seed)
     fitting, heldout = split_episodes(find_recordings(config.reader, config.source), config.heldout_every)
-    clips = read_runs(config, fitting[: config.episodes])
-    heldout_clips = read_runs(config, heldout[: config.heldout_episodes])
+    clips = cut_clips(config, fitting[: config.episodes])
+    heldout_clips = cut_clips(config, heldout[: config.heldout_episodes])
     with storage.writing_folder(config.out, last=WEIGHTS_FILE) as folder:  # a fault of out= is said before the work
         torch.manual_seed(config.seed)  # the layers' own initialisation takes no generator
         codec = PatchCodec(config.codec)
         kept = codec.fit_pca(_sample_patches(clips, generator))
-        linear_db = psnr(codec, heldout_clips)
-        runs = f"{len(heldout_clips)} held-out runs of 9 frames"
-        print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {runs}")
+        linear_db = mean_psnr(codec, heldout_clips)
+        print(f"PCA keeps {kept:.1%} of the variance, {linear_db:.2f} dB on {len(heldout_clips)} held-out clips")
         fit_decoder(codec, clips, config, generator)
-        db = psnr(codec, heldout_clips)
+        db = mean_psnr(codec, heldout_clips)
         save_config(config.codec, folder / CONFIG_FILE)
-        judged = {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
-        save_weights(codec.state_dict(), folder / WEIGHTS_FILE, judged)
+        metadata = {"heldout_psnr_db": f"{db:.3f}", "pca_psnr_db": f"{linear_db:.3f}"}
+        save_weights(codec.state_dict(), folder / WEIGHTS_FILE, metadata)
     print(f"codec: {db:.2f} dB on held-out episodes (PCA alone {linear_db:.2f}), {time.perf_counter() - started:.0f} s")
 
 
-def read_runs(config: CodecTrainConfig, recordings: list[Recording]) -> Tensor:
-    """Runs of 9 frames (m 9 h w 3) uint8, cut one after the other from the episodes of `recordings`."""
-    runs = []
+def cut_clips(config: CodecTrainConfig, recordings: list[Recording]) -> Tensor:
+    """Clips of 9 frames (m 9 h w 3) uint8, cut one after the other from the episodes of `recordings`."""
+    clips = []
     for recording in tqdm(recordings, desc="read recordings", unit="recording"):
-        room = RECORDING_FRAMES
+        left = RECORDING_FRAMES
         for episode in recording.read(config.game):
-            whole = min(room, len(episode.actions)) // CHUNK_FRAMES * CHUNK_FRAMES
+            whole = min(left, len(episode.actions)) // CHUNK_FRAMES * CHUNK_FRAMES
             if whole:
                 frames = np.stack(list(islice(read_game_frames(episode, config.game), whole)))
-                runs.append(rearrange(torch.from_numpy(frames), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
-            room -= whole
-    if not runs:
+                clips.append(rearrange(torch.from_numpy(frames), "(m n) h w c -> m n h w c", n=CHUNK_FRAMES))
+            left -= whole
+    if not clips:
         raise UserError(f"{config.source} has too few episodes for heldout_every={config.heldout_every}")
-    return torch.cat(runs)
+    return torch.cat(clips)
 
 
 def fit_decoder(codec: Codec, clips: Tensor, config: CodecTrainConfig, generator: torch.Generator) -> None:
@@ -114,20 +114,16 @@ def fit_decoder(codec: Codec, clips: Tensor, config: CodecTrainConfig, generator
 
 
 @torch.inference_mode()
-def psnr(codec: Codec, runs: Tensor) -> float:
-    """Mean PSNR in dB over frames of `runs` (m 9 h w 3) uint8 after encode and decode, as uint8."""
-    values = []
-    for part in runs.split(8):
-        video = to_video(part)
-        error = (codec.decode(codec.encode(video)) - video).square().mean(dim=(1, 3, 4))
-        values.append(10 * torch.log10(4 / error.clamp_min(1e-10)))
-    return torch.cat(values).mean().item()
+def mean_psnr(codec: Codec, clips: Tensor) -> float:
+    """Mean PSNR in dB over the frames of `clips` (m 9 h w 3) uint8 after encoding and decoding."""
+    decoded = ((part, to_uint8(codec.decode(codec.encode(to_video(part))))) for part in clips.split(8))
+    return float(np.concatenate([psnr(made.numpy(), part.numpy()) for part, made in decoded]).mean())
 
 
 def _sample_patches(clips: Tensor, generator: torch.Generator) -> Tensor:
     """At most PCA_PATCHES rows (m 768) of `clips`, first frames repeated as `encode` does it."""
-    per_run = 3 * (clips.shape[2] // 8) * (clips.shape[3] // 8)
-    chosen = torch.randperm(len(clips), generator=generator)[: max(1, PCA_PATCHES // per_run)]
+    per_clip = 3 * (clips.shape[2] // 8) * (clips.shape[3] // 8)
+    chosen = torch.randperm(len(clips), generator=generator)[: max(1, PCA_PATCHES // per_clip)]
     video = to_video(clips[chosen])
     whole = torch.cat([video[:, :, :1].repeat_interleave(4, dim=2), video[:, :, 1:]], dim=2)
     return to_patches(whole).flatten(0, 3)

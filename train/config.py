@@ -1,9 +1,10 @@
 """The settings of a training run: one frozen dataclass, read from YAML files and key=value arguments."""
 
 import math
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
+from configs import within
 from configs.errors import UserError
 from data_pipeline.stream import LoaderConfig
 from data_pipeline.types import Source
@@ -19,27 +20,8 @@ MOST_SEED = 2**63 - 1
 BELOW_1 = math.nextafter(1, 0)
 
 
-def within(low: float, high: float, default: Any = MISSING) -> Any:
-    """A setting, or a tuple of settings, that must lie in [low, high]."""
-    return field(default=default, metadata={"range": (low, high)})
-
-
-class Ranged:
-    """A dataclass whose settings are checked against their ranges; a UserError names the first outside."""
-
-    section: ClassVar[str] = ""  # what comes before the settings' names, with a dot
-
-    def __post_init__(self) -> None:
-        for setting in fields(self):  # type: ignore[arg-type]  # of the dataclass that inherits this
-            if "range" not in setting.metadata:
-                continue
-            (low, high), value = setting.metadata["range"], getattr(self, setting.name)
-            if not all(one is None or low <= one <= high for one in (value if isinstance(value, tuple) else [value])):
-                raise UserError(f"{self.section}{setting.name}={value} must lie between {low} and {high}")
-
-
 @dataclass(frozen=True)
-class EngineConfig(Ranged):
+class EngineConfig:
     """How the model is put on processes."""
 
     name: str = "deepspeed"  # of train/engines.py
@@ -51,11 +33,9 @@ class EngineConfig(Ranged):
     # After which building, loading, a step, its data, a validation or a save has taken too long: a peer is lost.
     timeout_s: float = within(0.1, 1e6, 600.0)
 
-    section = "engine."
-
 
 @dataclass(frozen=True)
-class OptimConfig(Ranged):
+class OptimConfig:
     """AdamW and its learning rate, which is a pure function of the step."""
 
     learning_rate: float = within(0, 10, 1e-3)
@@ -65,11 +45,9 @@ class OptimConfig(Ranged):
     weight_decay: float = within(0, 10, 0.01)  # of matrices only
     clip_norm: float = within(1e-9, 1e9, 1.0)  # global gradient norm above which gradients are scaled down
 
-    section = "optim."
-
 
 @dataclass(frozen=True)
-class CheckpointConfig(Ranged):
+class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
     folder: str | None = None  # an s3:// url that gets them, and copies of the run's other files; as `out` itself does
@@ -78,11 +56,9 @@ class CheckpointConfig(Ranged):
     background: bool = False  # write while training goes on, from a copy of this rank's part in the CPU's memory
     keep_every: int = within(0, MOST_STEPS, 0)  # every checkpoint whose step this divides stays too; 0: none
 
-    section = "checkpoint."
-
 
 @dataclass(frozen=True)
-class VideosConfig(Ranged):
+class VideosConfig:
     """Videos by the averaged weights, from held-out pictures, with the same actions and the same noise every time."""
 
     every: int = within(0, MOST_STEPS, 0)  # steps, and the last one; 0: none
@@ -95,10 +71,7 @@ class VideosConfig(Ranged):
     seed: int = within(0, MOST_SEED, 0)  # of `random` and of the noise
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
 
-    section = "validation.videos."
-
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not 1 <= len(self.actions) <= 64:
             raise UserError(f"validation.videos.actions must hold 1 to 64 scripts, not {len(self.actions)}")
         _ = self.denoising  # checks of its own
@@ -109,7 +82,7 @@ class VideosConfig(Ranged):
 
 
 @dataclass(frozen=True)
-class ValidationConfig(Ranged):
+class ValidationConfig:
     """Held-out velocity loss during training, with the right actions and with shuffled ones; and videos."""
 
     manifest: str | None = None
@@ -117,27 +90,22 @@ class ValidationConfig(Ranged):
     clips: int = within(1, 1_000_000, 32)
     videos: VideosConfig = VideosConfig()
 
-    section = "validation."
-
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.videos.every and self.manifest is None:
             raise UserError("validation.videos begins with held-out pictures: give validation.manifest=")
 
 
 @dataclass(frozen=True)
-class ProfileConfig(Ranged):
+class ProfileConfig:
     """A trace of some steps, for chrome://tracing or ui.perfetto.dev."""
 
     start: int = within(0, MOST_STEPS, 10)  # steps before it: the first of a process are slower than those that follow
     steps: int = within(0, MOST_STEPS, 0)  # 0: none
     every_rank: bool = False  # else of rank 0
 
-    section = "profile."
-
 
 @dataclass(frozen=True)
-class TrainConfig(Ranged):
+class TrainConfig:
     """The settings of `python -m train`."""
 
     model: ActionDiTConfig
@@ -180,7 +148,6 @@ class TrainConfig(Ranged):
         return self.checkpoint.folder or self.out
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if (self.manifest is None) == (not self.manifests):
             raise UserError("give the training shards, as manifest=... or as manifests=[{path: ..., weight: ...}]")
         if self.profile.steps and self.profile.start + self.profile.steps > self.steps:

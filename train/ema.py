@@ -20,14 +20,14 @@ class Ema:
     def update(self, step: int) -> None:
         """After optimizer step `step` (from 0); early steps average over fewer, so that the start is forgotten."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = {shard.name: shard.weight for shard in self.engine.shards()}
-        averages = [self.averages[name] for name in weights]
-        torch._foreach_lerp_(averages, list(weights.values()), 1 - decay)
+        shards = self.engine.shards()
+        averages = [self.averages[shard.name] for shard in shards]
+        torch._foreach_lerp_(averages, [shard.weight for shard in shards], 1 - decay)
 
     @torch.no_grad()
     def whole(self, specs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """The averages of all ranks put together, and the model's buffers: names and float32 tensors on the CPU, one
-        after the other in the order of `specs`, the model's state on the meta device. All ranks must go through it."""
+        """Names and float32 tensors on the CPU: the averages of all ranks put together, and the model's buffers, in the
+        order of `specs`, the model's state on the meta device. All ranks must go through it."""
         own = {shard.name: shard for shard in self.engine.shards()} if self.engine.writes_state else {}
         buffers = dict(self.engine.buffers())
         for name, spec in specs.items():

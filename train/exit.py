@@ -16,8 +16,8 @@ STOPPED = "STOPPED"  # file in the run folder, while a run that was asked to sto
 
 
 def report_exit(how: str) -> None:
-    with suppress(OSError):  # a container may not have the folder
-        if path := os.environ.get(ENDED):
+    if path := os.environ.get(ENDED):
+        with suppress(OSError):  # a container may not have the folder
             Path(path).write_text(how)
 
 
@@ -25,17 +25,14 @@ def needs_a_person(error: BaseException) -> bool:
     """Whether the same command would meet the same error again: a server or a disk may be back a little later."""
     if not isinstance(error, OSError):
         return True
-    lasting = isinstance(error, FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError)
-    lasting = lasting or error.errno in (*NO_ROOM, errno.EROFS)
-    cause = error.__cause__
-    return lasting or (isinstance(cause, OSError) and needs_a_person(cause))
+    lasting = FileNotFoundError | PermissionError | FileExistsError | NotADirectoryError
+    if isinstance(error, lasting) or error.errno in (*NO_ROOM, errno.EROFS):
+        return True
+    return isinstance(error.__cause__, OSError) and needs_a_person(error.__cause__)
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns.
-
-    SIGTERM ends a process that is still starting: there is nothing to save, and a rank that it waits for may be gone.
-    """
+    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -43,7 +40,7 @@ class StopRequest:
             signal.signal(number, self._ask)
 
     def starts(self) -> None:
-        """From now on there is something to save."""
+        """Until now SIGTERM ended the process: it had nothing to save, and may have waited for a rank that is gone."""
         signal.signal(signal.SIGTERM, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The training loop, straight down."""
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from configs import storage
-from configs.errors import FileError, UserError
+from configs import load_config, storage
+from configs.errors import FileError, UserError, is_users
 from configs.files import write_text
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
@@ -21,21 +22,37 @@ from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
 from train.engines import start_accelerator
-from train.evaluate import Validation
-from train.exit import STOPPED, StopRequest
-from train.log import Log, require_tensorboard
-from train.metrics import MetricsWindow
-from train.objectives.objective import rng_for_step
+from train.exit import ASKED, FAULT, STOPPED, StopRequest, needs_a_person, report_exit
+from train.log import Log
+from train.metrics import MetricsWindow, start_profiler
+from train.objectives.objective import LossMetrics, rng_for_step
 from train.optim import learning_rate
-from train.profiler import start_profiler
 from train.run_folder import held_run_folder, with_local_out
 from train.save import Saver
-from train.videos import Videos, averaged_world
+from train.validation import HeldOutLoss, Videos, averaged_world
 from train.watchdog import Watchdog
+
+NONFINITE_HINT = "no weight has changed; lower the learning rate, look at these clips, or say on_nonfinite=skip"
+
+
+def main(args: list[str]) -> None:
+    """Train a world model on latent shards (the default: an argument that is no verb begins its settings)."""
+    try:
+        if train(load_config(TrainConfig, args)):
+            report_exit(ASKED)
+    except (ValueError, OSError) as error:
+        if is_users(error):
+            if needs_a_person(error):
+                report_exit(FAULT)
+            # Every rank meets the same error: rank 0 prints it, and the launcher ends the others while they wait here.
+            if os.environ.get("RANK", "0") != "0":
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                time.sleep(5)
+        raise
 
 
 class Run:
-    """The parts of one training run, all of them ready."""
+    """The parts of one training run."""
 
     def __init__(self, checked: CheckedRun, engine: Engine, log: Log, watchdog: Watchdog) -> None:
         config, world, objective = checked.config, checked.world, checked.objective
@@ -45,27 +62,25 @@ class Run:
         self.ema = Ema(engine, config.ema_decay)
         self.saver = Saver(engine, self.ema, config, world)
         self.metrics = MetricsWindow(config, checked.manifest.clip_latents, objective.loss_group)
-        self.validation = Validation(config, objective, engine, self.flow) if config.validation.manifest else None
+        self.heldout = HeldOutLoss(config, objective, engine, self.flow) if config.validation.manifest else None
         self.videos = Videos(config, world) if config.validation.videos.every else None
 
 
 def train(config: TrainConfig) -> bool:
     """Train a world model on latent shards; run again, it continues from its newest complete checkpoint.
 
-    Gives whether it was asked to stop before it was done; it takes over SIGTERM, SIGINT and SIGUSR1 for that.
+    Returns whether it was asked to stop early, for which it takes over SIGTERM, SIGINT and SIGUSR1.
     """
     asked = with_local_out(config)
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
-    if asked.tensorboard:
-        require_tensorboard()
     config = checked.config
     stream = Stream(config.sources, config.batch, config.seed, (rank, ranks), config.workers, config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
     url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
     watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s, url)
-    with watchdog.watching(), out_of_memory_named(config), held_run_folder(config, rank):
+    with watchdog.watching(), out_of_memory_explained(config), held_run_folder(config, rank):
         checked = agree(asked, checked, ranks)
         watchdog.begins(checked.start, "building the model")
         engine = build_engine(accelerator, config, checked.init)
@@ -81,7 +96,7 @@ def train(config: TrainConfig) -> bool:
 
 
 def begin(run: Run, checked: CheckedRun, asked: TrainConfig) -> None:
-    """Loads the checkpoint that the run continues from, and says what is different from what was asked."""
+    """Loads the checkpoint that the run continues from, and says what differs from what was asked."""
     config, log, ranks = run.config, run.log, run.engine.accelerator.num_processes
     if checked.resumed:
         run.watchdog.begins(checked.start, "loading the checkpoint")
@@ -94,19 +109,18 @@ def begin(run: Run, checked: CheckedRun, asked: TrainConfig) -> None:
 
 
 def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopRequest) -> bool:
-    """Trains until all steps are done or a stop is asked for, and says whether one was; metrics, validation and
-    checkpoints when they are due."""
+    """Trains until all steps are done or a stop is asked for, and returns whether one was."""
     config, engine, log = run.config, run.engine, run.log
     profiler = start_profiler(config, engine.accelerator.process_index, steps.start, log.say)
     for step in steps:
         rate = learning_rate(config.optim, step, config.steps)
         engine.set_learning_rate(rate)
-        with run.metrics.step():
+        with run.metrics.timing("step"):
             if train_step(run, step, batches):
                 run.ema.update(step)
             stopping = bool(engine.sum_over_ranks(torch.tensor(float(stop.asked))))
         profiler.step()
-        log.advance()
+        log.progress.update()
         done, last = step + 1, stopping or step + 1 == config.steps
         if done % config.log_every == 0 or last:
             log.write(done, {**run.metrics.reduce(engine), "grad_norm": engine.grad_norm, "learning_rate": rate})
@@ -124,57 +138,49 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
 
 
 def train_step(run: Run, step: int, batches: Iterator[Batch]) -> bool:
-    """Forward and backward passes of the micro-steps of one optimizer step, and whether their gradients were applied: a
-    loss or a gradient that is not finite on any rank drops all of the step, on all ranks."""
+    """The micro-steps of one optimizer step. Returns whether their gradients were applied: a loss or a gradient that is
+    not finite on any rank drops the whole step, on all ranks."""
     config, engine, metrics = run.config, run.engine, run.metrics
     ranks, rank = engine.accelerator.num_processes, engine.accelerator.process_index
-    finite, applied = True, True
+    finite, applied, parts = True, True, list[LossMetrics]()
     for micro in range(config.accumulation):
         run.watchdog.begins(step, "waiting for data")
-        with metrics.waiting():
+        with metrics.timing("waiting"):
             batch = next(batches).to(engine.accelerator.device)
+        metrics.skipped_clips += batch.skipped
         run.watchdog.begins(step, "computing")
         first_sample = ((step * config.accumulation + micro) * ranks + rank) * config.batch
         rng = rng_for_step(config.seed, step, first_sample, config.batch)
         with engine.accumulate():
-            began = time.perf_counter()
-            loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, rng)
-            ok = bool(torch.isfinite(loss))  # waits for an accelerator, but for no other rank
-            metrics.add(part, batch.skipped, time.perf_counter() - began)
+            with metrics.timing("forward"):
+                loss, part = run.objective.loss(engine.model, run.flow, batch, step / config.steps, rng)
+                ok = bool(torch.isfinite(loss))  # waits for an accelerator, but for no other rank
+            parts.append(part)
             finite = finite_on_all_ranks(run, step, ok, batch) and finite
             applied = engine.backward(loss, apply=finite)
     if finite and not applied and config.on_nonfinite == "stop":
-        raise UserError(f"step {step}: the gradient is not finite, though the loss is; {nonfinite_hint(config)}")
-    metrics.end_step(applied)
+        raise UserError(f"step {step}: the gradient is not finite, though the loss is; {NONFINITE_HINT}")
+    metrics.end_step(parts, applied)
     return applied
 
 
 def finite_on_all_ranks(run: Run, step: int, finite: bool, batch: Batch) -> bool:
-    """Whether the loss is finite on every rank. With on_nonfinite=stop a UserError on all of them if it is not."""
-    accelerator = run.engine.accelerator
-    flags = torch.zeros(accelerator.num_processes)
-    flags[accelerator.process_index] = float(not finite)
-    nonfinite = run.engine.sum_over_ranks(flags).nonzero().flatten().tolist()
-    if nonfinite and run.config.on_nonfinite == "stop":
-        clips = gather_objects(list(batch.ids))
-        where = "; ".join(f"rank {rank}: {', '.join(clips[rank])}" for rank in nonfinite)
-        raise UserError(f"step {step}: the loss is not finite on {where}; {nonfinite_hint(run.config)}")
-    return not nonfinite
-
-
-def nonfinite_hint(config: TrainConfig) -> str:
-    return (
-        f"it has not reached the weights, and the newest checkpoint of {config.out} is from before it; lower the "
-        "learning rate, look at these clips, or say on_nonfinite=skip"
-    )
+    """Whether the loss is finite on every rank; if not, on_nonfinite=stop raises a UserError on all of them."""
+    if not run.engine.sum_over_ranks(torch.tensor(float(not finite))):
+        return True
+    if run.config.on_nonfinite == "stop":
+        clips = gather_objects([] if finite else list(batch.ids))
+        where = "; ".join(f"rank {rank}: {', '.join(ids)}" for rank, ids in enumerate(clips) if ids)
+        raise UserError(f"step {step}: the loss is not finite on {where}; {NONFINITE_HINT}")
+    return False
 
 
 def validate(run: Run, done: int) -> None:
     """Held-out losses and videos after `done` steps, if they are due."""
     config, last, log = run.config.validation, done == run.config.steps, run.log
-    if run.validation and (done % config.every == 0 or last):
+    if run.heldout and (done % config.every == 0 or last):
         run.watchdog.begins(done - 1, "validating")
-        losses = run.validation.measure()
+        losses = run.heldout.measure()
         log.write(done, losses)
         log.say(f"step {done}: held-out " + ", ".join(f"{name} {value:.4f}" for name, value in losses.items()))
     if run.videos and (done % config.videos.every == 0 or last):
@@ -188,7 +194,7 @@ def validate(run: Run, done: int) -> None:
 
 
 def save(run: Run, done: int, last: bool) -> None:
-    """A checkpoint after `done` steps, with what it cost."""
+    """A checkpoint after `done` steps."""
     config, ranks, began = run.config, run.engine.accelerator.num_processes, time.perf_counter()
     run.watchdog.begins(done - 1, "saving")
     folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
@@ -203,15 +209,15 @@ def save(run: Run, done: int, last: bool) -> None:
 
 
 @contextmanager
-def out_of_memory_named(config: TrainConfig) -> Iterator[None]:
-    """Within the block, memory that is not there is a UserError: what was asked for, what to lower."""
+def out_of_memory_explained(config: TrainConfig) -> Iterator[None]:
+    """Turns too little memory into a UserError that says what to lower."""
     try:
         yield
     except RuntimeError as error:
-        first_line = str(error).splitlines()[0]
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in first_line:
+        text = str(error).splitlines()[0]
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in text:
             raise
         raise UserError(
-            f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {first_line}; lower batch "
-            "and raise accumulation, or try model.checkpoint_every=1, more processes or engine.stage=3"
+            f"out of memory on rank {os.environ.get('RANK', '0')} with batch={config.batch}: {text}; lower batch and "
+            "raise accumulation, or try model.checkpoint_every=1, more processes or engine.stage=3"
         ) from error

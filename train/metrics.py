@@ -1,14 +1,16 @@
-"""What a run measures of itself: losses by noise level and place in the sequence, speed, and which rank is slow."""
+"""What a run measures of itself: losses by noise level and place in the sequence, speed, which rank is slow; traces."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerAction, profile, supported_activities
 
-from model.action_dit import ActionDiTConfig
+from configs.files import atomic_path
 from model.cost import training_flops
 from model.loss import SIGMA_BINS
 from train.config import TrainConfig
@@ -16,19 +18,7 @@ from train.engine import Engine
 from train.memory import memory_gib
 from train.objectives.objective import LossMetrics
 
-
-@lru_cache  # it builds the model, on the meta device
-def flops_of_pass(model: ActionDiTConfig, latents: torch.Size) -> int:
-    """FLOPs of training on latents of the shape (b c f h w)."""
-    b, _, f, h, w = latents
-    return training_flops(model, b, f, h, w)
-
-
-def tokens_of_pass(model: ActionDiTConfig, latents: torch.Size) -> int:
-    """Video tokens of one pass over latents of the shape (b c f h w)."""
-    b, _, f, h, w = latents
-    _, p, q = model.patch_size
-    return b * f * (h // p) * (w // q)
+flops_of_pass = lru_cache(training_flops)  # which builds the model, on the meta device
 
 
 class MetricsWindow:
@@ -40,60 +30,46 @@ class MetricsWindow:
         self._restart()
 
     def _restart(self) -> None:
-        self.losses: list[LossMetrics] = []  # of micro-steps, still on their device
-        self.step_losses: list[LossMetrics] = []
+        self.losses: list[LossMetrics] = []  # still on their device
+        self.seconds = {"step": 0.0, "waiting": 0.0, "forward": 0.0}
         self.steps = self.skipped_steps = self.skipped_clips = self.tokens = self.flops = 0
-        self.took_s = self.waited_s = self.forward_s = 0.0
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Counts one optimizer step; validation, videos and checkpoints are outside of it."""
+    def timing(self, what: str) -> Iterator[None]:
+        """Adds up the time that the block takes: of a `step`, of `waiting` for data, of a `forward` pass."""
         began = time.perf_counter()
         yield
-        self.took_s += time.perf_counter() - began
+        self.seconds[what] += time.perf_counter() - began
+
+    def end_step(self, parts: list[LossMetrics], applied: bool) -> None:
+        """A step of the micro-steps `parts`. If it was dropped, it counts with its time, but not with its losses."""
         self.steps += 1
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts time spent waiting for data."""
-        began = time.perf_counter()
-        yield
-        self.waited_s += time.perf_counter() - began
-
-    def add(self, part: LossMetrics, skipped_clips: int, forward_s: float) -> None:
-        """One micro-step. A forward pass tells which rank is slow: in the backward pass all wait for each other."""
-        self.step_losses.append(part)
-        self.skipped_clips += skipped_clips
-        self.forward_s += forward_s
-        self.tokens += tokens_of_pass(self.config.model, part.sequence)
-        if self.config.peak_tflops:
-            self.flops += flops_of_pass(self.config.model, part.sequence)
-
-    def end_step(self, applied: bool) -> None:
-        """A step that was skipped counts with its time, but not with its losses."""
-        if applied:
-            self.losses += self.step_losses
-        else:
-            self.skipped_steps += 1
-        self.step_losses = []
+        self.skipped_steps += not applied
+        self.losses += parts if applied else []
+        _, rows, columns = self.config.model.patch_size
+        for b, _, f, h, w in (part.sequence for part in parts):
+            self.tokens += b * f * (h // rows) * (w // columns)
+            if self.config.peak_tflops:
+                self.flops += flops_of_pass(self.config.model, b, f, h, w)
 
     def reduce(self, engine: Engine) -> dict[str, float]:
         """The metrics of the window over all ranks; then it starts again. All ranks must call."""
         rank, ranks = engine.accelerator.process_index, engine.accelerator.num_processes
-        measured = (self.forward_s, self.waited_s, memory_gib(), self.tokens, self.flops, self.skipped_clips)
+        steps, took_s, waited_s = self.steps, self.seconds["step"], self.seconds["waiting"]
+        # A forward pass tells which rank is slow: in the backward pass all wait for each other.
+        measured = (self.seconds["forward"], waited_s, memory_gib(), self.tokens, self.flops, self.skipped_clips)
         by_rank = torch.zeros(len(measured), ranks, dtype=torch.float64)
         by_rank[:, rank] = torch.tensor(measured, dtype=torch.float64)
-        forward_s, waited_s, memory, tokens, flops, skipped_clips = engine.sum_over_ranks(by_rank)
+        forward, waiting, memory, tokens, flops, skipped_clips = engine.sum_over_ranks(by_rank)
         losses = engine.sum_over_ranks(loss_sums(self.losses, self.clip_latents))
-        steps, took_s = self.steps, self.took_s
         metrics = loss_metrics(losses, self.loss_group) | {
             "s/step": took_s / steps,
             "clips/s": steps * ranks * self.config.batch * self.config.accumulation / took_s,
             "tokens/s": tokens.sum().item() / took_s,
-            "forward_s/slowest_rank": forward_s.max().item() / steps,
-            "forward_s/fastest_rank": forward_s.min().item() / steps,
-            "data_wait": self.waited_s / took_s,
-            "data_wait/worst_rank": waited_s.max().item() / took_s,
+            "forward_s/slowest_rank": forward.max().item() / steps,
+            "forward_s/fastest_rank": forward.min().item() / steps,
+            "data_wait": waited_s / took_s,
+            "data_wait/worst_rank": waiting.max().item() / took_s,
             "memory_gib": memory.max().item(),
             "skipped_steps": self.skipped_steps,
             "skipped_clips": int(skipped_clips.sum()),
@@ -127,3 +103,25 @@ def loss_metrics(sums: Tensor, loss_group: int) -> dict[str, float]:
     named |= {f"loss/sigma_{i / SIGMA_BINS:.2f}-{(i + 1) / SIGMA_BINS:.2f}": levels[:, i] for i in range(SIGMA_BINS)}
     named |= {f"loss/{kind}_{i}": part.sum(dim=1) for i, part in enumerate(places.split(loss_group, dim=1))}
     return {name: (losses / samples).item() for name, (losses, samples) in named.items() if samples > 0}
+
+
+def start_profiler(config: TrainConfig, rank: int, start: int, say: Callable[[str], None]) -> profile:
+    """A profiler that traces the steps of the `profile` section in a run that begins after `start` steps; its `step` is
+    called after each. A run that begins or ends within them leaves no trace."""
+    first, end = config.profile.start, config.profile.start + config.profile.steps
+    traced = range(first, end) if start <= first and (rank == 0 or config.profile.every_rank) else range(0)
+
+    def action(count: int) -> ProfilerAction:
+        if (step := start + count) not in traced:
+            return ProfilerAction.NONE
+        return ProfilerAction.RECORD_AND_SAVE if step == traced[-1] else ProfilerAction.RECORD
+
+    def write(recording: profile) -> None:
+        path = Path(config.out) / "profile" / f"steps_{first + 1:07d}-{end:07d}_rank_{rank:05d}.json.gz"
+        with atomic_path(path) as part:
+            recording.export_chrome_trace(str(part))
+        say(f"step {end}: traced into {path}")
+
+    profiler = profile(activities=supported_activities(), schedule=action, on_trace_ready=write)
+    profiler.start()
+    return profiler

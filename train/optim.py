@@ -15,13 +15,10 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the trainable weights; weight decay on matrices, none on biases, norms and modulations."""
-    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    # ZeRO-3 may have cut a parameter up: then it is empty, and says what shape it has as a whole.
-    axes = {name: len(getattr(p, "ds_shape", p.shape)) for name, p in trainable}
-    matrices = [p for name, p in trainable if axes[name] >= 2 and not name.endswith("modulation")]
-    vectors = [p for name, p in trainable if axes[name] < 2 or name.endswith("modulation")]
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    matrices, vectors = [], []
+    for name, p in model.named_parameters():
+        axes = len(getattr(p, "ds_shape", p.shape))  # ZeRO-3 leaves `p` empty, and its whole shape in ds_shape
+        if p.requires_grad:
+            (matrices if axes >= 2 and not name.endswith("modulation") else vectors).append(p)
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)

@@ -9,58 +9,54 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
+from PIL import Image
 
 from configs.errors import one_line
 from configs.files import write_text
 
-METRICS = "metrics.jsonl"  # in the run folder, like the two below
-WANDB_ID = "wandb_id"
-TENSORBOARD = "tensorboard"
+METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"  # files in the run folder
 POLL_S = 0.5  # between two looks at metrics.jsonl
 SERVER_S = 5.0  # for wandb's server to accept a run; and at its end, for what has not been sent yet
 CLOSING_S = 20.0  # at the end of a run, for everything a tracker still has to do
 
 
-class Tracker:
-    """The process of one tracker, as the run sees it."""
-
-    def __init__(self, name: str, out: Path, start: int, settings: Mapping[str, Any]) -> None:
-        """`name` is a key of WRITERS; the run in the folder `out` has done `start` steps."""
-        self.name = name
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "train.trackers", name, str(out), str(start)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C stops the run, which then closes its trackers
-        )
-        assert self.process.stdin
-        self.stdin = self.process.stdin
-        with suppress(OSError):  # it has failed already, and has said so
-            self.stdin.write(json.dumps(settings).encode() + b"\n")
-            self.stdin.flush()
+def start_tracker(name: str, out: Path, start: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+    """The process of the tracker `name`, a key of WRITERS, for a run in the folder `out` with `start` steps done."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "train.trackers", name, str(out), str(start)],
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C stops the run, which then closes its trackers
+    )
+    assert process.stdin
+    with suppress(OSError):  # it has failed already, and has said so
+        process.stdin.write(json.dumps(settings).encode() + b"\n")
+        process.stdin.flush()
+    return process
 
 
-def close(trackers: Sequence[Tracker]) -> None:
+def close_trackers(trackers: Mapping[str, subprocess.Popen[bytes]]) -> None:
     """Lets all of them finish for CLOSING_S, then kills those that have not, with every process they have started."""
     deadline = time.monotonic() + CLOSING_S
-    for tracker in trackers:
+    for tracker in trackers.values():
         with suppress(OSError):
+            assert tracker.stdin
             tracker.stdin.close()
-    for tracker in trackers:
+    for name, tracker in trackers.items():
         try:
-            tracker.process.wait(max(0.0, deadline - time.monotonic()))
+            tracker.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            say(tracker.name, "does not end and is killed; metrics.jsonl has all metrics")
-            process = psutil.Process(tracker.process.pid)
-            for one in (*process.children(recursive=True), process):
+            say(name, "does not end and is killed; metrics.jsonl has all metrics")
+            for process in (*psutil.Process(tracker.pid).children(recursive=True), tracker):
                 with suppress(psutil.Error):
-                    one.kill()
-            tracker.process.wait()
+                    process.kill()
+            tracker.wait()
 
 
 def say(name: str, text: str) -> None:
@@ -91,18 +87,15 @@ class Wandb:
             with suppress(Exception, SystemExit):
                 wandb.teardown()  # its service holds the run's name
             self.run = wandb.init(**run, mode="offline")
-        files = self.run.settings.sync_dir
-        say("wandb", f"its files are kept here: wandb sync {files}" if self.run.offline else self.run.url or files)
+        upload = f"wandb sync {self.run.settings.sync_dir}"
+        say("wandb", f"{self.run.url or 'offline'}; to send later what its server has not got: {upload}")
 
     def write(self, step: int, entries: Mapping[str, float | str]) -> None:
         videos = {name: self.video(self.out / value) for name, value in entries.items() if isinstance(value, str)}
         self.run.log({**entries, **videos}, step=step)
 
     def close(self) -> None:
-        try:
-            self.run.finish()
-        except TimeoutError as error:
-            raise TimeoutError(f"the server did not take all: wandb sync {self.run.settings.sync_dir}") from error
+        self.run.finish()
 
 
 def _run_id(out: Path) -> str:
@@ -119,12 +112,9 @@ class TensorBoard:
     def __init__(self, out: Path, start: int, settings: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.out, self.events = out, SummaryWriter(out / TENSORBOARD, purge_step=start + 1)
+        self.out, self.events = out, SummaryWriter(out / "tensorboard", purge_step=start + 1)
 
     def write(self, step: int, entries: Mapping[str, float | str]) -> None:
-        import numpy as np
-        from PIL import Image
-
         for name, value in entries.items():
             if isinstance(value, str):
                 with Image.open((self.out / value).with_suffix(".png")) as sheet:
@@ -159,15 +149,15 @@ def follow(path: Path, start: int) -> Iterator[dict[str, Any]]:
 
 def serve(name: str, make: Callable[[], Any], lines: Iterator[dict[str, Any]]) -> None:
     """Gives a writer every line, whatever it raises; each fault is said once."""
-    said = set()
+    faults = set()
 
     def attempt(call: Callable[..., Any], *args: Any) -> Any:
         try:
             return call(*args)
         except BaseException as error:  # noqa: BLE001 - other people's code, which may raise anything, SystemExit too
-            if (fault := one_line(error)[:300]) not in said:
+            if (fault := one_line(error)[:300]) not in faults:
                 say(name, f"{fault}; the run goes on, metrics.jsonl has all metrics")
-            said.add(fault)
+            faults.add(fault)
 
     if writer := attempt(make):
         for entries in lines:
@@ -176,7 +166,7 @@ def serve(name: str, make: Callable[[], Any], lines: Iterator[dict[str, Any]]) -
 
 
 def main(name: str, out: str, start: str) -> None:
-    """The process of one tracker: settings as a line of JSON on stdin, which stays open as long as the run lives."""
+    """The process of a tracker: settings as a line of JSON on stdin, which stays open as long as the run lives."""
     settings, folder = json.loads(sys.stdin.readline()), Path(out)
     serve(name, lambda: WRITERS[name](folder, int(start), settings), follow(folder / METRICS, int(start)))
     os._exit(0)  # wandb sends telemetry when Python ends, and waits half a minute for a server that does not answer

@@ -28,16 +28,13 @@ def make_objective(settings: dict[str, Any]) -> Objective:
 
 
 def check_objective(objective: Objective, model: ActionDiTConfig, layout: Layout, clip_latents: int) -> None:
-    """A UserError if `objective` cannot train `model` on clips of `layout` and `clip_latents`."""
+    """Raises UserError if `objective` cannot train `model` on clips of `clip_latents` in `layout`."""
     causal = model.causal
     if (causal is not None) != objective.causal or layout != objective.layout:
         raise UserError(
             f"objective.name needs a model {'with' if objective.causal else 'without'} model.causal and clips of "
-            f"layout {objective.layout}; the model is {'causal' if causal else 'not causal'}, the clips are {layout}: "
-            "change objective.name (diffusion_forcing is the causal one), model.causal or the manifest"
+            f"layout {objective.layout}; the model is {'causal' if causal else 'not causal'}, the clips are {layout}"
         )
     if causal and (objective.loss_group != causal.block or clip_latents % causal.block):
-        raise UserError(
-            f"objective.block={objective.loss_group} and model.causal.block={causal.block} must be equal, and divide "
-            f"the clips' {clip_latents} latents"
-        )
+        blocks = f"objective.block={objective.loss_group} and model.causal.block={causal.block}"
+        raise UserError(f"{blocks} must be equal, and divide the clips' {clip_latents} latents")

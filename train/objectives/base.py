@@ -15,12 +15,11 @@ from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 @dataclass(frozen=True)
 class Base(Objective):
-    """Velocity loss of a 3-latent chunk that follows its own first frame."""
+    """The mean squared velocity error of a 3-latent chunk that follows its own first frame."""
 
     latents = CHUNK_LATENTS
 
     def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
-        """The mean squared velocity error."""
         # Each chunk of a clip serves in turn; with image tokens the first alone, whose first frame they show.
         chunks = 1 if batch.visual is not None else batch.latents.shape[2] // CHUNK_LATENTS
         chunk = cut_chunk(batch, int(torch.randint(chunks, (1,), generator=rng.shared)))

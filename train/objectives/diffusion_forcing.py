@@ -5,16 +5,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from configs.errors import UserError
+from configs import within
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from model.loss import NoiseSample, velocity_error
-from train.config import Ranged, within
 from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 
 @dataclass(frozen=True)
-class DiffusionForcing(Objective, Ranged):
+class DiffusionForcing(Objective):
     """Velocity loss under upstream's bell-shaped weight, one noise level per block (arXiv 2407.01392, 2506.08009).
 
     The model's own `causal` section says who sees whom; the first frame of a clip is given as its conditioning.
@@ -26,7 +25,6 @@ class DiffusionForcing(Objective, Ranged):
     context_share: float = within(0, 1, 0.0)
     context_noise: float = within(0, 1, 0.0)  # largest noise level of such a past, drawn per clip; the model gets it
 
-    section = "objective."
     layout = "continuous"
     causal = True
 
@@ -35,7 +33,6 @@ class DiffusionForcing(Objective, Ranged):
         return self.block
 
     def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
-        """The weighted squared velocity error."""
         noise = self.noise_sample(batch.latents, flow, rng)
         error = velocity_error(model, flow, batch, 1, noise, "continuous")
         schedule = flow.schedule(flow.config.train_steps)
@@ -46,13 +43,10 @@ class DiffusionForcing(Objective, Ranged):
         return replace(self, context_share=0.0).noise_sample(latents, flow, rng)
 
     def noise_sample(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
-        """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w); each sample's from its own
-        generator."""
-        f = latents.shape[2]
-        if f % self.block:
-            raise UserError(f"clips of {f} latents do not divide into blocks of objective.block={self.block}")
+        """Noise levels (b f), equal within a block, and noise for `latents` (b c f h w)."""
         sigmas = flow.schedule(flow.config.train_steps).sigmas.float()
-        levels = torch.stack([self._levels(f // self.block, sigmas, generator) for generator in rng.samples])
+        blocks = latents.shape[2] // self.block
+        levels = torch.stack([self._levels(blocks, sigmas, generator) for generator in rng.samples])
         return NoiseSample(levels.repeat_interleave(self.block, dim=1).to(latents.device), rng.noise(latents))
 
     def _levels(self, blocks: int, sigmas: Tensor, generator: torch.Generator) -> Tensor:

@@ -16,19 +16,22 @@ from model.noise import seeded_generator
 
 @dataclass(frozen=True)
 class LossMetrics:
-    """What the loss was made of, detached: the latent frames that the objective is after."""
+    """The velocity errors of the latents that an objective predicts, detached."""
 
     loss: Tensor  # (b m) velocity error
     sigma: Tensor  # (b m)
-    first: int  # place of the first of the m in the sequence
+    first: int  # index in the sequence of the first of the m
     sequence: torch.Size  # (b c f h w) of the latents that the model was given
 
     @classmethod
     def of(cls, error: Tensor, noise: NoiseSample, known: int) -> Self:
-        """Of velocity errors (b f). The first `known` latents are given, and no achievement: they may count for the
-        gradient, but not for the metrics."""
+        """Of velocity errors (b f). The first `known` latents are given: they may count for the gradient, but not for
+        the metrics."""
         sigma = noise.sigma if noise.sigma.ndim == 2 else noise.sigma[:, None].expand_as(error)
         return cls(error[:, known:].detach(), sigma[:, known:], known, noise.noise.shape)
+
+
+Loss = tuple[Tensor, LossMetrics]
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,6 @@ class SampleRng:
         index = [torch.randint(len(sigmas), (1,), generator=generator) for generator in self.samples]
         return NoiseSample(sigmas[torch.cat(index)].float().to(latents.device), self.noise(latents))
 
-    def uniform(self) -> Tensor:
-        """Numbers (b) in [0, 1)."""
-        return torch.cat([torch.rand(1, generator=generator) for generator in self.samples])
-
 
 def rng_for_step(seed: int, step: int, first_sample: int, batch: int) -> SampleRng:
     """For the samples `first_sample` ... of the global order, in optimizer step `step`."""
@@ -63,16 +62,13 @@ def rng_for_step(seed: int, step: int, first_sample: int, batch: int) -> SampleR
     return SampleRng(samples, seeded_generator(seed, 1, step))
 
 
-Loss = tuple[Tensor, LossMetrics]
-
-
 class Objective(ABC):
-    """A frozen dataclass whose fields are the settings of `objective:`; what it declares differs from this."""
+    """A frozen dataclass whose fields are the settings of `objective:`."""
 
     layout: ClassVar[Layout] = "chunked"  # of the clips it trains on
     causal: ClassVar[bool] = False  # whether it trains models with a `causal` section
     known: ClassVar[int] = 1  # first latents of a held-out clip that the model is given
-    latents: ClassVar[int | None] = None  # first latents of a clip that it is about; None: all
+    latents: ClassVar[int | None] = None  # of a held-out clip that are used, from its start; None: all
 
     @property
     def loss_group(self) -> int:
@@ -81,8 +77,8 @@ class Objective(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
-        """The loss of a batch, and what it was made of; `progress` in [0, 1] is the share of training done."""
+        """The loss of a batch and its metrics; `progress` in [0, 1] is the share of training done."""
 
     def heldout_noise(self, latents: Tensor, flow: FlowMatch, rng: SampleRng) -> NoiseSample:
-        """The noise levels and the noise that held-out `latents` (b c f h w) are measured with."""
+        """The noise for held-out `latents` (b c f h w)."""
         return rng.noise_sample(latents, flow)
