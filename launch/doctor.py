@@ -21,9 +21,8 @@ from configs.files import write_text
 from configs.foreign import parse_object, reading
 from configs.storage import is_s3
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
-from launch.links import measure
 from launch.machine import MachineConfig
-from launch.node import NodeReport, address, inspect_node, probe_connectivity, probe_file, probe_path
+from launch.node import NodeReport, address, inspect_node, measure, probe_connectivity, probe_file, probe_path
 from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
 from launch.scheduler import Cluster, Job, Shell, quoted, require_own
 from train.config import TrainConfig
@@ -113,7 +112,7 @@ def _here(config: DoctorConfig) -> int:
         write_text(config.report, json.dumps(to_dict(report), indent=2))
     issues = find_issues(report, config.machine, config.limits)
     lines = [report_text(report), "", *(f"problem: {issue}" for issue in issues)]
-    lines += [f"{len(issues)} problems" if issues else "no problem found"]
+    lines += [f"problems found: {len(issues)}" if issues else "no problem found"]
     print(printable("\n".join(lines)), flush=True)
     return 1 if issues else 0
 
