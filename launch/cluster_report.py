@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from configs import within
 from configs.storage import is_s3
-from launch.links import Link
-from launch.node import GPUS, MISSING, NodeReport
+from launch.node import GPUS, MISSING, Link, NodeReport
 from launch.scheduler import Cluster
 
 SHOWN = 10  # links, the worst
@@ -137,13 +136,15 @@ def _links(report: ClusterReport, limits: LimitsConfig) -> Iterator[str]:
 
 
 def report_text(report: ClusterReport) -> str:
-    """A line for every node, and for the slowest links."""
+    """A line for the first node's software (others that differ are issues), for every node, for the slowest links."""
     lines = []
+    for node in report.nodes[:1]:
+        versions = [f"{name} {version}" for name, version in node.facts.versions.items()]
+        lines.append(f"software of {report.name(node.node)}: {', '.join(versions)}")
     for node in report.nodes:
         free = [f"{name.removesuffix('_gib')} {getattr(node.facts, name):.1f}" for name in SPACE]
         paths = [f"{path.url} {'no' if path.error or path.unread else 'yes'}" for path in node.paths]
-        versions = [f"{name} {version}" for name, version in node.facts.versions.items()]
-        facts = f"{', '.join(versions)}; GiB free: {', '.join(free)}; shared: {', '.join(paths) or 'not asked'}"
+        facts = f"GPUs {node.facts.versions.get(GPUS)}; GiB free: {', '.join(free)}; shared: {', '.join(paths) or '?'}"
         lines.append(f"{report.name(node.node)} at {node.address}: {facts}")
     for link in report.links[:SHOWN]:
         figures = f"{link.mb_per_s:.0f} MB/s, {link.latency_ms:.3f} ms, clock ahead {link.ahead_s:+.4f} s"

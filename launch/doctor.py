@@ -21,9 +21,8 @@ from configs.files import write_text
 from configs.foreign import parse_object, reading
 from configs.storage import is_s3
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
-from launch.links import measure
 from launch.machine import MachineConfig
-from launch.node import NodeReport, address, inspect_node, probe_connectivity, probe_file, probe_path
+from launch.node import NodeReport, address, inspect_node, measure, probe_connectivity, probe_file, probe_path
 from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
 from launch.scheduler import Cluster, Job, Shell, quoted, require_own
 from train.config import TrainConfig
@@ -113,7 +112,7 @@ def _here(config: DoctorConfig) -> int:
         write_text(config.report, json.dumps(to_dict(report), indent=2))
     issues = find_issues(report, config.machine, config.limits)
     lines = [report_text(report), "", *(f"problem: {issue}" for issue in issues)]
-    lines += [f"{len(issues)} problems" if issues else "no problem found"]
+    lines += [f"problems found: {len(issues)}" if issues else "no problem found"]
     print(printable("\n".join(lines)), flush=True)
     return 1 if issues else 0
 
@@ -129,17 +128,17 @@ def examine(config: DoctorConfig) -> ClusterReport:
     store = join_nodes(cluster, limit_s)
     with listen((cluster.nodes > 1 and own_address(where)) or LOOPBACK, 0) as listener:  # to be probed
         own = NodeAddress(socket.gethostname(), where, listener.getsockname()[1])
-        came = all_gather(store, cluster, "address", own, limit_s)
+        addresses = all_gather(store, cluster, "address", own, limit_s)
         # It names files: the ports make it new, and no node can choose it.
-        token = hashlib.sha256(repr(sorted(came.items())).encode()).hexdigest()[:12]
-        reports = all_gather(store, cluster, "report", look_around(config, came, token), limit_s + ENDING_S)
+        token = hashlib.sha256(repr(sorted(addresses.items())).encode()).hexdigest()[:12]
+        reports = all_gather(store, cluster, "report", look_around(config, addresses, token), limit_s + ENDING_S)
     for path in config.paths:
         with suppress(OSError):  # it could not be written
             storage.remove(probe_file(path, token, cluster.node_rank))
     if any(report.node != node or len(report.paths) != len(config.paths) for node, report in reports.items()):
         raise ConnectionError("a node reports what it was not asked; start the same doctor on all nodes")
     lost = {
-        str(node): f"{'came, but was not heard of again' if node in came else 'did not come'} within {limit_s:g} s"
+        str(node): f"{'came, but was not heard of again' if node in addresses else 'did not come'} within {limit_s:g} s"
         for node in set(range(cluster.nodes)) - reports.keys()
     }
     report = ClusterReport(tuple(reports.values()), lost)
@@ -155,20 +154,22 @@ def examine(config: DoctorConfig) -> ClusterReport:
     return report
 
 
-def look_around(config: DoctorConfig, came: Mapping[int, NodeAddress], token: str) -> NodeReport:
+def look_around(config: DoctorConfig, addresses: Mapping[int, NodeAddress], token: str) -> NodeReport:
     """This node, and what it sees of the others."""
-    node, limit_s, where = config.machine.node_rank, config.timeout_s, came[config.machine.node_rank]
+    node, limit_s = config.machine.node_rank, config.timeout_s
+    own, others = addresses[node], {peer: there for peer, there in addresses.items() if peer != node}
     facts = call("looking at GPUs, memory and disks", limit_s, inspect_node, config.shared)
-    others = {f"node {i} ({it.host}) at {it.address}": (it.address, it.port) for i, it in came.items() if i != node}
-    unreached = probe_connectivity(others)
+    listeners = {f"node {i} ({peer.host}) at {peer.address}": (peer.address, peer.port) for i, peer in others.items()}
+    unreached = probe_connectivity(listeners)
     paths = [
-        call(f"writing to {path} and reading it", limit_s, probe_path, path, token, node, came) for path in config.paths
+        call(f"writing to {path} and reading it", limit_s, probe_path, path, token, node, addresses)
+        for path in config.paths
     ]
-    return NodeReport(node, where.host, where.address, facts, tuple(paths), unreached)
+    return NodeReport(node, own.host, own.address, facts, tuple(paths), unreached)
 
 
 def measure_links(config: DoctorConfig, store: Store, report: ClusterReport) -> ClusterReport:
-    """The report with all links; on node 0, or there is none, why it could not measure its own."""
+    """The report with the links of all nodes, or on node 0 with why it could not measure its own."""
     cluster, limit_s = config.machine, config.timeout_s
     print(f"measuring links between {cluster.nodes} nodes", flush=True)
     try:

@@ -21,9 +21,19 @@ from configs.cli import run as run_words
 from launch.__main__ import VERBS
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
 from launch.doctor import NodeAddress, all_gather, doctor_job, join_nodes, printable, put, read_doctor, take
-from launch.links import Link, clock_ahead, peers
 from launch.machine import MachineConfig
-from launch.node import NodeFacts, NodeReport, SharedPath, inspect_node, parse_gpus, probe_connectivity, probe_path
+from launch.node import (
+    Link,
+    NodeFacts,
+    NodeReport,
+    SharedPath,
+    clock_ahead,
+    inspect_node,
+    parse_gpus,
+    peers,
+    probe_connectivity,
+    probe_path,
+)
 from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
 from train.watchdog import call
 
@@ -48,7 +58,8 @@ def issues(report: ClusterReport, machine: MachineConfig = MACHINE) -> list[str]
 def test_healthy_nodes_have_no_issue_and_the_report_shows_them() -> None:
     assert issues(HEALTHY) == []
     text = report_text(HEALTHY)
-    assert "node 1 (b) at 10.0.0.2: python 3.11.7, " in text and "GPUs 2 x NVIDIA H100 80GB HBM3 (550.54.15)" in text
+    assert "software of node 0 (a): python 3.11.7, torch" in text
+    assert "node 1 (b) at 10.0.0.2: GPUs 2 x NVIDIA H100 80GB HBM3 (550.54.15); GiB free: memory 800.0, " in text
     assert "node 0 (a) -> node 1 (b): 9000 MB/s" in text
 
 

@@ -20,24 +20,6 @@ MOST_GATHERED = 1_000_000_000  # of weights that stage 3 keeps whole for a while
 PREFETCHED = 50_000_000  # of the next weights: its stage3_prefetch_bucket_size
 
 
-def deepspeed_settings(config: TrainConfig) -> dict[str, Any]:
-    """DeepSpeed's whole configuration; there is no second file that could disagree."""
-    engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
-    if engine.offload != "nothing":
-        zero["offload_optimizer"] = {"device": "cpu"}
-    if engine.offload == "all":
-        zero["offload_param"] = {"device": "cpu"}
-    return {
-        "train_micro_batch_size_per_gpu": config.batch,
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
-        "zero_optimization": zero,
-        "bf16": {"enabled": engine.precision == "bf16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW has a kernel for CPUs too, and needs no compiler
-    }
-
-
 def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
     """Gives the parts of a `model` on the meta device memory, one after the other, and shards each over the ranks at
     once. What the memory holds means nothing."""
@@ -50,7 +32,7 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         part.to_empty(device=device)
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.detach().zero_()
-        Init(module=part, config_dict_or_path=deepspeed_settings(config), dtype=dtype)
+        Init(module=part, config_dict_or_path=ZeroEngine.settings(config), dtype=dtype)
         give_back()
 
 
@@ -65,7 +47,7 @@ class ZeroEngine(Engine):
 
     @staticmethod
     def plugin(config: TrainConfig) -> DeepSpeedPlugin:
-        return DeepSpeedPlugin(hf_ds_config=deepspeed_settings(config))
+        return DeepSpeedPlugin(hf_ds_config=ZeroEngine.settings(config))
 
     @staticmethod
     def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
@@ -80,7 +62,21 @@ class ZeroEngine(Engine):
 
     @classmethod
     def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        return deepspeed_settings(config)
+        """DeepSpeed's whole configuration; there is no second file that could disagree."""
+        engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
+        if engine.offload != "nothing":
+            zero["offload_optimizer"] = {"device": "cpu"}
+        if engine.offload == "all":
+            zero["offload_param"] = {"device": "cpu"}
+        return {
+            "train_micro_batch_size_per_gpu": config.batch,
+            "gradient_accumulation_steps": config.accumulation,
+            "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
+            "zero_optimization": zero,
+            "bf16": {"enabled": engine.precision == "bf16"},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, without a compiler
+        }
 
     @classmethod
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
