@@ -115,22 +115,10 @@ def lerobot(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
 @pytest.mark.parametrize(
     "pattern",
     [
-        "../outside/{chunk_index:03d}.mp4",
-        "videos/../../outside.mp4",
-        "/etc/hostname",
-        "{video_key}/../../x.mp4",
-        "videos\\x.mp4",
-        "videos/x\0.mp4",
-        "",
-        "{chunk_index.__class__.__mro__}",
-        "{chunk_index:>2000000000}",
-        "{chunk_index:02000000000d}",
-        "{chunk_index!r}",
-        "{chunk_index[0]}",
-        "{{chunk_index}}",
-        "{file_index:{chunk_index}}",
-        "videos/}.mp4",
-        ["videos"],
+        *("../outside/{chunk_index:03d}.mp4", "videos/../../outside.mp4", "/etc/hostname", "{video_key}/../../x.mp4"),
+        *("videos\\x.mp4", "videos/x\0.mp4", "", "videos/}.mp4", ["videos"]),
+        *("{chunk_index.__class__.__mro__}", "{chunk_index:>2000000000}", "{chunk_index:02000000000d}"),
+        *("{chunk_index!r}", "{chunk_index[0]}", "{{chunk_index}}", "{file_index:{chunk_index}}"),
     ],
 )
 def test_a_pattern_of_lerobot_names_files_of_the_dataset_by_numbers(which: str, pattern: Any, tmp_path: Path) -> None:
