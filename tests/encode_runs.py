@@ -13,41 +13,34 @@ from data_pipeline.plan import EncodeConfig
 # at the n-th call of the second one since the first was called.
 DIES = """
 import os, signal, sys
+from functools import reduce
 from importlib import import_module
 from configs.cli import run
 
-def replace(name, make):
+*first, last, call, when = sys.argv[1].split("|")
+awaited, calls = set(first), []
+
+def watch(name):
     module, _, path = name.partition(":")
-    owner = import_module(module)
-    *path, name = path.split(".")
-    for part in path:
-        owner = getattr(owner, part)
-    setattr(owner, name, make(getattr(owner, name)))
+    *path, attribute = path.split(".")
+    owner = reduce(getattr, path, import_module(module))
+    original = getattr(owner, attribute)
 
-*first, place, call, when = sys.argv[1].split("|")
-begun, calls = [] if first else [1], []
-
-def beginning(original):
-    def begins(*given, **named):
-        begun.append(1)
-        return original(*given, **named)
-    return begins
-
-def dying(original):
-    def dies(*given, **named):
-        calls.extend(begun[:1])
-        last = bool(begun) and len(calls) == int(call)
-        if last and when == "before":
+    def watched(*given, **named):
+        awaited.discard(name)
+        calls.extend([1] if name == last and not awaited else [])
+        dies = name == last and len(calls) == int(call)
+        if dies and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*given, **named)
-        if last:
+        if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return result
-    return dies
 
-for name in first:
-    replace(name, beginning)
-replace(place, dying)
+    setattr(owner, attribute, watched)
+
+for name in (*first, last):
+    watch(name)
 from data_pipeline.__main__ import VERBS
 sys.exit(run("data_pipeline", VERBS, sys.argv[2:]))
 """
