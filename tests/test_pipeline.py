@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.files import sole_writer
+from configs.lease import sole_writer
 from launch.pipeline import STAMPS, pipeline, stored_precision
 
 PIPELINE = """
