@@ -35,7 +35,8 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     try:
         return build(cls, values)
     except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
+        hint = "; an earlier version may have written it: delete that line" if "unknown setting" in str(error) else ""
+        raise UserError(f"{file}: {error}{hint}") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
