@@ -224,7 +224,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
     if any(not name.startswith(".") for name in names):  # such as what a killed writer left
         what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
         raise UserError(f"{out} {what} already; choose another out=")
-    with storage.writing_folder(out, last=COMPLETE) as folder:
+    with storage.writing_folder(out, last=COMPLETE, new=True) as folder:
         yield folder
         one, average = folder / "model.safetensors", folder / "ema.safetensors"
         if one.is_file():

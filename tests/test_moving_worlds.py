@@ -72,15 +72,16 @@ with writing_world(sys.argv[2], read_world_config(sys.argv[1]), None) as folder:
 def test_what_a_killed_writer_of_a_world_left_does_not_refuse_the_next_one(tmp_path: Path) -> None:
     checkpoint, out = write_checkpoint(tmp_path / "run"), tmp_path / "out"
     assert subprocess.run([sys.executable, "-c", KILLED, checkpoint, out]).returncode == -signal.SIGKILL
-    assert len(list(out.iterdir())) == 1
+    assert len(list(tmp_path.glob(".*.tmp*"))) == 1 and not out.exists()
     with writing_world(str(out), read_world_config(checkpoint), None) as folder:
         (folder / "model.safetensors").write_bytes(b"whole")
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
+    assert not list(tmp_path.glob(".*.tmp*"))
 
 
 def test_of_two_writers_of_a_world_the_second_one_adds_nothing_to_the_first_one_s(tmp_path: Path) -> None:
     world, out = read_world_config(write_checkpoint(tmp_path / "run")), tmp_path / "out"
-    with pytest.raises(FileExistsError, match="holds files of another"), writing_world(str(out), world, None) as mine:
+    with pytest.raises(FileExistsError, match="is there already"), writing_world(str(out), world, None) as mine:
         with writing_world(str(out), world, None) as theirs:
             (theirs / "model.safetensors").write_bytes(b"theirs")
         (mine / "config.json").write_bytes(b"mine")

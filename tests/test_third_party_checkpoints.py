@@ -28,7 +28,7 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_a_checkpoint_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
     folder = write_checkpoint(tmp_path)
     change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
-    with pytest.raises(ValueError, match=r"world.yaml refers to \$\{oc.env:WORLDLOOM_SECRET\}") as error:
+    with pytest.raises(ValueError, match=r"world\.yaml refers to") as error:
         read_world_config(folder)
     assert secret not in str(error.value) and "\n" not in str(error.value)
 
@@ -37,7 +37,7 @@ def test_a_checkpoint_cannot_read_the_environment(tmp_path: Path, secret: str, k
 def test_a_codec_cannot_read_the_environment(tmp_path: Path, secret: str, name: str) -> None:
     write_codec(tmp_path)
     (tmp_path / CONFIG_FILE).write_text(f"name: {name}\nweights: {SECRET}.pth\n")
-    with pytest.raises(ValueError, match=r"config.yaml refers to \$\{oc.env") as error:
+    with pytest.raises(ValueError, match=r"config\.yaml refers to") as error:
         load_codec(tmp_path)
     assert secret not in str(error.value)
 
@@ -47,7 +47,7 @@ def test_a_run_that_is_gone_on_from_cannot_read_the_environment(
 ) -> None:
     (tmp_path / "config.yaml").write_text(f"seed: {SECRET}\n")
     config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "seed=1"])
-    with pytest.raises(ValueError, match=r"config.yaml refers to \$\{oc.env") as error:
+    with pytest.raises(ValueError, match=r"config\.yaml refers to") as error:
         require_same_data(config, "x", Position(1, 1, 1, 1, 0, "y"), tmp_path)
     assert secret not in str(error.value)
 
