@@ -20,6 +20,10 @@ T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
 
 
+class UnknownSettingError(UserError):
+    """A key that is no setting."""
+
+
 def load_config(cls: type[T], args: Sequence[str]) -> T:
     """The dataclass `cls` from `args`: paths of YAML files and `key.sub=value` overrides, later ones winning."""
     return build(cls, merge_args(args))
@@ -34,9 +38,10 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     """As `build` from what `file` holds, which errors name."""
     try:
         return build(cls, values)
+    except UnknownSettingError as error:
+        raise UserError(f"{file}: {error}; an earlier version may have written it: delete that line") from error
     except ValueError as error:
-        hint = "; an earlier version may have written it: delete that line" if "unknown setting" in str(error) else ""
-        raise UserError(f"{file}: {error}{hint}") from error
+        raise UserError(f"{file}: {error}") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -50,7 +55,7 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
         if key not in settings:
             near = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.5)
             hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(settings)}"
-            raise UserError(f"unknown setting {prefix + str(key)!r}; {hint}")
+            raise UnknownSettingError(f"unknown setting {prefix + str(key)!r}; {hint}")
     for name, setting in settings.items():
         if name not in values and setting.default is MISSING and setting.default_factory is MISSING:
             raise UserError(f"{prefix + name!r} is required")

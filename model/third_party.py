@@ -1,5 +1,6 @@
 """Weights that third parties made, read without running code in them."""
 
+import errno
 import pickle
 import re
 import zipfile
@@ -52,7 +53,10 @@ def _unpickle(path: Path) -> Any:
         code = re.search(r"GLOBAL (\S+)", str(error))
         what = f"wants to run {code[1]}" if code else "holds more than tensors"
         raise UserError(f"{path} {what}; it was not run: get the file as safetensors") from error
-    except (RuntimeError, AssertionError) as error:  # torch's own for a file that is cut off
+    except (RuntimeError, AssertionError, OSError) as error:  # torch's own for a file that is cut off
+        # EINVAL without a name is torch's for a zip file whose offsets lead nowhere; other OSErrors are the disk's.
+        if isinstance(error, OSError) and (error.errno != errno.EINVAL or error.filename):
+            raise
         raise UserError(f"{path} is damaged or no torch file; copy or download it again") from error
 
 

@@ -47,10 +47,8 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     manifest = manifests[0]
     url = config.sources[0].path
     require_shards(sum(len(each.shards) for each in manifests), ranks, config.workers, url)
-    if action := config.model.action:
-        action = action.for_game(manifest.game.action_space)
-        config = replace(config, model=replace(config.model, action=action))
     world = describe_world(config, manifest)
+    config = replace(config, model=world.model)  # whose action modules have the sizes of the game
     objective, data = make_objective(config.objective), data_digest(manifests, config)
     check_objective(objective, config.model, manifest.layout, manifest.clip_latents)
     if config.validation.manifest:

@@ -1,6 +1,5 @@
 """The settings of a training run: one frozen dataclass, read from YAML files and key=value arguments."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,12 +11,12 @@ from model.action_dit import CompileMode
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import CHUNK_FRAMES
+from model.limits import BELOW_1
 from sampling.denoising import Denoising
 
 MOST_STEPS = 9_999_999  # the names of checkpoints have seven digits
 MOST_CLIPS = 65_536  # of a micro-step and process, and micro-steps of a step: more is a typing error
 MOST_SEED = 2**63 - 1
-BELOW_1 = math.nextafter(1, 0)
 
 
 @dataclass(frozen=True)
