@@ -121,9 +121,10 @@ def head(url: str) -> Found:
         try:
             answer = client().head_object(Bucket=bucket, Key=key)
         except boto.ClientError as error:
-            if _status(error) != 404:
+            if _status(error) not in (400, 404):
                 raise
-            answer = client().get_object(Bucket=bucket, Key=key)  # whose error says whether the bucket is missing
+            # The answer to HEAD has no body. That to GET says what is wrong, so that boto3 knows what to repeat.
+            answer = client().get_object(Bucket=bucket, Key=key)
     return Found(int(answer["ContentLength"]), answer["ETag"], answer["Metadata"].get(SHA256))
 
 

@@ -55,7 +55,6 @@ bluestore block create = true
 bluestore block size = 8589934592
 bluestore fsck on mount = false
 osd memory target = 1073741824
-osd max object name len = 256
 run dir = {folder}/run
 admin socket = {folder}/run/$name.asok
 pid file = {folder}/run/$name.pid
