@@ -32,7 +32,7 @@ from train.engines import ENGINES as ENGINE_CLASSES
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.objective import rng_for_step
-from train.save import remove_superseded, superseded
+from train.save import remove_superseded
 from train.state import SavedState
 from train.validation import Videos
 
@@ -495,12 +495,6 @@ def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> Non
     }  # fmt: skip
     with pytest.raises(ValueError, match="is not; use the same"):
         fit_to_ranks(config, position, 5, tmp_path)
-
-
-def test_old_checkpoints_go_but_for_every_nth() -> None:
-    found = [f"step_{step:07d}" for step in (10, 20, 30, 40, 50)]
-    assert superseded(found, CheckpointConfig(keep_last=2, keep_every=20)) == ["step_0000010", "step_0000030"]
-    assert superseded(found, CheckpointConfig(keep_last=2)) == found[:3]
 
 
 def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_path, monkeypatch, capfd) -> None:

@@ -304,7 +304,6 @@ def test_no_error_of_a_save_in_the_background_is_lost(train_words, tmp_path) -> 
     for out in (str(tmp_path), "s3://worlds/run"):
         config = replace(load_config(TrainConfig, [*train_words, "out=x"]), out=out)
         saver = Saver(None, None, config, None)  # type: ignore[arg-type]  # whoever only waits needs none of them
-        saver._start_thread("step_0000004", fails)
-        saver.finish()
+        saver._try("step_0000004", fails)
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             saver.check()

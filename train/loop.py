@@ -204,8 +204,8 @@ def save(run: Run, done: int, last: bool) -> None:
         if not all(gather_objects(run.saver.fault is None)):
             raise run.saver.fault or FileError(f"another rank cannot write {folder}, and says why")
     if run.saver.fault is None:  # else it has been said, or `check` raises it
-        took = f"{time.perf_counter() - began:.1f} s"
-        run.log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
+        verb = "saving" if run.saver.background and not last else "saved"
+        run.log.say(f"step {done}: {verb} {folder}, training waited {time.perf_counter() - began:.1f} s")
 
 
 @contextmanager
