@@ -223,19 +223,19 @@ def test_a_run_goes_from_two_ranks_to_one_and_back(trained, plain, train_words, 
 
 def test_consolidate_puts_the_parts_of_all_ranks_together(trained, tmp_path) -> None:
     for row, weights in ((SOME[1], "model"), (SOME[3], "ema")):
-        out = tmp_path / f"{weights}.safetensors"
-        done = run([*ALONE, "consolidate", str(trained(row)), f"out={out}", f"weights={weights}"])
+        done = run([*ALONE, "consolidate", str(trained(row)), f"out={tmp_path / weights}", f"weights={weights}"])
         assert done.returncode == 0 and "written by 2 ranks" in done.stdout, done.stderr
-        ours, theirs = load_weights(out), load_weights(newest_checkpoint(trained(row)) / f"{weights}.safetensors")
+        ours = load_weights(tmp_path / weights / "model.safetensors")
+        theirs = load_weights(newest_checkpoint(trained(row)) / f"{weights}.safetensors")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_state_file_that_is_missing_is_named(trained, tmp_path) -> None:
     out = cut_off(trained(SOME[1]), tmp_path / "run")
     (newest_checkpoint(out) / "trainer" / "rank_00001.safetensors").unlink()
-    done = run([*ALONE, "consolidate", str(out), f"out={tmp_path / 'x.safetensors'}"])
+    done = run([*ALONE, "consolidate", str(out), f"out={tmp_path / 'world'}"])
     assert done.returncode == 2 and "rank_00001.safetensors is missing" in done.stderr
-    assert not (tmp_path / "x.safetensors").exists()
+    assert not (tmp_path / "world").exists()
 
 
 def alone(train_words: list[str], out: Path, *more: str) -> list[str]:
@@ -283,11 +283,11 @@ BRANCH = "resume=ORIGIN/step_0000003"
         (["out=ORIGIN", "model.ffn_dim=32"], "(model.ffn_dim 64 there, 32 here); choose another out="),
         ([BRANCH, "model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
         ([BRANCH, "seed=1"], "other samples: seed 0 there, 1 here"),
-        ([BRANCH, "steps=3"], "has 3 steps done, and steps=3; give more"),
+        ([BRANCH, "steps=3"], "has 3 steps done"),
         ([BRANCH, "out=ORIGIN"], "step_0000020 is there, and no branch of resume="),
-        (["resume=ORIGIN/step_0000004"], "no complete checkpoint (in ORIGIN: step_0000003, "),
-        (["resume=ORIGIN"], "resume=ORIGIN is no complete checkpoint (in ORIGIN: step_0000003, "),
-        (["resume=step_0000003"], "name one, as in resume=runs/my/step_0000500"),
+        (["resume=ORIGIN/step_0000004"], "no checkpoint ORIGIN/step_0000004"),
+        (["resume=ORIGIN"], "resume=ORIGIN is a run; name one of its checkpoints, such as ORIGIN/step_0000020"),
+        (["resume=step_0000003"], "no checkpoint step_0000003"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_line_and_stays_as_it_is(

@@ -72,12 +72,9 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     words = [str(storage.local(storage.join(newest, "config.yaml")))]
     assert load_config(TrainConfig, words).out == bucket_folder
     assert read_world_config(newest) == read_world_config(newest_checkpoint(alone))
-    consolidate(
-        load_config(ConsolidateConfig, [f"checkpoint={bucket_folder}", f"out={bucket_folder}/world.safetensors"])
-    )
-    whole, ema = (
-        load_weights(storage.local(url)) for url in (f"{bucket_folder}/world.safetensors", f"{newest}/ema.safetensors")
-    )
+    consolidate(ConsolidateConfig(bucket_folder, f"{bucket_folder}/world"))
+    urls = f"{bucket_folder}/world/ema.safetensors", f"{newest}/ema.safetensors"
+    whole, ema = (load_weights(storage.local(url)) for url in urls)
     assert all(torch.equal(whole[name], ema[name]) for name in ema)
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -13,21 +13,16 @@ import torch
 from torch import Tensor
 
 from configs import build_from, flat, load_file, storage, to_dict
-from configs.errors import MissingFileError, UserError
-from configs.files import require_no_folder, require_other_files
+from configs.errors import UserError
+from configs.files import require_other_files
 from configs.foreign import parse_object, reading
 from configs.overrides import read_settings
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
-from model.third_party import PICKLES
 from model.weights import open_weights, save_weights
 from model.world import (
-    COMPLETE,
-    STEP_FOLDERS,
     Weights,
     WorldModelConfig,
-    checkpoint_files,
-    complete_steps,
     find_checkpoint,
     find_codec,
     newest_step,
@@ -91,20 +86,31 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
     checkpoint = own or origin
     if checkpoint is None:
         return None
-    if origin and own:
-        _require_branch(own, origin)
-    elif origin:
-        _require_complete(origin.rstrip("/"))
+    if origin:
+        _require_branch(own, origin.rstrip("/"))
     position = read_position(checkpoint)
     if own is None and position.step >= config.steps:
-        raise UserError(
-            f"resume={checkpoint} has {position.step} steps done, and steps={config.steps}; give more steps"
-        )
+        raise UserError(f"resume={checkpoint} has {position.step} steps done, steps={config.steps}; give more")
     there, here = flat(to_dict(read_world_config(checkpoint))), flat(to_dict(world))
     if differing := _differing(there, here, (there.keys() | here.keys()) - set(MAY_DIFFER)):
         remedy = "choose another out=" if own else "use the same"
         raise UserError(f"{checkpoint} is of another run ({differing}); {remedy}")
     return checkpoint, position
+
+
+def _require_branch(own: str | None, origin: str) -> None:
+    """UserError unless the checkpoint `own` is of a run that began at `origin`; without it, unless one can begin."""
+    if own is None:
+        if (newest := find_checkpoint(origin)) != origin:
+            raise UserError(f"resume={origin} is a run; name one of its checkpoints, such as {newest}")
+        return
+    settings = storage.join(own, "config.yaml")
+    with reading(settings):
+        began = read_settings(storage.local(settings)).get("resume")
+    if began != absolute(origin):
+        raise UserError(
+            f"{own} is there, and no branch of resume={origin}; choose another out=, or go on from it without resume="
+        )
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> str:
@@ -114,26 +120,6 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterabl
         for name in sorted(names)
         if there.get(name) != here.get(name)
     )
-
-
-def _require_complete(folder: str) -> None:
-    if storage.exists(storage.join(folder, COMPLETE)):
-        return
-    run = storage.parent(folder) if fnmatch(storage.name_of(folder), STEP_FOLDERS) else folder
-    steps = ", ".join(complete_steps(run)[-8:]) or "none"
-    raise MissingFileError(
-        f"resume={folder} is no complete checkpoint (in {run}: {steps}); name one, as in resume=runs/my/step_0000500"
-    )
-
-
-def _require_branch(own: str, origin: str) -> None:
-    place = storage.join(own, "config.yaml")
-    with reading(place):
-        began = read_settings(storage.local(place)).get("resume")
-    if began != absolute(origin):
-        raise UserError(
-            f"{own} is there, and no branch of resume={origin}; choose another out=, or go on from it without resume="
-        )
 
 
 def absolute(url: str) -> str:
@@ -147,9 +133,9 @@ def read_position(folder: str | Path) -> Position:
     if version != FORMAT:
         remedy = "use a newer one" if version > FORMAT else f"start a new run from its weights with init={folder}"
         raise UserError(f"{folder} has format {version}, this Worldloom goes on from format {FORMAT}; {remedy}")
-    place = storage.join(folder, f"{TRAINER}/{POSITION}")
-    with reading(place):
-        return build_from(Position, parse_object(storage.read_bytes(place), place), place)
+    file = storage.join(folder, f"{TRAINER}/{POSITION}")
+    with reading(file):
+        return build_from(Position, parse_object(storage.read_bytes(file), file), file)
 
 
 def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:
@@ -206,31 +192,19 @@ class ConsolidateConfig:
     """`python -m train consolidate <checkpoint>`."""
 
     checkpoint: str  # a step folder, or a run folder: its newest complete step
-    out: str  # a folder, which becomes a checkpoint with its codec; or a .safetensors, which gets the weights alone
+    out: str  # a folder, which becomes a checkpoint with its codec
     weights: Weights = "ema"
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
-    def __post_init__(self) -> None:
-        if Path(self.out).suffix in PICKLES:
-            raise UserError(f"out={self.out} must be a folder, or end in .safetensors")
-
 
 def consolidate(config: ConsolidateConfig) -> None:
-    """Makes a checkpoint that plays wherever it is copied, or a file of weights, of a run's checkpoint."""
+    """Makes a checkpoint that plays wherever it is copied of a run's checkpoint."""
     folder = find_checkpoint(config.checkpoint)
     world = read_world_config(folder)
-    read = {"checkpoint": [*checkpoint_files(folder), storage.join(folder, TRAINER)], "codec": list[str]()}
-    with suppress(ValueError):  # the weights alone need none
-        read["codec"] = storage.files_at(find_codec(folder, world, config.codec))
-    require_other_files([config.out], read)
-    if weights_alone := config.out.endswith(".safetensors"):
-        require_no_folder([config.out])
-    position, file = read_position(folder), storage.join(folder, f"{config.weights}.safetensors")
-    weights, metadata = open_weights(file), {"step": str(position.step)}
-    if weights_alone:
-        with storage.writing(config.out) as part:
-            save_weights(weights, part, metadata)
-    else:
-        with writing_world(config.out, world, find_codec(folder, world, config.codec)) as there:
-            save_weights(weights, there / "model.safetensors", metadata)
+    codec = find_codec(folder, world, config.codec)
+    require_other_files([config.out], {"checkpoint": folder, "codec": codec})
+    position = read_position(folder)
+    with writing_world(config.out, world, codec) as there:
+        weights = open_weights(storage.join(folder, f"{config.weights}.safetensors"))
+        save_weights(weights, there / "model.safetensors", {"step": str(position.step)})
     print(f"{config.out}: {config.weights} weights of step {position.step}, written by {position.ranks} ranks")
