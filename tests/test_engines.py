@@ -370,7 +370,7 @@ def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_wor
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
-def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path, monkeypatch) -> None:
+def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path) -> None:
     def refusal(out: str, *words: str) -> str:
         with pytest.raises((ValueError, OSError)) as refused:
             check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}", *words]), ranks=1)
@@ -386,8 +386,6 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
     for init in (step, tmp_path / "run"):
         assert "run/step_0000100/x would be written into init=" in refusal(f"{step}/x", f"init={init}")
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
-    assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -1,12 +1,11 @@
 """What can be found wrong with a run before it starts."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import storage
-from configs.errors import FileInTheWayError, RefusedError, UserError
+from configs.errors import FileInTheWayError, UserError
 from configs.files import require_other_files
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
@@ -81,14 +80,11 @@ def check_out(config: TrainConfig) -> None:
     init = config.init and (newest_step(config.init) or config.init)
     read = {"manifest": shards, "codec": config.codec, "resume": config.resume, "init": init}
     require_other_files([config.out, config.checkpoints], read)
-    if storage.is_s3(config.out):
-        return
-    out = Path(config.out).absolute()
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    if not parent.is_dir():
-        raise FileInTheWayError(f"cannot write to {config.out}: {parent} is a file; choose another out=")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RefusedError(f"cannot write to {config.out}: no right to write in {parent}")
+    if not storage.is_s3(config.out):
+        out = Path(config.out).absolute()
+        parent = next(path for path in (out, *out.parents) if path.exists())
+        if not parent.is_dir():
+            raise FileInTheWayError(f"cannot write to {config.out}: {parent} is a file; choose another out=")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:

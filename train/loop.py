@@ -27,7 +27,7 @@ from train.log import Log
 from train.metrics import MetricsWindow, start_profiler
 from train.objectives.objective import LossMetrics, rng_for_step
 from train.optim import learning_rate
-from train.run_folder import held_run_folder, with_local_out
+from train.run_folder import sole_run, with_local_out
 from train.save import Saver
 from train.validation import HeldOutLoss, Videos, averaged_world
 from train.watchdog import Watchdog
@@ -80,14 +80,15 @@ def train(config: TrainConfig) -> bool:
     accelerator = start_accelerator(config)
     url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
     watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s, url)
-    with watchdog.watching(), out_of_memory_explained(config), held_run_folder(config, rank):
+    with watchdog.watching(), out_of_memory_explained(config), sole_run(config, rank):
         checked = agree(asked, checked, ranks)
         watchdog.begins(checked.start, "building the model")
         engine = build_engine(accelerator, config, checked.init)
         with closing(Log(config, checked.start, accelerator.is_main_process)) as log:
             run = Run(checked, engine, log, watchdog)
             begin(run, checked, asked)
-            stop.starts()
+            # Until now SIGTERM ended the process: it had nothing to save, and may have waited for a rank that is gone.
+            stop.listen(signal.SIGTERM)
             on_gpu = engine.accelerator.device.type == "cuda"
             with closing(stream.batches(checked.start * config.accumulation, pin_memory=on_gpu)) as batches:
                 stopped = run_steps(run, range(checked.start, config.steps), batches, stop)

@@ -44,36 +44,29 @@ def as_asked(config: TrainConfig) -> TrainConfig:
 
 
 @contextmanager
-def sole_run(config: TrainConfig) -> Iterator[None]:
-    """Holds the run's folder, and its url if it has one; UserError if another live run holds them."""
-    folder, url = Path(config.out), config.checkpoints
-    with sole_writer(folder, "run", url):
-        if storage.is_s3(url):
-            storage.remove(storage.join(url, STOPPED))
-            pull(folder, url)
-        (folder / STOPPED).unlink(missing_ok=True)
+def sole_run(config: TrainConfig, rank: int = 0) -> Iterator[None]:
+    """Rank 0 holds the run's folder, and its url if it has one. All ranks must call, and all raise UserError if it
+    cannot, such as while another live run holds them."""
+    folder, url, refused = Path(config.out), config.checkpoints, ""
+    with ExitStack() as stack:
+        try:
+            if rank == 0:
+                stack.enter_context(sole_writer(folder, "run", url))
+                if storage.is_s3(url):
+                    storage.remove(storage.join(url, STOPPED))
+                    pull(folder, url)
+                (folder / STOPPED).unlink(missing_ok=True)
+        except (UserError, OSError) as error:
+            refused = one_line(error)
+        if refused := gather_objects(refused)[0]:
+            raise UserError(refused)
         try:
             yield
         except BaseException:
             with suppress(OSError):  # the first error is the one that counts
-                push(folder, url)
+                push(folder, url if rank == 0 else "")
             raise
-        push(folder, url)
-
-
-@contextmanager
-def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
-    """`sole_run` on rank 0. All ranks must call, and all raise UserError if the folder cannot be had."""
-    with ExitStack() as stack:
-        refused = ""
-        if rank == 0:
-            try:
-                stack.enter_context(sole_run(config))
-            except (UserError, OSError) as error:
-                refused = one_line(error)
-        if refused := gather_objects(refused)[0]:
-            raise UserError(refused)
-        yield
+        push(folder, url if rank == 0 else "")
 
 
 def pull(folder: Path, url: str) -> None:
