@@ -27,8 +27,8 @@ class Log:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
                 write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start))
         settings = {"project": config.wandb_project, "config": to_dict(config)}
-        wanted = {"wandb": config.wandb and main, "tensorboard": config.tensorboard and main}
-        trackers = [name for name in wanted if wanted[name]]
+        wanted = {"wandb": config.wandb, "tensorboard": config.tensorboard}
+        trackers = [name for name in wanted if wanted[name] and main]
         self.trackers = {name: start_tracker(name, self.path.parent, start, settings) for name in trackers}
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:
