@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -138,10 +137,10 @@ def read_position(folder: str | Path) -> Position:
         return build_from(Position, parse_object(storage.read_bytes(file), file), file)
 
 
-def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:
-    """What all ranks wrote into the complete checkpoint `folder`; `copies` as of SavedState."""
+def state_of(folder: str | Path) -> SavedState:
+    """What all ranks wrote into the complete checkpoint `folder`."""
     urls = storage.list_files(storage.join(folder, TRAINER))
-    return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copies)
+    return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copy=True)
 
 
 def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
@@ -181,10 +180,9 @@ def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: st
 
 def load_checkpoint(engine: Engine, ema: Ema, folder: str | Path) -> None:
     """Restores the complete checkpoint `folder`, whatever engine and ranks wrote it. All ranks must call."""
-    with ExitStack() as copies:
-        saved = state_of(folder, copies)
-        engine.restore(saved)
-        ema.restore(saved)
+    saved = state_of(folder)
+    engine.restore(saved)
+    ema.restore(saved)
 
 
 @dataclass(frozen=True)
