@@ -19,7 +19,7 @@ from train.engine import gather_objects
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
 from train.objectives.objective import Objective
-from train.validation import check_videos
+from train.validation import Videos
 
 SEEN_S = 30  # in which a file that one machine has written appears on all others
 
@@ -32,6 +32,7 @@ class CheckedRun:
     manifest: Manifest  # of the first shard set; all have its kind
     world: WorldModelConfig
     objective: Objective
+    videos: Videos | None
     data: str  # digest of the training shards and of how they are mixed
     init: str | None  # weights to start from
     resumed: str | None  # checkpoint to go on from
@@ -54,8 +55,7 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         heldout = load_manifest(config.validation.manifest)
         shared = ("layout", "codec_hash", "vision", "unknown")
         require_same_kind(manifest, url, heldout, config.validation.manifest, shared)
-        if config.validation.videos.every:
-            check_videos(config.validation.videos, heldout.clips, world)
+    videos = Videos(config, world) if config.validation.videos.every else None
     resumed, start = None, 0
     if resumable := find_resumable(config, world):
         resumed, position = resumable
@@ -68,7 +68,7 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         read_complete(checkpoint := find_checkpoint(config.init))
         require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
         init = storage.join(checkpoint, "ema.safetensors")
-    return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
+    return CheckedRun(config, manifest, world, objective, videos, data, init, resumed, start)
 
 
 def check_out(config: TrainConfig) -> None:

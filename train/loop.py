@@ -29,7 +29,7 @@ from train.objectives.objective import LossMetrics, rng_for_step
 from train.optim import learning_rate
 from train.run_folder import sole_run, with_local_out
 from train.save import Saver
-from train.validation import HeldOutLoss, Videos, averaged_world
+from train.validation import HeldOutLoss, averaged_world
 from train.watchdog import Watchdog
 
 NONFINITE_HINT = "no weight has changed; lower the learning rate, look at these clips, or say on_nonfinite=skip"
@@ -57,13 +57,13 @@ class Run:
     def __init__(self, checked: CheckedRun, engine: Engine, log: Log, watchdog: Watchdog) -> None:
         config, world, objective = checked.config, checked.world, checked.objective
         self.config, self.world, self.objective, self.data = config, world, objective, checked.data
+        self.videos = checked.videos
         self.engine, self.log, self.watchdog = engine, log, watchdog
         self.flow = FlowMatch(config.flow)
         self.ema = Ema(engine, config.ema_decay)
         self.saver = Saver(engine, self.ema, config, world)
         self.metrics = MetricsWindow(config, checked.manifest.clip_latents, objective.loss_group)
         self.heldout = HeldOutLoss(config, objective, engine, self.flow) if config.validation.manifest else None
-        self.videos = Videos(config, world) if config.validation.videos.every else None
 
 
 def train(config: TrainConfig) -> bool:
