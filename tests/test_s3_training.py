@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,10 @@ from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 from configs import lease, load_config, storage
 from model.weights import load_weights
 from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
-from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import TrainConfig
 from train.exit import STOPPED
-from train.run_folder import pull, push, sole_run, with_local_out
+from train.run_folder import pull, push, sole_run
 from train.watchdog import Watchdog
 
 SETTINGS = ["checkpoint.every=2", "engine.name=ddp"]  # else as the run `alone` on a disk
@@ -120,52 +118,48 @@ def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_fo
 
 @pytest.fixture
 def config(train_words, bucket_folder) -> TrainConfig:
-    return with_local_out(load_config(TrainConfig, [*train_words, f"out={bucket_folder}"]))
+    config = load_config(TrainConfig, [*train_words, f"out={bucket_folder}"])
+    config.folder.mkdir(parents=True)
+    return config
 
 
 def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
-    elsewhere = replace(config, out=str(tmp_path / "another machine"))
     with sole_run(config):
         with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
             pass
-        with pytest.raises(ValueError, match=r"is in use by another run \(see run\.claim\)"), sole_run(elsewhere):
+        monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path))  # as on another machine
+        with pytest.raises(ValueError, match=r"is in use by another run \(see run\.claim\)"), sole_run(config):
             pass
-    with sole_run(elsewhere):
+    with sole_run(config):
         pass
 
 
 def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
-    storage.write_text(f"{config.checkpoints}/run.claim", json.dumps({"holder": "another machine", "renewed": 7}))
+    storage.write_text(f"{config.out}/run.claim", json.dumps({"holder": "another machine", "renewed": 7}))
     with sole_run(config):
-        assert storage.exists(f"{config.checkpoints}/run.claim")
-    assert not storage.exists(f"{config.checkpoints}/run.claim")
+        assert storage.exists(f"{config.out}/run.claim")
+    assert not storage.exists(f"{config.out}/run.claim")
 
 
 def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> None:
     proxy.add(Fault("not offered", r"^PUT .*claim", times=1))
     with sole_run(config):
-        (Path(config.out) / "metrics.jsonl").write_text("{}\n")
-    assert storage.read_bytes(f"{config.checkpoints}/metrics.jsonl") == b"{}\n"
-
-
-def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
-    words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
-    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008 is there: copy it"):
-        check_run(load_config(TrainConfig, words), ranks=1)
+        (config.folder / "metrics.jsonl").write_text("{}\n")
+    assert storage.read_bytes(f"{config.out}/metrics.jsonl") == b"{}\n"
 
 
 def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
-    watchdog = Watchdog(Path(config.out), 3, 4, 60.0, config.checkpoints)
+    watchdog = Watchdog(config.folder, 3, 4, 60.0, config.out)
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "_exit", sys.exit)
         watchdog._end(["rank 1"], "a test")
-    assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.checkpoints}/stacks_rank_00003.txt")
+    assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.out}/stacks_rank_00003.txt")
 
 
 def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tmp_path) -> None:
-    folder, url = Path(config.out), config.checkpoints
+    folder, url = config.folder, config.out
     (tmp_path / "id_rsa").write_text("secret")
     for name, target in (("key", tmp_path / "id_rsa"), ("all", tmp_path), ("lost", tmp_path / "nowhere")):
         (folder / name).symlink_to(target)
@@ -176,7 +170,7 @@ def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tm
 
 
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
-    folder, url = Path(config.out), config.checkpoints
+    folder, url = config.folder, config.out
     (folder / "videos").mkdir()
     (folder / "step_0000010").mkdir()
     for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", STOPPED, "step_0000010/COMPLETE"):

@@ -61,8 +61,6 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         resumed, position = resumable
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
-    if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
-        raise UserError(f"{config.checkpoints} has no checkpoint, but {here} is there: copy it, or choose another out=")
     init = None
     if config.init:
         read_complete(checkpoint := find_checkpoint(config.init))
@@ -79,7 +77,7 @@ def check_out(config: TrainConfig) -> None:
     shards = [folder for folder in folders if any(folder.glob("*.tar"))]
     init = config.init and (newest_step(config.init) or config.init)
     read = {"manifest": shards, "codec": config.codec, "resume": config.resume, "init": init}
-    require_other_files([config.out, config.checkpoints], read)
+    require_other_files([config.out], read)
     if not storage.is_s3(config.out):
         out = Path(config.out).absolute()
         parent = next(path for path in (out, *out.parents) if path.exists())
@@ -91,16 +89,16 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     """Checks again now that no other run can write to the folder: one may have saved since, and files of one machine
     may appear late on others. All ranks must call; all raise UserError if they never see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        seen = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
+        seen = gather_objects((checked.resumed, newest_step(asked.out) or asked.resume))
         if {resumed for resumed, _ in seen} == {seen[0][1]}:
             return checked
         time.sleep(1)
         again = check_run(asked, ranks)
         if again.config != checked.config:
-            raise UserError(f"another run went on from {asked.checkpoints} with other settings; start again")
+            raise UserError(f"another run went on from {asked.out} with other settings; start again")
         checked = again
     by_rank = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(seen))
-    raise UserError(f"{asked.checkpoints} differs between nodes ({by_rank}); use a shared folder or an s3:// url")
+    raise UserError(f"{asked.out} differs between nodes ({by_rank}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:

@@ -63,14 +63,6 @@ class Position:
         return self.ranks * self.batch * self.accumulation
 
 
-def step_folder(run: str | Path, step: int) -> str:
-    return storage.join(run, f"step_{step:07d}")
-
-
-def state_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
 def weight_specs(world: WorldModelConfig) -> Mapping[str, Tensor]:
     """Names and shapes of the model's weights, on the meta device."""
     with torch.device("meta"):
@@ -81,7 +73,7 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
     """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one, or at first
     that of `resume`. UserError if it is damaged, of another model, flow, game or codec, or if `out` holds checkpoints
     that did not begin at `resume`."""
-    own, origin = newest_step(config.checkpoints), config.resume
+    own, origin = newest_step(config.out), config.resume
     checkpoint = own or origin
     if checkpoint is None:
         return None

@@ -87,7 +87,7 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
         held |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
         held["baseline RSS"] = psutil.Process().memory_info().rss
-        if config.checkpoint.background or storage.is_s3(config.checkpoints):
+        if config.checkpoint.background or storage.is_s3(config.out):
             held["checkpoint"] = held["average"] * 4
     _, p, q = model.patch_size
     tokens = b * size[1] * (rows // p) * (columns // q)

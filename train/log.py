@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ class Log:
     """The metrics of one run; only the main process writes. A resumed run continues the file after its checkpoint."""
 
     def __init__(self, config: TrainConfig, start: int, main: bool) -> None:
-        self.main, self.path = main, Path(config.out) / METRICS
+        self.main, self.path = main, config.folder / METRICS
         name = config.objective["name"]
         self.progress = tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=not main)
         if main:

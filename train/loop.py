@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import torch
 
@@ -27,7 +26,7 @@ from train.log import Log
 from train.metrics import MetricsWindow, start_profiler
 from train.objectives.objective import LossMetrics, rng_for_step
 from train.optim import learning_rate
-from train.run_folder import sole_run, with_local_out
+from train.run_folder import sole_run
 from train.save import Saver
 from train.validation import HeldOutLoss, averaged_world
 from train.watchdog import Watchdog
@@ -71,15 +70,14 @@ def train(config: TrainConfig) -> bool:
 
     Returns whether it was asked to stop early, for which it takes over SIGTERM, SIGINT and SIGUSR1.
     """
-    asked = with_local_out(config)
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    asked, rank, ranks = config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
     config = checked.config
     stream = Stream(config.sources, config.batch, config.seed, (rank, ranks), config.workers, config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
-    watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s, url)
+    url = config.out if storage.is_s3(config.out) else ""
+    watchdog = Watchdog(config.folder, rank, ranks, config.engine.timeout_s, url)
     with watchdog.watching(), out_of_memory_explained(config), sole_run(config, rank):
         checked = agree(asked, checked, ranks)
         watchdog.begins(checked.start, "building the model")
@@ -132,7 +130,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         run.saver.check()
         if stopping:
             if log.main:
-                write_text(Path(config.out) / STOPPED, f"step {done}\n")
+                write_text(config.folder / STOPPED, f"step {done}\n")
             log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False
@@ -190,7 +188,9 @@ def validate(run: Run, done: int) -> None:
             world = averaged_world(run.config, run.world, run.engine, run.ema)
             if world is not None:
                 made = run.videos.make(world, done, alive)
-                log.write(done, {f"video/{name}": str(path.relative_to(run.config.out)) for name, path in made.items()})
+                log.write(
+                    done, {f"video/{name}": str(path.relative_to(run.config.folder)) for name, path in made.items()}
+                )
         log.say(f"step {done}: videos in {run.videos.folder}, training waited {time.perf_counter() - began:.1f} s")
 
 

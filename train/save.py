@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,15 @@ from configs.errors import FileError, one_line
 from configs.files import NO_ROOM
 from model.weights import save_weights
 from model.world import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec, write_complete
-from train.checkpoint import FORMAT, POSITION, TRAINER, WEIGHTS, Position, state_file, step_folder, weight_specs
+from train.checkpoint import FORMAT, POSITION, TRAINER, WEIGHTS, Position, absolute, weight_specs
 from train.config import CheckpointConfig, TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
-from train.run_folder import as_asked, push
+from train.run_folder import push
 from train.state import SavedState, checksums, collect_state
 from train.watchdog import own_store
+
+STATE_FILE = "rank_{:05d}.safetensors"  # of a rank, in TRAINER
 
 
 class Saver:
@@ -37,7 +39,7 @@ class Saver:
 
     def __init__(self, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig) -> None:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
-        self.remote = storage.is_s3(config.checkpoints)
+        self.remote = storage.is_s3(config.out)
         self.background = config.checkpoint.background or self.remote
         self.fault: BaseException | None = None  # of the newest save
         self._thread: threading.Thread | None = None
@@ -53,7 +55,7 @@ class Saver:
         self.finish()
         self.check()
         self.fault = None
-        folder, engine = step_folder(self.config.checkpoints, position.step), self.engine
+        folder, engine = storage.join(self.config.out, f"step_{position.step:07d}"), self.engine
         if engine.accelerator.is_main_process:  # what a save that was killed, or failed, has left
             self._try(folder, lambda: storage.remove_folder(folder, COMPLETE))
         if all(gather_objects(self.fault is None)):
@@ -108,13 +110,15 @@ class Saver:
         """This rank's part, and on rank 0 the rest. What goes to a server is written to this machine's disk first."""
         rank, trainer = self.engine.accelerator.process_index, storage.join(folder, TRAINER)
         with cache.tmp_dir() if self.remote else nullcontext(Path(trainer)) as here:
-            part = here / state_file(rank)
+            part = here / STATE_FILE.format(rank)
             if self.engine.writes_state:
                 save_weights(tensors, part, {**metadata, **checksums(tensors)})
                 if self.remote:
                     storage.write_file(part, storage.join(trainer, part.name))
             if rank == 0:
-                names = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
+                names = [
+                    STATE_FILE.format(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)
+                ]
                 self._wait_for(names, folder)
                 self._complete(folder, position, [part, *(storage.join(trainer, name) for name in names[1:])])
 
@@ -135,14 +139,15 @@ class Saver:
         for name, kind in WEIGHTS.items():
             with storage.writing(storage.join(folder, f"{name}.safetensors")) as file:
                 save_weights(saved.whole(kind, specs), file, {"step": str(position.step)})
-        for name, settings in (("config.yaml", as_asked(config)), (WORLD_FILE, self.world)):
+        resume = config.resume and absolute(config.resume)  # for readers who start elsewhere
+        for name, settings in (("config.yaml", replace(config, resume=resume)), (WORLD_FILE, self.world)):
             with storage.writing(storage.join(folder, name)) as file:
                 save_config(settings, file)
         storage.write_text(storage.join(folder, f"{TRAINER}/{POSITION}"), json.dumps(asdict(position)))
-        keep_codec(config.codec, config.checkpoints)
-        push(Path(config.out), config.checkpoints)
+        keep_codec(config.codec, config.out)
+        push(config.folder, config.out)
         write_complete(folder, format=FORMAT, step=position.step)
-        remove_superseded(config.checkpoints, config.checkpoint)
+        remove_superseded(config.out, config.checkpoint)
 
 
 def _failed(folder: str) -> str:

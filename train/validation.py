@@ -80,7 +80,7 @@ class Videos:
         """Raises UserError or FileError if no such videos can be made of a `world`."""
         videos, causal = config.validation.videos, world.model.causal
         assert config.validation.manifest
-        self.config, self.folder = videos, Path(config.out) / FOLDER
+        self.config, self.folder = videos, config.folder / FOLDER
         shards = Shards(config.validation.manifest, verify=False)
         if videos.prompts > len(shards):
             raise UserError(f"validation.videos.prompts={videos.prompts}, but there are {len(shards)} held-out clips")
