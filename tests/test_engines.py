@@ -277,12 +277,12 @@ BRANCH = "resume=ORIGIN/step_0000003"
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["out=ORIGIN", "seed=1"], "other samples: seed 0 there, 1 here"),
-        (["out=ORIGIN", "loader.shuffle_shards=2"], "other samples: loader.shuffle_shards 0 there, 2 here"),
+        (["out=ORIGIN", "seed=1"], "trained on seed=0"),
+        (["out=ORIGIN", "loader.shuffle_shards=2"], "loader.shuffle_shards; use the same"),
         (["out=ORIGIN", "batch=3"], "clips per step"),
-        (["out=ORIGIN", "model.ffn_dim=32"], "(model.ffn_dim 64 there, 32 here); choose another out="),
-        ([BRANCH, "model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
-        ([BRANCH, "seed=1"], "other samples: seed 0 there, 1 here"),
+        (["out=ORIGIN", "model.ffn_dim=32"], "model.ffn_dim=64, not 32; choose another out="),
+        ([BRANCH, "model.ffn_dim=32"], "model.ffn_dim=64, not 32; use the same"),
+        ([BRANCH, "seed=1"], "trained on seed=0"),
         ([BRANCH, "steps=3"], "has 3 steps done"),
         ([BRANCH, "out=ORIGIN"], "step_0000020 is there, and no branch of resume="),
         (["resume=ORIGIN/step_0000004"], "no checkpoint ORIGIN/step_0000004"),

@@ -89,16 +89,15 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     """Checks again now that no other run can write to the folder: one may have saved since, and files of one machine
     may appear late on others. All ranks must call; all raise UserError if they never see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        seen = gather_objects((checked.resumed, newest_step(asked.out) or asked.resume))
-        if {resumed for resumed, _ in seen} == {seen[0][1]}:
+        by_rank = gather_objects((checked.resumed, newest_step(asked.out) or asked.resume))
+        if {resumed for resumed, _ in by_rank} == {by_rank[0][1]}:
             return checked
         time.sleep(1)
-        again = check_run(asked, ranks)
-        if again.config != checked.config:
+        before, checked = checked, check_run(asked, ranks)
+        if checked.config != before.config:
             raise UserError(f"another run went on from {asked.out} with other settings; start again")
-        checked = again
-    by_rank = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(seen))
-    raise UserError(f"{asked.out} differs between nodes ({by_rank}); use a shared folder or an s3:// url")
+    listed = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(by_rank))
+    raise UserError(f"{asked.out} differs between nodes ({listed}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:

@@ -2,16 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from configs import build_from, flat, load_file, storage, to_dict
+from configs import build_from, flat, storage, to_dict
 from configs.errors import UserError
 from configs.files import require_other_files
 from configs.foreign import parse_object, reading
@@ -30,14 +29,11 @@ from model.world import (
     writing_world,
 )
 from train.config import TrainConfig
-from train.ema import Ema
-from train.engine import Engine
 from train.state import SavedState
 
 FORMAT = 1  # of what resuming reads
 TRAINER = "trainer"  # the folder of what only resuming needs
 POSITION = "position.json"
-OF_SAMPLES = ("seed", "manifest", "manifests", "loader.shuffle_shards")  # settings that decide their order
 MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
 WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # the files for everyone, by their name in the state
 
@@ -73,44 +69,35 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
     """The checkpoint that a run of `config` goes on from, and where it stands: its own newest complete one, or at first
     that of `resume`. UserError if it is damaged, of another model, flow, game or codec, or if `out` holds checkpoints
     that did not begin at `resume`."""
-    own, origin = newest_step(config.out), config.resume
-    checkpoint = own or origin
+    newest, origin = newest_step(config.out), config.resume
+    checkpoint = newest or origin
     if checkpoint is None:
         return None
     if origin:
-        _require_branch(own, origin.rstrip("/"))
+        require_branch(newest, origin.rstrip("/"))
     position = read_position(checkpoint)
-    if own is None and position.step >= config.steps:
+    if newest is None and position.step >= config.steps:
         raise UserError(f"resume={checkpoint} has {position.step} steps done, steps={config.steps}; give more")
-    there, here = flat(to_dict(read_world_config(checkpoint))), flat(to_dict(world))
-    if differing := _differing(there, here, (there.keys() | here.keys()) - set(MAY_DIFFER)):
-        remedy = "choose another out=" if own else "use the same"
-        raise UserError(f"{checkpoint} is of another run ({differing}); {remedy}")
+    saved, asked = flat(to_dict(read_world_config(checkpoint))), flat(to_dict(world))
+    for name in sorted((saved.keys() | asked.keys()) - set(MAY_DIFFER)):
+        values = saved.get(name, "absent"), asked.get(name, "absent")
+        if values[0] != values[1]:
+            remedy = "choose another out=" if newest else "use the same"
+            raise UserError(f"{checkpoint} is of a run with {name}={values[0]}, not {values[1]}; {remedy}")
     return checkpoint, position
 
 
-def _require_branch(own: str | None, origin: str) -> None:
-    """UserError unless the checkpoint `own` is of a run that began at `origin`; without it, unless one can begin."""
-    if own is None:
-        if (newest := find_checkpoint(origin)) != origin:
-            raise UserError(f"resume={origin} is a run; name one of its checkpoints, such as {newest}")
+def require_branch(newest: str | None, origin: str) -> None:
+    """UserError unless the run with the checkpoint `newest` began at `origin`; without one, unless one can begin."""
+    if newest is None:
+        if (step := find_checkpoint(origin)) != origin:
+            raise UserError(f"resume={origin} is a run; name one of its checkpoints, such as {step}")
         return
-    settings = storage.join(own, "config.yaml")
+    settings = storage.join(newest, "config.yaml")
     with reading(settings):
         began = read_settings(storage.local(settings)).get("resume")
     if began != absolute(origin):
-        raise UserError(
-            f"{own} is there, and no branch of resume={origin}; choose another out=, or go on from it without resume="
-        )
-
-
-def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterable[str]) -> str:
-    """Those of the settings `names` that differ, with both values."""
-    return "; ".join(
-        f"{name} {there.get(name, 'absent')} there, {here.get(name, 'absent')} here"
-        for name in sorted(names)
-        if there.get(name) != here.get(name)
-    )
+        raise UserError(f"{newest} is there, and no branch of resume={origin}; choose another out=, or drop resume=")
 
 
 def absolute(url: str) -> str:
@@ -130,7 +117,7 @@ def read_position(folder: str | Path) -> Position:
 
 
 def state_of(folder: str | Path) -> SavedState:
-    """What all ranks wrote into the complete checkpoint `folder`."""
+    """What all ranks wrote into the complete checkpoint `folder`, whatever their engine and number."""
     urls = storage.list_files(storage.join(folder, TRAINER))
     return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copy=True)
 
@@ -143,14 +130,11 @@ def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
 
 
 def require_same_data(config: TrainConfig, data: str, position: Position, folder: str | Path) -> None:
-    """UserError that names what differs unless `config`, whose shards have the digest `data`, has the samples of the
-    saved run."""
-    if (position.seed, position.manifest) == (config.seed, data):
-        return
-    saved = load_file(TrainConfig, storage.local(storage.join(folder, "config.yaml")))
-    differing = _differing(flat(to_dict(saved)), flat(to_dict(config)), OF_SAMPLES)
-    fault = differing or f"the shards of {config.sources[0].path} have changed since"
-    raise UserError(f"{folder} was trained on other samples: {fault}; use the same, or start anew with init={folder}")
+    """UserError unless `config`, whose shards have the digest `data`, has the samples of the saved run."""
+    if (position.seed, position.manifest) != (config.seed, data):
+        other = "other shards, or with other weights or loader.shuffle_shards"
+        samples = other if position.seed == config.seed else f"seed={position.seed}"
+        raise UserError(f"{folder} was trained on {samples}; use the same, or start anew with init={folder}")
 
 
 def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: str | Path) -> TrainConfig:
@@ -168,13 +152,6 @@ def fit_to_ranks(config: TrainConfig, position: Position, ranks: int, folder: st
         )
     batch = next(size for size in range(min(config.batch, per_rank), 0, -1) if per_rank % size == 0)
     return replace(config, batch=batch, accumulation=per_rank // batch)
-
-
-def load_checkpoint(engine: Engine, ema: Ema, folder: str | Path) -> None:
-    """Restores the complete checkpoint `folder`, whatever engine and ranks wrote it. All ranks must call."""
-    saved = state_of(folder)
-    engine.restore(saved)
-    ema.restore(saved)
 
 
 @dataclass(frozen=True)

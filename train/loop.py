@@ -16,7 +16,7 @@ from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from train.build import build_engine
 from train.check import CheckedRun, agree, check_run
-from train.checkpoint import Position, load_checkpoint
+from train.checkpoint import Position, state_of
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
@@ -54,15 +54,14 @@ class Run:
     """The parts of one training run."""
 
     def __init__(self, checked: CheckedRun, engine: Engine, log: Log, watchdog: Watchdog) -> None:
-        config, world, objective = checked.config, checked.world, checked.objective
-        self.config, self.world, self.objective, self.data = config, world, objective, checked.data
-        self.videos = checked.videos
-        self.engine, self.log, self.watchdog = engine, log, watchdog
-        self.flow = FlowMatch(config.flow)
-        self.ema = Ema(engine, config.ema_decay)
-        self.saver = Saver(engine, self.ema, config, world)
-        self.metrics = MetricsWindow(config, checked.manifest.clip_latents, objective.loss_group)
-        self.heldout = HeldOutLoss(config, objective, engine, self.flow) if config.validation.manifest else None
+        self.checked, self.engine, self.log, self.watchdog = checked, engine, log, watchdog
+        self.config, self.objective, self.videos = checked.config, checked.objective, checked.videos
+        self.flow = FlowMatch(self.config.flow)
+        self.ema = Ema(engine, self.config.ema_decay)
+        self.saver = Saver(engine, self.ema, self.config, checked.world)
+        self.metrics = MetricsWindow(self.config, checked.manifest.clip_latents, self.objective.loss_group)
+        heldout = self.config.validation.manifest
+        self.heldout = HeldOutLoss(self.config, self.objective, engine, self.flow) if heldout else None
 
 
 def train(config: TrainConfig) -> bool:
@@ -84,7 +83,7 @@ def train(config: TrainConfig) -> bool:
         engine = build_engine(accelerator, config, checked.init)
         with closing(Log(config, checked.start, accelerator.is_main_process)) as log:
             run = Run(checked, engine, log, watchdog)
-            begin(run, checked, asked)
+            begin(run, asked)
             # Until now SIGTERM ended the process: it had nothing to save, and may have waited for a rank that is gone.
             stop.listen(signal.SIGTERM)
             on_gpu = engine.accelerator.device.type == "cuda"
@@ -94,12 +93,14 @@ def train(config: TrainConfig) -> bool:
     return stopped
 
 
-def begin(run: Run, checked: CheckedRun, asked: TrainConfig) -> None:
+def begin(run: Run, asked: TrainConfig) -> None:
     """Loads the checkpoint that the run continues from, and says what differs from what was asked."""
-    config, log, ranks = run.config, run.log, run.engine.accelerator.num_processes
+    checked, config, log, ranks = run.checked, run.config, run.log, run.engine.accelerator.num_processes
     if checked.resumed:
         run.watchdog.begins(checked.start, "loading the checkpoint")
-        load_checkpoint(run.engine, run.ema, checked.resumed)
+        saved = state_of(checked.resumed)
+        run.engine.restore(saved)
+        run.ema.restore(saved)
         log.say(f"resumed from {checked.resumed} at step {checked.start}")
     if (config.batch, config.accumulation) != (asked.batch, asked.accumulation):
         log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
@@ -185,7 +186,7 @@ def validate(run: Run, done: int) -> None:
     if run.videos and (done % config.videos.every == 0 or last):
         began = time.perf_counter()
         with run.watchdog.rank0_section(done - 1, "making videos") as alive:
-            world = averaged_world(run.config, run.world, run.engine, run.ema)
+            world = averaged_world(run.config, run.checked.world, run.engine, run.ema)
             if world is not None:
                 made = run.videos.make(world, done, alive)
                 log.write(
@@ -198,7 +199,7 @@ def save(run: Run, done: int, last: bool) -> None:
     """A checkpoint after `done` steps."""
     config, ranks, began = run.config, run.engine.accelerator.num_processes, time.perf_counter()
     run.watchdog.begins(done - 1, "saving")
-    folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
+    folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.checked.data))
     if last:  # no rank ends before it is there: if one is lost until then, all have to begin again
         with run.watchdog.rank0_section(done - 1, "writing the last checkpoint"):
             run.saver.finish()
