@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_training import launch, losses, require_equal_bits, run, start
 
-from model.world import COMPLETE, newest_checkpoint
+from model.world import COMPLETE, complete_steps
 
 COMMAND = [*launch("cpu_zero2", "-m", "train")]
 SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100"]
@@ -108,15 +108,17 @@ def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, unin
     assert torch.equal(losses(tmp_path / "run"), losses(uninterrupted))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_warning_to_one_rank_saves_and_ends_all(train_words, uninterrupted, tmp_path, name: str) -> None:
+@pytest.mark.parametrize(("name", "to"), [("SIGTERM", "launcher"), ("SIGTERM", "rank"), ("SIGUSR1", "rank")])
+def test_a_warning_saves_ends_all_and_costs_nothing(train_words, uninterrupted, tmp_path, name: str, to: str) -> None:
     command, log = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"], tmp_path / "log"
     process = start(command, log, (tmp_path / "metrics.jsonl").exists)
-    psutil.Process(process.pid).children()[1].send_signal(signal.Signals[name])
-    assert process.wait(timeout=120) == 0, log.read_text()[-2000:]
-    assert "as asked" in log.read_text() and newest_checkpoint(tmp_path).name < "step_0000008"
-    assert run(command).returncode == 0
-    assert torch.equal(losses(tmp_path), losses(uninterrupted))
+    warned = process if to == "launcher" else psutil.Process(process.pid).children()[1]
+    warned.send_signal(signal.Signals[name])
+    assert process.wait(timeout=120) == (1 if to == "launcher" else 0), log.read_text()[-2000:]
+    assert "as asked" in log.read_text() and complete_steps(tmp_path)[0] < "step_0000008"
+    done = run(command)
+    assert done.returncode == 0 and "resumed from" in done.stdout + done.stderr, done.stderr
+    require_equal_bits(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
