@@ -17,7 +17,7 @@ from typing import IO
 from configs import s3
 from configs.errors import FileError, UserError
 from configs.files import sha256_file, sync, temporary
-from configs.foreign import require_inside
+from configs.untrusted import require_inside
 
 OWNER_ONLY = 0o700
 

@@ -19,7 +19,7 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from configs.errors import MissingFileError, UserError
-from configs.foreign import SETTINGS_BYTES, reading
+from configs.untrusted import SETTINGS_BYTES, reading
 
 NULLS = ("~", "null", "Null", "NULL")
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"))

@@ -19,7 +19,7 @@ from botocore import exceptions as boto
 
 from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
 from configs.files import sha256_file
-from configs.foreign import require_inside
+from configs.untrusted import require_inside
 
 ATTEMPTS = 7  # of a request: half a minute of pauses on average
 SILENT_S = 60.0  # after which a server that says nothing more is asked again

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from configs import cache, files, s3
 from configs.errors import FileError, UserError
-from configs.foreign import require_inside
+from configs.untrusted import require_inside
 
 BUFFER_BYTES = 4 << 20  # of a file on a server that is read piece by piece
 WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from configs import storage, to_dict, within
 from configs.errors import UserError, one_line
-from configs.foreign import parse_object
 from configs.game import GameConfig
+from configs.untrusted import parse_object
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents

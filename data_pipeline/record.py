@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from configs import cache, storage, within
 from configs.errors import UserError
-from configs.foreign import parse_object
 from configs.game import GameConfig
 from configs.lease import sole_writer
+from configs.untrusted import parse_object
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
 from data_pipeline.workers import game_ended, spawn_workers

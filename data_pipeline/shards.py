@@ -21,7 +21,7 @@ from webdataset.writer import TarWriter
 from configs import build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import sha256_file
-from configs.foreign import parse_object, reading, require_inside
+from configs.untrusted import parse_object, reading, require_inside
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 

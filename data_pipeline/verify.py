@@ -14,7 +14,7 @@ import torch
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import DAMAGE
+from configs.untrusted import DAMAGE
 from data_pipeline.shards import (
     AGAIN,
     CLIP_BYTES,

@@ -18,8 +18,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 from configs import build, build_from, merge_args, storage, to_dict, within
 from configs.errors import UserError, one_line
 from configs.files import write_text
-from configs.foreign import parse_object, reading
 from configs.storage import is_s3
+from configs.untrusted import parse_object, reading
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
 from launch.machine import MachineConfig
 from launch.node import NodeReport, address, inspect_node, measure, probe_connectivity, probe_file, probe_path

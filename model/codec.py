@@ -12,8 +12,8 @@ from typing import Any
 from configs import build_from, load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path, sha256_file
-from configs.foreign import require_inside
 from configs.overrides import merge_args, read_settings
+from configs.untrusted import require_inside
 from model.patch_codec import PatchCodec
 from model.video_codec import Codec
 from model.wan_codec import WanCodec

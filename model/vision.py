@@ -13,7 +13,7 @@ from torch import Size, Tensor, nn
 from configs import storage
 from configs.errors import UserError
 from configs.files import sha256_file
-from configs.foreign import reading
+from configs.untrusted import reading
 from model.config import Vision
 from model.inputs import with_mask
 from model.limits import MANY, WIDE, require_between

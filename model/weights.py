@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from configs import storage
 from configs.errors import MissingFileError, UserError
 from configs.files import atomic_path
-from configs.foreign import parse_json, parse_object, reading, require_inside
+from configs.untrusted import parse_json, parse_object, reading, require_inside
 from model.bare_names import bare_names
 
 HEADER_BYTES = 100_000_000  # the format's own limit

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from configs import load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
 from configs.game import GameConfig
 from configs.s3 import bucket_and_key
+from configs.untrusted import parse_object, reading
 from model.action_dit import ActionDiT
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig

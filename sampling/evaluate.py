@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from configs.game import GameConfig
+from configs.untrusted import SETTINGS_BYTES, parse_object, reading
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream

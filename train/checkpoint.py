@@ -15,8 +15,8 @@ from torch import Tensor
 from configs import build_from, flat, load_file, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder, require_other_files
-from configs.foreign import parse_object, reading
 from configs.overrides import read_settings
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.third_party import PICKLES

@@ -15,8 +15,8 @@ from pathlib import Path
 from configs import cache, storage
 from configs.errors import UserError, one_line
 from configs.files import write_text
-from configs.foreign import parse_object
 from configs.lease import sole_writer
+from configs.untrusted import parse_object
 from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import TrainConfig

@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import build_from, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Footage
 
 T = TypeVar("T")
