@@ -95,7 +95,7 @@ class Plan:
             if write:
                 with unless_there(url):
                     storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
-            elif not any(name.endswith(INDEX) for name in storage.list_files(self.folder)):
+            elif not any(name.endswith(INDEX) for name in storage.list_folder(self.folder)):
                 return
             # Looked at again: a worker that has just begun writes its plan before its shards.
             if not storage.exists(url):

@@ -17,7 +17,6 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from configs import build, build_from, merge_args, storage, to_dict, within
 from configs.errors import UserError, one_line
-from configs.files import write_text
 from configs.storage import is_s3
 from configs.untrusted import parse_object, reading
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
@@ -109,7 +108,7 @@ def _here(config: DoctorConfig) -> int:
         print(f"node {node}: examined; the findings are node 0's", flush=True)
         return 0
     if config.report:
-        write_text(config.report, json.dumps(to_dict(report), indent=2))
+        storage.write_text(config.report, json.dumps(to_dict(report), indent=2))
     issues = find_issues(report, config.machine, config.limits)
     lines = [report_text(report), "", *(f"problem: {issue}" for issue in issues)]
     lines += [f"problems found: {len(issues)}" if issues else "no problem found"]

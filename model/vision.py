@@ -12,7 +12,6 @@ from torch import Size, Tensor, nn
 
 from configs import storage
 from configs.errors import UserError
-from configs.files import sha256_file
 from configs.untrusted import reading
 from model.config import Vision
 from model.inputs import with_mask
@@ -94,7 +93,7 @@ def load_vision(path: str | Path) -> VisionTower:
 def vision_hash(path: str | Path) -> str:
     """Twelve hex digits over the tower's weights file: tokens of one tower mean nothing to another."""
     local = storage.local(path)
-    return sha256_file(local / HF_WEIGHTS if local.is_dir() else local)[:12]
+    return storage.sha256(local / HF_WEIGHTS if local.is_dir() else local)[:12]
 
 
 def load_tower(state: Mapping[str, Tensor], sizes: Mapping[str, Any], source: str) -> VisionTower:

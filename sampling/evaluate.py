@@ -149,7 +149,7 @@ def read_other(path: str, out: str) -> Compared:
     if storage.is_s3(page) == storage.is_s3(out):
         page = os.path.relpath(page, out)
     with reading(path, "beside= takes a report.json that evaluate wrote"):
-        if (size := storage.size(path)) > SETTINGS_BYTES:
+        if (size := storage.path(path).stat().st_size) > SETTINGS_BYTES:
             raise UserError(f"it has {size} bytes")
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
