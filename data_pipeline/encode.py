@@ -72,7 +72,7 @@ class ShardJob:
         """
         try:
             index = read_index(self.url)
-            whole = not index.info.clips or storage.size(self.url) == index.info.bytes
+            whole = not index.info.clips or storage.path(self.url).stat().st_size == index.info.bytes
         except FileNotFoundError:
             return None
         return None if not whole or (index.left_out and self.config.on_bad_recording == "stop") else index

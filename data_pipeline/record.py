@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from configs import cache, storage, within
 from configs.errors import UserError
-from configs.foreign import parse_object
 from configs.game import GameConfig
 from configs.lease import sole_writer
+from configs.untrusted import parse_object
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
 from data_pipeline.workers import game_ended, spawn_workers
@@ -113,7 +113,7 @@ def record_episodes(config: RecordConfig) -> int:
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record", config.out):
         todo = [i for i in range(config.episodes) if not _is_complete(_folder(config, i), config, i)]
-        names = {_folder(config, i).name for i in todo}
+        names = {f"{_folder(config, i).name}/" for i in todo}
         shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
         with (
             spawn_workers(_record_share, shares) as workers,
@@ -121,7 +121,7 @@ def record_episodes(config: RecordConfig) -> int:
         ):
             while any([worker.is_running() for worker in workers]):
                 time.sleep(2.0 if s3 else 0.2)
-                bar.update(len(names.intersection(map(storage.name_of, storage.list_folders(config.out)))) - bar.n)
+                bar.update(len(names.intersection(storage.list_folder(config.out))) - bar.n)
     return len(todo)
 
 

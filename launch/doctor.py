@@ -17,9 +17,8 @@ from torch.distributed import PrefixStore, Store, TCPStore
 
 from configs import build, build_from, merge_args, storage, to_dict, within
 from configs.errors import UserError, one_line
-from configs.files import write_text
-from configs.foreign import parse_object, reading
 from configs.storage import is_s3
+from configs.untrusted import parse_object, reading
 from launch.cluster_report import ClusterReport, LimitsConfig, find_issues, report_text
 from launch.machine import MachineConfig
 from launch.node import NodeReport, address, inspect_node, measure, probe_connectivity, probe_file, probe_path
@@ -109,7 +108,7 @@ def _here(config: DoctorConfig) -> int:
         print(f"node {node}: examined; the findings are node 0's", flush=True)
         return 0
     if config.report:
-        write_text(config.report, json.dumps(to_dict(report), indent=2))
+        storage.write_text(config.report, json.dumps(to_dict(report), indent=2))
     issues = find_issues(report, config.machine, config.limits)
     lines = [report_text(report), "", *(f"problem: {issue}" for issue in issues)]
     lines += [f"problems found: {len(issues)}" if issues else "no problem found"]

@@ -15,10 +15,9 @@ from typing import Literal, get_args
 from configs import build_from, load_config
 from configs.cli import table
 from configs.errors import UserError
-from configs.files import write_text
-from configs.foreign import parse_object, reading, require_inside
 from configs.lease import sole_writer
-from configs.storage import is_s3
+from configs.storage import is_s3, write_text
+from configs.untrusted import parse_object, reading, require_inside
 from launch.local import wait
 
 Precision = Literal["fp32", "bf16"]

@@ -12,8 +12,7 @@ from typing import ClassVar, Literal
 
 from configs import within
 from configs.errors import FileInTheWayError, MissingFileError, UserError
-from configs.files import write_text
-from configs.storage import is_s3
+from configs.storage import is_s3, write_text
 
 MARK = "# Rendered by: python -m launch"  # a line of every file that is written for a scheduler
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from configs import save_config, storage
-from configs.files import require_other_files, write_text
+from configs.files import require_other_files
 from configs.game import GameConfig
 from model.codec import codec_hash
 from model.config import ActionDiTConfig
@@ -87,7 +87,7 @@ def export(config: ExportConfig) -> None:
     exported = _rename(weights, config)
     with writing_world(config.out, world, codec) as folder:
         save_weights(exported, folder / WEIGHTS_NAME)
-        write_text(folder / "config.json", json.dumps(config_json(world.model, config.format), indent=1))
+        storage.write_text(folder / "config.json", json.dumps(config_json(world.model, config.format), indent=1))
     print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(exported)} tensors, the first {next(iter(exported))}")
     if without_codec:
         print(without_codec)

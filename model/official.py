@@ -15,7 +15,7 @@ from torch import Tensor
 
 from configs import storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.foreign import reading
+from configs.untrusted import reading
 from model.action_dit import ActionDiT
 from model.config import ActionDiTConfig
 from model.third_party import PICKLES, diffusers_names, load_third_party, read_json

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
+from configs.untrusted import parse_object, reading
 from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")

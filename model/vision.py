@@ -12,8 +12,7 @@ from torch import Size, Tensor, nn
 
 from configs import storage
 from configs.errors import UserError
-from configs.files import sha256_file
-from configs.foreign import reading
+from configs.untrusted import reading
 from model.config import Vision
 from model.inputs import with_mask
 from model.limits import MANY, WIDE, require_between
@@ -94,7 +93,7 @@ def load_vision(path: str | Path) -> VisionTower:
 def vision_hash(path: str | Path) -> str:
     """Twelve hex digits over the tower's weights file: tokens of one tower mean nothing to another."""
     local = storage.local(path)
-    return sha256_file(local / HF_WEIGHTS if local.is_dir() else local)[:12]
+    return storage.sha256(local / HF_WEIGHTS if local.is_dir() else local)[:12]
 
 
 def load_tower(state: Mapping[str, Tensor], sizes: Mapping[str, Any], source: str) -> VisionTower:

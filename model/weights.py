@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.files import atomic_path
-from configs.foreign import parse_json, parse_object, reading, require_inside
+from configs.untrusted import parse_json, parse_object, reading, require_inside
 from model.bare_names import bare_names
 
 HEADER_BYTES = 100_000_000  # the format's own limit
@@ -84,7 +83,7 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
         header[name] = {"dtype": DTYPE_NAMES[specs[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as part, open(part, "wb") as file:
+    with storage.writing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(_bytes(state[name].detach().cpu().contiguous()))

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from configs import load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
 from configs.game import GameConfig
 from configs.s3 import bucket_and_key
+from configs.untrusted import parse_object, reading
 from model.action_dit import ActionDiT
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig
@@ -220,8 +220,7 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
 
     Raises UserError if something is in `out` already: it may be what is read.
     """
-    names = map(storage.name_of, storage.list_files(out) + storage.list_folders(out))
-    if any(not name.startswith(".") for name in names):  # such as what a killed writer left
+    if any(not name.startswith(".") for name in storage.list_folder(out)):  # such as what a killed writer left
         what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
         raise UserError(f"{out} {what} already; choose another out=")
     with storage.writing_folder(out, last=COMPLETE, new=True) as folder:

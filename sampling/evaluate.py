@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from configs.game import GameConfig
+from configs.untrusted import SETTINGS_BYTES, parse_object, reading
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
@@ -149,7 +149,7 @@ def read_other(path: str, out: str) -> Compared:
     if storage.is_s3(page) == storage.is_s3(out):
         page = os.path.relpath(page, out)
     with reading(path, "beside= takes a report.json that evaluate wrote"):
-        if (size := storage.size(path)) > SETTINGS_BYTES:
+        if (size := storage.path(path).stat().st_size) > SETTINGS_BYTES:
             raise UserError(f"it has {size} bytes")
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 

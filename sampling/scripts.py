@@ -11,8 +11,8 @@ import numpy as np
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import parse_json
 from configs.game import ActionSpace
+from configs.untrusted import parse_json
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions
 from model.limits import require_between

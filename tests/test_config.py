@@ -12,8 +12,8 @@ import pytest
 from configs import load_config, load_file, save_config
 from configs.cli import Verb, call, run
 from configs.errors import UserError, one_line
-from configs.foreign import inside, parse_object
 from configs.overrides import read_settings
+from configs.untrusted import inside, parse_object
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_a_bucket_that_does_not_exist_is_one_clear_line(s3, capsys) -> None:
     assert "there is no bucket 'nowhere'" in said_by_command(capsys, "verify", "s3://nowhere/manifest.json")
     url = "s3://nowhere/a"
     write_it = partial(storage.write_text, text="text")
-    for action in (storage.read_bytes, storage.exists, storage.list_files, storage.local, write_it):
+    for action in (storage.read_bytes, storage.exists, storage.list_folder, storage.local, write_it):
         with pytest.raises(OSError, match="there is no bucket 'nowhere'"):
             action(url)
 

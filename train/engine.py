@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from configs.errors import UserError
-from configs.foreign import parse_json
+from configs.untrusted import parse_json
 from train.config import EngineConfig, TrainConfig
 from train.optim import make_optimizer
 from train.state import ParamShard, SavedState

@@ -11,7 +11,6 @@ import torch
 
 from configs import load_config, storage
 from configs.errors import FileError, UserError, is_users
-from configs.files import write_text
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
@@ -131,7 +130,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         run.saver.check()
         if stopping:
             if log.main:
-                write_text(Path(config.out) / STOPPED, f"step {done}\n")
+                storage.write_text(Path(config.out) / STOPPED, f"step {done}\n")
             log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False

@@ -25,8 +25,8 @@ import numpy as np
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import inside, parse_json, reading
 from configs.game import GameConfig
+from configs.untrusted import inside, parse_json, reading
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.logs import check_row_count, read_text
 from data_pipeline.readers.recording import Format, cut_episodes, open_video, say

@@ -25,8 +25,8 @@ import numpy as np
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import inside, reading
 from configs.game import GameConfig
+from configs.untrusted import inside, reading
 from data_pipeline.readers.keys import bind_keys, scale_mouse
 from data_pipeline.readers.logs import Row, check_frame_numbers, read_facts, read_number
 from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, probe_footage, reading_extra

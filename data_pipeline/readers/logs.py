@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import build_from, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Footage
 
 T = TypeVar("T")
@@ -60,8 +60,8 @@ def open_text(path: Path, most_bytes: int = LOG_BYTES) -> Iterator[io.TextIOWrap
     """The text of a file. Whatever is wrong with it in the block becomes one UserError that names it."""
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
-    if storage.size(path) > most_bytes:
-        raise UserError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {most_bytes}")
+    if (size := storage.path(path).stat().st_size) > most_bytes:
+        raise UserError(f"{path} has {size} bytes; a log of a recording has at most {most_bytes}")
     # Bytes that are not UTF-8 become \xff, so that the row can be named, and rows that do not count may hold any.
     with reading(path), storage.open(path) as file:
         yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")

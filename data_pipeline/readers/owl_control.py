@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.foreign import parse_json, reading
 from configs.game import GameConfig
+from configs.untrusted import parse_json, reading
 from data_pipeline.readers.event_rows import Event, Kind, cut_by_log, sort_events
 from data_pipeline.readers.keys import bind_keys
 from data_pipeline.readers.logs import EVENT_BYTES, open_text, read_number

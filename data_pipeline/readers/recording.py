@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import FileError, MissingFileError, UserError, one_line
-from configs.foreign import reading
 from configs.game import GameConfig
+from configs.untrusted import reading
 from data_pipeline.types import Actions, Episode, Footage
 from data_pipeline.video import frame_times, probe, read_frames
 

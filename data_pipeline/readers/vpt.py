@@ -29,8 +29,8 @@ import numpy as np
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import reading
 from configs.game import GameConfig
+from configs.untrusted import reading
 from data_pipeline.readers.keys import INPUTS, MOUSE_BUTTONS, bind_keys, mouse_rows
 from data_pipeline.readers.logs import Row, read_frame_rows, read_number
 from data_pipeline.readers.recording import Format, cut_episodes, find_pairs, open_video, read_pair

@@ -17,7 +17,6 @@ import numpy as np
 
 from configs import build, storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.files import write_text
 from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import mouse_rows
 from data_pipeline.readers.logs import check_frame_numbers, read_facts, read_frame_rows, read_rows
@@ -125,7 +124,7 @@ def write_episode(
     with storage.writing_folder(folder, last=ABOUT, new=True) as part:
         write_video(part / VIDEO, frames, about["fps"], crf)
         write_actions(part / ACTIONS, build(ActionSpace, about["action_space"]), keyboard, mouse_deg)
-        write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
+        storage.write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mouse_deg: np.ndarray) -> None:

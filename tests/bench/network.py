@@ -18,7 +18,8 @@ from torch import Tensor
 
 from configs import to_dict
 from configs.errors import UserError
-from configs.files import require_no_folder, require_other_files, write_text
+from configs.files import require_no_folder, require_other_files
+from configs.storage import write_text
 from model.action_dit import ActionDiT, CompileMode
 from model.codec import Codec, load_codec
 from model.config import ActionDiTConfig
