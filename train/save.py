@@ -66,7 +66,7 @@ class Saver:
         tensors, metadata = dict[str, Tensor](), dict[str, str]()
         if self.engine.writes_state:  # else another rank has the same
             buffers = dict(self.engine.buffers()) if self.engine.accelerator.is_main_process else {}
-            tensors, metadata = collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
+            tensors, metadata = collect_state(self.engine.shards(), self.engine.optimizer, self.ema.averages, buffers)
         if self.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._start_thread(folder, lambda: self._write(folder, position, tensors, metadata))
