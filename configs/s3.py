@@ -162,8 +162,9 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def download(url: str, file: Path) -> str:
-    """Writes the object to `file`, a large one in parallel, compares its bytes with the digest and returns theirs."""
+def download(url: str, file: Path) -> Found:
+    """Writes the object to `file`, a large one in parallel; its bytes are compared with the digest if there is one, and
+    theirs is returned."""
     from s3transfer.exceptions import RetriesExceededError
 
     bucket, key = bucket_and_key(url)
@@ -177,13 +178,13 @@ def download(url: str, file: Path) -> str:
             out.seek(0)
             digest = hashlib.file_digest(out, SHA256).hexdigest()
             if out.tell() == found.st_size and found.sha256 in (None, digest):
-                return digest
+                return found._replace(sha256=digest)
         _pause(failed)
     file.unlink(missing_ok=True)
     raise UserError(f"{url} is damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
-def upload(file: Path, url: str) -> None:
+def upload(file: Path, url: str) -> Found:
     """Copies `file` to `url`: a large one in parts, which are taken back if one of them fails."""
     bucket, key = bucket_and_key(url)
     with named_errors(url), open(file, "rb") as data:
@@ -195,6 +196,7 @@ def upload(file: Path, url: str) -> None:
     if (stored.st_size, stored.sha256) != (size, digest):
         fix = "this server alters what it is given; set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
         raise FileError(f"{url} has {stored.st_size} bytes after {size} were written: {fix}")
+    return stored
 
 
 def create(url: str, data: bytes) -> bool:

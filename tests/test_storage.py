@@ -248,9 +248,10 @@ def test_a_copy_that_was_damaged_is_fetched_again(damage, bucket_folder, own_cac
 
 
 def test_what_changes_while_it_is_copied_is_no_copy(bucket_folder, own_cache, monkeypatch) -> None:
-    storage.write_text(storage.join(bucket_folder, "a"), "text")
-    monkeypatch.setattr(s3, "download", lambda url, file: file.write_text("longer than what was listed"))
-    with pytest.raises(OSError, match="was changed while it was copied"):
+    url, download = storage.join(bucket_folder, "a"), s3.download
+    storage.write_text(url, "text")
+    monkeypatch.setattr(s3, "download", lambda url, file: storage.write_text(url, "more") or download(url, file))
+    with pytest.raises(UserError, match="/a is altered"):
         storage.local(bucket_folder)
     assert files_in(own_cache) == {".lock", ".fetch"}
 
