@@ -145,13 +145,6 @@ def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, soon_exp
     assert not storage.exists(claim)
 
 
-def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> None:
-    proxy.add(Fault("not offered", r"^PUT .*claim", times=1))
-    with sole_run(config):
-        (Path(config.out) / "metrics.jsonl").write_text("{}\n")
-    assert storage.read_bytes(f"{config.checkpoints}/metrics.jsonl") == b"{}\n"
-
-
 def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
     args = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
     with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008"):

@@ -283,24 +283,6 @@ def test_more_than_a_thousand_keys_are_listed(bucket_folder):
     assert storage.list_folder(bucket_folder) == names and len(storage.list_tree(bucket_folder)) == MANY
 
 
-@pytest.mark.long
-def test_a_transfer_takes_no_more_memory_than_its_parts(bucket_folder, tmp_path):
-    """A file of 30 parts, 8 of which may be on their way."""
-    part_bytes = 5 << 20
-    with open(tmp_path / "large.bin", "wb") as file:
-        file.truncate(30 * part_bytes)
-    program = (
-        "import resource, sys; from pathlib import Path; from configs import s3, storage\n"
-        f"s3.PART_BYTES = {part_bytes}; s3.client()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "s3.upload(Path(sys.argv[1]), sys.argv[2]); storage.local(sys.argv[2])\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "large.bin"), storage.join(bucket_folder, "large.bin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < s3.PARALLEL * part_bytes + (30 << 20)
-
-
 def test_processes_share_one_copy(bucket_folder, proxy):
     """Two that ask at the same moment, while a third that has it goes on living."""
     url = storage.join(bucket_folder, "shared.bin")
