@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -99,7 +100,7 @@ def _convert_scalar(hint: type, value: Any, key: str) -> Any:
             value = SWITCH[text.lower()] if hint is bool else hint(text)
     if type(value) is not hint:
         raise UserError(f"{key} must be of type {hint.__name__}, not {value!r}")
-    if isinstance(value, int | float) and not abs(value) < 2**63:  # NaN too
+    if isinstance(value, int | float) and not abs(value) < (2**63 if hint is int else math.inf):
         raise UserError(f"{key} must be a finite number of at most 64 bits, not {value}")
     return value
 

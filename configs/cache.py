@@ -21,7 +21,7 @@ from configs.untrusted import require_inside
 
 OWNER_ONLY = 0o700
 
-Files = Mapping[str, tuple[int, str]]  # path in a copy's folder: bytes, and what changes when it is written again
+Files = Mapping[str, tuple[int, str]]  # path in a copy's folder: bytes, and ETag or SHA-256
 _kept_locks: dict[Path, IO[str]] = {}  # of the copies that this process may read until it ends
 
 
@@ -75,10 +75,11 @@ def cached_file(url: str | Path, size: int = 0, sha256: str | None = None) -> It
     if not s3.is_s3(url):
         yield Path(url)
         return
-    version, name = sha256, _name_of(str(url))
+    url, version = str(url), sha256
     if version is None:
-        size, version, _ = s3.head(str(url))
-    folder, lock = _copy(str(url), {name: (size, version)}, sha256)
+        size, version, _ = s3.head(url)
+    name = _name_of(url)
+    folder, lock = _copy(url, {name: (size, version)})
     with lock:
         yield folder / name
 
@@ -87,7 +88,7 @@ def _name_of(url: str) -> str:
     return require_inside(url.rpartition("/")[2], url)
 
 
-def _copy(url: str, files: Files, sha256: str | None = None) -> tuple[Path, IO[str]]:
+def _copy(url: str, files: Files) -> tuple[Path, IO[str]]:
     """The folder that holds `files`, fetched if they are not there, and the open lock that protects it."""
     key = json.dumps([url, sorted(files.items())])
     folder = root("copies") / hashlib.sha256(key.encode()).hexdigest()[:16]
@@ -97,32 +98,26 @@ def _copy(url: str, files: Files, sha256: str | None = None) -> tuple[Path, IO[s
         os.utime(lock.name)
         with open(folder.with_suffix(".fetch"), "a") as fetching:
             fcntl.flock(fetching, fcntl.LOCK_EX)  # waits for a process that fetches it
-            if not _is_whole(folder, files):
-                _fetch(url, folder, files, sha256)
+            sizes = {folder / path: size for path, (size, _) in files.items()}
+            if not folder.is_dir() or any(not p.is_file() or p.stat().st_size != size for p, size in sizes.items()):
+                _fetch(url, folder, files)
         opened.pop_all()  # the caller closes the lock
     return folder, lock
 
 
-def _is_whole(folder: Path, files: Files) -> bool:
-    copies = {folder / path: size for path, (size, _) in files.items()}
-    return folder.is_dir() and all(copy.is_file() and copy.stat().st_size == size for copy, size in copies.items())
-
-
-def _fetch(url: str, folder: Path, files: Files, sha256: str | None) -> None:
+def _fetch(url: str, folder: Path, files: Files) -> None:
     """Copies `files`, which lie beside or below `url`, to `folder`, which appears with all of them."""
     for path in files:
         require_inside(path, url)  # whoever writes to a bucket chooses the keys
     _make_room(sum(size for size, _ in files.values()))
     with tmp_dir() as part:
-        for path in files:
-            copy = part / path
+        for path, (size, version) in files.items():
+            copy, source = part / path, f"{url.rpartition('/')[0]}/{path}"
             copy.parent.mkdir(parents=True, exist_ok=True)
-            digest = s3.download(f"{url.rpartition('/')[0]}/{path}", copy)
-            if sha256 not in (None, digest):
-                raise UserError(f"{url} is altered: its SHA-256 is not the manifest's")
+            found = s3.download(source, copy)
+            if found.st_size != size or version not in (found.etag, found.sha256):
+                raise UserError(f"{source} is altered: it is not what its manifest says, or what was listed before")
             sync(copy)
-        if not _is_whole(part, files):
-            raise FileError(f"{url} was changed while it was copied; run the command again")
         shutil.rmtree(folder, ignore_errors=True)  # damaged
         part.rename(folder)
 

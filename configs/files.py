@@ -108,12 +108,6 @@ def create_file(path: str | Path, data: bytes) -> bool:
     return True
 
 
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file as hex digits, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 config_files: list[str] = []  # YAML files that the running command was given
 Sources = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folders by the setting that names them
 
@@ -128,8 +122,8 @@ def require_other_files(outs: Iterable[str | Path], read: Sources) -> None:
     for setting, paths in {**read, "config": config_files}.items():
         sources = [paths] if isinstance(paths, str | Path) else paths or ()
         for out, source in product(outs, map(str, sources)):
-            if how := _how_written(out, source):
-                raise UserError(f"{out} would be written {how} {setting}={source}; give another out=")
+            if _is_part_of(out, source):
+                raise UserError(f"{out} would change {setting}={source}, which is read; give another out=")
 
 
 def require_no_folder(outs: Iterable[str | Path]) -> None:
@@ -139,19 +133,16 @@ def require_no_folder(outs: Iterable[str | Path]) -> None:
             raise UserError(f"{out} is a folder; give out= the name of a file")
 
 
-def _how_written(out: str, source: str) -> str:
-    """Whether writing `out` would write `over` or `into` the file or folder `source`; nothing if neither."""
-    if out.startswith("s3:") or source.startswith("s3:"):
-        targets, source = [out.rstrip("/")], source.rstrip("/")
-    else:
+def _is_part_of(out: str, source: str) -> bool:
+    """Whether `out` is the file or folder `source`, by any path or link, or lies in it."""
+    targets = [out]
+    if not out.startswith("s3:") and not source.startswith("s3:"):
         if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):  # hard links too
-            return "over"
+            return True
         folder, name = os.path.split(os.path.abspath(out))
         targets = [os.path.join(os.path.realpath(folder), name), os.path.realpath(out)]
         source = os.path.realpath(source)
-    if source in targets:
-        return "over"
-    return "into" if any(target.startswith(f"{source.rstrip('/')}/") for target in targets) else ""
+    return any(f"{target.rstrip('/')}/".startswith(f"{source.rstrip('/')}/") for target in targets)
 
 
 @cache  # once a process is often enough

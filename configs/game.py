@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs import to_dict
+from configs import to_dict, within
 from configs.errors import UserError
 
 MOST_PX = 8192  # of a frame's side
@@ -19,15 +19,13 @@ class ActionSpace:
     keys: tuple[str, ...]  # names, in the order of the keyboard vector
     caps: tuple[str, ...] = ()  # what the overlay writes on each key; the names if empty
     mouse: bool = True  # (pitch, yaw); pitch > 0 looks up, yaw > 0 turns right
-    mouse_unit_deg: float = 1.0  # degrees per frame that count as 1 in the mouse vector
+    mouse_unit_deg: float = within(1e-300, 1e300, 1.0)  # degrees per frame that count as 1 in the mouse vector
 
     def __post_init__(self) -> None:
         if not self.keys or len(set(self.keys)) != len(self.keys):
             raise UserError(f"action space {self.name!r}: keys must be given and distinct, not {self.keys}")
         if self.caps and len(self.caps) != len(self.keys):
             raise UserError(f"action space {self.name!r}: {len(self.caps)} caps for {len(self.keys)} keys")
-        if self.mouse_unit_deg <= 0:
-            raise UserError(f"action space {self.name!r}: mouse_unit_deg must be positive, not {self.mouse_unit_deg}")
 
     def describe(self) -> str:
         """Name, keys and mouse unit, for messages."""
@@ -70,14 +68,12 @@ class GameConfig:
 
     name: str
     action_space: ActionSpace
-    fps: float  # frames per second of recordings and of everything generated
+    fps: float = within(0.1, 1000)  # frames per second of recordings and of everything generated
     height: int  # px, a multiple of 16
     width: int  # px, a multiple of 16
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.fps <= 1000:
-            raise UserError(f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000")
         if not all(16 <= px <= MOST_PX and px % 16 == 0 for px in (self.height, self.width)):  # codec 8 x patch 2
             raise UserError(f"{self.name}: height and width must be multiples of 16 up to {MOST_PX} px")
         if self.inputs.fps is not None and self.inputs.fps < self.fps:

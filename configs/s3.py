@@ -50,10 +50,9 @@ def bucket_and_key(url: str) -> tuple[str, str]:
     Any other text is a UserError; so are keys that no path can have, such as `a/../b`.
     """
     bucket, slash, key = url.removeprefix("s3://").partition("/")
-    if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
-        raise UserError(f"an s3 url holds no credentials and no port; write s3://bucket/key, and {CHECK}")
-    if not url.startswith("s3://") or not bucket or not (key or slash):
-        raise UserError(f"{url!r} is no s3 url; write s3://bucket/key")
+    if not url.startswith("s3://") or not bucket or not (key or slash) or "@" in bucket or ":" in bucket:
+        shown = url.rpartition("@")[2]  # before it may be a password
+        raise UserError(f"{shown!r} is no s3 url; write s3://bucket/key, without credentials and port")
     require_inside(f"{bucket}/{key}".rstrip("/"), url)
     return bucket, key
 
@@ -113,11 +112,6 @@ def _transfer() -> Any:
     return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL)
 
 
-def _pause(failed: int) -> None:
-    """Waits before another attempt: longer each time, and a random part of it."""
-    time.sleep(random.random() * 0.1 * 2**failed)
-
-
 def head(url: str) -> Found:
     """What is known about `url`. A FileNotFoundError if it is not there."""
     bucket, key = bucket_and_key(url)
@@ -158,17 +152,18 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
             except BROKEN_OFF:
                 if failed == ATTEMPTS:
                     raise
-        _pause(failed)
+        time.sleep(random.random() * 0.1 * 2**failed)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def download(url: str, file: Path) -> str:
-    """Writes the object to `file`, a large one in parallel, compares its bytes with the digest and returns theirs."""
+def download(url: str, file: Path) -> Found:
+    """Writes the object to `file`, a large one in parallel; its bytes are compared with the digest if there is one, and
+    theirs is returned."""
     from s3transfer.exceptions import RetriesExceededError
 
     bucket, key = bucket_and_key(url)
-    for failed in range(1, DOWNLOADS + 1):
-        found = head(url)
+    for _ in range(DOWNLOADS):
+        listed = head(url)
         with named_errors(url), suppress(boto.FlexibleChecksumError), open(file, "w+b") as out:
             try:
                 client().download_fileobj(bucket, key, out, Config=_transfer())
@@ -176,14 +171,13 @@ def download(url: str, file: Path) -> str:
                 raise boto.HTTPClientError(error=error.last_exception) from error
             out.seek(0)
             digest = hashlib.file_digest(out, SHA256).hexdigest()
-            if out.tell() == found.st_size and found.sha256 in (None, digest):
-                return digest
-        _pause(failed)
+            if out.tell() == listed.st_size and listed.sha256 in (None, digest):
+                return listed._replace(sha256=digest)
     file.unlink(missing_ok=True)
     raise UserError(f"{url} is damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
-def upload(file: Path, url: str) -> None:
+def upload(file: Path, url: str) -> Found:
     """Copies `file` to `url`: a large one in parts, which are taken back if one of them fails."""
     bucket, key = bucket_and_key(url)
     with named_errors(url), open(file, "rb") as data:
@@ -195,6 +189,7 @@ def upload(file: Path, url: str) -> None:
     if (stored.st_size, stored.sha256) != (size, digest):
         fix = "this server alters what it is given; set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
         raise FileError(f"{url} has {stored.st_size} bytes after {size} were written: {fix}")
+    return stored
 
 
 def create(url: str, data: bytes) -> bool:

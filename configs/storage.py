@@ -206,10 +206,8 @@ def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Pa
     with cache.tmp_dir() as folder:
         yield folder
         remove(join(url, last))  # of what was there before
-        written: dict[str, Hashable] = {}
-        for name in sorted(list_tree(folder), key=lambda name: (name == last, name)):
-            s3.upload(folder / name, join(url, name))
-            written[name] = version(join(url, name))
+        names = sorted(list_tree(folder), key=lambda name: (name == last, name))
+        written = {name: s3.upload(folder / name, join(url, name)).etag for name in names}
         require_sole_writer(url, written, last)
 
 

@@ -380,11 +380,11 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
     assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file")
     assert f"{tmp_path}/file is a file; choose another out=" in refusal(f"{tmp_path}/file/run/a")
     shards = Path(load_config(TrainConfig, [*train_words, "out=x"]).sources[0].path).parent
-    assert "would be written into manifest=" in refusal(f"{shards}/run")
-    assert "would be written over manifest=" in refusal(f"{shards}/../{shards.name}")
+    assert "would change manifest=" in refusal(f"{shards}/run")
+    assert "would change manifest=" in refusal(f"{shards}/../{shards.name}")
     step = write_checkpoint(tmp_path / "run")
     for init in (step, tmp_path / "run"):
-        assert "run/step_0000100/x would be written into init=" in refusal(f"{step}/x", f"init={init}")
+        assert "run/step_0000100/x would change init=" in refusal(f"{step}/x", f"init={init}")
     shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
     assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")

@@ -1,6 +1,5 @@
 """What two writers, or one that is killed, leave in a folder."""
 
-import json
 import os
 import re
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from full_disk import full_disk
-from tiny_recordings import draw_frames, write_recording
 
 from configs import storage
 from configs.cli import run
@@ -19,7 +17,6 @@ from configs.files import TEMPORARY, atomic_folder, atomic_path, remove_unfinish
 from configs.lease import sole_writer
 from configs.storage import write_text
 from data_pipeline.__main__ import VERBS
-from data_pipeline.readers.worldloom import describe_episode, write_episode
 
 RECORD = ["record", "configs/games/doom.yaml", "episodes=1", "frames=12"]
 KILLED = """
@@ -57,21 +54,6 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_one_and_nothing_else(tmp
     assert names(tmp_path) == {*not_ours, "film.mp4", "beside.txt"}
     remove_unfinished(tmp_path)
     assert names(tmp_path) == {"film.mp4", "beside.txt"}
-
-
-def test_two_writers_of_an_episode_do_not_touch_each_other_s_files(tmp_path: Path, game) -> None:
-    folder = tmp_path / "episode_00000"
-    pictures, keyboard, mouse_deg = draw_frames(game, 10, seed=0)
-
-    def frames():  # the other writer begins and ends meanwhile
-        yield from pictures[:5]
-        write_recording(folder, game, frames=10, seed=1)
-        yield from pictures[5:]
-
-    with pytest.raises(FileExistsError, match="episode_00000"):
-        write_episode(folder, {**describe_episode(game, 10), "seed": 0}, frames(), keyboard, mouse_deg)
-    assert names(folder) == {"video.mp4", "actions.csv", "episode.json"} and names(tmp_path) == {folder.name}
-    assert json.loads((folder / "episode.json").read_text())["seed"] == 1
 
 
 def test_files_that_are_written_together_are_of_one_writer(tmp_path: Path) -> None:

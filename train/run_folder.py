@@ -91,10 +91,11 @@ def push(folder: Path, url: str) -> None:
     with suppress(FileNotFoundError, ValueError):  # damaged: all is copied again
         pushed = parse_object((folder / PUSHED).read_bytes(), folder / PUSHED)
     here = folder.resolve()
-    for path in sorted(folder.rglob("[!.]*")):
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        ours = path.is_file() and path.resolve().is_relative_to(here) and not fnmatch(name, f"{STEP_FOLDERS}/*")
-        if ours and pushed.get(name) != (changed := path.stat().st_mtime_ns):
+        ours = path.is_file() and path.resolve().is_relative_to(here)
+        skipped = "/." in f"/{name}" or fnmatch(name, f"{STEP_FOLDERS}/*")
+        if ours and not skipped and pushed.get(name) != (changed := path.stat().st_mtime_ns):
             with storage.writing(storage.join(url, name)) as part:
                 shutil.copyfile(path, part)  # it may grow meanwhile
             pushed[name] = changed
