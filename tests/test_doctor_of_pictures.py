@@ -45,8 +45,8 @@ def jitter(video: Path) -> None:
 
 
 PLANTED = {
-    "turned": (turn, "shown otherwise", "stored pictures are turned by a quarter"),
-    "stretched": (stretch, "shown otherwise", "its pixels are 1.33 times as wide as high"),
+    "turned": (turn, "shown otherwise", "stored pictures are turned"),
+    "stretched": (stretch, "shown otherwise", "pixels are 1.33 times as wide as high"),
     "damaged": (spoil_pictures, "damaged", "video.mp4 is damaged"),
     "uneven": (jitter, "uneven times", "frame 1 is shown 0.4"),
 }

@@ -88,7 +88,7 @@ def test_pixels_that_are_not_square_are_stretched(tmp_path):
 
     path = write_foreign(tmp_path / "a.mp4", corner_frames(), wide)
     assert next(read_frames(path)).shape == (64, 128, 3) and probe(path)[2:4] == (64, 128)
-    assert probe(path).changes == "stretched, since its pixels are 1.33 times as wide as high"
+    assert probe(path).changes == "stretched (pixels are 1.33 times as wide as high)"
 
 
 def test_what_the_container_crops_is_cut_off(tmp_path):
@@ -135,8 +135,8 @@ def test_the_colour_matrix_and_range_are_those_that_a_video_says_or_players_assu
 @pytest.mark.parametrize(
     ("prepare", "options", "named"),
     [
-        ({"color_trc": 16, "color_primaries": 9}, {}, "high dynamic range .PQ"),
-        ({"color_trc": 18, "color_primaries": 9}, {}, "high dynamic range .HLG"),
+        ({"color_trc": 16, "color_primaries": 9}, {}, "PQ, high dynamic range"),
+        ({"color_trc": 18, "color_primaries": 9}, {}, "HLG, high dynamic range"),
         ({"color_trc": 8}, {}, "transfer characteristic 8"),
         ({"colorspace": 10}, {}, "colour matrix 10"),
         ({"sample_aspect_ratio": Fraction(1, 60)}, {}, "0.0167 times as wide as high"),
