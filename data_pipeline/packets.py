@@ -55,10 +55,6 @@ def opened(
         raise UserError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video") from error
 
 
-class DamagedVideoError(UserError):
-    """A video whose pictures are not those that were encoded."""
-
-
 class Packets(NamedTuple):
     """One per frame in the order of the file, without those that an edit list hides."""
 
@@ -117,7 +113,7 @@ def decode_from(
 ) -> Iterator[VideoFrame]:
     """Decoded frames from number `start` on, reached from the last key frame that is shown no later.
 
-    DamagedVideoError for a frame that does not come in its place: decoders leave out what they cannot decode.
+    UserError for a frame that does not come in its place: decoders leave out what they cannot decode.
     """
     packets = read_packets(path)
     shown, begin, number = np.sort(packets.pts), None, start
@@ -145,9 +141,9 @@ def decode_from(
         number += 1
 
 
-def damaged(path: str | Path, number: int, how: str = "") -> DamagedVideoError:
+def damaged(path: str | Path, number: int, how: str = "") -> UserError:
     where = f"in or before its frame {number}{how}"
-    return DamagedVideoError(f"{path} is damaged or truncated {where}; convert, copy or record it again")
+    return UserError(f"{path} is damaged or truncated {where}; convert, copy or record it again")
 
 
 def _require_unaltered(path: Path) -> None:
@@ -158,9 +154,7 @@ def _require_unaltered(path: Path) -> None:
         if checksum.startswith(CHECKSUM_HEAD):
             file.seek(0)
             if make_checksum(file.read()) != checksum:
-                raise DamagedVideoError(
-                    f"{path} is damaged: its checksum is of other pictures; copy or record it again"
-                )
+                raise UserError(f"{path} is damaged: its checksum is of other pictures; copy or record it again")
 
 
 def make_checksum(mp4: bytes) -> bytes:
