@@ -3,10 +3,10 @@
 import io
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from math import ceil
 from pathlib import Path
-from typing import NamedTuple
 
 import av
 import av.error
@@ -22,22 +22,13 @@ from configs import storage
 from configs.errors import UserError
 from data_pipeline.display import Display
 from data_pipeline.packets import PROBE_BYTES, damaged, decode_from, make_checksum, opened, read_packets
+from data_pipeline.types import Footage
 
 LARGEST = 4  # times the pixels wanted: a longer picture is cut before it is resized
 
 
-class VideoInfo(NamedTuple):
-    """What a video file says about itself."""
-
-    fps: float
-    frames: int  # those that a player shows
-    height: int  # px, as a player shows it
-    width: int  # px
-    changes: str = ""  # how the stored pictures are changed to show them so
-
-
-def probe(path: str | Path) -> VideoInfo:
-    """Frames per second, number of frames and size in pixels, as a player shows them; the first frame is decoded.
+def probe(path: str | Path) -> Footage:
+    """What the video says it holds, as a player shows it; the first frame is decoded.
 
     UserError for what cannot be read, or not be shown as a player does.
     """
@@ -47,8 +38,8 @@ def probe(path: str | Path) -> VideoInfo:
         if first is None:
             raise UserError(f"{path} is truncated: none of its frames can be decoded; copy or record it again")
         height, width = display.picture(first, 0).shape[:2]
-        frames = len(read_packets(path).pts)
-        return VideoInfo(float(stream.average_rate or 0), frames, height, width, display.changes)
+    frames = len(read_packets(path).pts)
+    return Footage(Path(path), frames, height, width, partial(read_frames, path), changes=display.changes)
 
 
 def read_frames(path: str | Path, start: int = 0, stop: int | None = None) -> Iterator[np.ndarray]:
