@@ -212,7 +212,9 @@ def test_the_times_of_a_video_in_a_bucket_come_from_its_table(bucket_folder, tmp
     with monkeypatch.context() as patch:
         patch.setattr(s3, "read", lambda *given: fetched.append(data := read(*given)) or data)
         np.testing.assert_allclose(frame_times(url), frame_times(tmp_path / "a.mp4"))
-    assert sum(map(len, fetched)) < storage.size(url) / 2 and probe(url) == probe(tmp_path / "a.mp4")
+    assert sum(map(len, fetched)) < (tmp_path / "a.mp4").stat().st_size / 2
+    here, there = probe(tmp_path / "a.mp4"), probe(url)
+    assert (here.frames, here.height, here.width) == (there.frames, there.height, there.width)
     for start in (0, 7, 55):
         here, there = (list(read_frames(place, start, start + 3)) for place in (tmp_path / "a.mp4", url))
         np.testing.assert_array_equal(here, there)

@@ -22,9 +22,9 @@ import numpy as np
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import MOST_DEG, KeyMap, scale_mouse
-from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, probe_footage, say
+from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, say
 from data_pipeline.types import Actions, Episode, Footage
-from data_pipeline.video import frame_times
+from data_pipeline.video import frame_times, probe
 
 BACK_S = 1.0  # an event may be so much before one that stands above it
 SHORT_S = 1.0  # a video that ends this much before its log is truncated
@@ -83,7 +83,7 @@ def sort_events(video: Path, path: Path, events: Iterable[Event], game: GameConf
     The video is looked at first, which is cheap beside reading the log. A UserError for a time or a move beyond sense,
     and for more events than the video can have.
     """
-    footage, times = probe_footage(video), read_frame_times(video, game)
+    footage, times = probe(video), read_frame_times(video, game)
     most = MOST_EVENTS + int(MOST_EVENTS_PER_S * times[-1])
     latest, others, moves = -np.inf, [], array("d")
     for count, event in enumerate(events, 1):

@@ -29,9 +29,9 @@ from configs.game import GameConfig
 from configs.untrusted import inside, reading
 from data_pipeline.readers.keys import bind_keys, scale_mouse
 from data_pipeline.readers.logs import Row, check_frame_numbers, read_facts, read_number
-from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, probe_footage, reading_extra
+from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, reading_extra
 from data_pipeline.types import Actions, Episode
-from data_pipeline.video import frame_times
+from data_pipeline.video import frame_times, probe
 
 INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
 COMPONENTS = 10_000  # more than any vector of keys and axes has
@@ -125,7 +125,7 @@ def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> lis
     actions = read_actions(rows, dataset, game)
     begin = about.number(f"videos/{camera}/from_timestamp")
     shown = np.array([begin + row.number("timestamp") for row in rows])
-    footage = replace(probe_footage(video), frames=len(rows))
+    footage = replace(probe(video), frames=len(rows))
     first = find_first(video, shown, game.fps)
     check_times(video, frame_times(video)[first : first + len(rows)], game)  # episodes may lie apart in it
     return [Episode(name, actions, footage, first, first + len(rows))]

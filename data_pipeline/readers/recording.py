@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from configs.errors import FileError, MissingFileError, UserError, one_line
 from configs.game import GameConfig
 from configs.untrusted import reading
 from data_pipeline.types import Actions, Episode, Footage
-from data_pipeline.video import frame_times, probe, read_frames
+from data_pipeline.video import frame_times, probe
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
 MOST_OFF = 0.25  # frames by which one may be shown early or late, as if all came evenly
@@ -65,15 +65,9 @@ def say(line: str) -> None:
 
 def open_video(video: Path, game: GameConfig) -> Footage:
     """The pictures of a video that are paired with rows by their number. Its times are checked as by `check_times`."""
-    footage = probe_footage(video)
+    footage = probe(video)
     check_times(video, frame_times(video), game)
     return footage
-
-
-def probe_footage(video: Path) -> Footage:
-    info = probe(video)
-    read = partial(read_frames, video)
-    return Footage(video, info.frames, info.height, info.width, read, changes=info.changes)
 
 
 def check_rate(video: Path, fps: float, game: GameConfig) -> None:
