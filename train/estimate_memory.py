@@ -18,6 +18,7 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.cost import counted_dit, random_inputs, run_clip, training_flops
+from model.masks import dense_mask
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
@@ -108,6 +109,7 @@ def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bo
         inputs = random_inputs(model, *size, CPU)
         with LiveBytes(dit, inputs.values()) as live:
             run_clip(dit, inputs, train=True)
+    dense_mask.cache_clear()  # the masks that it keeps have no data
     return live
 
 
