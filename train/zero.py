@@ -78,8 +78,8 @@ class ZeroEngine(Engine):
         if config.engine.stage < 3:
             return {**states, "weights": width * parameters, "gradients": width * parameters}
         gathered = width * (min(parameters, MOST_GATHERED) + min(parameters, PREFETCHED))
-        own = {"weights": width * share, "gradients": width * (share + parameters)}
-        return {**states, **own, "gathered weights": gathered}
+        shares = {"weights": width * share, "gradients": width * (share + parameters)}
+        return {**states, **shares, "gathered weights": gathered}
 
     @classmethod
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
