@@ -40,7 +40,7 @@ class Engine:
 
     @staticmethod
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
-        """Which settings of `config` this engine has, where it has not all of them."""
+        """By setting, the values that this engine has, where it does not have all of them."""
         return {"offload": ("nothing",), "build": ("whole",)}
 
     @classmethod
@@ -50,8 +50,8 @@ class Engine:
 
     @staticmethod
     def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
-        """What a rank holds for a model of so many `parameters` besides activations and averages. On a CPU memory
-        counts when it is written to."""
+        """The memory of a rank for a model of so many `parameters` besides activations and averages. On a CPU memory
+        counts once it is written to."""
         exchanged = 4 * parameters if ranks > 1 else 0  # DDP's buckets
         weights = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer's states": 8 * parameters}
         return {**weights, "exchanged": exchanged}
@@ -120,13 +120,12 @@ class Engine:
     @torch.no_grad()
     def load_shard(self, weights: Mapping[str, Tensor]) -> None:
         """Takes this rank's part of whole parameters and buffers; `sync_compute_weights` must follow in the end."""
-        own = {shard.name: shard for shard in self.shards()}
+        shards = {shard.name: shard for shard in self.shards()}
         buffers = dict(self.buffers())
         for name, whole in weights.items():
             if name in buffers:
                 buffers[name].copy_(whole)
-            elif name in own:
-                shard = own[name]
+            elif shard := shards.get(name):
                 shard.weight.copy_(whole.flatten()[shard.start : shard.start + len(shard.weight)])
 
     def sync_compute_weights(self) -> None:
@@ -147,13 +146,13 @@ def group_timeout(config: TrainConfig) -> timedelta:
     return timedelta(seconds=2 * config.engine.timeout_s)
 
 
-def gather_objects(own: Any) -> list[Any]:
-    """The objects of all ranks, by rank, as torch's all_gather_object but as JSON, since unpickling what a peer sends
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank: torch's all_gather_object, but with JSON, since unpickling what a peer sends
     may run any code. Tuples become lists. UserError on all ranks if one sends more than OBJECT_BYTES or no JSON."""
     if not dist.is_initialized():
-        return [own]
+        return [value]
     device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
-    sent = json.dumps(own).encode()
+    sent = json.dumps(value).encode()
     length = torch.tensor(len(sent), device=device)
     dist.all_reduce(length, dist.ReduceOp.MAX)
     if length > OBJECT_BYTES:

@@ -9,16 +9,14 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
 from model.action_dit import ActionDiT
 from train.config import EngineConfig, TrainConfig
 from train.engine import Engine
 from train.optim import make_optimizer
-from train.state import ParamShard
+from train.state import ParamShard, local_part
 
 
 class Fsdp2Engine(Engine):
@@ -57,16 +55,14 @@ class Fsdp2Engine(Engine):
         if not (meta := next(model.parameters()).is_meta):
             model.to(device)
         # The model casts its inputs itself: times and angles stay float32.
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if config.engine.precision == "bf16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         if not dist.is_initialized():  # one process by itself
             backend = cls.backend(config, device.type)
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         offload = CPUOffloadPolicy() if offloaded else OffloadPolicy()
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            fully_shard(module, mp_policy=policy, offload_policy=offload)
         if meta:
             model.to_empty(device="cpu" if offloaded else device)
         return cls(accelerator, model, make_optimizer(model, config.optim), config)
@@ -83,8 +79,7 @@ class Fsdp2Engine(Engine):
         self.model.reshard()  # a pass without a backward one, as in validation, leaves the outermost weights whole
         shards = []
         for name, p in self.model.named_parameters():
-            assert isinstance(p, DTensor)
-            rows = math.ceil(len(p) / self.accelerator.num_processes)  # of every rank, but that the last may have fewer
+            rows = math.ceil(len(p) / self.accelerator.num_processes)  # of each rank, until there are no more
             start = min(rows * self.accelerator.process_index, len(p)) * p.shape[1:].numel()
-            shards.append(ParamShard(name, start, p.data.to_local().view(-1), p, 0))
+            shards.append(ParamShard(name, start, local_part(p.data).view(-1), p, 0))
         return shards

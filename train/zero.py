@@ -78,8 +78,8 @@ class ZeroEngine(Engine):
         if config.engine.stage < 3:
             return {**states, "weights": width * parameters, "gradients": width * parameters}
         gathered = width * (min(parameters, MOST_GATHERED) + min(parameters, PREFETCHED))
-        own = {"weights": width * share, "gradients": width * (share + parameters)}
-        return {**states, **own, "gathered weights": gathered}
+        shares = {"weights": width * share, "gradients": width * (share + parameters)}
+        return {**states, **shares, "gathered weights": gathered}
 
     @classmethod
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
@@ -107,28 +107,20 @@ class ZeroEngine(Engine):
         return True
 
     def shards(self) -> list[ParamShard]:
-        return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
-
-    def _of_stage_1_or_2(self) -> list[ParamShard]:
-        """Each group of parameters is one flat tensor, of which every rank optimises an equal part."""
+        """Stages 1 and 2 cut each group of parameters, as one flat tensor, into equal parts; stage 3 each parameter."""
         shards = []
         for name, p in self.module.named_parameters():
-            link = getattr(p, "_hp_mapping", None)
-            if link is None:  # wholly in another rank's part
+            param: Any = p  # with DeepSpeed's fields
+            if self.config.engine.stage == 3:
+                group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
+                owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
+                length = max(0, min(share, param.ds_numel - start))  # the last part is padded
+            elif link := getattr(param, "_hp_mapping", None):
+                owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
+                offset, start = link.hp_fragment_address.start, link.lp_fragment_address.start
+                length = link.lp_fragment_address.numel
+            else:  # wholly in another rank's part
                 continue
-            owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
-            span, offset = link.lp_fragment_address, link.hp_fragment_address.start
-            shards.append(ParamShard(name, span.start, owner.data[offset : offset + span.numel], owner, offset))
-        return shards
-
-    def _of_stage_3(self) -> list[ParamShard]:
-        """Each parameter is sharded into equal parts, the last one padded."""
-        shards = []
-        for name, p in self.module.named_parameters():
-            group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
-            owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
-            whole: Any = p  # DeepSpeed's fields: `p` itself is empty
-            length = max(0, min(share, whole.ds_numel - start))
             shards.append(ParamShard(name, start, owner.data[offset : offset + length], owner, offset))
         return shards
 
