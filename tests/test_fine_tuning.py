@@ -109,7 +109,7 @@ def test_the_trained_model_streams_in_few_steps_and_is_judged(
     tuned: Path, foreign: Path, clips: Path, recordings: Path
 ) -> None:
     video = next(recordings.glob("*/video.mp4"))
-    play = [str(tuned), "method=streaming", f"prompt={video}", f"vision={foreign}/clip", f"out={foreign}/play.mp4"]
+    play = [str(tuned), f"prompt={video}", f"vision={foreign}/clip", f"out={foreign}/play.mp4"]
     words = ["generate", *play, "frames=21", "few_steps=[1000,666,333]"]
     assert run_words("sampling", SAMPLING_VERBS, words) == 0
     assert probe(foreign / "play.mp4").frames == 21
@@ -135,7 +135,7 @@ def test_a_model_with_vision_says_what_it_needs(
     tuned: Path, foreign: Path, recordings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = next(recordings.glob("*/video.mp4"))
-    words = ["generate", str(tuned), "method=streaming", f"prompt={video}", f"out={foreign}/no.mp4", "frames=21"]
+    words = ["generate", str(tuned), f"prompt={video}", f"out={foreign}/no.mp4", "frames=21"]
     assert run_words("sampling", SAMPLING_VERBS, words) == 2
     assert "needs vision=" in capsys.readouterr().err.splitlines()[-1] and not (foreign / "no.mp4").exists()
 
