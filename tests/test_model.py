@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import MODELS, TINY, H, W, awake, inputs
+from tiny_model import MODELS, SMOKE, TINY, H, W, awake, inputs
 from torch import Tensor
 
 from configs import load_config
@@ -182,15 +182,7 @@ def test_inputs_of_another_model_are_refused(wrong: dict[str, Tensor], message: 
         ActionDiT(TINY)(**inputs(TINY) | wrong)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"dim": 65},
-        {"patch_size": (2, 2, 2)},
-        {"checkpoint_every": -1},
-        {"num_layers": 1},
-    ],
-)
-def test_sizes_that_do_not_fit_together_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):
-        replace(TINY, **settings)
+@pytest.mark.parametrize("setting", ["dim=65", "patch_size=[2,2,2]", "checkpoint_every=-1", "action.blocks=[0,2]"])
+def test_sizes_that_do_not_fit_together_are_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=setting.split("=")[0]):
+        load_config(ModelConfig, [SMOKE, f"model.{setting}"])

@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from configs import to_dict
+from configs import build, to_dict
 from data_pipeline.encode import encode
 from data_pipeline.plan import EncodeConfig
 from data_pipeline.shards import load_manifest
@@ -199,7 +199,7 @@ def test_another_autoencoder_of_diffusers_is_refused(tmp_path) -> None:
 def test_a_config_of_other_numbers_is_refused() -> None:
     for name, value in (("latent_mean", (0.0,)), ("piece_latents", 0)):
         with pytest.raises(ValueError, match=name):
-            WanCodecConfig(**{**to_dict(TINY), name: value})
+            build(WanCodecConfig, {**to_dict(TINY), name: value})
 
 
 def test_importing_the_model_imports_neither_library() -> None:
