@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from tiny_released import TOWER_SIZES, TOWER_STATE
+from tiny_released import TOWER, TOWER_STATE
 from tiny_world import DIT, GAME, SPACE, random_video, write_checkpoint
 from torch import Tensor, nn
 
@@ -87,10 +87,10 @@ def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(world: WorldModel) -> None:
-    config = replace(DIT, vision="pooled", img_dim=TOWER_SIZES["hidden_size"])
+    config = replace(DIT, vision="pooled", img_dim=TOWER.hidden_size)
     dit, tower = (
         ActionDiT(config, torch.Generator().manual_seed(0)).eval(),
-        load_tower(TOWER_STATE, TOWER_SIZES, "the fixture"),
+        load_tower(TOWER_STATE, TOWER, "the fixture"),
     )
     shown: list[Tensor] = []
     tower.register_forward_pre_hook(lambda module, given: shown.append(given[0]))
