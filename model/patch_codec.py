@@ -17,7 +17,7 @@ from configs import within
 from configs.errors import MissingFileError, UserError
 from model.limits import MANY, WIDE
 from model.video_codec import Codec
-from model.weights import finite, load_into, open_weights
+from model.weights import load_into, open_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
@@ -109,7 +109,7 @@ class PatchCodec(Codec):
         if not file.is_file():
             raise MissingFileError(f"no codec in {folder} ({file.name} is missing); fit one with python -m train codec")
         codec = cls(config)
-        load_into(codec, finite(open_weights(file)))
+        load_into(codec, open_weights(file))
         if not (codec.latent_std > 0).all():
             raise UserError(f"{file} is damaged: its latents have no spread (latent_std); fit it again")
         return codec

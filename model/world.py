@@ -27,7 +27,7 @@ from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.third_party import PICKLES
 from model.vision import VisionTower, image_tokens, load_vision
-from model.weights import finite, load_into, open_weights
+from model.weights import load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
 CODEC = "codec"  # the folder in which a checkpoint, its run or the folder above holds its codec
@@ -268,7 +268,7 @@ def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) ->
     file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
     if exported.is_file() and not file.is_file():
         return read_official(exported, model)[0]
-    return finite(open_weights(file))
+    return open_weights(file)
 
 
 def make_world(

@@ -159,15 +159,12 @@ def test_an_index_that_does_not_fit_its_shards_is_refused(tmp_path: Path) -> Non
     index = write_shards(tmp_path / "sharded", {name: torch.ones(2) for name in "abcd"})
     told = json.loads(index.read_text())
     for change, said in (
-        ({"e": "part-00001-of-00002.safetensors"}, "does not say what is in its shards: e"),
-        ({"a": "part-00003-of-00002.safetensors"}, "not there: part-00003"),
+        ({"e": "part-00001-of-00002.safetensors"}, r"index\.json .*: e"),
+        ({"a": "part-00003-of-00002.safetensors"}, "part-00003"),
     ):
         index.write_text(json.dumps({"weight_map": told["weight_map"] | change}))
         with pytest.raises((ValueError, OSError), match=said):
             open_weights(index)
-    index.write_text("[]")
-    with pytest.raises(ValueError, match="no index of shards"):
-        open_weights(index)
 
 
 def test_a_checkpoint_of_an_official_file_is_one_to_sample_from(tmp_path: Path, import_words: list[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from model.bare_names import bare_names
 from model.codec import load_codec
 from model.patch_codec import WEIGHTS_FILE
-from model.third_party import load_third_party, open_third_party
+from model.third_party import load_third_party
 from model.weights import load_into, load_weights, open_weights, save_weights
 from model.world import load_world
 
@@ -56,8 +56,8 @@ def test_what_wraps_parts_of_a_model_is_taken_out_of_the_middle_of_names() -> No
         "_fsdp_wrapped_module.blocks.0._orig_mod.ffn.0.weight", "blocks.1._fsdp_wrapped_module.ffn.0.weight",
         "blocks.2._checkpoint_wrapped_module.module.ffn.0.weight",
     ]  # fmt: skip
-    found = bare_names({name: torch.ones(1) for name in names})
-    assert list(found.names.values()) == [f"blocks.{i}.ffn.0.weight" for i in range(3)]
+    bare, _ = bare_names({name: torch.ones(1) for name in names}, "x.pt")
+    assert list(bare.values()) == [f"blocks.{i}.ffn.0.weight" for i in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_a_torch_file_of_garbage_is_one_line(tmp_path: Path, garbage: bytes) -> 
         for name in given.namelist():
             spoilt.writestr(name, garbage if name.endswith("data.pkl") else given.read(name))
     with pytest.raises(ValueError, match=r"x\.pth"):
-        open_third_party(tmp_path / "x.pth")
+        load_third_party(tmp_path / "x.pth")
 
 
 def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_mappings_that_hold_each_other_twice_are_not_unfolded(tmp_path: Path) ->
 )  # fmt: skip
 def test_a_torch_file_without_plain_tensors_is_one_line(tmp_path: Path, content: Any) -> None:
     with pytest.raises(ValueError, match=r"x\.pt must hold names and plain tensors"):
-        open_third_party(saved(content, tmp_path / "x.pt"))
+        load_third_party(saved(content, tmp_path / "x.pt"))
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from model.action_dit import ActionDiT
-from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
+from model.weights import bare_weights, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
 from train.engine import Engine
 from train.engines import engine_of
@@ -33,13 +33,13 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None
         model = ActionDiT(config.model, None if sharded else generator)
     specs = {name: tensor.to(META) for name, tensor in model.state_dict().items()}
     if init and not sharded:
-        load_into(model, finite(open_weights(init)))
+        load_into(model, open_weights(init))
     model.compile_blocks(config.engine.compile)
     engine = engine_of(config).prepare(accelerator, model, config)
     if not sharded:
         return engine
     if init:
-        weights = finite(bare_weights(open_weights(init)))
+        weights = bare_weights(open_weights(init))
         require_same_tensors(specs, weights.specs, f"{weights.where} holds another model")
         for name in weights:
             engine.load_shard({name: weights[name]})
