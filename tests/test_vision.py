@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from safetensors.torch import save_file
-from tiny_released import FIXTURE, GOLDEN, TOWER, TOWER_JSON, TOWER_STATE, hf_state
+from tiny_released import GOLDEN, TOWER, TOWER_JSON, TOWER_STATE, hf_state
 
 from configs.errors import UserError
 from model.vision import (
@@ -21,8 +21,6 @@ from model.vision import (
     to_transformers,
 )  # fmt: skip
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
-from tests.parity.codec import clip
-from tests.parity.fixtures import run_fixture
 
 IMAGES = torch.rand(2, 3, 20, 36, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -30,12 +28,6 @@ IMAGES = torch.rand(2, 3, 20, 36, generator=torch.Generator().manual_seed(0)) * 
 @pytest.fixture(scope="module")
 def tower():
     return load_tower(TOWER_STATE, TOWER, "the fixture").requires_grad_(False)
-
-
-def test_every_output_agrees_with_the_reference() -> None:
-    rows = run_fixture(FIXTURE, {"clip": clip})
-    assert {row.output for row in rows} == set(FIXTURE.outputs(""))
-    assert [row for row in rows if row.verdict != "ok"] == []
 
 
 def test_the_released_file_has_392_vision_tensors_of_which_377_are_used() -> None:
