@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_released import TOWER_SIZES, TOWER_STATE
+from tiny_released import TOWER, TOWER_STATE
 from tiny_world import DIT, GAME, SPACE, generate, random_video, write_causal, write_checkpoint
 from torch import Tensor
 
@@ -67,8 +67,8 @@ def test_guidance_that_means_nothing_is_refused(guidance: float) -> None:
 
 
 def test_a_model_with_vision_is_shown_the_first_frame_of_every_context(run: Path) -> None:
-    config = replace(DIT, vision="pooled", img_dim=TOWER_SIZES["hidden_size"])
-    tower = load_tower(TOWER_STATE, TOWER_SIZES, "the fixture")
+    config = replace(DIT, vision="pooled", img_dim=TOWER.hidden_size)
+    tower = load_tower(TOWER_STATE, TOWER, "the fixture")
     shown: list[Tensor] = []
     tower.register_forward_pre_hook(lambda module, args: shown.append(args[0]))
     dit = ActionDiT(config, torch.Generator().manual_seed(0)).eval()

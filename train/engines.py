@@ -11,7 +11,7 @@ from torch import nn
 
 from configs.errors import UserError
 from model.action_dit import ActionDiT
-from model.weights import bare_weights, finite, load_into, open_weights, require_same_tensors
+from model.weights import bare_weights, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
 from train.engine import Engine, group_timeout
 from train.fsdp2 import Fsdp2Engine
@@ -68,7 +68,7 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None
     with META if sharded else nullcontext():
         model = ActionDiT(config.model, None if sharded else generator)
     if init and not sharded:
-        load_into(model, finite(open_weights(init)))
+        load_into(model, open_weights(init))
     model.compile_blocks(config.engine.compile)
     engine = engine_of(config).prepare(accelerator, model, config)
     if not sharded:
@@ -76,7 +76,7 @@ def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None
     with META:
         template = ActionDiT(config.model)
     if init:
-        weights = finite(bare_weights(open_weights(init)))
+        weights = bare_weights(open_weights(init))
         require_same_tensors(template.state_dict(), weights.specs, f"{weights.where} holds another model")
         for name in weights:
             engine.load_shard({name: weights[name]})
