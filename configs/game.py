@@ -9,6 +9,10 @@ from configs import to_dict
 from configs.errors import UserError
 
 MOST_PX = 8192  # of a frame's side
+Column = Literal["time", "kind", "key", "button", "state", "dx", "dy", "keys", "frame"]
+# begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: the video's
+# first and last picture. change: another column says whether it is a press or a release.
+EventKind = Literal["press", "release", "change", "move", "begin", "end", "pause", "resume", "start", "stop", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,8 @@ class ActionSpace:
             raise UserError(f"action space {self.name!r}: keys must be given and distinct, not {self.keys}")
         if self.caps and len(self.caps) != len(self.keys):
             raise UserError(f"action space {self.name!r}: {len(self.caps)} caps for {len(self.keys)} keys")
-        if self.mouse_unit_deg <= 0:
-            raise UserError(f"action space {self.name!r}: mouse_unit_deg must be positive, not {self.mouse_unit_deg}")
+        if not 1e-6 <= self.mouse_unit_deg <= 1e6:
+            raise UserError(f"action space {self.name!r}: mouse_unit_deg={self.mouse_unit_deg} must be 1e-6 to 1e6")
 
     def describe(self) -> str:
         """Name, keys and mouse unit, for messages."""
@@ -54,8 +58,8 @@ class InputConfig:
     axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
     camera: str | None = None  # LeRobot: which video, where there are several
     offset_s: float = 0.0  # s that a log of events is moved against the video; > 0: things happened later in it
-    columns: dict[str, str] = field(default_factory=dict)  # event_log, table: time, keys, dx, ...: what it calls them
-    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # event_log: press, release, ...: the log's words
+    columns: dict[Column, str] = field(default_factory=dict)  # event_log, table: their names for these
+    kinds: dict[EventKind, tuple[str, ...]] = field(default_factory=dict)  # event_log: its words
     time_unit: Literal["s", "ms", "us", "ns"] = "s"  # event_log: of the log's times
     first_entry: Literal[0, 1, 2] = 1  # GF-Minecraft: the entry that leads on from frame 0
 

@@ -110,7 +110,7 @@ def test_recordings_that_are_marked_as_invalid_are_left_out_and_said(tmp_path: P
     assert [one.name for one in find_recordings("owl_control", tmp_path)] == ["good"]
     said = capsys.readouterr().err
     assert "left out bad, ugly.invalid, worse: marked" in said and said.splitlines()[0].endswith(": notes")
-    with pytest.raises(ValueError, match="marked as invalid"):
+    with pytest.raises(ValueError, match="bad holds no recordings"):
         find_recordings("owl_control", tmp_path / "bad")
 
 

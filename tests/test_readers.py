@@ -42,7 +42,7 @@ def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
     assert list(find_episodes(recordings)) == [f"episode_{i:05d}" for i in range(6)]
     (tmp_path / ".episode_00000.tmp").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
-        find_episodes(tmp_path)
+        find_recordings("worldloom", tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder of recordings"):
         find_episodes(tmp_path / "nowhere")
 

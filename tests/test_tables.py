@@ -95,8 +95,8 @@ def test_a_recording_may_be_a_folder_of_a_video_and_a_table_of_any_names(tmp_pat
         ({}, ["game.inputs.keys.forward=[up]"], r"line 2 has no column 'up', but frame, w, s"),
         ({}, ["game.inputs.columns.dx=x"], r"line 2 has no column 'x', but"),
         ({}, ["game.inputs.columns.keys=pressed"], r"line 2 has no column 'pressed', but"),
-        ({}, ["game.inputs.columns.time=t"], "columns has no 'time' in tables; there are keys, dx, dy, frame"),
-        ({}, ["game.inputs.yaw_deg=0"], "reader=table: set game.inputs.pitch_deg and game.inputs.yaw_deg"),
+        ({}, ["game.inputs.columns.tme=t"], "game.inputs.columns must be one of .* not 'tme'"),
+        ({}, ["game.inputs.yaw_deg=0"], "set game.inputs.pitch_deg and game.inputs.yaw_deg"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said_with_line_and_column(columns, words, said, tmp_path: Path) -> None:

@@ -108,10 +108,10 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
     if name in NOTHING:
         return []
     whole = keys.spell(name, where)
-    if whole in keys.places or name.casefold() in WORDS:
+    if whole in keys.elements or name.casefold() in WORDS:
         return [whole]
     letters = [keys.spell(letter, where) for letter in name if letter not in BETWEEN]
-    unbound = [letter for letter in letters if letter not in keys.places]
+    unbound = [letter for letter in letters if letter not in keys.elements]
     if len(unbound) == len(letters):
         return [name]
     if unbound and len(letters) > 3:

@@ -37,11 +37,8 @@ SAME_DEG = 0.5  # a yaw that changes by this much more or less than its delta ag
 
 def find_recordings(source: str | Path) -> dict[str, list[Path]]:
     """The pairs of `metadata/` and `video/` (or `videos/`) in `source`, by name."""
-    videos, other, metadata = (storage.path(source) / name for name in ("video", "videos", "metadata"))
-    videos = videos if videos.is_dir() else other
-    if not videos.is_dir() or not metadata.is_dir():
-        raise UserError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    return find_pairs(videos, metadata, ".json")
+    folders = [storage.path(source) / name for name in ("video", "videos", "metadata")]
+    return find_pairs(*(folder for folder in folders if folder.is_dir()), log=".json")
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+from pyarrow import compute, parquet
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
@@ -29,7 +31,7 @@ from configs.foreign import inside, reading
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
 from data_pipeline.readers.logs import Row, check_frame_numbers, read_facts, read_number
-from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, probe_footage, reading_extra
+from data_pipeline.readers.recording import Format, check_times, list_files, probe_footage, reading_with
 from data_pipeline.types import Actions, Episode
 from data_pipeline.video import frame_times
 
@@ -71,8 +73,6 @@ def find_episodes(source: str | Path) -> dict[str, tuple[Dataset, Row]]:
             if name in episodes:
                 raise UserError(f"{row.where} lists the {EPISODE} {row.count(EPISODE)} a second time")
             episodes[name] = dataset, row
-    if not episodes:
-        raise UserError(f"{dataset.root / EPISODES} lists no episodes")
     return episodes
 
 
@@ -131,7 +131,7 @@ def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> lis
     return [Episode(name, actions, footage, first, first + len(rows))]
 
 
-FORMAT = Format(find_episodes, read_episode, scaled_mouse=True)
+FORMAT = Format(find_episodes, read_episode)
 
 
 def read_actions(rows: Sequence[Row], dataset: Dataset, game: GameConfig) -> Actions:
@@ -182,19 +182,17 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Row, prefix: str, camera
 
 def read_parquet(path: Path, columns: Sequence[str], episode: int | None = None) -> list[Row]:
     """The rows of a parquet file, or those of one `episode`: `columns`, where `a/` is all that begin with it."""
-    arrow, compute = import_extra("pyarrow"), import_extra("pyarrow.compute")
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
-    with reading_extra(path, "parquet file", OSError, arrow.ArrowException):
+    with reading_with(path, "parquet file", OSError, pyarrow.ArrowException):
         table, what = _read_table(path, (*columns, EPISODE), storage.version(path)), "row"
         if episode is not None:
-            table, what = table.filter(compute.equal(table[EPISODE], episode)), f"episode {episode} frame"
+            table, what = table.filter(compute.field(EPISODE) == episode), f"episode {episode} frame"
         return [Row(f"{path} {what} {i}", row) for i, row in enumerate(table.to_pylist())]
 
 
 @lru_cache(maxsize=2)  # many episodes share a file
-def _read_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
-    parquet = import_extra("pyarrow.parquet")
+def _read_table(path: Path, columns: Sequence[str], version: Hashable) -> pyarrow.Table:
     with storage.open(path) as file:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names
