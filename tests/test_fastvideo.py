@@ -51,7 +51,7 @@ def test_a_plain_array_is_the_keyboard_of_a_game_without_a_mouse(tmp_path: Path)
     (episode,) = read_all("fastvideo", tmp_path, game("game.action_space.mouse=false"))
     np.testing.assert_array_equal(episode.actions.keyboard, draw_play(10, 4).keyboard)
     with pytest.raises(
-        ValueError, match=r"one.npy holds no mouse \(10, 2\), but an array \(10, 4\); or set action_spa"
+        ValueError, match=r"one.npy holds no mouse \(10, 2\), but keyboard \(10, 4\); or set action_spa"
     ):
         read_all("fastvideo", tmp_path, game())
 
@@ -136,7 +136,7 @@ def test_an_array_of_a_hostile_pickle_is_no_larger_than_its_bytes(tmp_path: Path
         (["videos,/etc/passwd"], "names '/etc/passwd', which is not in"),
         (["videos"], "line 1 must be folder,annotations.json"),
         (["", "videos,videos2caption.json", "videos,videos2caption.json"], "line 3: .* names a second video one"),
-        ([], "leads to no videos"),
+        ([], "holds no recordings"),
     ],
 )
 def test_merge_txt_leads_to_files_of_the_source_alone(lines: list[str], said: str, tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_absolute_names_of_another_machine_lead_to_what_lies_in_the_source(tmp_p
         ({"keyboard": np.ones((3, 4)), "mouse": np.full((3, 2), np.inf)}, "row 0: pitch turns by inf degrees"),
         ({"keyboard": np.ones((3, 4)), "mouse": np.full((3, 2), 1e300)}, r"row 0: pitch turns by 3e\+301 degrees"),
         ({"keyboard": np.ones((2, 4)), "mouse": np.zeros((2, 2))}, "one.npy has 2 rows, .*one.mp4 has 3 frames"),
-        ({"keyboard": "wasd"}, "holds no keyboard"),
+        ({"keyboard": "wasd"}, "one.npy is damaged"),
         ({"keyboard": np.array(["w"])}, "holds '<U1', no numbers|no numbers"),
     ],
 )
