@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import yaml
 from foreign_recordings import (
     INPUTS,
@@ -98,6 +99,15 @@ def load_game(reader: str, folder: Path, *more: str) -> GameConfig:
 
 def read_all(reader: Reader, source: Path, game: GameConfig) -> list[Episode]:
     return [episode for recording in find_recordings(reader, source) for episode in recording.read(game)]
+
+
+def refusal(reader: Reader, source: Path, *args: str) -> str:
+    """The one line of the error when everything of a source is read, pictures too."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        for episode in read_all(reader, source, load_game(reader, source.parent, *args)):
+            list(episode.frames())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
 
 
 def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:

@@ -218,16 +218,6 @@ def test_a_key_is_released_under_the_letter_that_shift_makes_of_it(tmp_path: Pat
     assert held(episode) == [2, 3] and held(episode, 1) == [20, 21]
 
 
-@pytest.mark.parametrize("more", ["0.2,press," + 200_000 * "w", "0.2,press,w\x00", '0.2,press,"w', "0.2,press,\udcff"])
-def test_a_damaged_table_is_one_line(more: str, tmp_path: Path) -> None:
-    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w"])
-    with open(tmp_path / "in" / "one.csv", "ab") as file:
-        file.write(more.encode(errors="surrogateescape"))
-    write_video(tmp_path / "in" / "one.mp4", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
-    with pytest.raises(ValueError, match=r"^\S*one.csv .{,200}$"):
-        read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["a"]}}))
-
-
 def test_a_log_that_ends_long_before_its_video_is_said(tmp_path: Path, capsys) -> None:
     write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w", "0.2,release,w"])
     write_video(tmp_path / "in" / "one.mp4", np.zeros((200, 16, 16, 3), np.uint8), 20.0)
