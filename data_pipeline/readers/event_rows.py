@@ -33,7 +33,6 @@ SLACK_S = 1e-3  # of an interval may lack; clocks of seconds since 1970 and of v
 # or one that is not released, may be pressed earlier, since the video is finished first.
 HOTKEY_S, STOP_KEY_S = 0.25, 2.0
 FUNCTION_KEY = re.compile(r"f\d{1,2}", re.IGNORECASE)
-MOST_S = 1e11  # of any clock, since 1970 or not; milliseconds since 1970 are more
 # Mice report up to 8,000 times a second. A log of more is of another video, or none, and not worth reading to its end.
 MOST_EVENTS, MOST_EVENTS_PER_S = 200_000, 20_000
 Kind = EventKind | Literal["hook"]  # hook: pictures before are black
@@ -65,8 +64,8 @@ class EventLog(NamedTuple):
 def sort_events(video: Path, path: Path, events: Iterable[Event], game: GameConfig) -> EventLog:
     """The `events` of a video's log in the order of time; those of one time stay in the order of the file.
 
-    The video is looked at first, which is cheap beside reading the log. A UserError for a time beyond sense, and for
-    more events than the video can have.
+    The video is looked at first, which is cheap beside reading the log. A UserError for more events than the
+    video can have.
     """
     footage, times = probe_footage(video), frame_times(video)
     check_rate(video, times, game)
@@ -76,8 +75,6 @@ def sort_events(video: Path, path: Path, events: Iterable[Event], game: GameConf
     for count, event in enumerate(events, 1):
         if count > most:
             raise UserError(f"{event.where}: too many events for {len(times)} frames of {video}")
-        if not abs(event.time) <= MOST_S:
-            raise UserError(f"{event.where}: a time of {event.time:g} s is no time of a recording")
         if event.time < latest - BACK_S:
             late_s = latest - event.time
             raise UserError(f"{event.where}: its time is {late_s:.3f} s before a row above; split the recording there")

@@ -57,7 +57,6 @@ class Dataset(NamedTuple):
     """A folder in this format."""
 
     root: Path
-    path: Path  # of info.json
     info: Info
     action: str  # the feature that is the action
     components: list[str]  # names of the action vector's
@@ -94,20 +93,20 @@ def read_info(root: Path) -> Dataset:
         names = [str(name) for name in names or range(shape[0])]
     if len(names) != shape[0] or len(set(names)) != len(names):
         raise UserError(f"{path}: {action} has {shape[0]} components and the names {', '.join(names):.200}")
-    return Dataset(root, path, info, action, names)
+    return Dataset(root, info, action, names)
 
 
 def choose_camera(dataset: Dataset, wanted: str | None) -> str:
     """The feature that is the picture."""
     kinds = {name: feature.get("dtype") for name, feature in dataset.info.features.items()}
-    cameras = [name for name, kind in kinds.items() if kind == "video"]
-    pictures = [name for name, kind in kinds.items() if kind == "image"]
-    if pictures and (wanted in pictures or not cameras):
-        raise UserError(f"{dataset.path}: {wanted or pictures[0]} has its pictures in the tables: {CONVERT_IMAGES}")
-    if wanted not in cameras and (wanted or len(cameras) != 1):
-        there = ", ".join(cameras) or "none"
-        raise UserError(f"{dataset.path}: choose a video by game.inputs.camera; there are: {there}")
-    return wanted or cameras[0]
+    videos, pictures = ([name for name, kind in kinds.items() if kind == dtype] for dtype in ("video", "image"))
+    camera = wanted or (videos or pictures or [""])[0]
+    if camera in pictures:
+        raise UserError(f"{dataset.root / INFO}: {camera} has its pictures in the tables: {CONVERT_IMAGES}")
+    if camera not in videos or (wanted is None and len(videos) > 1):
+        there = ", ".join(videos) or "none"
+        raise UserError(f"{dataset.root / INFO}: choose a video by game.inputs.camera; there are: {there}")
+    return camera
 
 
 def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
@@ -175,9 +174,9 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Row, prefix: str, camera
     """The file that a pattern of info.json names once the numbers in `about` and the camera are filled in."""
     if re.search(r"[{}]", FIELD.sub("", pattern)):
         allowed = "{chunk_index:03d}, {file_index:03d} and {video_key}"
-        raise UserError(f"{dataset.path}: the pattern {pattern!r:.200} may ask for {allowed} alone")
+        raise UserError(f"{dataset.root / INFO}: the pattern {pattern!r:.200} may ask for {allowed} alone")
     name = FIELD.sub(lambda m: camera if m[3] else f"{about.count(prefix + m[1]):0{m[2] or 0}d}", pattern)
-    return inside(dataset.root, name, dataset.path)
+    return inside(dataset.root, name, dataset.root / INFO)
 
 
 def read_parquet(path: Path, columns: Sequence[str], episode: int | None = None) -> list[Row]:

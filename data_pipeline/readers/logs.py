@@ -70,15 +70,11 @@ def read_text(path: Path) -> str:
         return text.read()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    return parse_object(read_text(path), path)
-
-
 def read_facts(cls: type[T], path: Path) -> T:
     """The dataclass `cls` from the object in a JSON file, which may hold more."""
     names = [field.name for field in fields(cast(Any, cls))]
-    return build_from(cls, {name: value for name, value in read_json(path).items() if name in names}, path)
+    values = parse_object(read_text(path), path)
+    return build_from(cls, {name: value for name, value in values.items() if name in names}, path)
 
 
 def read_rows(log: Path, most_bytes: int = LOG_BYTES) -> Iterator[Row]:
