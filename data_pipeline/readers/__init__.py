@@ -38,13 +38,13 @@ def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
     except ImportError as error:  # of an optional package
         raise UserError(f"reader={reader} needs {error.name}: pip install 'worldloom[readers]'") from error
     form: Format = module.FORMAT
-    found = form.find(source)
-    if not found:
+    files = form.find(source)
+    if not files:
         raise UserError(f"{source} holds no recordings for reader={reader}. {(module.__doc__ or '').splitlines()[0]}")
     recordings = []
-    for name in sorted(found):
+    for name in sorted(files):
         part = form.session.fullmatch(name) if form.session else None
-        read = partial(_read_at_rate, f"{source}/{name}", partial(form.read, name, found[name]))
+        read = partial(_read_at_rate, f"{source}/{name}", partial(form.read, name, files[name]))
         recordings.append(Recording(name, read, part[1] if part else name))
     return recordings
 

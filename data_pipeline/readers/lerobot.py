@@ -109,9 +109,9 @@ def choose_camera(dataset: Dataset, wanted: str | None) -> str:
     return camera
 
 
-def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
+def read_episode(name: str, files: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
     """The one episode that a row of `meta/episodes` describes."""
-    dataset, about = found
+    dataset, about = files
     camera, index = choose_camera(dataset, game.inputs.camera), about.count(EPISODE)
     table = fill_pattern(dataset, dataset.info.data_path, about, "data/")
     video = fill_pattern(dataset, dataset.info.video_path or "", about, f"videos/{camera}/", camera)

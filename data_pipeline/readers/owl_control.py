@@ -62,14 +62,12 @@ def find_recordings(source: str | Path) -> dict[str, list[Path]]:
 
     Those that the recorder or its server marked as invalid are left out.
     """
-    found = find_pairs_or_folders(source, [f"/{LOG}"])
-    invalid = []
-    for name, (file, *_) in found.items():
-        if any(path.name.endswith(MARKS) for path in (file.parent, *file.parent.iterdir())):
-            invalid.append(name)
-    if invalid:
-        say(f"{source}: left out {list_names(invalid)}: marked by the recorder as invalid")
-    return {name: files for name, files in found.items() if name not in invalid}
+    recordings = find_pairs_or_folders(source, [f"/{LOG}"])
+    folders = {name: files[0].parent for name, files in recordings.items()}
+    marked = [name for name, f in folders.items() if any(path.name.endswith(MARKS) for path in (f, *f.iterdir()))]
+    if marked:
+        say(f"{source}: left out {list_names(marked)}: marked by the recorder as invalid")
+    return {name: files for name, files in recordings.items() if name not in marked}
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:

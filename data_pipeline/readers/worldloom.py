@@ -65,8 +65,8 @@ def read_episode(folder: str | Path, game: GameConfig) -> Episode:
     video, table, path = (_only(folder, files, name) for name in FILES)
     about, footage = read_facts(About, path), open_video(video, game)
     if about.action_space.hash != game.action_space.hash:
-        given, wanted = about.action_space.describe(), game.action_space.describe()
-        raise UserError(f"{path} has the action space {given}, the game {game.name!r} has {wanted}")
+        spaces = f"{about.action_space.describe()}, the game {game.name!r} has {game.action_space.describe()}"
+        raise UserError(f"{path} has the action space {spaces}")
     facts = {"fps": game.fps, "frames": footage.frames, "height": footage.height, "width": footage.width}
     # Of pictures that are turned or stretched, some recorders write the stored size and some the one that is shown.
     for name in ("fps", "frames") if footage.changes else facts:
