@@ -88,7 +88,7 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
         if not isinstance(settings, Mapping):
             raise UserError(f"{key} holds settings of its own; {value!r} is none")
         if origin is dict:
-            return {str(name): _convert(args[1], item, f"{key}.{name}") for name, item in settings.items()}
+            return {_convert(args[0], str(k), key): _convert(args[1], v, f"{key}.{k}") for k, v in settings.items()}
         return build(typing.cast(type, hint), settings, f"{key}.")
     return value if hint is Any else _convert_scalar(hint, value, key)
 

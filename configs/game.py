@@ -9,6 +9,10 @@ from configs import to_dict, within
 from configs.errors import UserError
 
 MOST_PX = 8192  # of a frame's side
+Column = Literal["time", "kind", "key", "button", "state", "dx", "dy", "keys", "frame"]
+# begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: the video's
+# first and last picture. change: another column says whether it is a press or a release.
+EventKind = Literal["press", "release", "change", "move", "begin", "end", "pause", "resume", "start", "stop", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class ActionSpace:
     keys: tuple[str, ...]  # names, in the order of the keyboard vector
     caps: tuple[str, ...] = ()  # what the overlay writes on each key; the names if empty
     mouse: bool = True  # (pitch, yaw); pitch > 0 looks up, yaw > 0 turns right
-    mouse_unit_deg: float = within(1e-300, 1e300, 1.0)  # degrees per frame that count as 1 in the mouse vector
+    mouse_unit_deg: float = within(1e-6, 1e6, 1.0)  # degrees per frame that count as 1 in the mouse vector
 
     def __post_init__(self) -> None:
         if not self.keys or len(set(self.keys)) != len(self.keys):
@@ -52,8 +56,8 @@ class InputConfig:
     axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
     camera: str | None = None  # LeRobot: which video, where there are several
     offset_s: float = 0.0  # s that a log of events is moved against the video; > 0: things happened later in it
-    columns: dict[str, str] = field(default_factory=dict)  # event_log, table: time, keys, dx, ...: what it calls them
-    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # event_log: press, release, ...: the log's words
+    columns: dict[Column, str] = field(default_factory=dict)  # event_log, table: their names for these
+    kinds: dict[EventKind, tuple[str, ...]] = field(default_factory=dict)  # event_log: its words
     time_unit: Literal["s", "ms", "us", "ns"] = "s"  # event_log: of the log's times
     first_entry: Literal[0, 1, 2] = 1  # GF-Minecraft: the entry that leads on from frame 0
 

@@ -92,7 +92,7 @@ class WorldModel:
 def complete_steps(run: str | Path) -> list[str]:
     """The names of the checkpoint folders of a run, which may be an s3:// url, that were written to the end; oldest
     first."""
-    names = (storage.name_of(folder) for folder in storage.list_folders(run))
+    names = (name.rstrip("/") for name in storage.list_folder(run))
     return [name for name in names if fnmatch(name, STEP_FOLDERS) and storage.exists(f"{run}/{name}/{COMPLETE}")]
 
 

@@ -6,6 +6,7 @@ from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from configs.cli import run
 from configs.s3 import DOWNLOADS
 from data_pipeline.__main__ import VERBS as DATA_VERBS
 from data_pipeline.encode import encode
-from data_pipeline.readers import READERS, find_recordings
+from data_pipeline.readers import Reader, find_recordings
 from data_pipeline.readers.worldloom import ABOUT, describe_episode, write_actions, write_episode
 from data_pipeline.shard_set import TRIES
 from data_pipeline.stream import LoaderConfig, Stream
@@ -141,7 +142,7 @@ def test_a_damaged_shard_is_fetched_so_many_times_and_then_never_again(
 @pytest.mark.long
 def test_every_reader_reads_the_same_from_a_bucket(bucket, tmp_path) -> None:
     sources = write_all(tmp_path / "foreign")
-    assert sources.keys() | {"worldloom"} == READERS.keys()
+    assert sources.keys() | {"worldloom"} == {*get_args(Reader)}
     for reader, source in sources.items():
         game = load_game(reader, tmp_path)
         url = put(source, f"{bucket}/foreign/{reader}")
