@@ -58,9 +58,10 @@ class Cluster:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):  # part of a log's name too
             raise UserError(f"machine.name={self.name!r} must be one word of letters, digits, _ . and -")
-        for name in self.env:
+        for name, value in self.env.items():
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UserError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
+            quoted(value)  # UserError for one that no script can hold
         if self.port == 0 and self.nodes > 1:
             raise UserError("machine.port=0, a free one, is for one node; give all nodes the same number")
         if not 0 <= self.node_rank < self.nodes:
