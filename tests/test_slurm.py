@@ -156,5 +156,5 @@ def test_the_doctor_examines_the_nodes_of_a_slurm_job(slurm: Slurm, tmp_path) ->
     slurm.wait(job, "COMPLETED")
     log = (tmp_path / "logs" / f"worldloom-doctor_{job}.log").read_text()
     print(log)
-    assert "no problem found" in log and "2 links between nodes" in log
-    assert "node 1: examined; the table is node 0's" in log
+    assert "no problem found" in log and "node 0 (node0) -> node 1 (node1): " in log
+    assert "node 1: examined; the findings are node 0's" in log
