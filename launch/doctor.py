@@ -126,10 +126,8 @@ def examine(config: DoctorConfig) -> ClusterReport:
     for path in config.paths:
         with suppress(OSError):  # it could not be written
             storage.remove(probe_file(path, token, node))
-    lost = {
-        str(other): f"{'came, but was not heard of again' if other in addresses else 'did not come'} in {limit_s:g} s"
-        for other in set(range(cluster.nodes)) - reports.keys()
-    }
+    late = {True: "came, but was not heard of again", False: f"did not come in {limit_s:g} s"}
+    lost = {str(i): late[i in addresses] for i in range(cluster.nodes) if i not in reports}
     links, unmeasured = Links(), ""
     if lost or any(report.unreached for report in reports.values()):
         unmeasured = "not all nodes have reported" if lost else "not all nodes reach each other"
@@ -200,8 +198,8 @@ def join_nodes(cluster: Cluster, limit_s: float) -> TCPStore:
 
 
 def all_gather(store: Store, cluster: Cluster, name: str, value: T, limit_s: float) -> dict[int, T]:
-    """The value of every node, on every node, without those that gave none within `limit_s`. UserError for a value that
-    is none."""
+    """The value of every node, on every node, without those that gave none within `limit_s`. UserError for a message
+    that is damaged."""
     node, keys, in_time = cluster.node_rank, [f"{name}/{peer}" for peer in range(cluster.nodes)], f"{name}/in time"
     store.set(keys[node], json.dumps(to_dict(value)))
     if node == 0:

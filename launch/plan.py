@@ -2,11 +2,8 @@
 
 import math
 import os
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 import psutil
 import torch
@@ -89,21 +86,10 @@ def device_gib(config: PlanConfig, machine: MachineConfig) -> float:
     if config.memory_gib is not None:
         return config.memory_gib
     if machine.kind == "local" and machine.device == "cpu":
-        return memory_limit() / GIB / machine.processes
+        return psutil.virtual_memory().total / GIB / machine.processes
     if machine.kind == "local" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     raise UserError("how much a device of that machine holds is not known here: give memory_gib=")
-
-
-def memory_limit() -> int:
-    """Bytes of memory that this process may use: the machine's, or its container's or job's if that is less."""
-    limit, cgroups = psutil.virtual_memory().total, Path("/proc/self/cgroup")
-    version_2 = re.search("^0::/(.*)$", cgroups.read_text() if cgroups.is_file() else "", re.MULTILINE)
-    group = Path("/sys/fs/cgroup", version_2[1] if version_2 else "")
-    for folder in (group, *group.parents):  # each may set a limit
-        with suppress(OSError, ValueError):  # it sets none
-            limit = min(limit, int((folder / "memory.max").read_text()))
-    return limit
 
 
 def describe(memory: MemoryEstimate, run: Launch, mfu: float | None) -> str:
