@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import psutil
 import pytest
@@ -31,6 +30,8 @@ from launch.node import Links, NodeReport, SharedPath, clocks_ahead, gpus, probe
 from launch.rendezvous import LOOPBACK, listen, own_address, serve_store
 from train.watchdog import call
 
+MACHINES = ROOT / "configs/machines"
+LAPTOP = f"{MACHINES}/laptop.yaml"
 MACHINE = MachineConfig(nodes=2, processes=2, host="a")
 VERSIONS = {"python": "3.11.7", "torch": "2.13.0", "worldloom": "0123abcd", "GPUs": "2 x H100 (driver 550.54.15)"}
 NODE = NodeReport(0, "a", "10.0.0.1", VERSIONS, (1.0, 1.0), 1000.0, 400.0)
@@ -52,10 +53,6 @@ def test_healthy_nodes_have_no_issue_and_the_report_shows_them() -> None:
     assert "node 0 (a) -> node 1 (b): 9000 MB/s" in text
 
 
-def first(**facts) -> dict:
-    return {"nodes": (replace(NODE, **facts), SECOND)}
-
-
 def second(**facts) -> dict:
     return {"nodes": (NODE, replace(SECOND, **facts))}
 
@@ -65,12 +62,12 @@ def second(**facts) -> dict:
     [
         ({"nodes": (NODE,), "lost": {"1": "did not come in 60 s"}, "links": Links()}, "node 1: did not come in 60 s"),
         (second(versions={**VERSIONS, "torch": "2.12.0"}), "node 1 (b): torch 2.12.0, but 1 of 2 nodes have 2.13.0"),
-        (first(versions={**VERSIONS, "torch": "missing"}), "node 0 (a): torch missing, but 1 of 2 nodes have 2.13.0"),
+        (second(versions={**VERSIONS, "torch": "missing"}), "node 1 (b): torch missing, but 1 of 2 nodes have 2.13.0"),
         (second(versions={**VERSIONS, "worldloom": "f"}), "node 1 (b): worldloom f, but 1 of 2 nodes have 0123abcd; "),
         (second(versions={**VERSIONS, "GPUs": "2 x A"}), "node 1 (b): GPUs 2 x A, but 1 of 2 nodes have 2 x H100"),
         (second(gpu_free=(1.0,)), "node 1 (b): torch sees 1 GPUs, machine.processes is 2"),
         (second(gpu_free=(1.0, 0.5)), "node 1 (b): 50% of the memory of GPU 1 is in use"),
-        (first(disk_gib=3.0), "node 0 (a): 3.00 of the needed 20 GiB free where runs"),
+        (second(disk_gib=3.0), "node 1 (b): 3.00 of the needed 20 GiB free where runs"),
         (second(shm_gib=0.06), "node 1 (b): 0.06 of the needed 1 GiB free in /dev/shm"),
         (second(paths=(SharedPath("/d", "not there"),)), "node 1 (b): cannot write to /d: not there; mount it there"),
         (
@@ -78,8 +75,8 @@ def second(**facts) -> dict:
             "node 1 (b): cannot read what node 0 (a) wrote to s3://d; give all nodes the same endpoint",
         ),
         (
-            first(unreached=("node 1 (b) at 127.0.1.1: refused",)),
-            "node 0 (a): no connection to node 1 (b) at 127.0.1.1",
+            second(unreached=("node 0 (a) at 127.0.1.1: refused",)),
+            "node 1 (b): no connection to node 0 (a) at 127.0.1.1",
         ),
         ({"links": Links(), "unmeasured": "they hid"}, "links: were not measured: they hid"),
         ({"links": replace(LINKS, ahead_s=(0.0, -7.5))}, "node 1 (b): its clock is 7.50 s behind that of node 0 (a)"),
@@ -211,14 +208,6 @@ def test_the_first_node_s_port_is_free_again_after_the_doctor() -> None:
         del first, second
 
 
-@pytest.mark.parametrize("folder", ["tmp_path", "bucket_folder"])
-def test_a_path_is_shared_if_all_read_what_each_has_written(folder: str, request) -> None:
-    url = str(request.getfixturevalue(folder))
-    with ThreadPoolExecutor() as pool:
-        assert list(pool.map(lambda i: probe_path(url, "t", i, (0, 1)), (0, 1))) == 2 * [SharedPath(url)]
-    assert sorted(storage.list_tree(url)) == [".doctor_t_0", ".doctor_t_1"]
-
-
 def test_a_path_that_others_write_elsewhere_or_that_is_not_there_is_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(node, "SYNC_S", 0.5)
     assert probe_path(str(tmp_path), "t", 0, (0, 1)) == SharedPath(str(tmp_path), "", (1,))
@@ -234,50 +223,40 @@ def test_a_node_that_does_not_listen_is_not_reached() -> None:
 
 
 LOOSE = [f"limits.{name}=0" for name in ("disk_gib", "shm_gib", "mb_per_s", "slow_share")]
-DOCTOR = ["python", "-m", "launch", "doctor", "configs/machines/laptop.yaml", *LOOSE]
 
 
-def read_report(folder: Path) -> ClusterReport:
-    return build(ClusterReport, json.loads((folder / "report.json").read_text()))
-
-
-def test_this_machine_is_examined(bucket_folder, tmp_path) -> None:
-    settings = [f"shared={tmp_path}", f"bucket={bucket_folder}", "machine.port=0", f"report={tmp_path}/report.json"]
-    done = run([*DOCTOR, *settings])
-    assert done.returncode == 0 and "no problem found" in done.stdout, done.stdout + done.stderr
-    assert read_report(tmp_path).nodes[0].paths == (SharedPath(str(tmp_path)), SharedPath(bucket_folder))
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_two_nodes_measure_their_links(tmp_path) -> None:
-    """Both on this machine, which is 127.0.0.2 too."""
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_the_doctor_examines_this_machine_and_two_nodes_on_it(bucket_folder, tmp_path, nodes: int) -> None:
+    """This machine is 127.0.0.2 too."""
     port = TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
-    settings = ["machine.nodes=2", "machine.host=127.0.0.2", f"machine.port={port}", "megabytes=1"]
-    settings += [f"shared={tmp_path}", f"report={tmp_path}/report.json"]
+    settings = [f"machine.nodes={nodes}", "machine.host=127.0.0.2", f"machine.port={port}", "megabytes=1"]
+    settings += [f"shared={tmp_path}", f"bucket={bucket_folder}", f"report={tmp_path}/report.json", *LOOSE]
+    line = ["python", "-m", "launch", "doctor", LAPTOP, *settings]
     with ThreadPoolExecutor() as pool:
-        lines = [[*DOCTOR, *settings, f"machine.node_rank={i}"] for i in range(2)]
-        first, second = pool.map(partial(run, GLOO_SOCKET_IFNAME="lo"), lines)
-    assert first.returncode == second.returncode == 0, first.stdout + second.stdout + second.stderr
-    links = read_report(tmp_path).links
-    assert links.mb_per_s[0][1] > 0 and links.mb_per_s[1][0] > 0 and abs(links.ahead_s[1]) < 0.5
+        lines = [[*line, f"machine.node_rank={i}"] for i in range(nodes)]
+        for done in pool.map(partial(run, GLOO_SOCKET_IFNAME="lo"), lines):
+            assert done.returncode == 0, done.stdout + done.stderr
+    report = build(ClusterReport, json.loads((tmp_path / "report.json").read_text()))
+    assert all(node.paths == (SharedPath(str(tmp_path)), SharedPath(bucket_folder)) for node in report.nodes)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"] and not storage.list_tree(bucket_folder)
+    links = report.links
+    assert nodes == 1 or (links.mb_per_s[0][1] > 0 < links.mb_per_s[1][0] and abs(links.ahead_s[1]) < 0.5)
 
 
 def start(*args: str) -> int:
     return run_args("launch", VERBS, ["doctor", *args])
 
 
-def test_a_port_that_is_taken_is_a_problem_of_one_line(capsys, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_port_that_is_taken_is_a_problem_of_one_line(capsys) -> None:
     with listen(LOOPBACK, 0) as taken:
         port = taken.getsockname()[1]
-        assert start("configs/machines/laptop.yaml", f"machine.port={port}") == 1
+        assert start(LAPTOP, f"machine.port={port}") == 1
     output = capsys.readouterr().out
     assert output.startswith(f"problem: node 0: port {port} cannot be listened on") and output.count("\n") == 1
 
 
-def test_the_nodes_of_a_scheduler_run_the_doctor_and_know_which_of_them_they_are(monkeypatch, tmp_path) -> None:
-    monkeypatch.chdir(ROOT)
-    args = ["configs/machines/slurm.yaml", "shared=/data", "script=job.sh", "dry_run=true"]
+def test_the_nodes_of_a_scheduler_run_the_doctor_and_know_which_of_them_they_are(tmp_path) -> None:
+    args = [f"{MACHINES}/slurm.yaml", "shared=/data", "script=job.sh", "dry_run=true"]
     config = read_doctor(args)
     text = config.machine.render(doctor_job(config, args))
     require_valid_script(text, tmp_path / "job.sh")
@@ -289,9 +268,8 @@ def test_the_nodes_of_a_scheduler_run_the_doctor_and_know_which_of_them_they_are
     assert (machine.kind, machine.node_rank, machine.host, machine.nodes) == ("local", 3, "node17", 4)
 
 
-def test_the_doctor_s_job_for_kubernetes_is_valid_and_runs_once(monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
-    args = ["configs/machines/kubernetes.yaml", "bucket=s3://data"]
+def test_the_doctor_s_job_for_kubernetes_is_valid_and_runs_once() -> None:
+    args = [f"{MACHINES}/kubernetes.yaml", "bucket=s3://data"]
     config = read_doctor(args)
     service, job = config.machine.kubernetes.manifests(config.machine, doctor_job(config, args))
     pod = require_valid_manifests(service, job)
@@ -305,15 +283,14 @@ def test_the_doctor_s_job_for_kubernetes_is_valid_and_runs_once(monkeypatch) -> 
 @pytest.mark.parametrize(
     ("args", "setting"),
     [
-        (["configs/machines/laptop.yaml", "shred=/data"], "did you mean 'shared'"),
-        (["configs/machines/laptop.yaml", "timeout_s=1"], "timeout_s=1"),
-        (["configs/machines/laptop.yaml", "limits.slow_share=2"], "limits.slow_share"),
-        (["configs/machines/laptop.yaml", "script=job.sh"], "script=job.sh"),
+        ([LAPTOP, "shred=/data"], "did you mean 'shared'"),
+        ([LAPTOP, "timeout_s=1"], "timeout_s=1"),
+        ([LAPTOP, "limits.slow_share=2"], "limits.slow_share"),
+        ([LAPTOP, "script=job.sh"], "script=job.sh"),
         (["shared=/data"], "'machine' is required"),
     ],
 )
-def test_a_wrong_setting_is_one_line(args: list[str], setting: str, capsys, monkeypatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_wrong_setting_is_one_line(args: list[str], setting: str, capsys) -> None:
     assert start(*args) == 2
     error = capsys.readouterr().err
     assert setting in error and len(error.splitlines()) == 1
