@@ -34,8 +34,10 @@ def load_file(cls: type[T], path: str | Path, args: Sequence[str] = ()) -> T:
 
 def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     """As `build` from what `file` holds, which errors name."""
-    with reading(file, "delete what an earlier version may have written, or write it again"):
+    try:
         return build(cls, values)
+    except UserError as error:
+        raise UserError(f"{file}: {error}; correct it there, or delete what an earlier version wrote") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
