@@ -16,7 +16,6 @@ import yaml
 from configs.errors import UserError
 from configs.overrides import NULLS, merge_args, merged, parse_container, read_settings
 from configs.storage import write_text
-from configs.untrusted import reading
 
 T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
