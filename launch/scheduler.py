@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from configs import within
 from configs.errors import FileInTheWayError, MissingFileError, UserError
-from configs.storage import write_text
+from configs.storage import is_s3, write_text
 
 MARK = "# Rendered by: python -m launch"  # in every file that is written for a scheduler
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
@@ -119,6 +119,8 @@ class Scheduler:
 
 
 def require_own(path: str, mark: str) -> None:
-    """FileInTheWayError if there is something at `path` that is no file with `mark` in it."""
+    """FileInTheWayError if there is something at `path` that is no file with `mark` in it, UserError for a bucket."""
+    if is_s3(path):
+        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if os.path.lexists(path) and not (Path(path).is_file() and mark.encode() in Path(path).read_bytes()):
         raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")
