@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import psutil
 import pytest
-from tiny_recordings import FRAMES, copy_video, draw_frames, end_early, numbered_episode, write_recording
-from tiny_videos import numbered_frames, write_foreign
+from tiny_recordings import FRAMES, draw_frames, end_early, numbered_episode, write_recording
+from tiny_videos import copy_packets, numbered_frames, write_foreign
 
 from data_pipeline.readers import Recording, find_recordings, read_game_frames, recording_of, split_episodes
 from data_pipeline.readers.recording import cut_episodes
@@ -66,7 +66,7 @@ def test_a_video_may_be_in_any_container_and_case(name, game, recordings, tmp_pa
     shutil.copytree(recordings / "episode_00000", tmp_path / "a")
     (tmp_path / "a" / "video.mp4").unlink()
     container = {"k": "matroska", "A": "avi"}.get(name[-2], "mp4")
-    copy_video(recordings / "episode_00000" / "video.mp4", tmp_path / "a" / name, format=container)
+    copy_packets(recordings / "episode_00000" / "video.mp4", tmp_path / "a" / name, format=container)
     (recording,) = find_recordings("worldloom", tmp_path)
     (episode,) = recording.read(game)
     assert len(list(episode.frames())) == FRAMES

@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 from foreign_games import load_game, read_all
 from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lerobot, write_owl, write_table
-from tiny_recordings import copy_video
 from tiny_videos import copy_packets, numbered_frames, write_foreign
 
 from data_pipeline.display import _reformatter
@@ -21,7 +20,7 @@ from data_pipeline.video import frame_times, read_frames
 
 def other_container(video, suffix):
     """The same pictures in another container, instead of it."""
-    copy_video(video, video.with_suffix(suffix))
+    copy_packets(video, video.with_suffix(suffix))
     video.unlink()
     return video.with_suffix(suffix)
 

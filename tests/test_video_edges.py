@@ -43,7 +43,7 @@ def shades(path: Path, start: int = 0, stop: int | None = None) -> list[int]:
 def test_frames_that_an_edit_list_hides_do_not_count(reordered, tmp_path):
     whole = write_foreign(tmp_path / "whole.mp4", numbered_frames(80), options={"crf": "12", "bf": reordered})
     options = {"avoid_negative_ts": "disabled"}
-    cut = copy_packets(whole, tmp_path / "cut.mp4", lambda i, t: t - 8 / 20, options)
+    cut = copy_packets(whole, tmp_path / "cut.mp4", lambda i, t: t - 8 / 20, options=options)
     assert probe(cut).frames == 72 and len(frame_times(cut)) == 72
     assert shades(cut) == list(range(8, 80))
     for start in (0, 1, 11, 12, 13, 50, 71):
