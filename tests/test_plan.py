@@ -61,14 +61,14 @@ def test_checkpointing_lowers_activations_and_nothing_that_the_model_computes() 
 
 def test_a_causal_model_is_estimated_as_often_as_advice_needs_it() -> None:
     causal = ("engine.name=ddp", "objective.name=diffusion_forcing", "model.causal={block: 3, window: 6}", "latents=6")
-    one, more = estimated(*causal), estimated(*causal, "batch=16")
-    assert more.bytes["activations"] > one.bytes["activations"]
+    small, large = estimated(*causal), estimated(*causal, "batch=16")
+    assert large.bytes["activations"] > small.bytes["activations"]
 
 
 def test_the_work_of_a_step_grows_with_its_clips() -> None:
-    one, larger = estimated("engine.name=ddp"), estimated("engine.name=ddp", "batch=16")
-    assert larger.tokens == 8 * one.tokens and larger.flops == 8 * one.flops
-    assert estimated("engine.name=ddp", "accumulation=3").flops == 3 * one.flops
+    small, large = estimated("engine.name=ddp"), estimated("engine.name=ddp", "batch=16")
+    assert large.tokens == 8 * small.tokens and large.flops == 8 * small.flops
+    assert estimated("engine.name=ddp", "accumulation=3").flops == 3 * small.flops
 
 
 def test_what_does_not_fit_is_told_the_settings_with_which_it_does(capsys) -> None:
@@ -121,8 +121,8 @@ def clips(tmp_path_factory) -> Path:
     for i in range(6):
         write_recording(folder / "recordings" / f"episode_{i:05d}", game, seed=i)
     write_codec(folder / "codec")
-    given = (game, str(folder / "recordings"), str(folder / "codec"), str(folder / "latents"))
-    encode(EncodeConfig(*given, shard_clips=2, heldout_every=3))
+    source, codec, out = (str(folder / name) for name in ("recordings", "codec", "latents"))
+    encode(EncodeConfig(game, source, codec, out, shard_clips=2, heldout_every=3))
     return folder
 
 
