@@ -197,17 +197,6 @@ def test_the_first_of_several_nodes_listens_where_the_others_find_it() -> None:
         socket.create_connection((next(iter(addresses), LOOPBACK), everywhere.getsockname()[1])).close()
 
 
-def test_the_first_node_s_port_is_free_again_after_the_doctor() -> None:
-    port = TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
-    for _ in range(2):
-        machine = replace(MACHINE, host="127.0.0.2", port=port)
-        first = join_nodes(machine, 5)
-        second = join_nodes(replace(machine, node_rank=1), 5)
-        second.set("key", "value")
-        assert first.get("key") == b"value"
-        del first, second
-
-
 def test_a_path_that_others_write_elsewhere_or_that_is_not_there_is_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(node, "SYNC_S", 0.5)
     assert probe_path(str(tmp_path), "t", 0, (0, 1)) == SharedPath(str(tmp_path), "", (1,))
@@ -225,10 +214,14 @@ def test_a_node_that_does_not_listen_is_not_reached() -> None:
 LOOSE = [f"limits.{name}=0" for name in ("disk_gib", "shm_gib", "mb_per_s", "slow_share")]
 
 
+@pytest.fixture(scope="module")
+def port() -> int:
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_the_doctor_examines_this_machine_and_two_nodes_on_it(bucket_folder, tmp_path, nodes: int) -> None:
-    """This machine is 127.0.0.2 too."""
-    port = TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+def test_the_doctor_examines_this_machine_and_two_nodes_on_it(bucket_folder, tmp_path, port, nodes: int) -> None:
+    """This machine is 127.0.0.2 too. One doctor's port is free again for the next."""
     settings = [f"machine.nodes={nodes}", "machine.host=127.0.0.2", f"machine.port={port}", "megabytes=1"]
     settings += [f"shared={tmp_path}", f"bucket={bucket_folder}", f"report={tmp_path}/report.json", *LOOSE]
     line = ["python", "-m", "launch", "doctor", LAPTOP, *settings]
