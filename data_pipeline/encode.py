@@ -72,7 +72,7 @@ class ShardJob:
         """
         try:
             index = read_index(self.url)
-            whole = not index.info.clips or storage.size(self.url) == index.info.bytes
+            whole = not index.info.clips or storage.path(self.url).stat().st_size == index.info.bytes
         except FileNotFoundError:
             return None
         return None if not whole or (index.left_out and self.config.on_bad_recording == "stop") else index
@@ -203,8 +203,8 @@ class Worker:
             started = ((job, self._decode(job)) for job in self._missing(jobs, bar))
             coming = next(started, None)
             while coming:
-                (planned, batches), coming = coming, next(started, None)  # whose first frames are decoded meanwhile
-                job, clips = self._encode(planned, batches, bar)
+                (planned, runs), coming = coming, next(started, None)  # whose first frames are decoded meanwhile
+                job, clips = self._encode(planned, runs, bar)
                 bar.update(planned.clips - len(clips))
                 writing.result()
                 writing = pool.submit(self._write, job, clips)
@@ -221,16 +221,16 @@ class Worker:
             else:
                 yield job
 
-    def _decode(self, job: ShardJob) -> PrefetchThread[list[Run]]:
-        return PrefetchThread(cut_episodes(job.episodes, self.config), AHEAD, "decode")
+    def _decode(self, job: ShardJob) -> PrefetchThread[Run]:
+        return PrefetchThread(cut_episodes(job.episodes, self.config), AHEAD * self.config.batch, "decode")
 
-    def _encode(self, job: ShardJob, batches: PrefetchThread[list[Run]], bar: tqdm) -> tuple[ShardJob, list[Clip]]:
+    def _encode(self, job: ShardJob, runs: PrefetchThread[Run], bar: tqdm) -> tuple[ShardJob, list[Clip]]:
         """The job and its clips, or if bad episodes are to be skipped, the job and the clips without them."""
         while True:
             clips = list[Clip]()
             try:
-                with closing(batches):
-                    for clip in encode_clips(self.encoder, job.episodes, batches):
+                with closing(runs):
+                    for clip in encode_clips(self.encoder, job.episodes, runs):
                         clips.append(clip)
                         bar.update()
                 return job, clips
@@ -239,7 +239,7 @@ class Worker:
                     raise
                 job = job.without(bad)
             bar.update(-len(clips))
-            batches = self._decode(job)
+            runs = self._decode(job)
 
     def _write(self, job: ShardJob, clips: list[Clip]) -> None:
         if job.read_index():

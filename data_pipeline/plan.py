@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from configs import storage, to_dict, within
 from configs.errors import UserError, one_line
-from configs.foreign import parse_object
 from configs.game import GameConfig
+from configs.untrusted import parse_object
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents
@@ -95,7 +95,7 @@ class Plan:
             if write:
                 with unless_there(url):
                     storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
-            elif not any(name.endswith(INDEX) for name in storage.list_files(self.folder)):
+            elif not any(name.endswith(INDEX) for name in storage.list_folder(self.folder)):
                 return
             # Looked at again: a worker that has just begun writes its plan before its shards.
             if not storage.exists(url):

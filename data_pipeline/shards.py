@@ -20,8 +20,7 @@ from webdataset.writer import TarWriter
 
 from configs import build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.files import sha256_file
-from configs.foreign import parse_object, reading, require_inside
+from configs.untrusted import parse_object, reading, require_inside
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 
@@ -81,7 +80,7 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
         with storage.writing(url) as part:
             entries = _write_tar(part, clips)
             episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
-            info = ShardInfo(info.url, len(entries), part.stat().st_size, sha256_file(part), episodes)
+            info = ShardInfo(info.url, len(entries), part.stat().st_size, storage.sha256(part), episodes)
     else:
         storage.remove(url)  # one that was made when its episodes could be decoded
     content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
@@ -221,7 +220,7 @@ def _read_entry(values: Any, info: ShardInfo) -> Entry:
 def read_entries(url: str, info: ShardInfo) -> list[Entry]:
     """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
     try:
-        size = storage.size(url)
+        size = storage.path(url).stat().st_size
     except FileNotFoundError as error:
         raise UserError("missing") from error
     if size != info.bytes:

@@ -14,7 +14,7 @@ import torch
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import DAMAGE
+from configs.untrusted import DAMAGE
 from data_pipeline.shards import (
     AGAIN,
     CLIP_BYTES,
@@ -111,6 +111,7 @@ def verify_set(url: str | Path, sample: int | None = None) -> list[str]:
         firsts = [(entry.key, keys.setdefault(entry.key, shard)) for entry in entries]
         faults += [f"{shard}: clip {key} is in {first} too" for key, first in firsts if first != shard]
     faults += [f"{shard}: {times} times in the manifest" for shard, times in Counter(urls).items() if times > 1]
-    tars = [file for file in storage.list_files(storage.parent(url)) if file.endswith(".tar")]
-    strays = [tar for tar in tars if tar not in urls and not storage.name_of(tar).startswith(".")]
+    folder = storage.parent(url)
+    tars = [name for name in storage.list_folder(folder) if name.endswith(".tar") and not name.startswith(".")]
+    strays = sorted({storage.join(folder, tar) for tar in tars} - set(urls))
     return faults + [f"{stray}: not in the manifest" for stray in strays]

@@ -10,27 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs import within
 from configs.errors import UserError
-from model.limits import require_between
 
 
 @dataclass(frozen=True)
 class FlowMatchConfig:
     """Saved with the model's own settings, so that training and sampling cannot disagree."""
 
-    shift: float = 5.0  # moves noise levels towards 1; 1 leaves them as they are
-    sigma_min: float = 0.0
-    sigma_max: float = 1.0
+    shift: float = within(1e-3, 1e3, 5.0)  # moves noise levels towards 1; 1 leaves them as they are
+    sigma_min: float = within(0, 1, 0.0)
+    sigma_max: float = within(0, 1, 1.0)
     extra_one_step: bool = True  # the ramp has one point more than steps, and the last is dropped
-    train_steps: int = 1000  # levels that training draws from; also timestep per unit of sigma
+    train_steps: int = within(1, 1_000_000, 1000)  # levels that training draws from; also timestep per unit of sigma
     inverse_timesteps: bool = False  # from data to noise
     reverse_sigmas: bool = False  # sigma counts the data's share instead of the noise's
 
     def __post_init__(self) -> None:
-        require_between("flow.", 1e-3, 1e3, shift=self.shift)
-        require_between("flow.", 1, 1_000_000, train_steps=self.train_steps)
-        require_between("flow.", 0, 1, sigma_max=self.sigma_max)
-        require_between("flow.", 0, self.sigma_max - 1e-6, sigma_min=self.sigma_min)
+        if self.sigma_min > self.sigma_max - 1e-6:
+            raise UserError(f"flow.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,8 @@ class Schedule:
         """The noise level (...) nearest to each timestep (...)."""
         return self.sigmas.to(timestep.device)[self.index(timestep)]
 
-    @property
-    def training_weights(self) -> Tensor:
-        """Loss weights (n) of the levels: a bell, lowered to a minimum of 0 and scaled to a mean of 1.
+    def training_weight(self, timestep: Tensor) -> Tensor:
+        """The loss weight (...) of each timestep (...): a bell, lowered to a minimum of 0 and scaled to a mean of 1.
 
         Its centre and width come from n, not from the range of the timesteps, as upstream: only n = 1000 gives a bell
         over the whole range.
@@ -65,11 +62,7 @@ class Schedule:
         n = len(self.timesteps)
         bell = torch.exp(-2 * ((self.timesteps - n / 2) / n) ** 2)
         bell = bell - bell.min()
-        return bell * (n / bell.sum())
-
-    def training_weight(self, timestep: Tensor) -> Tensor:
-        """The bell-shaped loss weight (...) of each timestep (...)."""
-        return self.training_weights.to(timestep.device)[self.index(timestep)]
+        return (bell * (n / bell.sum())).to(timestep.device)[self.index(timestep)]
 
 
 class FlowMatch:

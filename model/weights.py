@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.files import atomic_path
-from configs.foreign import parse_json, parse_object, reading, require_inside
+from configs.untrusted import parse_object, reading, require_inside
 from model.bare_names import bare_names
 
 HEADER_BYTES = 100_000_000  # the format's own limit
@@ -84,7 +82,7 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
         header[name] = {"dtype": DTYPE_NAMES[specs[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as part, open(part, "wb") as file:
+    with storage.writing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(_bytes(state[name].detach().cpu().contiguous()))
@@ -105,19 +103,25 @@ def open_weights(path: str | Path) -> LazyWeights:
 
 def read_weights(path: str | Path) -> LazyWeights:
     """The tensors of one safetensors file; of an s3:// url each is a request of its own."""
+    incomplete = UserError(f"{path} is no complete safetensors file; copy, download or write it again")
     with storage.open(path, buffer_bytes=1) as file, reading(path):
-        begin, size, header = _read_header(path, file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        end = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < end <= min(size, 8 + HEADER_BYTES):
+            raise incomplete
+        header = parse_object(file.read(end - 8), path)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise UserError("__metadata__ must hold strings")
         specs = {name: _spec(name, entry) for name, entry in header.items()}
-        offsets, end = dict[str, int](), 0
+        begin, offsets = end, dict[str, int]()
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["data_offsets"] != [end, end + specs[name].nbytes]:
+            offsets[name], end = end, end + specs[name].nbytes
+            if entry["data_offsets"] != [offsets[name] - begin, end - begin]:
                 raise UserError(f"a gap, an overlap or a wrong size at {_some([name])}")
-            offsets[name], end = begin + end, end + specs[name].nbytes
-        if begin + end != size:
-            raise UserError(f"{path} is no complete safetensors file: {size} bytes instead of {begin + end}")
+        if end != size:
+            raise incomplete
 
     def read(name: str) -> Tensor:
         # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
@@ -129,16 +133,6 @@ def read_weights(path: str | Path) -> LazyWeights:
         return tensor
 
     return LazyWeights(specs, read, metadata, str(path))
-
-
-def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
-    """Where the tensors begin in a safetensors file, its size, and its header."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    begin = 8 + int.from_bytes(file.read(8), "little")
-    if not 8 < begin <= min(size, 8 + HEADER_BYTES):
-        raise UserError(f"{path} is no complete safetensors file: its header cannot be read")
-    return begin, size, parse_object(file.read(begin - 8), path)
 
 
 def _spec(name: str, entry: dict[str, Any]) -> Tensor:
@@ -153,22 +147,16 @@ def _spec(name: str, entry: dict[str, Any]) -> Tensor:
 
 def _open_shards(index: Path) -> LazyWeights:
     with reading(index):
-        loaded = parse_json(index.read_bytes(), index)
-        files = loaded.get("weight_map") if isinstance(loaded, dict) else None
-        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
+        files = dict[str, str](parse_object(index.read_bytes(), index)["weight_map"])
         # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
-        files = {name: require_inside(file, index) for name, file in files.items()}
-    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
-    if missing:
-        raise MissingFileError(f"{index} names shards that are not there: {_some(missing)}")
-    shards = {file: read_weights(index.parent / file) for file in files.values()}
-    stored = sorted((name, file) for file, shard in shards.items() for name in shard)
-    if stored != sorted(files.items()):
-        differing = sorted({name for name, _ in set(stored) ^ set(files.items())})
+        shards = {file: index.parent / require_inside(file, index) for file in files.values()}
+    opened = {file: read_weights(path) for file, path in shards.items()}
+    stored = {(name, file) for file, shard in opened.items() for name in shard}
+    differing = sorted({name for name, _ in stored ^ set(files.items())})
+    if differing or not files:
         raise UserError(f"{index} does not say what is in its shards: {_some(differing)}")
-    specs = {name: shards[file].specs[name] for name, file in files.items()}
-    return LazyWeights(specs, lambda name: shards[files[name]].read(name), where=str(index))
+    specs = {name: opened[file].specs[name] for name, file in files.items()}
+    return LazyWeights(specs, lambda name: opened[files[name]].read(name), where=str(index))
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -186,24 +174,20 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:
-    """The model's weights in `state` under their bare names; a note on stderr says what they were called before."""
+    """The model's weights in `state` under their bare names (see `bare_names`). Reading NaN or infinity is a
+    UserError."""
     given = lazily(state)
-    bare = bare_names(given.specs)
-    bare.say(given.where)
-    return replace(given.renamed(bare.names), prefix=bare.prefix)
-
-
-def finite(state: LazyWeights) -> LazyWeights:
-    """`state`, of which reading a tensor with NaN or infinity is a UserError."""
+    names, prefix = bare_names(given.specs, given.where)
+    bare = given.renamed(names)
 
     def read(name: str) -> Tensor:
-        tensor = state.read(name)
+        tensor = bare.read(name)
         # torch cannot tell it of numbers of 8 bits.
         if not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
-            raise UserError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
+            raise UserError(f"{given.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
         return tensor
 
-    return replace(state, read=read)
+    return replace(bare, read=read, prefix=prefix)
 
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

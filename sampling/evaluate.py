@@ -1,4 +1,4 @@
-"""Judges a checkpoint on held-out episodes: what the actions are worth, and whether the picture obeys."""
+"""Judges a checkpoint on held-out episodes: how much the actions help, and whether the picture obeys them."""
 
 import json
 import os
@@ -13,16 +13,15 @@ from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import storage
+from configs import storage, within
 from configs.errors import MissingFileError, UserError
-from configs.foreign import SETTINGS_BYTES, parse_object, reading
 from configs.game import GameConfig
+from configs.untrusted import SETTINGS_BYTES, parse_object, reading
 from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.layout import CHUNK_FRAMES
-from model.limits import require_between
 from model.loss import NoiseSample, sigma_bins, velocity_error
 from model.world import WorldModel, check_same_game, read_world_config
 from sampling.config import SamplingConfig
@@ -48,18 +47,15 @@ class EvaluateConfig(SamplingConfig):
     out: str  # folder of report.json, report.html, the videos and sheets
     beside: tuple[str, ...] = ()  # report.json of other models on the same recordings: the page shows theirs too
     reader: Reader = "worldloom"  # format of the recordings
-    clips: int = 24  # held-out clips of the velocity loss
-    starts: int = 8  # places in held-out episodes from which rollouts begin
-    chunks: int = 6  # of 9 frames per rollout along the recorded actions
-    held_starts: int = 8  # as starts, for the held commands
-    held_chunks: int = 3  # as chunks, for the held commands
+    clips: int = within(1, MOST, 24)  # held-out clips of the velocity loss
+    starts: int = within(1, MOST, 8)  # places in held-out episodes from which rollouts begin
+    chunks: int = within(1, MOST, 6)  # of 9 frames per rollout along the recorded actions
+    held_starts: int = within(1, MOST, 8)  # as starts, for the held commands
+    held_chunks: int = within(1, MOST, 3)  # as chunks, for the held commands
     steps: int = 6  # Euler steps per chunk or block
-    batch: int = 16  # rollouts or clips computed at once
+    batch: int = within(1, MOST, 16)  # rollouts or clips computed at once
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_between("", 1, MOST, clips=self.clips, starts=self.starts, chunks=self.chunks, batch=self.batch)
-        require_between("", 1, MOST, held_starts=self.held_starts, held_chunks=self.held_chunks)
         _ = self.denoising, Scripted(1, 0, self.mouse_deg)  # checks of their own
 
     @property
@@ -89,10 +85,10 @@ def evaluate(config: EvaluateConfig) -> None:
         report["velocity_loss"] = judge_losses(world, config, min(config.clips, manifest.clips))
         replayed = player.replay(prompts)
         report |= judge_replay(replayed, commanded_yaw(prompts, game))
-        held = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
-        report["held"] = held_table({command: all_motions(made) for command, made in held.items()})
+        rollouts = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
+        report["held"] = held_table({command: all_motions(frames) for command, frames in rollouts.items()})
         grids = [replay_grid(prompts, replayed["from_context"])]
-        grids += [held_grid(held_prompts[0], held, config.mouse_deg, game)]
+        grids += [held_grid(held_prompts[0], rollouts, config.mouse_deg, game)]
         for grid in grids:
             write_grid(folder, grid, game)
         report["seconds"] = round(time.perf_counter() - began, 1)
@@ -110,16 +106,16 @@ def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Repor
     generator = torch.Generator().manual_seed(config.seed)
     temporal, bins, tables = world.codec.config.temporal, sigma_bins(world.flow), {}
     for count, kind in enumerate(("first_chunk", "next_chunk"), start=1):
-        part = first_latents(batch, count * world.block, world.layout, temporal)
-        if part is None:
+        if batch.latents.shape[2] < count * world.block:
             continue
+        part = first_latents(batch, count * world.block, world.layout, temporal)
         variants = action_variants(part)
         losses: dict[str, dict[str, Tensor]] = {variant: {} for variant in variants}
         for name, levels in tqdm(bins, desc=f"held-out loss, {kind}", unit="noise level"):
             sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
             sample = NoiseSample(sigma, torch.randn(part.latents.shape, generator=generator))
-            for variant, acted in variants.items():
-                losses[variant][name] = loss_of_clips(world, acted, sample, config.batch)
+            for variant, clips_of_variant in variants.items():
+                losses[variant][name] = loss_of_clips(world, clips_of_variant, sample, config.batch)
         tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
     return tables
 
@@ -127,18 +123,18 @@ def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Repor
 def loss_of_clips(world: WorldModel, clips: Batch, sample: NoiseSample, batch: int) -> Tensor:
     """The loss (b) of the newest chunk or block on the CPU, `batch` clips at a time."""
     latents, causal = clips.latents.shape[2], world.dit.config.causal
-    given = 1 if latents == world.block else world.block
-    known, sigma = given, sample.sigma
-    if causal is not None and given > 1:  # a past in the caches, not in the conditioning
+    past = 1 if latents == world.block else world.block
+    known, sigma = past, sample.sigma
+    if causal is not None and past > 1:  # it is in the caches, not in the conditioning
         known, sigma = 1, sigma[:, None].repeat(1, latents)
-        sigma[:, :given] = causal.context_noise
-    parts = []
+        sigma[:, :past] = causal.context_noise
+    losses = []
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
-        some = NoiseSample(sigma[part].to(world.device), sample.noise[part].to(world.device))
-        error = velocity_error(world.dit, world.flow, clips[part].to(world.device), known, some, world.layout)
-        parts.append(error[:, given:].mean(dim=1).cpu())
-    return torch.cat(parts)
+        noise = NoiseSample(sigma[part].to(world.device), sample.noise[part].to(world.device))
+        error = velocity_error(world.dit, world.flow, clips[part].to(world.device), known, noise, world.layout)
+        losses.append(error[:, past:].mean(dim=1).cpu())
+    return torch.cat(losses)
 
 
 def read_other(path: str, out: str) -> Compared:
@@ -149,7 +145,7 @@ def read_other(path: str, out: str) -> Compared:
     if storage.is_s3(page) == storage.is_s3(out):
         page = os.path.relpath(page, out)
     with reading(path, "beside= takes a report.json that evaluate wrote"):
-        if (size := storage.size(path)) > SETTINGS_BYTES:
+        if (size := storage.path(path).stat().st_size) > SETTINGS_BYTES:
             raise UserError(f"it has {size} bytes")
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
@@ -174,21 +170,22 @@ def drift(frames: np.ndarray) -> dict[str, list[float]]:
 
 
 def replay_grid(prompts: Sequence[Prompt], generated: np.ndarray) -> VideoGrid:
-    """What really happened beside what was generated from the same 9 frames and actions."""
+    """Real play beside what the model generates from the same 9 frames and actions."""
     panels, shown = [], prompts[:SHOWN_PROMPTS]
     for prompt, frames in zip(shown, generated, strict=False):
-        made = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
-        panels += [Panel("real play", prompt.frames, prompt.actions), Panel("generated", made, prompt.actions)]
+        generated_frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
+        panels += [Panel("real play", prompt.frames, prompt.actions)]
+        panels += [Panel("generated", generated_frames, prompt.actions)]
     names = "; ".join(prompt.name for prompt in shown)
     sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
     return VideoGrid("replay", "Real play and the model's", sentence, panels, 2, REPLAY_WIDTH)
 
 
-def held_grid(prompt: Prompt, made: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
-    """Every constant action from the 9 frames of `prompt`, the first of the rollouts `made`."""
+def held_grid(prompt: Prompt, rollouts: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
+    """Every constant action from the 9 frames of `prompt`, whose rollouts come first."""
     panels = []
-    for command, rollouts in made.items():
-        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], rollouts[0]])
+    for command, frames_of_all in rollouts.items():
+        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames_of_all[0]])
         actions = prompt.with_constant_action(command, game, mouse_deg)
         panels.append(Panel(command.replace("_", " "), frames, actions))
     sentence = "The same 9 frames and the same noise, another command held in each picture."

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_released import SMALL, TOWER_JSON, TOWER_SIZES, TOWER_STATE, hf_state, random_state, yamls
+from tiny_released import SMALL, TOWER, TOWER_JSON, TOWER_STATE, hf_state, random_state, yamls
 from tiny_shards import read_clips
 from tiny_training import ALONE, ROOT, read_metrics, run
 
@@ -31,7 +31,7 @@ from sampling.__main__ import VERBS as SAMPLING_VERBS
 from train.check import check_run
 from train.config import TrainConfig
 
-MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TOWER_SIZES['hidden_size']}"]
+MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TOWER.hidden_size}"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(load_weights(ROOT / "tests" / "golden" / "vae.weights.safetensors"), folder / "wan" / "Wan2.1_VAE.pth")
     (folder / "wan" / "config.yaml").write_text(yaml.safe_dump({"name": "wan", "width": 4}))
     (folder / "clip").mkdir()
-    save_file(hf_state(load_tower(TOWER_STATE, TOWER_SIZES, "the fixture")), folder / "clip" / "model.safetensors")
+    save_file(hf_state(load_tower(TOWER_STATE, TOWER, "the fixture")), folder / "clip" / "model.safetensors")
     (folder / "clip" / "config.json").write_text(json.dumps(TOWER_JSON))
     return folder
 
@@ -63,7 +63,7 @@ def test_clips_carry_tokens_and_grey_conditioning_of_their_first_frame(foreign: 
     assert (manifest.vision, manifest.unknown) == ("tokens", "grey")
     batch = Stream(clips / "train" / "manifest.json", 2, 0, workers=0).batch_at(0)
     assert batch.visual is not None and batch.image_latents is not None
-    assert batch.visual.shape == (2, 17, TOWER_SIZES["hidden_size"])
+    assert batch.visual.shape == (2, 17, TOWER.hidden_size)
     assert batch.image_latents.shape == batch.latents.shape
     # The first frame's latent is the clip's own first latent; the rest is grey.
     assert torch.allclose(batch.image_latents[:, :, 0], batch.latents[:, :, 0], rtol=0.01, atol=1e-5)  # bfloat16
@@ -102,7 +102,7 @@ def test_the_trained_model_streams_in_few_steps_and_is_judged(
     tuned: Path, foreign: Path, clips: Path, recordings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video, vision = next(recordings.glob("*/video.mp4")), f"vision={foreign}/clip"
-    args = ["generate", str(tuned), "method=streaming", f"prompt={video}", f"out={foreign}/play.mp4", "frames=21"]
+    args = ["generate", str(tuned), f"prompt={video}", f"out={foreign}/play.mp4", "frames=21"]
     assert run_command("sampling", SAMPLING_VERBS, args) == 2
     assert "needs vision=" in capsys.readouterr().err.splitlines()[-1] and not (foreign / "play.mp4").exists()
     assert run_command("sampling", SAMPLING_VERBS, [*args, vision, "few_steps=[1000,666,333]"]) == 0

@@ -1,13 +1,13 @@
 """The recorder, with the real ViZDoom."""
 
-import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +30,15 @@ def make_config(out, *words):
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
+    """A folder of two episodes."""
     out = tmp_path_factory.mktemp("doom") / "recordings"
-    return out, record_episodes(make_config(out))
-
-
-def digest(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    assert record_episodes(make_config(out)) == 2
+    return out
 
 
 def test_recordings_read_back_as_the_games(recorded):
-    out, done = recorded
-    game = make_config(out).game
-    assert done == 2
-    for folder in find_episodes(out).values():
+    game = make_config(recorded).game
+    for folder in find_episodes(recorded).values():
         episode = read_episode(folder, game)
         frames = np.stack(list(read_game_frames(episode, game)))
         assert frames.shape == (12, 96, 160, 3) and frames.std() > 10
@@ -50,16 +46,13 @@ def test_recordings_read_back_as_the_games(recorded):
         assert "BSD-3-Clause" in json.loads((folder / "episode.json").read_text())["licence"]
 
 
-def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded, tmp_path):
-    out, _ = recorded
-    before = [digest(folder) for folder in find_episodes(out).values()]
-    assert before[0] != before[1]
-    for path in (out / "episode_00001").iterdir():
-        path.unlink()
-    (out / "episode_00001").rmdir()
-    assert record_episodes(make_config(out)) == 1  # the second episode without the first one before it
-    assert [digest(folder) for folder in find_episodes(out).values()] == before
-    assert record_episodes(make_config(out)) == 0
+def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded):
+    before = {path: path.read_bytes() for path in recorded.glob("episode_*/*")}
+    assert before[recorded / "episode_00000" / ACTIONS] != before[recorded / "episode_00001" / ACTIONS]
+    shutil.rmtree(recorded / "episode_00001")
+    assert record_episodes(make_config(recorded)) == 1  # the second episode without the first one before it
+    assert {path: path.read_bytes() for path in recorded.glob("episode_*/*")} == before
+    assert record_episodes(make_config(recorded)) == 0
 
 
 def refused(capsys, *words):
@@ -70,9 +63,7 @@ def refused(capsys, *words):
 
 
 def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
-    out, _ = recorded
-    line = refused(capsys, DOOM, f"out={out}", "episodes=2", "frames=12", "seed=4")
-    assert "recorded with seed 3, not 4" in line
+    assert "seed 3, not 4" in refused(capsys, DOOM, f"out={recorded}", "episodes=2", "frames=12", "seed=4")
 
 
 def test_a_bucket_in_which_another_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys, tmp_path):
@@ -118,13 +109,8 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
     [
         ("game.fps=20", "game.fps"),
         ("game.action_space.keys=[forward,jump]", "jump"),
-        ("game.height=160000", "height"),
-        ("game.fps=0.000001", "fps"),
-        ("episodes=0", "episodes=0 must lie between 1 and 100000"),
-        ("episodes=1000000000", "episodes=1000000000 must lie between 1 and 100000"),
-        ("frames=1000000000", "frames=1000000000 must lie between 2 and 100000"),
-        ("workers=-1", "workers=-1 must lie between 1 and 256"),
-        ("frmes=3", "did you mean 'frames'"),
+        ("episodes=0", "episodes=0"),
+        ("frames=1000000000", "frames=1000000000"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(word, named, tmp_path, capsys):
@@ -162,29 +148,27 @@ def running_processes(pid, out):
     return running
 
 
-def has_ended(process):
-    """Also if its parent has not waited for it."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
+def all_end(processes, within_s):
+    """Also those whose parent does not wait for them."""
+    until = time.monotonic() + within_s
+    alive = processes
+    while alive and time.monotonic() < until:
+        time.sleep(0.1)
+        alive = [it for it in alive if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]
+    return not alive
 
 
 @pytest.mark.parametrize("name", ["vizdoom", "python"])
 def test_when_a_game_or_its_worker_is_killed_one_line_tells_and_no_other_goes_on(name, tmp_path, capsys):
-    started = []
-
     def kill_one():
         running = running_processes(os.getpid(), tmp_path)
-        started.extend(running["vizdoom"] + running["python"])
         running[name][0].kill()
+        return running["vizdoom"] + running["python"]
 
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    line = refused(capsys, *RECORDING, f"out={tmp_path}")
-    killer.join()
-    assert "was it killed" in line and "Run the same command to go on" in line
-    assert len(started) == 4 and all(map(has_ended, started))
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(kill_one)
+        line = refused(capsys, *RECORDING, f"out={tmp_path}")
+    assert "was it killed" in line and all_end(started.result(), 1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -194,7 +178,4 @@ def test_a_recorder_that_ends_leaves_no_game_behind(number, tmp_path):
         running = running_processes(recorder.pid, tmp_path)
         os.kill(recorder.pid, number)
         recorder.wait(10)
-    started, until = running["vizdoom"] + running["python"], time.monotonic() + 20
-    while not all(map(has_ended, started)) and time.monotonic() < until:
-        time.sleep(0.1)
-    assert all(map(has_ended, started))
+    assert all_end(running["vizdoom"] + running["python"], 20)

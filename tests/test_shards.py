@@ -204,13 +204,13 @@ def test_shards_without_their_plan_are_refused(clip_frames, action, encode_confi
 
 def test_a_plan_that_is_written_with_its_first_shard_meanwhile_is_found(encode_config, encoded, tmp_path, monkeypatch):
     """Another worker begins between this one's look at the plan and that at the shards."""
-    list_files, config = storage.list_files, into(encode_config, tmp_path / "out")
+    list_folder, config = storage.list_folder, into(encode_config, tmp_path / "out")
 
     def begin_first(folder):
         shutil.copytree(encoded, tmp_path / "out", dirs_exist_ok=True)
-        return list_files(folder)
+        return list_folder(folder)
 
-    monkeypatch.setattr(storage, "list_files", begin_first)
+    monkeypatch.setattr(storage, "list_folder", begin_first)
     assert encode(config).new_clips == 0
     with pytest.raises(ValueError, match="stride was 9, is 6"):
         encode(into(config, tmp_path / "out", stride=6))

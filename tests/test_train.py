@@ -201,7 +201,7 @@ def test_a_consolidated_world_plays_elsewhere(tmp_path: Path, alone: Path, capsy
     moved = (tmp_path / "whole").rename(tmp_path / "elsewhere")
     assert find_codec(moved, read_world_config(moved)) == str(moved / "codec")
     assert generate(moved, tmp_path) == 0, capsys.readouterr().err
-    with pytest.raises(UserError, match="would be written into checkpoint="):
+    with pytest.raises(UserError, match="checkpoint="):
         consolidate(ConsolidateConfig(str(alone), f"{newest_checkpoint(alone)}/world"))
 
 

@@ -26,7 +26,9 @@ def retimed(game, tmp_path):
         folder = tmp_path / f"episode_of_{suffix}"
         write_recording(folder, game, frames=FRAMES)
         options = {"video_track_timescale": "100000"} if suffix == "mp4" else {}
-        copy_packets(folder / "video.mp4", tmp_path / f"a.{suffix}", retime, options).rename(folder / "video.mp4")
+        copy_packets(folder / "video.mp4", tmp_path / f"a.{suffix}", retime, options=options).rename(
+            folder / "video.mp4"
+        )
         return folder
 
     return make

@@ -1,10 +1,10 @@
 """What resuming needs beyond `model/world.py`: where a run stands, and what must be the same to go on from there."""
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from configs import build_from, flat, storage, to_dict
 from configs.errors import UserError
 from configs.files import require_other_files
-from configs.foreign import parse_object, reading
 from configs.overrides import read_settings
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.weights import open_weights, save_weights
@@ -118,8 +118,8 @@ def read_position(folder: str | Path) -> Position:
 
 def state_of(folder: str | Path) -> SavedState:
     """What all ranks wrote into the complete checkpoint `folder`, whatever their engine and number."""
-    urls = storage.list_files(storage.join(folder, TRAINER))
-    return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copy=True)
+    names = fnmatch.filter(storage.list_folder(storage.join(folder, TRAINER)), "rank_*.safetensors")
+    return SavedState([storage.join(folder, f"{TRAINER}/{name}") for name in names], copy=True)
 
 
 def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:

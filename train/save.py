@@ -1,5 +1,6 @@
 """Writing checkpoints: every rank its part, rank 0 what everyone reads, COMPLETE last."""
 
+import fnmatch
 import json
 import sys
 import threading
@@ -7,14 +8,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
-from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import cache, save_config, storage
+from configs import cache, s3, save_config, storage
 from configs.errors import FileError, one_line
 from configs.files import NO_ROOM
 from model.weights import save_weights
@@ -62,7 +62,7 @@ class Saver:
             tensors, metadata = dict[str, Tensor](), dict[str, str]()
             if engine.writes_state:  # else another rank has the same
                 buffers = dict(engine.buffers()) if engine.accelerator.is_main_process else {}
-                tensors, metadata = collect_state(engine.shards(), engine.adam, self.ema.averages, buffers)
+                tensors, metadata = collect_state(engine.shards(), engine.optimizer, self.ema.averages, buffers)
             if self.background:
                 tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
             work = partial(self._write, folder, position, tensors, metadata)
@@ -114,11 +114,10 @@ class Saver:
             if self.engine.writes_state:
                 save_weights(tensors, part, {**metadata, **checksums(tensors)})
                 if self.remote:
-                    storage.write_file(part, storage.join(trainer, part.name))
+                    s3.upload(part, storage.join(trainer, part.name))
             if rank == 0:
-                names = [
-                    STATE_FILE.format(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)
-                ]
+                writers = position.ranks if self.engine.all_write_state else 1
+                names = [STATE_FILE.format(writer) for writer in range(writers)]
                 self._wait_for(names, folder)
                 self._complete(folder, position, [part, *(storage.join(trainer, name) for name in names[1:])])
 
@@ -126,7 +125,7 @@ class Saver:
         # Twice the limit: where nothing else goes on, the watchdog then has named who is gone.
         patience, trainer = 2 * self.config.engine.timeout_s, storage.join(folder, TRAINER)
         deadline = time.monotonic() + patience
-        while missing := sorted(set(parts) - set(map(storage.name_of, storage.list_files(trainer)))):
+        while missing := sorted(set(parts) - set(storage.list_folder(trainer))):
             if self._store is not None and self._store.check([_failed(folder)]):
                 raise FileError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
@@ -161,10 +160,8 @@ def remove_superseded(run: str, config: CheckpointConfig) -> None:
     whole = complete_steps(run)
     kept = whole[-config.keep_last :]
     kept += [name for name in whole if config.keep_every and int(name[-7:]) % config.keep_every == 0]
-    for folder in storage.list_folders(run):
-        name = storage.name_of(folder)
-        if name in kept or not fnmatch(name, STEP_FOLDERS):
-            continue
+    steps = [name.rstrip("/") for name in fnmatch.filter(storage.list_folder(run), f"{STEP_FOLDERS}/")]
+    for folder in (storage.join(run, name) for name in steps if name not in kept):
         try:
             storage.remove_folder(folder, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
         except OSError as error:  # the new checkpoint is there

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from configs import storage
+from configs import s3, storage
 from configs.errors import one_line
 
 HEARTBEAT_S = 0.5  # between two heartbeats of a rank
@@ -169,4 +169,4 @@ class Watchdog:
             file.flush()  # what follows goes past Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
         if self.url:
-            storage.write_file(path, storage.join(self.url, path.name))
+            s3.upload(path, storage.join(self.url, path.name))
