@@ -258,5 +258,5 @@ def test_a_recording_that_is_not_there_is_one_line(s3, tmp_path) -> None:
         find_recordings("worldloom", "s3://worlds/nowhere")
     storage.write_text("s3://worlds/broken/episode_00000/actions.csv", "")
     (recording,) = find_recordings("worldloom", "s3://worlds/broken")
-    with pytest.raises(FileNotFoundError, match=r"no s3://worlds/broken/episode_00000/episode\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no file s3://worlds/broken/episode_00000/episode\.json"):
         recording.read(GAME)
