@@ -76,13 +76,11 @@ def test_a_bucket_in_which_another_records_is_refused_and_free_afterwards(bucket
     assert list(storage.list_tree(bucket_folder)) == [f"episode_00000/{name}" for name in (ACTIONS, ABOUT, VIDEO)]
 
 
-def test_yaw_and_pitch_are_what_the_view_turns_by():
+def test_yaw_is_what_the_view_turns_by():
     config = make_config("unused", "frames=60")
     with running_game(config) as game:
-        angles, turns = [], []
-        for _, _, mouse_deg in play(game, config, 0):
-            angles.append(game.get_state().game_variables[2])
-            turns.append(mouse_deg[1])
+        seen = [(game.get_state().game_variables[2], mouse_deg[1]) for _, _, mouse_deg in play(game, config, 0)]
+    angles, turns = np.array(seen).T
     turned = -((np.diff(angles) + 180) % 360 - 180)  # ANGLE grows to the left
     np.testing.assert_allclose(turned, turns[:-1], atol=0.05)
     assert np.std(turned) > 0.3
@@ -136,7 +134,7 @@ RECORDING = (DOOM, "episodes=500", "frames=12", "workers=2")
 
 def running_processes(pid, out):
     """Once episodes of the recorder `pid` are there: its two games, and the two workers that play them."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200  # on busy cores
     running = {"vizdoom": [], "python": []}
     while len(running["vizdoom"]) < 2 or len(list(out.glob("episode_*"))) < 4:
         assert time.monotonic() < until
