@@ -175,7 +175,7 @@ def test_of_several_videos_the_default_is_read_or_they_are_refused(tmp_path):
     dark, bright = ([np.full((64, 96, 3), shade, np.uint8)] * 3 for shade in (20, 220))
     path = write_streams(tmp_path / "a.mkv", ("libx264", 0, dark[:2]), ("libx264", 1, bright))
     assert [round(float(frame.mean()), -1) for frame in read_frames(path)] == [220] * 3 and probe(path).frames == 3
-    with pytest.raises(ValueError, match="holds 2 videos, none of which is the default"):
+    with pytest.raises(ValueError, match="holds 2 videos, 0 of them the default"):
         probe(write_streams(tmp_path / "b.mkv", ("libx264", 0, dark), ("libx264", 0, dark)))
 
 
