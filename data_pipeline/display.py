@@ -57,12 +57,10 @@ class FrameTags(NamedTuple):
 def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
     """The file's video, or the default one of several; covers and thumbnails do not count."""
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
-    if not streams:
-        raise UserError(f"{path} holds no video")
     default = [stream for stream in streams if stream.disposition & Disposition.default]
     chosen = streams if len(streams) == 1 else default
     if len(chosen) != 1:
-        raise UserError(f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read")
+        raise UserError(f"{path} holds {len(streams)} videos, {len(default)} of them the default; keep the right one")
     if chosen[0].codec_context is None:
         raise UserError(f"{path} holds a video that nothing here can decode; {REMEDY}")
     return chosen[0]

@@ -71,10 +71,9 @@ def _input_period(recording: RecordingSignals) -> int:
     return period
 
 
-def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
+def runs(wanted: np.ndarray) -> list[list[int]]:
     """First and one past the last index of each run of true values."""
-    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
-    return [(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
+    return np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0)).reshape(-1, 2).tolist()
 
 
 def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:
