@@ -37,7 +37,7 @@ class Launch(LaunchConfig):
         def line(rank: str | None, host: str | None) -> list[str]:
             return accelerate_line(self.machine, self.train.engine.name, self.args, rank, host)
 
-        return Job(self.machine.name, line, saves_to=self.train.checkpoints)
+        return Job(self.machine.name, line, saves_to=self.train.out)
 
 
 def read_launch(args: Sequence[str]) -> Launch:

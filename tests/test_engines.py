@@ -32,7 +32,7 @@ from train.engines import ENGINES as ENGINE_CLASSES
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.objective import rng_for_step
-from train.save import remove_superseded, superseded
+from train.save import remove_superseded
 from train.state import SavedState
 from train.validation import Videos
 
@@ -223,19 +223,19 @@ def test_a_run_goes_from_two_ranks_to_one_and_back(trained, plain, train_words, 
 
 def test_consolidate_puts_the_parts_of_all_ranks_together(trained, tmp_path) -> None:
     for row, weights in ((SOME[1], "model"), (SOME[3], "ema")):
-        out = tmp_path / f"{weights}.safetensors"
-        done = run([*ALONE, "consolidate", str(trained(row)), f"out={out}", f"weights={weights}"])
+        done = run([*ALONE, "consolidate", str(trained(row)), f"out={tmp_path / weights}", f"weights={weights}"])
         assert done.returncode == 0 and "written by 2 ranks" in done.stdout, done.stderr
-        ours, theirs = load_weights(out), load_weights(newest_checkpoint(trained(row)) / f"{weights}.safetensors")
+        ours = load_weights(tmp_path / weights / "model.safetensors")
+        theirs = load_weights(newest_checkpoint(trained(row)) / f"{weights}.safetensors")
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_a_state_file_that_is_missing_is_named(trained, tmp_path) -> None:
     out = cut_off(trained(SOME[1]), tmp_path / "run")
     (newest_checkpoint(out) / "trainer" / "rank_00001.safetensors").unlink()
-    done = run([*ALONE, "consolidate", str(out), f"out={tmp_path / 'x.safetensors'}"])
+    done = run([*ALONE, "consolidate", str(out), f"out={tmp_path / 'world'}"])
     assert done.returncode == 2 and "rank_00001.safetensors is missing" in done.stderr
-    assert not (tmp_path / "x.safetensors").exists()
+    assert not (tmp_path / "world").exists()
 
 
 def alone(train_words: list[str], out: Path, *more: str) -> list[str]:
@@ -277,17 +277,17 @@ BRANCH = "resume=ORIGIN/step_0000003"
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["out=ORIGIN", "seed=1"], "other samples: seed 0 there, 1 here"),
-        (["out=ORIGIN", "loader.shuffle_shards=2"], "other samples: loader.shuffle_shards 0 there, 2 here"),
+        (["out=ORIGIN", "seed=1"], "trained on seed=0"),
+        (["out=ORIGIN", "loader.shuffle_shards=2"], "loader.shuffle_shards; use the same"),
         (["out=ORIGIN", "batch=3"], "clips per step"),
-        (["out=ORIGIN", "model.ffn_dim=32"], "(model.ffn_dim 64 there, 32 here); choose another out="),
-        ([BRANCH, "model.ffn_dim=32"], "is of another run (model.ffn_dim 64 there, 32 here); use the same"),
-        ([BRANCH, "seed=1"], "other samples: seed 0 there, 1 here"),
-        ([BRANCH, "steps=3"], "has 3 steps done, and steps=3; give more"),
+        (["out=ORIGIN", "model.ffn_dim=32"], "model.ffn_dim=64, not 32; choose another out="),
+        ([BRANCH, "model.ffn_dim=32"], "model.ffn_dim=64, not 32; use the same"),
+        ([BRANCH, "seed=1"], "trained on seed=0"),
+        ([BRANCH, "steps=3"], "has 3 steps done"),
         ([BRANCH, "out=ORIGIN"], "step_0000020 is there, and no branch of resume="),
-        (["resume=ORIGIN/step_0000004"], "no complete checkpoint (in ORIGIN: step_0000003, "),
-        (["resume=ORIGIN"], "resume=ORIGIN is no complete checkpoint (in ORIGIN: step_0000003, "),
-        (["resume=step_0000003"], "name one, as in resume=runs/my/step_0000500"),
+        (["resume=ORIGIN/step_0000004"], "no checkpoint ORIGIN/step_0000004"),
+        (["resume=ORIGIN"], "resume=ORIGIN is a run; name one of its checkpoints, such as ORIGIN/step_0000020"),
+        (["resume=step_0000003"], "no checkpoint step_0000003"),
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_line_and_stays_as_it_is(
@@ -370,7 +370,7 @@ def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_wor
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
-def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path, monkeypatch) -> None:
+def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path) -> None:
     def refusal(out: str, *words: str) -> str:
         with pytest.raises((ValueError, OSError)) as refused:
             check_run(load_config(TrainConfig, [*train_words, "engine.name=ddp", f"out={out}", *words]), ranks=1)
@@ -386,8 +386,6 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
     for init in (step, tmp_path / "run"):
         assert "run/step_0000100/x would change init=" in refusal(f"{step}/x", f"init={init}")
     shutil.rmtree(tmp_path / "run")
-    monkeypatch.setattr(check.os, "access", lambda place, _: place != tmp_path)  # root may write anywhere
-    assert f"no right to write in {tmp_path}" in refusal(f"{tmp_path}/new/run")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -495,12 +493,6 @@ def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> Non
     }  # fmt: skip
     with pytest.raises(ValueError, match="is not; use the same"):
         fit_to_ranks(config, position, 5, tmp_path)
-
-
-def test_old_checkpoints_go_but_for_every_nth() -> None:
-    found = [f"step_{step:07d}" for step in (10, 20, 30, 40, 50)]
-    assert superseded(found, CheckpointConfig(keep_last=2, keep_every=20)) == ["step_0000010", "step_0000030"]
-    assert superseded(found, CheckpointConfig(keep_last=2)) == found[:3]
 
 
 def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_path, monkeypatch, capfd) -> None:

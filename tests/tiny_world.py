@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -89,17 +89,13 @@ def write_causal(run: Path) -> Path:
 
 def change(path: Path, **settings: object) -> None:
     """Other values for keys of a YAML file; `a__b` is b in a."""
-    told = yaml.safe_load(path.read_text())
+    loaded = OmegaConf.load(path)
     for name, value in settings.items():
-        *outer, last = name.split("__")
-        where = told
-        for key in outer:
-            where = where[key]
-        where[last] = value
-    path.write_text(yaml.safe_dump(told))
+        OmegaConf.update(loaded, name.replace("__", "."), value)
+    OmegaConf.save(loaded, path)
 
 
-def generate(checkpoint: Path, out: Path, *words: str) -> int:
+def generate(checkpoint: Path, out: Path, *args: str) -> int:
     Image.new("RGB", (GAME.width, GAME.height), "teal").save(out / "prompt.png")
     fixed = [f"prompt={out / 'prompt.png'}", "actions=idle", "frames=9", "steps=1", f"out={out / 'film.mp4'}"]
-    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *words])
+    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *args])
