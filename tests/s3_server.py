@@ -82,6 +82,7 @@ class Ceph:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.fsid, self.port, self.mon_port = folder, uuid.uuid4(), free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.processes: list[subprocess.Popen[bytes]] = []
         for name in ("mon", "osd", "rgw", "run", "log"):
             (folder / name).mkdir(parents=True)
@@ -95,18 +96,14 @@ class Ceph:
             self.stop()
             raise
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
     def _start_store(self) -> None:
-        keyring, monmap = self.folder / "keyring", self.folder / "monmap"
+        keyring, monmap = f"{self.folder}/keyring", f"{self.folder}/monmap"
         everything = [word for kind in ("mon", "osd", "mgr") for word in ("--cap", kind, "allow *")]
         for i, name in enumerate(("mon.", "client.admin", "client.rgw.a")):
             new = [] if i else ["--create-keyring"]
-            self._call("ceph-authtool", keyring, *new, "--gen-key", "-n", name, *everything)
+            self._run("ceph-authtool", keyring, *new, "--gen-key", "-n", name, *everything)
         host = f"[v1:127.0.0.1:{self.mon_port}]"
-        self._call("monmaptool", "--create", "--clobber", "--addv", "a", host, "--fsid", self.fsid, monmap)
+        self._run("monmaptool", "--create", "--clobber", "--addv", "a", host, "--fsid", str(self.fsid), monmap)
         self._run("ceph-mon", "-i", "a", "--mkfs", "--monmap", monmap, "--keyring", keyring)
         self._start("ceph-mon", "-i", "a")
         osd = str(uuid.uuid4())
@@ -119,10 +116,11 @@ class Ceph:
         """The S3 side of it; what is stored is there again after `kill_gateway`."""
         self.gateway = self._start("radosgw", "-n", "client.rgw.a")
         deadline = time.monotonic() + START_S
-        while not self._answers():
-            if self.gateway.poll() is not None or time.monotonic() > deadline:
-                raise OSError(f"radosgw does not start; see {self.folder / 'log'}")
-            time.sleep(0.05)
+        with socket.socket() as probe:
+            while probe.connect_ex(("127.0.0.1", self.port)):
+                if self.gateway.poll() is not None or time.monotonic() > deadline:
+                    raise OSError(f"radosgw does not start; see {self.folder / 'log'}")
+                time.sleep(0.05)
 
     def kill_gateway(self) -> None:
         """As a machine that loses its power."""
@@ -135,27 +133,17 @@ class Ceph:
             process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _answers(self) -> bool:
-        with socket.socket() as probe:
-            return probe.connect_ex(("127.0.0.1", self.port)) == 0
-
-    @property
-    def _config(self) -> list[str]:
-        return ["-c", str(self.folder / "ceph.conf")]
-
-    def _start(self, program: str, *words: str) -> subprocess.Popen[bytes]:
+    def _start(self, program: str, *args: str) -> subprocess.Popen[bytes]:
         """A daemon that ends with the thread that starts it, however that ends."""
+        command = [program, "-c", f"{self.folder}/ceph.conf", *args, "-f"]
         with open(self.folder / "log" / f"{program}.out", "ab") as out:
-            command = [program, *self._config, *words, "-f"]
             process = subprocess.Popen(command, stdout=out, stderr=out, preexec_fn=_die_with_parent)
         self.processes.append(process)
         return process
 
-    def _run(self, program: str, *words: object) -> None:
-        self._call(program, *self._config, *words)
-
-    def _call(self, program: str, *words: object) -> None:
-        done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=START_S)
+    def _run(self, program: str, *args: str) -> None:
+        command = [program, "-c", f"{self.folder}/ceph.conf", *args]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=START_S)
         if done.returncode:
             raise OSError(f"{program} ended with status {done.returncode}: {done.stderr.strip()[-500:]}")
 
@@ -165,11 +153,8 @@ class Moto:
 
     def __init__(self) -> None:
         self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
         self.start_gateway()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
     def start_gateway(self) -> None:
         from moto.server import ThreadedMotoServer
@@ -180,8 +165,7 @@ class Moto:
     def kill_gateway(self) -> None:
         self.server.stop()
 
-    def stop(self) -> None:
-        self.kill_gateway()
+    stop = kill_gateway
 
 
 def environment(url: str) -> dict[str, str]:
