@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -68,7 +67,9 @@ def read_doctor(args: Sequence[str]) -> DoctorConfig:
 def doctor(args: list[str]) -> int:
     """Examine every node before a run: configs/machines/X.yaml shared=FOLDER bucket=s3://... timeout_s= megabytes="""
     config = read_doctor(args)
-    status = config.machine.start(doctor_job(config, args), config.script, config.dry_run)
+    if config.machine.kind != "local" or config.script or config.dry_run:
+        return config.machine.start(doctor_job(config, args), config.script, config.dry_run)
+    status = _run(config)
     if dist.is_initialized():  # after a failure: NCCL would wait for a lost peer
         os._exit(status)
     return status
@@ -83,7 +84,7 @@ def doctor_job(config: DoctorConfig, args: Sequence[str]) -> Job:
         node = [Shell(f"machine.{name}={quoted(value)}") for name, value in settings.items() if value is not None]
         return ["python", "-m", "launch", "doctor", *passed_on, "machine.kind=local", *node]
 
-    return Job(f"{config.machine.name}-doctor", line, limit_s=5 * config.timeout_s + 60, here=partial(_run, config))
+    return Job(f"{config.machine.name}-doctor", line, limit_s=5 * config.timeout_s + 60)
 
 
 def _run(config: DoctorConfig) -> int:
