@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -120,10 +120,11 @@ def examine(config: DoctorConfig) -> ClusterReport:
     store = join_nodes(cluster, limit_s)
     with listen("" if cluster.nodes > 1 else LOOPBACK, 0) as listener:  # to be probed
         introduction = NodeAddress(socket.gethostname(), host, listener.getsockname()[1])
-        addresses = all_gather(store, cluster, "address", introduction, limit_s)
+        addresses = all_gather(store, node, range(cluster.nodes), "address", introduction, limit_s)
         # It names files: the ports make it new, and no node can choose it.
         token = hashlib.sha256(repr(addresses).encode()).hexdigest()[:12]
-        reports = all_gather(store, cluster, "report", look_around(config, addresses, token), limit_s + ENDING_S)
+        report = look_around(config, addresses, token)
+        reports = all_gather(store, node, addresses, "report", report, limit_s + ENDING_S)
     for path in config.paths:
         with suppress(OSError):  # it could not be written
             storage.remove(probe_file(path, token, node))
@@ -198,20 +199,17 @@ def join_nodes(cluster: Cluster, limit_s: float) -> TCPStore:
             time.sleep(1)
 
 
-def all_gather(store: Store, cluster: Cluster, name: str, value: T, limit_s: float) -> dict[int, T]:
-    """The value of every node, on every node, without those that gave none within `limit_s`. UserError for a message
-    that is damaged."""
-    node, keys, in_time = cluster.node_rank, [f"{name}/{peer}" for peer in range(cluster.nodes)], f"{name}/in time"
+def all_gather(store: Store, node: int, nodes: Iterable[int], name: str, value: T, limit_s: float) -> dict[int, T]:
+    """The value of every one of `nodes`, on every node, without those that gave none within `limit_s`. UserError for a
+    message that is damaged."""
+    keys, in_time = {i: f"{name}/{i}" for i in nodes}, f"{name}/in time"
     store.set(keys[node], json.dumps(to_dict(value)))
     if node == 0:
         with suppress(DistStoreError):
-            store.wait(keys, timedelta(seconds=limit_s))
-        store.set(in_time, " ".join(key for key in keys if store.check([key])))
+            store.wait([*keys.values()], timedelta(seconds=limit_s))
+        store.set(in_time, " ".join(key for key in keys.values() if store.check([key])))
     heard = store.get(in_time).decode().split()  # waits for node 0
     if keys[node] not in heard:
         raise ConnectionError(f"came {limit_s:g} s or more after node 0; start all at once, or raise timeout_s")
-    return {
-        peer: build_from(type(value), parse_object(store.get(key), f"node {peer}"), f"node {peer}")
-        for peer, key in enumerate(keys)
-        if key in heard
-    }
+    texts = {i: store.get(key) for i, key in keys.items() if key in heard}
+    return {i: build_from(type(value), parse_object(text, f"node {i}"), f"node {i}") for i, text in texts.items()}

@@ -30,7 +30,7 @@ class MachineConfig(Cluster):
         return {"local": Local(), **{name: value for name, value in vars(self).items() if isinstance(value, Scheduler)}}
 
     def render(self, job: Job) -> str:
-        """What the scheduler is given, as text; UserError for a job that cannot run there."""
+        """The line, script or manifests of the job; UserError for a job that cannot run there."""
         return self.schedulers[self.kind].render(self, job)
 
     def start(self, job: Job, script: str | None, dry_run: bool) -> int:

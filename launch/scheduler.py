@@ -1,4 +1,4 @@
-"""What a job is, what it runs on, and what every scheduler does with it. Each kind of scheduler has its own file."""
+"""A job, the cluster that it runs on, and what all schedulers share. Each kind of scheduler has its own file."""
 
 import os
 import re
@@ -96,7 +96,7 @@ class Scheduler:
     command: ClassVar[Sequence[str]] = ()  # submits the file whose name follows
 
     def render(self, cluster: Cluster, job: Job) -> str:
-        """What it is given, as text; UserError for a job that cannot run there."""
+        """The script or manifests of the job; UserError for a job that cannot run there."""
         raise NotImplementedError
 
     def submit(self, cluster: Cluster, job: Job, script: str) -> int:
