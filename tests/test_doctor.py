@@ -101,8 +101,8 @@ def test_of_many_slow_links_the_worst_are_named_and_the_rest_counted() -> None:
     nodes = tuple(replace(NODE, node=i, host=f"h{i}") for i in range(20))
     rates = torch.full((20, 20), 200.0)
     rates[0, 1:] = torch.arange(1, 20)
-    found = issues(ClusterReport(nodes, {}, Links(tuple(map(tuple, rates.tolist())))), machine)
-    assert len(found) == 11 and "node 1 (h1): 1 MB/s" in found[0] and "9 more" in found[-1]
+    lines = issues(ClusterReport(nodes, {}, Links(tuple(map(tuple, rates.tolist())))), machine)
+    assert len(lines) == 11 and "node 1 (h1): 1 MB/s" in lines[0] and "9 more" in lines[-1]
 
 
 def test_a_clock_is_read_right_though_some_readings_come_late() -> None:
