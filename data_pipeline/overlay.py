@@ -71,9 +71,9 @@ class Overlay:
         return drawn
 
 
-def enlarge(frame: np.ndarray) -> np.ndarray:
-    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about MIN_WIDTH px; larger ones as they are."""
-    factor = max(1, round(MIN_WIDTH / frame.shape[1]))
+def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
+    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about `min_width` px; larger ones as they are."""
+    factor = max(1, round(min_width / frame.shape[1]))
     return frame if factor == 1 else cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
 
 

@@ -83,9 +83,8 @@ def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
     assert (levels(share=0.0) < 0.1).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "dense"])
-def test_no_block_learns_from_the_future(backend: str) -> None:
-    dit, batch = awake(replace(CAUSAL, attention=backend)), clips(b=1)
+def test_no_block_learns_from_the_future() -> None:
+    dit, batch = awake(CAUSAL), clips(b=1)
     _, metrics = DiffusionForcing().loss(dit, FLOW, batch, 0.0, rng_for_step(0, 0, 0, 1))
     later = batch.latents.detach().clone()
     later[:, :, 6:] += 1

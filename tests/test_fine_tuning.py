@@ -58,20 +58,6 @@ def clips(foreign: Path, recordings: Path, game_yaml: str) -> Path:
     return foreign / "clips"
 
 
-def test_clips_carry_tokens_and_grey_conditioning_of_their_first_frame(foreign: Path, clips: Path) -> None:
-    manifest = load_manifest(clips / "train" / "manifest.json")
-    assert (manifest.vision, manifest.unknown) == ("tokens", "grey")
-    batch = Stream(clips / "train" / "manifest.json", 2, 0, workers=0).batch_at(0)
-    assert batch.visual is not None and batch.image_latents is not None
-    assert batch.visual.shape == (2, 17, TOWER.hidden_size)
-    assert batch.image_latents.shape == batch.latents.shape
-    # The first frame's latent is the clip's own first latent; the rest is grey.
-    assert torch.allclose(batch.image_latents[:, :, 0], batch.latents[:, :, 0], rtol=0.01, atol=1e-5)  # bfloat16
-    assert not torch.equal(batch.image_latents[:, :, 1], batch.latents[:, :, 1])
-    clip = read_clips(clips / "train" / "manifest.json", 1)[0]
-    assert clip.visual is not None and clip.image_latents is not None and clip.first_frame[:2] == b"\xff\xd8"
-
-
 @pytest.fixture(scope="module")
 def tuned(foreign: Path, clips: Path, game_yaml: str) -> Path:
     """A run that went on from the imported weights for three steps."""
@@ -122,16 +108,23 @@ def test_clips_without_what_the_model_is_shown_are_refused(foreign, clips, tmp_p
         check_run(load_config(TrainConfig, args), ranks=1)
 
 
-def test_the_stored_conditioning_is_the_one_that_a_rollout_has(
+def test_clips_carry_tokens_and_grey_conditioning_as_a_rollout_has_them(
     foreign: Path, clips: Path, recordings: Path, game: GameConfig
 ) -> None:
-    clip = read_clips(clips / "train" / "manifest.json", 1)[0]
+    path = clips / "train" / "manifest.json"
+    manifest, batch, clip = load_manifest(path), Stream(path, 2, 0, workers=0).batch_at(0), read_clips(path, 1)[0]
+    assert (manifest.vision, manifest.unknown) == ("tokens", "grey")
+    assert batch.visual is not None and batch.image_latents is not None
+    assert batch.visual.shape == (2, 17, TOWER.hidden_size) and batch.image_latents.shape == batch.latents.shape
+    # The first frame's latent is the clip's own first latent; the rest is grey.
+    assert torch.allclose(batch.image_latents[:, :, 0], batch.latents[:, :, 0], rtol=0.01, atol=1e-5)  # bfloat16
+    assert not torch.equal(batch.image_latents[:, :, 1], batch.latents[:, :, 1])
     codec, tower = load_codec(foreign / "wan"), load_vision(foreign / "clip")
     frames = read_game_frames(read_episode(recordings / clip.episode, game), game)
     frame = torch.from_numpy(next(islice(frames, clip.start, None)))
     image = to_video(frame[None, None])[:, :, 0]
     with torch.no_grad():
         cond, tokens = next(image_conditions(codec, image, 6)), tower(image)
-    assert clip.image_latents is not None and clip.visual is not None
+    assert clip.image_latents is not None and clip.visual is not None and clip.first_frame[:2] == b"\xff\xd8"
     assert torch.equal(cond[0, 4:].bfloat16(), clip.image_latents)
     assert torch.equal(tokens[0].bfloat16(), clip.visual)

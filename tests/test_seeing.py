@@ -63,15 +63,12 @@ def test_metrics_of_two_ranks_add_up_to_those_of_one() -> None:
     assert added["loss/latent_4"] == pytest.approx(whole.loss[:, 1].mean().item())
 
 
-def test_a_clip_counts_once_however_many_latents_it_is_judged_by() -> None:
+def test_a_clip_counts_once_however_many_latents_it_has_and_a_metric_over_nothing_is_left_out() -> None:
     short, long = measured(2, 1, 2, seed=1), measured(2, 3, 3, seed=2)
     assert metrics_of(short, long)["loss"] == pytest.approx((short.loss.mean() + long.loss.mean()).item() / 2)
-
-
-def test_a_metric_over_nothing_is_left_out() -> None:
-    assert metrics_of() == {}
     low = LossMetrics(torch.ones(1, 1), torch.zeros(1, 1), 2, torch.Size((1, 16, 3, 4, 6)))
     assert metrics_of(low, loss_group=3).keys() == {"loss", "loss/sigma_0.00-0.25", "loss/block_0"}
+    assert metrics_of() == {}
 
 
 # As much of an engine as metrics need.
