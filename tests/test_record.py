@@ -22,8 +22,8 @@ from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, 
 DOOM = "configs/games/doom.yaml"
 
 
-def make_config(out, *words):
-    return load_config(RecordConfig, [DOOM, f"out={out}", "episodes=2", "frames=12", "seed=3", *words])
+def make_config(out, *args):
+    return load_config(RecordConfig, [DOOM, f"out={out}", "episodes=2", "frames=12", "seed=3", *args])
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(r
     assert record_episodes(make_config(recorded)) == 0
 
 
-def refused(capsys, *words):
+def refused(capsys, *args):
     """The one line with which `record` ends."""
-    assert run("data_pipeline", VERBS, ["record", *words]) == 2
+    assert run("data_pipeline", VERBS, ["record", *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
@@ -66,11 +66,11 @@ def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
 
 def test_a_bucket_in_which_another_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
-    words = [DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
+    args = [DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
     with lease.sole_writer(tmp_path, "record", bucket_folder):
-        assert f"{bucket_folder} is in use by another record" in refused(capsys, *words)
+        assert f"{bucket_folder} is in use by another record" in refused(capsys, *args)
         assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
-    assert run("data_pipeline", VERBS, ["record", *words]) == 0
+    assert run("data_pipeline", VERBS, ["record", *args]) == 0
     assert list(storage.list_tree(bucket_folder)) == [f"episode_00000/{name}" for name in (ACTIONS, ABOUT, VIDEO)]
 
 
@@ -151,9 +151,9 @@ def test_when_a_recorder_a_worker_or_a_game_ends_nothing_goes_on(killed, tmp_pat
             running[killed][0].kill()
         else:
             recorder.send_signal(killed)
-        _, said = recorder.communicate(timeout=60)
+        _, errors = recorder.communicate(timeout=60)
     if killed in running:
-        assert recorder.returncode == 2 and said.count("\n") == 1 and "was it killed" in said
+        assert recorder.returncode == 2 and errors.count("\n") == 1 and "was it killed" in errors
     alive, until = running["vizdoom"] + running["python"], time.monotonic() + 20
     while alive and time.monotonic() < until:
         time.sleep(0.1)

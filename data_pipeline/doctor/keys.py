@@ -82,7 +82,7 @@ def report_keys(data: Dataset, effects: dict[str, KeyEffect], complete: bool) ->
         elif effect.held == total:
             yield data.find("dead input", everyone, f"the key {name} is always held", harmful=long)
         elif complete and clear and effect.presses >= PRESSES and name in measured:
-            strength = along[name] if name in along else max(map(abs, effect[2:]))
+            strength = along[name] if name in along else max(abs(value or 0.0) for value in effect[2:])
             if abs(strength) < NONE:
                 what = f"the key {name} is pressed {effect.presses} times, but does nothing that can be seen"
                 yield data.find("no effect", everyone, what, harmful=name in EXPECTED)

@@ -32,10 +32,6 @@ MOST_NAMES, MOST_LETTERS = 5, 200  # names in one line, letters of each
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
-class UnevenTimesError(UserError):
-    """A video whose frames do not come evenly, so that it is unknown which row of a log belongs to which frame."""
-
-
 class Recording(NamedTuple):
     """One recording of a source; held-out recordings are chosen whole, since its episodes resemble each other."""
 
@@ -76,7 +72,7 @@ def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
         frame = int(np.argmax(np.abs(off) > MOST_OFF))
         how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'} at {times[frame]:.3f} s"
         fix = "record at a constant rate or set game.inputs.times=resample"
-        raise UnevenTimesError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
+        raise UserError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
     check_rate(video, times, game, MOST_OFF)
 
 
