@@ -95,6 +95,21 @@ def actions(**arrays: Any) -> Damage:
     return lambda folder: np.save(folder / "videos" / "one.npy", np.array(arrays))
 
 
+def outside(name: str) -> Damage:
+    """A file that lies outside of the source; a link leads to it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "outside")
+        (folder / name).symlink_to(folder.parent / "outside")
+
+    return damage
+
+
+def listed(**files: Any) -> Damage:
+    """FastVideo's json, in which the first video has other files."""
+    return entry("videos2caption.json", lambda videos: videos[0].update(files))
+
+
 def info(change: Callable[[dict[str, Any]], Any]) -> Damage:
     return entry("meta/info.json", change)
 
@@ -126,6 +141,12 @@ DATA, ABOUT = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-0
 SCREEN = "observation.images.screen"
 FROM = f"videos/{SCREEN}/from_timestamp"
 
+PATTERNS = [  # of paths in LeRobot's info.json
+    "../outside/{chunk_index:03d}.mp4", "videos/../../outside.mp4", "/etc/hostname", "{video_key}/../../x.mp4",
+    "videos\\x.mp4", "videos/x\0.mp4", "", "videos/}.mp4", ["videos"], "{chunk_index.__class__.__mro__}",
+    "{chunk_index:>2000000000}", "{chunk_index:02000000000d}", "{chunk_index!r}", "{chunk_index[0]}", "{{chunk_index}}",
+    "{file_index:{chunk_index}}",
+]  # fmt: skip
 FAULTS: list[tuple[Any, ...]] = [
     ("frames", "frame 7 has no picture", gone("one/frames/shot-00007.png")),
     ("frames", "shot-00007.png .*truncated", half("one/frames/shot-00007.png")),
@@ -221,6 +242,13 @@ FAULTS: list[tuple[Any, ...]] = [
     ("fastvideo", "line 1 must be folder,annotations.json", lines("merge.txt", lambda r: ["videos"])),
     ("fastvideo", "line 3: .* names a second video one", lines("merge.txt", lambda r: ["", *r, *r])),
     ("fastvideo", "holds no recordings", lines("merge.txt", lambda r: [])),
+    ("fastvideo", "no file of a folder", listed(path="../../outside.mp4")),
+    ("fastvideo", "no file of a folder", listed(action_path="")),
+    ("fastvideo", "'/outside.npy', which is not in", listed(action_path="/outside.npy")),
+    ("fastvideo", "outside; it was not read", outside("videos/one.mp4")),
+    ("fastvideo", "outside; it was not read", outside("videos/one.npy")),
+    ("fastvideo", "path is None", listed(path=None)),
+    ("fastvideo", r"action_path is \['one.npy'\]", listed(action_path=["one.npy"])),
     ("lerobot", "info.json: features", info(lambda loaded: loaded.update(features=[1]))),
     ("lerobot", "info.json: features", info(lambda loaded: loaded["features"].update(other="text"))),
     ("lerobot", "has no feature action or actions, but", info(lambda loaded: loaded["features"].pop("action"))),
@@ -235,6 +263,9 @@ FAULTS: list[tuple[Any, ...]] = [
     ("lerobot", r"frame 0: timestamp is 1e\+300", column(DATA, "timestamp", 1e300)),
     ("lerobot", r"frame 0: the action is 1e\+300", column(DATA, "action", [1e300] * 6)),
     ("lerobot", "frame 0: yaw turns by 3603 degrees", column(DATA, "action", [0.0] * 5 + [1201.0])),
+    ("lerobot", "outside; it was not read", outside(f"videos/{SCREEN}/chunk-000/file-000.mp4")),
+    *(("lerobot", "meta/info.json", info(lambda loaded, part=part: loaded.update(part)))
+      for pattern in PATTERNS for part in ({"data_path": pattern}, {"video_path": pattern})),
     ("lerobot", "frame 0: the action is 'wasd'", column(DATA, "action", "wasd")),
 ]  # fmt: skip
 

@@ -10,8 +10,8 @@ import pytest
 from tiny_recordings import FRAMES, draw_frames, end_early, numbered_episode, write_recording
 from tiny_videos import copy_packets, numbered_frames, write_foreign
 
-from data_pipeline.readers import Recording, find_recordings, read_game_frames, recording_of, split_episodes
-from data_pipeline.readers.recording import cut_episodes
+from data_pipeline.readers import Recording, find_recordings, read_game_frames, split_episodes
+from data_pipeline.readers.recording import cut_episodes, recording_of
 from data_pipeline.readers.worldloom import find_episodes, read_actions, read_episode
 from data_pipeline.video import fit_frame, frame_times, read_frames, write_video
 
