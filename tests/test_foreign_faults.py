@@ -37,8 +37,8 @@ def lines(name: str, change: Callable[[list[str]], list[str]]) -> Damage:
     return damage
 
 
-def entry(name: str, change: Callable[[dict[str, Any]], Any], line: int = 0) -> Damage:
-    """A line that is a JSON object, which `change` changes in place."""
+def entry(name: str, change: Callable[[Any], Any], line: int = 0) -> Damage:
+    """A line of JSON, whose value `change` changes in place."""
 
     def edit(text: list[str]) -> list[str]:
         loaded = json.loads(text[line])
@@ -116,7 +116,7 @@ def about(**facts: Any) -> Damage:
     return lambda folder: (folder / EPISODE).write_text(json.dumps(json.loads((folder / EPISODE).read_text()) | facts))
 
 
-def info(change: Callable[[dict[str, Any]], Any]) -> Damage:
+def info(change: Callable[[Any], Any]) -> Damage:
     return entry("meta/info.json", change)
 
 
