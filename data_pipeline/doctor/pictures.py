@@ -9,7 +9,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data_pipeline.doctor.findings import Dataset, Finding
 from data_pipeline.doctor.signals import RecordingSignals
-from data_pipeline.readers import KEPT_WELL, kept_share
+from data_pipeline.readers import KEPT_WELL
+from data_pipeline.video import kept_share
 
 REPEATED = 0.1  # of the largest change near by: less is the same picture again
 NEAR = 4  # frame pairs before and after
