@@ -180,19 +180,21 @@ def _part_of(path: Path) -> Path:
     if _is_special(path):
         raise UserError(f"{path} is a device or a pipe; give the name of a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    _sweep_once(path.parent)
     writer = f"{machine_id()}-{os.getpid()}-{os.urandom(4).hex()}"
     stem, suffix = os.fsdecode(os.fsencode(path.stem)[:150]), path.suffix if len(path.suffix) < 20 else ""
     return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
 
 
-@cache  # once a process is often enough
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Deletes what killed writers left in `folder`."""
     for left in folder.glob(".*.tmp*"):
         with suppress(OSError):  # another process sweeps too, or the file belongs to another user
             if _is_abandoned(left):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+_sweep_once = cache(sweep)  # by a process that writes there
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -204,13 +206,6 @@ def _is_abandoned(path: Path) -> bool:
     with suppress(psutil.Error):
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return not psutil.pid_exists(pid)
-
-
-def remove_unfinished(folder: str | Path) -> None:
-    """Deletes all temporary files in `folder`. A process that is writing there gets an OSError."""
-    for left in Path(folder).glob(".*.tmp*"):
-        if left.is_file():
-            left.unlink(missing_ok=True)
 
 
 @cache

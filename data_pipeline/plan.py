@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -93,8 +92,7 @@ class Plan:
         url = storage.join(self.folder, PLAN)
         if not storage.exists(url):
             if write:
-                with unless_there(url):
-                    storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
+                storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
             elif not any(name.endswith(INDEX) for name in storage.list_files(self.folder)):
                 return
             # Looked at again: a worker that has just begun writes its plan before its shards.
@@ -234,14 +232,3 @@ def _describe_change(old: Any, new: Any) -> str:
     names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return f"{names[0]} {_describe_change(old.get(names[0]), new.get(names[0]))}{more}"
-
-
-@contextmanager
-def unless_there(url: str) -> Iterator[None]:
-    """Ignores an OSError while writing what all workers write alike, if it is there: another worker that was done first
-    may have removed this one's temporary file."""
-    try:
-        yield
-    except OSError:
-        if not storage.exists(url):
-            raise

@@ -24,9 +24,8 @@ class ShardFile:
     """One shard of a set. The first reader compares its bytes; after `TRIES` faults it is not looked at again."""
 
     def __init__(self, manifest: str, info: ShardInfo, verify: bool, copy: bool) -> None:
-        self.manifest, self.info, self.url = manifest, info, shard_url(manifest, info)
-        self._copy = copy and storage.is_s3(self.url)
-        self._trusted = not verify
+        self.info, self.url, self._manifest = info, shard_url(manifest, info), manifest
+        self._copy, self._trusted = copy and storage.is_s3(self.url), not verify
         self._fault, self._tries = "", TRIES
         self._lock = threading.Lock()
 
@@ -36,18 +35,17 @@ class ShardFile:
         try:
             return read_entries(self.url, self.info)
         except FAULT as error:
-            self._fault, self._tries = str(error), 0
-            if faults:
-                return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
-            raise self._error() from error
+            self._tries = 0
+            if not faults:
+                raise self._describe(error) from error
+            self._describe(error)
+            return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
 
     @contextmanager
     def open(self) -> Iterator[str]:
         """The url or the path to read from. Raises UserError for a shard that is not as its manifest says."""
         with ExitStack() as stack:
             with self._lock:
-                if not self._tries:
-                    raise self._error()
                 url = self._check(stack)
             try:
                 yield url
@@ -57,6 +55,8 @@ class ShardFile:
                 raise
 
     def _check(self, stack: ExitStack) -> str:
+        if not self._tries:
+            raise UserError(self._fault)
         try:
             if self._copy:
                 return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
@@ -64,12 +64,13 @@ class ShardFile:
                 raise UserError(ALTERED)
             self._trusted = True
             return self.url
-        except (UserError, FileNotFoundError) as error:
-            self._fault, self._tries = str(error), self._tries - 1
-            raise self._error() from error
+        except FAULT as error:
+            self._tries -= 1
+            raise self._describe(error) from error
 
-    def _error(self) -> UserError:
-        return UserError(f"shard {self.url}: {self._fault}; run python -m data_pipeline verify {self.manifest}")
+    def _describe(self, error: Exception) -> UserError:
+        self._fault = f"shard {self.url}: {error}; run python -m data_pipeline verify {self._manifest}"
+        return UserError(self._fault)
 
 
 class Shards:
@@ -100,10 +101,10 @@ class Shards:
         return len(self.places)
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), start ()."""
+        """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), and those that its kind adds."""
         buffer = BatchBuffer(1)
         self.read_into(number, buffer, 0)
-        return {name: tensor[0] for name, tensor in buffer.tensors().items()}
+        return {name: tensor[0] for name, tensor in buffer.tensors.items() if name != "start"}
 
     def read_into(self, number: int, buffer: BatchBuffer, row: int) -> None:
         """As `read`, into a row of the buffer."""
@@ -114,7 +115,7 @@ class Shards:
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""
         shard, entry = self.places[number]
-        tensors = {name: tensor for name, tensor in self.read(number).items() if name != "start"}
+        tensors = self.read(number)
         with self.shards[shard].open() as url:
             jpeg = storage.read_range(url, entry.jpeg_offset, entry.jpeg_size)
         return Clip(first_frame=jpeg, episode=entry.episode, start=entry.start, **tensors)
@@ -153,6 +154,4 @@ def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> 
     """Raises UserError, naming both, unless the clips' action vectors mean what `whose` mean."""
     own = manifest.game.action_space
     if own.hash != space.hash:
-        raise UserError(
-            f"the clips have the action space {own.describe()}, {whose} {space.describe()}; they must match"
-        )
+        raise UserError(f"the clips have action space {own.describe()}, {whose} {space.describe()}; they must match")

@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from tiny_shards import read_tree
 
 from configs import storage
 from configs.game import InputConfig
-from data_pipeline.encode import ShardJob, Worker, encode, sort_jobs
+from data_pipeline.encode import encode, make_missing, sort_jobs
 from data_pipeline.plan import make_plans
 from data_pipeline.resample import resample
 from data_pipeline.shards import index_url
@@ -80,15 +80,15 @@ def test_the_others_take_over_from_a_worker_that_is_killed(moment, config, encod
 
 def test_a_shard_that_another_worker_drops_late_is_made_again(config, encoded, tmp_path, monkeypatch):
     """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
-    make, passes = Worker.make_missing, []
+    passes = []
 
-    def make_and_lose(worker: Worker, jobs: Sequence[ShardJob]) -> None:
-        make(worker, jobs)
-        passes.append(worker)
+    def make_and_lose(encoder, jobs):
+        passes.append(made := make_missing(encoder, jobs))
         if len(passes) < 3:
             storage.remove(index_url(jobs[0].url))
+        return made
 
-    monkeypatch.setattr(Worker, "make_missing", make_and_lose)
+    monkeypatch.setattr("data_pipeline.encode.make_missing", make_and_lose)
     assert encode(config).new_clips == 12 + 2 * 2 and len(passes) == 3
     assert read_tree(tmp_path) == read_tree(encoded)
 

@@ -308,7 +308,7 @@ def test_what_a_killed_process_left_on_its_way_up_is_deleted(s3, tmp_path):
     assert (left / "a").is_file()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLDLOOM_CACHE", str(tmp_path))
-        files._sweep.cache_clear()
+        files._sweep_once.cache_clear()
         with cache.tmp_dir():
             assert not left.exists()
 
@@ -321,13 +321,6 @@ def test_more_than_a_thousand_keys_are_listed(bucket_folder):
     found = storage.list_files(bucket_folder)
     assert found == [storage.join(bucket_folder, f"{i:05d} ü") for i in range(MANY)]
     assert len(storage.list_tree(bucket_folder)) == MANY
-
-
-def test_temporary_files_of_a_killed_writer_are_deleted(tmp_path):
-    for name in (".a.1-ab.tmp.json", ".COMPLETE.1-ab.tmp", "a.json"):
-        (tmp_path / name).write_text("")
-    files.remove_unfinished(tmp_path)
-    assert storage.list_files(tmp_path) == [str(tmp_path / "a.json")]
 
 
 @pytest.mark.long

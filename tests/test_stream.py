@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from contextlib import closing
+from functools import partial
 from itertools import count, islice
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_shards import alter, edit, read_clips
 
 from data_pipeline.order import Order
-from data_pipeline.prefetch import PrefetchThread
+from data_pipeline.prefetch import run_ahead
 from data_pipeline.shard_set import Shards, require_action_space
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
@@ -91,13 +92,10 @@ def test_what_goes_wrong_in_a_thread_is_raised_in_its_place():
             raise SystemExit("as a library might")
         return step
 
-    reader = PrefetchThread(map(make, count()), ahead=4)
-    assert [next(reader), next(reader)] == [0, 1]
-    for _ in range(2):
-        with pytest.raises(SystemExit):
-            next(reader)
-    reader.close()
-    assert list(PrefetchThread(iter(range(9)), ahead=2)) == list(range(9))
+    results = run_ahead((partial(make, step) for step in count()), threads=2, ahead=4, name="a")
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(SystemExit):
+        next(results)
 
 
 def test_a_batch_stays_as_it_is_while_others_are_read(manifest):
