@@ -79,18 +79,14 @@ class ShardJob:
             return None
         return None if not whole or (index.left_out and self.config.on_bad_recording == "stop") else index
 
-    def find_fault(self, shapes: Shapes) -> str | None:
-        """Why the shard is to be made again, in a few words, or None. Reads all of it."""
-        try:
-            info, entries, left_out = read_index(self.url)
-            if left_out:  # the recording may have been mended
-                return f"made without {', '.join(left_out)}, tried again"
-            if info.url != storage.name_of(self.url) or len(entries) != self.clips:
-                return "its index is of another shard"
-            require_clips(self.url, info, entries, shapes)
-        except FAULT as error:
-            return str(error)
-        return None
+    def require_whole(self, shapes: Shapes) -> None:
+        """Raises UserError, or FileNotFoundError, if the shard is to be made again. Reads all of it."""
+        info, entries, left_out = read_index(self.url)
+        if left_out:  # the recording may have been mended
+            raise UserError(f"made without {', '.join(left_out)}, tried again")
+        if info.url != storage.name_of(self.url) or len(entries) != self.clips:
+            raise UserError("its index is of another shard")
+        require_clips(self.url, info, entries, shapes)
 
 
 def list_jobs(plan: Plan) -> list[ShardJob]:
@@ -115,16 +111,15 @@ def encode(config: EncodeConfig) -> Encoded:
     """Makes the shards that are not there yet, beside any number of other workers, then each set's manifest.
 
     Killed at any moment and started again, with as many workers or others, it ends with the same bytes. An episode that
-    cannot be read, and a folder that holds the shards of another plan, raise UserError before anything is written. With
+    cannot be read, and a folder that holds the shards of another plan, raise UserError before a shard is written. With
     `on_bad_recording: skip`, such an episode, and one that cannot be decoded, is left out; the shard's index says so.
     """
     outs = [config.out, *(storage.join(config.out, split) for split in ("train", "heldout"))]
     require_other_files(outs, {"source": config.source, "vision_weights": config.vision_weights})
     encoder = load_encoder(config)
     plans = make_plans(config, encoder.codec)
-    for write in (False, True):
-        for plan in plans:
-            plan.require_same(write)
+    for plan in plans:
+        plan.require_same()
     began = time.perf_counter()
     jobs = [list_jobs(plan) for plan in plans]
     indexes, made = make_all(encoder, [job for of_plan in jobs for job in of_plan])
@@ -133,15 +128,10 @@ def encode(config: EncodeConfig) -> Encoded:
     manifests = list(map(partial(_write_manifest, encoder), plans, by_plan, left_out))
     for plan in plans:
         sweep(Path(plan.folder))
-    return Encoded(
-        clips=sum(manifest.clips for manifest in manifests),
-        new_clips=sum(info.clips for info in made),
-        shards=sum(len(manifest.shards) for manifest in manifests),
-        manifests=tuple(storage.join(plan.folder, MANIFEST) for plan in plans),
-        seconds=time.perf_counter() - began,
-        bytes=sum(info.bytes for info in made),
-        left_out=left_out,
-    )
+    urls = tuple(storage.join(plan.folder, MANIFEST) for plan in plans)
+    clips, shards = sum(each.clips for each in manifests), sum(len(each.shards) for each in manifests)
+    new_clips, new_bytes = sum(info.clips for info in made), sum(info.bytes for info in made)
+    return Encoded(clips, new_clips, shards, urls, time.perf_counter() - began, new_bytes, left_out)
 
 
 def load_encoder(config: EncodeConfig) -> Encoder:
@@ -176,9 +166,11 @@ def drop_faulty(config: EncodeConfig) -> list[str]:
         plan.require_same()
         shapes = clip_shapes(plan.manifest(codec, ()))
         for job in list_jobs(plan)[from_launcher("RANK", 0) :: from_launcher("WORLD_SIZE", 1)]:
-            if fault := job.find_fault(shapes):
+            try:
+                job.require_whole(shapes)
+            except FAULT as error:
                 storage.remove(index_url(job.url))
-                dropped.append(f"{job.url}: {fault}")
+                dropped.append(f"{job.url}: {error}")
     return dropped
 
 

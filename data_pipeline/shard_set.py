@@ -1,7 +1,6 @@
 """One shard set or several as clips by number: opened, compared with the manifests, read by offset."""
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -35,10 +34,10 @@ class ShardFile:
         try:
             return read_entries(self.url, self.info)
         except FAULT as error:
+            self._note(error)
             self._tries = 0
             if not faults:
-                raise self._describe(error) from error
-            self._describe(error)
+                raise UserError(self._fault) from error
             return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
 
     @contextmanager
@@ -55,22 +54,21 @@ class ShardFile:
                 raise
 
     def _check(self, stack: ExitStack) -> str:
-        if not self._tries:
-            raise UserError(self._fault)
-        try:
-            if self._copy:
-                return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
-            if not self._trusted and storage.sha256(self.url) != self.info.sha256:
-                raise UserError(ALTERED)
-            self._trusted = True
-            return self.url
-        except FAULT as error:
-            self._tries -= 1
-            raise self._describe(error) from error
+        while self._tries:
+            try:
+                if self._copy:
+                    return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
+                if not self._trusted and storage.sha256(self.url) != self.info.sha256:
+                    raise UserError(ALTERED)
+                self._trusted = True
+                return self.url
+            except FAULT as error:
+                self._note(error)
+        raise UserError(self._fault)
 
-    def _describe(self, error: Exception) -> UserError:
+    def _note(self, error: Exception) -> None:
         self._fault = f"shard {self.url}: {error}; run python -m data_pipeline verify {self._manifest}"
-        return UserError(self._fault)
+        self._tries -= 1
 
 
 class Shards:
@@ -129,10 +127,6 @@ class Shards:
 def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
     """Their manifests. Raises UserError for one that is not there, or is of another kind than the first."""
     manifests = [load_manifest(source.path) for source in sources]
-    for source, manifest in zip(sources, manifests, strict=True):
-        for name, times in Counter(info.url for info in manifest.shards).items():
-            if times > 1:
-                raise UserError(f"{source.path} lists {name} {times} times; encode into a new folder")
     for source, manifest in zip(sources[1:], manifests[1:], strict=True):
         require_same_kind(manifests[0], sources[0].path, manifest, source.path)
     return manifests

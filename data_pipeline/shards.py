@@ -186,12 +186,8 @@ def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, b
 def read_index(url: str) -> Index:
     """The index of the shard at `url`."""
     path = index_url(url)
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} is missing; run the same encode command again") from error
+    loaded = parse_object(storage.read_bytes(path), path)
     with reading(path, AGAIN):
-        loaded = parse_object(data, path)
         info = build_from(ShardInfo, loaded["shard"], path)
         entries = [Entry(*values) for values in loaded["clips"]]
         for entry in entries:
@@ -210,10 +206,7 @@ def _require_possible_entry(entry: Entry, shard_bytes: int) -> None:
 
 def read_entries(url: str, info: ShardInfo) -> list[Entry]:
     """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
-    try:
-        size = storage.size(url)
-    except FileNotFoundError as error:
-        raise UserError("missing") from error
+    size = storage.size(url)
     if size != info.bytes:
         raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
     index = read_index(url)
@@ -256,13 +249,12 @@ def _require_possible(manifest: Manifest) -> None:
     latents = count_latents(manifest.layout, manifest.clip_frames, manifest.temporal)
     if manifest.clip_latents != latents:
         raise UserError(f"clip_latents={manifest.clip_latents} must be {latents}")
-    channels = manifest.latent_channels
-    if not channels == len(manifest.latent_mean) == len(manifest.latent_std):
-        raise UserError(f"latent_mean and latent_std must be {channels} numbers each")
-    if not manifest.shards:
-        raise UserError("it lists no shards")
+    if not manifest.latent_channels == len(manifest.latent_mean) == len(manifest.latent_std):
+        raise UserError(f"latent_mean and latent_std must be {manifest.latent_channels} numbers each")
+    names = [info.url for info in manifest.shards]
+    if not names or len(set(names)) < len(names):
+        raise UserError("it lists no shards, or one twice")
     for info in manifest.shards:
         # A bare name; the file may be a link to where the bytes lie, as in caches of downloads.
-        named = "/" not in require_inside(info.url, "the manifest") and info.url.isprintable()
-        if not named or not info.clips:
+        if "/" in require_inside(info.url, "the manifest") or not info.url.isprintable() or not info.clips:
             raise UserError(f"shard {info.url!r:.80} of {info.clips} clips is impossible")

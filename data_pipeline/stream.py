@@ -36,16 +36,6 @@ class LoaderConfig:
     on_corrupt: Literal["stop", "skip"] = "stop"  # skip: the next clip is taken, and it is counted (skipped_clips)
 
 
-def require_shards(shards: int, world: int, workers: int, manifest: str) -> None:
-    """Raises UserError if there are fewer shards than loader workers of all ranks."""
-    readers = world * max(1, workers)
-    if shards < readers:
-        raise UserError(
-            f"{manifest}: {shards} shards for {readers} loader workers (ranks x workers); write more shards (encode "
-            "with a smaller shard_clips), or use fewer workers or ranks"
-        )
-
-
 class Stream:
     """Batches of one rank; `workers` threads read ahead, none with 0."""
 
@@ -61,7 +51,6 @@ class Stream:
         self.batch, self.workers, self.loader = batch, workers, loader
         self.rank, self.world = place
         self.shards = Shards(sources, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
-        require_shards(len(self.shards.shards), self.world, workers, self.shards.sources[0].path)
         counts = [[info.clips for info in manifest.shards] for manifest in self.shards.manifests]
         self.order = Order(counts, [source.weight for source in self.shards.sources], seed, loader.shuffle_shards)
         for source, clips in zip(self.shards.sources, self.order.clips_per_set, strict=True):

@@ -346,7 +346,6 @@ CONTAINER = ("configs/machines/slurm.yaml", "machine.nodes=1", "machine.processe
         (["configs/machines/slurm.yaml", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
         (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
         (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
-        (["configs/machines/slurm.yaml"], "4 shards for 32 loader workers"),
         (["configs/machines/kubernetes.yaml", "machine.processes=1"], "ends with its pod"),
         (["configs/machines/kubernetes.yaml", "machine.name=My_Run"], "machine.name=My_Run: Kubernetes takes"),
         ([*CONTAINER, "machine.slurm.mounts=/data:/data"], "ends with its container"),
