@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import groupby, repeat
 from operator import itemgetter
@@ -24,16 +24,16 @@ from configs import storage
 from configs.errors import UserError
 from configs.files import require_other_files, sweep
 from data_pipeline.clips import BadEpisodeError, Encoder, Run, cut_episodes, encode_clips
-from data_pipeline.plan import EncodeConfig, LeftOut, Plan, count_clips, describe_fault, make_plans
+from data_pipeline.plan import EncodeConfig, LeftOut, Plan, ShardJob, make_plans
 from data_pipeline.prefetch import run_ahead
 from data_pipeline.shards import MANIFEST, Index, Shapes, clip_shapes, index_url, read_index, save_manifest, write_shard
-from data_pipeline.types import Clip, Episode, Manifest, ShardInfo
+from data_pipeline.types import Clip, Manifest, ShardInfo
 from data_pipeline.verify import FAULT, require_clips
 from model.codec import load_codec
 from model.vision import load_vision
 
 T = TypeVar("T")
-SHARD, LEFT_OUT = "shard-{:06d}.tar", "left_out.json"
+LEFT_OUT = "left_out.json"
 AHEAD = 2  # batches of runs that are decoded before the codec asks for them
 
 
@@ -49,49 +49,27 @@ class Encoded(NamedTuple):
     left_out: tuple[LeftOut, ...]  # of each set
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """A shard of a plan, to be made unless it is there."""
+def find_index(job: ShardJob) -> Index | None:
+    """The shard's index if both are there, the shard in full length; its bytes are not compared.
 
-    config: EncodeConfig
-    url: str
-    episodes: tuple[Episode, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)  # episodes that could not be decoded, and why
-
-    @property
-    def clips(self) -> int:
-        return count_clips(self.config, self.episodes)
-
-    def without(self, bad: BadEpisodeError) -> "ShardJob":
-        """The same shard as if the episode had not been planned."""
-        rest = tuple(episode for episode in self.episodes if episode.id != bad.episode)
-        return replace(self, episodes=rest, left_out={**self.left_out, bad.episode: describe_fault(self.config, bad)})
-
-    def read_index(self) -> Index | None:
-        """The shard's index if both are there, the shard in full length; its bytes are not compared.
-
-        A shard that leaves episodes out does not count for a worker that is to stop at them.
-        """
-        try:
-            index = read_index(self.url)
-            whole = not index.info.clips or storage.size(self.url) == index.info.bytes
-        except FileNotFoundError:
-            return None
-        return None if not whole or (index.left_out and self.config.on_bad_recording == "stop") else index
-
-    def require_whole(self, shapes: Shapes) -> None:
-        """Raises UserError, or FileNotFoundError, if the shard is to be made again. Reads all of it."""
-        info, entries, left_out = read_index(self.url)
-        if left_out:  # the recording may have been mended
-            raise UserError(f"made without {', '.join(left_out)}, tried again")
-        if info.url != storage.name_of(self.url) or len(entries) != self.clips:
-            raise UserError("its index is of another shard")
-        require_clips(self.url, info, entries, shapes)
+    A shard that leaves episodes out does not count for a worker that is to stop at them.
+    """
+    try:
+        index = read_index(job.url)
+        whole = not index.info.clips or storage.size(job.url) == index.info.bytes
+    except FileNotFoundError:
+        return None
+    return None if not whole or (index.left_out and job.config.on_bad_recording == "stop") else index
 
 
-def list_jobs(plan: Plan) -> list[ShardJob]:
-    urls = (storage.join(plan.folder, SHARD.format(i)) for i in range(len(plan.shards)))
-    return [ShardJob(plan.config, url, episodes) for url, episodes in zip(urls, plan.shards, strict=True)]
+def require_whole(job: ShardJob, shapes: Shapes) -> None:
+    """Raises UserError, or FileNotFoundError, if the shard is to be made again. Reads all of it."""
+    info, entries, left_out = read_index(job.url)
+    if left_out:  # the recording may have been mended
+        raise UserError(f"made without {', '.join(left_out)}, tried again")
+    if info.url != storage.name_of(job.url) or len(entries) != job.clips:
+        raise UserError("its index is of another shard")
+    require_clips(job.url, info, entries, shapes)
 
 
 def sort_jobs(jobs: Sequence[T]) -> list[T]:
@@ -121,17 +99,17 @@ def encode(config: EncodeConfig) -> Encoded:
     for plan in plans:
         plan.require_same()
     began = time.perf_counter()
-    jobs = [list_jobs(plan) for plan in plans]
-    indexes, made = make_all(encoder, [job for of_plan in jobs for job in of_plan])
-    by_plan = [[indexes[job.url] for job in of_plan] for of_plan in jobs]
-    left_out = tuple(map(_list_left_out, plans, by_plan))
-    manifests = list(map(partial(_write_manifest, encoder), plans, by_plan, left_out))
-    for plan in plans:
-        sweep(Path(plan.folder))
-    urls = tuple(storage.join(plan.folder, MANIFEST) for plan in plans)
-    clips, shards = sum(each.clips for each in manifests), sum(len(each.shards) for each in manifests)
-    new_clips, new_bytes = sum(info.clips for info in made), sum(info.bytes for info in made)
-    return Encoded(clips, new_clips, shards, urls, time.perf_counter() - began, new_bytes, left_out)
+    indexes, made = make_all(encoder, [job for plan in plans for job in plan.jobs])
+    manifests, left_out = zip(*[_finish_set(encoder, plan, indexes) for plan in plans], strict=True)
+    return Encoded(
+        clips=sum(manifest.clips for manifest in manifests),
+        new_clips=sum(info.clips for info in made),
+        shards=sum(len(manifest.shards) for manifest in manifests),
+        manifests=tuple(storage.join(plan.folder, MANIFEST) for plan in plans),
+        seconds=time.perf_counter() - began,
+        bytes=sum(info.bytes for info in made),
+        left_out=left_out,
+    )
 
 
 def load_encoder(config: EncodeConfig) -> Encoder:
@@ -143,19 +121,19 @@ def load_encoder(config: EncodeConfig) -> Encoder:
     return Encoder(load_codec(config.codec).to(device), tower, config, device)
 
 
-def _list_left_out(plan: Plan, indexes: Sequence[Index]) -> LeftOut:
-    bad = {name: why for index in indexes for name, why in index.left_out.items()}
-    if not any(index.info.clips for index in indexes):
+def _finish_set(encoder: Encoder, plan: Plan, indexes: Mapping[str, Index]) -> tuple[Manifest, LeftOut]:
+    """Writes the manifest, and what the set leaves out; removes what killed workers left."""
+    of_set = [indexes[job.url] for job in plan.jobs]
+    infos = [index.info for index in of_set if index.info.clips]
+    bad = {name: why for index in of_set for name, why in index.left_out.items()}
+    if not infos:
         name, why = next(iter(bad.items()))
         raise UserError(f"no {plan.split} episode can be decoded; {name}: {why}")
-    return plan.left_out(bad)
-
-
-def _write_manifest(encoder: Encoder, plan: Plan, indexes: Sequence[Index], left_out: LeftOut) -> Manifest:
-    manifest = plan.manifest(encoder.codec, [index.info for index in indexes if index.info.clips])
+    manifest, left_out = plan.manifest(encoder.codec, infos), plan.left_out(bad)
     storage.write_text(storage.join(plan.folder, LEFT_OUT), json.dumps(asdict(left_out), indent=1) + "\n")
     save_manifest(manifest, storage.join(plan.folder, MANIFEST))
-    return manifest
+    sweep(Path(plan.folder))
+    return manifest, left_out
 
 
 def drop_faulty(config: EncodeConfig) -> list[str]:
@@ -165,9 +143,9 @@ def drop_faulty(config: EncodeConfig) -> list[str]:
     for plan in make_plans(config, codec):
         plan.require_same()
         shapes = clip_shapes(plan.manifest(codec, ()))
-        for job in list_jobs(plan)[from_launcher("RANK", 0) :: from_launcher("WORLD_SIZE", 1)]:
+        for job in plan.jobs[from_launcher("RANK", 0) :: from_launcher("WORLD_SIZE", 1)]:
             try:
-                job.require_whole(shapes)
+                require_whole(job, shapes)
             except FAULT as error:
                 storage.remove(index_url(job.url))
                 dropped.append(f"{job.url}: {error}")
@@ -180,7 +158,7 @@ def make_all(encoder: Encoder, jobs: Sequence[ShardJob]) -> tuple[dict[str, Inde
     made = list[ShardInfo]()
     while True:
         made += make_missing(encoder, sort_jobs(jobs))
-        indexes = {job.url: index for job in jobs if (index := job.read_index())}
+        indexes = {job.url: index for job in jobs if (index := find_index(job))}
         if len(indexes) == len(jobs):
             return indexes, made
 
@@ -211,7 +189,7 @@ def make_missing(encoder: Encoder, jobs: Sequence[ShardJob]) -> list[ShardInfo]:
 
 def _decode(jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[tuple[ShardJob, list[Run]]]:
     for job in jobs:
-        if job.read_index():
+        if find_index(job):
             bar.update(job.clips)
         else:
             yield from _decode_job(job)
@@ -226,8 +204,8 @@ def _decode_job(job: ShardJob) -> Iterator[tuple[ShardJob, list[Run]]]:
     except BadEpisodeError as bad:
         if job.config.on_bad_recording == "stop":
             raise
-        yield from _decode_job(job.without(bad))
+        yield from _decode_job(job.without(bad.episode, bad))
 
 
 def _write(job: ShardJob, clips: list[Clip]) -> ShardInfo | None:
-    return None if job.read_index() else write_shard(job.url, clips, job.left_out)
+    return None if find_index(job) else write_shard(job.url, clips, job.left_out)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -62,6 +62,25 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class ShardJob:
+    """A shard to be made unless it is there."""
+
+    config: EncodeConfig
+    url: str
+    episodes: Sequence[Episode]  # in order
+    left_out: Mapping[str, str] = field(default_factory=dict)  # episodes that could not be decoded, and why
+
+    @property
+    def clips(self) -> int:
+        return count_clips(self.config, self.episodes)
+
+    def without(self, episode: str, error: Exception) -> "ShardJob":
+        """The same shard as if the episode, which cannot be decoded, had not been planned."""
+        rest = [other for other in self.episodes if other.id != episode]
+        return replace(self, episodes=rest, left_out={**self.left_out, episode: describe_fault(self.config, error)})
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """What a set leaves out of its recordings. Frames are counted at the game's rate, but for `cut_frames`."""
 
@@ -79,7 +98,7 @@ class Plan:
     config: EncodeConfig
     split: str
     facts: dict[str, Any]  # everything that decides what is in the shards; its hash is the manifest's plan_hash
-    shards: tuple[tuple[Episode, ...], ...]  # the episodes of each, in order
+    jobs: Sequence[ShardJob]
     unread: LeftOut  # before any frame is decoded
 
     @property
@@ -106,7 +125,7 @@ class Plan:
     def left_out(self, bad: Mapping[str, str]) -> LeftOut:
         """What the set leaves out if the episodes `bad` (id: why) cannot be decoded."""
         config, unused = self.config, 0
-        for episode in (episode for shard in self.shards for episode in shard if episode.id not in bad):
+        for episode in (episode for job in self.jobs for episode in job.episodes if episode.id not in bad):
             covered = config.clip_frames + (count_clips(config, [episode]) - 1) * min(config.stride, config.clip_frames)
             unused += len(episode.actions) - covered
         return replace(self.unread, bad_recordings={**self.unread.bad_recordings, **bad}, other_frames=unused)
@@ -147,7 +166,8 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     splits = {"train": train} | ({"heldout": heldout} if heldout else {})
     with tqdm(total=len(recordings), desc="check recordings", unit="recording", disable=None) as bar:
         plans = [_make_plan(config, codec, split, *_read_all(config, part, bar)) for split, part in splits.items()]
-    if crop := describe_crop([episode for plan in plans for shard in plan.shards for episode in shard], config.game):
+    planned = [episode for plan in plans for job in plan.jobs for episode in job.episodes]
+    if crop := describe_crop(planned, config.game):
         say(crop)
     return plans
 
@@ -175,16 +195,18 @@ def describe_fault(config: EncodeConfig, error: Exception) -> str:
 
 
 def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Episode], left_out: LeftOut) -> Plan:
-    shards, group = list[tuple[Episode, ...]](), list[Episode]()
+    groups, group = list[list[Episode]](), list[Episode]()
     for episode in episodes:
         group += [episode] if clip_starts(config, len(episode.actions)) else []
         if count_clips(config, group) >= config.shard_clips:
-            shards, group = [*shards, tuple(group)], []
-    shards += [tuple(group)] if group else []
-    if not shards:
+            groups, group = [*groups, group], []
+    groups += [group] if group else []
+    if not groups:
         bad = "".join(f"; {name} cannot be read: {why}" for name, why in [*left_out.bad_recordings.items()][:1])
         raise UserError(f"none of the {len(episodes)} {split} episodes has {config.clip_frames} frames, a clip{bad}")
-    _require_distinct_keys([episode.id for shard in shards for episode in shard])
+    _require_distinct_keys([episode.id for group in groups for episode in group])
+    urls = (storage.join(config.out, f"{split}/shard-{i:06d}.tar") for i in range(len(groups)))
+    jobs = [ShardJob(config, url, group) for url, group in zip(urls, groups, strict=True)]
     facts = {
         **{name: value for name, value in to_dict(config).items() if name not in NO_FACTS},
         "codec": codec.config.name,
@@ -193,7 +215,7 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Ep
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
-    return Plan(config, split, facts, tuple(shards), left_out)
+    return Plan(config, split, facts, jobs, left_out)
 
 
 def clip_starts(config: EncodeConfig, frames: int) -> range:

@@ -83,10 +83,13 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
     Without clips, only the index is written."""
     info, entries = ShardInfo(storage.name_of(url), 0, 0, "", ()), list[Entry]()
     if clips:
+        keys = [(clip_key(clip.episode, clip.start), clip.episode, clip.start) for clip in clips]
+        owner = {"user": "worldloom", "group": "worldloom", "mtime": 0}
         with storage.writing(url) as part:
-            _write_tar(part, clips)
+            with open(part, "wb") as file, TarWriter(file, encoder=False, **owner) as tar:
+                for (key, _, _), clip in zip(keys, clips, strict=True):
+                    tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
             members = list_members(part)
-            keys = [(clip_key(clip.episode, clip.start), clip.episode, clip.start) for clip in clips]
             spans = zip(keys, members[::2], members[1::2], strict=True)
             entries = [Entry(*key, *tensors[1:], *jpeg[1:]) for key, jpeg, tensors in spans]
             episodes = tuple(dict.fromkeys(clip.episode for clip in clips))
@@ -96,13 +99,6 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
     content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
     storage.write_text(index_url(url), json.dumps(content) + "\n")
     return info
-
-
-def _write_tar(path: Path, clips: Sequence[Clip]) -> None:
-    with open(path, "wb") as file, TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False) as tar:
-        for clip in clips:
-            key = clip_key(clip.episode, clip.start)
-            tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
 
 
 def list_members(path: Path) -> list[tuple[str, int, int]]:

@@ -153,7 +153,7 @@ def test_recordings_of_another_rate_are_encoded_at_the_games(encode_config, tmp_
     game = replace(encode_config.game, fps=encode_config.game.fps / 2, inputs=InputConfig(fps=encode_config.game.fps))
     config = replace(encode_config, game=game, out=str(tmp_path), clip_frames=9, stride=3)
     plans = make_plans(config, load_codec(config.codec))
-    assert {len(episode.actions) for shard in plans[0].shards for episode in shard} == {15}
+    assert {len(episode.actions) for job in plans[0].jobs for episode in job.episodes} == {15}
     assert encode(config).clips == 18
     with pytest.raises(ValueError, match=r"inputs\.fps"):
         replace(game, inputs=InputConfig(fps=1.0))
