@@ -6,6 +6,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -13,15 +14,11 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 
 from configs.errors import UserError
-from configs.files import write_text
 from configs.overrides import NULLS, merge_args, merged, parse_container, read_settings
+from configs.storage import write_text
 
 T = TypeVar("T")
 SWITCH = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # as YAML has it
-
-
-class UnknownSettingError(UserError):
-    """A key that is no setting."""
 
 
 def load_config(cls: type[T], args: Sequence[str]) -> T:
@@ -38,10 +35,8 @@ def build_from(cls: type[T], values: Mapping[str, Any], file: str | Path) -> T:
     """As `build` from what `file` holds, which errors name."""
     try:
         return build(cls, values)
-    except UnknownSettingError as error:
-        raise UserError(f"{file}: {error}; an earlier version may have written it: delete that line") from error
-    except ValueError as error:
-        raise UserError(f"{file}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{file}: {error}; correct it there, or delete what an earlier version wrote") from error
 
 
 def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
@@ -53,9 +48,8 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     settings = {setting.name: setting for setting in fields(typing.cast(Any, cls)) if setting.init}
     for key in values:
         if key not in settings:
-            near = difflib.get_close_matches(str(key), settings, n=1, cutoff=0.5)
-            hint = f"did you mean {prefix + near[0]!r}?" if near else f"known here: {', '.join(settings)}"
-            raise UnknownSettingError(f"unknown setting {prefix + str(key)!r}; {hint}")
+            nearest = "".join(difflib.get_close_matches(str(key), settings, n=1, cutoff=0))
+            raise UserError(f"unknown setting {prefix + str(key)!r}; did you mean {prefix + nearest!r}?")
     for name, setting in settings.items():
         if name not in values and setting.default is MISSING and setting.default_factory is MISSING:
             raise UserError(f"{prefix + name!r} is required")
@@ -75,58 +69,41 @@ def within(low: float, high: float, default: Any = MISSING) -> Any:
 
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, args = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return value
     if origin in (Union, types.UnionType):
         (option,) = (arg for arg in args if arg is not type(None))  # settings are `X | None`, and no other unions
         return None if value is None or value in NULLS else _convert(option, value, key)
     if origin is Literal:
-        if str(value) not in map(str, args):
-            raise UserError(f"{key} must be one of {', '.join(map(str, args))}, not {value!r}")
-        return next(choice for choice in args if str(choice) == str(value))
-    if origin in (tuple, list):
-        return _convert_list(origin, args, parse_container(value), key)
-    if not is_dataclass(hint) and origin is not dict:
-        return _convert_scalar(hint, value, key)
-    settings = parse_container(value)
-    if not isinstance(settings, Mapping):
-        raise UserError(f"{key} holds settings of its own; {value!r} is none")
-    if origin is dict:
-        return {str(name): _convert(args[1], item, f"{key}.{name}") for name, item in settings.items()}
-    return build(typing.cast(type, hint), settings, f"{key}.")
-
-
-def _convert_list(cls: type, args: tuple[Any, ...], values: Any, key: str) -> Any:
-    if not isinstance(values, list | tuple):
-        raise UserError(f"{key} must be a list, not {values!r}")
-    hints = args if cls is tuple and args[-1] is not Ellipsis else args[:1] * len(values)
-    if len(hints) != len(values):
-        raise UserError(f"{key} needs {len(hints)} values, not {len(values)}")
-    return cls(_convert(hint, value, f"{key}[{i}]") for i, (hint, value) in enumerate(zip(hints, values, strict=True)))
+        choices = {str(choice): choice for choice in args}
+        if str(value) not in choices:
+            raise UserError(f"{key} must be one of {', '.join(choices)}, not {value!r}")
+        return choices[str(value)]
+    if origin is tuple:
+        items = parse_container(value)
+        if not isinstance(items, list | tuple) or (args[-1] is not Ellipsis and len(items) != len(args)):
+            count = "" if args[-1] is Ellipsis else f" of {len(args)}"
+            raise UserError(f"{key} must be a list{count}, not {value!r}")
+        hints = args[:1] * len(items) if args[-1] is Ellipsis else args
+        return tuple(_convert(*of_item, f"{key}[{i}]") for i, of_item in enumerate(zip(hints, items, strict=True)))
+    if origin is dict or is_dataclass(hint):
+        settings = parse_container(value)
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{key} holds settings of its own; {value!r} is none")
+        if origin is dict:
+            return {_convert(args[0], str(k), key): _convert(args[1], v, f"{key}.{k}") for k, v in settings.items()}
+        return build(typing.cast(type, hint), settings, f"{key}.")
+    return value if hint is Any else _convert_scalar(hint, value, key)
 
 
 def _convert_scalar(hint: type, value: Any, key: str) -> Any:
-    if hint is str and type(value) in (int, float):
-        return str(value)
-    if (isinstance(value, str) and hint is not str) or (hint is float and type(value) is int):
-        value = _parse_scalar(hint, str(value).strip())
+    text = str(value).strip()
+    if hint is not str and (isinstance(value, str) or (hint is float and type(value) is int)):
+        with suppress(ValueError, KeyError):  # then it stays what it is
+            value = SWITCH[text.lower()] if hint is bool else hint(text)
     if type(value) is not hint:
         raise UserError(f"{key} must be of type {hint.__name__}, not {value!r}")
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise UserError(f"{key} must be a number of at most 64 bits, not {value}")
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{key} must be a finite number, not {value}")
+    if isinstance(value, int | float) and not abs(value) < (2**63 if hint is int else math.inf):
+        raise UserError(f"{key} must be a finite number of at most 64 bits, not {value}")
     return value
-
-
-def _parse_scalar(hint: type, text: str) -> Any:
-    """The value of type `hint` that `text` stands for, or the text itself if it stands for none."""
-    if hint is bool:
-        return SWITCH.get(text.lower(), text)
-    try:
-        return hint(text)
-    except ValueError:
-        return text
 
 
 def to_dict(config: Any) -> dict[str, Any]:

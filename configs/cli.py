@@ -3,17 +3,17 @@
 import inspect
 import io
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from configs import load_config
 from configs.errors import is_users, one_line
 from configs.files import config_files
-from configs.overrides import expand_home
+from configs.overrides import YAML, expand_home
 
 # torch's CPU build reads these when it is imported, after this module in every program that trains or samples. Its
 # default is to spin: with another job on the cores, a step took 21 s with it and 2 s without.
@@ -30,10 +30,7 @@ class Verb:
     first: str | None = None  # the setting that a bare first argument stands for
 
     def load(self) -> Callable[[Any], int | None]:
-        if not isinstance(self.function, str):
-            return self.function
-        module, _, name = self.function.partition(":")
-        return getattr(import_module(module), name)
+        return pkgutil.resolve_name(self.function) if isinstance(self.function, str) else self.function
 
 
 def run(program: str, verbs: Mapping[str, Verb], args: Sequence[str] | None = None, default: str | None = None) -> int:
@@ -71,14 +68,14 @@ def call(verb: Verb, args: list[str]) -> int | None:
     function = verb.load()
     if verb.first and args and not is_setting(args[0]):
         args = [f"{verb.first}={args[0]}", *args[1:]]
-    config_files[:] = [arg for arg in args if arg.endswith((".yaml", ".yml")) and Path(arg).is_file()]
+    config_files[:] = [arg for arg in args if arg.endswith(YAML) and Path(arg).is_file()]
     takes = next(iter(get_type_hints(function).values()), list[str])
     return function(args if takes == list[str] else load_config(takes, args))
 
 
 def is_setting(arg: str) -> bool:
     """Whether `arg` is a YAML file or key=value, as `load_config` takes them; a path that is there is neither."""
-    return arg.endswith((".yaml", ".yml")) or ("=" in arg and not Path(arg).exists())
+    return arg.endswith(YAML) or ("=" in arg and not Path(arg).exists())
 
 
 def _prepare_streams() -> None:

@@ -19,99 +19,86 @@ import psutil
 from configs.errors import FileInTheWayError, UserError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp(?:\.[^.]*)?")  # of which machine, process
-ABANDONED_S = 86400.0  # a temporary file of another machine that is older was left by a killed writer
+TEMPORARY = re.compile(r"\..*\.([0-9a-f]{8})-(\d{1,9})-[0-9a-f]{8}\.tmp")  # of which machine, process
+ABANDONED_S = 86400.0  # a temporary folder of another machine that is older was left by a killed writer
 
 
 @contextmanager
-def temporary(path: Path, folder: bool) -> Iterator[Path]:
-    """A path beside `path`, or an empty `folder`, that is deleted when the block ends. What a killed process left is
-    deleted by the next one."""
-    part = _part_of(path)
+def temporary(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path`, deleted when the block ends. What a killed process left beside `path` is deleted
+    by the next writer."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _sweep_once(path.parent)
+    name = os.fsdecode(os.fsencode(path.name)[:150])  # a name may have 255 bytes
+    folder = path.with_name(f".{name}.{machine_id()}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    folder.mkdir()
     try:
-        if folder:
-            part.mkdir()
-        yield part
+        yield folder
     except OSError as error:
         if error.errno in NO_ROOM and error.filename is None:  # libraries and pipes do not name the file
             error.filename = str(path)
         raise
     finally:
-        if folder:
-            shutil.rmtree(part, ignore_errors=True)
-        else:
-            part.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`, renamed onto it when the block ends well and deleted when it does not.
+    """A path of the same name in a temporary folder, renamed to `path` when the block ends well.
 
-    The temporary name keeps the suffix, for writers that look at it (ffmpeg, matplotlib). The file is synced before
-    the rename: a machine that stops cannot leave an empty file under the good name.
+    The file is synced before: a machine that stops cannot leave an empty file under the good name.
     """
-    with temporary(Path(path), folder=False) as part:
-        yield part
-        sync(part)
-        os.replace(part, path)
+    path = Path(path)
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    if special or Path(os.path.abspath(path)).parent == Path("/dev"):  # where root may rename
+        raise UserError(f"{path} is a device or a pipe; give the name of a file")
+    with temporary(path) as folder:
+        yield folder / path.name
+        sync(folder / path.name)
+        os.replace(folder / path.name, path)
 
 
 @contextmanager
-def atomic_files(folder: str | Path, last: str) -> Iterator[Path]:
-    """An empty folder for files that appear together in `folder` when the block ends well, replacing those of the same
-    names; the file `last` is there only if all others are. Of several writers, one wins with all its files."""
+def atomic_folder(folder: str | Path, last: str, new: bool = False) -> Iterator[Path]:
+    """An empty folder for files that appear together in `folder` when the block ends well, the file `last` only after
+    all others. Of several writers, one wins with all its files. In a `new` folder nothing may be; else files of the
+    same names are replaced."""
     folder = Path(folder)
-    with temporary(folder / last, folder=True) as part:
+    with temporary(folder if new else folder / last) as part:
         yield part
         names = [path.relative_to(part) for path in part.rglob("*") if path.is_file()]
         for name in names:
             sync(part / name)
-            if (folder / name).is_dir():  # before anything is replaced
+            if not new and (folder / name).is_dir():  # before anything is replaced
                 raise FileInTheWayError(f"{folder / name} is a folder, and a file is to be written there")
-        with _locked(folder):
+        if new:
+            _rename_new(part, folder)
+            return
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # where a folder cannot be locked, only this moment is at risk
+                fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / last).unlink(missing_ok=True)
             for name in sorted(names, key=lambda name: (str(name) == last, name)):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 os.replace(part / name, folder / name)
+        finally:
+            os.close(lock)
 
 
-@contextmanager
-def atomic_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder that becomes `folder`, in which nothing may be, when the block ends well."""
-    with temporary(Path(folder), folder=True) as part:
-        yield part
-        for path in part.rglob("*"):
-            if path.is_file():
-                sync(path)
-        try:
-            os.rename(part, folder)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
-            raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Locks `folder` for a few renames. Where a folder cannot be locked, only that moment is at risk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _rename_new(part: Path, folder: Path) -> None:
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes `text` to `path` atomically, as UTF-8; names of files in it that are no UTF-8 keep their bytes."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8", errors="surrogateescape")
+        os.rename(part, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileInTheWayError(f"{folder} is there already; delete it, or give another out=") from error
+        raise
 
 
 def create_file(path: str | Path, data: bytes) -> bool:
     """Writes `data` to `path` atomically unless something is there, and says whether it did."""
-    with temporary(Path(path), folder=False) as part:
+    with temporary(Path(path)) as folder:
+        part = folder / "data"
         part.write_bytes(data)
         sync(part)
         try:
@@ -121,28 +108,22 @@ def create_file(path: str | Path, data: bytes) -> bool:
     return True
 
 
-def sha256_file(path: str | Path) -> str:
-    """The SHA-256 of a file as hex digits, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 config_files: list[str] = []  # YAML files that the running command was given
-Read = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folders by the setting that names them
+Sources = Mapping[str, str | Path | Sequence[str | Path] | None]  # files and folders by the setting that names them
 
 
-def require_other_files(outs: Iterable[str | Path], read: Read) -> None:
+def require_other_files(outs: Iterable[str | Path], read: Sources) -> None:
     """Raises UserError if one of `outs`, which a command is about to write, is a file that it reads, by any path or
     link, or lies in a folder that it reads; the command's YAML files count too.
 
     To be called before anything is written. Of a folder of which only some files matter, give those.
     """
     outs = [str(out) for out in outs]
-    for setting, given in {**read, "config": config_files}.items():
-        sources = [given] if isinstance(given, str | Path) else given or ()
+    for setting, paths in {**read, "config": config_files}.items():
+        sources = [paths] if isinstance(paths, str | Path) else paths or ()
         for out, source in product(outs, map(str, sources)):
-            if how := _how_written(out, source):
-                raise UserError(f"{out} would be written {how} {setting}={source}; give another out=")
+            if _is_part_of(out, source):
+                raise UserError(f"{out} would change {setting}={source}, which is read; give another out=")
 
 
 def require_no_folder(outs: Iterable[str | Path]) -> None:
@@ -152,46 +133,24 @@ def require_no_folder(outs: Iterable[str | Path]) -> None:
             raise UserError(f"{out} is a folder; give out= the name of a file")
 
 
-def _how_written(out: str, source: str) -> str:
-    """Whether writing `out` would write `over` or `into` the file or folder `source`; nothing if neither."""
-    if out.startswith("s3:") or source.startswith("s3:"):
-        targets, source = [out.rstrip("/")], source.rstrip("/")
-    else:
+def _is_part_of(out: str, source: str) -> bool:
+    """Whether `out` is the file or folder `source`, by any path or link, or lies in it."""
+    targets = [out]
+    if not out.startswith("s3:") and not source.startswith("s3:"):
         if os.path.exists(out) and os.path.exists(source) and os.path.samefile(out, source):  # hard links too
-            return "over"
+            return True
         folder, name = os.path.split(os.path.abspath(out))
         targets = [os.path.join(os.path.realpath(folder), name), os.path.realpath(out)]
         source = os.path.realpath(source)
-    if source in targets:
-        return "over"
-    return "into" if any(target.startswith(f"{source.rstrip('/')}/") for target in targets) else ""
-
-
-def _is_special(path: Path) -> bool:
-    """Whether `path` is a device or a pipe, or lies in /dev, where root's rename would succeed."""
-    kinds = (path.is_char_device, path.is_block_device, path.is_fifo, path.is_socket)
-    return Path(os.path.abspath(path)).parent == Path("/dev") or any(is_kind() for is_kind in kinds)
-
-
-def _part_of(path: Path) -> Path:
-    """A path beside `path` that no other process, thread or machine uses; its folder is made."""
-    if str(path).startswith("s3:"):  # else a folder of that name would appear here
-        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
-    if _is_special(path):
-        raise UserError(f"{path} is a device or a pipe; give the name of a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_once(path.parent)
-    writer = f"{machine_id()}-{os.getpid()}-{os.urandom(4).hex()}"
-    stem, suffix = os.fsdecode(os.fsencode(path.stem)[:150]), path.suffix if len(path.suffix) < 20 else ""
-    return path.with_name(f".{stem}.{writer}.tmp{suffix}")  # shorter than 255 bytes, also of the longest name
+    return any(f"{target.rstrip('/')}/".startswith(f"{source.rstrip('/')}/") for target in targets)
 
 
 def sweep(folder: Path) -> None:
     """Deletes what killed writers left in `folder`."""
-    for left in folder.glob(".*.tmp*"):
-        with suppress(OSError):  # another process sweeps too, or the file belongs to another user
+    for left in folder.glob(".*.tmp"):
+        with suppress(FileNotFoundError):  # another process sweeps too
             if _is_abandoned(left):
-                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+                shutil.rmtree(left, ignore_errors=True)
 
 
 _sweep_once = cache(sweep)  # by a process that writes there

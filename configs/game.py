@@ -5,10 +5,14 @@ import json
 from dataclasses import dataclass, field
 from typing import Literal
 
-from configs import to_dict
+from configs import to_dict, within
 from configs.errors import UserError
 
 MOST_PX = 8192  # of a frame's side
+Column = Literal["time", "kind", "key", "button", "state", "dx", "dy", "keys", "frame"]
+# begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: the video's
+# first and last picture. change: another column says whether it is a press or a release.
+EventKind = Literal["press", "release", "change", "move", "begin", "end", "pause", "resume", "start", "stop", "ignore"]
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,13 @@ class ActionSpace:
     keys: tuple[str, ...]  # names, in the order of the keyboard vector
     caps: tuple[str, ...] = ()  # what the overlay writes on each key; the names if empty
     mouse: bool = True  # (pitch, yaw); pitch > 0 looks up, yaw > 0 turns right
-    mouse_unit_deg: float = 1.0  # degrees per frame that count as 1 in the mouse vector
+    mouse_unit_deg: float = within(1e-6, 1e6, 1.0)  # degrees per frame that count as 1 in the mouse vector
 
     def __post_init__(self) -> None:
         if not self.keys or len(set(self.keys)) != len(self.keys):
             raise UserError(f"action space {self.name!r}: keys must be given and distinct, not {self.keys}")
         if self.caps and len(self.caps) != len(self.keys):
             raise UserError(f"action space {self.name!r}: {len(self.caps)} caps for {len(self.keys)} keys")
-        if self.mouse_unit_deg <= 0:
-            raise UserError(f"action space {self.name!r}: mouse_unit_deg must be positive, not {self.mouse_unit_deg}")
 
     def describe(self) -> str:
         """Name, keys and mouse unit, for messages."""
@@ -54,8 +56,8 @@ class InputConfig:
     axes: tuple[str, ...] = ()  # LeRobot: the components of `action` that are the mouse's y and x
     camera: str | None = None  # LeRobot: which video, where there are several
     offset_s: float = 0.0  # s that a log of events is moved against the video; > 0: things happened later in it
-    columns: dict[str, str] = field(default_factory=dict)  # event_log, table: time, keys, dx, ...: what it calls them
-    kinds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # event_log: press, release, ...: the log's words
+    columns: dict[Column, str] = field(default_factory=dict)  # event_log, table: their names for these
+    kinds: dict[EventKind, tuple[str, ...]] = field(default_factory=dict)  # event_log: its words
     time_unit: Literal["s", "ms", "us", "ns"] = "s"  # event_log: of the log's times
     first_entry: Literal[0, 1, 2] = 1  # GF-Minecraft: the entry that leads on from frame 0
 
@@ -70,14 +72,12 @@ class GameConfig:
 
     name: str
     action_space: ActionSpace
-    fps: float  # frames per second of recordings and of everything generated
+    fps: float = within(0.1, 1000)  # frames per second of recordings and of everything generated
     height: int  # px, a multiple of 16
     width: int  # px, a multiple of 16
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.fps <= 1000:
-            raise UserError(f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000")
         if not all(16 <= px <= MOST_PX and px % 16 == 0 for px in (self.height, self.width)):  # codec 8 x patch 2
             raise UserError(f"{self.name}: height and width must be multiples of 16 up to {MOST_PX} px")
         if self.inputs.fps is not None and self.inputs.fps < self.fps:

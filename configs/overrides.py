@@ -19,8 +19,9 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 
 from configs.errors import MissingFileError, UserError
-from configs.foreign import SETTINGS_BYTES, reading
+from configs.untrusted import SETTINGS_BYTES, reading
 
+YAML = (".yaml", ".yml")
 NULLS = ("~", "null", "Null", "NULL")
 _NULL = ("tag:yaml.org,2002:null", re.compile(r"(~|null|Null|NULL|)$"))
 
@@ -48,7 +49,7 @@ def merge_args(args: Sequence[str], resolve: bool = True) -> dict[str, Any]:
     Values are texts, lists, mappings and None; `~/` is the home folder."""
     settings: dict[str, Any] = {}
     for arg in args:
-        settings = merged(settings, read_override(arg) if is_override(arg) else read_yaml(arg))
+        settings = merged(settings, _read_override(arg) if is_override(arg) else read_settings(arg, references=True))
     settings = expand_home(settings)
     if not resolve:
         return settings
@@ -62,12 +63,8 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Both, `new` winning; settings within settings are merged too."""
     both = dict(old)
     for key, value in new.items():
-        before = both.get(key)
-        if isinstance(before, Mapping) or isinstance(value, Mapping):  # else a text may only look like a mapping
-            inner, more = parse_container(before), parse_container(value)
-            if isinstance(inner, Mapping) and isinstance(more, Mapping):
-                value = merged(inner, more)
-        both[key] = value
+        before, after = parse_container(old.get(key)), parse_container(value)
+        both[key] = merged(before, after) if isinstance(before, Mapping) and isinstance(after, Mapping) else value
     return both
 
 
@@ -83,11 +80,10 @@ def parse_container(value: Any) -> Any:
 
 def is_override(arg: str) -> bool:
     """Whether `arg` is `key=value` and no YAML file, whose path may hold a `=`."""
-    return "=" in arg and not (arg.endswith((".yaml", ".yml")) and Path(arg).is_file())
+    return "=" in arg and not (arg.endswith(YAML) and Path(arg).is_file())
 
 
-def read_override(arg: str) -> dict[str, Any]:
-    """The settings that `key.sub=value` stands for; an empty value is none."""
+def _read_override(arg: str) -> dict[str, Any]:
     key, _, value = arg.partition("=")
     names = key.strip().split(".")
     if not all(names):
@@ -98,36 +94,25 @@ def read_override(arg: str) -> dict[str, Any]:
     return settings
 
 
-def read_yaml(path: str) -> dict[str, Any]:
-    """The settings in a YAML file of the user's."""
-    if not path.endswith((".yaml", ".yml")):
-        raise UserError(f"{path!r} is neither a YAML file nor key=value")
-    with reading(path, "correct it"):
-        settings = _load(path)
-        OmegaConf.create(settings)  # raises for what is no interpolation
-    return settings
-
-
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a YAML file that a program wrote, perhaps on another machine. Nothing in it is resolved: `${...}`
-    could read this machine's environment and put it where the file's author sees it."""
-    with reading(path):
-        settings = _load(path)
-        if "${" in json.dumps(settings):
-            raise UserError(f"{path} refers to other values (${{...}}); a program's files hold plain ones")
-    return settings
-
-
-def _load(path: str | Path) -> dict[str, Any]:
+def read_settings(path: str | Path, references: bool = False) -> dict[str, Any]:
+    """The settings in a YAML file. `references` to other values (`${...}`) are allowed in a file of the user's: in one
+    that was written elsewhere, they could put this machine's environment where its author sees it."""
+    if not str(path).endswith(YAML):
+        raise UserError(f"{str(path)!r} is neither a YAML file nor key=value")
     file = Path(path)
     if not file.is_file():
         raise MissingFileError(f"no config file {path}")
     if (size := file.stat().st_size) > SETTINGS_BYTES:
         raise UserError(f"{path} has {size} bytes; that is no file of settings")
-    settings = yaml.load(file.read_text(encoding="utf-8-sig"), TextLoader)
-    if not isinstance(settings, dict | None):
-        raise UserError(f"{path} must hold keys and values at its top level")
-    return settings or {}
+    with reading(path, "correct it or write it again"):
+        settings = yaml.load(file.read_text(encoding="utf-8-sig"), TextLoader) or {}
+        if not isinstance(settings, dict):
+            raise UserError(f"{path} must hold keys and values at its top level")
+        if references:
+            OmegaConf.create(settings)  # raises for what is no interpolation
+        elif "${" in json.dumps(settings):
+            raise UserError(f"{path} refers to other values (${{...}}); a program's files hold plain ones")
+    return settings
 
 
 def expand_home(value: Any) -> Any:

@@ -13,13 +13,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from botocore import exceptions as boto
 
 from configs.errors import FileError, MissingFileError, RefusedError, UserError, one_line
-from configs.files import sha256_file
-from configs.foreign import require_inside
+from configs.untrusted import require_inside
 
 ATTEMPTS = 7  # of a request: half a minute of pauses on average
 SILENT_S = 60.0  # after which a server that says nothing more is asked again
@@ -40,16 +39,20 @@ class Found(NamedTuple):
     sha256: str | None  # of its bytes, if Worldloom wrote it
 
 
+def is_s3(url: str | Path) -> bool:
+    """Whether `url` is on a server; a Path too, which turns the two slashes of a url into one."""
+    return str(url).startswith("s3:/")
+
+
 def bucket_and_key(url: str) -> tuple[str, str]:
     """The two parts of `s3://bucket/key`; the key of a folder, which ends in `/`, may be empty.
 
     Any other text is a UserError; so are keys that no path can have, such as `a/../b`.
     """
     bucket, slash, key = url.removeprefix("s3://").partition("/")
-    if url.startswith("s3://") and ("@" in bucket or ":" in bucket):
-        raise UserError(f"an s3 url holds no credentials and no port; write s3://bucket/key, and {CHECK}")
-    if not url.startswith("s3://") or not bucket or not (key or slash):
-        raise UserError(f"{url!r} is no s3 url; write s3://bucket/key")
+    if not url.startswith("s3://") or not bucket or not (key or slash) or "@" in bucket or ":" in bucket:
+        shown = url.rpartition("@")[2]  # before it may be a password
+        raise UserError(f"{shown!r} is no s3 url; write s3://bucket/key, without credentials and port")
     require_inside(f"{bucket}/{key}".rstrip("/"), url)
     return bucket, key
 
@@ -109,11 +112,6 @@ def _transfer() -> Any:
     return TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=PARALLEL)
 
 
-def _pause(failed: int) -> None:
-    """Waits before another attempt: longer each time, and a random part of it."""
-    time.sleep(random.random() * 0.1 * 2**failed)
-
-
 def head(url: str) -> Found:
     """What is known about `url`. A FileNotFoundError if it is not there."""
     bucket, key = bucket_and_key(url)
@@ -154,42 +152,44 @@ def read(url: str, offset: int = 0, length: int | None = None) -> bytes:
             except BROKEN_OFF:
                 if failed == ATTEMPTS:
                     raise
-        _pause(failed)
+        time.sleep(random.random() * 0.1 * 2**failed)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
 
-def download(url: str, file: Path) -> None:
-    """Writes the object to `file`, a large one in parallel, and compares its bytes with the digest."""
+def download(url: str, file: Path) -> Found:
+    """Writes the object to `file`, a large one in parallel; its bytes are compared with the digest if there is one, and
+    theirs is returned."""
     from s3transfer.exceptions import RetriesExceededError
 
     bucket, key = bucket_and_key(url)
-    for failed in range(1, DOWNLOADS + 1):
-        found = head(url)
-        with named_errors(url), suppress(boto.FlexibleChecksumError), open(file, "wb") as out:
+    for _ in range(DOWNLOADS):
+        listed = head(url)
+        with named_errors(url), suppress(boto.FlexibleChecksumError), open(file, "w+b") as out:
             try:
                 client().download_fileobj(bucket, key, out, Config=_transfer())
             except RetriesExceededError as error:
                 raise boto.HTTPClientError(error=error.last_exception) from error
-            out.flush()
-            if found.st_size == file.stat().st_size and found.sha256 in (None, sha256_file(file)):
-                return
-        _pause(failed)
+            out.seek(0)
+            digest = hashlib.file_digest(out, SHA256).hexdigest()
+            if out.tell() == listed.st_size and listed.sha256 in (None, digest):
+                return listed._replace(sha256=digest)
     file.unlink(missing_ok=True)
     raise UserError(f"{url} is damaged, or changes while it is read: {DOWNLOADS} times other bytes came than it has")
 
 
-def upload(data: IO[bytes], url: str) -> None:
-    """Writes `data`, an open file, to `url`: a large one in parts, which are taken back if one of them fails."""
+def upload(file: Path, url: str) -> Found:
+    """Copies `file` to `url`: a large one in parts, which are taken back if one of them fails."""
     bucket, key = bucket_and_key(url)
-    digest = hashlib.file_digest(data, SHA256).hexdigest()  # type: ignore[arg-type]
-    size, extra = data.seek(0, os.SEEK_END), {"Metadata": {SHA256: digest}}
-    data.seek(0)
-    with named_errors(url):
-        client().upload_fileobj(data, bucket, key, ExtraArgs=extra, Config=_transfer())
-    kept = head(url)
-    if (kept.st_size, kept.sha256) != (size, digest):
+    with named_errors(url), open(file, "rb") as data:
+        digest = hashlib.file_digest(data, SHA256).hexdigest()
+        size = data.tell()
+        data.seek(0)
+        client().upload_fileobj(data, bucket, key, ExtraArgs={"Metadata": {SHA256: digest}}, Config=_transfer())
+    stored = head(url)
+    if (stored.st_size, stored.sha256) != (size, digest):
         fix = "this server alters what it is given; set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
-        raise FileError(f"{url} has {kept.st_size} bytes after {size} were written: {fix}")
+        raise FileError(f"{url} has {stored.st_size} bytes after {size} were written: {fix}")
+    return stored
 
 
 def create(url: str, data: bytes) -> bool:
@@ -219,19 +219,13 @@ def remove(bucket: str, key: str) -> None:
         client().delete_object(Bucket=bucket, Key=key)
 
 
-def list_objects(folder: str, delimiter: str = "") -> Iterator[tuple[str, Found]]:
-    """The keys of everything below `folder`, which ends in `/`; with the delimiter `/` only what is directly in it, the
-    folders there as keys that end in `/`. Page by page, a thousand at a time."""
-    bucket, prefix = bucket_and_key(folder)
+def list_folder(folder: str, delimiter: str = "") -> Iterator[tuple[str, Found]]:
+    """Everything below `folder` by its path from there, but for an object that stands for `folder` itself; with the
+    delimiter `/` only what is directly in it, the folders there as names that end in `/`. A thousand at a time."""
+    bucket, prefix = bucket_and_key(f"{folder.rstrip('/')}/")
     with named_errors(folder):
         pages = client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix, Delimiter=delimiter)
         for page in pages:
-            yield from ((entry["Prefix"], Found(0, "", None)) for entry in page.get("CommonPrefixes", ()))
-            yield from ((entry["Key"], Found(entry["Size"], entry["ETag"], None)) for entry in page.get("Contents", ()))
-
-
-def list_folder(folder: str, delimiter: str = "") -> dict[str, Found]:
-    """As `list_objects`, by the path from `folder`, without the object that may stand for `folder` itself."""
-    folder = f"{folder.rstrip('/')}/"
-    _, prefix = bucket_and_key(folder)
-    return {key.removeprefix(prefix): found for key, found in list_objects(folder, delimiter) if key != prefix}
+            folders = [(entry["Prefix"], Found(0, "", None)) for entry in page.get("CommonPrefixes", ())]
+            files = [(entry["Key"], Found(entry["Size"], entry["ETag"], None)) for entry in page.get("Contents", ())]
+            yield from ((key.removeprefix(prefix), found) for key, found in folders + files if key != prefix)

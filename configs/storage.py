@@ -3,19 +3,20 @@
 import hashlib
 import io
 import shutil
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from configs import cache, files, s3
 from configs.errors import FileError, UserError
-from configs.foreign import require_inside
+from configs.untrusted import require_inside
 
 BUFFER_BYTES = 4 << 20  # of a file on a server that is read piece by piece
 WHOLE_BYTES = s3.PART_BYTES  # of one that is read from its beginning to its end
+is_s3, local, cached_file = s3.is_s3, cache.local, cache.cached_file
 
 
 class RemoteFile(io.RawIOBase):
@@ -70,11 +71,11 @@ class S3Path(PurePosixPath):
         return True
 
     def is_dir(self) -> bool:
-        return next(s3.list_objects(f"{self}/"), None) is not None
+        return next(s3.list_folder(str(self)), None) is not None
 
     def iterdir(self) -> Iterator["S3Path"]:
         """The files and folders directly in it. A UserError for a key that no path can have, such as `a//b`."""
-        return (self / require_inside(name.removesuffix("/"), str(self)) for name in s3.list_folder(str(self), "/"))
+        return (self / require_inside(name.removesuffix("/"), str(self)) for name, _ in s3.list_folder(str(self), "/"))
 
     def open(self, mode: str = "rb", buffering: int = io.DEFAULT_BUFFER_SIZE) -> io.BufferedReader:
         """Only the bytes that are asked for are fetched, `buffering` of them or more at a time."""
@@ -86,11 +87,6 @@ class S3Path(PurePosixPath):
 
     def read_text(self, encoding: str = "utf-8") -> str:
         return self.read_bytes().decode(encoding)
-
-
-def is_s3(url: str | Path) -> bool:
-    """Whether `url` is on a server; a Path too, which turns the two slashes of a url into one."""
-    return str(url).startswith("s3:/")
 
 
 def join(folder: str | Path, name: str) -> str:
@@ -138,23 +134,6 @@ def open(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader
     return cast(io.BufferedReader, path(url).open("rb", buffer_bytes if is_s3(url) else -1))
 
 
-def local(url: str | Path, wanted: Callable[[str], bool] = bool) -> Path:
-    """The file or folder `url` on this machine: itself, or a copy (of a folder, of the files whose path is `wanted`).
-    A FileNotFoundError if `url` is on a server and not there."""
-    return cache.local_copy(str(url), wanted) if is_s3(url) else Path(url)
-
-
-def cached_file(url: str | Path, size: int = 0, sha256: str | None = None) -> AbstractContextManager[Path]:
-    """The file `url` on this machine: itself, or a copy that may be deleted when the block ends. Of a copy that has the
-    given `size` and `sha256` the server is not asked; a UserError if what comes has another digest."""
-    return cache.cached_file(str(url), size, sha256) if is_s3(url) else nullcontext(Path(url))
-
-
-def size(url: str | Path) -> int:
-    """Bytes of `url`."""
-    return path(url).stat().st_size
-
-
 def version(url: str | Path) -> Hashable:
     """What changes when `url` is written again."""
     stat = path(url).stat()
@@ -172,38 +151,31 @@ def exists(url: str | Path) -> bool:
     return path(url).is_file()
 
 
-def list_files(folder: str | Path) -> list[str]:
-    """The urls of the files directly in `folder`, sorted; none if there is no such folder."""
-    return sorted(join(folder, name) for name in _names(folder) if not name.endswith("/"))
-
-
-def list_folders(folder: str | Path) -> list[str]:
-    """The urls of the folders directly in `folder`, sorted; none if there is no such folder."""
-    return sorted(join(folder, name.rstrip("/")) for name in _names(folder) if name.endswith("/"))
-
-
-def _names(folder: str | Path) -> list[str]:
-    """Of what is directly in `folder`; those of folders end in `/`."""
+def list_folder(folder: str | Path) -> list[str]:
+    """The names of what is directly in `folder`, sorted, those of folders with a `/` at their end; none if there is no
+    such folder."""
     if is_s3(folder):
-        return list(s3.list_folder(str(folder), "/"))
+        return sorted(name for name, _ in s3.list_folder(str(folder), "/"))
     paths = Path(folder).iterdir() if Path(folder).is_dir() else ()
-    return [f"{path.name}/" if path.is_dir() else path.name for path in paths if path.is_dir() or path.is_file()]
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in paths if path.is_dir() or path.is_file())
 
 
 def files_at(url: str | Path) -> list[str]:
     """`url`, or if it is a folder of this machine the files directly in it."""
-    return list_files(url) if not is_s3(url) and Path(url).is_dir() else [str(url)]
+    if is_s3(url) or not Path(url).is_dir():
+        return [str(url)]
+    return [join(url, name) for name in list_folder(url) if not name.endswith("/")]
 
 
 def list_tree(folder: str | Path) -> dict[str, int]:
     """Bytes of every file in `folder` and the folders in it, by the path from `folder`; sorted."""
     if is_s3(folder):
-        listed = s3.list_folder(str(folder)).items()
-        sizes = {name: entry.st_size for name, entry in listed if not name.endswith("/")}  # that stand for folders
+        listed = s3.list_folder(str(folder))
+        sizes = [(name, found.st_size) for name, found in listed if not name.endswith("/")]  # that stand for folders
     else:
         paths = (path for path in Path(folder).rglob("*") if path.is_file())
-        sizes = {str(path.relative_to(folder)): path.stat().st_size for path in paths}
-    return dict(sorted(sizes.items()))
+        sizes = [(str(path.relative_to(folder)), path.stat().st_size) for path in paths]
+    return dict(sorted(sizes))
 
 
 @contextmanager
@@ -216,48 +188,37 @@ def writing(url: str | Path) -> Iterator[Path]:
     s3.bucket_and_key(str(url))  # an error before the work
     with cache.tmp_dir() as folder:
         yield folder / name_of(url)
-        write_file(folder / name_of(url), url)
+        s3.upload(folder / name_of(url), str(url))
 
 
 @contextmanager
 def writing_folder(url: str | Path, last: str, new: bool = False) -> Iterator[Path]:
     """An empty local folder for files that appear in the folder `url` when the block ends well; the file `last` comes
-    after all others, so that it is there only if they are. In a `new` folder nothing may be before."""
+    after all others, so that it is there only if they are. In a `new` folder nothing may be before.
+
+    A bucket has no lock: of several writers at the same time, those that find another's file raise FileError.
+    """
     if not is_s3(url):
-        with files.atomic_folder(url) if new else files.atomic_files(url, last) as folder:
+        with files.atomic_folder(url, last, new) as folder:
             yield folder
         return
     exists(join(url, last))  # raises if there is no such bucket, before the work
     with cache.tmp_dir() as folder:
         yield folder
         remove(join(url, last))  # of what was there before
-        written: dict[str, Hashable] = {}
-        for name in sorted(list_tree(folder), key=lambda name: (name == last, name)):
-            write_file(folder / name, join(url, name))
-            written[name] = version(join(url, name))
+        names = sorted(list_tree(folder), key=lambda name: (name == last, name))
+        written = {name: s3.upload(folder / name, join(url, name)).etag for name in names}
         require_sole_writer(url, written, last)
 
 
 def require_sole_writer(url: str | Path, written: Mapping[str, Hashable], last: str) -> None:
-    """Raises FileError if another process wrote to some of the files meanwhile, and leaves no mixture with `last`.
-
-    A server has no lock: a writer that finds the other's file takes its own `last` back.
-    """
+    """Raises FileError if some of the files that were `written` are another process's now. Takes `last` back unless it
+    is the other's: no mixture looks whole."""
     there = {name: version(join(url, name)) for name in written if exists(join(url, name))}
     if there != written:
         if there.get(last) == written[last]:
             remove(join(url, last))
         raise FileError(f"{url} was written to by another process at the same time; run this again, alone")
-
-
-def write_file(file: Path, url: str | Path) -> None:
-    """Copies the local `file` to `url`, where it appears whole or not at all."""
-    if is_s3(url):
-        with file.open("rb") as data:
-            s3.upload(data, str(url))
-        return
-    with files.atomic_path(url) as part:
-        shutil.copyfile(file, part)
 
 
 def write_text(url: str | Path, text: str) -> None:
@@ -280,17 +241,18 @@ def remove(url: str | Path) -> None:
         Path(url).unlink(missing_ok=True)
 
 
-def remove_folder(folder: str | Path, first: str = "") -> None:
+def remove_folder(folder: str | Path, first: str) -> None:
     """Deletes `folder` and everything in it, the file `first` before all others: a kill in the middle leaves nothing
     that looks whole. Of a link to a folder, only the link is deleted."""
-    if not is_s3(folder) and Path(folder).is_symlink():
-        remove(folder)
-        return
-    if first:
-        remove(join(folder, first))
     if is_s3(folder):
-        bucket, _ = s3.bucket_and_key(join(folder, ""))
+        bucket, prefix = s3.bucket_and_key(join(folder, ""))
+        keys = [prefix + name for name, _ in s3.list_folder(str(folder))]
+        remove(join(folder, first))
         with ThreadPoolExecutor(s3.PARALLEL) as pool:
-            list(pool.map(lambda entry: s3.remove(bucket, entry[0]), list(s3.list_objects(join(folder, "")))))
-    elif Path(folder).is_dir():
-        shutil.rmtree(folder)
+            list(pool.map(lambda key: s3.remove(bucket, key), [*keys, prefix]))
+    elif Path(folder).is_symlink():
+        remove(folder)
+    else:
+        remove(join(folder, first))
+        with suppress(FileNotFoundError):
+            shutil.rmtree(folder)

@@ -2,7 +2,7 @@
 
 import io
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
@@ -50,7 +50,8 @@ class Encoder:
     @torch.no_grad()
     def first_frame(self, frame: np.ndarray) -> dict[str, Any]:
         """What a clip holds of its first frame (h w 3) uint8: `first_frame`, `visual` and `image_latents` of Clip."""
-        visual = image_latents = None
+        file, visual, image_latents = io.BytesIO(), None, None
+        Image.fromarray(frame).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         if self.tower is not None or self.config.unknown == "grey":
             image = to_video(torch.from_numpy(frame[None, None]).to(self.device))[:, :, 0]
             tokens = image_tokens(self.tower, image, self.config.vision)
@@ -59,7 +60,7 @@ class Encoder:
                 latents = count_latents(self.config.layout, self.config.clip_frames, self.codec.config.temporal)
                 cond = next(image_conditions(self.codec, image, latents))
                 image_latents = cond[0, MASK_CHANNELS:].bfloat16().cpu()
-        return {"first_frame": _jpeg(frame), "visual": visual, "image_latents": image_latents}
+        return {"first_frame": file.getvalue(), "visual": visual, "image_latents": image_latents}
 
 
 class Run(NamedTuple):
@@ -70,16 +71,11 @@ class Run(NamedTuple):
     frames: np.ndarray  # (n h w 3) uint8
 
 
-def cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator[list[Run]]:
-    """Batches of the runs that the episodes' clips need, in order; a batch may hold runs of several episodes.
+def cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator[Run]:
+    """The runs that the episodes' clips need, in order.
 
     Every episode is decoded to its end. Raises BadEpisodeError for one that cannot be.
     """
-    runs = _cut_episodes(episodes, config)
-    return iter(lambda: list(islice(runs, config.batch)), [])
-
-
-def _cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator[Run]:
     for i, episode in enumerate(episodes):
         starts, frames = run_starts(config, len(episode.actions)), read_game_frames(episode, config.game)
         try:
@@ -91,12 +87,8 @@ def _cut_episodes(episodes: Sequence[Episode], config: EncodeConfig) -> Iterator
 
 def run_starts(config: EncodeConfig, frames: int) -> list[int]:
     """The first frames of the runs that the clips of an episode of `frames` frames need; clips share runs."""
-    return sorted({start + offset for start in clip_starts(config, frames) for offset in _run_offsets(config)})
-
-
-def _run_offsets(config: EncodeConfig) -> range:
-    """First frames of a clip's runs, counted from the clip's first frame."""
-    return range(0, config.clip_frames, config.run_frames)
+    offsets = range(0, config.clip_frames, config.run_frames)
+    return sorted({start + offset for start in clip_starts(config, frames) for offset in offsets})
 
 
 def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -110,14 +102,13 @@ def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -
         raise UserError(f"there are no {length} frames from frame {wanted[0]} on")
 
 
-def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterable[list[Run]]) -> Iterator[Clip]:
+def encode_clips(encoder: Encoder, episodes: Sequence[Episode], runs: Iterator[Run]) -> Iterator[Clip]:
     """The episodes' clips in order; each run of frames is encoded once, however many clips share it."""
-    config, offsets = encoder.config, _run_offsets(encoder.config)
-    starts = [(i, start) for i, each in enumerate(episodes) for start in clip_starts(config, len(each.actions))]
-    first_frames: dict[tuple[int, int], dict[str, Any]] = {key: {} for key in starts}
+    config, offsets = encoder.config, range(0, encoder.config.clip_frames, encoder.config.run_frames)
+    clips = deque((i, start) for i, it in enumerate(episodes) for start in clip_starts(config, len(it.actions)))
+    first_frames: dict[tuple[int, int], dict[str, Any]] = {clip: {} for clip in clips}
     latents: dict[tuple[int, int], torch.Tensor] = {}  # by episode and first frame of the run
-    clips = deque(starts)
-    for batch in batches:
+    while batch := list(islice(runs, config.batch)):  # a batch may hold runs of several episodes
         encoded = encoder.latents(np.stack([run.frames for run in batch]))
         if not torch.isfinite(encoded).all():
             names = ", ".join(dict.fromkeys(episodes[run.episode].id for run in batch))
@@ -137,11 +128,4 @@ def encode_clips(encoder: Encoder, episodes: Sequence[Episode], batches: Iterabl
                 start=start,
                 **first_frames.pop((i, start)),
             )
-        for done in [run for run in latents if not clips or run < clips[0]]:
-            del latents[done]
-
-
-def _jpeg(frame: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(frame).save(file, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
-    return file.getvalue()
+        latents = {run: of_run for run, of_run in latents.items() if clips and run >= clips[0]}

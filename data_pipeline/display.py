@@ -1,7 +1,7 @@
 """How a video's frames become RGB pictures, as a player shows them."""
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from threading import get_ident
@@ -25,7 +25,7 @@ MATRICES = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9}  # those that can be shown, with
 BT709, BT601 = 1, 5
 HD = 577, 1280  # rows, columns from which players take untagged video for BT.709 (mpv, mp_csp_guess_colorspace)
 SHOWN_AS_THEY_ARE = (1, *UNSPECIFIED, 4, 5, 6, 7, 11, 12, 13, 14, 15)  # transfers of displays with the usual contrast
-HDR = {16: "PQ", 18: "HLG"}
+HDR = {16: " (PQ, high dynamic range)", 18: " (HLG, high dynamic range)"}
 LIKE_SRGB = (1, *UNSPECIFIED, 4, 5, 6, 7, 22)  # primaries that players show as if they were those of the screen
 ASPECTS = 1 / 4, 4.0  # of a pixel, width to height; what is beyond is no picture
 SQUARE = 0.01  # a pixel whose sides differ by less is square: encoders round
@@ -34,7 +34,7 @@ REFUSED = {
     "DOVI_RPU_BUFFER": "Dolby Vision", "DOVI_METADATA": "Dolby Vision",
 }  # fmt: skip
 NOT_SHOWN = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
-# Matroska's elements: the way to a track's picture, and pixels to cut off at the bottom, top, left and right.
+# Matroska's elements: those around a track's picture, and pixels to cut off at the bottom, top, left and right.
 TRACK = b"\x18\x53\x80\x67", b"\x16\x54\xae\x6b", b"\xae", b"\xe0"
 CROPS = b"\x54\xaa", b"\x54\xbb", b"\x54\xcc", b"\x54\xdd"
 REMEDY = "convert it to an H.264 mp4 (yuv420p, BT.709, square pixels)"
@@ -73,9 +73,8 @@ class Display:
 
     def __init__(self, path: str | Path, container: InputContainer, stream: av.VideoStream) -> None:
         self.path, self.container, self.stream = path, container, stream
+        self.changes = ""  # how the stored pictures are changed; empty if they are shown as they are stored
         self._tags: FrameTags | None = None
-        self._crop: tuple[slice, slice] | None = None
-        self._turn, self._stretch = (False, False, False), (1.0, 1.0)
 
     def picture(self, frame: VideoFrame, number: int) -> np.ndarray:
         """Frame `number` as (h w 3) uint8 RGB, cropped, stretched, turned and mirrored as the file says.
@@ -86,32 +85,33 @@ class Display:
         shape = frame.width, frame.height, frame.format.name
         tags = FrameTags(*shape, *colours, frame.rotation, frame.interlaced_frame)
         if self._tags is None:
-            self._require_shown(frame, tags)
-            self._crop, self._turn = _read_cropping(self.container, self.stream), self._read_turn(frame, tags)
-            self._stretch, self._tags = self._read_stretch(), tags
-        for name, was, now in zip(FrameTags._fields, self._tags, tags, strict=True):
+            self._prepare(frame, tags)
+        for name, was, now in zip(FrameTags._fields, self._tags or (), tags, strict=True):
             if now != was:
                 raise UserError(f"{self.path}: the {name} of frame {number} is {now}, before it was {was}; {REMEDY}")
         return self._shown(self._to_rgb(frame, tags, number))
 
-    @property
-    def changes(self) -> str:
-        """How the stored pictures are changed, in words; empty if they are shown as they are stored."""
-        transposed, _, _ = self._turn
-        high, wide = self._stretch
+    def _prepare(self, frame: VideoFrame, tags: FrameTags) -> None:
+        """Reads from the first frame and the stream what is to be done with every frame."""
+        self._require_shown(frame, tags)
+        self._tags, self._turn = tags, self._read_turn(frame, tags)
+        self._crop = _read_cropping(self.container, self.stream)
+        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
+        if not ASPECTS[0] <= aspect <= ASPECTS[1]:
+            raise self._refuse(f"a video whose pixels are {aspect:.3g} times as wide as high")
+        self._aspect = 1.0 if abs(aspect - 1) < SQUARE else aspect
         changes = {
             "cropped": self._crop is not None,
-            f"stretched, since its pixels are {wide / high:.3g} times as wide as high": high != wide,
-            "turned by a quarter": transposed,
-            "turned by half or mirrored": not transposed and any(self._turn),
+            f"stretched (pixels are {aspect:.3g} times as wide as high)": self._aspect != 1,
+            "turned or mirrored": any(self._turn),
         }
-        return " and ".join(change for change, applies in changes.items() if applies)
+        self.changes = ", ".join(change for change, applies in changes.items() if applies)
 
     def _require_shown(self, frame: VideoFrame, tags: FrameTags) -> None:
         known_matrix = frame.format.is_rgb or tags.matrix in (*MATRICES, *UNSPECIFIED)
+        transfer = f"the transfer characteristic {tags.transfer}{HDR.get(tags.transfer, '')}"
         refused = {
-            f"high dynamic range ({HDR.get(tags.transfer)})": tags.transfer in HDR,
-            f"the transfer characteristic {tags.transfer}": tags.transfer not in SHOWN_AS_THEY_ARE,
+            transfer: tags.transfer not in SHOWN_AS_THEY_ARE,
             "interlaced frames": tags.interlaced,
             f"the colour matrix {tags.matrix}": not known_matrix,
             "transparent pixels": self.stream.metadata.get("alpha_mode") == "1",
@@ -122,32 +122,20 @@ class Display:
 
     def _read_turn(self, frame: VideoFrame, tags: FrameTags) -> tuple[bool, bool, bool]:
         """Whether rows and columns are exchanged, and then whether each is reversed."""
-        turned = self._refuse(f"a video that is turned by {-tags.turned_deg} degrees")
         try:
             data = {side.type.name: bytes(side) for side in cast(Iterable[SideData], frame.side_data)}
         except ValueError:  # PyAV does not know a kind that FFmpeg knows (Exif)
-            if tags.turned_deg:
-                raise turned from None
-            return False, False, False
+            data = {}
         for name in REFUSED.keys() & data.keys():
             if name != "STEREO3D" or any(data[name][:4]):  # type 0 is a flat picture
                 raise self._refuse(REFUSED[name])
-        if Type.DISPLAYMATRIX.name not in data:
-            return False, False, False
         # A stored point (x, y) is shown at (a x + c y, b x + d y), apart from an offset.
-        a, b, _, c, d = np.frombuffer(data[Type.DISPLAYMATRIX.name], np.int32)[:5].tolist()
-        if a and d and not b and not c:
-            return False, d < 0, a < 0
-        if b and c and not a and not d:
-            return True, b < 0, c < 0
-        raise turned
-
-    def _read_stretch(self) -> tuple[float, float]:
-        """Factors for the height and the width that make the pixels square; one of them is 1."""
-        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
-        if not ASPECTS[0] <= aspect <= ASPECTS[1]:
-            raise self._refuse(f"a video whose pixels are {aspect:.3g} times as wide as high")
-        return (1.0, 1.0) if abs(aspect - 1) < SQUARE else (max(1 / aspect, 1.0), max(aspect, 1.0))
+        matrix = data.get(Type.DISPLAYMATRIX.name)
+        a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist() if matrix else (1, 0, 0, 0, 1)
+        straight, crossed = a and d and not b and not c, b and c and not a and not d
+        if not (straight or crossed) or (tags.turned_deg and not matrix):
+            raise self._refuse(f"a video that is turned by {-tags.turned_deg} degrees")
+        return (True, b < 0, c < 0) if crossed else (False, d < 0, a < 0)
 
     def _to_rgb(self, frame: VideoFrame, tags: FrameTags, number: int) -> np.ndarray:
         guess = BT709 if tags.height >= HD[0] or tags.width >= HD[1] else BT601
@@ -164,9 +152,10 @@ class Display:
 
     def _shown(self, picture: np.ndarray) -> np.ndarray:
         picture = picture if self._crop is None else picture[self._crop]
-        if self._stretch != (1.0, 1.0):
-            h, w = (round(size * factor) for size, factor in zip(picture.shape[:2], self._stretch, strict=True))
-            picture = cv2.resize(np.ascontiguousarray(picture), (w, h), interpolation=cv2.INTER_CUBIC)
+        if self._aspect != 1:
+            h, w = picture.shape[:2]
+            size = round(w * max(self._aspect, 1)), round(h * max(1 / self._aspect, 1))
+            picture = cv2.resize(np.ascontiguousarray(picture), size, interpolation=cv2.INTER_CUBIC)
         transposed, rows, columns = self._turn
         picture = picture.transpose(1, 0, 2) if transposed else picture
         return np.ascontiguousarray(picture[:: -1 if rows else 1, :: -1 if columns else 1])
@@ -195,21 +184,14 @@ def _read_cropping(container: InputContainer, stream: av.VideoStream) -> tuple[s
             header.start_encoding()
     except (av.error.FFmpegError, ValueError):  # a codec that Matroska does not know has no such header
         return None
-    data = file.getvalue()
-    for name in TRACK:
-        data = dict(_elements(data)).get(name, b"")
-    elements = dict(_elements(data))
-    crop = bottom, top, left, right = [int.from_bytes(elements.get(name, b""), "big") for name in CROPS]
-    return (slice(top, -bottom or None), slice(left, -right or None)) if any(crop) else None
-
-
-def _elements(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Id and contents of each element of Matroska's `data` (RFC 8794); leading zero bits say how long a number is."""
-    at = 0
-    while at < len(data) and data[at]:
+    data, at, pixels = file.getvalue(), 0, dict.fromkeys(CROPS, 0)
+    while at < len(data) and data[at]:  # RFC 8794: leading zero bits say how long an element's id and its size are
         name = data[at : at + 9 - data[at].bit_length()]
         at += len(name)
-        length = 9 - data[at].bit_length()
-        size = int.from_bytes(data[at : at + length], "big") & ((1 << 7 * length) - 1)
-        yield name, data[at + length : at + length + size]
-        at += length + size
+        first = at + 9 - data[at].bit_length()
+        size = int.from_bytes(data[at:first], "big") & ((1 << 7 * (first - at)) - 1)
+        if name in CROPS:
+            pixels[name] = int.from_bytes(data[first : first + size], "big")
+        at = first if name in TRACK else first + size
+    bottom, top, left, right = pixels.values()
+    return (slice(top, -bottom or None), slice(left, -right or None)) if any(pixels.values()) else None

@@ -33,6 +33,7 @@ from model.codec import load_codec
 from model.vision import load_vision
 
 T = TypeVar("T")
+Decoded = tuple[ShardJob, Run | BadEpisodeError | None]
 LEFT_OUT = "left_out.json"
 AHEAD = 2  # batches of runs that are decoded before the codec asks for them
 
@@ -56,7 +57,7 @@ def find_index(job: ShardJob) -> Index | None:
     """
     try:
         index = read_index(job.url)
-        whole = not index.info.clips or storage.size(job.url) == index.info.bytes
+        whole = not index.info.clips or storage.path(job.url).stat().st_size == index.info.bytes
     except FileNotFoundError:
         return None
     return None if not whole or (index.left_out and job.config.on_bad_recording == "stop") else index
@@ -171,15 +172,20 @@ def make_missing(encoder: Encoder, jobs: Sequence[ShardJob]) -> list[ShardInfo]:
     with (
         tqdm(total=total, desc="encode", unit="clip", smoothing=0.1, disable=quiet) as bar,
         ThreadPoolExecutor(1, "write") as pool,
-        closing(run_ahead(repeat(partial(next, _decode(jobs, bar), None)), 1, AHEAD, "decode")) as decoded,
+        closing(
+            run_ahead(repeat(partial(next, _decode(jobs, bar), None)), 1, AHEAD * encoder.config.batch, "decode")
+        ) as decoded,
     ):
-        for job, batches in groupby(iter(partial(next, decoded), None), key=itemgetter(0)):
+        for job, pairs in groupby(iter(partial(next, decoded), None), key=itemgetter(0)):
             clips = list[Clip]()
-            for clip in encode_clips(encoder, job.episodes, (runs for _, runs in batches if runs)):
-                clips.append(clip)
-                bar.update()
-            if len(clips) < job.clips:  # an episode is bad; the next job is this one without it
-                bar.update(-len(clips))
+            try:
+                for clip in encode_clips(encoder, job.episodes, _runs(pairs)):
+                    clips.append(clip)
+                    bar.update()
+            except BadEpisodeError:
+                if job.config.on_bad_recording == "stop":
+                    raise
+                bar.update(-len(clips))  # the next job is this one without it
                 continue
             if written:
                 written[-1].result()  # no more than two shards are in memory
@@ -187,7 +193,7 @@ def make_missing(encoder: Encoder, jobs: Sequence[ShardJob]) -> list[ShardInfo]:
     return [info for shard in written if (info := shard.result())]
 
 
-def _decode(jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[tuple[ShardJob, list[Run]]]:
+def _decode(jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[Decoded]:
     for job in jobs:
         if find_index(job):
             bar.update(job.clips)
@@ -195,16 +201,22 @@ def _decode(jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[tuple[ShardJob, lis
             yield from _decode_job(job)
 
 
-def _decode_job(job: ShardJob) -> Iterator[tuple[ShardJob, list[Run]]]:
-    """The job with each batch of its runs, then with none. If a bad episode is to be skipped, the job without it
-    follows instead."""
+def _decode_job(job: ShardJob) -> Iterator[Decoded]:
+    """The job with each of its runs, then with None; or with what is wrong with an episode, then the job without it."""
     try:
-        yield from ((job, runs) for runs in cut_episodes(job.episodes, job.config))
-        yield job, []
+        yield from ((job, run) for run in cut_episodes(job.episodes, job.config))
+        yield job, None
     except BadEpisodeError as bad:
-        if job.config.on_bad_recording == "stop":
-            raise
+        yield job, bad
         yield from _decode_job(job.without(bad.episode, bad))
+
+
+def _runs(decoded: Iterator[Decoded]) -> Iterator[Run]:
+    for _, run in decoded:
+        if isinstance(run, BadEpisodeError):
+            raise run
+        if run:
+            yield run
 
 
 def _write(job: ShardJob, clips: list[Clip]) -> ShardInfo | None:

@@ -1,7 +1,6 @@
 """What was pressed, drawn onto the picture: keys bottom-left, the mouse's motion on a dial bottom-right."""
 
 import math
-from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -34,59 +33,48 @@ def active_keys(action_space: ActionSpace, actions: Actions) -> dict[str, np.nda
 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, px
-
-
-class Sprite(NamedTuple):
-    """A small RGBA picture and where its top left corner is on the frame."""
-
-    image: Image.Image
-    corner: tuple[int, int]  # (x, y), px
+Sprite = tuple[Image.Image, tuple[int, int]]  # a small RGBA picture, and where its top left corner is on the frame
 
 
 class Overlay:
     """Draws one action space's keys and mouse onto frames of one size."""
 
     def __init__(self, action_space: ActionSpace, height: int, width: int) -> None:
-        self.action_space = action_space
-        self.height, self.width = height, width
+        self.action_space, self.size = action_space, (height, width)
         key_px = max(12, round(0.092 * min(height, 0.6 * width)))
         margin = round(0.55 * key_px)
         nothing = Actions(np.zeros((1, len(action_space.keys))), np.zeros((1, 2)))
         labels = [label.replace("_", " ").capitalize() for label in active_keys(action_space, nothing)]
         self.radius = 1.08 * key_px
-        self.centre = (width - margin - self.radius, height - margin - self.radius)  # (x, y), px
-        dial_left = width - margin - 2 * self.radius if action_space.mouse else width
-        boxes = key_boxes(labels, key_px, height - margin, margin, dial_left - margin)
+        self.centre = x, y = (width - margin - self.radius, height - margin - self.radius)  # px
+        right = x - self.radius - margin if action_space.mouse else width - margin
+        boxes = key_boxes(labels, key_px, height - margin, margin, right)
         self.keys = [
             (_draw_sprite(box, 0.22, label), _draw_sprite(box, 0.22, label, active=True))  # dark, lit
             for label, box in zip(labels, boxes, strict=True)
         ]
-        x, y = self.centre
         self.dial = _draw_sprite((x - self.radius, y - self.radius, x + self.radius, y + self.radius), 0.5)
 
     def draw(self, frame: np.ndarray, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
         """A copy of `frame` (h w 3) uint8 with the held keys of `keyboard` (k) lit and the vector of `mouse` (2)."""
-        if frame.shape != (self.height, self.width, 3):
-            raise UserError(f"the overlay is made for {self.height}x{self.width} px, the frame is {frame.shape}")
+        if frame.shape != (*self.size, 3):
+            raise UserError(f"the overlay is made for {self.size} px, the frame is {frame.shape}")
         active = active_keys(self.action_space, Actions(keyboard[None], mouse[None]))
         sprites = [lit if held[0] else dark for (dark, lit), held in zip(self.keys, active.values(), strict=True)]
         picture = Image.fromarray(frame)
-        for sprite in [*sprites, self.dial] if self.action_space.mouse else sprites:
-            picture.paste(sprite.image, sprite.corner, sprite.image)
+        for image, corner in [*sprites, self.dial] if self.action_space.mouse else sprites:
+            picture.paste(image, corner, image)
         drawn = np.array(picture)
         if self.action_space.mouse:
             pitch_deg, yaw_deg = mouse * self.action_space.mouse_unit_deg
-            draw_vector(drawn, self.centre, self.radius, (yaw_deg, -pitch_deg))
+            _draw_vector(drawn, self.centre, self.radius, (yaw_deg, -pitch_deg))
         return drawn
 
 
-def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
-    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about `min_width` px; larger ones as they are."""
-    height, width = frame.shape[:2]
-    factor = max(1, round(min_width / width))
-    if factor == 1:
-        return frame
-    return cv2.resize(frame, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
+def enlarge(frame: np.ndarray) -> np.ndarray:
+    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about MIN_WIDTH px; larger ones as they are."""
+    factor = max(1, round(MIN_WIDTH / frame.shape[1]))
+    return frame if factor == 1 else cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
 
 
 def key_boxes(labels: list[str], key_px: int, bottom: float, left: float, right: float) -> list[Box]:
@@ -110,7 +98,7 @@ def key_boxes(labels: list[str], key_px: int, bottom: float, left: float, right:
     return boxes
 
 
-def draw_vector(
+def _draw_vector(
     frame: np.ndarray, centre: tuple[float, float], radius: float, right_down_deg: tuple[float, float]
 ) -> None:
     """Draws the mouse's motion onto `frame` as an amber line with a knob; a white knob in the middle when it rests.
@@ -152,4 +140,4 @@ def _draw_sprite(box: Box, rounding: float, label: str = "", active: bool = Fals
     font = _font(height, label)
     ascent = font.getbbox("H", anchor="ls")[1]  # centred on the capitals, so that "Q" does not sit higher than "W"
     pen.text(((left + right) / 2, (top + bottom - ascent) / 2), label, font=font, fill=ink, anchor="ms")
-    return Sprite(canvas.reduce(SUPERSAMPLING), (x, y))
+    return canvas.reduce(SUPERSAMPLING), (x, y)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import UserError, one_line
-from configs.foreign import DAMAGE
+from configs.untrusted import DAMAGE
 
 # Of the others that Pillow knows, some start programs (EPS), some are no single picture (PDF).
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")

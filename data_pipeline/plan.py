@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from configs import flat, storage, to_dict, within
 from configs.errors import UserError, one_line
-from configs.foreign import parse_object, reading
 from configs.game import GameConfig
+from configs.untrusted import parse_object, reading
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents
@@ -109,7 +109,7 @@ class Plan:
         """Writes the plan. Raises UserError if the set's folder holds another, or shards without one."""
         url = storage.join(self.folder, PLAN)
         if not storage.exists(url):
-            shards = any(name.endswith(INDEX) for name in storage.list_files(self.folder))
+            shards = any(name.endswith(INDEX) for name in storage.list_folder(self.folder))
             if shards and not storage.exists(url):  # another worker writes its plan, then its shards
                 raise UserError(f"{self.folder} holds shards without their {PLAN}; delete them or give another out=")
             storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())

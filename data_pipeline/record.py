@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from configs import cache, storage, within
 from configs.errors import UserError
-from configs.foreign import parse_object
 from configs.game import GameConfig
 from configs.lease import sole_writer
+from configs.untrusted import parse_object
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_episode
 from data_pipeline.video import fit_frame
 from data_pipeline.workers import game_ended, spawn_workers
@@ -43,17 +43,10 @@ class RecordConfig:
 
     def __post_init__(self) -> None:
         if TICS_PER_S % self.game.fps:
-            raise UserError(
-                f"ViZDoom runs at {TICS_PER_S} tics/s: game.fps must divide it (35, 17.5, ...), not {self.game.fps}"
-            )
+            raise UserError(f"game.fps={self.game.fps} must divide ViZDoom's {TICS_PER_S} tics per second")
         unknown = [key for key in self.game.action_space.keys if key not in BUTTONS]
         if unknown or not self.game.action_space.mouse:
             raise UserError(f"the recorder needs a mouse and knows the keys {', '.join(BUTTONS)}; unknown: {unknown}")
-
-    @property
-    def tics(self) -> int:
-        """Game tics per frame."""
-        return round(TICS_PER_S / self.game.fps)
 
 
 class Explorer:
@@ -98,8 +91,8 @@ class Explorer:
         if "forward" not in self.keys or near >= 11:
             self.avoiding = 0.0
             return self.yaw_goal
-        if not self.avoiding:  # once chosen, the side is kept, or the view would tremble in corners
-            self.avoiding = float(np.sign(band[:, w // 2 :].mean() - band[:, : w // 2].mean()) or 1.0)
+        # Once chosen, the side is kept, or the view would tremble in corners.
+        self.avoiding = self.avoiding or float(np.sign(band[:, w // 2 :].mean() - band[:, : w // 2].mean()) or 1.0)
         return 2.2 * self.avoiding
 
 
@@ -112,16 +105,16 @@ def record_episodes(config: RecordConfig) -> int:
     import_vizdoom()  # before anything is written
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record", config.out):
-        todo = [i for i in range(config.episodes) if not _is_complete(_folder(config, i), config, i)]
-        names = {_folder(config, i).name for i in todo}
-        shares = [(config, share) for worker in range(config.workers) if (share := todo[worker :: config.workers])]
+        todo = [i for i in range(config.episodes) if not _is_complete(config, i)]
+        names = {f"{_folder(config, i).name}/" for i in todo}
+        shares = [(config, todo[worker :: config.workers]) for worker in range(min(config.workers, len(todo)))]
         with (
             spawn_workers(_record_share, shares) as workers,
             tqdm(total=len(todo), desc="record", unit="episode", disable=None) as bar,
         ):
             while any([worker.is_running() for worker in workers]):
                 time.sleep(2.0 if s3 else 0.2)
-                bar.update(len(names.intersection(map(storage.name_of, storage.list_folders(config.out)))) - bar.n)
+                bar.update(len(names.intersection(storage.list_folder(config.out))) - bar.n)
     return len(todo)
 
 
@@ -133,8 +126,8 @@ def _record_share(config: RecordConfig, indices: list[int]) -> None:
     with running_game(config) as game:
         for i in indices:
             frames, keyboard, mouse_deg = zip(*play(game, config, i), strict=True)
-            rows = np.stack(keyboard), np.stack(mouse_deg)
-            write_episode(_folder(config, i), _about(config, i), frames, *rows, RECORDER["crf"])
+            actions = np.stack(keyboard), np.stack(mouse_deg)
+            write_episode(_folder(config, i), _about(config, i), frames, *actions, RECORDER["crf"])
 
 
 def import_vizdoom() -> Any:
@@ -158,13 +151,13 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
         game.set_screen_resolution(_screen_resolution(vizdoom, config.game))
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
         game.set_depth_buffer_enabled(True)
-        # The weapon's raising depends on the episode before; without it, an episode depends on its seed alone.
+        # How the weapon is raised depends on the episode before; without it, an episode depends on its seed alone.
         for part in ("hud", "weapon", "crosshair", "messages", "screen_flashes"):
             getattr(game, f"set_render_{part}")(False)
         game.set_window_visible(False)
         game.set_available_buttons([getattr(vizdoom.Button, name) for name in buttons])
-        variables = ("POSITION_X", "POSITION_Y", "ANGLE")
-        game.set_available_game_variables([getattr(vizdoom.GameVariable, name) for name in variables])
+        variables = vizdoom.GameVariable
+        game.set_available_game_variables([variables.POSITION_X, variables.POSITION_Y, variables.ANGLE])
         game.add_game_args("-nomonsters +viz_nocheat 0")
         # The game writes there; if it cannot make the folder, or another game makes it just then, the library crashes.
         Path("_vizdoom").mkdir(exist_ok=True)
@@ -185,41 +178,43 @@ def play(game: Any, config: RecordConfig, index: int) -> Iterator[tuple[np.ndarr
     game.send_game_command("god")
     explorer, names, before = Explorer(rng), config.game.action_space.keys, None
     game.make_action([0] * (len(names) + 2), WARM_UP_TICS)
+    tics = round(TICS_PER_S / config.game.fps)  # per frame
     for _ in range(config.frames):
         state = game.get_state()
         position = np.array(state.game_variables[:2])
-        speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / config.tics
+        speed = 0.0 if before is None else float(np.linalg.norm(position - before)) / tics
         keys, pitch, yaw = explorer.policy(state.depth_buffer, speed)
         keyboard = np.array([name in keys for name in names], dtype=np.uint8)
         frame = fit_frame(state.screen_buffer, config.game.height, config.game.width)
-        yield frame, keyboard, config.tics * np.array([pitch, yaw]) + 0.0
-        game.make_action([*map(int, keyboard), pitch, yaw], config.tics)
+        yield frame, keyboard, tics * np.array([pitch, yaw]) + 0.0
+        game.make_action([*map(int, keyboard), pitch, yaw], tics)
         before = position
 
 
 def _about(config: RecordConfig, index: int) -> dict[str, Any]:
-    about = describe_episode(config.game, config.frames)
-    return {**about, "seed": config.seed, "index": index, "recorder": RECORDER, "licence": LICENCE}
+    facts = {"seed": config.seed, "index": index, "recorder": RECORDER, "licence": LICENCE}
+    return describe_episode(config.game, config.frames) | facts
 
 
-def _is_complete(folder: Path, config: RecordConfig, index: int) -> bool:
+def _is_complete(config: RecordConfig, index: int) -> bool:
     """Whether the episode is there; one that was recorded with other settings is refused, not replaced."""
-    path = folder / ABOUT
-    if not path.is_file() and (storage.is_s3(folder) or not folder.exists()):
+    folder = _folder(config, index)
+    if not (folder / ABOUT).is_file() and (storage.is_s3(folder) or not folder.exists()):
         return False
     missing = [name for name in (ABOUT, VIDEO, ACTIONS) if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}; delete it, and it is recorded again")
-    about = parse_object(path.read_bytes(), path)
-    for key, wanted in _about(config, index).items():
-        if about.get(key) != wanted:
-            raise UserError(f"{folder} was recorded with {key} {about.get(key)!r}, not {wanted!r}; give another out=")
+    about = parse_object((folder / ABOUT).read_bytes(), folder / ABOUT)
+    for key, value in _about(config, index).items():
+        if about.get(key) != value:
+            raise UserError(f"{folder} was recorded with {key} {about.get(key)!r}, not {value!r}; give another out=")
     return True
 
 
 def _screen_resolution(vizdoom: Any, game: GameConfig) -> Any:
     """The smallest rendered size that is at least twice the game's in each direction, else the largest."""
     names = [name for name in dir(vizdoom.ScreenResolution) if name.startswith("RES_")]
-    sizes = sorted((tuple(map(int, name[4:].split("X"))), name) for name in names)
-    wide = [name for (w, h), name in sizes if w >= 2 * game.width and h >= 2 * game.height and 1.5 < w / h < 1.8]
-    return getattr(vizdoom.ScreenResolution, wide[0] if wide else "RES_1280X800")
+    sizes = sorted(tuple(map(int, name.removeprefix("RES_").split("X"))) for name in names)
+    wide = [(w, h) for w, h in sizes if w >= 2 * game.width and h >= 2 * game.height and 1.5 < w / h < 1.8]
+    w, h = wide[0] if wide else (1280, 800)
+    return getattr(vizdoom.ScreenResolution, f"RES_{w}X{h}")

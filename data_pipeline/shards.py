@@ -20,8 +20,7 @@ from webdataset.writer import TarWriter
 
 from configs import build_from, storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.files import sha256_file
-from configs.foreign import parse_object, reading, require_inside
+from configs.untrusted import parse_object, reading, require_inside
 from data_pipeline.types import Clip, Manifest, ShardInfo
 from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 
@@ -93,7 +92,7 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
             spans = zip(keys, members[::2], members[1::2], strict=True)
             entries = [Entry(*key, *tensors[1:], *jpeg[1:]) for key, jpeg, tensors in spans]
             episodes = tuple(dict.fromkeys(clip.episode for clip in clips))
-            info = ShardInfo(info.url, len(clips), part.stat().st_size, sha256_file(part), episodes)
+            info = ShardInfo(info.url, len(clips), part.stat().st_size, storage.sha256(part), episodes)
     else:
         storage.remove(url)  # one that was made when its episodes could be decoded
     content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
@@ -202,7 +201,7 @@ def _require_possible_entry(entry: Entry, shard_bytes: int) -> None:
 
 def read_entries(url: str, info: ShardInfo) -> list[Entry]:
     """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
-    size = storage.size(url)
+    size = storage.path(url).stat().st_size
     if size != info.bytes:
         raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
     index = read_index(url)

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from configs import storage, within
 from configs.errors import UserError
-from configs.files import sha256_file
-from configs.foreign import DAMAGE
+from configs.untrusted import DAMAGE
 from data_pipeline import shards
 from data_pipeline.types import ShardInfo
 
@@ -22,7 +21,7 @@ def require_clips(url: str, info: ShardInfo, entries: Sequence[shards.Entry], sh
     """Raises UserError unless the shard's bytes are as `info` says, and the index's `entries`, the clips' shapes and
     their values are right. A shard on a server is copied."""
     with storage.cached_file(url) as path:
-        if sha256_file(path) != info.sha256:
+        if storage.sha256(path) != info.sha256:
             raise UserError(ALTERED)
         members = list[tuple[str, int, int]]()
         with suppress(tarfile.TarError, *DAMAGE):  # then the members are not those of the index
@@ -74,6 +73,7 @@ def verify_set(url: str | Path, sample: int | None = None) -> list[str]:
             continue
         firsts = [(entry.key, keys.setdefault(entry.key, shard)) for entry in entries]
         faults += [f"{shard}: clip {key} is in {first} too" for key, first in firsts if first != shard]
-    tars = [file for file in storage.list_files(storage.parent(url)) if file.endswith(".tar")]
-    strays = [tar for tar in tars if tar not in urls and not storage.name_of(tar).startswith(".")]
+    folder = storage.parent(url)
+    tars = [name for name in storage.list_folder(folder) if name.endswith(".tar") and not name.startswith(".")]
+    strays = sorted({storage.join(folder, tar) for tar in tars} - set(urls))
     return faults + [f"{stray}: not in the manifest" for stray in strays]

@@ -3,37 +3,29 @@
 import statistics
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import permutations
 
 from configs import within
 from configs.storage import is_s3
-from launch.node import GPUS, MISSING, Link, NodeReport
+from launch.node import GPUS, Links, NodeReport
 from launch.scheduler import Cluster
 
-SHOWN = 10  # links, the worst
+SHOWN = 10  # links, the slowest
+MISSING = "missing"
 NETWORK = "look at the network, and at machine.env.GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and NCCL_DEBUG=INFO"
-SPACE = {  # by the name of the fact and of its limit
-    "memory_gib": "of memory available; end what else runs, or ask the scheduler for more",
-    "disk_gib": "free where runs are written to; make room, or write elsewhere",
-    "temp_gib": "free in the temporary folder; make room, or set machine.env.TMPDIR",
-    "shm_gib": "free in /dev/shm; docker --shm-size, machine.kubernetes.shared_memory",
-}
 FIXES = {"worldloom": "check out the same commit", GPUS: "use one kind and driver"}  # of versions that differ
-MOST = 1e9  # of a limit
 
 
 @dataclass(frozen=True)
 class LimitsConfig:
     """What a node must have, and how far the nodes may be apart."""
 
-    disk_gib: float = within(0, MOST, 20.0)  # free where runs are written to
-    temp_gib: float = within(0, MOST, 1.0)  # free in the temporary folder
-    shm_gib: float = within(0, MOST, 1.0)  # free in /dev/shm; a container has 0.06 by default
-    memory_gib: float = within(0, MOST, 2.0)  # available per process
+    disk_gib: float = 20.0  # free where runs are written to
+    shm_gib: float = 1.0  # free in /dev/shm; a container has 0.06 by default
     gpu_free: float = within(0, 1, 0.9)  # share of a GPU's memory that is free
-    skew_s: float = within(0, MOST, 1.0)  # between clocks; the watchdog counts a rank as gone after 3 s of silence
-    latency_ms: float = within(0, MOST, 5.0)  # one way
-    mb_per_s: float = within(0, MOST, 100.0)  # 1e6 bytes, one way, between any two nodes
+    skew_s: float = 1.0  # between clocks; the watchdog counts a rank as gone after 3 s of silence
+    mb_per_s: float = 100.0  # 1e6 bytes, one way, between any two nodes
     slow_share: float = within(0, 1, 0.5)  # a link must have this share of the median
 
 
@@ -42,111 +34,96 @@ class ClusterReport:
     """All that was found out."""
 
     nodes: tuple[NodeReport, ...]
-    lost: dict[str, str]  # what is known of nodes without a report, by number
-    links: tuple[Link, ...] = ()  # the slowest first
+    lost: dict[str, str]  # by number: what is known of nodes without a report
+    links: Links = field(default_factory=Links)
     unmeasured: str = ""  # why there are no links
 
-    def name(self, node: int) -> str:
-        return next((f"node {node} ({report.host})" for report in self.nodes if report.node == node), f"node {node}")
-
-    def link_name(self, link: Link) -> str:
-        return f"{self.name(link.source)} -> {self.name(link.target)}"
+    def links_by_speed(self) -> list[tuple[float, str]]:
+        """MB/s and between which nodes, the slowest first."""
+        rates, nodes = self.links.mb_per_s, self.nodes
+        return sorted((rates[i][j], f"{nodes[i]} -> {nodes[j]}") for i, j in permutations(range(len(rates)), 2))
 
 
 def find_issues(report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> list[str]:
     """One line each: where, what is wrong; what to do. The graver ones come first."""
     hint = f"see its own output; it must be started as that node and reach {cluster.host}:{cluster.port}"
     issues = [f"node {node}: {why}; {hint}" for node, why in report.lost.items()]
-    for check in (_connections, _versions, _hardware, _paths):
-        for node in report.nodes:
-            issues += [f"{report.name(node.node)}: {issue}" for issue in check(node, report, cluster, limits)]
+    issues += _versions(report, cluster)
+    issues += [f"{node}: {issue}" for node in report.nodes for issue in _hardware(node, cluster, limits)]
+    issues += [f"{node}: {issue}" for node in report.nodes for issue in _sharing(node, report)]
     return [*issues, *_links(report, limits)]
 
 
-def _connections(node: NodeReport, report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> Iterator[str]:
+def _versions(report: ClusterReport, cluster: Cluster) -> Iterator[str]:
+    for name in dict.fromkeys(name for node in report.nodes for name in node.versions):
+        versions = [node.versions.get(name, MISSING) for node in report.nodes]
+        usual, count = max(Counter(versions).items(), key=lambda item: (item[0] != MISSING, item[1]))
+        for node, version in zip(report.nodes, versions, strict=True):
+            if version != usual and (name != GPUS or cluster.device == "cuda"):
+                fix = FIXES.get(name, "install the same version")
+                yield f"{node}: {name} {version}, but {count} of {len(versions)} nodes have {usual}; {fix} on all nodes"
+
+
+def _hardware(node: NodeReport, cluster: Cluster, limits: LimitsConfig) -> Iterator[str]:
+    if cluster.device == "cuda" and len(node.gpu_free) != cluster.processes:
+        yield (
+            f"torch sees {len(node.gpu_free)} GPUs, machine.processes is {cluster.processes}; set that to the number "
+            "of GPUs, or look at the driver, CUDA_VISIBLE_DEVICES and whether torch is a CUDA build"
+        )
+    for i, free in enumerate(node.gpu_free):
+        if free < limits.gpu_free:
+            yield f"{1 - free:.0%} of the memory of GPU {i} is in use; end what uses it (`nvidia-smi` shows it)"
+    if node.disk_gib < limits.disk_gib:
+        what = "free where runs are written to; make room, or write elsewhere"
+        yield f"{node.disk_gib:.2f} of the needed {limits.disk_gib:g} GiB {what}"
+    if node.shm_gib < limits.shm_gib:
+        what = "free in /dev/shm; docker --shm-size, machine.kubernetes.shared_memory"
+        yield f"{node.shm_gib:.2f} of the needed {limits.shm_gib:g} GiB {what}"
+
+
+def _sharing(node: NodeReport, report: ClusterReport) -> Iterator[str]:
+    """Ports, folders and buckets."""
     for peer in node.unreached:
         yield (
             f"no connection to {peer}; open all ports between the nodes (gloo and NCCL choose theirs freely); if the "
             "address is wrong, correct /etc/hosts or DNS there, or set machine.env.GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME to the interface that the nodes share"
         )
-
-
-def _versions(node: NodeReport, report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> Iterator[str]:
-    for name in dict.fromkeys(name for other in report.nodes for name in other.facts.versions):
-        own, *others = (other.facts.versions.get(name, MISSING) for other in (node, *report.nodes))
-        installed = Counter(version for version in others if version != MISSING).most_common(1)
-        if own == MISSING:
-            yield f"{name} is not installed; pip install -c constraints.txt -e ."
-        elif own != installed[0][0] and (name != GPUS or cluster.device == "cuda"):
-            usual, count = installed[0]
-            fix = FIXES.get(name, "install the same version")
-            yield f"{name} {own}, but {count} of {len(others)} nodes have {usual}; {fix} on all nodes"
-
-
-def _hardware(node: NodeReport, report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> Iterator[str]:
-    facts = node.facts
-    if cluster.device == "cuda":
-        if facts.visible_gpus != cluster.processes:
-            yield (
-                f"torch sees {facts.visible_gpus} GPUs, machine.processes is {cluster.processes}; set that to the "
-                "number of GPUs, or look at the driver, CUDA_VISIBLE_DEVICES and whether torch is a CUDA build"
-            )
-        for i, free in enumerate(facts.gpu_free):
-            if free < limits.gpu_free:
-                yield f"{1 - free:.0%} of the memory of GPU {i} is in use; end what uses it (`nvidia-smi` shows it)"
-    for name, what in SPACE.items():
-        least = getattr(limits, name) * (cluster.processes if name == "memory_gib" else 1)
-        if (there := getattr(facts, name)) < least:
-            yield f"{there:.2f} of the needed {least:g} GiB {what}"
-
-
-def _paths(node: NodeReport, report: ClusterReport, cluster: Cluster, limits: LimitsConfig) -> Iterator[str]:
-    writers = {(other.node, path.url) for other in report.nodes for path in other.paths if not path.error}
     for path in node.paths:
-        bucket = is_s3(path.url)
         if path.error:
-            fix = "look at the credentials and the bucket's rules" if bucket else "mount it there, writable"
+            fix = "look at the credentials and the bucket's rules" if is_s3(path.url) else "mount it there, writable"
             yield f"cannot write to {path.url}: {path.error}; {fix}"
-        if unread := [report.name(other) for other in path.unread if (other, path.url) in writers]:
-            fix = "give all nodes the same endpoint" if bucket else "mount the same file system on all nodes"
-            yield f"cannot read what {', '.join(unread)} wrote to {path.url}; {fix}"
+        unread = [other for other in report.nodes if other.node in path.unread]
+        if names := [str(other) for other in unread if path.url in [p.url for p in other.paths if not p.error]]:
+            fix = "give all nodes the same endpoint" if is_s3(path.url) else "mount the same file system on all nodes"
+            yield f"cannot read what {', '.join(names)} wrote to {path.url}; {fix}"
 
 
 def _links(report: ClusterReport, limits: LimitsConfig) -> Iterator[str]:
     """The worst are named, the others counted: one bad node makes all its links bad."""
     if report.unmeasured:
         yield f"links: were not measured: {report.unmeasured}; {NETWORK}"
-    links = report.links
-    usual = statistics.median([link.mb_per_s for link in links] or [0.0])
-    least = max(limits.mb_per_s, limits.slow_share * usual)
-    slow = [link for link in links if link.mb_per_s < least]
-    late = sorted((link for link in links if link.latency_ms > limits.latency_ms), key=lambda link: -link.latency_ms)
-    for link in slow[:SHOWN]:
-        rates = f"{link.mb_per_s:.0f} MB/s, {least:.0f} are needed (the median is {usual:.0f})"
-        yield f"{report.link_name(link)}: {rates}; {NETWORK}"
-    for link in late[:SHOWN]:
-        yield f"{report.link_name(link)}: {link.latency_ms:.2f} ms, {limits.latency_ms:g} are allowed; {NETWORK}"
-    if more := len(slow[SHOWN:]) + len(late[SHOWN:]):
-        yield f"links: {more} more are slow or late; report=FILE has all of them"
-    for link in links:
-        if link.source == 0 and abs(link.ahead_s) - link.latency_ms / 1e3 > limits.skew_s:
-            clock = f"its clock is {abs(link.ahead_s):.2f} s {'ahead of' if link.ahead_s > 0 else 'behind'}"
-            yield f"{report.name(link.target)}: {clock} that of {report.name(0)}; let chrony or ntpd set all clocks"
+    if links := report.links_by_speed():
+        median = statistics.median(rate for rate, _ in links)
+        least = max(limits.mb_per_s, limits.slow_share * median)
+        slow = [(rate, between) for rate, between in links if rate < least]
+        for rate, between in slow[:SHOWN]:
+            yield f"{between}: {rate:.0f} MB/s, {least:.0f} are needed (the median is {median:.0f}); {NETWORK}"
+        if slow[SHOWN:]:
+            yield f"links: {len(slow[SHOWN:])} more are slow; report=FILE has all of them"
+    for node, ahead_s in zip(report.nodes, report.links.ahead_s, strict=False):
+        if abs(ahead_s) > limits.skew_s:
+            clock = f"its clock is {abs(ahead_s):.2f} s {'ahead of' if ahead_s > 0 else 'behind'}"
+            yield f"{node}: {clock} that of {report.nodes[0]}; let chrony or ntpd set all clocks"
 
 
 def report_text(report: ClusterReport) -> str:
     """A line for the first node's software (others that differ are issues), for every node, for the slowest links."""
-    lines = []
-    for node in report.nodes[:1]:
-        versions = [f"{name} {version}" for name, version in node.facts.versions.items()]
-        lines.append(f"software of {report.name(node.node)}: {', '.join(versions)}")
+    first = report.nodes[0]
+    lines = [f"software of {first}: {', '.join(f'{name} {version}' for name, version in first.versions.items())}"]
     for node in report.nodes:
-        free = [f"{name.removesuffix('_gib')} {getattr(node.facts, name):.1f}" for name in SPACE]
-        paths = [f"{path.url} {'no' if path.error or path.unread else 'yes'}" for path in node.paths]
-        facts = f"GPUs {node.facts.versions.get(GPUS)}; GiB free: {', '.join(free)}; shared: {', '.join(paths) or '?'}"
-        lines.append(f"{report.name(node.node)} at {node.address}: {facts}")
-    for link in report.links[:SHOWN]:
-        figures = f"{link.mb_per_s:.0f} MB/s, {link.latency_ms:.3f} ms, clock ahead {link.ahead_s:+.4f} s"
-        lines.append(f"{report.link_name(link)}: {figures}")
+        paths = ", ".join(f"{path.url} {'no' if path.error or path.unread else 'yes'}" for path in node.paths)
+        free = f"GiB free: disk {node.disk_gib:.1f}, shm {node.shm_gib:.1f}"
+        lines.append(f"{node} at {node.address}: GPUs {node.versions.get(GPUS)}; {free}; shared: {paths or '?'}")
+    lines += [f"{between}: {rate:.0f} MB/s" for rate, between in report.links_by_speed()[:SHOWN]]
     return "\n".join(lines)

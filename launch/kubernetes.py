@@ -3,13 +3,13 @@
 import json
 import re
 import shlex
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
 from configs.storage import is_s3
-from launch.scheduler import MARK, TRAINERS, Cluster, Job, Scheduler, is_text, require_word, shell_line, variable
+from launch.scheduler import MARK, TRAINERS, Cluster, Job, Scheduler, Shell, shell_line
 from train.exit import ASKED, ENDED, FAULT
 
 PORT = "rendezvous"
@@ -28,14 +28,8 @@ class Kubernetes(Scheduler):
 
     command = ("kubectl", "create", "-f")
 
-    def __post_init__(self) -> None:
-        for setting in fields(self):
-            if setting.name != "mount":
-                require_word(f"machine.kubernetes.{setting.name}", getattr(self, setting.name))
-        if not self.mount.startswith("/") or ":" in self.mount or not is_text(self.mount):
-            raise UserError(f"machine.kubernetes.mount={self.mount!r} must be an absolute path without :")
-
-    def check(self, cluster: Cluster, job: Job) -> None:
+    def render(self, cluster: Cluster, job: Job) -> str:
+        """Documents of JSON, which is YAML too and quotes every text."""
         if not re.fullmatch("[a-z]([-a-z0-9]{0,46}[a-z0-9])?", job.name) or not cluster.port:
             raise UserError(
                 f"machine.name={cluster.name}: Kubernetes takes up to 40 lower-case letters, digits and -, a letter "
@@ -47,9 +41,6 @@ class Kubernetes(Scheduler):
                 f"out={out} ends with its pod: give an s3:// url, or a folder under {self.mount} with "
                 "machine.kubernetes.volume_claim="
             )
-
-    def render(self, cluster: Cluster, job: Job) -> str:
-        """Documents of JSON, which is YAML too and quotes every text."""
         documents = [json.dumps(document, indent=2, ensure_ascii=False) for document in self.manifests(cluster, job)]
         return f"{MARK}\n" + "\n---\n".join(documents) + "\n"
 
@@ -58,18 +49,21 @@ class Kubernetes(Scheduler):
         if a person has to fix something, the Job fails."""
         labels = {"app": job.name}
         meta = {"name": job.name, "namespace": self.namespace, "labels": labels}
-        # The pods look for each other before any of them is ready.
-        service = {"clusterIP": "None", "selector": labels, "publishNotReadyAddresses": True}
-        service |= {"ports": [{"name": PORT, "port": cluster.port}]}
+        service = {
+            "clusterIP": "None",
+            "selector": labels,
+            "publishNotReadyAddresses": True,  # the pods look for each other before any of them is ready
+            "ports": [{"name": PORT, "port": cluster.port}],
+        }
+        shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}
+        data = {"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}}
         pod = {
             "subdomain": job.name,
             "restartPolicy": "Never",  # the Job makes another pod, if its policy lets it
             "terminationGracePeriodSeconds": cluster.grace_s,
             "containers": [self._container(cluster, job)],
-            "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}],
+            "volumes": [shm, data] if self.volume_claim else [shm],
         }
-        if self.volume_claim:
-            pod["volumes"].append({"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}})
         spec = {"completionMode": "Indexed", "completions": cluster.nodes, "parallelism": cluster.nodes}
         spec |= {"backoffLimit": 0, "template": {"metadata": {"labels": labels}, "spec": pod}}
         if job.saves_to:  # every pod of a run ends when one crashes, and each is counted
@@ -80,23 +74,22 @@ class Kubernetes(Scheduler):
         ]
 
     def _container(self, cluster: Cluster, job: Job) -> dict[str, Any]:
-        line = shell_line(job.line(variable("JOB_COMPLETION_INDEX"), f"{job.name}-0.{job.name}"))
+        line = shell_line(job.line(Shell('"$JOB_COMPLETION_INDEX"'), f"{job.name}-0.{job.name}"))
         limits = {"nvidia.com/gpu": str(cluster.processes)} if cluster.device == "cuda" else {}
         limits |= {"memory": self.memory} if self.memory else {}
-        mounts = [{"name": "shm", "mountPath": "/dev/shm"}]
-        mounts += [{"name": "data", "mountPath": self.mount}] if self.volume_claim else []
-        container = {
+        mounts = {"shm": "/dev/shm"} | ({"data": self.mount} if self.volume_claim else {})
+        # The training processes are told to stop first, and save; then the pod ends, within the grace period.
+        stopping = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
+        return {
             "name": "main",
             "image": self.image,
             "command": ["bash", "-c", _escape(_REPORTING.format(run=line) if job.saves_to else line)],
             "env": [{"name": name, "value": _escape(value)} for name, value in cluster.environment.items()],
             "ports": [{"containerPort": cluster.port, "name": PORT}],
             "resources": {"limits": limits, "requests": limits},
-            "volumeMounts": mounts,
+            "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
+            **({"lifecycle": stopping} if job.saves_to else {}),
         }
-        if job.saves_to:  # the training processes are told first, and save; then the pod ends, within the grace period
-            container["lifecycle"] = {"preStop": {"exec": {"command": ["bash", "-c", _WAIT_FOR_SAVE]}}}
-        return container
 
 
 def _escape(text: str) -> str:

@@ -29,14 +29,11 @@ class MachineConfig(Cluster):
 
     def render(self, job: Job) -> str:
         """What the scheduler is given, as text; UserError for a job that cannot run there."""
-        scheduler = self.schedulers[self.kind]
-        scheduler.check(self, job)
-        return scheduler.render(self, job)
+        return self.schedulers[self.kind].render(self, job)
 
     def start(self, job: Job, script: str | None, dry_run: bool) -> int:
         """Starts the job, or writes it to `script` and submits that; with `dry_run` prints it. The exit status."""
-        text = self.render(job)
         if dry_run:
-            print(text, end="")
+            print(self.render(job), end="")
             return 0
         return self.schedulers[self.kind].submit(self, job, script)

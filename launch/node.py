@@ -1,4 +1,4 @@
-"""What one node is, what it sees of the others, and how fast its links to them are."""
+"""What one node is, what it sees of the others, and how fast the links between nodes are."""
 
 import hashlib
 import os
@@ -6,12 +6,9 @@ import platform
 import re
 import shutil
 import socket
-import subprocess
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,112 +26,13 @@ from configs import storage
 from configs.errors import UserError, one_line
 from train.watchdog import call
 
-PACKAGES = ("torch", "deepspeed", "accelerate", "safetensors", "webdataset", "worldloom")
+PACKAGES = ("torch", "deepspeed", "accelerate", "safetensors", "webdataset")
 OURS = ("configs", "model", "data_pipeline", "sampling", "train", "launch")
-MISSING, NONE = "missing", "none"
 GPUS = "GPUs"  # among the versions: what kind, how many, which driver
 GIB = 2**30
-CONNECT_S = 5.0
-PINGS = 10
+CLOCK_READINGS = 10
 MORE_S = 10.0  # beyond the limit of gloo and NCCL, whose errors say more
-PATIENCE_S = 5.0  # network file systems show a new file of another machine only after a while
-
-
-@dataclass(frozen=True)
-class NodeFacts:
-    """Software, GPUs and free space of a node."""
-
-    versions: dict[str, str]
-    gpu_free: tuple[float, ...]  # share of each GPU's memory
-    visible_gpus: int  # those that torch may use
-    memory_gib: float  # available
-    disk_gib: float  # free where the run is written to
-    temp_gib: float  # free in the temporary folder
-    shm_gib: float  # free in /dev/shm, which loaders and NCCL talk through
-
-
-def inspect_node(folder: str | None) -> NodeFacts:
-    """The facts of this node; `folder` is where runs are written to (None: the working folder)."""
-    free = [free_gib(path) for path in (folder or ".", tempfile.gettempdir(), "/dev/shm")]
-    kind, gpu_free = gpus()
-    return NodeFacts({**versions(), GPUS: kind}, gpu_free, torch.cuda.device_count(), memory_gib()[1], *free)
-
-
-def versions() -> dict[str, str]:
-    """Version by name. Ours has a digest of the source files, since two checkouts may have the same number."""
-    found = {"python": platform.python_version(), "cuda": torch.version.cuda or NONE}
-    found["nccl"] = ".".join(map(str, nccl.version())) if torch.version.cuda else NONE
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = MISSING
-    root, digest = Path(__file__).parent.parent, hashlib.sha256()
-    for path in sorted(path for folder in OURS for path in (root / folder).rglob("*.py")):
-        digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return {**found, "worldloom": f"{found['worldloom']}+{digest.hexdigest()[:8]}"}
-
-
-def gpus() -> tuple[str, tuple[float, ...]]:
-    """What kind of GPUs the machine has, and the free share of each one's memory; none without nvidia-smi."""
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.free,memory.total", "--format=csv,noheader,nounits"]
-    text = "" if shutil.which(query[0]) is None else subprocess.run(query, capture_output=True, text=True).stdout
-    return parse_gpus(text)
-
-
-def parse_gpus(text: str) -> tuple[str, tuple[float, ...]]:
-    """As `gpus`, from a line per GPU: name, driver, free and total memory; other lines are skipped."""
-    lines = re.findall(r"^(.+), (.+), (\d+), (\d+)$", text, re.MULTILINE)
-    kinds = Counter(f"{name} ({driver})" for name, driver, _, _ in lines)
-    kind = ", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or NONE
-    return kind, tuple(int(free) / int(total) for _, _, free, total in lines)
-
-
-def memory_gib() -> tuple[float, float]:
-    """Total and available memory of this process: the machine's, or its container's or job's if that is less."""
-    machine = psutil.virtual_memory()
-    total, available = machine.total, machine.available
-    cgroup = Path("/proc/self/cgroup")
-    lines = cgroup.read_text().splitlines() if cgroup.is_file() else []
-    own = [Path("/sys/fs/cgroup") / line[3:].lstrip("/") for line in lines if line.startswith("0::")]  # version 2
-    for group in [group for path in own for group in (path, *path.parents)]:  # each may set a limit
-        limit, used = group / "memory.max", group / "memory.current"
-        if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-            most = int(limit.read_text())
-            total, available = min(total, most), min(available, most - int(used.read_text()))
-    return total / GIB, available / GIB
-
-
-def free_gib(folder: str) -> float:
-    """Free space of the file system that `folder` is on, or will be on when it is made."""
-    path = Path(folder).absolute()
-    return shutil.disk_usage(next(there for there in (path, *path.parents) if there.exists())).free / GIB
-
-
-def address(env: Mapping[str, str]) -> str:
-    """The IPv4 address at which this node's processes let others find them: that of the interface named for gloo, else
-    what the host's name means. Empty if it means nothing."""
-    interface = env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    if interface:
-        addresses = psutil.net_if_addrs().get(interface, [])
-        return next((found.address for found in addresses if found.family == socket.AF_INET), "")
-    with suppress(OSError):
-        return socket.gethostbyname(socket.gethostname())
-    return ""
-
-
-def probe_connectivity(addresses: Mapping[str, tuple[str, int]]) -> tuple[str, ...]:
-    """`name: why` of every node that cannot be connected to at a port that it chose freely, as gloo and NCCL do."""
-
-    def probe(name: str) -> str:
-        try:
-            socket.create_connection(addresses[name], timeout=CONNECT_S).close()
-        except OSError as error:
-            return f"{name}: {error}"
-        return ""
-
-    with ThreadPoolExecutor(16) as pool:
-        return tuple(filter(None, pool.map(probe, addresses)))
+SYNC_S = 5.0  # network file systems show a new file of another machine only after a while
 
 
 @dataclass(frozen=True)
@@ -153,9 +51,54 @@ class NodeReport:
     node: int
     host: str
     address: str  # where its processes let others find them
-    facts: NodeFacts
-    paths: tuple[SharedPath, ...]
-    unreached: tuple[str, ...]  # `node at address: why` of those that cannot be connected to
+    versions: dict[str, str]
+    gpu_free: tuple[float, ...]  # share of the memory of each GPU that torch may use
+    disk_gib: float  # free where runs are written to
+    shm_gib: float  # free in /dev/shm, which loaders and NCCL talk through
+    paths: tuple[SharedPath, ...] = ()
+    unreached: tuple[str, ...] = ()  # `node at address: why` of those that cannot be connected to
+
+    def __str__(self) -> str:
+        return f"node {self.node} ({self.host})"
+
+
+def software() -> dict[str, str]:
+    """Version by name. Ours is a digest of the source files, since two checkouts may have the same number."""
+    versions = {"python": platform.python_version(), "cuda": str(torch.version.cuda)}
+    versions["nccl"] = ".".join(map(str, nccl.version())) if torch.version.cuda else "None"
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    root = Path(__file__).parent.parent
+    sources = sorted(path for folder in OURS for path in (root / folder).rglob("*.py"))
+    return {**versions, "worldloom": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]}
+
+
+def gpus() -> tuple[str, tuple[float, ...]]:
+    """What kind of GPUs torch may use and with which driver, and the free share of each one's memory."""
+    count, driver = torch.cuda.device_count(), Path("/proc/driver/nvidia/version")
+    kinds = Counter(torch.cuda.get_device_name(i) for i in range(count))
+    kind = ", ".join(f"{n} x {name}" for name, n in kinds.items()) or "none"
+    number = re.search(r"\d+\.[\d.]+", driver.read_text()) if driver.is_file() else None
+    memory = [torch.cuda.mem_get_info(i) for i in range(count)]
+    return f"{kind} (driver {number[0]})" if number else kind, tuple(free / total for free, total in memory)
+
+
+def free_gib(folder: str) -> float:
+    """Free space of the file system that `folder` is on, or will be on when it is made."""
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.exists())).free / GIB
+
+
+def address(env: Mapping[str, str]) -> str:
+    """The IPv4 address at which this node's processes let others find them: that of the interface named for gloo, else
+    the one that the host's name resolves to. Empty if there is none."""
+    if interface := env.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+        addresses = psutil.net_if_addrs().get(interface, [])
+        return next((entry.address for entry in addresses if entry.family == socket.AF_INET), "")
+    with suppress(OSError):
+        return socket.gethostbyname(socket.gethostname())
+    return ""
 
 
 def probe_file(url: str, token: str, node: int) -> str:
@@ -178,80 +121,68 @@ def probe_path(url: str, token: str, node: int, nodes: Iterable[int]) -> SharedP
             return storage.read_bytes(probe_file(url, token, other)) != token.encode()
         return True
 
-    deadline, left = time.monotonic() + PATIENCE_S, tuple(nodes)
+    deadline, left = time.monotonic() + SYNC_S, tuple(nodes)
     while (left := tuple(filter(unread, left))) and time.monotonic() < deadline:
         time.sleep(0.2)
     return SharedPath(url, error, left)
 
 
 @dataclass(frozen=True)
-class Link:
-    """From one node to another, while all other pairs of the round work too."""
-
-    source: int
-    target: int
-    mb_per_s: float  # 1e6 bytes
-    latency_ms: float  # one way: half a round trip
-    ahead_s: float  # of the target's clock, within `latency_ms`
-
-
-@dataclass(frozen=True)
 class Links:
-    """What one node has measured."""
+    """What the nodes have measured between each other."""
 
-    links: tuple[Link, ...]
-
-
-def peers(node: int, nodes: int) -> list[int | None]:
-    """The peer of a node in every round (None: it waits): all pairs meet once, and no node has two at a time."""
-    met = [node ^ i for i in range(1, 1 << (nodes - 1).bit_length())]
-    return [peer if peer < nodes else None for peer in met]
-
-
-def clock_ahead(pings: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
-    """Seconds by which the peer's clock is ahead, and the round trip, which bounds the error. From (sent here, read
-    there, received here) of the quickest ping, whose two ways are the most alike."""
-    sent, there, received = min(pings, key=lambda ping: ping[2] - ping[0])
-    return there - (sent + received) / 2, received - sent
+    mb_per_s: tuple[tuple[float, ...], ...] = ()  # 1e6 bytes, from each node (row) to each other
+    ahead_s: tuple[float, ...] = ()  # of each node's clock, against that of node 0
 
 
 def measure(store: Store, node: int, nodes: int, megabytes: float, limit_s: float) -> Links:
-    """All links from this node; between the first GPU of each where there are any."""
+    """Links of all nodes, between the first GPU of each where there are any, and clocks; the same on every node."""
     gpu, timeout = torch.cuda.is_available(), timedelta(seconds=limit_s)
     os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # report an error, do not end the process
     dist.init_process_group("gloo", store=store, rank=node, world_size=nodes, timeout=timeout)
     group = dist.new_group(backend="nccl" if gpu else "gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     data = torch.zeros(max(1, int(megabytes * 1e6 / 4)), device="cuda:0" if gpu else "cpu")
-    links = []
-    for peer in peers(node, nodes):
-        call("waiting for all nodes", limit_s + MORE_S, dist.barrier)
-        if peer is not None:
-            for sender in sorted((node, peer)):
-                link = call(f"talking to node {peer}", limit_s + MORE_S, _talk, data, node, peer, sender, group)
-                links += [link] if sender == node else []
-    call("waiting for all nodes", limit_s + MORE_S, dist.barrier)
+    rates, clocks = torch.zeros(nodes, nodes), torch.zeros(CLOCK_READINGS, nodes, dtype=torch.float64)
+    for peer in rounds(node, nodes):
+        dist.monitored_barrier(timeout=timeout)
+        for sender in () if peer is None else sorted((node, peer)):
+            seconds = call(f"talking to node {peer}", limit_s + MORE_S, _transfer, data, sender == node, peer, group)
+            if sender == node:
+                rates[node, peer] = data.nbytes / seconds / 1e6
+    for i in range(CLOCK_READINGS):
+        dist.barrier()
+        clocks[i, node] = time.time()
+    dist.all_reduce(rates)
+    dist.all_reduce(clocks)
     dist.destroy_process_group()
-    return Links(tuple(links))
+    return Links(tuple(map(tuple, rates.tolist())), clocks_ahead(clocks))
 
 
-def _talk(data: Tensor, node: int, peer: int, sender: int, group: ProcessGroup) -> Link:
-    """The link to `peer`, of use where `node` is the sender."""
-    pings = [_exchange(data[:1], sender == node, peer, group) for _ in range(PINGS)]
-    transfers = [_exchange(data, sender == node, peer, group) for _ in range(2)]
-    ahead_s, round_trip_s = clock_ahead(pings)
-    took_s = min(received - sent for sent, _, received in transfers) - round_trip_s / 2
-    return Link(node, peer, data.nbytes / max(took_s, 1e-9) / 1e6, 1e3 * round_trip_s / 2, ahead_s)
+def rounds(node: int, nodes: int) -> list[int | None]:
+    """The peer of a node in every round (None: it waits): all pairs meet once, and no node has two at a time."""
+    peers = [node ^ i for i in range(1, 1 << (nodes - 1).bit_length())]
+    return [peer if peer < nodes else None for peer in peers]
 
 
-def _exchange(data: Tensor, sending: bool, peer: int, group: ProcessGroup) -> tuple[float, float, float]:
-    """Sends `data` one way and the receiver's clock back: (sent here, read there, received here) for the sender."""
-    clock, sent = torch.zeros(1, dtype=torch.float64), time.time()
-    if sending:
-        dist.send(data, peer, group=group)
-        dist.recv(clock, peer)
-    else:
-        dist.recv(data, peer, group=group)
-        data[:1].item()  # it has arrived, on a GPU too
-        dist.send(torch.tensor([time.time()], dtype=torch.float64), peer)
-    return sent, clock.item(), time.time()
+def clocks_ahead(readings: Tensor) -> tuple[float, ...]:
+    """Seconds by which each clock is ahead of the first, from (readings, nodes) at about the same moments: the smallest
+    difference, since a reading that comes late makes it larger."""
+    ahead = readings - readings[:, :1]
+    return tuple(ahead.gather(0, ahead.abs().argmin(0, keepdim=True))[0].tolist())
+
+
+def _transfer(data: Tensor, sending: bool, peer: int, group: ProcessGroup) -> float:
+    """Sends `data` one way and an answer back, twice; the seconds that the faster time took."""
+    answer, seconds = torch.zeros(1), []
+    for _ in range(2):
+        start = time.perf_counter()
+        if sending:
+            dist.send(data, peer, group=group)
+            dist.recv(answer, peer)
+        else:
+            dist.recv(data, peer, group=group)
+            data[:1].item()  # it has arrived, on a GPU too
+            dist.send(answer, peer)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

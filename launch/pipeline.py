@@ -10,33 +10,31 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
+
+import torch
+from torch.utils.benchmark import Timer
 
 from configs import build_from, load_config
 from configs.cli import table
 from configs.errors import UserError
-from configs.files import write_text
-from configs.foreign import parse_object, reading, require_inside
 from configs.lease import sole_writer
-from configs.storage import is_s3
+from configs.storage import is_s3, write_text
+from configs.untrusted import parse_object
 from launch.local import wait
 
-Precision = Literal["fp32", "bf16"]
 STAMPS = ".pipeline"  # folder in `out`
 SPEEDUP = 1.15  # bf16 must be faster by this factor to be worth its rounding
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command, and the path that shows that it is done."""
+    """One command, and the path that shows that it is done; both are shell words."""
 
     name: str
     command: str
     output: str  # no other stage writes it
     env: dict[str, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        require_inside(self.name, "the pipeline")  # it names a file
 
 
 @dataclass(frozen=True)
@@ -72,32 +70,23 @@ def pipeline(args: list[str]) -> int:
     stamps = Path(config.out) / STAMPS
     with sole_writer(stamps, "pipeline"):  # a second one would set aside what the first is writing
         if config.precision == "auto":
-            precision = stored_precision(stamps)
-            print(f"precision: {precision}, the faster one on this machine")
-            args = [*args, f"precision={precision}"]
-        return _run_stages(_with_quoted_out(args), stamps)
-
-
-def _with_quoted_out(args: list[str]) -> PipelineConfig:
-    """The config of `args` with `out` quoted in commands, which are shell words: a folder `a b` stays one word."""
-    config = load_config(PipelineConfig, args)
-    quoted = load_config(PipelineConfig, [*args, f"out={shlex.quote(config.out)}"])
-    stages = [replace(stage, command=q.command) for stage, q in zip(config.stages, quoted.stages, strict=True)]
-    for stage in stages:
-        try:
-            if not shlex.split(stage.command):
-                raise UserError("it is empty")
-        except ValueError as error:
-            raise UserError(f"stage {stage.name}: its command cannot be read: {error}") from error
-    return replace(config, stages=tuple(stages))
+            args = [*args, f"precision={stored_precision(stamps / 'precision')}"]
+        # Quoted, since it becomes part of shell words: a folder `a b` stays one word.
+        config = load_config(PipelineConfig, [*args, f"out={shlex.quote(config.out)}"])
+        for stage in config.stages:
+            try:
+                shlex.split(stage.command)
+            except ValueError as error:
+                raise UserError(f"stage {stage.name}: its command cannot be read: {error}") from error
+        return _run_stages(config, stamps)
 
 
 def _run_stages(config: PipelineConfig, stamps: Path) -> int:
     rows, stamp, total = [["stage", "seconds", ""]], None, 0.0
     for number, stage in enumerate(config.stages, 1):
-        title, output = f"[{number}/{len(config.stages)}] {stage.name}", Path(stage.output)
-        key, file = stage_key(stage, stamp), stamps / f"{stage.name}.json"
-        stamp = read_stamp(file)
+        title, file = f"[{number}/{len(config.stages)}] {stage.name}", stamps / f"{stage.name}.json"
+        output, key = Path(*shlex.split(stage.output)), stage_key(stage, stamp)
+        stamp = build_from(Stamp, parse_object(file.read_bytes(), file), file) if file.is_file() else None
         if stamp and stamp.key == key and stamp.seconds is not None and output.exists():
             print(f"{title}: complete, reused", flush=True)
             rows.append([stage.name, f"{stamp.seconds:.1f}", "(earlier, reused)"])
@@ -107,36 +96,25 @@ def _run_stages(config: PipelineConfig, stamps: Path) -> int:
                 print(f"{title}: what it made with other settings or inputs is now {set_aside(output)}")
             stamp = Stamp(stage.command, key)
             write_text(file, json.dumps(asdict(stamp)))
-            status, seconds = run_command(stage, {**config.env, **stage.env})
-            if status:
+            started = time.perf_counter()
+            if status := run_command(stage, config.env):
                 print(f"{title} failed with status {status}; fix it and run the same command again", file=sys.stderr)
                 return status
             if not output.exists():
                 print(f"{title} succeeded but made no {output}", file=sys.stderr)
                 return 1
-            stamp = replace(stamp, seconds=seconds)
+            stamp = replace(stamp, seconds=time.perf_counter() - started)
             write_text(file, json.dumps(asdict(stamp)))
-            print(f"{title}: done in {seconds:.0f} s", flush=True)
-            rows.append([stage.name, f"{seconds:.1f}", ""])
+            rows.append([stage.name, f"{stamp.seconds:.1f}", ""])
         total += stamp.seconds or 0.0
     print(f"\n{table([*rows, ['all', f'{total:.1f}', '']])}\n\nopen {config.opens}")
     return 0
 
 
-def run_command(stage: Stage, env: dict[str, str]) -> tuple[int, float]:
-    """Exit status and seconds of the stage's command; its output goes straight through."""
+def run_command(stage: Stage, env: dict[str, str]) -> int:
+    """Exit status of the stage's command; its output goes straight through."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
-    started = time.perf_counter()
-    status = wait(subprocess.Popen(shlex.split(stage.command), env={**os.environ, **env, "PATH": path}))
-    return status, time.perf_counter() - started
-
-
-def read_stamp(path: Path) -> Stamp | None:
-    """What the stage was last run with, if it ever was."""
-    if not path.is_file():
-        return None
-    with reading(path, "delete it, and the stage runs again"):
-        return build_from(Stamp, parse_object(path.read_bytes(), path), path)
+    return wait(subprocess.Popen(shlex.split(stage.command), env={**os.environ, **env, **stage.env, "PATH": path}))
 
 
 def stage_key(stage: Stage, before: Stamp | None) -> str:
@@ -150,31 +128,22 @@ def stage_key(stage: Stage, before: Stamp | None) -> str:
 def set_aside(path: Path) -> Path:
     """Renames `path` to the first free name with a number before its suffix, as demo.1.mp4, and returns that."""
     numbered = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in itertools.count(1))
-    free = next(other for other in numbered if not other.exists())
-    path.rename(free)
-    return free
+    return path.rename(next(other for other in numbered if not other.exists()))
 
 
-def stored_precision(folder: Path) -> Precision:
-    """The faster one, measured once per `folder`: a stage that resumes must not change its precision."""
-    path = folder / "precision"
+def stored_precision(path: Path) -> str:
+    """The faster one, measured once and kept in `path`: a stage that resumes must not change its precision."""
     if not path.is_file():
-        write_text(path, faster_precision() + "\n")
-    for precision in get_args(Precision):
-        if path.read_bytes().strip() == precision.encode():
-            return precision
-    raise UserError(f"{path} holds neither fp32 nor bf16; write there what the pipeline began with")
+        write_text(path, faster_precision())
+    return path.read_text().strip()
 
 
-def faster_precision() -> Precision:
+def faster_precision() -> str:
     """bf16 on an accelerator; on a CPU the one whose product of the demo's size is faster.
 
     No flag of the processor says: of two that both have AVX-512 bf16, one multiplied it 2.2 times as fast as fp32, the
     other at half the speed.
     """
-    import torch  # takes a second
-    from torch.utils.benchmark import Timer
-
     if torch.cuda.is_available():
         return "bf16"
 

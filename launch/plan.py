@@ -5,13 +5,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
+import psutil
 import torch
 
 from configs import build, merge_args, within
 from configs.cli import table
 from configs.errors import UserError
 from launch.machine import MachineConfig
-from launch.node import GIB, memory_gib
+from launch.node import GIB
 from launch.run import Launch, read_launch
 from train.config import TrainConfig
 from train.estimate_memory import MemoryEstimate, clip_size, estimate_memory
@@ -19,6 +20,10 @@ from train.estimate_memory import MemoryEstimate, clip_size, estimate_memory
 MOST_PIXELS = 10**9  # of latents, per process and step: 70,000 latents of 720p; more is a slip of the finger
 OFFLOADED = ("optimizer's states", "float32 weights", "average")  # where engine.offload is not `nothing`
 UNPLANNED = ("codec", "out", "manifest")  # what a run needs and a plan does not
+NOT_COUNTED = (
+    "not counted: what is offloaded to the CPU, CUDA's context, NCCL's buffers, kernels' workspaces; on a CPU the "
+    "loader, the launcher, freed memory that glibc and MKL keep"
+)
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,9 @@ def read_plan(args: Sequence[str]) -> tuple[PlanConfig, list[str]]:
     mine = [arg for arg in args if arg.partition("=")[0] in names]
     rest = [arg for arg in args if arg not in mine]
     config, merged = build(PlanConfig, merge_args(mine)), merge_args(rest)
-    has_data = "manifest" in merged or "manifests" in merged
-    if not has_data and None in (config.height, config.width, config.latents):
+    if not merged.keys() & {"manifest", "manifests"} and None in (config.height, config.width, config.latents):
         raise UserError("no clips to plan for: give manifest=..., or height= width= latents=")
-    absent = [name for name in UNPLANNED if name not in merged and not (name == "manifest" and has_data)]
+    absent = [name for name in UNPLANNED if name not in merged and not (name == "manifest" and "manifests" in merged)]
     return config, [*rest, *(f"{name}=unplanned" for name in absent)]
 
 
@@ -68,10 +72,8 @@ def estimate(run: Launch, config: PlanConfig) -> MemoryEstimate:
     clip = clip_size(run.train, config.height, config.width, config.latents)
     pixels = math.prod(clip) * run.train.batch * run.train.accumulation
     if pixels > MOST_PIXELS:
-        raise UserError(
-            f"a step of {pixels:.1e} latent pixels per process is beyond what a plan is for; give smaller or fewer "
-            "clips (latents=, height=, width=, batch=, accumulation=)"
-        )
+        smaller = "give smaller or fewer clips (latents=, height=, width=, batch=, accumulation=)"
+        raise UserError(f"{pixels:.1e} latent pixels per process and step are beyond what a plan is for; {smaller}")
     memory = estimate_memory(run.train, clip, run.machine.ranks, run.machine.device == "cpu")
     if run.machine.device == "cuda" and run.train.engine.offload != "nothing":
         for name in OFFLOADED:
@@ -84,7 +86,7 @@ def device_gib(config: PlanConfig, machine: MachineConfig) -> float:
     if config.memory_gib is not None:
         return config.memory_gib
     if machine.kind == "local" and machine.device == "cpu":
-        return memory_gib()[0] / machine.processes
+        return psutil.virtual_memory().total / GIB / machine.processes
     if machine.kind == "local" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory / GIB
     raise UserError("how much a device of that machine holds is not known here: give memory_gib=")
@@ -92,9 +94,9 @@ def device_gib(config: PlanConfig, machine: MachineConfig) -> float:
 
 def describe(memory: MemoryEstimate, run: Launch, mfu: float | None) -> str:
     """The plan as tables."""
-    machine, train, on_cpu = run.machine, run.train, run.machine.device == "cpu"
+    machine, train = run.machine, run.train
     by_size = sorted(memory.bytes.items(), key=lambda item: -item[1])
-    rows = [[f"on each {'process' if on_cpu else 'device'}", "GiB"]]
+    rows = [[f"on each {'process' if machine.device == 'cpu' else 'device'}", "GiB"]]
     rows += [[name, f"{size / GIB:.3f}"] for name, size in by_size if size >= 2**19]
     rows += [["total", f"{memory.total / GIB:.3f}"]]
     per_step = [
@@ -107,10 +109,7 @@ def describe(memory: MemoryEstimate, run: Launch, mfu: float | None) -> str:
     if mfu is not None and train.peak_tflops is not None:
         seconds = memory.flops / (mfu * train.peak_tflops * 1e12)
         per_step += [["s/step", f"{seconds:.4g} at mfu={mfu:g} of {train.peak_tflops:g} TFLOP/s per device"]]
-    left_out = "what is offloaded to the CPU, CUDA's context, NCCL's buffers, kernels' workspaces"
-    if on_cpu:
-        left_out = "the loader, the launcher, freed memory that glibc and MKL keep"
-    return "\n".join([table(per_step), "", table(rows), "", f"not counted: {left_out}"])
+    return "\n".join([table(per_step), "", table(rows), "", NOT_COUNTED])
 
 
 def changes(train: TrainConfig, machine: MachineConfig) -> Iterator[list[str]]:
@@ -131,20 +130,19 @@ def changes(train: TrainConfig, machine: MachineConfig) -> Iterator[list[str]]:
 
 def advise(args: list[str], config: PlanConfig, memory: MemoryEstimate, limit: float) -> str:
     """The settings that make it fit, each of them estimated, or the best that they do."""
-    settings, least, tried = dict[str, str](), memory, list[list[str]]()
-    while least.total > limit * GIB:
-        best = [f"{name}={value}" for name, value in settings.items()]
-        run = read_launch([*args, *best])
+    best, settings, tried = memory, dict[str, str](), list[list[str]]()
+    while True:
+        chosen = [f"{name}={value}" for name, value in settings.items()]
+        if best.total <= limit * GIB:
+            return f"it fits, with {best.total / GIB:.2f} GiB, with {' '.join(chosen)}"
+        run = read_launch([*args, *chosen])
         step = next((change for change in changes(run.train, run.machine) if change not in tried), None)
         if step is None:
             break
         tried.append(step)
-        changed = estimate(read_launch([*args, *best, *step]), config)
-        if changed.total < least.total:
+        changed = estimate(read_launch([*args, *chosen, *step]), config)
+        if changed.total < best.total:
             settings |= dict(setting.split("=", 1) for setting in step)
-            least = changed
-    chosen = " ".join(f"{name}={value}" for name, value in settings.items())
-    if least.total <= limit * GIB:
-        return f"it fits, with {least.total / GIB:.2f} GiB, with {chosen}"
-    best_tried = f"; the least is {least.total / GIB:.2f} GiB with {chosen}" if settings else ""
-    return f"nothing tried makes it fit{best_tried}; use more processes, shorter or smaller clips, or a smaller model"
+            best = changed
+    least = f"; the least is {best.total / GIB:.2f} GiB with {' '.join(chosen)}" if chosen else ""
+    return f"nothing tried makes it fit{least}; use more processes, shorter or smaller clips, or a smaller model"

@@ -27,12 +27,12 @@ def own_address(host: str) -> str:
     """The address of this machine that others know as `host`; empty if that means another machine's address, only
     loopback (as in Debian's /etc/hosts), or several."""
     try:
-        known = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+        resolved = {str(info[4][0]) for info in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
     except OSError:
         return ""
-    own = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
-    known = {address for address in known if not ip_address(address).is_loopback}
-    return known.pop() if len(known) == 1 and known <= own else ""
+    local = {entry.address for interface in psutil.net_if_addrs().values() for entry in interface}
+    addresses = {address for address in resolved if not ip_address(address).is_loopback}
+    return addresses.pop() if len(addresses) == 1 and addresses <= local else ""
 
 
 def listen(address: str, port: int) -> socket.socket:
@@ -58,11 +58,11 @@ def accelerate(args: list[str]) -> None:
     """`accelerate launch` with these arguments; the rendezvous of one machine is closed to all others."""
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    given = launch_command_parser().parse_args(args)
+    options = launch_command_parser().parse_args(args)
     try:
-        store = _open_rendezvous(given)
-        launch_command(given)
-    except ChildFailedError as error:  # it has said what is wrong; torch would add its own traceback
+        store = _open_rendezvous(options)
+        launch_command(options)
+    except ChildFailedError as error:  # its message is printed already; torch would add its own traceback
         rank, failed = error.get_first_failure()
         how = failed.signal_name() if failed.exitcode < 0 else f"status {failed.exitcode}"
         sys.exit(f"launch accelerate: rank {rank} ended with {how}")
@@ -71,32 +71,24 @@ def accelerate(args: list[str]) -> None:
     del store  # it serves until the processes have ended
 
 
-def _open_rendezvous(given: Namespace) -> TCPStore | None:
-    """The store of the first node; `given` then says where it is, in torch's words instead of Accelerate's.
+def _open_rendezvous(options: Namespace) -> TCPStore | None:
+    """The store of the first node, at a free port if it is the only one; `options` then say where it is, in torch's
+    terms instead of Accelerate's.
 
-    Accelerate tests whether its own port is free and listens everywhere if it is not: it is given another port.
+    Accelerate tests whether its own port is free and listens everywhere if it is not: it gets another port.
     """
     from accelerate.commands.config import default_config_file, load_config_from_file
 
-    file = load_config_from_file(given.config_file) if given.config_file or Path(default_config_file).exists() else None
-    settings = {name: value for name, value in vars(file).items() if value is not None} if file else {}
-    settings |= {name: value for name, value in vars(given).items() if value is not None}
+    has_file = options.config_file or Path(default_config_file).exists()
+    file = vars(load_config_from_file(options.config_file)) if has_file else {}
+    settings = {name: value for source in (file, vars(options)) for name, value in source.items() if value is not None}
     nodes, rank = int(settings.get("num_machines", 1)), int(settings.get("machine_rank", 0))
     host, port = settings.get("main_process_ip", LOOPBACK), int(settings.get("main_process_port", DEFAULT_PORT))
     if nodes == 1:
-        rank, host = 0, LOOPBACK
+        rank, host, port = 0, LOOPBACK, 0
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
-    store = None
-    if rank == 0:
-        timeout = timedelta(minutes=10)
-        try:
-            store = serve_store(host, port, nodes, timeout)
-        except OSError:
-            if nodes > 1:
-                raise
-            store = serve_store(host, 0, nodes, timeout)  # a free port, which several nodes would not all know
-        port = store.port
-    given.rdzv_endpoint = f"{host}:{port}"
-    given.main_process_port, given.same_network = 0, True
+    store = serve_store(host, port, nodes, timedelta(minutes=10)) if rank == 0 else None
+    options.rdzv_endpoint = f"{host}:{store.port if store else port}"
+    options.main_process_port, options.same_network = 0, True
     return store

@@ -12,10 +12,9 @@ from typing import ClassVar, Literal
 
 from configs import within
 from configs.errors import FileInTheWayError, MissingFileError, UserError
-from configs.files import write_text
-from configs.storage import is_s3
+from configs.storage import write_text
 
-MARK = "# Rendered by: python -m launch"  # a line of every file that is written for a scheduler
+MARK = "# Rendered by: python -m launch"  # in every file that is written for a scheduler
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
 
 
@@ -23,38 +22,21 @@ class Shell(str):
     """Text that is shell already. Every other text is quoted when a line of shell is made of it."""
 
 
-def is_text(value: str) -> bool:
-    """Whether `value` is UTF-8 without control characters but tabs and line ends: what scripts and manifests hold."""
-    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\t\n" for c in value)
+def quoted(arg: str) -> Shell:
+    """`arg` as shell; UserError for one that no script can hold."""
+    if isinstance(arg, Shell):
+        return arg
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") and c not in "\t\n" for c in arg):
+        raise UserError(f"{arg!r} holds characters that a script cannot; rename the file or change the value")
+    return Shell(shlex.quote(arg))
 
 
-def require_word(name: str, value: str | None, characters: str = r"[^\s\"'\\#]") -> None:
-    """UserError if the setting `name` is given and is not one plain word, as an option of a scheduler is."""
-    if value is not None and not (re.fullmatch(f"(?!-){characters}+", value) and value.isprintable()):
-        allowed = "letters, digits, _ . and -" if "w" in characters else "no white space, quotes, \\ or #"
-        raise UserError(f"{name}={value!r} must be one word that does not begin with - ({allowed})")
-
-
-def variable(name: str) -> Shell:
-    """The value of a variable of the node's environment, as one word."""
-    return Shell(f'"${name}"')
-
-
-def quoted(word: str) -> Shell:
-    """`word` as shell; UserError for one that no script can hold."""
-    if isinstance(word, Shell):
-        return word
-    if not is_text(word):
-        raise UserError(f"{word!r} is no text that a script can hold; rename the file or change the value")
-    return Shell(shlex.quote(word))
-
-
-def shell_line(words: Sequence[str]) -> str:
-    """The words as a line of shell, which becomes the launcher.
+def shell_line(args: Sequence[str]) -> str:
+    """The arguments as a line of shell, which becomes the launcher.
 
     The launcher ignores USR1, so that a warning which every process gets reaches those that can save.
     """
-    return f"trap '' USR1; exec {' '.join(map(quoted, words))}"
+    return f"trap '' USR1; exec {' '.join(map(quoted, args))}"
 
 
 @dataclass(frozen=True)
@@ -74,13 +56,12 @@ class Cluster:
     env: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        require_word("machine.name", self.name, r"[\w.-]")  # part of a log's name too
-        require_word("machine.host", self.host, r"[\w.:%-]")
+        if not re.fullmatch(r"\w[\w.-]*", self.name):  # part of a log's name too
+            raise UserError(f"machine.name={self.name!r} must be one word of letters, digits, _ . and -")
         for name, value in self.env.items():
             if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
                 raise UserError(f"machine.env: {name!r} is no variable's name; use letters, digits and _")
-            if not is_text(value):
-                raise UserError(f"machine.env.{name}={value!r} holds control characters; leave them out")
+            quoted(value)  # UserError for one that no script can hold
         if self.port == 0 and self.nodes > 1:
             raise UserError("machine.port=0, a free one, is for one node; give all nodes the same number")
         if not 0 <= self.node_rank < self.nodes:
@@ -115,11 +96,8 @@ class Scheduler:
 
     command: ClassVar[Sequence[str]] = ()  # submits the file whose name follows
 
-    def check(self, cluster: Cluster, job: Job) -> None:
-        """UserError for a job that cannot run there."""
-
     def render(self, cluster: Cluster, job: Job) -> str:
-        """What it is given, as text."""
+        """What it is given, as text; UserError for a job that cannot run there."""
         raise NotImplementedError
 
     def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
@@ -129,11 +107,11 @@ class Scheduler:
             print(text, end="")
             return 0
         require_own(script, MARK)
-        script = f"./{script}" if script.startswith("-") else script  # it would be taken for an option
         write_text(script, text)
-        print(shlex.join([*self.command, script]))
+        command = [*self.command, os.path.abspath(script)]  # a name may look like an option
+        print(shlex.join(command))
         try:
-            return subprocess.call([*self.command, script])
+            return subprocess.call(command)
         except FileNotFoundError as error:
             raise MissingFileError(
                 f"{script} is written, but there is no {self.command[0]} on this machine; submit it where there is one"
@@ -141,15 +119,6 @@ class Scheduler:
 
 
 def require_own(path: str, mark: str) -> None:
-    """UserError for what may not be written over: a bucket, or something at `path` that is not empty and has no line in
-    its first megabyte that begins with `mark`."""
-    if is_s3(path):
-        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
-    if not os.path.lexists(path):
-        return
-    if Path(path).is_file():
-        with open(path, "rb") as file:
-            beginning = file.read(1 << 20)
-        if not beginning or any(line.startswith(mark.encode()) for line in beginning.split(b"\n")):
-            return
-    raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")
+    """FileInTheWayError if there is something at `path` that is no file with `mark` in it."""
+    if os.path.lexists(path) and not (Path(path).is_file() and mark.encode() in Path(path).read_bytes()):
+        raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")

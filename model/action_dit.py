@@ -88,8 +88,7 @@ class ActionDiT(nn.Module):
         `cache` of `make_cache`, the one block that follows what the cache holds, and `visual` stays with the cache.
         The pass changes the cache only with `update_cache`: then the block is appended.
         """
-        self._check(x, cond, visual, cache)
-        self._check_actions(keyboard, mouse, x.shape[2])
+        self._check(x, cond, keyboard, mouse, visual, cache)
         p, q = self.config.patch_size[1:]
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // q
         tokens = self.patch_embedding(torch.cat([x, cond.to(x.dtype)], dim=1))
@@ -141,8 +140,7 @@ class ActionDiT(nn.Module):
         if causal is None or causal.window is None:
             why = "was not trained causally (no `causal` section)" if causal is None else "has causal.window=null"
             raise UserError(f"this model cannot stream: it {why}; train it with diffusion_forcing and a window")
-        self._check_sizes(height, width)
-        self._check_visual(visual)
+        assert (visual is None) == (self.config.vision == "none")
         rows, columns = height // self.config.patch_size[1], width // self.config.patch_size[2]
         image = self._image(visual, like.dtype)
         crosses = [getattr(block, "cross_attn", None) for block in self.blocks]
@@ -188,40 +186,33 @@ class ActionDiT(nn.Module):
             BlockCausalMask(video, f, s, s), BlockCausalMask(action, f, 1, 1), BlockCausalMask(action, f, s, 1)
         )
 
-    def _check(self, x: Tensor, cond: Tensor, visual: Tensor | None, cache: KVCache | None) -> None:
-        config = self.config
-        given, takes = (x.shape[1], cond.shape[1]), (config.out_dim, config.in_dim - config.out_dim)
-        if given != takes:
-            raise UserError(f"{given} latent and conditioning channels for a model of {takes}")
-        self._check_sizes(x.shape[3], x.shape[4])
-        if cache is None:
-            self._check_visual(visual)
-            return
-        if visual is not None:
-            raise UserError("image tokens stay with the cache of a stream: give them to make_cache")
-        grid = (len(x), x.shape[3] // config.patch_size[1], x.shape[4] // config.patch_size[2])
-        if grid != cache.grid or config.causal is None or x.shape[2] != config.causal.block:
-            raise UserError(
-                f"a block of {x.shape[2]} latent frames of {grid} (samples, rows, columns of patches) for a cache of "
-                f"{cache.grid} and a model with {config.causal}; give one block of the cache's size"
-            )
-
-    def _check_sizes(self, height: int, width: int) -> None:
-        if height % self.config.patch_size[1] or width % self.config.patch_size[2]:
-            raise UserError(f"latents of {height}x{width} do not divide into patches of {self.config.patch_size}")
-
-    def _check_visual(self, visual: Tensor | None) -> None:
-        vision = self.config.vision
-        if (visual is None) != (vision == "none"):
-            raise UserError(f"vision {vision!r}: image tokens must {'not ' if visual is not None else ''}be given")
-
-    def _check_actions(self, keyboard: Tensor | None, mouse: Tensor | None, f: int) -> None:
-        action = self.config.action
-        keys, axes = (action.keys, action.mouse_dim_in) if action else (0, 0)
-        for name, windows, channels in (("keyboard", keyboard, keys), ("mouse", mouse, axes)):
-            expected = (f, action.window if action else 0, channels)
-            if windows is not None and expected != tuple(windows.shape[1:]):
-                raise UserError(f"{name} windows {tuple(windows.shape[1:])} for a model that takes {expected}")
+    def _check(
+        self,
+        x: Tensor,
+        cond: Tensor,
+        keyboard: Tensor | None,
+        mouse: Tensor | None,
+        visual: Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        """Raises UserError for inputs of a model of other sizes, or not of the one block that a cache takes."""
+        config, action, (_, p, q) = self.config, self.config.action, self.config.patch_size
+        b, _, f, h, w = x.shape
+        conditioning = config.in_dim - config.out_dim
+        window, keys, axes = (action.window, action.keys, action.mouse_dim_in) if action else (0, 0, 0)
+        compared = [
+            ("channels of latents and cond", (x.shape[1], cond.shape[1]), (config.out_dim, conditioning)),
+            (f"what {h}x{w} leave after patches of {p}x{q}", (h % p, w % q), (0, 0)),
+            ("image tokens given", visual is not None, config.vision != "none" and cache is None),
+        ]
+        compared += [("keyboard windows", keyboard.shape[1:], (f, window, keys))] if keyboard is not None else []
+        compared += [("mouse windows", mouse.shape[1:], (f, window, axes))] if mouse is not None else []
+        if cache is not None and config.causal is not None:
+            block = (*cache.grid, config.causal.block)
+            compared += [("samples, rows, columns of patches and latents", (b, h // p, w // q, f), block)]
+        for what, actual, expected in compared:
+            if actual != expected:
+                raise UserError(f"{what}: {actual} for a model that takes {expected}")
 
 
 def init_submodule(name: str, submodule: nn.Module, generator: torch.Generator | None) -> None:

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from configs import within
 from configs.errors import UserError
 from configs.game import ActionSpace
 from model.attention import FEW_KEYS
 from model.kv_cache import LayerPast, attend_along_time
 from model.layers import rms_normalize
-from model.limits import MANY, WIDE, require_between
+from model.limits import MANY, WIDE
 from model.rope import time_rotation
 
 
@@ -21,46 +22,34 @@ class ActionConfig:
     """The action modules; names as in the official `action_config`."""
 
     blocks: tuple[int, ...]  # which DiT blocks own a module
-    keyboard_dim_in: int | None = None  # keys; none: as many as the game has that the model is trained on
-    mouse_dim_in: int = 2  # (pitch, yaw)
+    keyboard_dim_in: int | None = within(1, WIDE, None)  # keys; null: those of the game that the model is trained on
+    mouse_dim_in: int = within(1, WIDE, 2)  # (pitch, yaw)
     enable_keyboard: bool = True
     enable_mouse: bool = True
-    heads_num: int = 16
-    hidden_size: int = 128  # of the keyboard embedding
-    keyboard_hidden_dim: int = 1024  # all heads together
-    mouse_hidden_dim: int = 1024  # all heads together
-    rope_dim_list: tuple[int, ...] = (8, 28, 28)  # time, y, x; the grid is 1 x 1, so only the time part turns
-    rope_theta: float = 256.0
-    vae_time_compression_ratio: int = 4  # pixel frames per latent frame
-    windows_size: int = 3  # latent frames whose actions a latent frame sees
+    heads_num: int = within(1, MANY, 16)
+    hidden_size: int = within(1, WIDE, 128)  # of the keyboard embedding
+    keyboard_hidden_dim: int = within(1, WIDE, 1024)  # all heads together
+    mouse_hidden_dim: int = within(1, WIDE, 1024)  # all heads together
+    # Time, y, x; the grid is 1 x 1, so only the time part turns.
+    rope_dim_list: tuple[int, ...] = within(0, WIDE, (8, 28, 28))
+    rope_theta: float = within(1e-3, 1e9, 256.0)
+    vae_time_compression_ratio: int = within(1, MANY, 4)  # pixel frames per latent frame
+    windows_size: int = within(1, MANY, 3)  # latent frames whose actions a latent frame sees
     # Factor on the initial weights that read actions. What an action does to a picture is a product of the two, made
     # where a nonlinearity mixes token and window; in a narrow model 24 window inputs drown (docs/lab_notes.md).
     input_gain: float = 1.0
 
     def __post_init__(self) -> None:
-        where, turned = "model.action.", self.rope_dim_list[:1]
-        few = ("heads_num", "windows_size", "vae_time_compression_ratio")
-        require_between(where, 1, MANY, **{name: getattr(self, name) for name in few})
-        require_between(where, 1, WIDE, hidden_size=self.hidden_size)
-        if not turned or turned[0] % 2 or min(self.rope_dim_list) < 0 or self.rope_theta <= 0:
-            raise UserError(
-                f"{where}rope_dim_list={list(self.rope_dim_list)} must begin with an even number and have none "
-                f"below 0, and {where}rope_theta={self.rope_theta} must be positive"
-            )
+        turned = self.rope_dim_list[0] if self.rope_dim_list else 1
+        if turned % 2:
+            raise UserError(f"model.action.rope_dim_list={list(self.rope_dim_list)} must begin with an even number")
         if not self.enable_keyboard and not self.enable_mouse:
             raise UserError("action module without keyboard and mouse; leave `action` out instead")
-        for name, enabled, inputs in (
-            ("keyboard", self.enable_keyboard, self.keys),
-            ("mouse", self.enable_mouse, self.mouse_dim_in),
-        ):
-            hidden = f"{name}_hidden_dim"
-            width = getattr(self, hidden)
-            if enabled:
-                require_between(where, 1, WIDE, **{f"{name}_dim_in": inputs, hidden: width})
-                if width % self.heads_num or width // self.heads_num < turned[0]:
-                    raise UserError(
-                        f"{where}{hidden}={width} must be heads_num {self.heads_num} x at least {turned[0]}"
-                    )
+        enabled = {"keyboard_hidden_dim": self.enable_keyboard, "mouse_hidden_dim": self.enable_mouse}
+        for name in (name for name in enabled if enabled[name]):
+            width = getattr(self, name)
+            if width % self.heads_num or width // self.heads_num < turned:
+                raise UserError(f"model.action.{name}={width} must be heads_num {self.heads_num} x at least {turned}")
 
     @property
     def keys(self) -> int:

@@ -3,7 +3,6 @@
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from torch import Tensor
 from tqdm import tqdm
@@ -22,46 +21,29 @@ ALONE = ("transformer", "vae")  # also names of parts: taken off only where all 
 OFFICIAL_PREFIX = "model."  # of every name in the distilled official files; the base file has none
 
 
-@dataclass(frozen=True)
-class BareNames:
-    """Which tensors of a file are the model's, and their own names."""
+def bare_names(specs: Mapping[str, Tensor], where: str) -> tuple[dict[str, str], str]:
+    """The names of the model's weights by those in the file `where`, and what all of these began with there.
 
-    names: Mapping[str, str]  # by those in the file
-    path: str  # before all of them in the file; of mappings in mappings the keys, each with a `/`
-    wrappers: tuple[str, ...]  # taken out of the names
-    skipped: tuple[str, ...]  # sets of tensors in the same file that are not the model's
-
-    @property
-    def prefix(self) -> str:
-        """What all names began with inside their mapping."""
-        return self.path.rpartition("/")[2]
-
-    def say(self, where: str) -> None:
-        """One line on stderr about the file `where`, unless it had the bare names or the official prefix."""
-        if self.path in ("", OFFICIAL_PREFIX) and not (self.wrappers or self.skipped):
-            return
-        notes = [f"the weights under {self.path} are taken"] if self.path else []
-        notes += [f"{', '.join(self.skipped)} left out"] if self.skipped else []
-        notes += [f"{', '.join(self.wrappers)} taken off the names"] if self.wrappers else []
-        tqdm.write(f"note: {where}: {'; '.join(notes)}", file=sys.stderr)
-
-
-def bare_names(specs: Mapping[str, Tensor]) -> BareNames:
-    """The names of the model's weights among tensors like `specs`: of several sets the newest average's, else those of
-    the model."""
+    `specs` are tensors like those of the file. Of several sets the newest average's is taken, else the model's. One
+    line on stderr says so, unless the file had the bare names or the official prefix.
+    """
     names = {name: WRAPPED.sub("", name) for name in specs}
-    wrappers = tuple(dict.fromkeys(wrapper for name in names for wrapper in WRAPPED.findall(name)))
-    path, skipped = "", []
+    wrappers = dict.fromkeys(wrapper for name in names for wrapper in WRAPPED.findall(name))
+    notes = [f"{', '.join(wrappers)} taken off the names"] if wrappers else []
+    path = ""  # before all names in the file; of mappings in mappings the keys, each with a `/`
     while True:
         # Averages keep counters beside the weights: n_averaged, step.
         names = {old: new for old, new in names.items() if _head(new) or specs[old].ndim}
         heads = list(dict.fromkeys(map(_head, names.values())))
-        head = _choose(heads)
-        if not head:
-            return BareNames(names, path, wrappers, tuple(skipped))
-        skipped += [other[:-1] for other in heads if other not in ("", head)]
+        if not (head := _choose(heads)):
+            break
+        notes += [f"{other[:-1]} left out" for other in heads if other not in ("", head)]
         names = {old: new.removeprefix(head) for old, new in names.items() if new.startswith(head)}
         path += head
+    if notes or path not in ("", OFFICIAL_PREFIX):
+        taken = [f"the weights under {path} are taken"] if path else []
+        tqdm.write(f"note: {where}: {'; '.join(taken + notes)}", file=sys.stderr)
+    return names, path.rpartition("/")[2]
 
 
 def _head(name: str) -> str:

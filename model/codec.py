@@ -11,9 +11,8 @@ from typing import Any
 
 from configs import build_from, load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
-from configs.files import atomic_path, sha256_file
-from configs.foreign import require_inside
 from configs.overrides import merge_args, read_settings
+from configs.untrusted import require_inside
 from model.patch_codec import PatchCodec
 from model.video_codec import Codec
 from model.wan_codec import WanCodec
@@ -58,7 +57,7 @@ def copy_codec(url: str | Path, folder: Path) -> None:
     files = {setting: source / name for setting, name in kind.weight_files(config).items()}
     for i, file in enumerate(files.values()):
         if i == 0 or file.is_file():
-            with atomic_path(folder / file.name) as part:
+            with storage.writing(folder / file.name) as part:
                 shutil.copyfile(file, part)
     names = {setting: file.name for setting, file in files.items() if setting}
     save_config(replace(config, **names), folder / CONFIG_FILE)
@@ -70,4 +69,4 @@ def codec_hash(url: str | Path) -> str:
     weights = folder / next(iter(kind.weight_files(config).values()))
     if not weights.is_file():
         raise MissingFileError(f"no codec in {url} ({weights.name} is missing)")
-    return sha256_file(weights)[:12]
+    return storage.sha256(weights)[:12]

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs import within
 from configs.errors import UserError
 from model.actions import ActionConfig
 from model.attention import AttentionBackend
 from model.flow import FlowMatchConfig
-from model.limits import MANY, WIDE, require_between
+from model.limits import MANY, WIDE
 from model.masks import CausalConfig
 
 Vision = Literal["tokens", "pooled", "none"]  # CLIP tokens (b 257 c), one pooled (b 1 c), or no such input
@@ -17,31 +18,25 @@ Vision = Literal["tokens", "pooled", "none"]  # CLIP tokens (b 257 c), one poole
 class ActionDiTConfig:
     """Every size of the model; names as in the official config.json where it has them."""
 
-    dim: int
-    ffn_dim: int
-    num_heads: int
-    num_layers: int
+    dim: int = within(1, WIDE)
+    ffn_dim: int = within(1, WIDE)
+    num_heads: int = within(1, MANY)
+    num_layers: int = within(1, MANY)
     action: ActionConfig | None = None
-    in_dim: int = 36  # noisy latents ++ 4 mask channels ++ conditioning latents
-    out_dim: int = 16  # latent channels
-    freq_dim: int = 256  # of the time sinusoid
-    patch_size: tuple[int, int, int] = (1, 2, 2)  # latent frames, rows, columns
-    eps: float = 1e-6
+    in_dim: int = within(1, WIDE, 36)  # noisy latents ++ 4 mask channels ++ conditioning latents
+    out_dim: int = within(1, WIDE, 16)  # latent channels
+    freq_dim: int = within(1, WIDE, 256)  # of the time sinusoid
+    patch_size: tuple[int, int, int] = within(1, 64, (1, 2, 2))  # latent frames, rows, columns
+    eps: float = within(0, 1, 1e-6)
     vision: Vision = "tokens"
-    img_dim: int = 1280  # channels of the CLIP tokens
+    img_dim: int = within(1, WIDE, 1280)  # channels of the CLIP tokens
     causal: CausalConfig | None = None  # a model that sees the past alone and can stream; None: all frames at once
     attention: AttentionBackend = "sdpa"  # of the video's self- and cross-attention; `dense` suits bf16 on a CPU
-    checkpoint_every: int = 0  # activation checkpointing: 0 off, 1 every block, n every n-th
+    checkpoint_every: int = within(0, MANY, 0)  # activation checkpointing: 0 off, 1 every block, n every n-th
 
     def __post_init__(self) -> None:
-        wide = ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "img_dim")
-        require_between("model.", 1, WIDE, **{name: getattr(self, name) for name in wide})
-        require_between("model.", 1, MANY, num_heads=self.num_heads, num_layers=self.num_layers)
-        require_between("model.", 0, MANY, checkpoint_every=self.checkpoint_every)
-        require_between("model.", 0, 1, eps=self.eps)
-        latents, rows, columns = self.patch_size  # each latent frame has its own actions
-        require_between("model.patch_size: ", 1, 1, latents=latents)
-        require_between("model.patch_size: ", 1, 64, rows=rows, columns=columns)
+        if self.patch_size[0] != 1:
+            raise UserError(f"model.patch_size={list(self.patch_size)} must begin with 1, a single latent frame")
         if self.dim % self.num_heads or (self.dim // self.num_heads) % 2 or self.dim // self.num_heads < 6:
             raise UserError(f"dim {self.dim} must be num_heads {self.num_heads} x an even number of at least 6")
         if self.freq_dim % 2:

@@ -3,14 +3,14 @@
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from configs import save_config, storage
-from configs.files import require_other_files, write_text
+from configs import storage
+from configs.files import require_other_files
 from configs.game import GameConfig
 from model.codec import codec_hash
 from model.config import ActionDiTConfig
@@ -22,6 +22,7 @@ from model.weights import LazyWeights, open_weights, save_weights
 from model.world import (
     COMPLETE,
     WORLD_FILE,
+    Weights,
     WorldModelConfig,
     find_checkpoint,
     find_codec,
@@ -50,7 +51,7 @@ class ExportConfig:
     checkpoint: str  # a step folder, or a run folder: its newest complete step
     format: KeyNames
     out: str  # folder that gets the weights and their config.json
-    weights: Literal["ema", "model"] = "ema"
+    weights: Weights = "ema"
     prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
@@ -59,16 +60,15 @@ class ExportConfig:
 def import_official(config: ImportConfig) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
     file, out, codec = config.file.rstrip("/"), config.out, config.codec
-    written = ("model.safetensors", "ema.safetensors", "config.yaml", WORLD_FILE, COMPLETE)
+    written = ("model.safetensors", "ema.safetensors", WORLD_FILE, COMPLETE)
     read = {"codec": storage.files_at(codec), "official weights": storage.files_at(file)}
     require_other_files([storage.join(out, name) for name in written], read)
     world = WorldModelConfig(config.model, config.flow, config.game, config.layout, codec, codec_hash(codec))
     weights, provenance = read_official(file, world.model)
     with writing_world(out, world, codec) as folder:
-        save_weights(weights, folder / "model.safetensors", asdict(provenance))
-        save_config(provenance, folder / "config.yaml")
-    stored = sum(spec.nbytes for spec in weights.specs.values())
-    print(f"{out}: {len(weights)} tensors, {stored / 2**30:.2f} GiB, {provenance.layout} names, {provenance.source}")
+        save_weights(weights, folder / "model.safetensors", provenance)
+    gib = sum(spec.nbytes for spec in weights.specs.values()) / 2**30
+    print(f"{out}: {len(weights)} tensors, {gib:.2f} GiB, {provenance['layout']} names, {provenance['source']}")
 
 
 def export(config: ExportConfig) -> None:
@@ -87,7 +87,7 @@ def export(config: ExportConfig) -> None:
     exported = _rename(weights, config)
     with writing_world(config.out, world, codec) as folder:
         save_weights(exported, folder / WEIGHTS_NAME)
-        write_text(folder / "config.json", json.dumps(config_json(world.model, config.format), indent=1))
+        storage.write_text(folder / "config.json", json.dumps(config_json(world.model, config.format), indent=1))
     print(f"{storage.join(config.out, WEIGHTS_NAME)}: {len(exported)} tensors, the first {next(iter(exported))}")
     if without_codec:
         print(without_codec)

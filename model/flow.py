@@ -10,27 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from configs import within
 from configs.errors import UserError
-from model.limits import require_between
 
 
 @dataclass(frozen=True)
 class FlowMatchConfig:
     """Saved with the model's own settings, so that training and sampling cannot disagree."""
 
-    shift: float = 5.0  # moves noise levels towards 1; 1 leaves them as they are
-    sigma_min: float = 0.0
-    sigma_max: float = 1.0
+    shift: float = within(1e-3, 1e3, 5.0)  # moves noise levels towards 1; 1 leaves them as they are
+    sigma_min: float = within(0, 1, 0.0)
+    sigma_max: float = within(0, 1, 1.0)
     extra_one_step: bool = True  # the ramp has one point more than steps, and the last is dropped
-    train_steps: int = 1000  # levels that training draws from; also timestep per unit of sigma
+    train_steps: int = within(1, 1_000_000, 1000)  # levels that training draws from; also timestep per unit of sigma
     inverse_timesteps: bool = False  # from data to noise
     reverse_sigmas: bool = False  # sigma counts the data's share instead of the noise's
 
     def __post_init__(self) -> None:
-        require_between("flow.", 1e-3, 1e3, shift=self.shift)
-        require_between("flow.", 1, 1_000_000, train_steps=self.train_steps)
-        require_between("flow.", 0, 1, sigma_max=self.sigma_max)
-        require_between("flow.", 0, self.sigma_max - 1e-6, sigma_min=self.sigma_min)
+        if self.sigma_min > self.sigma_max - 1e-6:
+            raise UserError(f"flow.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from configs.errors import UserError
-from model.config import ActionDiTConfig
 from model.layout import Layout, latent_ends
 
 MASK_CHANNELS = 4  # of Wan's image-to-video input; all four carry the same value per latent frame
-
-
-def config_of(dit: nn.Module) -> ActionDiTConfig:
-    """The settings of an ActionDiT, also of one inside a training engine's wrapper."""
-    inner: Any = getattr(dit, "module", dit)
-    return inner.config
 
 
 def model_inputs(
@@ -34,7 +27,8 @@ def model_inputs(
     such input. `visual` (b m c) are image tokens.
     """
     inputs = {"cond": cond, "keyboard": None, "mouse": None, "visual": visual}
-    if action := config_of(dit).action:
+    unwrapped: Any = getattr(dit, "module", dit)  # a training engine may wrap it
+    if action := unwrapped.config.action:
         ends = [offset + end for end in latent_ends(layout, cond.shape[2], action.vae_time_compression_ratio)]
         enabled = {"keyboard": action.enable_keyboard, "mouse": action.enable_mouse}
         for name, rows in zip(enabled, actions, strict=True):

@@ -9,33 +9,32 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
+from configs import within
+from configs.errors import UserError
 from model.layout import CondFill
-from model.limits import BELOW_1, MANY, require_between
+from model.limits import BELOW_1, MANY
 
 
 @dataclass(frozen=True)
 class CausalConfig:
     """How a causal model sees time. All lengths are in latent frames."""
 
-    block: int = 3  # frames that are made together and see each other
-    window: int | None = None  # frames that a block sees, itself and the sink among them; None: all before it
-    sink: int = 0  # first frames of the video that video tokens always see
-    action_sink: int = 0  # the same in the action modules; upstream has a sink for video tokens only
+    block: int = within(1, MANY, 3)  # frames that are made together and see each other
+    # Frames that a block sees, itself and the sink among them; None: all before it.
+    window: int | None = within(1, 1 << 20, None)
+    sink: int = within(0, MANY, 0)  # first frames of the video that video tokens always see
+    action_sink: int = within(0, MANY, 0)  # the same in the action modules; upstream has a sink for video tokens only
     # `absolute` counts from the start of the video, as upstream. `relative` counts inside the window, so that the sink
     # never moves out of the range of distances that the model was trained on.
     positions: Literal["absolute", "relative"] = "absolute"
-    context_noise: float = 0.0  # noise level (sigma) at which a finished block enters the cache
+    context_noise: float = within(0, BELOW_1, 0.0)  # noise level (sigma) at which a finished block enters the cache
     # Conditioning of the latents that are not given: zeros, or the codec's latents of mid-grey frames (official files).
     unknown: CondFill = "zeros"
 
     def __post_init__(self) -> None:
-        where = "model.causal."
-        require_between(where, 1, MANY, block=self.block)
-        require_between(where, 0, BELOW_1, context_noise=self.context_noise)
-        if self.window is not None:
-            require_between(where, self.block, 1 << 20, window=self.window)
-        most = MANY if self.window is None else self.window - self.block  # a block and the sink fit into the window
-        require_between(where, 0, most, sink=self.sink, action_sink=self.action_sink)
+        if self.window is not None and self.window < self.block + max(self.sink, self.action_sink):
+            what = f"a block of {self.block} frames, sink={self.sink} and action_sink={self.action_sink}"
+            raise UserError(f"model.causal.window={self.window} must hold {what}")
 
     def video_rule(self) -> "BlockCausal":
         """What video tokens see."""

@@ -4,18 +4,16 @@ Names and shapes of the official layout are the parameters' own. The port (FastV
 matrixgame2.py) has diffusers' names of Wan's parameters.
 """
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from configs import storage, to_dict
+from configs import flat, storage, to_dict
 from configs.errors import MissingFileError, UserError
-from configs.foreign import reading
+from configs.untrusted import reading
 from model.action_dit import ActionDiT
 from model.config import ActionDiTConfig
 from model.third_party import PICKLES, diffusers_names, load_third_party, read_json
@@ -31,19 +29,6 @@ ACTION_NAMES = (
     "vae_time_compression_ratio", "windows_size",
 )  # fmt: skip
 
-# Settings of ActionDiTConfig that an axis of an official tensor shows.
-AXES = {
-    "dim": ("patch_embedding.weight", 0),
-    "in_dim": ("patch_embedding.weight", 1),
-    "ffn_dim": ("blocks.{i}.ffn.0.weight", 0),
-    "freq_dim": ("time_embedding.0.weight", 1),
-    "img_dim": ("img_emb.proj.0.weight", 0),
-    "action.keyboard_dim_in": ("blocks.{i}.action_model.keyboard_embed.0.weight", 1),
-    "action.hidden_size": ("blocks.{i}.action_model.keyboard_embed.0.weight", 0),
-    "action.keyboard_hidden_dim": ("blocks.{i}.action_model.mouse_attn_q.weight", 0),
-    "action.mouse_hidden_dim": ("blocks.{i}.action_model.mouse_mlp.0.weight", 0),
-}
-
 # Our name of a setting in the port's config.json.
 DIFFUSERS_SETTINGS = {
     "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim", "num_layers": "num_layers",
@@ -51,32 +36,24 @@ DIFFUSERS_SETTINGS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where the weights of an imported checkpoint come from; its config.yaml."""
-
-    source: str  # file or index of shards
-    layout: KeyNames
-    prefix: str  # before every official name
-
-
-def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeights, Provenance]:
+def read_official(path: str | Path, config: ActionDiTConfig) -> tuple[LazyWeights, dict[str, str]]:
     """The weights, official or FastVideo-style, in the file or folder `path`, under the model's own names.
 
-    Raises UserError if they are of another variant than `config`, with the first settings that differ.
+    Beside them where they come from: `source` (file or index of shards), `layout` (a KeyNames) and the `prefix` of all
+    names. Raises UserError if they are of another variant than `config`, with what differs.
     """
     local = storage.local(str(path).rstrip("/"))
     file = weights_file(local)
     weights = load_third_party(file)
-    names: KeyNames = "diffusers" if "proj_out.weight" in weights else "official"
-    provenance = Provenance(str(path) + str(file).removeprefix(str(local)), names, weights.prefix)
-    if names == "diffusers":
+    layout: KeyNames = "diffusers" if "proj_out.weight" in weights else "official"
+    source = str(path) + str(file).removeprefix(str(local))
+    if layout == "diffusers":
         official = {port: name for name, port in diffusers_names("transformer", _own_tensors(config)).items()}
         official["patch_embedding.proj.weight"] = "patch_embedding.weight"  # as FastVideo itself calls them
         official["patch_embedding.proj.bias"] = "patch_embedding.bias"
         weights = weights.renamed({name: official.get(name, name) for name in weights})
     check_variant(config, weights.specs, _config_beside(file), str(file))
-    return weights, provenance
+    return weights, {"source": source, "layout": layout, "prefix": weights.prefix}
 
 
 def weights_file(path: Path) -> Path:
@@ -85,10 +62,11 @@ def weights_file(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise MissingFileError(f"no weights {path}; give an official file, or the folder that holds it")
-    files = sorted(path.glob(f"*{INDEX_SUFFIX}")) or sorted(path.glob("*.safetensors"))
-    files = files or sorted(file for file in path.iterdir() if file.suffix in PICKLES)
+    kinds = ([INDEX_SUFFIX], [".safetensors"], PICKLES)
+    found = (sorted(file for file in path.iterdir() if file.name.endswith(tuple(endings))) for endings in kinds)
+    files = next(filter(None, found), [])
     if len(files) != 1:
-        listed = f"{len(files)}: {', '.join(file.name for file in files)}" if files else "none"
+        listed = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{path} must hold one weights file or index of shards, there are {listed}; name the file")
     return files[0]
 
@@ -96,34 +74,22 @@ def weights_file(path: Path) -> Path:
 def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: Mapping[str, Any], where: str) -> None:
     """A UserError unless tensors like `specs`, and the config.json `beside` them, are those of `config`."""
     with reading(f"the config.json beside {where}"):
-        ours, theirs = _dotted(config), {**settings_of_tensors(specs), **settings_of_json(beside)}
+        ours, theirs = flat(to_dict(config)), settings_of_json(beside)
     differing = [
-        f"model.{name}={_shown(value)} (config {_shown(ours[name])})"
+        f"model.{name}={value} (config {ours[name]})"
         for name, value in theirs.items()
         if name in ours and ours[name] != value
     ]
     listed = f": it has {', '.join(differing[:4])}{', ...' if len(differing) > 4 else ''}" if differing else ""
-    require_same_tensors(_own_tensors(config), specs, f"{where} is of another variant than the config{listed}")
+    fault = f"{where} is of another variant than the config{listed}"
+    require_same_tensors(_own_tensors(config), specs, fault)
     if differing:
-        raise UserError(f"{where} is of another variant than the config{listed}")
+        raise UserError(fault)
 
 
 def _own_tensors(config: ActionDiTConfig) -> dict[str, Tensor]:
     with torch.device("meta"):
         return ActionDiT(config).state_dict()
-
-
-def settings_of_tensors(specs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The dotted settings of ActionDiTConfig that names and shapes of official tensors show."""
-    shapes = {general_name(name): tuple(spec.shape) for name, spec in specs.items()}
-    blocks, action_blocks = _block_numbers(specs), _block_numbers(name for name in specs if ".action_model." in name)
-    sizes = {name: shapes[tensor][axis] for name, (tensor, axis) in AXES.items() if len(shapes.get(tensor, ())) > axis}
-    settings: dict[str, Any] = {"num_layers": blocks[-1] + 1} if blocks else {}
-    settings |= {"action.blocks": action_blocks} | ({} if "img_dim" in sizes else {"vision": "none"})
-    if action_blocks:
-        settings["action.enable_keyboard"] = "action.keyboard_dim_in" in sizes
-        settings["action.enable_mouse"] = "action.mouse_hidden_dim" in sizes
-    return settings | sizes
 
 
 def settings_of_json(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,13 +102,6 @@ def settings_of_json(given: Mapping[str, Any]) -> dict[str, Any]:
     return settings | ({"causal.sink": given["sink_size"]} if "sink_size" in given else {})
 
 
-def _dotted(config: ActionDiTConfig) -> dict[str, Any]:
-    """The settings of `config` by dotted name; without action modules their list of blocks is empty."""
-    values = to_dict(config)
-    groups = {"action": values.pop("action") or {"blocks": []}, "causal": values.pop("causal") or {}}
-    return values | {f"{group}.{name}": value for group, inner in groups.items() for name, value in inner.items()}
-
-
 def _config_beside(file: Path) -> dict[str, Any]:
     """The config.json (or base_config.json, as the foundation's is called) in the folder of `file`, if any."""
     paths = [file.parent / name for name in ("config.json", "base_config.json")]
@@ -151,55 +110,24 @@ def _config_beside(file: Path) -> dict[str, Any]:
 
 def config_json(config: ActionDiTConfig, names: KeyNames) -> dict[str, Any]:
     """The config.json of the official layout, or of FastVideo's port."""
-    values = to_dict(config)
-    window, sink = (config.causal.window, config.causal.sink) if config.causal else (None, 0)
-    shared = {"local_attn_size": window or -1, "sink_size": sink, **_action_json(config)}
+    values, causal, action = to_dict(config), config.causal, config.action
+    window, sink = (causal.window, causal.sink) if causal else (None, 0)
+    shared: dict[str, Any] = {"local_attn_size": window or -1, "sink_size": sink}
+    if action:
+        settings = values["action"] | {"mouse_qk_dim_list": values["action"]["rope_dim_list"]}
+        chosen = [name for name in ACTION_NAMES if action.enable_mouse or not name.startswith("mouse_")]
+        fixed = {"img_hidden_size": config.dim, "patch_size": values["patch_size"], "qk_norm": True, "qkv_bias": False}
+        shared["action_config"] = {name: settings[name] for name in chosen} | fixed
     if names == "official":
         fixed = {"_class_name": "CausalWanModel", "model_type": "i2v", "qk_norm": True, "cross_attn_norm": True}
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "eps")
-        return {**fixed, **{name: values[name] for name in sizes}, **shared}
-    everywhere = config.action is None or len(config.action.blocks) == config.num_layers
+        return fixed | {name: values[name] for name in sizes} | shared
+    everywhere = action is None or len(action.blocks) == config.num_layers
     return {  # the port's bidirectional class has an action module in every block
         "_class_name": "MatrixGame2WanModel" if everywhere else "CausalMatrixGame2WanModel",
         **{name: values[ours] for name, ours in DIFFUSERS_SETTINGS.items()},
         "attention_head_dim": config.dim // config.num_heads,
         "text_dim": 0,
-        "num_frames_per_block": config.causal.block if config.causal else 3,
+        "num_frames_per_block": causal.block if causal else 3,
         **shared,
     }
-
-
-def _action_json(config: ActionDiTConfig) -> dict[str, Any]:
-    if config.action is None:
-        return {}
-    values = to_dict(config.action)
-    values["mouse_qk_dim_list"] = values["rope_dim_list"]
-    names = [name for name in ACTION_NAMES if config.action.enable_mouse or not name.startswith("mouse_")]
-    fixed = {"img_hidden_size": config.dim, "patch_size": list(config.patch_size), "qk_norm": True, "qkv_bias": False}
-    return {"action_config": {**{name: values[name] for name in names}, **fixed}}
-
-
-def general_name(name: str) -> str:
-    """The name of a parameter with {i} for the number of its block."""
-    return re.sub(r"^blocks\.\d+\.", "blocks.{i}.", name)
-
-
-def ranges(indices: Iterable[int]) -> str:
-    """0-14,20 for sorted block numbers."""
-    runs: list[list[int]] = []
-    for index in indices:
-        if runs and runs[-1][1] == index - 1:
-            runs[-1][1] = index
-        else:
-            runs.append([index, index])
-    return ",".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)
-
-
-def _block_numbers(names: Iterable[str]) -> list[int]:
-    matches = (re.match(r"blocks\.(\d+)\.", name) for name in names)
-    return sorted({int(match[1]) for match in matches if match})
-
-
-def _shown(value: Any) -> str:
-    is_blocks = isinstance(value, list) and len(value) > 3 and all(isinstance(number, int) for number in value)
-    return ranges(value) if is_blocks else str(value)

@@ -13,10 +13,11 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.nn import functional
 
+from configs import within
 from configs.errors import MissingFileError, UserError
-from model.limits import MANY, WIDE, require_between
+from model.limits import MANY, WIDE
 from model.video_codec import Codec
-from model.weights import finite, load_into, open_weights
+from model.weights import load_into, open_weights
 
 SPATIAL = 8  # pixels per latent, each way
 TEMPORAL = 4  # frames per latent, after the first
@@ -33,19 +34,14 @@ class PatchCodecConfig:
     spatial: ClassVar[int] = SPATIAL
     temporal: ClassVar[int] = TEMPORAL
     name: Literal["patch"] = "patch"
-    channels: int = 16  # of the latents
-    width: int = 128  # features at latent resolution
-    fine_width: int = 64  # features at half the pixel resolution
-    memory_blocks: int = 3  # residual blocks at latent resolution, each seeing one latent further back
-    fine_blocks: int = 2  # residual blocks at half the pixel resolution
+    channels: int = within(1, 3 * TEMPORAL * SPATIAL * SPATIAL, 16)  # of the latents
+    width: int = within(1, WIDE, 128)  # features at latent resolution
+    fine_width: int = within(1, WIDE, 64)  # features at half the pixel resolution
+    memory_blocks: int = within(0, MANY, 3)  # residual blocks at latent resolution, each seeing one latent further back
+    fine_blocks: int = within(0, MANY, 2)  # residual blocks at half the pixel resolution
     # Normalised channels have the standard deviation variance ** whitening: 0 all alike, 0.5 as in the picture. Near
     # 0.5 the model's loss is the picture's; near 0 it is mostly texture that no action predicts (docs/lab_notes.md).
     whitening: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_between("codec.", 1, 3 * TEMPORAL * SPATIAL * SPATIAL, channels=self.channels)  # numbers in a patch
-        require_between("codec.", 1, WIDE, width=self.width, fine_width=self.fine_width)
-        require_between("codec.", 0, MANY, memory_blocks=self.memory_blocks, fine_blocks=self.fine_blocks)
 
 
 class MemoryBlock(nn.Module):
@@ -113,7 +109,7 @@ class PatchCodec(Codec):
         if not file.is_file():
             raise MissingFileError(f"no codec in {folder} ({file.name} is missing); fit one with python -m train codec")
         codec = cls(config)
-        load_into(codec, finite(open_weights(file)))
+        load_into(codec, open_weights(file))
         if not (codec.latent_std > 0).all():
             raise UserError(f"{file} is damaged: its latents have no spread (latent_std); fit it again")
         return codec

@@ -14,36 +14,26 @@ from torch import Tensor
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
-from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, finite, lazily, open_weights
+from configs.untrusted import parse_object, reading
+from model.weights import DTYPE_NAMES, INDEX_SUFFIX, LazyWeights, bare_weights, lazily, open_weights
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 
 
 def load_third_party(path: str | Path) -> LazyWeights:
-    """The model's weights in a file (see `open_third_party`) under their bare names. Reading NaN or infinity is a
-    UserError."""
-    return finite(bare_weights(open_third_party(path)))
-
-
-def open_third_party(path: str | Path) -> LazyWeights:
-    """The tensors of a safetensors file, an index of shards or a torch (.pth, .pt, .bin) file, under the names there;
-    of mappings in mappings the keys are joined with `/`. Code in a pickle is never run."""
+    """The model's weights (see `bare_weights`) in a safetensors file, an index of shards or a torch (.pth, .pt, .bin)
+    file, where the keys of mappings in mappings are joined with `/`. Code in a pickle is never run."""
     path = storage.local(path)
     if path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX):
-        return open_weights(path)
+        return bare_weights(open_weights(path))
     if not path.is_file():
         raise MissingFileError(f"no weights file {path}")
     with reading(path):
         tensors = dict(_tensors(_unpickle(path), set()))
-        unfit = [name for name, tensor in tensors.items() if tensor.dtype not in DTYPE_NAMES or not _is_plain(tensor)]
-        if unfit or not tensors:
-            raise UserError(f"{path} must hold names and plain tensors, {unfit[0] if unfit else 'and has none'}")
-        return replace(lazily(tensors), where=str(path))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta
+        plain = [tensor.dtype in DTYPE_NAMES and tensor.layout == torch.strided for tensor in tensors.values()]
+        if not tensors or not all(plain) or any(tensor.is_meta for tensor in tensors.values()):
+            raise UserError(f"{path} must hold names and plain tensors")
+    return bare_weights(replace(lazily(tensors), where=str(path)))
 
 
 def _unpickle(path: Path) -> Any:

@@ -5,7 +5,6 @@ sample are all that a stream keeps. Parameter names are those of the released fi
 """
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from model.third_party import load_third_party
 from model.weights import require_same_tensors
 
+CHANNELS = 16  # of a latent
 WIDTHS = (256, 128, 64, 64)  # of taew2_1, from latent to pixel resolution
 TIME_GROWTH = (1, 2, 2)  # frames that one becomes at each of the three upsamplings
 BLOCKS_PER_LEVEL = 3
@@ -61,13 +61,13 @@ class TGrow(nn.Module):
 class TinyDecoder(nn.Module):
     """Normalised Wan 2.1 latents to video; 4 frames per latent, the first three of a clip dropped."""
 
-    def __init__(self, channels: int = 16, widths: Sequence[int] = WIDTHS) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        layers: list[nn.Module] = [Clamp(), _conv(channels, widths[0]), nn.ReLU(inplace=True)]
-        for width, following, growth in zip(widths[:-1], widths[1:], TIME_GROWTH, strict=True):
+        layers: list[nn.Module] = [Clamp(), _conv(CHANNELS, WIDTHS[0]), nn.ReLU(inplace=True)]
+        for width, following, growth in zip(WIDTHS[:-1], WIDTHS[1:], TIME_GROWTH, strict=True):
             layers += [MemBlock(width) for _ in range(BLOCKS_PER_LEVEL)]
             layers += [nn.Upsample(scale_factor=2), TGrow(width, growth), _conv(width, following, bias=False)]
-        layers += [nn.ReLU(inplace=True), _conv(widths[-1], 3)]
+        layers += [nn.ReLU(inplace=True), _conv(WIDTHS[-1], 3)]
         self.decoder = nn.Sequential(*layers)
         self.dropped = math.prod(TIME_GROWTH) - 1  # Wan's first latent is one frame
 
@@ -78,9 +78,7 @@ class TinyDecoder(nn.Module):
         whole.
         """
         b, following = len(latents), []
-        weight = self.decoder[1].weight
-        assert isinstance(weight, Tensor)
-        x = rearrange(latents, "b c f h w -> (b f) c h w").to(weight.dtype)
+        x = rearrange(latents, "b c f h w -> (b f) c h w").to(next(self.parameters()).dtype)
         for layer in self.decoder:
             if isinstance(layer, MemBlock):
                 frames = rearrange(x, "(b f) c h w -> b f c h w", b=b)
@@ -98,8 +96,7 @@ def load_tiny_decoder(path: str | Path) -> TinyDecoder:
     """The tiny decoder in a released file (taew2_1.pth or .safetensors), in eval mode on the CPU; the encoder that such
     a file also holds is left out."""
     stored = load_third_party(path)
-    state = stored.renamed({name: name for name in stored if not name.startswith("encoder.")})
-    tiny = TinyDecoder()
+    state, tiny = stored.renamed({name: name for name in stored if not name.startswith("encoder.")}), TinyDecoder()
     require_same_tensors(tiny.state_dict(), state.specs, f"{path} is no tiny decoder (TAEHV)")
     tiny.load_state_dict(state)
     return tiny.eval()

@@ -2,21 +2,21 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 
-from configs import storage
+from configs import build_from, storage, within
 from configs.errors import UserError
-from configs.files import sha256_file
-from configs.foreign import reading
+from configs.untrusted import reading
 from model.config import Vision
 from model.inputs import with_mask
-from model.limits import MANY, WIDE, require_between
+from model.limits import MANY, WIDE
 from model.third_party import load_third_party, read_json
 from model.video_codec import Codec
 from model.weights import LazyWeights, lazily, require_same_tensors
@@ -25,34 +25,47 @@ from model.weights import LazyWeights, lazily, require_same_tensors
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Sizes of Wan's tower, open-clip xlm-roberta-large-vit-huge-14, by transformers' names.
-# The last of its 32 layers is not used; gelu is the exact one; sizes are in px.
-WAN_TOWER: dict[str, Any] = {
-    "image_size": 224, "patch_size": 14, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 16,
-    "num_hidden_layers": 31, "layer_norm_eps": 1e-5, "hidden_act": "gelu",
-}  # fmt: skip
-
-VISUAL_PREFIX, HF_PREFIX = "visual.", "vision_model."
 HF_CONFIG, HF_WEIGHTS = "config.json", "model.safetensors"
-
-# In either layout, what Matrix-Game does not use: text tower, the norm and projection after the last layer.
-OFFICIAL_UNUSED = ("post_norm.", "head", "textual.", "log_scale")
-HF_UNUSED = ("post_layernorm.", "text_model.", "visual_projection.", "text_projection.", "logit_scale")
-# Names of the official file for those of transformers; q, k and v are one tensor there.
-OFFICIAL_NAMES = (
-    (r"^embeddings\.class_embedding$", "cls_embedding"),
-    (r"^embeddings\.position_embedding\.weight$", "pos_embedding"),
-    (r"^embeddings\.patch_embedding\.", "patch_embedding."),
-    (r"^pre_layrnorm\.", "pre_norm."),
-    (r"^encoder\.layers\.", "transformer."),
-    (r"\.self_attn\.out_proj\.", ".attn.proj."),
-    (r"\.self_attn\.[qkv]_proj\.", ".attn.to_qkv."),
-    (r"\.layer_norm(\d)\.", r".norm\1."),
-    (r"\.mlp\.fc1\.", ".mlp.0."),
-    (r"\.mlp\.fc2\.", ".mlp.2."),
+PREFIXES = re.compile(r"^(visual|vision_model)\.")  # of the tower's names, in the official file and in transformers'
+LAYER = re.compile(r"(?:transformer|encoder\.layers)\.(\d+)\.")
+# What Matrix-Game does not use, in either layout: the text tower, norm and projection after the last layer.
+UNUSED = (
+    "post_norm.", "head", "textual.", "log_scale", "post_layernorm.", "text_model.", "visual_projection.",
+    "text_projection.", "logit_scale",
+)  # fmt: skip
+# transformers' names for those of the official file; there, q, k and v are one tensor.
+NAMES = (
+    (r"^cls_embedding$", "embeddings.class_embedding"),
+    (r"^pos_embedding$", "embeddings.position_embedding.weight"),
+    (r"^patch_embedding\.", "embeddings.patch_embedding."),
+    (r"^pre_norm\.", "pre_layrnorm."),
+    (r"^transformer\.", "encoder.layers."),
+    (r"\.attn\.proj\.", ".self_attn.out_proj."),
+    (r"\.norm(\d)\.", r".layer_norm\1."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.2\.", ".mlp.fc2."),
 )
 
-QKV = re.compile(r"\.([qkv])_proj\.")
+
+@dataclass(frozen=True)
+class TowerConfig:
+    """Sizes of a tower by transformers' names; those of Wan's, open-clip xlm-roberta-large-vit-huge-14, by default."""
+
+    image_size: int = within(1, MANY, 224)  # px
+    patch_size: int = within(1, MANY, 14)  # px
+    hidden_size: int = within(1, WIDE, 1280)
+    intermediate_size: int = within(1, WIDE, 5120)
+    num_attention_heads: int = within(1, MANY, 16)
+    num_hidden_layers: int = within(1, MANY, 31)  # one less than in the file: its last layer is not used
+    layer_norm_eps: float = within(0, 1, 1e-5)
+    hidden_act: Literal["gelu"] = "gelu"  # the exact one
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_attention_heads or self.patch_size > self.image_size:
+            raise UserError(
+                f"hidden_size={self.hidden_size} must be a multiple of num_attention_heads={self.num_attention_heads}, "
+                f"and patch_size={self.patch_size} at most image_size={self.image_size}"
+            )
 
 
 class VisionTower(nn.Module):
@@ -86,37 +99,38 @@ def load_vision(path: str | Path) -> VisionTower:
     """
     local = storage.local(path)
     if not local.is_dir():
-        return load_tower(load_third_party(local), WAN_TOWER, str(local))
-    sizes, weights = _read_sizes(local / HF_CONFIG), local / HF_WEIGHTS
-    return load_tower(load_third_party(weights), sizes, str(weights))
+        return load_tower(load_third_party(local), TowerConfig(), str(local))
+    config, weights = _read_config(local / HF_CONFIG), local / HF_WEIGHTS
+    return load_tower(load_third_party(weights), config, str(weights))
 
 
 def vision_hash(path: str | Path) -> str:
     """Twelve hex digits over the tower's weights file: tokens of one tower mean nothing to another."""
     local = storage.local(path)
-    return sha256_file(local / HF_WEIGHTS if local.is_dir() else local)[:12]
+    return storage.sha256(local / HF_WEIGHTS if local.is_dir() else local)[:12]
 
 
-def load_tower(state: Mapping[str, Tensor], sizes: Mapping[str, Any], source: str) -> VisionTower:
-    """The tower of `sizes` (see WAN_TOWER) with the tensors of `state` in the official or in transformers' layout.
+def load_tower(state: Mapping[str, Tensor], config: TowerConfig, source: str) -> VisionTower:
+    """The tower of `config` with the tensors of `state` in the official or in transformers' layout.
 
-    `state` may hold more layers than `sizes`. `source` names it in errors.
+    `state` may hold more layers than `config`. `source` names it in errors.
     """
     with torch.device("meta"):  # no memory and no random numbers for weights that the state replaces
-        tower = make_tower(sizes)
+        tower = make_tower(config)
     own = {name: tensor for name, tensor in tower.state_dict().items() if "position_ids" not in name}
-    converted = _convert(state, own, sizes["num_hidden_layers"], f"{source} holds no such CLIP vision tower")
+    weights = _select(lazily(state), config.num_hidden_layers)
+    require_same_tensors(own, to_transformers(weights.specs), f"{source} holds no such CLIP vision tower")
     tower.to_empty(device="cpu")
     embeddings: Any = tower.embeddings
     embeddings.position_ids.copy_(torch.arange(embeddings.position_ids.shape[-1]))
-    tower.load_state_dict(converted, strict=False)  # position_ids are a stored buffer in older versions
-    return VisionTower(tower, sizes["image_size"]).eval()
+    tower.load_state_dict(to_transformers(weights), strict=False)  # position_ids are a stored buffer in older versions
+    return VisionTower(tower, config.image_size).eval()
 
 
 def clip_pixels(images: Tensor, size: int) -> Tensor:
     """`images` (b 3 h w) in [-1, 1] as CLIP sees them (b 3 `size` `size`): bicubic without antialias, as upstream."""
     resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", align_corners=False)
-    mean, std = (rearrange(resized.new_tensor(one), "c -> c 1 1") for one in (CLIP_MEAN, CLIP_STD))
+    mean, std = (rearrange(resized.new_tensor(values), "c -> c 1 1") for values in (CLIP_MEAN, CLIP_STD))
     return (resized * 0.5 + 0.5 - mean) / std
 
 
@@ -138,80 +152,53 @@ def image_conditions(codec: Codec, image: Tensor, latents: int) -> Iterator[Tens
         video = grey
 
 
-def make_tower(sizes: Mapping[str, Any]) -> nn.Module:
-    """transformers' tower of these `sizes` (see WAN_TOWER), without the norm after its last layer."""
+def make_tower(config: TowerConfig) -> nn.Module:
+    """transformers' tower, without the norm after its last layer."""
     from transformers import CLIPVisionConfig, CLIPVisionModel  # slow: not for every command
 
-    model: Any = CLIPVisionModel(CLIPVisionConfig(**sizes))
+    model: Any = CLIPVisionModel(CLIPVisionConfig(**asdict(config)))
     tower = model.vision_model if hasattr(model, "vision_model") else model  # transformers 4 has the tower one deeper
     tower.post_layernorm = nn.Identity()
     return tower
 
 
-def _convert(state: Mapping[str, Tensor], own: Mapping[str, Tensor], layers: int, fault: str) -> dict[str, Tensor]:
-    """The tensors of `own` from a `state` of either layout; a UserError `fault` names what does not fit."""
-    given = lazily(state)
-    if not any(re.search(r"(^|\.)cls_embedding$", name) for name in given):
-        given = _select(given, HF_PREFIX, HF_UNUSED, "encoder.layers.", layers)
-        require_same_tensors(own, given.specs, fault)
-        return dict(given)
-    given = _select(given, VISUAL_PREFIX, OFFICIAL_UNUSED, "transformer.", layers)
-    expected = {official_name(name): _official_like(name, tensor) for name, tensor in own.items()}
-    require_same_tensors(expected, given.specs, fault)
-    return {name: _take(given[official_name(name)], name, tensor.shape) for name, tensor in own.items()}
-
-
-def _select(state: LazyWeights, prefix: str, unused: tuple[str, ...], layers: str, kept: int) -> LazyWeights:
-    """`state` without the `prefix` of its names, the `unused` tensors and the layers from number `kept` on."""
-    short = {name: name.removeprefix(prefix) for name in state}
-    numbered = re.compile(re.escape(layers) + r"(\d+)\.")
+def _select(state: LazyWeights, layers: int) -> LazyWeights:
+    """The tensors of the first `layers` layers and of what stands before them, without the prefix of their names."""
 
     def wanted(name: str) -> bool:
-        layer = numbered.match(name)
-        return not (name.startswith(unused) or name.endswith("position_ids") or (layer and int(layer[1]) >= kept))
+        layer = LAYER.match(name)
+        return not (name.startswith(UNUSED) or name.endswith("position_ids") or (layer and int(layer[1]) >= layers))
 
-    return state.renamed({name: bare for name, bare in short.items() if wanted(bare)})
-
-
-def official_name(name: str) -> str:
-    """The name in the official file of the tensor that transformers calls `name`."""
-    for pattern, replacement in OFFICIAL_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    bare = {name: PREFIXES.sub("", name) for name in state}
+    return state.renamed({name: short for name, short in bare.items() if wanted(short)})
 
 
-def _official_like(name: str, tensor: Tensor) -> Tensor:
-    """A tensor of the shape that the official file gives to what transformers calls `name`."""
-    if "class_embedding" in name or "position_embedding" in name:
-        return tensor.reshape(1, -1, tensor.shape[-1])
-    return torch.cat([tensor] * 3) if QKV.search(name) else tensor
+def to_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The official file's `tensors` with the names and shapes of transformers; those of transformers stay."""
+    converted = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in NAMES:
+            name = re.sub(pattern, replacement, name)
+        if name == "embeddings.class_embedding":
+            tensor = tensor.flatten()
+        if name == "embeddings.position_embedding.weight":
+            tensor = tensor.squeeze(0)
+        if ".attn.to_qkv." in name:
+            parts = zip("qkv", torch.atleast_1d(tensor).chunk(3), strict=False)
+            converted |= {name.replace(".attn.to_qkv.", f".self_attn.{part}_proj."): rows for part, rows in parts}
+        else:
+            converted[name] = tensor
+    return converted
 
 
-def _take(tensor: Tensor, name: str, shape: Size) -> Tensor:
-    """The part of an official `tensor` that transformers calls `name`."""
-    part = QKV.search(name)
-    return tensor.chunk(3)["qkv".index(part[1])] if part else tensor.reshape(shape)
-
-
-def _read_sizes(path: Path) -> dict[str, Any]:
-    """The sizes (see WAN_TOWER) in transformers' config.json, without the last layer."""
+def _read_config(path: Path) -> TowerConfig:
+    """The sizes in transformers' config.json, without the last layer."""
     from transformers import CLIPVisionConfig
 
     given, defaults = read_json(path), CLIPVisionConfig()
     with reading(path):
+        if "clip" not in str(given.get("model_type")):
+            raise UserError(f"{path}: model_type={given.get('model_type')} is no CLIP, as Wan's")
         vision = given.get("vision_config", given)
-        sizes = {name: vision.get(name, getattr(defaults, name)) for name in WAN_TOWER}
-        if "clip" not in str(given.get("model_type")) or sizes["hidden_act"] != "gelu":
-            raise UserError(
-                f"{path}: {given.get('model_type')} with {sizes['hidden_act']} is no CLIP with gelu, as Wan's"
-            )
-        sizes["num_hidden_layers"] -= 1
-        widest = {"hidden_size": WIDE, "intermediate_size": WIDE, "patch_size": sizes["image_size"]}
-        for name in sizes.keys() - {"hidden_act", "layer_norm_eps"}:
-            if type(sizes[name]) is not int:
-                raise UserError(f"{name}={sizes[name]!r:.80} must be a whole number")
-            require_between("", 1, widest.get(name, MANY), **{name: sizes[name]})
-        require_between("", 0, 1, layer_norm_eps=sizes["layer_norm_eps"])
-        if sizes["hidden_size"] % sizes["num_attention_heads"]:
-            raise UserError(f"hidden_size={sizes['hidden_size']} must be a multiple of num_attention_heads")
-    return sizes
+        sizes = {size.name: vision.get(size.name, getattr(defaults, size.name)) for size in fields(TowerConfig)}
+        return build_from(TowerConfig, sizes | {"num_hidden_layers": sizes["num_hidden_layers"] - 1}, path)

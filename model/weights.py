@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.files import atomic_path
-from configs.foreign import parse_json, parse_object, reading, require_inside
+from configs.untrusted import parse_object, reading, require_inside
 from model.bare_names import bare_names
 
 HEADER_BYTES = 100_000_000  # the format's own limit
@@ -84,7 +83,7 @@ def save_weights(state: Mapping[str, Tensor], path: str | Path, metadata: Mappin
         header[name] = {"dtype": DTYPE_NAMES[specs[name].dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as part, open(part, "wb") as file:
+    with storage.writing(path) as part, open(part, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             file.write(_bytes(state[name].detach().cpu().contiguous()))
@@ -153,22 +152,16 @@ def _spec(name: str, entry: dict[str, Any]) -> Tensor:
 
 def _open_shards(index: Path) -> LazyWeights:
     with reading(index):
-        loaded = parse_json(index.read_bytes(), index)
-        files = loaded.get("weight_map") if isinstance(loaded, dict) else None
-        if not isinstance(files, dict) or not files or not all(isinstance(file, str) for file in files.values()):
-            raise UserError(f"{index} is no index of shards: a `weight_map` of names to files is needed")
+        files = dict[str, str](parse_object(index.read_bytes(), index)["weight_map"])
         # As text: links from there to where files are kept are the user's own, as in Hugging Face's cache.
-        files = {name: require_inside(file, index) for name, file in files.items()}
-    missing = sorted({file for file in files.values() if not (index.parent / file).is_file()})
-    if missing:
-        raise MissingFileError(f"{index} names shards that are not there: {_some(missing)}")
-    shards = {file: read_weights(index.parent / file) for file in files.values()}
-    stored = sorted((name, file) for file, shard in shards.items() for name in shard)
-    if stored != sorted(files.items()):
-        differing = sorted({name for name, _ in set(stored) ^ set(files.items())})
+        shards = {file: index.parent / require_inside(file, index) for file in files.values()}
+    opened = {file: read_weights(path) for file, path in shards.items()}
+    stored = {(name, file) for file, shard in opened.items() for name in shard}
+    differing = sorted({name for name, _ in stored ^ set(files.items())})
+    if differing or not files:
         raise UserError(f"{index} does not say what is in its shards: {_some(differing)}")
-    specs = {name: shards[file].specs[name] for name, file in files.items()}
-    return LazyWeights(specs, lambda name: shards[files[name]].read(name), where=str(index))
+    specs = {name: opened[file].specs[name] for name, file in files.items()}
+    return LazyWeights(specs, lambda name: opened[files[name]].read(name), where=str(index))
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -186,24 +179,20 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:
-    """The model's weights in `state` under their bare names; a note on stderr says what they were called before."""
+    """The model's weights in `state` under their bare names (see `bare_names`). Reading NaN or infinity is a
+    UserError."""
     given = lazily(state)
-    bare = bare_names(given.specs)
-    bare.say(given.where)
-    return replace(given.renamed(bare.names), prefix=bare.prefix)
-
-
-def finite(state: LazyWeights) -> LazyWeights:
-    """`state`, of which reading a tensor with NaN or infinity is a UserError."""
+    names, prefix = bare_names(given.specs, given.where)
+    bare = given.renamed(names)
 
     def read(name: str) -> Tensor:
-        tensor = state.read(name)
+        tensor = bare.read(name)
         # torch cannot tell it of numbers of 8 bits.
         if not torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all():
-            raise UserError(f"{state.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
+            raise UserError(f"{given.where} holds NaN or infinity in {_some([name])}; it plays nothing but noise")
         return tensor
 
-    return replace(state, read=read)
+    return replace(bare, read=read, prefix=prefix)
 
 
 def require_same_tensors(expected: Mapping[str, Tensor], given: Mapping[str, Tensor], what: str) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from configs import load_file, save_config, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
 from configs.game import GameConfig
 from configs.s3 import bucket_and_key
+from configs.untrusted import parse_object, reading
 from model.action_dit import ActionDiT
 from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig
@@ -27,7 +27,7 @@ from model.limits import require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.third_party import PICKLES
 from model.vision import VisionTower, image_tokens, load_vision
-from model.weights import finite, load_into, open_weights
+from model.weights import load_into, open_weights
 
 COMPLETE = "COMPLETE"  # the file that a checkpoint folder gets last
 CODEC = "codec"  # the folder in which a checkpoint, its run or the folder above holds its codec
@@ -92,10 +92,8 @@ class WorldModel:
 def complete_steps(run: str | Path) -> list[str]:
     """The names of the checkpoint folders of a run, which may be an s3:// url, that were written to the end; oldest
     first."""
-    if storage.is_s3(run):
-        whole = [name.removesuffix(f"/{COMPLETE}") for name in storage.list_tree(run) if name.endswith(f"/{COMPLETE}")]
-        return sorted(name for name in whole if fnmatch(name, STEP_FOLDERS) and "/" not in name)
-    return sorted(folder.name for folder in Path(run).glob(STEP_FOLDERS) if (folder / COMPLETE).is_file())
+    names = (name.rstrip("/") for name in storage.list_folder(run))
+    return [name for name in names if fnmatch(name, STEP_FOLDERS) and storage.exists(f"{run}/{name}/{COMPLETE}")]
 
 
 def newest_step(run: str | Path) -> str | None:
@@ -128,13 +126,13 @@ def write_complete(folder: str | Path, **about: int) -> None:
 def read_complete(folder: str | Path) -> int:
     """The format of the checkpoint `folder`, 0 if no run can go on from it. Raises UserError if one of its files is
     missing or truncated."""
-    place, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
-    with reading(place, remedy):
-        saved = parse_object(storage.read_bytes(place), place)
+    file, remedy = storage.join(folder, COMPLETE), f"delete {folder}, or go on without it"
+    with reading(file, remedy):
+        saved = parse_object(storage.read_bytes(file), file)
         sizes, version = dict(saved.get("bytes", {})), int(saved.get("format", 0))
-    there = storage.list_tree(folder)
+    stored = storage.list_tree(folder)
     for name, size in sizes.items():
-        if there.get(name) != size:
+        if stored.get(name) != size:
             raise UserError(f"{storage.join(folder, name)} is missing or truncated; {remedy}")
     return version
 
@@ -148,10 +146,8 @@ def checkpoint_files(checkpoint: str) -> list[str]:
 def newest_checkpoint(path: str | Path, weights: Weights | None = None) -> Path:
     """What `find_checkpoint` finds, on this machine: of an s3:// url a copy without what only resuming needs, and with
     no other weights than `weights` if that is given."""
-    files = {f"{one}.safetensors" for one in get_args(Weights) if weights in (None, one)} | {WEIGHTS_NAME}
-    return storage.local(
-        find_checkpoint(path), lambda name: "/" not in name and (name in files or not name.endswith(".safetensors"))
-    )
+    others = {f"{kind}.safetensors" for kind in get_args(Weights) if weights not in (None, kind)}
+    return storage.local(find_checkpoint(path), lambda name: "/" not in name and name not in others)
 
 
 def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
@@ -160,33 +156,33 @@ def read_world_config(checkpoint: str | Path) -> WorldModelConfig:
 
 
 def find_codec(checkpoint: str | Path, config: WorldModelConfig, codec: str | None = None) -> str:
-    """The url of the codec with which the complete checkpoint `checkpoint` was trained, told by its hash: `codec` if
-    given, else in the checkpoint's folder, beside it, beside its run, or where training had it.
+    """The url of the codec with which the complete checkpoint `checkpoint` was trained, known by its hash: `codec` if
+    given, else one in the checkpoint's folder, beside it, beside its run, or where training had it.
 
-    A checkpoint names no place from which its codec is fetched but its own bucket, and no file but those that are
-    called as weights are: reading some of a machine's files never ends. Raises UserError if none has that hash.
+    Nothing is fetched from another bucket than the checkpoint's because a checkpoint says so, and no file is read but
+    those that are called as weights are: some of a machine's files have no end. Raises UserError if none has that hash.
     """
-    here, seen = str(checkpoint), dict[str, str]()
-    places = dict.fromkeys([codec] if codec else _codec_places(here, config.codec))
-    for place in places:
+    fault = f"{checkpoint} was trained on latents of codec {config.codec_hash}"
+    if codec:
+        if (actual := codec_hash(codec)) != config.codec_hash:
+            raise UserError(f"{fault}; {codec} is {actual}: give the right one as codec=")
+        return codec
+    others, urls = [], list(dict.fromkeys(_codec_urls(str(checkpoint), config.codec)))
+    for url in urls:
         try:
-            there = storage.path(place)
-            if there.is_dir() or (there.is_file() and (codec or there.suffix in (".safetensors", *PICKLES))):
-                seen[place] = codec_hash(place)
+            path = storage.path(url)
+            if path.is_dir() or (path.suffix in (".safetensors", *PICKLES) and path.is_file()):
+                if (actual := codec_hash(url)) == config.codec_hash:
+                    return url
+                others.append(f"{url} is {actual}")
         except (ValueError, OSError) as error:  # what merely lies there need not be a codec, nor be ours to read
-            if codec:
-                raise
-            seen[place] = f"none ({error})"
-        if seen.get(place) == config.codec_hash:
-            return place
-    fault = f"{here} was trained on latents of codec {config.codec_hash}"
-    if not codec and config.codec not in places:
+            others.append(f"{url} is none ({error})")
+    if config.codec not in urls:
         raise UserError(f"{fault}; {config.codec} is in another bucket and not fetched: codec={config.codec} allows it")
-    found = ", ".join(f"{place} is {what}" for place, what in seen.items()) or f"{codec or config.codec} is missing"
-    raise UserError(f"{fault}; {found}: give the right one as codec=")
+    raise UserError(f"{fault}; {', '.join(others) or f'{config.codec} is missing'}: give the right one as codec=")
 
 
-def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
+def _codec_urls(checkpoint: str, recorded: str) -> Iterator[str]:
     """Where a codec that training had at `recorded` may lie, nearest first."""
     folder = checkpoint if storage.is_s3(checkpoint) else os.path.abspath(checkpoint)
     names = dict.fromkeys((CODEC, storage.name_of(recorded)))
@@ -205,11 +201,10 @@ def _codec_places(checkpoint: str, recorded: str) -> Iterator[str]:
 
 def keep_codec(codec: str, run: str) -> None:
     """Puts a copy of `codec` into the folder `run`, unless one is there: its checkpoints then play wherever it goes."""
-    place = storage.join(run, CODEC)
-    either_remote = storage.is_s3(codec) or storage.is_s3(place)
-    same = codec.rstrip("/") == place if either_remote else os.path.realpath(codec) == os.path.realpath(place)
-    if not same and not storage.exists(storage.join(place, CONFIG_FILE)):
-        with storage.writing_folder(place, last=CONFIG_FILE) as folder:
+    kept = storage.join(run, CODEC)
+    same = os.path.realpath(codec) == os.path.realpath(kept)  # of a url the text decides
+    if not same and not storage.exists(storage.join(kept, CONFIG_FILE)):
+        with storage.writing_folder(kept, last=CONFIG_FILE) as folder:
             copy_codec(codec, folder)
 
 
@@ -220,18 +215,17 @@ def writing_world(out: str, world: WorldModelConfig, codec: str | None) -> Itera
 
     Raises UserError if something is in `out` already: it may be what is read.
     """
-    names = map(storage.name_of, storage.list_files(out) + storage.list_folders(out))
-    if any(not name.startswith(".") for name in names):  # such as what a killed writer left
+    if any(not name.startswith(".") for name in storage.list_folder(out)):  # such as what a killed writer left
         what = "is a checkpoint" if storage.exists(storage.join(out, COMPLETE)) else "holds files"
         raise UserError(f"{out} {what} already; choose another out=")
     with storage.writing_folder(out, last=COMPLETE, new=True) as folder:
         yield folder
-        one, average = folder / "model.safetensors", folder / "ema.safetensors"
-        if one.is_file():
+        weights, average = folder / "model.safetensors", folder / "ema.safetensors"
+        if weights.is_file():
             try:
-                os.link(one, average)  # no copy: files are replaced, never changed
+                os.link(weights, average)  # no copy: files are replaced, never changed
             except OSError:  # a file system without hard links
-                shutil.copyfile(one, average)
+                shutil.copyfile(weights, average)
         if codec is not None:
             copy_codec(codec, folder / CODEC)
         save_config(replace(world, codec=CODEC), folder / WORLD_FILE)
@@ -268,7 +262,7 @@ def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) ->
     file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
     if exported.is_file() and not file.is_file():
         return read_official(exported, model)[0]
-    return finite(open_weights(file))
+    return open_weights(file)
 
 
 def make_world(
@@ -289,11 +283,9 @@ def make_world(
 
 def check_same_game(world_game: GameConfig, other: GameConfig, where: str) -> None:
     """Raises UserError if recordings of `other` cannot be put to a model of `world_game`."""
-    ours, theirs = world_game.action_space, other.action_space
-    if ours.hash != theirs.hash:
-        raise UserError(
-            f"{where} has the action space {theirs.describe()}, the checkpoint was trained on {ours.describe()}"
-        )
-    sizes = [f"{game.height}x{game.width} px at {game.fps:g} fps" for game in (world_game, other)]
-    if sizes[0] != sizes[1]:
-        raise UserError(f"{where} has {sizes[1]}, the checkpoint was trained on {sizes[0]}")
+    ours, theirs = (
+        (game.action_space.hash, f"{game.action_space.describe()}, {game.height}x{game.width} px at {game.fps:g} fps")
+        for game in (world_game, other)
+    )
+    if ours != theirs:
+        raise UserError(f"{where} has the action space {theirs[1]}, the checkpoint was trained on {ours[1]}")

@@ -32,40 +32,23 @@ class ChunkedRollout(Rollout):
             self._prompt = [world.codec.encode(chunk) for chunk in prompt.split(CHUNK_FRAMES, dim=2)]
 
     def _denoise(self, actions: Rows) -> Tensor:
+        # As in training, the slots of the known latents carry them at the current noise level, with one fixed noise,
+        # and the conditioning carries them clean; only the other slots are integrated.
         latents = 2 * CHUNK_LATENTS if self.pieces else CHUNK_LATENTS  # the chunk before it is known
-        _, channels, _, height, width = self._known.shape
+        _, channels, count, height, width = self._known.shape
         noise = seeded_noise((channels, latents, height, width), self.seeds, self.pieces).to(self._known.device)
+        cond = condition(torch.cat([self._known, noise[:, :, count:]], dim=2), count)
         image_tokens = self.world.look(self._first_frame)
-        made = denoise_chunk(self.world, self._known, noise, actions, self.denoising, image_tokens)
-        return made[:, :, -CHUNK_LATENTS:]
+
+        def velocity(actions: Rows) -> Velocity:
+            inputs = model_inputs(self.world.dit, actions, "chunked", cond, image_tokens)
+            return lambda x, timestep: self.world.dit(x, timestep, **inputs)
+
+        guided = cfg(velocity, actions, CHUNK_FRAMES, self.denoising.guidance)
+        clip = integrate(guided, self.world.flow, noise, self.denoising.steps, self._known)
+        return clip[:, :, -CHUNK_LATENTS:]
 
     def _finish(self, latents: Tensor, actions: Rows) -> Tensor:
         self._known, frames = latents, decode_frames(self.world, latents)
         self._first_frame = to_video(frames[:, :1])[:, :, 0]
         return frames
-
-
-@torch.inference_mode()
-def denoise_chunk(
-    world: WorldModel,
-    known: Tensor,
-    noise: Tensor,
-    actions: Rows,
-    denoising: Denoising,
-    image_tokens: Tensor | None = None,
-) -> Tensor:
-    """Clean latents (b c f h w) from `noise` of that shape; the first ones are `known` (b c m h w).
-
-    `actions`: keyboard (b n k) and mouse (b n 2) of the frames of all f latents in the chunked layout. As in training,
-    the slots of the known latents carry them at the current noise level, with one fixed noise, and the conditioning
-    carries them clean; only the other slots are integrated. `image_tokens` (b m c) are of the first known frame.
-    """
-    count = known.shape[2]
-    cond = condition(torch.cat([known, torch.zeros_like(noise[:, :, count:])], dim=2), count)
-
-    def velocity(actions: Rows) -> Velocity:
-        inputs = model_inputs(world.dit, actions, "chunked", cond, image_tokens)
-        return lambda x, timestep: world.dit(x, timestep, **inputs)
-
-    guided = cfg(velocity, actions, CHUNK_FRAMES, denoising.guidance)
-    return integrate(guided, world.flow, noise, denoising.steps, known)

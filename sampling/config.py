@@ -1,12 +1,12 @@
-"""What both commands of `python -m sampling` are given."""
+"""The settings that all commands of `python -m sampling` share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from configs import storage
+from configs import storage, within
 from configs.files import require_other_files
-from model.limits import require_between, require_device
+from model.limits import require_device
 from model.world import Precision, Weights, WorldModel, checkpoint_files, find_checkpoint, load_world
 
 
@@ -16,7 +16,7 @@ class SamplingConfig:
 
     checkpoint: str  # a step folder, or a run folder: its newest complete step
     guidance: float = 1.0  # by actions: above 1 the picture answers more clearly, at twice the passes
-    seed: int = 0
+    seed: int = within(0, 1 << 62, 0)
     mouse_deg: float = 3.0  # degrees per frame of turn_left, look_up, ...
     weights: Weights = "ema"
     device: str = "cpu"
@@ -24,18 +24,15 @@ class SamplingConfig:
     vision: str | None = None  # weights of CLIP's vision tower, for a model with vision
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
 
-    def __post_init__(self) -> None:
-        require_between("", 0, 1 << 62, seed=self.seed)
-
     def find(self, outs: Sequence[str | Path], **read: str | Sequence[str] | None) -> str:
-        """The url of the checkpoint. A UserError if one of `outs` is a file of it, or of what else is `read`."""
+        """The url of the checkpoint. UserError if one of `outs` is a file of it or of something else that is `read`."""
         require_device(self.device)
         checkpoint = find_checkpoint(self.checkpoint)
         codec = self.codec and storage.files_at(self.codec)
-        own = {"vision": self.vision, "codec": codec, "checkpoint": checkpoint_files(checkpoint)}
-        require_other_files(outs, {**read, **own})
+        weights = {"vision": self.vision, "codec": codec, "checkpoint": checkpoint_files(checkpoint)}
+        require_other_files(outs, {**read, **weights})
         return checkpoint
 
     def load(self, checkpoint: str) -> WorldModel:
-        """The world model in the checkpoint that was found."""
+        """The world model in a checkpoint that `find` gave."""
         return load_world(checkpoint, self.weights, self.device, self.precision, self.vision, self.codec)

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from configs import storage
+from configs import storage, within
 from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder
 from configs.game import GameConfig
@@ -24,8 +23,7 @@ from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
 from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
-from model.limits import require_between
-from model.world import WorldModel, WorldModelConfig, read_world_config
+from model.world import WorldModel, read_world_config
 from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
 from sampling.play import play
@@ -43,23 +41,19 @@ class GenerateConfig(SamplingConfig):
     out: str  # .mp4; the contact sheet gets the same name with .png
     actions: str = "random"  # random, words (forward+turn_left:36,idle:12), a .csv or a .json file
     frames: int = 81  # at the game's frame rate, the prompt included
-    method: Literal["chunked", "streaming"] = "chunked"  # streaming: of a causal model, block after block with caches
     steps: int = 8  # Euler steps per chunk or block
-    few_steps: tuple[int, ...] = ()  # streaming: instead of steps the list of a few-step model: [1000,666,333]
-    context_noise: float | None = None  # streaming: noise level of finished blocks in the caches; null: the model's own
-    prompt_frame: int = 0
-    prompt_frames: int = 1  # streaming: frames of the prompt video that begin the video; actions begin with theirs
+    few_steps: tuple[int, ...] = ()  # causal models: instead of steps the list of a few-step model: [1000,666,333]
+    context_noise: float | None = None  # causal models: noise of finished blocks in the caches; null: the model's own
+    prompt_frame: int = within(0, 1 << 62, 0)
+    prompt_frames: int = within(1, 1_000_000, 1)  # of the prompt video, in whole pieces; actions begin with theirs
     compile: CompileMode = "no"  # torch.compile of the model's blocks: worth its minutes for a long video
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         _ = self.denoising, self.scripted  # checks of their own
-        require_between("", 1, self.frames, prompt_frames=self.prompt_frames)
-        require_between("", 0, 1 << 62, prompt_frame=self.prompt_frame)
         if Path(self.out).suffix.lower() != ".mp4":
             raise UserError(f"out={self.out} must end in .mp4")
-        if self.method == "chunked" and (self.few_steps or self.context_noise is not None or self.prompt_frames != 1):
-            raise UserError("few_steps, context_noise and prompt_frames belong to method=streaming")
+        if self.prompt_frames > self.frames:
+            raise UserError(f"prompt_frames={self.prompt_frames} is more than frames={self.frames}")
 
     @property
     def denoising(self) -> Denoising:
@@ -77,8 +71,10 @@ def generate(config: GenerateConfig) -> None:
     script = config.actions if is_file(config.actions) else None
     checkpoint = config.find([config.out, sheet], prompt=config.prompt, actions=script)
     trained = read_world_config(checkpoint)
-    _require_method(config, trained, checkpoint)
     game = trained.game
+    FlowMatch(trained.flow).warp(config.few_steps)  # a UserError for steps that the model does not have
+    if not trained.model.causal and (config.few_steps or config.context_noise is not None):
+        raise UserError(f"{checkpoint} is no causal model: leave out few_steps and context_noise")
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = config.load(checkpoint)
@@ -91,14 +87,6 @@ def generate(config: GenerateConfig) -> None:
         write_sheet(folder / sheet.name, tiles, title)
     length = f"{config.frames} frames ({config.frames / game.fps:.1f} s of play)"
     print(f"{out}: {length} in {took_s:.1f} s, {took_s / config.frames:.3f} s per frame; contact sheet {sheet}")
-
-
-def _require_method(config: GenerateConfig, trained: WorldModelConfig, checkpoint: str) -> None:
-    FlowMatch(trained.flow).warp(config.few_steps)  # refuses steps that the model does not have
-    method = "chunked" if trained.model.causal is None else "streaming"
-    if config.method != method:
-        was = "not trained causally" if method == "chunked" else "trained causally, block after block"
-        raise UserError(f"method={config.method}, but {checkpoint} was {was}; use method={method}")
 
 
 def _drawn_frames(

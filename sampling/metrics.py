@@ -10,31 +10,24 @@ from torch import Tensor
 
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from model.layout import CHUNK_FRAMES, CHUNK_LATENTS, Layout, latent_ends
+from model.layout import Layout, latent_ends
 from model.loss import sigma_bins
 
 
-def cut_chunk(batch: Batch, index: int) -> Batch:
-    """The batch cut to one chunk of its chunked clips."""
-    latents = slice(CHUNK_LATENTS * index, CHUNK_LATENTS * (index + 1))
-    return _cut(batch, latents, slice(CHUNK_FRAMES * index, CHUNK_FRAMES * (index + 1)))
+def first_latents(batch: Batch, count: int, layout: Layout, frames_per_latent: int) -> Batch:
+    """The batch cut to the first `count` latents of its clips and their frames."""
+    return cut_clips(batch, slice(count), slice(latent_ends(layout, count, frames_per_latent)[-1] + 1))
 
 
-def first_latents(batch: Batch, count: int, layout: Layout, frames_per_latent: int) -> Batch | None:
-    """The batch cut to the first `count` latents of its clips and their frames; None if they are shorter."""
-    if batch.latents.shape[2] < count:
-        return None
-    return _cut(batch, slice(count), slice(latent_ends(layout, count, frames_per_latent)[-1] + 1))
-
-
-def _cut(batch: Batch, latents: slice, frames: slice) -> Batch:
-    grey = batch.image_latents
+def cut_clips(batch: Batch, latents: slice, frames: slice) -> Batch:
+    """The batch cut to some latents of its clips, and the actions of their frames."""
+    image_latents = batch.image_latents
     return replace(
         batch,
         latents=batch.latents[:, :, latents],
         keyboard=batch.keyboard[:, frames],
         mouse=batch.mouse[:, frames],
-        image_latents=None if grey is None else grey[:, :, latents],
+        image_latents=None if image_latents is None else image_latents[:, :, latents],
     )
 
 

@@ -1,6 +1,6 @@
-"""Playing a world: along given actions, or live, where the actions of a piece come when it is to be made."""
+"""Playing a world: along given actions, or live, with the actions of each piece as they come."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -61,10 +61,5 @@ class LiveWorld:
     def step(self, actions: Actions) -> np.ndarray:
         """The next frames (n h w 3) uint8; `actions` has n rows, or one that is held for all of them."""
         rows = (torch.from_numpy(array)[None] for array in (actions.keyboard, actions.mouse))
-        held = (row.expand(-1, self.frames_due, -1) if row.shape[1] == 1 else row for row in rows)
-        return self.rollout.step(*held)[0].cpu().numpy()
-
-    def play(self, act: Callable[[int], Actions]) -> Iterator[np.ndarray]:
-        """Piece after piece of frames without end; `act(n)` is asked for the actions of n frames before each."""
-        while True:
-            yield self.step(act(self.frames_due))
+        expanded = (row.expand(-1, self.frames_due, -1) if row.shape[1] == 1 else row for row in rows)
+        return self.rollout.step(*expanded)[0].cpu().numpy()

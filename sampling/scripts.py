@@ -11,8 +11,8 @@ import numpy as np
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import parse_json
 from configs.game import ActionSpace
+from configs.untrusted import parse_json
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.types import Actions
 from model.limits import require_between
@@ -77,7 +77,10 @@ def read_script(script: str, action_space: ActionSpace, scripted: Scripted) -> A
         table = [hold(entry, words, action_space) for entry in random_table(action_space)]
         return random_play(table, frames, scripted.seed)
     entries, index = [], list[int]()
-    for i, segment in enumerate(_read_json(path) if path.suffix.lower() == ".json" else script.split(",")):
+    segments = parse_json(path.read_bytes(), path) if path.suffix.lower() == ".json" else script.split(",")
+    if not (isinstance(segments, list) and segments and all(isinstance(segment, str) for segment in segments)):
+        raise UserError(f'{path} must hold a list of segments, as in ["forward:36", "forward+turn_left:24"]')
+    for i, segment in enumerate(segments):
         entry, colon, count = segment.strip().partition(":")
         digits = count.strip().lstrip("0")
         if colon and not (digits.isascii() and digits.isdecimal()):
@@ -140,10 +143,3 @@ def random_play(
 def _rows(table: Sequence[Actions], index: np.ndarray) -> Actions:
     keyboard, mouse = (np.concatenate([getattr(row, name) for row in table]) for name in ("keyboard", "mouse"))
     return Actions(keyboard[index].astype(np.float32), mouse[index].astype(np.float32))
-
-
-def _read_json(path: Path) -> list[str]:
-    segments = parse_json(path.read_bytes(), path)
-    if not (isinstance(segments, list) and segments and all(isinstance(segment, str) for segment in segments)):
-        raise UserError(f'{path} must hold a list of segments, as in ["forward:36", "forward+turn_left:24"]')
-    return segments

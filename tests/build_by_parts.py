@@ -8,10 +8,9 @@ import torch
 from configs import load_config
 from model.action_dit import ActionDiT
 from model.weights import save_weights
-from train.build import build_engine
 from train.config import TrainConfig
 from train.engine import Engine
-from train.engines import start_accelerator
+from train.engines import build_engine, start_accelerator
 
 
 def starts_as(engine: Engine, whole: ActionDiT) -> int:

@@ -4,15 +4,10 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from http.client import HTTPConnection, HTTPResponse
+from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Literal
 
-Kind = Literal[
-    "busy", "broken", "refused", "too slow", "misread", "throttled", "not offered",
-    "cut", "altered", "slow", "lost", "dropped", "held",
-]  # fmt: skip
-ANSWERS: dict[Kind, tuple[int, str]] = {
+ANSWERS = {  # kind: status, S3's code
     "busy": (503, "SlowDown"),
     "broken": (500, "InternalError"),
     "refused": (403, "AccessDenied"),
@@ -21,13 +16,14 @@ ANSWERS: dict[Kind, tuple[int, str]] = {
     "throttled": (400, "ThrottlingException"),
     "not offered": (501, "NotImplemented"),
 }
+ERROR = "<?xml version='1.0'?><Error><Code>{}</Code><Message>by the proxy</Message></Error>"
 
 
 @dataclass
 class Fault:
     """What happens to the first `times` requests whose `METHOD /bucket/key?query` matches."""
 
-    kind: Kind
+    kind: str  # of ANSWERS; or dropped, lost, slow, held: no answer or a late one; cut, altered: a damaged one
     request: str  # regular expression; keys are percent-encoded
     times: int = 10**9
     seconds: float = 0.0  # slow: before the answer
@@ -40,47 +36,37 @@ class Fault:
             time.sleep(0.01)
 
 
-class FaultProxy:
+class FaultProxy(ThreadingHTTPServer):
     """Forwards to 127.0.0.1:`port`; `requests` are all that came, `faults` what they suffer."""
 
+    daemon_threads = True
+
     def __init__(self, port: int) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.target = port
         self.faults: list[Fault] = []
         self.requests: list[str] = []
-        self.target = port
-        proxy = self
-
-        class Handler(_Handler):
-            owner = proxy
-
-        self.server = _Server(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def add(self, fault: Fault) -> Fault:
         self.faults.append(fault)
         return fault
 
-    def take(self, request: str) -> Fault | None:
-        """The fault that this request meets."""
+    def take(self, request: str) -> Fault:
+        """The fault that this request meets; one of no kind if there is none."""
         self.requests.append(request)
         for fault in self.faults:
             if fault.met < fault.times and re.search(fault.request, request):
                 fault.met += 1
                 return fault
-        return None
+        return Fault("", "")
 
     def stop(self) -> None:
         for fault in self.faults:
             fault.released.set()
-        self.server.shutdown()
-        self.server.server_close()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+        self.shutdown()
+        self.server_close()
 
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients that are killed hang up
@@ -89,35 +75,40 @@ class _Server(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    owner: FaultProxy
+    server: FaultProxy
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        fault = self.owner.take(f"{self.command} {self.path}")
-        kind = fault.kind if fault else None
-        if fault and kind == "slow":
-            time.sleep(fault.seconds)
-        if fault and kind == "held":
+        fault = self.server.take(f"{self.command} {self.path}")
+        time.sleep(fault.seconds)
+        if fault.kind == "held":
             fault.released.wait(120)
-        if kind == "dropped":
+        if fault.kind == "dropped":
             self.close_connection = True
-        elif kind in ANSWERS:
-            self._refuse(*ANSWERS[kind])
-        else:
-            self._forward(body, kind)
+            return
+        if fault.kind in ANSWERS:
+            status, code = ANSWERS[fault.kind]
+            data = b"" if self.command == "HEAD" else ERROR.format(code).encode()
+            self._answer(status, {"Content-Length": str(len(data))}, data)
+            return
+        try:
+            status, headers, data = self._ask_server(body)
+        except OSError:  # it is not there
+            self.close_connection = True
+            return
+        if fault.kind == "lost":
+            self.close_connection = True
+            return
+        if fault.kind == "cut":
+            data, self.close_connection = data[: len(data) // 2], True
+        if fault.kind == "altered" and data:
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        self._answer(status, headers, data)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _serve
 
-    def _refuse(self, status: int, code: str) -> None:
-        text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>by the proxy</Message></Error>".encode()
-        text = b"" if self.command == "HEAD" else text
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text)
-
-    def _forward(self, body: bytes, kind: Kind | None) -> None:
-        upstream = HTTPConnection("127.0.0.1", self.owner.target, timeout=60)
+    def _ask_server(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        upstream = HTTPConnection("127.0.0.1", self.server.target, timeout=60)
         try:
             upstream.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
@@ -126,28 +117,18 @@ class _Handler(BaseHTTPRequestHandler):
             upstream.endheaders(body)
             answer = upstream.getresponse()
             data = answer.read()
-        except OSError:  # the server is not there
-            self.close_connection = True
-            return
         finally:
             upstream.close()
-        if kind == "lost":
-            self.close_connection = True
-        else:
-            self._answer(answer, data, kind)
-
-    def _answer(self, answer: HTTPResponse, data: bytes, kind: Kind | None) -> None:
-        self.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "content-length", "date", "server"):
-                self.send_header(name, value)
+        ours = ("connection", "transfer-encoding", "content-length", "date", "server")
+        headers = {name: value for name, value in answer.getheaders() if name.lower() not in ours}
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
-        self.send_header("Content-Length", length or "0")
+        return answer.status, {**headers, "Content-Length": length or "0"}, data
+
+    def _answer(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
         self.end_headers()
-        if kind == "cut":
-            data, self.close_connection = data[: len(data) // 2], True
-        if kind == "altered" and data:
-            data = data[:-1] + bytes([data[-1] ^ 1])
         self.wfile.write(data)
 
     def log_message(self, format: str, *args: object) -> None:

@@ -3,26 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import foreign_recordings as foreign
 import numpy as np
+import pytest
 import yaml
-from foreign_recordings import (
-    INPUTS,
-    LEVEL_DEG,
-    draw_gf_play,
-    draw_play,
-    log_rows,
-    owl_rows,
-    read_picture,
-    write_csgo,
-    write_event_log,
-    write_fastvideo,
-    write_frames,
-    write_gf,
-    write_lerobot,
-    write_owl,
-    write_table,
-    write_vpt,
-)
 
 from configs import load_config
 from configs.game import GameConfig
@@ -65,22 +49,26 @@ LENGTHS = {  # of the episodes of each format
 
 def write_all(root: Path) -> dict[str, Path]:
     """A folder of recordings per format."""
-    write_frames(root / "frames" / "one", draw_play(30, 4, mouse=False), INPUTS["frames"], 20.0)
-    write_vpt(root / "vpt", "player-20220101", draw_play(40, 9), gui=(12, 13, 14, 16), skipped_at=30)
-    write_vpt(root / "vpt", "player-20220102", draw_play(30, 9, seed=1))
-    write_gf(root / "gf_minecraft", "seed_1_part_1", draw_gf_play(30))
-    write_csgo(root / "csgo" / "hdf5_dm_july2021_1.hdf5", draw_play(30, 13))
-    write_lerobot(root / "lerobot", [draw_play(frames, 4, seed=frames) for frames in LENGTHS["lerobot"]])
-    write_owl(root / "owl_control" / "one", play := draw_play(40, 5), owl_rows(play))
-    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(40, 5, seed=2))):
-        write_event_log(root / "event_log" / name, play, log_rows(play))
-    write_fastvideo(root / "fastvideo", {"one": draw_play(40, 4), "two/three": draw_play(30, 4, seed=1)})
-    for name, play in (("one.csv", draw_play(40, 5)), ("two.jsonl", draw_play(30, 5, seed=1))):
-        write_table(root / "table" / name, play)
+    foreign.write_frames(root / "frames" / "one", foreign.draw_play(30, 4, mouse=False), foreign.INPUTS["frames"], 20.0)
+    foreign.write_vpt(root / "vpt", "player-20220101", foreign.draw_play(40, 9), gui=(12, 13, 14, 16), skipped_at=30)
+    foreign.write_vpt(root / "vpt", "player-20220102", foreign.draw_play(30, 9, seed=1))
+    foreign.write_gf(root / "gf_minecraft", "seed_1_part_1", foreign.draw_gf_play(30))
+    foreign.write_csgo(root / "csgo" / "hdf5_dm_july2021_1.hdf5", foreign.draw_play(30, 13))
+    foreign.write_lerobot(
+        root / "lerobot", [foreign.draw_play(frames, 4, seed=frames) for frames in LENGTHS["lerobot"]]
+    )
+    foreign.write_owl(root / "owl_control" / "one", play := foreign.draw_play(40, 5), foreign.owl_rows(play))
+    for name, play in (("one.csv", foreign.draw_play(40, 5)), ("two.jsonl", foreign.draw_play(40, 5, seed=2))):
+        foreign.write_event_log(root / "event_log" / name, play, foreign.log_rows(play))
+    foreign.write_fastvideo(
+        root / "fastvideo", {"one": foreign.draw_play(40, 4), "two/three": foreign.draw_play(30, 4, seed=1)}
+    )
+    for name, play in (("one.csv", foreign.draw_play(40, 5)), ("two.jsonl", foreign.draw_play(30, 5, seed=1))):
+        foreign.write_table(root / "table" / name, play)
     return {path.name: path for path in root.iterdir()}
 
 
-def words(reader: str, folder: Path, *more: str) -> list[str]:
+def game_args(reader: str, folder: Path, *more: str) -> list[str]:
     """The game's YAML, made small; one is written into `folder` for a format without a preset."""
     if reader in PRESETS:
         return [str(GAMES / f"{PRESETS[reader]}.yaml"), "game.height=64", "game.width=112", *more]
@@ -93,11 +81,20 @@ def words(reader: str, folder: Path, *more: str) -> list[str]:
 
 
 def load_game(reader: str, folder: Path, *more: str) -> GameConfig:
-    return load_config(CodecTrainConfig, [*words(reader, folder, *more), "source=x", "out=x"]).game
+    return load_config(CodecTrainConfig, [*game_args(reader, folder, *more), "source=x", "out=x"]).game
 
 
 def read_all(reader: Reader, source: Path, game: GameConfig) -> list[Episode]:
     return [episode for recording in find_recordings(reader, source) for episode in recording.read(game)]
+
+
+def refusal(reader: Reader, source: Path, *args: str) -> str:
+    """The one line of the error when everything of a source is read, pictures too."""
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        for episode in read_all(reader, source, load_game(reader, source.parent, *args)):
+            list(episode.frames())
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+    return str(error.value)
 
 
 def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) -> None:
@@ -112,9 +109,9 @@ def require_agreement(reader: str, game: GameConfig, episodes: list[Episode]) ->
 
 def show(reader: str, game: GameConfig, picture: np.ndarray) -> tuple[list[float], list[float]]:
     """The keyboard and mouse vectors that a picture shows."""
-    inputs = INPUTS[reader]
-    play = read_picture(picture, len(inputs))
+    inputs = foreign.INPUTS[reader]
+    play = foreign.read_picture(picture, len(inputs))
     held = {name for name, down in zip(inputs, play.keyboard, strict=True) if down}
     keyboard = [float(not held.isdisjoint(game.inputs.keys[key])) for key in game.action_space.keys]
-    degrees = LEVEL_DEG[reader][[0, 1], play.levels + 2] if game.action_space.mouse else np.zeros(0)
+    degrees = foreign.LEVEL_DEG[reader][[0, 1], play.levels + 2] if game.action_space.mouse else np.zeros(0)
     return keyboard, (degrees / game.action_space.mouse_unit_deg).tolist()

@@ -7,6 +7,7 @@ a test can compare picture and action of every frame, whatever way the pictures 
 import csv
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,6 +83,18 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A table, csv or jsonl."""
+    if path.suffix == ".jsonl":
+        write_lines(path, map(json.dumps, rows))
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def change_lines(log: Path, change: Callable[[list[dict[str, Any]]], object]) -> None:
     """A jsonl whose objects `change` changes in place."""
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -94,43 +107,30 @@ def write_frames(folder: Path, play: Play, keys: Sequence[str], fps: float, firs
     (folder / "frames").mkdir(parents=True)
     for i, picture in enumerate(paint(play)):
         Image.fromarray(picture).save(folder / "frames" / f"shot-{first + i:05d}.png")
-    rows = [
-        (key, f"{100 + (i + 0.3) / fps:.4f}", first + i)
-        for i, held in enumerate(play.keyboard)
-        for key, down in zip(keys, held, strict=True)
-        if down
-    ]
-    write_lines(folder / "input.csv", ["key,time,frame", *(f"{key},{time},{frame}" for key, time, frame in rows)])
+    held = [(i, key) for i, row in enumerate(play.keyboard) for key in compress(keys, row)]
+    rows = [f"{key},{100 + (i + 0.3) / fps:.4f},{first + i}" for i, key in held]
+    write_lines(folder / "input.csv", ["key,time,frame", *rows])
 
 
-def vpt_line(held: Iterable[str], level: Iterable[int], tick: int, gui: bool = False) -> dict[str, Any]:
-    """A line of a contractor recording; `held` are key names and mouse button numbers."""
-    held, (pitch, yaw) = list(held), level
-    buttons = [int(name) for name in held if name.isdigit()]
-    return {
-        "mouse": {"x": 640.0, "y": 360.0, "dx": 20.0 * yaw, "dy": -20.0 * pitch, "buttons": buttons, "newButtons": []},
-        "keyboard": {"keys": [name for name in held if not name.isdigit()], "newKeys": [], "chars": ""},
-        "isGuiOpen": gui,
-        "isGuiInventory": gui,
-        "hotbar": 0,
-        "yaw": 12.5,
-        "pitch": 3.0,
-        "tick": tick,
-        "milli": 1649575088006 + 50 * tick,
-        "stats": {},
-    }
-
-
-VPT_KEYS = [f"key.keyboard.{key}" for key in ("w", "s", "a", "d", "space", "left.shift", "left.control")] + ["0", "1"]
+VPT_KEYS = [f"key.keyboard.{key}" for key in ("w", "s", "a", "d", "space", "left.shift", "left.control")]
 
 
 def write_vpt(folder: Path, name: str, play: Play, gui: Iterable[int] = (), skipped_at: int | None = None) -> None:
     """An mp4 and its jsonl. In the frames `gui` a GUI is open; before `skipped_at` the recorder left out ten ticks."""
     lines = []
-    for i, (held, level) in enumerate(zip(play.keyboard, play.levels, strict=True)):
+    for i, (held, (pitch, yaw)) in enumerate(zip(play.keyboard, play.levels, strict=True)):
         tick = i + (10 if skipped_at is not None and i >= skipped_at else 0)
-        names = [name for name, down in zip(VPT_KEYS, held, strict=True) if down]
-        lines.append(json.dumps(vpt_line(names, level, tick, i in set(gui))))
+        moved = {"x": 640.0, "y": 360.0, "dx": 20.0 * yaw, "dy": -20.0 * pitch}
+        mouse = moved | {"buttons": np.flatnonzero(held[len(VPT_KEYS) :]).tolist(), "newButtons": []}
+        keyboard = {"keys": [*compress(VPT_KEYS, held)], "newKeys": [], "chars": ""}
+        others = {
+            "isGuiOpen": i in set(gui),
+            "hotbar": 0,
+            "yaw": 12.5,
+            "tick": tick,
+            "milli": 1649575088006 + 50 * tick,
+        }
+        lines.append(json.dumps({"mouse": mouse, "keyboard": keyboard, **others}))
     write_lines(folder / f"{name}.jsonl", lines)
     write_video(folder / f"{name}.mp4", paint(play), 20.0)
 
@@ -235,13 +235,10 @@ def write_fastvideo(root: Path, plays: dict[str, Play], plain: bool = False) -> 
 
 def write_table(path: Path, play: Play, fps: float = 30.0) -> None:
     """A table, csv or jsonl, of one row per frame, and the mp4 of its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path.with_suffix(".mp4"), paint(play), fps)
     names = ["frame", *INPUTS["table"], "mouse_y", "mouse_x"]
     table = np.column_stack([np.arange(len(play.levels)), play.keyboard, play.levels * (-60, 60)]).astype(int)
-    rows = [dict(zip(names, row, strict=True)) for row in table.tolist()]
-    texts = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
-    write_lines(path, texts if path.suffix == ".csv" else [json.dumps(row) for row in rows])
+    write_rows(path, [dict(zip(names, row, strict=True)) for row in table.tolist()])
+    write_video(path.with_suffix(".mp4"), paint(play), fps)
 
 
 Row = tuple[float, str, Any]  # of an owl-control log: seconds, type, arguments
@@ -276,22 +273,13 @@ def log_rows(play: Play, fps: float = 60.0) -> list[dict[str, Any]]:
 
 def write_event_log(log: Path, play: Play, rows: Sequence[dict[str, Any]], fps: float = 60.0) -> None:
     """A log, csv or jsonl, and the mp4 of its name."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(log, rows)
     write_video(log.with_suffix(".mp4"), paint(play), fps)
-    if log.suffix == ".jsonl":
-        write_lines(log, [json.dumps(row) for row in rows])
-        return
-    with open(log, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 def write_owl(folder: Path, play: Play, rows: Iterable[Row]) -> None:
     """A folder with mp4, log and metadata."""
+    named = [{"timestamp": f"{t:.6f}", "event_type": kind, "event_args": json.dumps(args)} for t, kind, args in rows]
+    write_rows(folder / "inputs.csv", named)
     write_video(folder / "recording.mp4", paint(play), 60.0)
-    with open(folder / "inputs.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["timestamp", "event_type", "event_args"])
-        writer.writerows((f"{time:.6f}", kind, json.dumps(args)) for time, kind, args in rows)
     write_lines(folder / "metadata.json", [json.dumps({"game_exe": "game.exe"})])

@@ -9,20 +9,8 @@ from random import Random
 from typing import Any
 
 NUMBERS = [
-    "0",
-    "-1",
-    "1e308",
-    "-1e308",
-    "1e999",
-    "nan",
-    "inf",
-    "1e-320",
-    str(2**31),
-    str(2**63),
-    str(10**30),
-    "0x10",
-    "007",
-]
+    "0", "-1", "1e308", "-1e308", "1e999", "nan", "inf", "1e-320", str(2**31), str(2**63), str(10**30), "0x10", "007",
+]  # fmt: skip
 TEXTS = [
     "", " ", "null", "true", "[]", "{}", "..", "../../../outside/x", "/outside/x", "a/../../outside/x", "a\0b", "a\nb",
     "\\", "${oc.env:HOME}", "${", "</title><script>alert(1)</script>", "$(touch outside/x)", "é\u202e", "x" * 5000,
@@ -30,24 +18,8 @@ TEXTS = [
     "{:>2000000000}", '"', "'",
 ]  # fmt: skip
 VALUES: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    2**40,
-    10**12,
-    10**30,
-    1.5,
-    "x",
-    "",
-    [],
-    {},
-    [None],
-    {"a": 1},
-    [[]],
-    "../x",
-    -0.0,
-]
+    None, True, -1, 0, 2**40, 10**12, 10**30, 1.5, "x", "", [], {}, [None], {"a": 1}, [[]], "../x", -0.0,
+]  # fmt: skip
 
 
 def bytes_changed(data: bytes, rng: Random) -> bytes:
@@ -55,34 +27,24 @@ def bytes_changed(data: bytes, rng: Random) -> bytes:
     if not data:
         return rng.randbytes(rng.randrange(100))
     first, count = rng.randrange(len(data)), rng.choice([1, 2, 8, 40, 200, 5000])
-    rest = data[first + count :]
-    return rng.choice(
-        [
-            data[:first],
-            data[:first] + rng.randbytes(count) + rest,
-            data[:first] + bytes(count) + rest,
-            data[:first] + b"\xff" * count + rest,
-            data[:first] + rest,
-            data[: first + count] + data[first:],
-            data[:first] + bytes([data[first] ^ 1 << rng.randrange(8)]) + data[first + 1 :],
-            data[:first] + rng.choice([*TEXTS, *NUMBERS]).encode() + rest,
-            b"" if rng.random() < 0.2 else rng.randbytes(count),
-            data + rng.randbytes(count),
-        ]
-    )
+    start, rest = data[:first], data[first + count :]
+    flipped = start + bytes([data[first] ^ 1 << rng.randrange(8)]) + data[first + 1 :]
+    text = rng.choice([*TEXTS, *NUMBERS]).encode()
+    fillings = [rng.randbytes(count), bytes(count), b"\xff" * count, b"", text, 2 * data[first : first + count]]
+    others = [start, flipped, rng.randbytes(count), data + rng.randbytes(count)]
+    return rng.choice([*(start + filling + rest for filling in fillings), *others])
 
 
 def text_changed(data: bytes, rng: Random) -> bytes:
     """A number, a word or a line of it replaced, doubled, left out or made something else."""
     text = data.decode("utf-8", "replace")
-    found = list(
-        re.finditer(rng.choice([r"-?\d+(\.\d+)?", r"[A-Za-z_]+", r"[^,\n]+", r"[^\n]*\n", r"[{}\[\]\":,\n]"]), text)
-    )
-    if not found:
+    part = rng.choice([r"-?\d+(\.\d+)?", r"[A-Za-z_]+", r"[^,\n]+", r"[^\n]*\n", r"[{}\[\]\":,\n]"])
+    matches = list(re.finditer(part, text))
+    if not matches:
         return bytes_changed(data, rng)
-    one, other = rng.choice(found), rng.choice(found)
-    new = rng.choice([rng.choice(NUMBERS), rng.choice(TEXTS), "", other.group(), one.group() * 2, "[" * 50_000])
-    changed = (text[: one.start()] + new + text[one.end() :]).encode("utf-8", "surrogatepass")
+    old, other = rng.choice(matches), rng.choice(matches)
+    new = rng.choice([rng.choice(NUMBERS), rng.choice(TEXTS), "", other.group(), old.group() * 2, "[" * 50_000])
+    changed = (text[: old.start()] + new + text[old.end() :]).encode("utf-8", "surrogatepass")
     return rng.choice([b"\xef\xbb\xbf", b"\xff\xfe"]) + changed if rng.random() < 0.05 else changed
 
 
@@ -92,26 +54,26 @@ def json_changed(data: bytes, rng: Random) -> bytes:
         loaded = json.loads(data)
     except (ValueError, RecursionError):
         return text_changed(data, rng)
-    places: list[tuple[Any, Any]] = []
+    items: list[tuple[Any, Any]] = []
 
     def walk(value: Any) -> None:
         for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
-            places.append((value, key))
+            items.append((value, key))
             walk(value[key])
 
     walk(loaded)
-    if not places or rng.random() < 0.05:
+    if not items or rng.random() < 0.05:
         return json.dumps(rng.choice(VALUES)).encode()
-    holder, key = rng.choice(places)
+    holder, key = rng.choice(items)
     if rng.random() < 0.2:
         del holder[key]
     elif isinstance(holder, dict) and rng.random() < 0.2:
         holder[rng.choice(TEXTS)] = holder.pop(key)
     else:
-        there = holder[key]
-        near = [there + 1, -there, there * 10**9] if isinstance(there, int | float) else []
-        texts = TEXTS if isinstance(there, str) else []
-        holder[key] = rng.choice([*VALUES, *near, *texts, float("nan"), float("inf"), there, [there], {"x": there}])
+        old = holder[key]
+        near = [old + 1, -old, old * 10**9] if isinstance(old, int | float) else []
+        texts = TEXTS if isinstance(old, str) else []
+        holder[key] = rng.choice([*VALUES, *near, *texts, float("nan"), float("inf"), old, [old], {"x": old}])
     return json.dumps(loaded).encode()
 
 

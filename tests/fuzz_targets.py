@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, get_args
 
 import foreign_games
 import numpy as np
@@ -24,7 +24,7 @@ from configs.cli import call
 from data_pipeline.encode import encode
 from data_pipeline.inspect import InspectConfig, inspect
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.readers import Reader, find_recordings
+from data_pipeline.readers import Reader
 from data_pipeline.record import RecordConfig
 from data_pipeline.verify import verify_set
 from launch.pipeline import PipelineConfig
@@ -42,7 +42,7 @@ from train.state import STARTS, STEP
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUN = [f"{CONFIGS}/models/smoke.yaml", f"{CONFIGS}/train/demo_base.yaml", "manifest=x", "codec=x", "out=x"]
-WORDS: list[tuple[type, list[str]]] = [  # what is right before one of them is changed
+ARGS: list[tuple[type, list[str]]] = [  # what is right before one of them is changed
     (EncodeConfig, [f"{CONFIGS}/games/doom.yaml", "source=x", "codec=x", "out=x"]),
     (RecordConfig, [f"{CONFIGS}/games/doom.yaml", "out=x", "episodes=1"]),
     (EvaluateConfig, ["checkpoint=x", "recordings=x", "manifest=x", "out=x"]),
@@ -69,15 +69,12 @@ def _foreign(reader: Reader) -> Target:
     def prepare(folder: Path) -> None:
         shutil.copytree(foreign_games.write_all(folder.with_name(f"{reader}.all"))[reader], folder)
 
-    def deed(folder: Path, rng: Random) -> None:
-        game = foreign_games.load_game(reader, Path(tempfile.gettempdir()))
-        _read(foreign_games.read_all(reader, folder, game))
-
-    return Target(reader, prepare, deed)
+    return Target(reader, prepare, lambda folder, rng: _read(reader, folder))
 
 
-def _read(episodes: Any) -> None:
-    for episode in episodes:
+def _read(reader: Reader, folder: Path) -> None:
+    game = GAME if reader == "worldloom" else foreign_games.load_game(reader, Path(tempfile.gettempdir()))
+    for episode in foreign_games.read_all(reader, folder, game):
         for frame in episode.frames():
             assert frame.shape[2] == 3
 
@@ -98,23 +95,22 @@ def _encoding(folder: Path) -> EncodeConfig:
     return EncodeConfig(GAME, recordings, codec, latents, shard_clips=2, heldout_every=2)
 
 
-def _look(folder: Path, rng: Random) -> int | None:
-    manifest = folder / "latents" / "train" / "manifest.json"
-    what = rng.randrange(3)
-    if what == 0:
-        return 1 if verify_set(str(manifest)) else 0
-    if what == 1:
-        inspect(InspectConfig(str(manifest), "made/page.html"))
-        return 0
-    read_clips(str(manifest))
+def _look(folder: Path, rng: Random) -> int:
+    manifest = str(folder / "latents" / "train" / "manifest.json")
+    how = rng.randrange(3)
+    if how == 0:
+        return int(bool(verify_set(manifest)))
+    if how == 1:
+        inspect(InspectConfig(manifest, "made/page.html"))
+    else:
+        read_clips(manifest)
     return 0
 
 
 def _sample(folder: Path, rng: Random) -> None:
-    run = folder / "step_0000100"
-    call(SAMPLING["generate"], [f"checkpoint={run}",
-              f"prompt={folder}/prompt.png", "actions=idle", "frames=1", "steps=1", "device=cpu",
-              "out=made/a.mp4", f"weights={rng.choice(['ema', 'model'])}"])  # fmt: skip
+    paths = [f"checkpoint={folder}/step_0000100", f"prompt={folder}/prompt.png", "out=made/a.mp4"]
+    settings = ["actions=idle", "frames=1", "steps=1", "device=cpu", f"weights={rng.choice(['ema', 'model'])}"]
+    call(SAMPLING["generate"], [*paths, *settings])
 
 
 def _checkpoint(folder: Path) -> None:
@@ -148,9 +144,9 @@ def _scripts(folder: Path) -> None:
 
 
 def _play(folder: Path, rng: Random) -> None:
-    words = ["idle", "forward", "turn_left+back"]
-    said = f"{rng.choice(words)}:{rng.choice([*NUMBERS, '3'])},{rng.choice([*words, *TEXTS])}"
-    read_script(rng.choice([f"{folder}/a.csv", f"{folder}/a.json", said]), SPACE, Scripted(27))
+    holds = ["idle", "forward", "turn_left+back"]
+    script = f"{rng.choice(holds)}:{rng.choice([*NUMBERS, '3'])},{rng.choice([*holds, *TEXTS])}"
+    read_script(rng.choice([f"{folder}/a.csv", f"{folder}/a.json", script]), SPACE, Scripted(27))
 
 
 def _weights(folder: Path) -> None:
@@ -198,21 +194,19 @@ def _seal(step: Path) -> None:
     (step / "COMPLETE").write_text(json.dumps({"format": FORMAT, "bytes": sizes}))
 
 
-def _words(folder: Path, rng: Random) -> None:
-    cls, words = rng.choice(WORDS)
-    changed = f"{_key(rng, [one.name for one in fields(cls)])}={_value(rng)}"
+def _settings(folder: Path, rng: Random) -> None:
+    cls, args = rng.choice(ARGS)
+    name = rng.choice([field.name for field in fields(cls)])
+    if rng.random() < 0.3:
+        name = f"{name}.{rng.choice([*TEXTS[:2], 'name', 'keys', 'every', 'fps'])}"
+    changed = f"{name}={_value(rng)}"
     if rng.random() < 0.3:
         Path("tmp.yaml").write_text(changed.replace("=", ": ", 1))
         changed = "tmp.yaml"
     try:
-        load_config(cls, [*words, changed])
+        load_config(cls, [*args, changed])
     finally:
         Path("tmp.yaml").unlink(missing_ok=True)
-
-
-def _key(rng: Random, names: list[str]) -> str:
-    name = rng.choice(names)
-    return f"{name}.{rng.choice([*TEXTS[:2], 'name', 'keys', 'every', 'fps'])}" if rng.random() < 0.3 else name
 
 
 def _value(rng: Random) -> str:
@@ -227,23 +221,16 @@ def _launch(folder: Path, rng: Random) -> None:
         given.machine.start(given.job, None, True)
 
 
-READERS: tuple[Reader, ...] = (
-    *("frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"),
-)
-
 TARGETS = [
-    *map(_foreign, READERS),
-    Target("worldloom", _episodes, lambda folder, rng: _read(
-        episode for recording in find_recordings("worldloom", folder) for episode in recording.read(GAME)
-    )),
+    *(_foreign(reader) for reader in get_args(Reader) if reader != "worldloom"),
+    Target("worldloom", _episodes, lambda folder, rng: _read("worldloom", folder)),
     Target("shards", _shards, _look, lambda path: "latents" in path.parts, (0, 1)),
     Target("encode", _shards, lambda folder, rng: (encode(_encoding(folder)), None)[1], goes_on=True),
     Target("generate", _checkpoint, _sample),
     Target("pictures", _pictures, _see),
     Target("scripts", _scripts, _play),
     Target("weights", _weights, _import),
-    Target("position", _run, _resume, lambda path: path.parent.name in ("trainer", "step_0000100"),
-        goes_on=True),
-    Target("words", partial(Path.mkdir), _words),
+    Target("position", _run, _resume, lambda path: path.parent.name in ("trainer", "step_0000100"), goes_on=True),
+    Target("settings", partial(Path.mkdir), _settings),
     Target("launch", partial(Path.mkdir), _launch),
-]  # fmt: skip
+]

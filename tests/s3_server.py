@@ -30,7 +30,6 @@ mon initial members = a
 mon host = v1:127.0.0.1:{mon_port}
 public addr = 127.0.0.1
 public network = 127.0.0.0/8
-cluster network = 127.0.0.0/8
 ms bind ipv6 = false
 ms bind msgr2 = false
 auth cluster required = none
@@ -39,25 +38,18 @@ auth client required = none
 osd pool default size = 1
 osd pool default min size = 1
 osd pool default pg num = 8
-osd pool default pgp num = 8
 osd pool default pg autoscale mode = off
 osd crush chooseleaf type = 0
 osd crush update on start = false
-osd class update on start = false
 mon allow pool size one = true
-mon max pg per osd = 1000
 mon data avail warn = 2
 mon data avail crit = 1
 paxos propose interval = 0.02
 paxos min wait = 0.005
 osd objectstore = bluestore
-bluestore block create = true
 bluestore block size = 8589934592
-bluestore fsck on mount = false
 osd memory target = 1073741824
 run dir = {folder}/run
-admin socket = {folder}/run/$name.asok
-pid file = {folder}/run/$name.pid
 log file = {folder}/log/$name.log
 keyring = {folder}/keyring
 [mon.a]
@@ -67,7 +59,6 @@ osd data = {folder}/osd
 [client.rgw.a]
 rgw data = {folder}/rgw
 rgw frontends = beast endpoint=127.0.0.1:{port}
-rgw dynamic resharding = false
 """
 
 

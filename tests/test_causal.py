@@ -8,6 +8,7 @@ import torch
 from tiny_model import CAUSAL, awake, frames, inputs
 from torch import Tensor
 
+from configs import build
 from model.action_dit import ActionDiT
 from model.masks import BlockCausal, BlockCausalMask, CausalConfig, dense_mask, flex_mask
 
@@ -94,15 +95,6 @@ def test_dense_mask_flex_mask_and_block_ranges_say_the_same(rule: BlockCausal, q
     assert torch.equal(dense, flex_mask(mask, cpu).mask_mod(zero, zero, rows, columns))
 
 
-def test_a_checkpointed_causal_model_has_equal_gradients() -> None:
-    gradients = []
-    for every in (0, 1):
-        dit = awake(replace(CAUSAL, checkpoint_every=every))
-        dit(**inputs(CAUSAL, f=6)).square().mean().backward()
-        gradients.append([parameter.grad for parameter in dit.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-
-
 @torch.no_grad()
 def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
     given = inputs(CAUSAL, f=3)
@@ -110,18 +102,18 @@ def test_a_clip_of_one_block_is_the_bidirectional_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "name"),
     [
-        ({"block": 0}, "must be 1 to"),
-        ({"block": 3, "window": 2}, "window=2 must be 3"),
-        ({"block": 3, "window": 6, "sink": 4}, "sink=4 must be 0 to 3"),
-        ({"block": 3, "window": 6, "action_sink": -1}, "action_sink=-1 must be 0"),
+        ({"block": 0}, "block=0"),
+        ({"block": 3, "window": 2}, "window=2"),
+        ({"block": 3, "window": 6, "sink": 4}, "sink=4"),
+        ({"block": 3, "window": 6, "action_sink": -1}, "action_sink=-1"),
         ({"context_noise": 1.0}, "context_noise"),
     ],
 )
-def test_lengths_that_do_not_fit_together_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CausalConfig(**settings)
+def test_lengths_that_do_not_fit_together_are_refused(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        build(CausalConfig, settings)
 
 
 @torch.no_grad()

@@ -56,7 +56,7 @@ def test_a_causal_model_is_trained_on_continuous_clips_and_streams(settings: lis
     assert '"heldout/right"' in metrics and '"loss"' in metrics
     Image.fromarray(np.full((32, 48, 3), 90, np.uint8)).save(tmp_path / "frame.png")
     words = [f"prompt={tmp_path / 'frame.png'}", f"out={tmp_path / 'demo.mp4'}", "frames=33", "steps=1"]
-    done = run("sampling", "generate", str(tmp_path / "run"), "method=streaming", *words)
+    done = run("sampling", "generate", str(tmp_path / "run"), *words)
     assert done.returncode == 0, done.stderr
     assert probe(tmp_path / "demo.mp4").frames == 33
 

@@ -12,8 +12,8 @@ import pytest
 from configs import load_config, load_file, save_config
 from configs.cli import Verb, call, run
 from configs.errors import UserError, one_line
-from configs.foreign import inside, parse_object
 from configs.overrides import read_settings
+from configs.untrusted import inside, parse_object
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,7 @@ class Required:
 @pytest.mark.parametrize("program", ["data_pipeline", "model", "sampling", "train", "launch"])
 def test_every_program_refuses_an_unknown_verb_in_one_line(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", program, "dance"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert len(done.stderr.splitlines()) == 1 and "dance" in done.stderr
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "dance" in done.stderr
 
 
 @pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
@@ -92,11 +91,7 @@ def test_other_settings_read_numbers_switches_lists_and_nothing_from_their_text(
     (tmp_path / "a.yaml").write_text("sizes: {height: 4, rate: 1e-4}\ninit: null\ndry_run: yes\n")
     args = [str(tmp_path / "a.yaml"), "sizes={height: 7}", "init=null", "dry_run=false"]
     assert load_config(Settings, args) == Settings(sizes=Sizes(7, 1e-4))
-
-
-def test_settings_within_settings_are_merged_whichever_way_they_are_given() -> None:
     assert load_config(Settings, ["sizes={height: 7}", "sizes.rate=2"]).sizes == Sizes(7, 2.0)
-    assert load_config(Settings, ["sizes.rate=2", "sizes={height: 7}"]).sizes == Sizes(7, 2.0)
 
 
 def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +108,7 @@ def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path: Path, monkey
 @pytest.mark.parametrize("arg", [
     "out=", "sizes.rate=nan", "sizes.rate=inf", "sizes.rate=1e999", "sizes.height=1e1", f"sizes.height={2**63}",
     "sizes.height=7.5", "sizes.height=one", "sizes.height=true", "sizes=3", "dry_run=2", "=x", "sizes..rate=1",
-    "sizes={height: 7", "keys=[a", "compile=never", "out=${", "out=${gone}",
+    "sizes={height: 7", "keys=[a", "compile=never", "out=${", "out=${gone}", "stray",
 ])  # fmt: skip
 def test_a_wrong_argument_is_one_line_with_its_name(arg: str) -> None:
     with pytest.raises(UserError) as caught:
@@ -121,10 +116,9 @@ def test_a_wrong_argument_is_one_line_with_its_name(arg: str) -> None:
     assert "\n" not in str(caught.value) and arg.strip("=").split("=")[0].split("..")[0] in str(caught.value)
 
 
-def test_a_mistyped_a_missing_and_a_stray_argument_are_named() -> None:
-    for cls, arg, named in ((Settings, "sizes.ratee=2", "did you mean 'sizes.rate'"), (Settings, "stray", "'stray'")):
-        with pytest.raises(UserError, match=named):
-            load_config(cls, [arg])
+def test_a_mistyped_and_a_missing_setting_and_a_missing_file_are_named() -> None:
+    with pytest.raises(UserError, match=r"'sizes\.rate'"):
+        load_config(Settings, ["sizes.ratee=2"])
     with pytest.raises(UserError, match="'steps' is required"):
         load_config(Required, [])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
@@ -134,19 +128,17 @@ def test_a_mistyped_a_missing_and_a_stray_argument_are_named() -> None:
 FILES = {
     "half an interpolation": "out: ${", "no mapping": "- a", "half a list": "out: [", "a key twice": "out: a\nout: b",
     "too deep": "out: " + "[" * 100_000, "a program": "out: !!python/object/apply:os.system [id]",
-    "a key list": "[a]: b", "itself": "keys: &a [*a]", "control characters": "out: \x01",
+    "a key list": "[a]: b", "an alias": "keys: &a [*a]", "control characters": "out: \x01",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("text", FILES.values(), ids=FILES.keys())
-@pytest.mark.parametrize(
-    "read", [lambda path: load_config(Settings, [str(path)]), lambda path: load_file(Settings, path)]
-)
+@pytest.mark.parametrize("read", [load_config, load_file], ids=["the user's", "a program's"])
 def test_a_file_of_settings_that_is_wrong_is_one_line_with_its_name(text: str, read: Any, tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
-    with pytest.raises(ValueError) as caught:
-        read(tmp_path / "bad.yaml")
-    assert "bad.yaml" in str(caught.value) or "keys" in str(caught.value)
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"bad\.yaml"):
+        read(Settings, [str(path)] if read is load_config else path)
 
 
 def test_a_program_s_file_cannot_read_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,13 +148,6 @@ def test_a_program_s_file_cannot_read_the_environment(tmp_path: Path, monkeypatc
         with pytest.raises(UserError, match=r"world\.yaml refers to") as caught:
             load_file(Settings, tmp_path / "world.yaml")
         assert "SEKRIT" not in str(caught.value)
-
-
-@pytest.mark.parametrize("read", [read_settings, lambda path: load_config(Settings, [str(path)])])
-def test_a_short_file_does_not_become_a_huge_one(read: Any, tmp_path: Path) -> None:
-    (tmp_path / "world.yaml").write_text("a: &a [x, x]\nb: [*a, *a]")
-    with pytest.raises(UserError, match=r"world\.yaml is damaged .*alias"):
-        read(tmp_path / "world.yaml")
 
 
 def test_a_file_of_settings_is_read_or_refused_soon(tmp_path: Path) -> None:
@@ -175,8 +160,8 @@ def test_a_file_of_settings_is_read_or_refused_soon(tmp_path: Path) -> None:
 
 
 def test_an_error_that_quotes_a_file_is_cut() -> None:
-    said = one_line(ValueError("a" * 1500 + "\n" + "b" * 10**6))
-    assert len(said) < 2100 and said.startswith("aaa") and said.endswith("bbb") and " ... " in said
+    line = one_line(ValueError("a" * 1500 + "\n" + "b" * 10**6))
+    assert len(line) < 2100 and line.startswith("aaa") and line.endswith("bbb") and " ... " in line
 
 
 def test_a_first_argument_that_is_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
@@ -200,9 +185,10 @@ def test_no_name_of_a_foreign_file_leads_out_of_its_folder(name: str, tmp_path: 
     assert inside(tmp_path / "in", "a/b..c") == tmp_path / "in" / "a" / "b..c"
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "1", "{", "[" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": -Infinity}', "\xff"]
-)
+JSON = ["", "[]", "1", "{", "[" * 200_000, '{"a": NaN}', '{"a": 1e999}', '{"a": -Infinity}', "\xff"]
+
+
+@pytest.mark.parametrize("text", JSON)
 def test_damaged_json_is_one_line_with_its_name(text: str) -> None:
     with pytest.raises(ValueError, match=r"^index\.json "):
         parse_object(text, "index.json")

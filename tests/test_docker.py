@@ -33,8 +33,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def steps(path: Path) -> list[tuple[str, str]]:
     """(instruction, value) of a Dockerfile, without comments."""
     file: Any = io.BytesIO(path.read_bytes())  # it reads bytes, and says that it wants str
-    found = DockerfileParser(fileobj=file).structure
-    return [(one["instruction"], one["value"]) for one in found if one["instruction"] != "COMMENT"]
+    structure = DockerfileParser(fileobj=file).structure
+    return [(step["instruction"], step["value"]) for step in structure if step["instruction"] != "COMMENT"]
 
 
 def arguments(path: Path) -> dict[str, str]:
@@ -55,43 +55,37 @@ def test_hadolint_finds_nothing_in_a_dockerfile(path: Path) -> None:
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
 
-def test_hadolint_finds_what_is_wrong(tmp_path) -> None:
-    (tmp_path / "Dockerfile").write_text("FROM debian\nRUN cd /tmp && sudo make\n")
-    done = subprocess.run(["hadolint", str(tmp_path / "Dockerfile")], capture_output=True, text=True)
-    assert done.returncode == 1 and "DL3006" in done.stdout and "DL3004" in done.stdout
-
-
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_all_that_a_dockerfile_copies_is_there_and_not_ignored(path: Path) -> None:
-    found, stages = steps(path), set()
+    stages = set()
     ignored = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
-    for kind, value in found:
+    for kind, value in steps(path):
         if kind == "FROM":
             stages |= {value.split()[-1]}
         if kind == "COPY":
-            words = shlex.split(value)
-            flags = dict(word[2:].split("=", 1) for word in words if word.startswith("--"))
-            names = [word for word in words if not word.startswith("--")][:-1]
+            args = shlex.split(value)
+            flags = dict(arg[2:].split("=", 1) for arg in args if arg.startswith("--"))
+            names = [arg for arg in args if not arg.startswith("--")][:-1]
             assert names and flags.get("from") in {None, *stages}, value
             for name in names if "from" not in flags else ():
-                assert (ROOT / name).exists() and not any(fnmatch.fnmatch(name, one) for one in ignored), value
+                assert (ROOT / name).exists() and not any(fnmatch.fnmatch(name, pattern) for pattern in ignored), value
         for mount in re.findall(r"--mount=\S*from=(\w+)", value):
             assert mount in stages, value
-    assert not [name for name in sources() if any(name.split("/")[0] == one for one in ignored)]
+    assert not [name for name in sources() if name.split("/")[0] in ignored]
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_no_stage_ends_as_root(path: Path) -> None:
     """With a number: Kubernetes' runAsNonRoot can read no name."""
-    given, users, stage = arguments(path), {}, ""
+    defaults, users, stage = arguments(path), {}, ""
     for kind, value in steps(path):
         if kind == "FROM":
             base, stage = value.split()[0], value.split()[-1]
             users[stage] = users.get(base, "0")
         if kind == "USER":
-            users[stage] = re.sub(r"\$\{(\w+)\}", lambda found: given[found[1]], value)
+            users[stage] = re.sub(r"\$\{(\w+)\}", lambda match: defaults[match[1]], value)
     assert users and all(user.isdigit() and int(user) >= 1000 for user in users.values()), users
-    assert "UID" not in given  # where bash runs the RUN steps, that is a variable of its own
+    assert "UID" not in defaults  # where bash runs the RUN steps, that is a variable of its own
 
 
 def test_the_images_have_the_versions_of_the_project() -> None:
@@ -112,13 +106,6 @@ def test_compose_is_valid_by_the_specification() -> None:
     assert subprocess.run([*check, str(COMPOSE)], capture_output=True).returncode == 0
 
 
-def test_a_wrong_compose_file_is_found(tmp_path) -> None:
-    (tmp_path / "compose.yaml").write_text(COMPOSE.read_text().replace("shm_size:", "shm:"))
-    check = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(tmp_path / "compose.yaml")]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert done.returncode == 1 and "shm" in done.stdout
-
-
 def test_the_parts_of_compose_fit_each_other() -> None:
     for name, service in SERVICES.items():
         assert set(service.get("depends_on", {})) <= set(SERVICES), name
@@ -129,9 +116,9 @@ def test_the_parts_of_compose_fit_each_other() -> None:
     (secret,) = identity["credentials"]
     server = dict(re.findall(r"-(s3\.port|ip)=(\S+)", SERVICES["s3"]["command"]))
     for service in OURS.values():
-        given = service["environment"]
-        assert secret == {"accessKey": given["AWS_ACCESS_KEY_ID"], "secretKey": given["AWS_SECRET_ACCESS_KEY"]}
-        assert given["AWS_ENDPOINT_URL_S3"] == f"http://s3:{server['s3.port']}" and server["ip"] == "s3"
+        env = service["environment"]
+        assert secret == {"accessKey": env["AWS_ACCESS_KEY_ID"], "secretKey": env["AWS_SECRET_ACCESS_KEY"]}
+        assert env["AWS_ENDPOINT_URL_S3"] == f"http://s3:{server['s3.port']}" and server["ip"] == "s3"
         assert (COMPOSE.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
 
 
@@ -141,9 +128,9 @@ def test_a_node_of_compose_runs_a_command_that_is_taken(name: str, monkeypatch) 
     monkeypatch.chdir(ROOT)
     for variable, value in service["environment"].items():
         monkeypatch.setenv(variable, value)
-    program, words = service["command"][:3], service["command"][3:]
+    program, args = service["command"][:3], service["command"][3:]
     assert program == ["python", "-m", "launch"]
-    machine = read_doctor(words[1:]).machine if words[0] == "doctor" else read_launch(words).machine
+    machine = read_doctor(args[1:]).machine if args[0] == "doctor" else read_launch(args).machine
     assert (machine.kind, machine.nodes, machine.node_rank) == ("local", 2, int(name[-1]))
     assert service["hostname"] == f"node{name[-1]}" and machine.host == "node0"
 
@@ -162,7 +149,7 @@ def test_the_data_of_compose_is_made_by_commands_that_are_taken(tmp_path, monkey
     for command in commands:
         check_command(command.strip())
     made = shlex.split(commands[-1])[-1].removeprefix("out=")
-    nodes = [word for name in ("node0", "node1") for word in OURS[name]["command"] if word.startswith("manifest=")]
+    nodes = [arg for name in ("node0", "node1") for arg in OURS[name]["command"] if arg.startswith("manifest=")]
     assert nodes == 2 * [f"manifest={made}/train/manifest.json"]
     assert subprocess.run(["shellcheck", script]).returncode == 0
 
@@ -171,36 +158,31 @@ def test_the_data_of_compose_is_made_by_commands_that_are_taken(tmp_path, monkey
 @pytest.mark.timeout(1800)
 def test_the_run_steps_of_the_cpu_image_that_need_no_root_run_in_a_clean_folder(tmp_path) -> None:
     """As a builder would: a copy of the sources, nothing of this environment. TORCH_INDEX= takes pip's own index."""
-    path, given = ROOT / "docker" / "Dockerfile.cpu", {"TORCH_INDEX": ""}
-    home = tmp_path / "worldloom"
+    home, unprivileged, ran = tmp_path / "worldloom", False, 0
     home.mkdir()
-    keep = {
-        name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON", "TORCH"))
-    }
-    outside = os.pathsep.join(one for one in keep["PATH"].split(os.pathsep) if not one.startswith(str(ROOT)))
-    env, unprivileged, ran = {**keep, "PATH": outside}, False, 0
-    python = shutil.which("python3", path=outside)
+    ours = ("VIRTUAL_ENV", "PYTHON", "TORCH")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+    env["PATH"] = os.pathsep.join(path for path in env["PATH"].split(os.pathsep) if not path.startswith(str(ROOT)))
+    python = shutil.which("python3", path=env["PATH"])
     assert python and python != sys.executable
-    for kind, value in steps(path):
+    for kind, value in steps(ROOT / "docker" / "Dockerfile.cpu"):
         unprivileged |= kind == "USER"
         if kind == "ENV":
-            pairs = dict(one.split("=", 1) for one in shlex.split(value))
-            env |= {
-                name: one.replace("/worldloom", str(home)).replace("$PATH", env["PATH"]) for name, one in pairs.items()
-            }
+            text = value.replace("/worldloom", str(home)).replace("$PATH", env["PATH"])
+            env |= dict(pair.split("=", 1) for pair in shlex.split(text))
         elif kind == "COPY":
-            *names, _ = [word for word in shlex.split(value) if not word.startswith("--")]
+            *names, _ = [arg for arg in shlex.split(value) if not arg.startswith("--")]
             for name in sources() if names == ["."] else names:
                 (home / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(ROOT / name, home / name)
         elif kind == "RUN" and unprivileged:
             print(f"\n{value}", flush=True)
-            subprocess.run(["sh", "-c", value], cwd=home, env={**env, **given}, check=True)
+            subprocess.run(["sh", "-c", value], cwd=home, env={**env, "TORCH_INDEX": ""}, check=True)
             ran += 1
     assert ran == 2 and (home / ".venv" / ".ready").is_file()
-    said = subprocess.run(["python", "-m", "launch", "help"], cwd=home, env=env, capture_output=True, text=True)
-    assert said.returncode == 0 and "doctor" in said.stdout, said.stderr
+    usage = subprocess.run(["python", "-m", "launch", "help"], cwd=home, env=env, capture_output=True, text=True)
+    assert usage.returncode == 0 and "doctor" in usage.stdout, usage.stderr
     where = ["python", "-c", "import launch, torch; print(launch.__file__, torch.__version__)"]
-    found = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(where, cwd=tmp_path, env=env, capture_output=True, text=True, check=True).stdout
     pinned = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.M)
-    assert pinned and found.startswith(str(home)) and found.split()[-1].split("+")[0] == pinned[1]
+    assert pinned and output.startswith(str(home)) and output.split()[-1].split("+")[0] == pinned[1]

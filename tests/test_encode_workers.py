@@ -16,6 +16,7 @@ from tiny_shards import read_tree
 
 from configs import storage
 from configs.game import InputConfig
+from configs.s3 import upload
 from data_pipeline.encode import encode, make_missing, sort_jobs
 from data_pipeline.plan import make_plans
 from data_pipeline.resample import resample
@@ -122,7 +123,7 @@ def test_killed_anywhere_and_started_again_in_other_numbers(
 
 def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_config, encoded, game_yaml, bucket_folder):
     for name in storage.list_tree(recordings):
-        storage.write_file(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
+        upload(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
     words = encode_words(config, game_yaml)
     dying = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words], workers=2, rank=0)

@@ -10,23 +10,22 @@ import pytest
 from foreign_games import load_game, read_all
 from foreign_recordings import draw_play, owl_rows, write_lines, write_owl
 
-from configs import load_config
+from configs import build
 from configs.game import GameConfig
 from data_pipeline.readers import event_rows, find_recordings
 from data_pipeline.readers.keys import KeyMap
 from data_pipeline.types import Episode
 from data_pipeline.video import write_video
-from train.codec import CodecTrainConfig
 
 HEADER = "timestamp,event_type,event_args"
 MARKED = '"{"inputs":{"keyboard":[87],"mouse":[]}}"'  # quotes within that are not doubled, as since version 1.1.0
 
 
-def read_owl(folder: Path, rows: Iterable[str], frames: int = 120, *words: str) -> list[Episode]:
+def read_owl(folder: Path, rows: Iterable[str], frames: int = 120, *args: str) -> list[Episode]:
     """The episodes of a video of 60 fps with the log `rows`."""
     write_lines(folder / "one" / "inputs.csv", [HEADER, *rows])
     write_video(folder / "one" / "recording.mp4", np.zeros((frames, 16, 16, 3), np.uint8), 60.0)
-    return read_all("owl_control", folder, load_game("owl_control", folder, *words))
+    return read_all("owl_control", folder, load_game("owl_control", folder, *args))
 
 
 def held(episode: Episode, key: int = 0) -> list[int]:
@@ -110,27 +109,29 @@ def test_recordings_that_are_marked_as_invalid_are_left_out_and_said(tmp_path: P
     assert [one.name for one in find_recordings("owl_control", tmp_path)] == ["good"]
     said = capsys.readouterr().err
     assert "left out bad, ugly.invalid, worse: marked" in said and said.splitlines()[0].endswith(": notes")
-    with pytest.raises(ValueError, match="marked as invalid"):
+    with pytest.raises(ValueError, match="bad holds no recordings"):
         find_recordings("owl_control", tmp_path / "bad")
 
 
+START = '1000,START,{"inputs":{"keyboard":[115],"mouse":[]}}'  # F4, which started the recorder
+
+
 @pytest.mark.parametrize(
-    ("rows", "kept"),
+    "rows",
     [
-        (["1001.9,KEYBOARD,[192,true]", "1001.95,KEYBOARD,[192,false]"], True),  # ` a tenth before the end
-        (["1000.5,KEYBOARD,[116,true]", "1000.6,KEYBOARD,[116,false]"], True),  # F5, 1.5 s before
-        (["1001.2,KEYBOARD,[192,true]"], True),  # still down at the end
-        (["1001.2,KEYBOARD,[192,true]", "1001.3,KEYBOARD,[192,false]"], False),
+        ["1001.9,KEYBOARD,[192,true]", "1001.95,KEYBOARD,[192,false]"],  # ` a tenth before the end
+        ["1000.5,KEYBOARD,[116,true]", "1000.6,KEYBOARD,[116,false]"],  # F5, 1.5 s before
+        ["1001.2,KEYBOARD,[192,true]"],  # still down at the end
     ],
 )
-def test_the_key_that_stops_the_recorder_is_passed_over(rows: list[str], kept: bool, tmp_path: Path) -> None:
-    start = '1000,START,{"inputs":{"keyboard":[115],"mouse":[]}}'  # F4, which started it
-    log = [start, "1000.1,KEYBOARD,[115,false]", *rows, "1002,END,[]"]
-    if kept:
-        assert not read_owl(tmp_path, log)[0].actions.keyboard.any()
-    else:
-        with pytest.raises(ValueError, match=r"line 4: 'grave_accent' holds no key"):
-            read_owl(tmp_path, log)
+def test_the_key_that_stops_the_recorder_is_passed_over(rows: list[str], tmp_path: Path) -> None:
+    (episode,) = read_owl(tmp_path, [START, "1000.1,KEYBOARD,[115,false]", *rows, "1002,END,"])
+    assert not episode.actions.keyboard.any()
+
+
+def test_a_key_that_holds_nothing_and_stops_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"line 3: 'grave_accent' holds no key"):
+        read_owl(tmp_path, [START, "1001.2,KEYBOARD,[192,true]", "1001.3,KEYBOARD,[192,false]", "1002,END,"])
 
 
 @pytest.mark.parametrize("name", ["w", "W"])
@@ -162,20 +163,14 @@ def test_the_video_is_looked_at_before_its_log_is(tmp_path: Path) -> None:
         read_owl(tmp_path, ["damaged"], 40, "game.fps=30")
 
 
-def log_game(folder: Path, inputs: dict[str, Any]) -> GameConfig:
-    """A game whose keys are those of `inputs`, with a mouse of 1 degree per unit."""
-    path = folder / "own.yaml"
-    space = {"name": "own", "keys": list(inputs["keys"]), "mouse": True}
-    game = {"name": "own", "fps": 20, "height": 16, "width": 16, "action_space": space}
-    game["inputs"] = {"pitch_deg": -1, "yaw_deg": 1, **inputs}
-    path.write_text(json.dumps({"reader": "event_log", "game": game}))
-    return load_config(CodecTrainConfig, [str(path), "source=x", "out=x"]).game
-
-
-def read_log(folder: Path, name: str, rows: Iterable[str], inputs: dict[str, Any]) -> list[Episode]:
+def read_log(folder: Path, name: str, rows: Iterable[str], inputs: dict[str, Any], frames: int = 40) -> list[Episode]:
+    """The episodes of a video of 20 fps with the log `rows`; a unit of its mouse is 1 degree."""
     write_lines(folder / "in" / name, rows)
-    write_video(folder / "in" / "one.mkv", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
-    return read_all("event_log", folder / "in", log_game(folder, inputs))
+    write_video(folder / "in" / "one.mkv", np.zeros((frames, 16, 16, 3), np.uint8), 20.0)
+    space = {"name": "own", "keys": list(inputs["keys"])}
+    settings = {"name": "own", "fps": 20, "height": 16, "width": 16, "action_space": space}
+    game = build(GameConfig, {**settings, "inputs": {"pitch_deg": -1, "yaw_deg": 1, **inputs}})
+    return read_all("event_log", folder / "in", game)
 
 
 @pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
@@ -197,39 +192,30 @@ def test_a_log_without_kinds_has_keys_with_a_state_or_moves(tmp_path: Path) -> N
     assert episode.actions.mouse[5].tolist() == [2, 3] and np.count_nonzero(episode.actions.mouse) == 2
 
 
-def test_a_log_that_says_when_it_pauses_and_ends_is_cut_there(tmp_path: Path) -> None:
-    rows = ["time,event,key", "0,on,", "0.1,press,a", "0.5,away,", "1,back,", "1.5,off,", "1.9,press,a"]
-    kinds = {"begin": ["on"], "pause": ["away"], "resume": ["back"], "end": ["off"]}
-    inputs = {"keys": {"go": ["a"]}, "columns": {"kind": "event"}, "kinds": kinds}
-    episodes = read_log(tmp_path, "events.csv", rows, inputs)
-    assert [(one.id, len(one.actions)) for one in episodes] == [("in-f000000", 10), ("in-f000020", 10)]
-    assert held(episodes[0]) == list(range(2, 10)) and held(episodes[1]) == []
+@pytest.mark.parametrize(
+    ("name", "rows", "inputs", "expected"),
+    [
+        # A log that says when it pauses and ends is cut there.
+        ("events.csv", ["time,event,key", "0,on,", "0.1,press,a", "0.5,away,", "1,back,", "1.5,off,", "1.9,press,a"],
+         {"keys": {"go": ["a"]}, "columns": {"kind": "event"},
+          "kinds": {"begin": ["on"], "pause": ["away"], "resume": ["back"], "end": ["off"]}},
+         {"in-f000000": (10, [range(2, 10)]), "in-f000020": (10, [[]])}),
+        # A blank is the key that types one.
+        ("one.jsonl", ['{"time": 0.1, "state": 1, "key": " "}', '{"time": 0.2, "state": 0, "key": "space"}'],
+         {"keys": {"jump": ["space"]}}, {"one": (40, [[2, 3]])}),
+        # A key is released under the letter that Shift makes of it.
+        ("one.csv", ["time,kind,key", "0.1,press,w", "0.2,release,W", "1,press,W", "1.1,release,w"],
+         {"keys": {"walk": ["w"], "run": ["W"]}}, {"one": (40, [[2, 3], [20, 21]])}),
+    ],
+)  # fmt: skip
+def test_events_hold_keys(name: str, rows: list[str], inputs: dict[str, Any], expected, tmp_path: Path) -> None:
+    for episode in (episodes := read_log(tmp_path, name, rows, inputs)):
+        frames, keys = expected[episode.id]
+        assert len(episode.actions) == frames
+        assert [held(episode, key) for key in range(len(keys))] == [list(key) for key in keys]
+    assert {episode.id for episode in episodes} == expected.keys()
 
 
-def test_a_blank_is_the_key_that_types_one(tmp_path: Path) -> None:
-    rows = ['{"time": 0.1, "kind": "press", "key": " "}', '{"time": 0.2, "kind": "release", "key": "space"}']
-    (episode,) = read_log(tmp_path, "one.jsonl", rows, {"keys": {"jump": ["space"]}})
-    assert held(episode) == [2, 3]
-
-
-def test_a_key_is_released_under_the_letter_that_shift_makes_of_it(tmp_path: Path) -> None:
-    rows = ["time,kind,key", "0.1,press,w", "0.2,release,W", "1,press,W", "1.1,release,w"]
-    (episode,) = read_log(tmp_path, "one.csv", rows, {"keys": {"walk": ["w"], "run": ["W"]}})
-    assert held(episode) == [2, 3] and held(episode, 1) == [20, 21]
-
-
-@pytest.mark.parametrize("more", ["0.2,press," + 200_000 * "w", "0.2,press,w\x00", '0.2,press,"w', "0.2,press,\udcff"])
-def test_a_damaged_table_is_one_line(more: str, tmp_path: Path) -> None:
-    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w"])
-    with open(tmp_path / "in" / "one.csv", "ab") as file:
-        file.write(more.encode(errors="surrogateescape"))
-    write_video(tmp_path / "in" / "one.mp4", np.zeros((40, 16, 16, 3), np.uint8), 20.0)
-    with pytest.raises(ValueError, match=r"^\S*one.csv .{,200}$"):
-        read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["a"]}}))
-
-
-def test_a_log_that_ends_long_before_its_video_is_said(tmp_path: Path, capsys) -> None:
-    write_lines(tmp_path / "in" / "one.csv", ["time,kind,key", "0.1,press,w", "0.2,release,w"])
-    write_video(tmp_path / "in" / "one.mp4", np.zeros((200, 16, 16, 3), np.uint8), 20.0)
-    read_all("event_log", tmp_path / "in", log_game(tmp_path, {"keys": {"go": ["w"]}}))
+def test_a_log_that_ends_long_before_its_video_is_noted(tmp_path: Path, capsys) -> None:
+    read_log(tmp_path, "one.csv", ["time,kind,key", "0.1,press,w", "0.2,release,w"], {"keys": {"go": ["w"]}}, 200)
     assert "one.csv ends 9.8 s before" in capsys.readouterr().err

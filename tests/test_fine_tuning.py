@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_released import SMALL, TOWER_JSON, TOWER_SIZES, TOWER_STATE, hf_state, random_state, yamls
+from tiny_released import SMALL, TOWER, TOWER_JSON, TOWER_STATE, hf_state, random_state, yamls
 from tiny_shards import read_clips
 
 from configs import load_config
@@ -31,7 +31,7 @@ from model.weights import load_weights
 from sampling.__main__ import VERBS as SAMPLING_VERBS
 
 ROOT = Path(__file__).parent.parent
-MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TOWER_SIZES['hidden_size']}"]
+MODEL = [yamls("universal")[0], *SMALL, f"model.img_dim={TOWER.hidden_size}"]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(load_weights(ROOT / "tests" / "golden" / "vae.weights.safetensors"), folder / "wan" / "Wan2.1_VAE.pth")
     (folder / "wan" / "config.yaml").write_text(yaml.safe_dump({"name": "wan", "width": 4}))
     (folder / "clip").mkdir()
-    save_file(hf_state(load_tower(TOWER_STATE, TOWER_SIZES, "the fixture")), folder / "clip" / "model.safetensors")
+    save_file(hf_state(load_tower(TOWER_STATE, TOWER, "the fixture")), folder / "clip" / "model.safetensors")
     (folder / "clip" / "config.json").write_text(json.dumps(TOWER_JSON))
     return folder
 
@@ -63,9 +63,7 @@ def test_clips_carry_tokens_and_grey_conditioning_of_their_first_frame(foreign: 
     assert (manifest.vision, manifest.unknown) == ("tokens", "grey")
     batch = Stream(clips / "train" / "manifest.json", 2, 0, workers=0).batch_at(0)
     assert batch.visual is not None and batch.image_latents is not None
-    assert (
-        batch.visual.shape == (2, 17, TOWER_SIZES["hidden_size"]) and batch.image_latents.shape == batch.latents.shape
-    )
+    assert batch.visual.shape == (2, 17, TOWER.hidden_size) and batch.image_latents.shape == batch.latents.shape
     # The first frame's latent is the clip's own first latent; the rest is grey.
     assert torch.allclose(batch.image_latents[:, :, 0], batch.latents[:, :, 0], rtol=0.01, atol=1e-5)  # bfloat16
     assert not torch.equal(batch.image_latents[:, :, 1], batch.latents[:, :, 1])
@@ -109,7 +107,7 @@ def test_the_trained_model_streams_in_few_steps_and_is_judged(
     tuned: Path, foreign: Path, clips: Path, recordings: Path
 ) -> None:
     video = next(recordings.glob("*/video.mp4"))
-    play = [str(tuned), "method=streaming", f"prompt={video}", f"vision={foreign}/clip", f"out={foreign}/play.mp4"]
+    play = [str(tuned), f"prompt={video}", f"vision={foreign}/clip", f"out={foreign}/play.mp4"]
     words = ["generate", *play, "frames=21", "few_steps=[1000,666,333]"]
     assert run_words("sampling", SAMPLING_VERBS, words) == 0
     assert probe(foreign / "play.mp4").frames == 21
@@ -135,7 +133,7 @@ def test_a_model_with_vision_says_what_it_needs(
     tuned: Path, foreign: Path, recordings: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     video = next(recordings.glob("*/video.mp4"))
-    words = ["generate", str(tuned), "method=streaming", f"prompt={video}", f"out={foreign}/no.mp4", "frames=21"]
+    words = ["generate", str(tuned), f"prompt={video}", f"out={foreign}/no.mp4", "frames=21"]
     assert run_words("sampling", SAMPLING_VERBS, words) == 2
     assert "needs vision=" in capsys.readouterr().err.splitlines()[-1] and not (foreign / "no.mp4").exists()
 

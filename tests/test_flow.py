@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from tiny_model import SMOKE
 
+from configs import load_config
+from model.config import ModelConfig
 from model.flow import FlowMatch, FlowMatchConfig
 
 
@@ -60,7 +63,7 @@ def test_a_level_per_latent_frame_noises_every_frame_by_itself() -> None:
         assert torch.equal(x[:, :, frame], alone)
 
 
-@pytest.mark.parametrize("settings", [{"shift": 0.0}, {"sigma_min": 1.0}, {"sigma_max": 2.0}])
-def test_impossible_noise_levels_are_refused(settings: dict[str, float]) -> None:
-    with pytest.raises(ValueError, match="flow"):
-        flow(**settings)
+@pytest.mark.parametrize("setting", ["shift=0", "sigma_min=1", "sigma_max=2"])
+def test_impossible_noise_levels_are_refused(setting: str) -> None:
+    with pytest.raises(ValueError, match=f"flow.{setting}"):
+        load_config(ModelConfig, [SMOKE, f"flow.{setting}"])

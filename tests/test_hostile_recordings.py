@@ -7,24 +7,11 @@ from typing import Any
 
 import h5py
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from foreign_games import load_game, read_all
+from foreign_games import load_game, read_all, refusal
 from foreign_recordings import draw_play, write_csgo, write_lerobot
 
-from data_pipeline.readers import Reader
-
 SHAPE = (150, 280, 3)
-
-
-def refusal(reader: Reader, source: Path, *words: str) -> str:
-    """What is said when everything of a source is read, pictures too."""
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
-        for episode in read_all(reader, source, load_game(reader, source.parent, *words)):
-            list(episode.frames())
-    assert "\n" not in str(error.value) and len(str(error.value)) < 600
-    return str(error.value)
 
 
 def external(file: h5py.File, name: str, secret: Path) -> None:
@@ -131,51 +118,3 @@ def test_a_link_in_a_lerobot_dataset_does_not_lead_out_of_it(tmp_path: Path) -> 
     video.rename(tmp_path / "outside.mp4")
     video.symlink_to(tmp_path / "outside.mp4")
     assert "outside.mp4; it was not read" in refusal("lerobot", source)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda info: info.update(features=[]), "info.json: features"),
-        (lambda info: info.update(features=[1]), "info.json: features"),
-        (lambda info: info["features"].update(other="text"), "info.json: features"),
-        (lambda info: info["features"].pop("action"), "has no feature action or actions, but"),
-        (lambda info: info["features"]["action"].update(shape=[10**12]), "must be a vector, not of shape"),
-        (lambda info: info["features"]["action"].update(shape=[6.0]), "must be a vector, not of shape"),
-        (lambda info: info["features"]["action"].update(names={"w": 1, "a": "b"}), "info.json is damaged"),
-        (lambda info: info["features"]["action"].update(names=7), "info.json is damaged"),
-        (
-            lambda info: info["features"]["observation.images.screen"].update(dtype="image"),
-            "--operation.type convert_image_to_video",
-        ),
-        (lambda info: info.update(codebase_version="v2.1"), "lerobot.datasets.v30.convert_dataset_v21_to_v30"),
-    ],
-)
-def test_odd_values_in_lerobot_s_info_are_one_line(change: Callable[..., object], said: str, tmp_path: Path) -> None:
-    assert said in refusal("lerobot", lerobot(tmp_path, change))
-
-
-@pytest.mark.parametrize(
-    ("file", "column", "value", "said"),
-    [
-        ("meta/episodes", "length", 10**12, "6 rows, meta/episodes says 1000000000000"),
-        ("meta/episodes", "length", -1, "length is -1, which is no count"),
-        ("meta/episodes", "length", None, "length is None, which is no count"),
-        ("meta/episodes", "episode_index", "x" * 10**6, "episode_index is 'xxx"),
-        ("meta/episodes", "data/chunk_index", -5, "row 0: data/chunk_index is -5"),
-        ("meta/episodes", "data/file_index", "../x", "row 0: data/file_index is '../x'"),
-        ("data", "timestamp", None, "frame 0: timestamp is None"),
-        ("data", "timestamp", 1e300, "frame 0: timestamp is 1e+300"),
-        ("data", "action", [1e300] * 6, "frame 0: the action is 1e+300"),
-        ("data", "action", [0.0] * 5 + [1201.0], "frame 0: yaw turns by 3603 degrees"),
-        ("data", "action", [None] * 6, "frame 0: the action is None"),
-        ("data", "action", "wasd", "frame 0: the action is 'wasd'"),
-        ("data", "frame_index", None, "frame 0: frame_index is None"),
-    ],
-)
-def test_odd_values_in_lerobot_s_tables_are_one_line(file, column, value, said, tmp_path: Path) -> None:
-    source = lerobot(tmp_path, lambda info: None)
-    path = source / file / "chunk-000" / "file-000.parquet"
-    rows = [{**row, column: value} for row in pq.read_table(path).to_pylist()]
-    pq.write_table(pa.Table.from_pylist(rows), path)
-    assert said in refusal("lerobot", source)

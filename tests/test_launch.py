@@ -1,4 +1,4 @@
-"""Machine and words become the exact command, script or manifests, and a bad run is refused before it is queued."""
+"""Machine and settings become the exact command, script or manifests, and a bad run is refused before it is queued."""
 
 import errno
 import json
@@ -8,66 +8,68 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-import kubernetes_validate
 import psutil
 import pytest
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from tiny_training import ROOT, run
+from rendered import require_valid_manifests, require_valid_script, run_container, step_of, write_programs
+from tiny_training import ROOT
 
 from configs import build, load_config
-from configs.cli import run as run_words
+from configs.cli import run as run_args
+from configs.errors import UserError
 from launch.__main__ import VERBS
 from launch.local import supervise
 from launch.machine import MachineConfig
 from launch.run import Launch, accelerate_line, read_launch
-from launch.scheduler import TRAINERS, Cluster, Job, Scheduler, shell_line
+from launch.scheduler import TRAINERS, Cluster, Job, Scheduler
 from train.config import TrainConfig
 from train.exit import needs_a_person
 
-MACHINES = sorted((ROOT / "configs" / "machines").glob("*.yaml"))
+MACHINES = {path.stem: str(path) for path in sorted((ROOT / "configs" / "machines").glob("*.yaml"))}
 
 
 @pytest.fixture
-def words(train_words, tmp_path) -> list[str]:
+def args(train_words, tmp_path) -> list[str]:
     return [*train_words, f"out={tmp_path / 'run with space'}", "batch=1"]
 
 
-def start(*words: str) -> int:
-    return run_words("launch", VERBS, list(words), default="run")
+@pytest.fixture
+def read(args, tmp_path) -> Callable[..., Launch]:
+    """A run on one of our machines, with more settings; in Kubernetes the test's folder is the volume."""
+    return lambda machine, *more: read_launch([MACHINES[machine], *args, f"machine.kubernetes.mount={tmp_path}", *more])
 
 
-def test_a_local_run_is_one_line_that_can_be_typed(words, capsys) -> None:
-    assert start("configs/machines/laptop.yaml", *words, "dry_run=true") == 0
+def start(*args: str) -> int:
+    return run_args("launch", VERBS, list(args), default="run")
+
+
+def test_a_local_run_is_one_line_that_can_be_typed(args, capsys) -> None:
+    assert start(MACHINES["laptop"], *args, "dry_run=true") == 0
     line = shlex.split(capsys.readouterr().out)
     begin = line.index("python")
     assert "DS_ACCELERATOR=cpu" in line[:begin]
     assert line[begin:] == [
         "python", "-m", "launch", "accelerate", "--num_processes", "2", "--num_machines", "1",
         "--main_process_port", "29500",
-        "--use_deepspeed", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *words,
+        "--use_deepspeed", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "train", *args,
     ]  # fmt: skip
 
 
-def test_a_node_of_several_is_told_its_number_and_where_the_first_is(words, capsys) -> None:
-    given = ["machine.nodes=2", "machine.processes=2", "machine.host=node0", "machine.node_rank=1", "engine.name=fsdp2"]
-    assert start("configs/machines/eight_gpus.yaml", *words, *given, "dry_run=true") == 0
-    line = capsys.readouterr().out
+def test_a_node_of_several_is_told_its_number_and_where_the_first_is(args, read) -> None:
+    settings = ["machine.nodes=2", "machine.processes=2", "machine.host=node0", "machine.node_rank=1"]
+    run = read("eight_gpus", *settings, "engine.name=fsdp2")
+    line = run.machine.render(run.job)
     assert "--num_processes 4 --num_machines 2 --machine_rank 1 --main_process_ip node0" in line
     assert "--multi_gpu" in line and "deepspeed" not in line.partition("-m train")[0]
-    # What a machine's file says of the run reaches it, after the run's own files and before the words.
+    # What a machine's file says of the run reaches it, after the run's own files and before the settings.
     trained = line.partition("-m train ")[2]
-    assert trained.startswith(f"{words[0]} engine.precision=bf16 ") and trained.rstrip().endswith("engine.name=fsdp2")
-
-
-def test_a_local_run_trains(words, tmp_path) -> None:
-    given = [*words, "steps=1", "validation.every=9", "machine.port=0"]
-    done = run(["python", "-m", "launch", "configs/machines/laptop.yaml", *given])
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert (tmp_path / "run with space" / "step_0000001" / "COMPLETE").exists()
+    assert trained.startswith(f"{args[0]} engine.precision=bf16 ") and trained.rstrip().endswith("engine.name=fsdp2")
 
 
 def test_a_crashed_run_is_started_again_and_a_wrong_one_is_not(tmp_path) -> None:
@@ -81,115 +83,79 @@ def test_a_crashed_run_is_started_again_and_a_wrong_one_is_not(tmp_path) -> None
     assert crash(2, restarts=5) == (2, 1)
 
 
-def test_a_run_that_was_told_something_wrong_is_not_started_again_though_the_launcher_ends_with_1(
-    words, tmp_path, capfd
-) -> None:
+def test_a_users_error_in_the_trainers_is_no_crash_though_their_launcher_ends_with_1(args, tmp_path, capfd) -> None:
     (tmp_path / "run with space").write_text("a file")
-    given = [*words, "machine.port=0", "machine.max_restarts=3", "engine.name=fsdp2"]
-    assert start("configs/machines/laptop.yaml", *given) == 2
-    said = capfd.readouterr()
-    assert said.err.count("is a file; choose another out=") == 1
-    assert "started again" not in said.out
+    settings = [*args, "machine.port=0", "machine.max_restarts=3", "engine.name=fsdp2"]
+    assert start(MACHINES["laptop"], *settings) == 2
+    output = capfd.readouterr()
+    assert output.err.count("is a file; choose another out=") == 1 and "started again" not in output.out
 
 
-def the_container(run: Launch) -> dict:
-    job = run.machine.kubernetes.manifests(run.machine, run.job)[1]
-    return job["spec"]["template"]["spec"]["containers"][0]
-
-
-def write_programs(folder: Path, **programs: str) -> None:
-    """Shell scripts that stand for programs of these names."""
-    folder.mkdir(exist_ok=True)
-    for name, script in programs.items():
-        (folder / name).write_text(f"#!/bin/bash\n{script}\n")
-        (folder / name).chmod(0o755)
-
-
-def in_a_pod(container: dict, folder: Path) -> subprocess.CompletedProcess[str]:
-    """What the container's command does with the programs of `folder`, after Kubernetes has put in what `$(NAME)` and
-    `$$` stand for there."""
-    env = {one["name"]: one["value"] for one in container["env"]}
-
-    def put_in(text: str) -> str:
-        return re.sub(r"\$(\$|\((.*?)\))", lambda m: "$" if m[1] == "$" else env.get(m[2], m[0]), text)
-
-    env = {name: put_in(value) for name, value in env.items()}
-    given = {**env, "PATH": f"{folder}:/usr/bin:/bin", "JOB_COMPLETION_INDEX": "1"}
-    command = [put_in(word) for word in container["command"]]
-    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True)
+def manifests(run: Launch) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Service, Job, and the container of its pod."""
+    service, job = run.machine.kubernetes.manifests(run.machine, run.job)
+    return service, job, job["spec"]["template"]["spec"]["containers"][0]
 
 
 @pytest.mark.parametrize(
-    ("says", "status", "ends"), [("asked to stop", 0, 75), ("fault", 1, 2), ("", 1, 1), ("", 0, 0)]
+    ("ending", "status", "of_pod"), [("asked to stop", 0, 75), ("fault", 1, 2), ("", 1, 1), ("", 0, 0)]
 )
-def test_a_pod_says_how_its_run_ended_and_a_fault_fails_the_job(words, tmp_path, says, status, ends) -> None:
-    asked = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
-    write_programs(tmp_path, python=f'printf "{says}" > "$WORLDLOOM_ENDED"; exit {status}')
-    assert in_a_pod(the_container(asked), tmp_path).returncode == ends
-    job = asked.machine.kubernetes.manifests(asked.machine, asked.job)[1]
+def test_a_pod_tells_how_its_run_ended_and_a_fault_fails_the_job(read, tmp_path, ending, status, of_pod) -> None:
+    _, job, container = manifests(read("kubernetes"))
+    write_programs(tmp_path, python=f'printf "{ending}" > "$WORLDLOOM_ENDED"; exit {status}')
+    assert run_container(container, tmp_path).returncode == of_pod
     rule = job["spec"]["podFailurePolicy"]["rules"][0]
-    assert rule["action"] == "FailJob" and (ends in rule["onExitCodes"]["values"]) == (says == "fault")
+    assert rule["action"] == "FailJob" and (of_pod in rule["onExitCodes"]["values"]) == (ending == "fault")
 
 
-def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_save(words, tmp_path) -> None:
-    out, settings = tmp_path / "run with space", ["steps=100000", "engine.name=fsdp2", "machine.port=0"]
-    line = ["python", "-m", "launch", "configs/machines/laptop.yaml", *words, *settings, "validation.every=100000"]
+def test_a_launch_that_is_asked_to_stop_passes_it_on_to_its_trainers_and_they_save(args, tmp_path) -> None:
+    out, settings = tmp_path / "run with space", ["steps=100000", "machine.port=0", "validation.every=100000"]
+    line = ["python", "-m", "launch", MACHINES["laptop"], *args, *settings, "engine.name=fsdp2"]
     process = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while process.poll() is None and not (out / "metrics.jsonl").exists():
         time.sleep(0.1)
-    started = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    doors = [one.laddr for each in started for one in each.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    assert len(doors) >= 3 and {door.ip for door in doors} == {"127.0.0.1"}  # the rendezvous, and gloo's of two ranks
+    processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    connections = [connection for each in processes for connection in each.net_connections("tcp")]
+    listening = [connection.laddr.ip for connection in connections if connection.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 3 and set(listening) == {"127.0.0.1"}  # the rendezvous, and gloo's of two ranks
     process.terminate()
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "as asked" in said, said[-2000:]
-    assert (out / "STOPPED").exists() and [path.name for path in out.glob("step_*/COMPLETE")]
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "as asked" in output, output[-2000:]
+    assert (out / "STOPPED").exists() and list(out.glob("step_*/COMPLETE"))
 
 
-def test_a_fault_of_the_processes_is_said_by_their_launcher_without_a_traceback(tmp_path: Path) -> None:
+def test_a_failed_process_is_named_by_its_launcher_without_a_traceback(tmp_path: Path) -> None:
     (tmp_path / "fails.py").write_text("import os\nraise SystemExit(3 * int(os.environ['RANK']))\n")
-    given = ["--config_file", "launch/accelerate/cpu_plain.yaml", "--num_processes", "2", "--main_process_port", "0"]
-    line = [sys.executable, "-m", "launch", "accelerate", *given, str(tmp_path / "fails.py")]
+    options = ["--config_file", "launch/accelerate/cpu_plain.yaml", "--num_processes", "2", "--main_process_port", "0"]
+    line = [sys.executable, "-m", "launch", "accelerate", *options, str(tmp_path / "fails.py")]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1] == "launch accelerate: rank 1 ended with status 3"
 
 
-def test_the_slurm_script_is_shell_that_says_what_it_should(words, tmp_path) -> None:
-    given = [
-        "machine.slurm.partition=gpu",
-        "machine.slurm.container=/images/w.sqsh",
-        f"machine.slurm.mounts=/data:/data,{tmp_path}:{tmp_path}:rw",
-        f"machine.slurm.logs={tmp_path}/logs",
-    ]
-    asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
-    text = asked.machine.render(asked.job)
-    path = tmp_path / "job.sh"
-    path.write_text(text)
-    assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
-    checked = subprocess.run(["shellcheck", "--severity=warning", str(path)], capture_output=True, text=True)
-    assert checked.returncode == 0, checked.stdout
-    for line in (
-        "#SBATCH --nodes=4", "#SBATCH --ntasks-per-node=1", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=gpu",
-        "#SBATCH --signal=USR1@180", "#SBATCH --requeue", "#SBATCH --cpus-per-task=64",
-    ):  # fmt: skip
-        assert line in text.splitlines(), text
-    srun = next(line for line in text.splitlines() if line.startswith("srun "))
-    step = shlex.split(srun)
+def test_the_slurm_script_is_valid_and_starts_every_node(read, tmp_path) -> None:
+    mounts = f"/data:/data,{tmp_path}:{tmp_path}:rw"
+    slurm = {"partition": "gpu", "container": "/images/w.sqsh", "mounts": mounts, "logs": f"{tmp_path}/logs"}
+    run = read("slurm", *(f"machine.slurm.{name}={value}" for name, value in slurm.items()))
+    text = run.machine.render(run.job)
+    require_valid_script(text, tmp_path / "job.sh")
+    options = {
+        "nodes=4", "ntasks-per-node=1", "gpus-per-node=8", "partition=gpu", "signal=USR1@180", "requeue",
+        "cpus-per-task=64",
+    }  # fmt: skip
+    assert {f"#SBATCH --{option}" for option in options} <= set(text.splitlines())
+    step, line = step_of(text)
     assert step[:3] == ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=64"]
-    assert step[3:7] == ["--container-image", "/images/w.sqsh", "--container-mounts", asked.machine.slurm.mounts]
-    shown = ["bash", "-c", step[-1].replace("exec python -m", "printf '%s\\n'")]
-    at = {"SLURM_NODEID": "3", "HEAD": "node17"}
-    node = subprocess.run(shown, capture_output=True, text=True, env=at, check=True).stdout.splitlines()
-    assert node[:8] == ["launch", "accelerate", "--num_processes", "32", "--num_machines", "4", "--machine_rank", "3"]
-    assert node[8:10] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in node
+    assert step[3:7] == ["--container-image", "/images/w.sqsh", "--container-mounts", mounts]
+    assert line[:7] == ["accelerate", "--num_processes", "32", "--num_machines", "4", "--machine_rank", "3"]
+    assert line[7:9] == ["--main_process_ip", "node17"] and f"out={tmp_path / 'run with space'}" in line
 
 
 HOSTILE = "x$(touch PWNED)`touch PWNED`';touch PWNED;'\"\ntouch PWNED\n#SBATCH --wrap=touch"
 
 
 def run_script(text: str, folder: Path) -> list[str]:
-    """The lines that the launcher gets as its words when bash runs the Slurm script `text` in `folder`."""
+    """The arguments that the launcher gets when bash runs the Slurm script `text` in `folder`."""
     srun = 'while [ "$1" != bash ]; do shift; done; exec "$@"'
     write_programs(folder / "bin", srun=srun, scontrol="echo node0", python='printf "%s\\0" "$@"')
     (folder / "job.sh").write_text(text)
@@ -200,45 +166,40 @@ def run_script(text: str, folder: Path) -> list[str]:
     return done.stdout.split("\0")[:-1]
 
 
-def test_words_names_and_values_are_never_run_as_shell(words, tmp_path, monkeypatch) -> None:
+def test_arguments_names_and_values_are_never_run_as_shell(read, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("$(touch PWNED).yaml").write_text("seed: 3\n")
-    given = ["$(touch PWNED).yaml", f"wandb_project={json.dumps(HOSTILE)}", "init=$HOME", f"out={tmp_path}/o$$(A)"]
-    settings = ["machine.env.A=changed", f"machine.env.B={json.dumps(HOSTILE)}", "machine.max_restarts=0"]
-    machines = {kind: str(ROOT / f"configs/machines/{kind}.yaml") for kind in ("slurm", "kubernetes")}
-    asked = read_launch([machines["slurm"], *words, *given, *settings, "machine.slurm.setup=export C=1"])
-    slurm = run_script(asked.machine.render(asked.job), tmp_path)
-    pods = read_launch([machines["kubernetes"], *words, *given, *settings, f"machine.kubernetes.mount={tmp_path}"])
-    pod = in_a_pod(the_container(pods), tmp_path / "bin").stdout.split("\0")[:-1]
-    for found, asked_of in ((slurm, asked), (pod, pods)):
-        assert tuple(found[found.index("train") + 1 :]) == asked_of.args and set(given) <= set(asked_of.args)
-        assert found[found.index("--machine_rank") + 1] == "1"
+    mine = ["$(touch PWNED).yaml", f"wandb_project={json.dumps(HOSTILE)}", "init=$HOME", f"out={tmp_path}/o$$(A)"]
+    settings = ["machine.env.A=changed", f"machine.env.B={json.dumps(HOSTILE)}", "machine.slurm.setup=date"]
+    on_slurm, in_pods = (read(kind, *mine, *settings) for kind in ("slurm", "kubernetes"))
+    scripts = run_script(on_slurm.machine.render(on_slurm.job), tmp_path)
+    pods = run_container(manifests(in_pods)[2], tmp_path / "bin").stdout.split("\0")[:-1]
+    for line, run in ((scripts, on_slurm), (pods, in_pods)):
+        assert tuple(line[line.index("train") + 1 :]) == run.args and set(mine) <= set(run.args)
+        assert line[line.index("--machine_rank") + 1] == "1"
     assert not list(tmp_path.rglob("*PWNED")) and Path("$(touch PWNED).yaml").exists()
 
 
 @pytest.mark.parametrize("absolute", [False, True])
-def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(words, tmp_path, absolute) -> None:
+def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(read, tmp_path, absolute) -> None:
     logs = tmp_path / "logs" if absolute else Path("logs")
-    given = ["machine.slurm.setup=date", f"machine.slurm.logs={logs}"]
-    asked = read_launch(["configs/machines/slurm.yaml", *words, *given])
-    tools = tmp_path / "bin"
+    run = read("slurm", "machine.slurm.setup=date", f"machine.slurm.logs={logs}")
     scontrol = f'echo "$@" >> {tmp_path}/calls; echo node0'
-    write_programs(tools, srun='eval "$SRUN_DOES"; exit ${SRUN_STATUS:-0}', scontrol=scontrol)
-    script = tmp_path / "job.sh"
-    script.write_text(asked.machine.render(asked.job))
+    write_programs(tmp_path / "bin", srun='eval "$SRUN_DOES"; exit ${SRUN_STATUS:-0}', scontrol=scontrol)
+    (tmp_path / "job.sh").write_text(run.machine.render(run.job))
 
     def submit(**env: str) -> tuple[int, bool]:
+        """The exit status, and whether the job is queued again."""
         (tmp_path / "calls").unlink(missing_ok=True)
-        given = {"PATH": f"{tools}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-3]", "SLURM_JOB_ID": "7", **env}
-        done = subprocess.run(["bash", str(script)], cwd=tmp_path, env=given, capture_output=True, text=True)
+        env |= {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[0-3]", "SLURM_JOB_ID": "7"}
+        done = subprocess.run(["bash", "job.sh"], cwd=tmp_path, env=env, capture_output=True, text=True)
         return done.returncode, "requeue 7" in (tmp_path / "calls").read_text()
 
     assert submit() == (0, False)
     assert submit(SRUN_STATUS="3") == (3, True)
     assert submit(SRUN_STATUS="3", SLURM_RESTART_COUNT="3") == (3, False)
-    fault = 'printf fault > "$WORLDLOOM_ENDED"'
     (tmp_path / logs).mkdir()  # as Slurm must have it
-    assert submit(SRUN_STATUS="1", SRUN_DOES=fault) == (1, False)
+    assert submit(SRUN_STATUS="1", SRUN_DOES='printf fault > "$WORLDLOOM_ENDED"') == (1, False)
     assert not list((tmp_path / logs).iterdir())
     assert submit(SRUN_STATUS="3", SRUN_DOES="kill -TERM $PPID") == (3, True)
     (tmp_path / logs / "ended_7").write_text("asked to stop")  # of the time before
@@ -246,39 +207,27 @@ def test_the_slurm_script_queues_a_stopped_or_crashed_run_again_and_no_other(wor
     assert submit(SRUN_DOES='printf "asked to stop" > "$WORLDLOOM_ENDED"', SLURM_RESTART_COUNT="57") == (0, True)
 
 
-def test_the_kubernetes_manifests_are_valid(words, tmp_path) -> None:
-    asked = read_launch(
-        ["configs/machines/kubernetes.yaml", *words, "machine.env.A=b", f"machine.kubernetes.mount={tmp_path}"]
-    )
-    service, job = asked.machine.kubernetes.manifests(asked.machine, asked.job)
-    for one in (service, job):
-        kubernetes_validate.validate(one, kubernetes_validate.latest_version(), strict=True)
-    pod = job["spec"]["template"]["spec"]
-    container = pod["containers"][0]
+def test_the_kubernetes_manifests_are_valid_and_yaml_that_says_the_same(read) -> None:
+    odd = {"A": "1e3", "B": "yes", "C": "a: b #c", "D": "\U0001f600 é\n\tx", "E": "---\n- *x", "F": "$(A) $$ $B"}
+    run = read("kubernetes")
+    run = replace(run, machine=replace(run.machine, env=odd))
+    service, job, container = manifests(run)
+    pod = require_valid_manifests(service, job)
+    assert list(yaml.safe_load_all(run.machine.render(run.job))) == [service, job]
     assert job["spec"]["completions"] == 2 and job["spec"]["backoffLimit"] == 2 * 3
     ignored = [rule["onExitCodes"]["values"] for rule in job["spec"]["podFailurePolicy"]["rules"][:2]]
     assert ignored == [[2], [75]]  # a fault fails the Job, one that has saved is made anew
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
-    assert {"name": "A", "value": "b"} in container["env"]
+    env = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert env["D"] == odd["D"] and env["F"] == "$$(A) $$$ $B"  # Kubernetes makes `$(A) $$ $B` of it
     assert "--main_process_ip worldloom-0.worldloom" in container["command"][-1]
     assert '--machine_rank "$JOB_COMPLETION_INDEX"' in container["command"][-1]
     assert service["metadata"]["name"] == pod["subdomain"] == "worldloom" and service["spec"]["clusterIP"] == "None"
 
 
-def test_the_manifests_are_yaml_that_says_the_same(words, tmp_path) -> None:
-    odd = {"A": "1e3", "B": "yes", "C": "a: b #c", "D": "\U0001f600 é\n\tx", "E": "---\n- *x", "F": "$(A) $$ $B"}
-    given = read_launch(["configs/machines/kubernetes.yaml", *words, f"machine.kubernetes.mount={tmp_path}"])
-    machine = replace(given.machine, env=odd)
-    service, job = machine.kubernetes.manifests(machine, given.job)
-    assert list(yaml.safe_load_all(machine.render(given.job))) == [service, job]
-    env = {one["name"]: one["value"] for one in job["spec"]["template"]["spec"]["containers"][0]["env"]}
-    assert env["D"] == odd["D"] and env["F"] == "$$(A) $$$ $B"  # Kubernetes makes `$(A) $$ $B` of it
-
-
 def test_the_pod_tells_its_trainers_and_not_its_launcher() -> None:
-    lines = "/venv/bin/python3.12 -u -m train a.yaml\n/usr/bin/python /usr/bin/accelerate launch -m train a.yaml\n"
-    found = subprocess.run(["grep", "-E", TRAINERS], input=lines, capture_output=True, text=True).stdout
-    assert found == lines.splitlines(keepends=True)[0]
+    assert re.match(TRAINERS, "/venv/bin/python3.12 -u -m train a.yaml")
+    assert not re.match(TRAINERS, "/usr/bin/python /usr/bin/accelerate launch -m train a.yaml")
 
 
 FILES = {
@@ -297,21 +246,22 @@ def test_accelerate_reads_a_file_of_ours_as_the_line_that_launch_prints(name: st
     node = ["--machine_rank", "1", "--main_process_ip", "node0"] if machine.nodes > 1 else []
     file = ["--config_file", str(ROOT / f"launch/accelerate/{name}.yaml"), *node, "-m", "train", "a.yaml"]
     line = accelerate_line(machine, engine, ["a.yaml"])[4:]
-    found, wanted = (vars(_validate_launch_command(launch_command_parser().parse_args(one))[0]) for one in (file, line))
+    parsed = [vars(_validate_launch_command(launch_command_parser().parse_args(args))[0]) for args in (file, line)]
     parts = ["use_deepspeed", "multi_gpu", "use_fsdp", "cpu", "num_processes", "num_machines", "machine_rank"]
     parts += ["main_process_ip", "deepspeed_multinode_launcher", "module", "training_script", "training_script_args"]
     # What is not given is nothing: rank 0, no host, no such engine.
-    assert {part: found[part] or 0 for part in parts} == {part: wanted[part] or 0 for part in parts}
-    assert found["main_process_port"] in (None, wanted["main_process_port"])  # 29500 is Accelerate's own
+    of_file, of_line = ({part: each[part] or 0 for part in parts} for each in parsed)
+    assert of_file == of_line
+    assert parsed[0]["main_process_port"] in (None, parsed[1]["main_process_port"])  # 29500 is Accelerate's own
 
 
-def test_a_value_may_refer_to_what_another_file_says(words, tmp_path) -> None:
+def test_a_value_may_refer_to_what_another_file_says(args, tmp_path) -> None:
     machine, own = tmp_path / "machine.yaml", tmp_path / "own.yaml"
     machine.write_text("machine: {device: cpu}\nwandb_project: on ${engine.name}\n")
     own.write_text("engine: {name: ddp}\noptim: {warmup_steps: '${log_every}'}\n")
-    asked = read_launch([str(machine), *words, str(own)])
-    assert asked.train.wandb_project == "on ddp" and asked.train.optim.warmup_steps == asked.train.log_every
-    assert load_config(TrainConfig, asked.args) == asked.train
+    run = read_launch([str(machine), *args, str(own)])
+    assert run.train.wandb_project == "on ddp" and run.train.optim.warmup_steps == run.train.log_every
+    assert load_config(TrainConfig, run.args) == run.train
 
 
 NO_DISK = OSError("cannot write step_0000004")
@@ -330,86 +280,83 @@ def test_only_what_a_person_has_to_mend_keeps_a_run_from_being_started_again(err
     assert needs_a_person(error) == needed
 
 
-@pytest.mark.parametrize("machine", MACHINES, ids=lambda path: path.stem)
-def test_every_machine_takes_a_run(machine: Path, words, tmp_path, capsys) -> None:
-    given = [f"machine.kubernetes.mount={tmp_path}", "machine.processes=1", "dry_run=true"]
-    assert start(str(machine), *words, *given) == 0
-    assert "launch accelerate" in capsys.readouterr().out
+@pytest.mark.parametrize("machine", MACHINES)
+def test_every_machine_takes_a_run(machine: str, read) -> None:
+    run = read(machine, "machine.processes=1")
+    assert "launch accelerate" in run.machine.render(run.job)
 
 
-CONTAINER = ("configs/machines/slurm.yaml", "machine.nodes=1", "machine.processes=1", "machine.slurm.container=w.sqsh")
+CONTAINER = ("slurm", "machine.nodes=1", "machine.processes=1", "machine.slurm.container=w.sqsh")
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("machine", "error"),
     [
-        (["configs/machines/slurm.yaml", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
-        (["configs/machines/slurm.yaml", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
-        (["configs/machines/slurm.yaml", "manifest=nowhere.json"], "nowhere.json"),
-        (["configs/machines/kubernetes.yaml", "machine.processes=1"], "ends with its pod"),
-        (["configs/machines/kubernetes.yaml", "machine.name=My_Run"], "machine.name=My_Run: Kubernetes takes"),
+        (["slurm", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
+        (["slurm", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
+        (["slurm", "manifest=nowhere.json"], "nowhere.json"),
+        (["slurm", "machine.slurm.logs=my logs"], "--output='my logs"),
+        (["kubernetes", "machine.processes=1"], "ends with its pod"),
+        (["kubernetes", "machine.name=My_Run"], "machine.name=My_Run"),
         ([*CONTAINER, "machine.slurm.mounts=/data:/data"], "ends with its container"),
-        (["configs/machines/eight_gpus.yaml", "machine.nodes=2"], "machine.host"),
-        (["configs/machines/eight_gpus.yaml", "machine.processes=0"], "machine.processes=0"),
+        (["eight_gpus", "machine.nodes=2"], "machine.host"),
+        (["eight_gpus", "machine.processes=0"], "machine.processes=0"),
         ([], "configs/machines"),
     ],
 )
-def test_a_bad_run_is_refused_before_anything_is_queued(words, capsys, tmp_path, given: list[str], said: str) -> None:
-    script = tmp_path / "job.sh"
-    assert start(*given[:1], *words, *given[1:], f"script={script}") == 2
-    error = capsys.readouterr().err
-    assert said in error and len(error.splitlines()) == 1
+def test_a_bad_run_is_refused_before_anything_is_queued(args, capsys, tmp_path, machine, error: str) -> None:
+    script, files = tmp_path / "job.sh", [MACHINES[name] for name in machine[:1]]
+    assert start(*files, *args, *machine[1:], f"script={script}") == 2
+    output = capsys.readouterr().err
+    assert error in output and len(output.splitlines()) == 1
     assert not script.exists()
 
 
-def test_a_file_that_launch_did_not_write_is_not_written_over(words, tmp_path, capsys, monkeypatch) -> None:
+def test_a_file_that_launch_did_not_write_is_not_written_over(args, tmp_path, capsys, monkeypatch) -> None:
     (tmp_path / "bin").mkdir()
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))  # no sbatch there: the script is written all the same
-    script, notes = tmp_path / "job.sh", tmp_path / "notes.txt"
-    notes.write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to("nowhere")
-    one = ["configs/machines/slurm.yaml", *words, "machine.nodes=1", "machine.processes=1"]
-    one += [f"machine.slurm.logs={tmp_path}/logs"]
+    run = [MACHINES["slurm"], *args, "machine.nodes=1", "machine.processes=1", f"machine.slurm.logs={tmp_path}/logs"]
     for _ in range(2):
-        assert start(*one, f"script={script}") == 2
+        assert start(*run, f"script={tmp_path}/job.sh") == 2
         assert "job.sh is written, but there is no sbatch" in capsys.readouterr().err
-    for there in (notes, tmp_path / "folder", tmp_path / "link"):
-        assert start(*one, f"script={there}") == 2
-        assert f"{there} is there and was not written by this command" in capsys.readouterr().err
-    assert start("doctor", "configs/machines/laptop.yaml", f"report={notes}") == 2
-    assert start(*one, "script=s3://bucket/job.sh") == 2 and "not to a bucket" in capsys.readouterr().err
-    assert notes.read_text() == "mine" and (tmp_path / "link").is_symlink()
+    for name in ("notes.txt", "folder", "link"):
+        assert start(*run, f"script={tmp_path / name}") == 2
+        assert f"{name} is there and was not written by this command" in capsys.readouterr().err
+    assert start("doctor", MACHINES["laptop"], f"report={tmp_path}/notes.txt") == 2
+    assert start(*run, "script=s3://bucket/job.sh") == 2 and "not to a bucket" in capsys.readouterr().err
+    assert (tmp_path / "notes.txt").read_text() == "mine" and (tmp_path / "link").is_symlink()
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("settings", "error"),
     [
         ({"name": "x\ntouch PWNED\n#"}, "machine.name="),
-        ({"name": "../x"}, "machine.name='../x' must be one word"),
-        ({"slurm": {"logs": "l\ntouch PWNED"}}, "machine.slurm.logs="),
-        ({"slurm": {"partition": "a b --wrap=x"}}, "machine.slurm.partition="),
-        ({"slurm": {"account": "--wrap=x"}}, "machine.slurm.account="),
-        ({"slurm": {"memory": "1G#x"}}, "machine.slurm.memory="),
-        ({"slurm": {"time": "1\u2028#SBATCH"}}, "machine.slurm.time="),
+        ({"name": "../x"}, "machine.name='../x'"),
         ({"slurm": {"cpus_per_task": -1}}, "slurm.cpus_per_task=-1"),
-        ({"slurm": {"setup": "a\0b"}}, "machine.slurm.setup="),
         ({"env": {"A;touch PWNED;B": "x"}}, "is no variable's name"),
-        ({"env": {"A": "\0"}}, "holds control characters"),
-        ({"env": {"A": "\udcff"}}, "holds control characters"),
-        ({"kubernetes": {"namespace": "a b"}}, "machine.kubernetes.namespace="),
-        ({"kubernetes": {"mount": "data"}}, "must be an absolute path"),
-        ({"host": "-x", "nodes": 2}, "machine.host='-x'"),
+        ({"env": {"A": "\0"}}, "holds characters"),
+        ({"env": {"A": "\udcff"}}, "holds characters"),
         ({"processes": 10**9}, "processes=1000000000"),
-        ({"node_rank": 1}, "machine.node_rank=1 must be"),
+        ({"node_rank": 1}, "machine.node_rank=1"),
         ({"port": 99999999}, "port=99999999"),
         ({"port": 0, "nodes": 2, "host": "a"}, "machine.port=0"),
     ],
 )
-def test_a_machine_s_settings_are_plain_words(given: dict, said: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(said)) as raised:
-        build(MachineConfig, given)
+def test_settings_of_a_machine_that_cannot_be_are_named(settings: dict, error: str) -> None:
+    with pytest.raises(UserError, match=re.escape(error)) as raised:
+        build(MachineConfig, settings)
     assert str(raised.value).isprintable()
+
+
+@pytest.mark.parametrize("value", ["l\ntouch PWNED", "a b --wrap=x", "1G#x", "1\u2028#SBATCH", 'a"b'])
+@pytest.mark.parametrize("name", ["logs", "partition", "account", "memory", "time"])
+def test_options_of_slurm_are_single_words(name: str, value: str) -> None:
+    machine = build(MachineConfig, {"kind": "slurm", "slurm": {name: value}})
+    with pytest.raises(UserError, match=r"machine\.slurm: --|holds characters"):
+        machine.render(Job("a", lambda rank, host: ["date"], saves_to="/runs"))
 
 
 @dataclass(frozen=True)
@@ -427,14 +374,8 @@ class ToyMachines(MachineConfig):
     toy: Toy = field(default_factory=Toy)  # the line
 
 
-def test_a_scheduler_is_its_own_file_and_one_line(words) -> None:
-    job = read_launch(["configs/machines/laptop.yaml", *words]).job
+def test_a_scheduler_is_its_own_file_and_one_line(read) -> None:
     machine = build(ToyMachines, {"kind": "toy", "nodes": "2", "toy": {"queue": "long"}})
-    assert machine.render(job).startswith("long 2 worldloom: python -m launch accelerate")
-    with pytest.raises(ValueError, match=r"machine.kind=toi must be one of local, slurm, kubernetes, toy"):
+    assert machine.render(read("laptop").job).startswith("long 2 worldloom: python -m launch accelerate")
+    with pytest.raises(UserError, match=r"machine.kind=toi must be one of local, slurm, kubernetes, toy"):
         build(ToyMachines, {"kind": "toi"})
-
-
-def test_a_word_that_is_no_text_is_not_written_into_a_script() -> None:
-    with pytest.raises(ValueError, match=r"'out=\\udcff' is no text that a script can hold"):
-        shell_line(["python", "out=\udcff"])

@@ -15,9 +15,7 @@ def lit_keys(action_space: ActionSpace, keyboard: list[int]) -> list[bool]:
     overlay = Overlay(action_space, *GREY.shape[:2])
     mouse = np.zeros(2 if action_space.mouse else 0)
     drawn = overlay.draw(GREY, np.array(keyboard, float), mouse)
-    spots = [
-        (key.corner[0] + key.image.width // 2, key.corner[1] + key.image.height // 4 + 5) for key, _ in overlay.keys
-    ]
+    spots = [(x + image.width // 2, y + image.height // 4 + 5) for (image, (x, y)), _ in overlay.keys]
     return [bool(drawn[y, x].min() > 240) for x, y in spots]
 
 

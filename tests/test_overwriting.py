@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,20 +10,9 @@ from PIL import Image
 from tiny_recordings import write_recording
 from tiny_world import GAME, write_checkpoint, write_codec
 
-import data_pipeline.__main__
-import model.__main__
-import sampling.__main__
-import train.__main__
 from configs.cli import run
 from configs.errors import UserError
 from configs.files import require_other_files
-
-VERBS = {
-    "data_pipeline": data_pipeline.__main__.VERBS,
-    "model": model.__main__.VERBS,
-    "sampling": sampling.__main__.VERBS,
-    "train": train.__main__.VERBS,
-}
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +46,13 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def listing(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def refusal(command: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which the command ends, with status 2."""
+    program, *args = command.split()
+    assert run(program, import_module(f"{program}.__main__").VERBS, args) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "give" in error and "out=" in error
+    return error
 
 
 GENERATE = "sampling generate run actions=idle frames=1 steps=1 "
@@ -66,13 +61,13 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "read"),
     [
-        (GENERATE + "prompt=mine.png out=mine.mp4", "mine.png would be written over prompt=mine.png"),
-        (GENERATE + "prompt=play.mp4 out=play.mp4", "play.mp4 would be written over prompt=play.mp4"),
+        (GENERATE + "prompt=mine.png out=mine.mp4", "mine.png would change prompt=mine.png"),
+        (GENERATE + "prompt=play.mp4 out=play.mp4", "play.mp4 would change prompt=play.mp4"),
         (GENERATE + "prompt=./rec/../play.mp4 out=films/films/play.mp4", "play.mp4"),
-        (GENERATE + "prompt=mine.png out=hard.mp4", "hard.png would be written over prompt=mine.png"),
-        (GENERATE + "prompt=mine.png out=soft.mp4", "soft.png would be written over"),
+        (GENERATE + "prompt=mine.png out=hard.mp4", "hard.png would change prompt=mine.png"),
+        (GENERATE + "prompt=mine.png out=soft.mp4", "soft.png would change"),
         (GENERATE + "prompt=soft.png out=mine.mp4", "prompt=soft.png"),
         (GENERATE + "prompt=mine.png actions=acts.csv out=acts.mp4", "actions=acts.csv"),
         (GENERATE + "prompt=mine.png out=ema.mp4", "checkpoint=run/step_0000100/ema.safetensors"),
@@ -89,7 +84,7 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
         (IMPORT + "codec=run/codec out=codec", "official weights=codec/model.safetensors"),
         ("model bench model.yaml out=model.yaml", "config=model.yaml"),
         ("data_pipeline encode game.yaml source=rec codec=codec out=rec", "source=rec"),
-        ("data_pipeline encode game.yaml source=rec codec=codec out=rec/sub", "written into source=rec"),
+        ("data_pipeline encode game.yaml source=rec codec=codec out=rec/sub", "source=rec"),
         ("data_pipeline encode game.yaml source=rec/train codec=codec out=rec", "source=rec/train"),
         ("data_pipeline inspect lat/index.html out=lat", "manifest=lat/index.html"),
         ("data_pipeline doctor game.yaml source=rec out=rec/report.json", "source=rec"),
@@ -97,14 +92,13 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
     ],
 )
 def test_no_command_writes_over_what_it_reads(
-    command: str, said: str, here: Path, capsys: pytest.CaptureFixture[str]
+    command: str, read: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program, *words = command.split()
-    before = listing(here)
-    assert run(program, VERBS[program], words) == 2
-    printed = capsys.readouterr()
-    assert said in printed.err and printed.err.count("\n") == 1 and "give another out=" in printed.err
-    assert listing(here) == before
+    def contents() -> dict[Path, bytes]:
+        return {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+    before = contents()
+    assert read in refusal(command, capsys) and contents() == before
 
 
 @pytest.mark.parametrize(
@@ -116,33 +110,27 @@ def test_no_command_writes_over_what_it_reads(
         GENERATE + "prompt=mine.png out=folder.mp4",
     ],
 )
-def test_a_folder_where_a_file_is_to_be_is_said_before_the_work(
+def test_a_folder_where_a_file_is_to_be_is_refused_before_the_work(
     command: str, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    program, *words = command.split()
     out = command.rpartition("out=")[2]
     (here / out).mkdir()
-    assert run(program, VERBS[program], words) == 2
-    assert capsys.readouterr().err == f"{program} {words[0]}: {out} is a folder; give out= the name of a file\n"
+    assert f"{out} is a folder" in refusal(command, capsys)
 
 
 def test_what_lies_beside_is_another_file(here: Path) -> None:
     read = {"prompt": "mine.png", "source": "rec", "bucket": "s3://b/rec", "nothing": None}
     require_other_files(["mine.mp4", "recordings", "rec.png", "s3://b/recordings", "s3://b", "nowhere/x", "."], read)
-    for out in ("s3://b/rec", "s3://b/rec/", "s3://b/rec/x", "rec/new/x", "films/rec"):
-        with pytest.raises(UserError, match="give another out="):
+    Path("rec/elsewhere.mp4").symlink_to("../play.mp4")  # a link in a source is part of it
+    for out in ("s3://b/rec", "s3://b/rec/", "s3://b/rec/x", "rec/new/x", "films/rec", "rec/elsewhere.mp4"):
+        with pytest.raises(UserError, match=f"{out} would change"):
             require_other_files([out], read)
+    with pytest.raises(UserError, match="play"):
+        require_other_files(["rec/elsewhere.mp4"], {"prompt": "play.mp4"})
 
 
 def test_a_long_path_is_compared_soon(here: Path) -> None:
     """Following every part of it for every source took minutes."""
     require_other_files(["a/" + "b/" * 1900 + "x"], {"checkpoint": [f"run/{i}" for i in range(20)]})
-    with pytest.raises(ValueError, match="written into"):
+    with pytest.raises(UserError, match="source=rec"):
         require_other_files(["films/rec/" + "b/" * 1900 + "x"], {"source": "rec"})
-
-
-def test_a_link_that_lies_in_a_source_counts_as_there(here: Path) -> None:
-    Path("rec/elsewhere.mp4").symlink_to("../play.mp4")
-    for place in ("rec", "play.mp4"):
-        with pytest.raises(ValueError, match=r"would be written (over|into)"):
-            require_other_files(["rec/elsewhere.mp4"], {"source": place})

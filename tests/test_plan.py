@@ -63,6 +63,12 @@ def test_checkpointing_lowers_activations_and_nothing_that_the_model_computes() 
     assert again.flops == kept.flops
 
 
+def test_a_causal_model_is_estimated_as_often_as_advice_needs_it() -> None:
+    causal = ("engine.name=ddp", "objective.name=diffusion_forcing", "model.causal={block: 3, window: 6}", "latents=6")
+    one, more = estimated(*causal), estimated(*causal, "batch=16")
+    assert more.bytes["activations"] > one.bytes["activations"]
+
+
 def test_the_work_of_a_step_grows_with_its_clips() -> None:
     one, larger = estimated("engine.name=ddp"), estimated("engine.name=ddp", "batch=16")
     assert larger.tokens == 8 * one.tokens and larger.flops == 8 * one.flops

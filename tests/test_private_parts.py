@@ -22,9 +22,6 @@ PRIVATE = {
         "torch.utils._python_dispatch.TorchDispatchMode": (
             "torch.utils._python_dispatch:TorchDispatchMode", "torch.utils.flop_counter has a mode of its own to copy"),
         "torch.utils._pytree.tree_leaves": ("torch.utils._pytree:tree_leaves", "torch.utils.pytree, once it is public"),
-        "torch.distributed.tensor._utils.compute_local_shape_and_global_offset": (
-            "torch.distributed.tensor._utils:compute_local_shape_and_global_offset",
-            "count the offset from chunks of equal size, as fully_shard cuts dimension 0"),
     },
     "DeepSpeed": {
         "_partition_all_parameters": (

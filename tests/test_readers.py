@@ -42,7 +42,7 @@ def test_episodes_come_by_name_and_unfinished_ones_do_not(recordings, tmp_path):
     assert list(find_episodes(recordings)) == [f"episode_{i:05d}" for i in range(6)]
     (tmp_path / ".episode_00000.tmp").mkdir()
     with pytest.raises(ValueError, match=f"{tmp_path} holds no"):
-        find_episodes(tmp_path)
+        find_recordings("worldloom", tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder of recordings"):
         find_episodes(tmp_path / "nowhere")
 
@@ -124,7 +124,7 @@ def _third(row):
 
 FAULTS = {
     r"29 rows, .* 30 frames": lambda f: _edit_rows(f, lambda r: r[:-1]),
-    r"missing: left; .*lef": lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]),
+    r"columns must be .*, not .*'lef'": lambda f: _edit_rows(f, lambda r: [r[0].replace("ft", "f"), *r[1:]]),
     r"line 4: yaw_deg is .* no number": lambda f: _edit_rows(f, lambda r: [*r[:3], r[3][:-1] + "x", *r[4:]]),
     r"line 4: pitch_deg": _third("2,0,0,0,0,nan,0"),
     r"line 4: yaw_deg is '1e308'": _third("2,0,0,0,0,0,1e308"),
@@ -135,7 +135,7 @@ FAULTS = {
     r"actions.csv has 0 rows": lambda f: (f / "actions.csv").write_text(""),
     r"no file": lambda f: (f / "actions.csv").unlink(),
     r"no video": lambda f: (f / "video.mp4").unlink(),
-    r"every episode folder needs": lambda f: (f / "episode.json").unlink(),
+    r"no file .*episode.json": lambda f: (f / "episode.json").unlink(),
     r"not valid JSON: E": lambda f: (f / "episode.json").write_text("{"),
     r"episode.json is not valid JSON": lambda f: (f / "episode.json").write_text("[" * 200_000),
     r"episode.json: 'fps' is required": lambda f: (f / "episode.json").write_text("{}"),
@@ -145,7 +145,7 @@ FAULTS = {
     r"episode.json: action_space holds settings": lambda f: _edit_about(f, action_space=None),
     r"episode.json: 'action_space.name' is required": lambda f: _edit_about(f, action_space={}),
     r"holds Video.MKV and video.mp4; leave the": lambda f: shutil.copy(f / "video.mp4", f / "Video.MKV"),
-    r"30.0 fps, the game 'tiny' has 17.5": lambda f: _edit_about(f, fps=30.0),
+    r"fps 30.0, the game 'tiny' has 17.5": lambda f: _edit_about(f, fps=30.0),
     r"runs at 30 fps, the game 'tiny' at 17.5": lambda f: write_video(
         f / "video.mp4", list(read_frames(f / "video.mp4")), 30.0
     ),
@@ -237,11 +237,10 @@ def test_a_video_that_is_written_anew_is_read_anew(tmp_path):
         assert abs(int(frame.mean()) - shade) < 5
 
 
-def test_a_video_without_times_is_read_whole_or_refused(tmp_path):
+def test_a_video_without_times_is_refused(tmp_path):
     write_foreign(tmp_path / "bare.h264", numbered_frames(40))
-    assert len(list(read_frames(tmp_path / "bare.h264"))) == 40
-    with pytest.raises(ValueError, match=r"bare.h264 does not say when its frames are shown; convert it to mp4"):
-        list(read_frames(tmp_path / "bare.h264", 5, 9))
+    with pytest.raises(ValueError, match=r"bare.h264 does not say when its frames are shown"):
+        next(read_frames(tmp_path / "bare.h264"))
 
 
 def test_frames_of_one_recording_are_kept_apart_where_they_do_not_follow():

@@ -2,61 +2,34 @@
 
 import re
 import shlex
+from dataclasses import is_dataclass
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import yaml
 
 from configs import load_config
-from data_pipeline.__main__ import VERBS as DATA_VERBS
-from data_pipeline.commands import VerifyConfig
-from data_pipeline.doctor.examine import DoctorConfig
-from data_pipeline.inspect import InspectConfig
+from configs.cli import is_setting
 from data_pipeline.plan import EncodeConfig
-from data_pipeline.record import RecordConfig
-from launch.__main__ import VERBS as LAUNCH_VERBS
 from launch.doctor import read_doctor
 from launch.pipeline import PipelineConfig
 from launch.plan import read_plan
 from launch.run import read_launch
-from model.__main__ import VERBS as MODEL_VERBS
 from model.config import ModelConfig
-from model.convert import ExportConfig, ImportConfig
-from sampling.__main__ import VERBS as SAMPLING_VERBS
-from sampling.evaluate import EvaluateConfig
-from sampling.generate import GenerateConfig
-from tests.bench.loader import BenchConfig as LoadBenchConfig
-from tests.bench.network import BenchConfig
-from train.__main__ import VERBS as TRAIN_VERBS
-from train.checkpoint import ConsolidateConfig
-from train.codec import CodecTrainConfig
 from train.config import TrainConfig
 from train.objectives import make_objective
 
 ROOT = Path(__file__).parent.parent
-VERBS = {
-    "data_pipeline": DATA_VERBS, "launch": LAUNCH_VERBS, "model": MODEL_VERBS, "sampling": SAMPLING_VERBS,
-    "train": TRAIN_VERBS,
-}  # fmt: skip
-CONFIGS = {
-    ("data_pipeline", "record"): RecordConfig,
-    ("data_pipeline", "encode"): EncodeConfig,
-    ("data_pipeline", "bench-encode"): EncodeConfig,
-    ("data_pipeline", "repair"): EncodeConfig,
-    ("data_pipeline", "doctor"): DoctorConfig,
-    ("data_pipeline", "inspect"): InspectConfig,
-    ("data_pipeline", "verify"): VerifyConfig,
-    ("data_pipeline", "bench"): LoadBenchConfig,
-    ("train", "codec"): CodecTrainConfig,
-    ("train", "engine"): TrainConfig,
-    ("train", "consolidate"): ConsolidateConfig,
-    ("sampling", "generate"): GenerateConfig,
-    ("sampling", "evaluate"): EvaluateConfig,
-    ("model", "info"): ModelConfig,
-    ("model", "bench"): BenchConfig,
-    ("model", "export"): ExportConfig,
-    ("model", "import"): ImportConfig,
-    ("launch", "pipeline"): PipelineConfig,
+READERS = {  # of commands that take the arguments themselves
+    "launch.run:launch": read_launch,
+    "launch.doctor:doctor": read_doctor,
+    "launch.plan:plan": lambda args: read_launch(read_plan(args)[1]),
+    "launch.pipeline:pipeline": partial(load_config, PipelineConfig),
+    "train.loop:main": lambda args: make_objective(load_config(TrainConfig, args).objective),
+    "tests.parity.run:parity": list,
 }
 PIPELINES = sorted((ROOT / "configs/pipelines").glob("*.yaml"))
 
@@ -81,42 +54,27 @@ def pipeline_commands() -> list[str]:
 
 
 def check_command(command: str) -> None:
-    words = shlex.split(command, comments=True)
-    if words[0] == "make":
+    args = shlex.split(command, comments=True)
+    if args[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.M)
-        assert set(words[1:]) <= set(targets), command
+        assert set(args[1:]) <= set(targets), command
         return
-    if words[:4] == ["python", "-m", "launch", "accelerate"]:  # with the same words
-        words = ["accelerate", "launch", *words[4:]]
-    if words[0] == "accelerate":
-        assert words[:3] == ["accelerate", "launch", "--config_file"], command
-        assert yaml.safe_load((ROOT / words[3]).read_text())["distributed_type"] in ("DEEPSPEED", "MULTI_GPU")
-        words = ["python", *words[words.index("-m") :]]
-    assert words[:2] == ["python", "-m"], command
-    program, verb, given = words[2], words[3], words[4:]
-    if program == "train" and verb.endswith(".yaml"):
-        make_objective(load_config(TrainConfig, [verb, *given]).objective)
-        return
-    if program == "launch" and verb.startswith("configs/machines/"):
-        read_launch([verb, *given])
-        return
-    if program == "launch" and verb == "doctor":
-        read_doctor(given)
-        return
-    if program == "launch" and verb == "plan":
-        read_launch(read_plan(given)[1])
-        return
-    assert verb in VERBS[program], command
-    if program == "sampling" or (program, verb) == ("train", "consolidate") or (program, verb) == ("model", "export"):
-        given[0] = f"checkpoint={given[0]}"
-    if (program, verb) == ("model", "import"):
-        given[0] = f"file={given[0]}"
-    if program == "data_pipeline" and verb in ("inspect", "verify", "bench"):
-        given[0] = f"manifest={given[0]}"
-    if (program, verb) in CONFIGS:
-        load_config(CONFIGS[program, verb], given)
+    if args[:4] == ["python", "-m", "launch", "accelerate"]:  # with the same arguments
+        args = ["accelerate", "launch", *args[4:]]
+    if args[0] == "accelerate":
+        assert args[:3] == ["accelerate", "launch", "--config_file"], command
+        assert yaml.safe_load((ROOT / args[3]).read_text())["distributed_type"] in ("DEEPSPEED", "MULTI_GPU")
+        args = ["python", *args[args.index("-m") :]]
+    assert args[:2] == ["python", "-m"], command
+    verbs, args = import_module(f"{args[2]}.__main__").VERBS, args[3:]
+    verb = verbs["run"] if is_setting(args[0]) else verbs[args.pop(0)]
+    if verb.first:
+        args[0] = f"{verb.first}={args[0]}"
+    takes = next(iter(get_type_hints(verb.load()).values()))
+    if is_dataclass(takes):
+        load_config(takes, args)
     else:
-        assert (program, verb) == ("model", "parity"), command
+        READERS[verb.function](args)
 
 
 def test_the_readme_is_short_and_has_commands() -> None:
@@ -144,8 +102,8 @@ def test_a_command_that_does_not_parse_is_found() -> None:
     with pytest.raises(AssertionError):
         check_command("make dance")
     with pytest.raises(ValueError, match="did you mean 'steps'"):
-        words = "--config_file launch/accelerate/cpu_zero2.yaml -m train configs/train/demo_base.yaml step=4"
-        check_command(f"python -m launch accelerate {words}")
+        args = "--config_file launch/accelerate/cpu_zero2.yaml -m train configs/train/demo_base.yaml step=4"
+        check_command(f"python -m launch accelerate {args}")
 
 
 def test_the_processes_of_a_pipeline_meet_where_nobody_else_is_let_in() -> None:

@@ -229,6 +229,6 @@ def test_what_is_no_recording_beside_folders_of_pictures_is_left_out_and_said(tm
     (tmp_path / "__MACOSX").mkdir()
     one, two = find_recordings("frames", tmp_path)
     assert (one.name, two.name) == ("one", "two")  # pictures without a log are a bad recording
-    with pytest.raises(ValueError, match=r"two has pictures, but no input\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*two/input\.csv"):
         two.read(load_game("frames", tmp_path))
     assert "pictures and input.csv: __MACOSX" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What a server, a network or a person can do wrong to storage, and what then is said or survived."""
+"""What a server, a network or a user can do wrong to storage: what is survived, and what is an error."""
 
 import hashlib
 import os
@@ -60,19 +60,14 @@ def test_requests_that_fail_for_good_are_one_line(bucket_folder, proxy, few_atte
         assert fault.met == s3.ATTEMPTS
 
 
-def test_a_body_that_breaks_off_is_asked_for_again(bucket_folder, proxy) -> None:
+def test_a_body_that_breaks_off_is_asked_for_again(bucket_folder, proxy, few_attempts) -> None:
     url, data = storage.join(bucket_folder, "a.bin"), os.urandom(1 << 20)
     write(url, data)
-    fault = proxy.add(Fault("cut", "^GET ", times=4))
-    assert storage.read_bytes(url) == data and fault.met == 4
+    fault = proxy.add(Fault("cut", "^GET ", times=2))
+    assert storage.read_bytes(url) == data and fault.met == 2
     fault.met = 0
-    assert storage.read_range(url, 1000, 500_000) == data[1000:501_000] and fault.met == 4
-
-
-def test_a_body_that_never_goes_on_is_one_line(bucket_folder, proxy, few_attempts) -> None:
-    url = storage.join(bucket_folder, "a.bin")
-    write(url, b"a")  # half of it is nothing
-    proxy.add(Fault("cut", "^GET "))
+    assert storage.read_range(url, 1000, 500_000) == data[1000:501_000] and fault.met == 2
+    fault.times = 10**9
     with pytest.raises(OSError, match=r"a\.bin: "):
         storage.read_bytes(url)
 
@@ -107,16 +102,19 @@ def test_a_server_that_stops_speaking_is_asked_again(bucket_folder, proxy, monke
     assert time.monotonic() - began < 5
 
 
-def test_a_writer_whose_answer_was_lost_is_still_the_first(bucket_folder, proxy) -> None:
+@pytest.mark.parametrize("kind", ["lost", "not offered"])
+def test_a_first_writer_is_one_whose_answer_was_lost_or_whose_server_has_no_conditional_writes(
+    kind, bucket_folder, proxy
+) -> None:
     url = storage.join(bucket_folder, "claim")
-    lost = proxy.add(Fault("lost", "^PUT .*claim", times=1))
-    assert storage.create(url, b"worker 1") and lost.met == 1
+    fault = proxy.add(Fault(kind, "^PUT .*claim", times=1))
+    assert storage.create(url, b"worker 1") and fault.met == 1
     assert not storage.create(url, b"worker 2") and storage.read_bytes(url) == b"worker 1"
 
 
-def said_by_command(capsys, *words: str) -> str:
+def error_of(capsys, *args: str) -> str:
     """The one line with which `python -m data_pipeline` ends, with status 2."""
-    assert run("data_pipeline", VERBS, words) == 2
+    assert run("data_pipeline", VERBS, args) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and s3_server.SECRET_KEY not in line, line
     return line
@@ -126,44 +124,39 @@ def test_wrong_or_no_credentials_are_one_clear_line(s3, bucket_folder, monkeypat
     manifest = f"{bucket_folder}/manifest.json"
     if isinstance(s3, s3_server.Ceph):  # moto takes every credential
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", wrong := "not-the-secret")
-        line = said_by_command(capsys, "verify", manifest)
+        line = error_of(capsys, "verify", manifest)
         assert f"{manifest}: the server refuses" in line and "AWS_SECRET_ACCESS_KEY" in line and wrong not in line
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    assert "Unable to locate credentials; check S3_ENDPOINT_URL and the credentials: AWS_PROFILE" in said_by_command(
-        capsys, "verify", manifest
-    )
+    assert "S3_ENDPOINT_URL and the credentials: AWS_PROFILE" in error_of(capsys, "verify", manifest)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
-    assert "(nobody) could not be found; check S3_ENDPOINT_URL and the credentials: AWS_PROFILE" in said_by_command(
-        capsys, "verify", manifest
-    )
+    assert "(nobody)" in error_of(capsys, "verify", manifest)
 
 
 def test_a_bucket_that_does_not_exist_is_one_clear_line(s3, capsys) -> None:
-    assert "there is no bucket 'nowhere'" in said_by_command(capsys, "verify", "s3://nowhere/manifest.json")
-    url = "s3://nowhere/a"
+    assert "there is no bucket 'nowhere'" in error_of(capsys, "verify", "s3://nowhere/manifest.json")
     write_it = partial(storage.write_text, text="text")
-    for action in (storage.read_bytes, storage.exists, storage.list_files, storage.local, write_it):
+    for action in (storage.read_bytes, storage.exists, storage.list_folder, storage.local, write_it):
         with pytest.raises(OSError, match="there is no bucket 'nowhere'"):
-            action(url)
+            action("s3://nowhere/a")
 
 
-def test_a_url_that_is_none_is_one_clear_line() -> None:
-    for url in ("s3://", "s3:/bucket/key", "s3:///key", "s3://bucket"):
-        with pytest.raises(ValueError, match="write s3://bucket/key"):
-            storage.read_bytes(url)
-    with pytest.raises(ValueError, match="holds no credentials") as said:
-        storage.read_bytes("s3://user:password@bucket/key")
-    assert "password" not in str(said.value)
+@pytest.mark.parametrize(
+    "url", ["s3://", "s3:/bucket/key", "s3:///key", "s3://bucket", "s3://user:password@bucket/key"]
+)
+def test_a_wrong_url_is_one_clear_line_without_what_is_secret(url) -> None:
+    with pytest.raises(ValueError, match="write s3://bucket/key") as error:
+        storage.read_bytes(url)
+    assert "password" not in str(error.value)
 
 
 def test_a_server_that_is_not_there_is_one_line_without_what_is_secret(s3, monkeypatch, few_attempts) -> None:
     monkeypatch.setenv("S3_ENDPOINT_URL", f"http://user:password@127.0.0.1:{s3_server.free_port()}")
-    with pytest.raises(OSError, match="S3_ENDPOINT_URL") as said:
+    with pytest.raises(OSError, match="S3_ENDPOINT_URL") as error:
         storage.read_bytes("s3://worlds/a")
-    assert "password" not in str(said.value)
+    assert "password" not in str(error.value)
 
 
 def start_later(server: s3_server.Ceph | s3_server.Moto) -> None:

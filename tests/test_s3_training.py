@@ -1,6 +1,5 @@
 """Training with its run folder in a bucket: what is saved, lost, refused and resumed there."""
 
-import json
 import os
 import subprocess
 import sys
@@ -59,8 +58,8 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     done = run(command, WORLDLOOM_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0 and refused.met == 1, done.stderr
     assert f"resumed from {bucket_folder}/step_0000002 at step 2" in done.stdout
-    (said,) = [line for line in done.stderr.splitlines() if "cannot write" in line]
-    assert f"cannot write {bucket_folder}/step_0000006: " in said and "the checkpoint before it is whole" in said
+    (error,) = [line for line in done.stderr.splitlines() if "cannot write" in line]
+    assert f"cannot write {bucket_folder}/step_0000006: " in error
     assert_same_end(bucket_folder, alone, tmp_path)
     assert complete_steps(bucket_folder) == ["step_0000004", "step_0000008"]
     left = storage.list_tree(bucket_folder)
@@ -69,15 +68,11 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     assert not list((tmp_path / "cache" / "tmp").glob("*/*"))
 
     newest = find_checkpoint(bucket_folder)
-    words = [str(storage.local(storage.join(newest, "config.yaml")))]
-    assert load_config(TrainConfig, words).out == bucket_folder
-    assert read_world_config(newest) == read_world_config(newest_checkpoint(alone))
-    consolidate(
-        load_config(ConsolidateConfig, [f"checkpoint={bucket_folder}", f"out={bucket_folder}/world.safetensors"])
-    )
-    whole, ema = (
-        load_weights(storage.local(url)) for url in (f"{bucket_folder}/world.safetensors", f"{newest}/ema.safetensors")
-    )
+    saved = load_config(TrainConfig, [str(storage.local(f"{newest}/config.yaml"))])
+    assert saved.out == bucket_folder and read_world_config(newest) == read_world_config(newest_checkpoint(alone))
+    out = f"{bucket_folder}/world.safetensors"
+    consolidate(load_config(ConsolidateConfig, [f"checkpoint={bucket_folder}", f"out={out}"]))
+    whole, ema = (load_weights(storage.local(url)) for url in (out, f"{newest}/ema.safetensors"))
     assert all(torch.equal(whole[name], ema[name]) for name in ema)
 
 
@@ -86,14 +81,15 @@ def test_a_last_checkpoint_that_cannot_be_uploaded_is_an_error(
     train_words, alone, bucket_folder, proxy, tmp_path
 ) -> None:
     """Of the others it is only said."""
+    command = [*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"]
     refused = proxy.add(Fault("refused", "^PUT .*step_000000[48]/trainer/rank_00000", times=2))
-    done = run([*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"])
+    done = run(command)
     assert done.returncode == 2 and refused.met == 2, done.stderr
-    said = [line for line in done.stderr.splitlines() if "cannot write" in line]
-    assert f"cannot write {bucket_folder}/step_0000004: " in said[0] and "step_0000008: " in said[-1]
-    assert said[-1].startswith("train run: cannot write") and "the checkpoint before it is whole" in said[-1]
+    errors = [line for line in done.stderr.splitlines() if "cannot write" in line]
+    assert f"cannot write {bucket_folder}/step_0000004: " in errors[0]
+    assert errors[-1].startswith(f"train run: cannot write {bucket_folder}/step_0000008: ")
     assert complete_steps(bucket_folder) == ["step_0000002", "step_0000006"]
-    done = run([*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"])
+    done = run(command)
     assert done.returncode == 0 and "step_0000006 at step 6" in done.stdout, done.stderr
     assert_same_end(bucket_folder, alone, tmp_path)
 
@@ -104,8 +100,8 @@ def test_a_rank_whose_part_is_refused_costs_one_checkpoint_and_not_the_run(train
     settings = ["engine.name=deepspeed", "batch=2", "engine.timeout_s=60", f"out={bucket_folder}"]
     done = run([*launch("cpu_zero2", "-m", "train", processes=2), *train_words, *SETTINGS, *settings])
     assert done.returncode == 0 and refused.met == 1, done.stderr
-    said = [line for line in done.stderr.splitlines() if f"cannot write {bucket_folder}/step_0000004: " in line]
-    assert len(said) == 2 and any("another rank could not write its part" in line for line in said), done.stderr
+    errors = [line for line in done.stderr.splitlines() if f"cannot write {bucket_folder}/step_0000004: " in line]
+    assert len(errors) == 2 and any("another rank" in line for line in errors), done.stderr
     assert complete_steps(bucket_folder) == ["step_0000006", "step_0000008"]
 
 
@@ -126,37 +122,33 @@ def config(train_words, bucket_folder) -> TrainConfig:
     return with_local_out(load_config(TrainConfig, [*train_words, f"out={bucket_folder}"]))
 
 
-def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch) -> None:
+@pytest.fixture
+def soon_expired(monkeypatch) -> None:
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
+
+
+def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, soon_expired) -> None:
     elsewhere = replace(config, out=str(tmp_path / "another machine"))
     with sole_run(config):
-        with pytest.raises(ValueError, match="is in use by the run of process"), sole_run(config):
-            pass
-        with pytest.raises(ValueError, match=r"is in use by another run \(see run\.claim\)"), sole_run(elsewhere):
-            pass
+        for other, holder in ((config, "of process"), (elsewhere, r"see run\.claim")):
+            with pytest.raises(ValueError, match=f"is in use by .*{holder}"), sole_run(other):
+                pass
     with sole_run(elsewhere):
         pass
 
 
-def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, monkeypatch) -> None:
-    monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
-    storage.write_text(f"{config.checkpoints}/run.claim", json.dumps({"holder": "another machine", "renewed": 7}))
+def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, soon_expired) -> None:
+    claim = f"{config.checkpoints}/run.claim"
+    storage.write_text(claim, "another machine")
     with sole_run(config):
-        assert storage.exists(f"{config.checkpoints}/run.claim")
-    assert not storage.exists(f"{config.checkpoints}/run.claim")
-
-
-def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> None:
-    proxy.add(Fault("not offered", r"^PUT .*claim", times=1))
-    with sole_run(config):
-        (Path(config.out) / "metrics.jsonl").write_text("{}\n")
-    assert storage.read_bytes(f"{config.checkpoints}/metrics.jsonl") == b"{}\n"
+        assert storage.exists(claim)
+    assert not storage.exists(claim)
 
 
 def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
-    words = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
-    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008 is there: copy it"):
-        check_run(load_config(TrainConfig, words), ranks=1)
+    args = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
+    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008"):
+        check_run(load_config(TrainConfig, args), ranks=1)
 
 
 def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
@@ -180,9 +172,8 @@ def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tm
 
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
     folder, url = Path(config.out), config.checkpoints
-    (folder / "videos").mkdir()
-    (folder / "step_0000010").mkdir()
-    for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", STOPPED, "step_0000010/COMPLETE"):
+    for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", ".a.mp4.tmp/a.mp4", STOPPED, "step_0000010/COMPLETE"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     push(folder, url)
     assert storage.list_tree(url) == {"STOPPED": 7, "metrics.jsonl": 13, "videos/a b.mp4": 14}
@@ -191,10 +182,10 @@ def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
     assert proxy.requests == []
     (folder / "metrics.jsonl").write_text("longer than it was")
     push(folder, url)
-    assert storage.size(f"{url}/metrics.jsonl") == 18
+    assert storage.list_tree(url)["metrics.jsonl"] == 18
     (folder / ".pushed.json").write_text('["metrics.jsonl", ')  # damaged: all is copied again
     storage.remove(f"{url}/videos/a b.mp4")
     push(folder, url)
-    assert storage.size(f"{url}/videos/a b.mp4") == 14
+    assert storage.exists(f"{url}/videos/a b.mp4")
     with sole_run(config):
         assert not storage.exists(f"{url}/{STOPPED}") and not (folder / STOPPED).exists()

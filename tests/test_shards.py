@@ -183,13 +183,13 @@ def test_shards_without_their_plan_are_refused(clip_frames, action, config, out)
 
 def test_a_plan_that_is_written_with_its_first_shard_meanwhile_is_found(config, encoded, monkeypatch):
     """Another worker begins between this one's look at the plan and that at the shards."""
-    list_files = storage.list_files
+    list_folder = storage.list_folder
 
     def begin_first(folder):
         shutil.copytree(encoded, config.out, dirs_exist_ok=True)
-        return list_files(folder)
+        return list_folder(folder)
 
-    monkeypatch.setattr(storage, "list_files", begin_first)
+    monkeypatch.setattr(storage, "list_folder", begin_first)
     assert encode(config).new_clips == 0
     with pytest.raises(ValueError, match="stride was 9, is 6"):
         encode(replace(config, stride=6))

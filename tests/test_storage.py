@@ -13,7 +13,7 @@ import pytest
 from full_disk import full_disk
 from tiny_training import ROOT
 
-from configs import cache, files, s3, storage
+from configs import cache, s3, storage
 from configs.errors import UserError, is_users
 
 MANY = 1005  # objects: a server lists a thousand at a time
@@ -38,24 +38,41 @@ def own_cache(monkeypatch, tmp_path) -> Iterator[Path]:
     forget_copies()
 
 
+def put(folder: str, *names: str) -> None:
+    """Empty objects with any names, which storage itself would refuse."""
+    bucket, prefix = s3.bucket_and_key(f"{folder}/")
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda name: s3.client().put_object(Bucket=bucket, Key=prefix + name, Body=b""), names))
+
+
+def files_in(folder: Path) -> set[str]:
+    """Their suffixes, at any depth."""
+    return {path.suffix for path in folder.rglob("*") if path.is_file()}
+
+
 def test_what_is_written_is_read_whole_and_in_ranges(folder):
     url = storage.join(folder, "a ü+%.txt")
-    assert not storage.exists(url) and storage.list_files(folder) == []
+    assert not storage.exists(url) and storage.list_folder(folder) == []
     storage.write_text(url, "0123456789")
     storage.write_text(storage.join(folder, "deeper/b.txt"), "")
-    assert storage.exists(url) and storage.size(url) == 10
+    assert storage.exists(url) and storage.path(url).stat().st_size == 10
     assert storage.read_bytes(url) == b"0123456789" and storage.read_range(url, 3, 4) == b"3456"
+    for offset in (8, 10, 12):
+        with pytest.raises(ValueError, match=r"a ü\+%.txt is truncated"):
+            storage.read_range(url, offset, 4)
     assert storage.read_bytes(storage.join(folder, "deeper/b.txt")) == b""
-    assert storage.list_files(folder) == [url]
-    assert storage.list_folders(folder) == [storage.join(folder, "deeper")]
+    assert storage.list_folder(folder) == ["a ü+%.txt", "deeper/"] and storage.path(folder).is_dir()
     assert storage.list_tree(folder) == {"a ü+%.txt": 10, "deeper/b.txt": 0}
     assert storage.parent(url) == folder and storage.name_of(url) == "a ü+%.txt"
     assert storage.local(url).read_text() == "0123456789"
     assert (storage.local(folder) / "deeper" / "b.txt").is_file()
     storage.remove(url)
     storage.remove(url)
-    storage.remove_folder(folder)
+    storage.remove_folder(folder, "COMPLETE")
+    storage.remove_folder(folder, "COMPLETE")
     assert storage.list_tree(folder) == {} and not storage.exists(url)
+    with pytest.raises(FileNotFoundError, match=r"a ü\+%.txt"):
+        storage.read_bytes(url)
 
 
 def test_an_opened_file_reads_and_seeks_like_any_other(folder):
@@ -73,22 +90,11 @@ def test_an_opened_file_reads_and_seeks_like_any_other(folder):
     assert storage.sha256(url) == hashlib.sha256(data).hexdigest()
 
 
-def test_a_range_beyond_the_end_and_a_missing_file_are_named(folder):
-    url = storage.join(folder, "a.txt")
-    storage.write_text(url, "0123456789")
-    for offset in (8, 10, 12):
-        with pytest.raises(ValueError, match=r"a.txt is truncated"):
-            storage.read_range(url, offset, 4)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        storage.read_bytes(storage.join(folder, "nowhere"))
-
-
 def test_a_write_that_fails_leaves_nothing(folder):
-    url = storage.join(folder, "a.txt")
-    with pytest.raises(ValueError, match="broke off"), storage.writing(url) as part:
+    with pytest.raises(ValueError, match="broke off"), storage.writing(storage.join(folder, "a.txt")) as part:
         part.write_text("half")
         raise ValueError("broke off")
-    assert storage.list_files(folder) == []
+    assert storage.list_folder(folder) == []
 
 
 def test_the_last_file_of_a_folder_comes_last(bucket_folder, proxy):
@@ -97,8 +103,8 @@ def test_the_last_file_of_a_folder_comes_last(bucket_folder, proxy):
         with storage.writing_folder(bucket_folder, last="COMPLETE") as folder:
             for name in ("COMPLETE", "a.txt", "z.txt"):
                 (folder / name).write_text(name)
-        changes = [one for one in proxy.requests if one.startswith(("PUT", "DELETE"))]
-        assert [one.rpartition("/")[2] for one in changes] == ["COMPLETE", "a.txt", "z.txt", "COMPLETE"]
+        changes = [request for request in proxy.requests if request.startswith(("PUT", "DELETE"))]
+        assert [request.rpartition("/")[2] for request in changes] == ["COMPLETE", "a.txt", "z.txt", "COMPLETE"]
         assert changes[0].startswith("DELETE")
 
 
@@ -106,27 +112,23 @@ def test_of_many_who_create_a_file_one_is_first(folder):
     url = storage.join(folder, "claim")
     with ThreadPoolExecutor(4) as pool:
         firsts = list(pool.map(lambda i: storage.create(url, f"worker {i}".encode()), range(4)))
-    assert firsts.count(True) == 1
+    assert firsts.count(True) == 1 and storage.list_folder(folder) == ["claim"]
     assert storage.read_bytes(url) == f"worker {firsts.index(True)}".encode()
-    assert storage.list_files(folder) == [url]
 
 
 def test_a_large_file_goes_in_parts_and_comes_back_the_same(bucket_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(s3, "PART_BYTES", 5 << 20)
     url, data = storage.join(bucket_folder, "large.bin"), os.urandom((12 << 20) + 1)
     (tmp_path / "large.bin").write_bytes(data)
-    storage.write_file(tmp_path / "large.bin", url)
+    s3.upload(tmp_path / "large.bin", url)
     assert s3.head(url).etag.strip('"').endswith("-3")
     assert storage.read_bytes(url) == data and storage.local(url).read_bytes() == data
-    assert storage.local(url) == storage.local(url)
 
 
 def test_a_copy_follows_what_changes_in_the_bucket(bucket_folder):
-    url = storage.join(bucket_folder, "deeper/a.txt")
-    storage.write_text(url, "old")
-    assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "old"
-    storage.write_text(url, "new")
-    assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "new"
+    for text in ("old", "new"):
+        storage.write_text(storage.join(bucket_folder, "deeper/a.txt"), text)
+        assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == text
 
 
 @pytest.mark.parametrize("limit", ["given", "the disk"])
@@ -157,44 +159,21 @@ HOSTILE = [
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_bucket_cannot_write_outside_its_folder(name, bucket_folder, own_cache) -> None:
-    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
     storage.write_text(storage.join(bucket_folder, "a.txt"), "text")
-    s3.client().put_object(Bucket=bucket, Key=prefix + name, Body=b"echo PWNED")
+    put(bucket_folder, name)
     with pytest.raises((ValueError, OSError), match=r"no file of a folder|a\.txt|aaa") as error:
         storage.local(bucket_folder)
-    assert is_users(error.value)
-    assert {path.suffix for path in own_cache.parent.rglob("*") if path.is_file()} <= {".lock", ".fetch"}
+    assert is_users(error.value) and files_in(own_cache.parent) <= {".lock", ".fetch"}
     assert storage.local(bucket_folder, lambda below: below == "a.txt").joinpath("a.txt").read_text() == "text"
 
 
-def test_of_two_writers_to_a_folder_in_a_bucket_none_leaves_a_mixture(bucket_folder) -> None:
-    def write(number: int) -> None:
-        with storage.writing_folder(bucket_folder, last="b.png") as folder:
-            for name in ("a.mp4", "b.png"):
-                (folder / name).write_text(f"{number}")
-
-    write(0)
-    storage.write_text(f"{bucket_folder}/a.mp4", "another's")
-    versions = {name: storage.version(f"{bucket_folder}/{name}") for name in ("a.mp4", "b.png")}
-    storage.require_sole_writer(bucket_folder, versions, "b.png")
-    with pytest.raises(OSError, match="was written to by another process at the same time; run this again, alone"):
-        storage.require_sole_writer(bucket_folder, {**versions, "a.mp4": "mine"}, "b.png")
-    assert storage.list_files(bucket_folder) == [f"{bucket_folder}/a.mp4"]  # its own last is taken back
-    write(1)
-    with pytest.raises(OSError, match="another process"):
-        storage.require_sole_writer(bucket_folder, {"a.mp4": "mine", "b.png": "mine"}, "b.png")
-    assert len(storage.list_files(bucket_folder)) == 2  # the other's is left
-
-
-def test_the_names_of_a_folder_in_a_bucket_stay_in_it(bucket_folder) -> None:
-    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
-    s3.client().put_object(Bucket=bucket, Key=f"{prefix}deeper/../../b", Body=b"")
+@pytest.mark.parametrize(("key", "name"), [("..", ".."), (".", "."), ("/a", ""), ("../a", "..")])
+def test_the_names_of_a_folder_in_a_bucket_stay_in_it(key, name, bucket_folder) -> None:
+    put(bucket_folder, "deeper/../../b")
     assert [path.name for path in storage.path(bucket_folder).iterdir()] == ["deeper"]
-    for key, name in (("..", ".."), (".", "."), ("/a", ""), ("../a", "..")):
-        s3.client().put_object(Bucket=bucket, Key=prefix + key, Body=b"")
-        with pytest.raises(ValueError, match=f"names '{name}', which is no file of a folder"):
-            list(storage.path(bucket_folder).iterdir())
-        s3.client().delete_object(Bucket=bucket, Key=prefix + key)
+    put(bucket_folder, key)
+    with pytest.raises(ValueError, match=f"names '{name}'"):
+        list(storage.path(bucket_folder).iterdir())
 
 
 @pytest.mark.parametrize("url", ["s3://b/../../x", "s3://../x", "s3://b/./x", "s3://b//x", "s3://b/x\0", "s3://b/x/.."])
@@ -204,11 +183,32 @@ def test_a_url_leads_to_no_place_outside_of_the_cache(url, own_cache) -> None:
             use(url)
 
 
-def test_a_wrong_cache_is_one_line(monkeypatch) -> None:
+def test_of_two_writers_to_a_folder_in_a_bucket_none_leaves_a_mixture(bucket_folder) -> None:
+    first, last = storage.join(bucket_folder, "a.mp4"), storage.join(bucket_folder, "b.png")
+
+    def write(url: str) -> None:
+        with storage.writing_folder(url, last="b.png") as folder:
+            for name in ("a.mp4", "b.png"):
+                (folder / name).write_text("mine")
+
+    write(bucket_folder)
+    mine = {"a.mp4": storage.version(first), "b.png": storage.version(last)}
+    storage.require_sole_writer(bucket_folder, mine, "b.png")
+    for url, left in ((last, ["a.mp4", "b.png"]), (first, ["a.mp4"])):  # its own last is taken back, the other's not
+        write(bucket_folder)
+        mine = {"a.mp4": storage.version(first), "b.png": storage.version(last)}
+        storage.write_text(url, "another's")
+        with pytest.raises(OSError, match="another process"):
+            storage.require_sole_writer(bucket_folder, mine, "b.png")
+        assert storage.list_folder(bucket_folder) == left
+
+
+def test_a_wrong_cache_is_one_line(bucket_folder, own_cache, monkeypatch) -> None:
+    storage.write_text(storage.join(bucket_folder, "a.txt"), "text")
     for limit in ("inf", "nan", "much"):
         monkeypatch.setenv("WORLDLOOM_CACHE_GB", limit)
         with pytest.raises(UserError, match=f"WORLDLOOM_CACHE_GB={limit}"):
-            cache.limit_bytes()
+            storage.local(bucket_folder)
     monkeypatch.setenv("HOME", "~")  # what an unknown user of a container has: nothing that ~ stands for
     for folder in ("", "~/x"):
         monkeypatch.setenv("WORLDLOOM_CACHE", folder)
@@ -218,59 +218,42 @@ def test_a_wrong_cache_is_one_line(monkeypatch) -> None:
 
 def test_nobody_else_can_look_into_the_cache(bucket_folder, own_cache) -> None:
     (own_cache / "copies").mkdir(mode=0o755, parents=True)  # of an earlier version
-    storage.write_text(storage.join(bucket_folder, "a.txt"), "secret")
+    with storage.writing(storage.join(bucket_folder, "a.txt")) as part:
+        part.write_text("secret")
     storage.local(bucket_folder)
     cache.run_folder("s3://worlds/run").mkdir(parents=True)
-    with storage.writing(storage.join(bucket_folder, "c.txt")) as part:
-        part.write_text("secret")
-        assert {path.name: path.stat().st_mode & 0o777 for path in own_cache.iterdir()} == dict.fromkeys(
-            ("copies", "runs", "tmp"), 0o700
-        )
+    modes = {path.name: path.stat().st_mode & 0o777 for path in own_cache.iterdir()}
+    assert modes == dict.fromkeys(("copies", "runs", "tmp"), 0o700)
 
 
-@pytest.mark.parametrize("damage", ["a file gone", "a file cut", "the folder gone"])
-@pytest.mark.parametrize("same_process", [True, False])
-def test_a_copy_that_was_spoilt_is_fetched_again(damage, same_process, bucket_folder, own_cache) -> None:
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda copy: copy.write_text("01234"), lambda copy: shutil.rmtree(copy.parent)]
+)
+def test_a_copy_that_was_damaged_is_fetched_again(damage, bucket_folder, own_cache) -> None:
+    """By a process that uses it, and by another."""
     urls = {name: storage.join(bucket_folder, name) for name in ("deeper/a", "b")}
     for url in urls.values():
         storage.write_text(url, "0123456789")
-    sha256 = storage.sha256(urls["b"])
-    with storage.cached_file(urls["b"], 10, sha256) as shard:
+    with storage.cached_file(urls["b"], 10, sha256 := storage.sha256(urls["b"])) as shard:
         pass
     folder = storage.local(bucket_folder)
-    for copy, last in ((folder / "deeper" / "a", folder.parent), (shard, shard.parent)):
-        if damage == "the folder gone":
-            shutil.rmtree(last)
-        elif damage == "a file gone":
-            copy.unlink()
-        else:
-            copy.write_text("01234")
-    if not same_process:
+    for _ in range(2):
+        for copy in (folder / "deeper" / "a", shard):
+            damage(copy)
+        assert storage.local(bucket_folder) == folder
+        assert {name: (folder / name).read_text() for name in urls} == dict.fromkeys(urls, "0123456789")
+        with storage.cached_file(urls["b"], 10, sha256) as again:
+            assert again == shard and again.read_text() == "0123456789"
         forget_copies()
-    assert storage.local(bucket_folder) == folder
-    assert {name: (folder / name).read_text() for name in urls} == dict.fromkeys(urls, "0123456789")
-    with storage.cached_file(urls["b"], 10, sha256) as again:
-        assert again == shard and again.read_text() == "0123456789"
-
-
-def test_a_damaged_copy_that_is_in_use_is_fetched_again(bucket_folder, own_cache) -> None:
-    url = storage.join(bucket_folder, "a")
-    storage.write_text(url, "0123456789")
-    with storage.cached_file(url) as copy:
-        copy.unlink()
-        with storage.cached_file(url) as again:
-            assert again == copy and copy.read_text() == "0123456789"
 
 
 def test_what_changes_while_it_is_copied_is_no_copy(bucket_folder, own_cache, monkeypatch) -> None:
-    def download_another(url: str, file: Path) -> None:
-        file.write_text("longer than it was said to be")
-
-    storage.write_text(storage.join(bucket_folder, "a"), "text")
-    monkeypatch.setattr(s3, "download", download_another)
-    with pytest.raises(OSError, match="was changed while it was copied"):
+    url, download = storage.join(bucket_folder, "a"), s3.download
+    storage.write_text(url, "text")
+    monkeypatch.setattr(s3, "download", lambda url, file: storage.write_text(url, "more") or download(url, file))
+    with pytest.raises(UserError, match="/a is altered"):
         storage.local(bucket_folder)
-    assert {path.suffix for path in own_cache.glob("copies/*")} == {".lock", ".fetch"}
+    assert files_in(own_cache) == {".lock", ".fetch"}
 
 
 def test_a_copy_that_does_not_fit_is_one_line(bucket_folder, own_cache) -> None:
@@ -278,67 +261,26 @@ def test_a_copy_that_does_not_fit_is_one_line(bucket_folder, own_cache) -> None:
     storage.write_text(url, "0" * 20_000)
     with full_disk(15_000), pytest.raises(OSError, match=f"File too large: '{own_cache}/"):
         storage.local(url)
-    assert {path.suffix for path in own_cache.rglob("*") if path.is_file()} == {".lock", ".fetch"}
+    assert files_in(own_cache) == {".lock", ".fetch"}
 
 
 def test_objects_that_stand_for_folders_are_no_files(bucket_folder, own_cache) -> None:
-    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
-    for key in (prefix, f"{prefix}deeper/", f"{prefix}empty/"):
-        s3.client().put_object(Bucket=bucket, Key=key, Body=b"")
+    put(bucket_folder, "", "deeper/", "empty/")
     storage.write_text(storage.join(bucket_folder, "deeper/a.txt"), "text")
-    assert storage.list_tree(bucket_folder) == {"deeper/a.txt": 4} and storage.list_files(bucket_folder) == []
-    assert storage.list_folders(bucket_folder) == [storage.join(bucket_folder, name) for name in ("deeper", "empty")]
+    assert storage.list_tree(bucket_folder) == {"deeper/a.txt": 4}
+    assert storage.list_folder(bucket_folder) == ["deeper/", "empty/"]
     assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == "text"
     with pytest.raises(FileNotFoundError):
         storage.local(storage.join(bucket_folder, "empty"))
-    storage.remove_folder(bucket_folder)
-    assert list(s3.list_objects(storage.join(bucket_folder, ""))) == []
-
-
-def test_what_a_killed_process_left_on_its_way_up_is_deleted(s3, tmp_path):
-    command = [
-        sys.executable, "-c",
-        "import os; from configs import cache\nwith cache.tmp_dir() as folder:\n"
-        "    (folder / 'a').write_bytes(b'a'); print(folder, flush=True); os.kill(os.getpid(), 9)",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "WORLDLOOM_CACHE": str(tmp_path)}
-    )
-    left = Path(done.stdout.strip())
-    assert (left / "a").is_file()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WORLDLOOM_CACHE", str(tmp_path))
-        files._sweep_once.cache_clear()
-        with cache.tmp_dir():
-            assert not left.exists()
+    storage.remove_folder(bucket_folder, "COMPLETE")
+    bucket, prefix = s3.bucket_and_key(f"{bucket_folder}/")
+    assert s3.client().list_objects_v2(Bucket=bucket, Prefix=prefix)["KeyCount"] == 0
 
 
 def test_more_than_a_thousand_keys_are_listed(bucket_folder):
-    bucket, prefix = s3.bucket_and_key(storage.join(bucket_folder, ""))
-    client = s3.client()
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(lambda i: client.put_object(Bucket=bucket, Key=f"{prefix}{i:05d} ü"), range(MANY)))
-    found = storage.list_files(bucket_folder)
-    assert found == [storage.join(bucket_folder, f"{i:05d} ü") for i in range(MANY)]
-    assert len(storage.list_tree(bucket_folder)) == MANY
-
-
-@pytest.mark.long
-def test_a_transfer_takes_no_more_memory_than_its_parts(bucket_folder, tmp_path):
-    """A file of 30 parts, 8 of which may be on their way."""
-    part_bytes = 5 << 20
-    with open(tmp_path / "large.bin", "wb") as file:
-        file.truncate(30 * part_bytes)
-    program = (
-        "import resource, sys; from pathlib import Path; from configs import s3, storage\n"
-        f"s3.PART_BYTES = {part_bytes}; s3.client()\n"
-        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "storage.write_file(Path(sys.argv[1]), sys.argv[2]); storage.local(sys.argv[2])\n"
-        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) << 10)"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path / "large.bin"), storage.join(bucket_folder, "large.bin")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(done.stdout) < s3.PARALLEL * part_bytes + (30 << 20)
+    names = [f"{i:05d} ü" for i in range(MANY)]
+    put(bucket_folder, *names)
+    assert storage.list_folder(bucket_folder) == names and len(storage.list_tree(bucket_folder)) == MANY
 
 
 def test_processes_share_one_copy(bucket_folder, proxy):
@@ -346,12 +288,10 @@ def test_processes_share_one_copy(bucket_folder, proxy):
     url = storage.join(bucket_folder, "shared.bin")
     storage.write_text(url, "x" * 1000)
     program = f"from configs import storage; print(storage.local({url!r}), flush=True); input()"
-    command = [sys.executable, "-c", program]
-    readers = [
-        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    found = {reader.stdout.readline().strip() for reader in readers if reader.stdout}
-    assert found == {str(storage.local(url))} and storage.local(url).read_text() == "x" * 1000
-    assert len([one for one in proxy.requests if one.startswith("GET") and "shared.bin" in one]) == 1
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    readers = [subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+    copies = {reader.stdout.readline().strip() for reader in readers if reader.stdout}
+    assert copies == {str(storage.local(url))} and storage.local(url).read_text() == "x" * 1000
+    assert len([request for request in proxy.requests if request.startswith("GET") and "shared.bin" in request]) == 1
     for reader in readers:
         reader.communicate("")

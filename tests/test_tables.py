@@ -1,7 +1,5 @@
 """Videos with a table of one row per frame: columns are found by the names that the game's YAML gives them."""
 
-import csv
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,22 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 from foreign_games import load_game, read_all
-from foreign_recordings import draw_play, write_table
+from foreign_recordings import draw_play, write_rows, write_table
 
 PLAY = draw_play(4, 5)
 LISTED = "game.inputs.columns={keys: held, dx: mouse_x, dy: mouse_y}"
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_source(path: Path, rows: list[dict[str, Any]]) -> Path:
     """A source with a video of 4 frames and its table."""
     write_table(path, PLAY)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path.parent
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(path, rows)
     return path.parent
 
 
@@ -38,7 +30,7 @@ def rows(**columns: list[Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
 @pytest.mark.parametrize("down", [["1", "0", "true", "False"], [True, False, 1, 0.0], ["1.0", "0.0", " TRUE", "0"]])
 def test_a_key_s_column_says_0_1_true_or_false(suffix: str, down: list[Any], tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "set" / f"a.{suffix}", rows(w=down, other=["x", None, 1, ""]))
+    source = write_source(tmp_path / "set" / f"a.{suffix}", rows(w=down, other=["x", None, 1, ""]))
     (episode,) = read_all("table", source, load_game("table", tmp_path))
     assert episode.actions.keyboard[:, 0].tolist() == [
         float(str(one).strip().lower() in ("1", "1.0", "true")) for one in down
@@ -48,9 +40,9 @@ def test_a_key_s_column_says_0_1_true_or_false(suffix: str, down: list[Any], tmp
 def test_a_column_may_list_the_keys_that_are_held(tmp_path: Path) -> None:
     game = load_game("table", tmp_path, LISTED)
     texts = ["", "w", "w + a", "['s', 'click']"]
-    source = write_rows(tmp_path / "csv" / "a.csv", rows(held=texts))
+    source = write_source(tmp_path / "csv" / "a.csv", rows(held=texts))
     lists = [None, ["w"], ["w", "a"], '["s", "click"]']
-    other = write_rows(tmp_path / "jsonl" / "a.jsonl", rows(held=lists))
+    other = write_source(tmp_path / "jsonl" / "a.jsonl", rows(held=lists))
     for folder in (source, other):
         (episode,) = read_all("table", folder, game)
         held = [[key for key, down in zip("wsadc", row, strict=True) if down] for row in episode.actions.keyboard]
@@ -58,7 +50,7 @@ def test_a_column_may_list_the_keys_that_are_held(tmp_path: Path) -> None:
 
 
 def test_words_of_a_list_that_hold_no_key_are_refused_or_dropped(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "set" / "a.jsonl", rows(held=[["w", "esc"], [], [], []]))
+    source = write_source(tmp_path / "set" / "a.jsonl", rows(held=[["w", "esc"], [], [], []]))
     with pytest.raises(ValueError, match=r"a.jsonl line 1: 'esc' holds no key; bind it"):
         read_all("table", source, load_game("table", tmp_path, LISTED))
     (episode,) = read_all("table", source, load_game("table", tmp_path, LISTED, "game.inputs.others=drop"))
@@ -66,7 +58,7 @@ def test_words_of_a_list_that_hold_no_key_are_refused_or_dropped(tmp_path: Path)
 
 
 def test_the_mouse_counts_in_the_units_that_are_given(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "set" / "a.csv", rows(mouse_x=[100, 0, -7.5, 0], mouse_y=[0, 40, 0, "1e2"]))
+    source = write_source(tmp_path / "set" / "a.csv", rows(mouse_x=[100, 0, -7.5, 0], mouse_y=[0, 40, 0, "1e2"]))
     (episode,) = read_all("table", source, load_game("table", tmp_path))
     expected = np.array([[0, 5], [-2, 0], [0, -0.375], [-5, 0]])
     np.testing.assert_allclose(10.0 * episode.actions.mouse, expected, atol=1e-6)
@@ -81,40 +73,3 @@ def test_a_recording_may_be_a_folder_of_a_video_and_a_table_of_any_names(tmp_pat
     assert [one.id for one in read_all("table", tmp_path / "set", game)] == ["one", "two"]
     assert ": notes" in capsys.readouterr().err
     assert [one.id for one in read_all("table", tmp_path / "set" / "one", game)] == ["one"]
-
-
-@pytest.mark.parametrize(
-    ("columns", "words", "said"),
-    [
-        ({"w": [0, "", 0, 0]}, [], r"line 3: w is '', which is no number"),
-        ({"w": ["held", 0, 0, 0]}, [], r"line 2: w is 'held', which is no number"),
-        ({"mouse_x": [0, 0, 0, "fast"]}, [], r"line 5: mouse_x is 'fast', which is no number"),
-        ({"mouse_y": [0, "1e308", 0, 0]}, [], r"line 3: mouse_y is '1e308', which is no number up to 3.4e\+38"),
-        ({"mouse_y": [0, "72001", 0, 0]}, [], r"line 3: mouse_y, mouse_x: pitch turns by -3600.05 degrees"),
-        ({"frame": [5, 6, 8, 9]}, [], r"line 4: frame must be 7, not 8; a frame is missing"),
-        ({}, ["game.inputs.keys.forward=[up]"], r"line 2 has no column 'up', but frame, w, s"),
-        ({}, ["game.inputs.columns.dx=x"], r"line 2 has no column 'x', but"),
-        ({}, ["game.inputs.columns.keys=pressed"], r"line 2 has no column 'pressed', but"),
-        ({}, ["game.inputs.columns.time=t"], "columns has no 'time' in tables; there are keys, dx, dy, frame"),
-        ({}, ["game.inputs.yaw_deg=0"], "reader=table: set game.inputs.pitch_deg and game.inputs.yaw_deg"),
-    ],
-)
-def test_what_is_wrong_with_a_table_is_said_with_line_and_column(columns, words, said, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "set" / "a.csv", rows(**columns))
-    with pytest.raises(ValueError, match=said):
-        read_all("table", source, load_game("table", tmp_path, *words))
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda lines: lines[:-1], r"a.csv has 3 rows, .*a.mp4 has 4 frames"),
-        (lambda lines: [*lines, lines[-1]], r"a.csv has 5 rows"),
-        (lambda lines: [lines[0].replace("click", "w"), *lines[1:]], r"a.csv has two columns 'w'"),
-    ],
-)
-def test_rows_and_frames_that_do_not_go_together_are_refused(change, said: str, tmp_path: Path) -> None:
-    path = write_rows(tmp_path / "set" / "a.csv", rows()) / "a.csv"
-    path.write_text("".join(f"{line}\n" for line in change(path.read_text().splitlines())))
-    with pytest.raises(ValueError, match=said):
-        read_all("table", path.parent, load_game("table", tmp_path))

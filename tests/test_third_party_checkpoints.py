@@ -10,6 +10,7 @@ import yaml
 from tiny_world import change, write_checkpoint, write_codec
 
 from configs import load_config, save_config, storage
+from configs.s3 import upload
 from model.codec import CONFIG_FILE, load_codec
 from model.world import WORLD_FILE, find_codec, keep_codec, load_world, read_world_config
 from train.checkpoint import Position, require_same_data
@@ -88,10 +89,10 @@ def test_no_other_file_than_weights_is_read_as_the_codec_that_a_checkpoint_names
 def test_a_codec_in_the_bucket_of_its_checkpoint_is_fetched(bucket_folder: str, tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "run")
     for name in storage.list_tree(tmp_path / "run" / "codec"):
-        storage.write_file(tmp_path / "run" / "codec" / name, f"{bucket_folder}/far/from/it/{name}")
+        upload(tmp_path / "run" / "codec" / name, f"{bucket_folder}/far/from/it/{name}")
     save_config(replace(read_world_config(folder), codec=f"{bucket_folder}/far/from/it"), folder / WORLD_FILE)
     for name in storage.list_tree(folder):
-        storage.write_file(folder / name, f"{bucket_folder}/a/b/c/step_0000100/{name}")
+        upload(folder / name, f"{bucket_folder}/a/b/c/step_0000100/{name}")
     shutil.rmtree(tmp_path / "run")
     assert load_world(f"{bucket_folder}/a/b/c")
 
@@ -100,12 +101,12 @@ def test_a_codec_in_the_bucket_of_its_checkpoint_is_fetched(bucket_folder: str, 
 def test_a_run_keeps_a_copy_of_its_codec(bucket_folder: str, tmp_path: Path, place: str) -> None:
     folder, codec = write_checkpoint(tmp_path / "run"), tmp_path / "run" / "codec"
     where = f"{bucket_folder}/codec" if place == "bucket" else str(tmp_path / "mine")
-    for name in storage.list_tree(codec):
-        storage.write_file(codec / name, f"{where}/{name}")
+    with storage.writing_folder(where, last="config.yaml") as part:
+        shutil.copytree(codec, part, dirs_exist_ok=True)
     change(folder / WORLD_FILE, codec=where)
     shutil.rmtree(codec)
     for _ in range(2):  # it is there the second time
         keep_codec(where, str(tmp_path / "run"))
-    storage.remove_folder(where)
+    storage.remove_folder(where, CONFIG_FILE)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert load_world(tmp_path / "moved")

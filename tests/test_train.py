@@ -220,7 +220,7 @@ def test_a_consolidated_world_plays_elsewhere(tmp_path: Path, alone: Path, capsy
     assert find_codec(moved, read_world_config(moved)) == str(moved / "codec")
     assert generate(moved, tmp_path) == 0, capsys.readouterr().err
     for out, fault in (
-        (f"{alone}/step_0000008/ema.safetensors", "would be written over checkpoint="),
+        (f"{alone}/step_0000008/ema.safetensors", "would change checkpoint="),
         (f"{tmp_path}/world.pt", "must be a folder"),
     ):
         with pytest.raises(UserError, match=fault):

@@ -1,6 +1,5 @@
 """What two writers, or one that is killed, leave in a folder."""
 
-import json
 import os
 import re
 import signal
@@ -11,117 +10,103 @@ from pathlib import Path
 
 import pytest
 from full_disk import full_disk
-from tiny_recordings import draw_frames, write_recording
 
 from configs import storage
 from configs.cli import run
-from configs.files import TEMPORARY, atomic_files, atomic_folder, atomic_path, write_text
+from configs.files import TEMPORARY, atomic_folder, atomic_path
 from configs.lease import sole_writer
+from configs.storage import write_text
 from data_pipeline.__main__ import VERBS
-from data_pipeline.readers.worldloom import describe_episode, write_episode
 
-DOOM = "configs/games/doom.yaml"
+RECORD = ["record", "configs/games/doom.yaml", "episodes=1", "frames=12"]
 KILLED = """
 import os, signal, sys
-from configs.files import atomic_files, atomic_folder, atomic_path
-with atomic_path(sys.argv[1] + "/film.mp4") as film, atomic_folder(sys.argv[1] + "/episode") as episode:
-    with atomic_files(sys.argv[1], "b.png") as pair:
-        film.write_text("half")
-        (episode / "video.mp4").write_text("half")
-        (pair / "a.mp4").write_text("half")
+from configs.files import atomic_folder, atomic_path
+with atomic_path(sys.argv[1] + "/film.mp4") as film, atomic_folder(sys.argv[1], "b.png") as pair:
+    with atomic_folder(sys.argv[1] + "/episode", "video.mp4", new=True) as episode:
+        for path in (film, pair / "a.mp4", episode / "video.mp4"):
+            path.write_text("half")
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
 def test_what_a_killed_writer_left_is_swept_by_the_next_one_and_nothing_else(tmp_path: Path) -> None:
     assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)]).returncode == -signal.SIGKILL
-    left = [path.name for path in tmp_path.iterdir()]
+    left = names(tmp_path)
     assert len(left) == 3 and all(TEMPORARY.fullmatch(name) for name in left)
-    machine = re.findall("[0-9a-f]{8}", left[0])[0]
-    mine = (
-        ".film.tmp.mp4", ".notes.1-ab.tmp.txt", f".other.deadbeef-{os.getpid()}-00000000.tmp",
+    machine = re.findall("[0-9a-f]{8}", min(left))[0]
+    not_ours = {
+        ".notes.tmp", ".notes.1-ab.tmp", f".other.deadbeef-{os.getpid()}-00000000.tmp",  # a machine that may live
         f".no-process.{machine}-{10**30}-00000000.tmp",
-    )  # fmt: skip
-    for name in mine:
-        (tmp_path / name).write_text("a person's, or of a machine that may still write it")
-    (tmp_path / ".old.deadbeef-1-00000000.tmp").write_text("of a machine that has not touched it for days")
-    os.utime(tmp_path / ".old.deadbeef-1-00000000.tmp", (0, 0))
+    }  # fmt: skip
+    for name in (*not_ours, ".old.deadbeef-1-00000000.tmp"):
+        (tmp_path / name).mkdir()
+    os.utime(tmp_path / ".old.deadbeef-1-00000000.tmp", (0, 0))  # a machine that has not touched it for days
     with atomic_path(tmp_path / "film.mp4") as film:
         film.write_text("whole")
-        code = "import sys; from configs.files import write_text; write_text(sys.argv[1], '')"
+        code = "import sys; from configs.storage import write_text; write_text(sys.argv[1], '')"
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "beside.txt")], check=True)  # this one lives
         assert film.exists()
-    assert {path.name for path in tmp_path.iterdir()} == {*mine, "film.mp4", "beside.txt"}
-
-
-def test_two_writers_of_an_episode_do_not_touch_each_other_s_files(tmp_path: Path, game) -> None:
-    folder = tmp_path / "episode_00000"
-    pictures, keyboard, mouse_deg = draw_frames(game, 10, seed=0)
-
-    def frames():  # the other writer begins and ends meanwhile
-        yield from pictures[:5]
-        write_recording(folder, game, frames=10, seed=1)
-        yield from pictures[5:]
-
-    with pytest.raises(FileExistsError, match="is there already; delete it, or give another out="):
-        write_episode(folder, {**describe_episode(game, 10), "seed": 0}, frames(), keyboard, mouse_deg)
-    assert {path.name for path in folder.iterdir()} == {"video.mp4", "actions.csv", "episode.json"}
-    assert json.loads((folder / "episode.json").read_text())["seed"] == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["episode_00000"]
+    assert names(tmp_path) == {*not_ours, "film.mp4", "beside.txt"}
 
 
 def test_files_that_are_written_together_are_of_one_writer(tmp_path: Path) -> None:
+    files = ("a.mp4", "b.png", "more/c.txt")
+
     def write(number: int) -> None:
         for _ in range(30):
-            with atomic_files(tmp_path, "b.png") as folder:
-                for name in ("a.mp4", "b.png", "more/c.txt"):
-                    (folder / name).parent.mkdir(exist_ok=True)
+            with atomic_folder(tmp_path, "b.png") as folder:
+                (folder / "more").mkdir()
+                for name in files:
                     (folder / name).write_text(str(number))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(write, range(4)))  # of which none may fail either
-    texts = {(tmp_path / name).read_text() for name in ("a.mp4", "b.png", "more/c.txt")}
-    assert len(texts) == 1 and {path.name for path in tmp_path.iterdir()} == {"a.mp4", "b.png", "more"}
+    assert len({(tmp_path / name).read_text() for name in files}) == 1 and names(tmp_path) == {"a.mp4", "b.png", "more"}
 
 
-def test_what_cannot_be_written_whole_leaves_what_was_there(tmp_path: Path) -> None:
-    (tmp_path / "a.mp4").write_text("old")
-    (tmp_path / "b.png").mkdir()
-    with pytest.raises(FileExistsError, match=r"b\.png is a folder"), atomic_files(tmp_path, "b.png") as folder:
-        for name in ("a.mp4", "b.png"):
-            (folder / name).write_text("new")
-    with pytest.raises(RuntimeError), atomic_path(tmp_path / "a.mp4") as part:
-        part.write_text("half")
+WRITERS = [atomic_path, lambda path: atomic_folder(path, "b.png"), lambda path: atomic_folder(path, "b.png", new=True)]
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_cannot_be_written_whole_leaves_what_was_there(writer, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a.mp4").write_text("old")
+    with pytest.raises(RuntimeError), writer(tmp_path / "out") as part:
+        (part / "a.mp4" if part.is_dir() else part).write_text("half")
         raise RuntimeError
-    with pytest.raises(RuntimeError), atomic_files(tmp_path, "c.png") as folder:
-        (folder / "a.mp4").write_text("new")
-        raise RuntimeError
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "d") as folder:
-        raise RuntimeError
-    assert (tmp_path / "a.mp4").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    (tmp_path / "out" / "b.png").mkdir()
+    with pytest.raises(OSError, match="out"), writer(tmp_path / "out") as part:
+        for name in ("a.mp4", "b.png") if part.is_dir() else ("",):
+            (part / name).write_text("new")
+    assert (tmp_path / "out" / "a.mp4").read_text() == "old" and names(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("writer", [atomic_path, atomic_folder, lambda place: atomic_files(place, "b.png")])
-def test_a_full_disk_is_said_with_what_could_not_be_written(writer, tmp_path: Path) -> None:
-    place = tmp_path / "film.mp4"
-    with pytest.raises(OSError, match=r"File too large: '.*/film.mp4"), full_disk(10), writer(place) as out:
+@pytest.mark.parametrize("writer", WRITERS)
+def test_an_error_about_a_full_disk_names_the_file(writer, tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"File too large: '.*/film.mp4"),
+        full_disk(10),
+        writer(tmp_path / "film.mp4") as out,
+    ):
         file = os.open(out / "x" if out.is_dir() else out, os.O_CREAT | os.O_WRONLY)
         os.write(file, bytes(10))
         os.write(file, bytes(10))
-    assert not any(place.rglob("*"))
+    assert not any((tmp_path / "film.mp4").rglob("*"))
 
 
 def test_a_folder_in_which_another_one_records_is_refused_in_one_line(tmp_path: Path, capsys) -> None:
     code = "import sys; from configs.lease import sole_writer\nwith sole_writer(sys.argv[1], 'x'): print(); input()"
-    words = [sys.executable, "-c", code, str(tmp_path)]
-    other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdin and other.stdout
-    other.stdout.readline()
-    record = ["record", DOOM, f"out={tmp_path}", "episodes=1", "frames=12"]
-    assert run("data_pipeline", VERBS, record) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and f"{tmp_path} is in use by the record of process {other.pid}" in said
-    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    other = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout and other.stdout.readline()
+    assert run("data_pipeline", VERBS, [*RECORD, f"out={tmp_path}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and f"{tmp_path} is in use by the record of process {other.pid}" in error
+    assert names(tmp_path) == {".lock"}
     other.communicate(b"\n")
     with sole_writer(tmp_path, "record"):
         pass
@@ -142,34 +127,27 @@ def test_an_episode_that_is_not_whole_is_not_taken_for_one(lacking: str, tmp_pat
     folder.mkdir()
     for name in {"video.mp4", "actions.csv", "episode.json"} - {lacking}:
         (folder / name).write_text("{}")
-    assert run("data_pipeline", VERBS, ["record", DOOM, f"out={tmp_path}", "episodes=1", "frames=12"]) == 2
+    assert run("data_pipeline", VERBS, [*RECORD, f"out={tmp_path}"]) == 2
     assert f"{folder} lacks {lacking}" in capsys.readouterr().err
 
 
-def test_names_that_are_no_utf8_are_written_to_and_keep_their_bytes_in_a_text(tmp_path: Path) -> None:
-    named = tmp_path / os.fsdecode(b"\xff.txt")
-    write_text(named, f"# {named}")
-    assert os.listdir(os.fsencode(tmp_path)) == [b"\xff.txt"]
-    assert named.read_bytes() == b"# " + os.fsencode(named)
-
-
-@pytest.mark.parametrize("name", ["ä" * 125 + ".mp4", "a." + "b" * 253, "." + "a" * 254, "💡" * 63])
-def test_the_longest_names_are_written(name: str, tmp_path: Path) -> None:
-    write_text(tmp_path / name, "text")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+@pytest.mark.parametrize("name", [b"\xff.txt", "ä" * 125 + ".mp4", "a." + "b" * 253, "." + "a" * 254, "💡" * 63])
+def test_every_name_is_written_and_keeps_its_bytes_in_a_text(name: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(name)
+    write_text(path, f"# {path}")
+    assert os.listdir(os.fsencode(tmp_path)) == [os.fsencode(name)] and path.read_bytes() == b"# " + os.fsencode(path)
 
 
 def test_a_device_or_a_pipe_is_no_place_for_a_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "link.json").symlink_to("/dev/null")
-    for place in ("/dev/null", "/dev/stdout", "/dev/new.json", tmp_path / "pipe.json", tmp_path / "link.json"):
-        with pytest.raises(ValueError, match="is a device or a pipe; give the name of a file"):
-            write_text(place, "text")
+    for path in ("/dev/null", "/dev/stdout", "/dev/new.json", tmp_path / "pipe.json", tmp_path / "link.json"):
+        with pytest.raises(ValueError, match=f"{path} is a device or a pipe"):
+            write_text(path, "text")
     assert Path("/dev/null").is_char_device() and not Path("/dev/new.json").exists()
 
 
 def test_of_a_link_to_a_folder_the_link_alone_is_removed(tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
     write_text(tmp_path / "precious" / "COMPLETE", "{}")
     (tmp_path / "step_0000001").symlink_to("precious")
     storage.remove_folder(tmp_path / "step_0000001", "COMPLETE")

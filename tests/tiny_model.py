@@ -13,7 +13,8 @@ from model.cost import random_inputs
 from model.masks import CausalConfig
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
-TINY = load_config(ModelConfig, [str(MODELS / "smoke.yaml")]).model
+SMOKE = str(MODELS / "smoke.yaml")
+TINY = load_config(ModelConfig, [SMOKE]).model
 CAUSAL = replace(TINY, attention="sdpa", causal=CausalConfig(block=3, window=6))
 H, W = 4, 6  # of latents
 

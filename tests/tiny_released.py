@@ -1,5 +1,6 @@
 """Small stand-ins for what is released: official weights of each variant, and a CLIP vision tower."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,16 @@ from configs.cli import run
 from model.__main__ import VERBS
 from model.action_dit import ActionDiT
 from model.config import ActionDiTConfig, ModelConfig
-from model.vision import WAN_TOWER
+from model.vision import TowerConfig
 from tests.parity.fixtures import read_fixtures
 
 GOLDEN = Path(__file__).parent / "golden"
 FIXTURE = next(fixture for fixture in read_fixtures(GOLDEN) if fixture.case == "clip")
 TOWER_STATE = {name.removeprefix("sd."): tensor for name, tensor in FIXTURE.tensors.items() if name.startswith("sd.")}
-TOWER_SIZES = WAN_TOWER | {
-    "hidden_size": 36, "intermediate_size": 144, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 28,
-    "patch_size": 7,
-}  # fmt: skip
-TOWER_JSON = {**TOWER_SIZES, "model_type": "clip_vision_model", "num_hidden_layers": 3}  # of `hf_state`
+TOWER = TowerConfig(
+    hidden_size=36, intermediate_size=144, num_hidden_layers=2, num_attention_heads=3, image_size=28, patch_size=7
+)
+TOWER_JSON = {**asdict(TOWER), "model_type": "clip_vision_model", "num_hidden_layers": 3}  # of `hf_state`
 CONFIGS = Path(__file__).parent.parent / "configs"
 VARIANTS = {  # our file, the game, and what is published: numbers, tensors, bytes per number
     "foundation": ("matrix_game_2", "universal", 1_824_405_824, 1399, torch.bfloat16),

@@ -80,6 +80,13 @@ def write_checkpoint(run: Path, step: int = 100, game: GameConfig = GAME) -> Pat
     return folder
 
 
+def write_causal(run: Path) -> Path:
+    """The same of a causal model in blocks of 3 latents, for continuous clips."""
+    folder = write_checkpoint(run)
+    change(folder / WORLD_FILE, layout="continuous", model__causal={"block": 3, "window": 6})
+    return folder
+
+
 def change(path: Path, **settings: object) -> None:
     """Other values for keys of a YAML file; `a__b` is b in a."""
     told = yaml.safe_load(path.read_text())

@@ -1,11 +1,11 @@
 """What resuming needs beyond `model/world.py`: where a run stands, and what must be the same to go on from there."""
 
+import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 from configs import build_from, flat, load_file, storage, to_dict
 from configs.errors import MissingFileError, UserError
 from configs.files import require_no_folder, require_other_files
-from configs.foreign import parse_object, reading
 from configs.overrides import read_settings
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT
 from model.third_party import PICKLES
@@ -119,7 +119,7 @@ def _differing(there: Mapping[str, Any], here: Mapping[str, Any], names: Iterabl
 def _require_complete(folder: str) -> None:
     if storage.exists(storage.join(folder, COMPLETE)):
         return
-    run = storage.parent(folder) if fnmatch(storage.name_of(folder), STEP_FOLDERS) else folder
+    run = storage.parent(folder) if fnmatch.fnmatch(storage.name_of(folder), STEP_FOLDERS) else folder
     steps = ", ".join(complete_steps(run)[-8:]) or "none"
     raise MissingFileError(
         f"resume={folder} is no complete checkpoint (in {run}: {steps}); name one, as in resume=runs/my/step_0000500"
@@ -154,8 +154,8 @@ def read_position(folder: str | Path) -> Position:
 
 def state_of(folder: str | Path, copies: ExitStack | None = None) -> SavedState:
     """What all ranks wrote into the complete checkpoint `folder`; `copies` as of SavedState."""
-    urls = storage.list_files(storage.join(folder, TRAINER))
-    return SavedState([url for url in urls if fnmatch(storage.name_of(url), "rank_*.safetensors")], copies)
+    names = fnmatch.filter(storage.list_folder(storage.join(folder, TRAINER)), "rank_*.safetensors")
+    return SavedState([storage.join(folder, f"{TRAINER}/{name}") for name in names], copies)
 
 
 def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:

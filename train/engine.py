@@ -7,20 +7,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
+from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
-from configs.foreign import parse_json
+from configs.untrusted import parse_json
 from train.config import EngineConfig, TrainConfig
 from train.optim import make_optimizer
 from train.state import ParamShard, SavedState
 
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}  # Accelerate's names
 OBJECT_BYTES = 1 << 20  # that a rank may send with `gather_objects`
 
 
@@ -31,39 +32,29 @@ class Engine:
 
     accelerator: Accelerator
     model: nn.Module
-    optimizer: Any
+    optimizer: torch.optim.Optimizer  # torch's own, inside the engine's wrappers
     config: TrainConfig
     grad_norm: float = 0.0  # of the newest step that was applied, before clipping
 
     all_write_state = False  # whether every rank owns a part of the state; else rank 0 writes all of it
-    accelerate_casts = True  # whether Accelerate, not the engine, runs the passes in engine.precision
 
     @staticmethod
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
-        """Which settings of `config` this engine has, where it has not all of them."""
+        """By setting, the values that this engine has, where it does not have all of them."""
         return {"offload": ("nothing",), "build": ("whole",)}
 
-    @staticmethod
-    def plugin(config: TrainConfig) -> Any:
-        """The plugin of Accelerate that this engine is, if it is one."""
-        return None
+    @classmethod
+    def accelerate_args(cls, config: TrainConfig) -> dict[str, Any]:
+        """Keyword arguments of Accelerator."""
+        return {"cpu": not torch.cuda.is_available(), "mixed_precision": MIXED_PRECISION[config.engine.precision]}
 
     @staticmethod
     def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
-        """What a rank holds for a model of so many `parameters` besides activations and averages. On a CPU memory
-        counts when it is written to."""
+        """The memory of a rank for a model of so many `parameters` besides activations and averages. On a CPU memory
+        counts once it is written to."""
         exchanged = 4 * parameters if ranks > 1 else 0  # DDP's buckets
         weights = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer's states": 8 * parameters}
         return {**weights, "exchanged": exchanged}
-
-    @classmethod
-    def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        """What `python -m train engine` prints."""
-        return {
-            "precision": config.engine.precision,
-            "gradient_accumulation_steps": config.accumulation,
-            "gradient_clipping": config.optim.clip_norm,
-        }
 
     @classmethod
     def backend(cls, config: TrainConfig, device: str) -> str:
@@ -71,25 +62,16 @@ class Engine:
         return "gloo" if device == "cpu" else "nccl"
 
     @classmethod
-    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> "Engine":
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         """The engine with `model`. A model on the meta device gets memory for this rank's part alone, without numbers:
         `load_shard` must follow."""
-        if accelerator.num_processes == 1:
-            model = model.to(accelerator.device)
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
-        return cls(accelerator, model, optimizer, config)
+        model = accelerator.prepare(model)
+        return cls(accelerator, model, make_optimizer(model, config.optim), config)
 
     @property
     def module(self) -> nn.Module:
         """The model without the engine's wrapper."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        assert isinstance(unwrapped, nn.Module)
-        return unwrapped
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        """torch's own optimizer inside the wrappers."""
-        return self.optimizer.optimizer
+        return self.accelerator.unwrap_model(self.model)
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Surrounds one micro-step; gradients are exchanged and applied at the last of them."""
@@ -106,11 +88,8 @@ class Engine:
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return True
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        return self._step(float(norm) if norm is not None else 0.0, apply)
-
-    def _step(self, norm: float, apply: bool) -> bool:
-        """Applies the clipped gradients, whose norm was `norm`, or drops them."""
+        norm: Any = self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if applied := apply and math.isfinite(norm):
             self.grad_norm = norm
             self.optimizer.step()
@@ -119,8 +98,7 @@ class Engine:
 
     def shards(self) -> list[ParamShard]:
         """What this rank optimises, in float32, and writes into a checkpoint: here the whole, on every rank."""
-        trained = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-        return [ParamShard(name, 0, p.data.view(-1), p, 0) for name, p in trained]
+        return [ParamShard(name, 0, p.data.view(-1), p, 0) for name, p in self.module.named_parameters()]
 
     @property
     def writes_state(self) -> bool:
@@ -134,7 +112,7 @@ class Engine:
 
     def restore(self, saved: SavedState) -> None:
         """Weights, moments and buffers of a saved run. All ranks must call."""
-        saved.restore(self.shards(), self.adam)
+        saved.restore(self.shards(), self.optimizer)
         for name, buffer in self.buffers():
             buffer.copy_(saved.read("weight", name, 0, buffer.numel()).reshape(buffer.shape))
         self.sync_compute_weights()
@@ -142,13 +120,12 @@ class Engine:
     @torch.no_grad()
     def load_shard(self, weights: Mapping[str, Tensor]) -> None:
         """Takes this rank's part of whole parameters and buffers; `sync_compute_weights` must follow in the end."""
-        own = {shard.name: shard for shard in self.shards()}
+        shards = {shard.name: shard for shard in self.shards()}
         buffers = dict(self.buffers())
         for name, whole in weights.items():
             if name in buffers:
                 buffers[name].copy_(whole)
-            elif name in own:
-                shard = own[name]
+            elif shard := shards.get(name):
                 shard.weight.copy_(whole.flatten()[shard.start : shard.start + len(shard.weight)])
 
     def sync_compute_weights(self) -> None:
@@ -156,10 +133,7 @@ class Engine:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks; the same on each."""
-        if dist.is_initialized():
-            values = values.to(self.accelerator.device)
-            dist.all_reduce(values)
-        return values.cpu()
+        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
 
     def shutdown(self) -> None:
         """Ends the process groups; without it gloo's threads can crash the interpreter at exit."""
@@ -167,26 +141,23 @@ class Engine:
         time.sleep(0.2)
 
 
-def set_timeouts(config: TrainConfig) -> None:
-    """Of all process groups: DeepSpeed clones them and drops the timeout on the way."""
-    for group in list(distributed_c10d._world.pg_map):
-        # Longer than the watchdog's limit, which says more.
-        distributed_c10d._set_pg_timeout(timedelta(seconds=2 * config.engine.timeout_s), group)
+def group_timeout(config: TrainConfig) -> timedelta:
+    """Of process groups: longer than the watchdog's limit, whose message says more."""
+    return timedelta(seconds=2 * config.engine.timeout_s)
 
 
-def gather_objects(own: Any) -> list[Any]:
-    """The objects of all ranks, by rank, as torch's all_gather_object but as JSON, since unpickling what a peer sends
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all ranks, by rank: torch's all_gather_object, but with JSON, since unpickling what a peer sends
     may run any code. Tuples become lists. UserError on all ranks if one sends more than OBJECT_BYTES or no JSON."""
     if not dist.is_initialized():
-        return [own]
+        return [value]
     device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
-    sent, ranks = json.dumps(own).encode(), range(dist.get_world_size())
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in ranks]
-    dist.all_gather(sizes, torch.tensor([len(sent)], device=device))
-    longest = max(int(size) for size in sizes)
-    if longest > OBJECT_BYTES or min(int(size) for size in sizes) < 1:
-        raise UserError(f"a rank sends the others {longest} bytes, of {OBJECT_BYTES} at most")
-    received = [torch.zeros(longest, dtype=torch.uint8, device=device) for _ in ranks]
-    dist.all_gather(received, torch.tensor(list(sent.ljust(longest)), dtype=torch.uint8, device=device))
-    texts = [bytes(text.tolist())[: int(size)] for text, size in zip(received, sizes, strict=True)]
-    return [parse_json(text, f"what rank {rank} sends") for rank, text in enumerate(texts)]
+    sent = json.dumps(value).encode()
+    length = torch.tensor(len(sent), device=device)
+    dist.all_reduce(length, dist.ReduceOp.MAX)
+    if length > OBJECT_BYTES:
+        raise UserError(f"a rank sends the others {length} bytes, of {OBJECT_BYTES} at most")
+    padded = torch.tensor(list(sent.ljust(int(length))), dtype=torch.uint8, device=device)  # JSON may end with spaces
+    received = [torch.empty_like(padded) for _ in range(dist.get_world_size())]
+    dist.all_gather(received, padded)
+    return [parse_json(bytes(text.tolist()), f"what rank {rank} sends") for rank, text in enumerate(received)]

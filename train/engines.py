@@ -1,30 +1,36 @@
-"""The registry of engines: a new one is a file and a line here."""
+"""The registry of engines: a new one is a file and a line here. Starting one, and the weights that it starts from."""
 
 import os
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from torch import nn
 
 from configs.errors import UserError
+from model.action_dit import ActionDiT
+from model.weights import bare_weights, load_into, open_weights, require_same_tensors
 from train.config import TrainConfig
-from train.engine import Engine, set_timeouts
+from train.engine import Engine, group_timeout
 from train.fsdp2 import Fsdp2Engine
+from train.memory import give_back
 from train.zero import ZeroEngine
 
 ENGINES: dict[str, type[Engine]] = {"ddp": Engine, "fsdp2": Fsdp2Engine, "deepspeed": ZeroEngine}
+META = torch.device("meta")
 
 
 def engine_of(config: TrainConfig) -> type[Engine]:
-    """The engine that `config.engine` names. Raises UserError for one that is not there or cannot do what it asks."""
+    """The engine that `config.engine` names. Raises UserError if there is none, or it lacks an option asked for."""
     name = config.engine.name
     if name not in ENGINES:
         raise UserError(f"engine.name={name}; there are: {', '.join(ENGINES)}")
     for option, allowed in ENGINES[name].options(config.engine).items():
-        if (given := getattr(config.engine, option)) not in allowed:
+        if (value := getattr(config.engine, option)) not in allowed:
             raise UserError(
-                f"engine.{option}={given} is not for engine.name={name} engine.stage={config.engine.stage}: use "
+                f"engine.{option}={value} is not for engine.name={name} engine.stage={config.engine.stage}: use "
                 f"{' or '.join(allowed)}, engine.name=fsdp2, or engine.name=deepspeed engine.stage=3"
             )
     return ENGINES[name]
@@ -43,15 +49,48 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else importing deepspeed warns on stdout
     backend = engine.backend(config, "cpu" if on_cpu else "cuda")
-    groups = InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=config.engine.timeout_s))
+    groups = InitProcessGroupKwargs(backend=backend, timeout=group_timeout(config))
     accelerator = Accelerator(
-        cpu=on_cpu and not deepspeed,  # with it, Accelerate drops DeepSpeed without a word
-        deepspeed_plugin=engine.plugin(config),
         gradient_accumulation_steps=config.accumulation,
-        mixed_precision="bf16" if engine.accelerate_casts and config.engine.precision == "bf16" else "no",
         kwargs_handlers=[groups] if world > 1 or deepspeed else None,
+        **engine.accelerate_args(config),
     )
-    set_timeouts(config)
-    if accelerator.num_processes != world:
-        raise RuntimeError(f"asked for {world} processes, Accelerate gave {accelerator.num_processes}")
+    assert accelerator.num_processes == world, "Accelerate did not take all processes"
     return accelerator
+
+
+def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None) -> Engine:
+    """The engine of `config` with random weights by its seed, or with those of the file at the url `init`.
+
+    With engine.build=sharded the model has no memory until it is sharded, and then takes its numbers part by part.
+    """
+    sharded, generator = config.engine.build == "sharded", torch.Generator().manual_seed(config.seed)
+    with META if sharded else nullcontext():
+        model = ActionDiT(config.model, None if sharded else generator)
+    if init and not sharded:
+        load_into(model, open_weights(init))
+    model.compile_blocks(config.engine.compile)
+    engine = engine_of(config).prepare(accelerator, model, config)
+    if not sharded:
+        return engine
+    with META:
+        template = ActionDiT(config.model)
+    if init:
+        weights = bare_weights(open_weights(init))
+        require_same_tensors(template.state_dict(), weights.specs, f"{weights.where} holds another model")
+        for name in weights:
+            engine.load_shard({name: weights[name]})
+    else:
+        template.init_weights(generator, lambda part: _drawn_for(engine, *part))
+    engine.sync_compute_weights()
+    return engine
+
+
+@contextmanager
+def _drawn_for(engine: Engine, name: str, part: nn.Module) -> Iterator[None]:
+    """Memory on the CPU for a part of the model while its numbers are drawn; the engine takes this rank's share."""
+    part.to_empty(device="cpu")
+    yield
+    engine.load_shard({f"{name}.{key}": tensor for key, tensor in part.state_dict().items()})
+    part.to(META)
+    give_back()

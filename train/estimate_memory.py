@@ -1,4 +1,4 @@
-"""How much memory a run holds: states by their sizes, activations by a pass on tensors without data."""
+"""How much memory a run needs: states by their sizes, activations by a pass on tensors without data."""
 
 import weakref
 from collections.abc import Iterable, Mapping
@@ -18,6 +18,7 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.types import Manifest
 from model.action_dit import ActionDiT, ActionDiTConfig
 from model.cost import counted_dit, random_inputs, run_clip, training_flops
+from model.masks import dense_mask
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
@@ -29,9 +30,9 @@ Size = tuple[int, int, int]  # latents of a clip, rows and columns of each
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What one rank of a run holds, and what it computes per step."""
+    """The memory of one rank of a run, and what it computes per step."""
 
-    bytes: dict[str, int]  # by purpose, when most is held
+    bytes: dict[str, int]  # by purpose, at the peak
     parameters: int  # of the whole model
     tokens: int  # of video, per step
     flops: int  # per step; what checkpointing computes again is not counted
@@ -42,8 +43,7 @@ class MemoryEstimate:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the memory of the tensors that operations make within the block: the peak, and the peak without the
-    gradients of the model."""
+    """Counts the memory of tensors made under this mode: its peak, and the peak without the model's gradients."""
 
     def __init__(self, dit: ActionDiT, inputs: Iterable[Tensor]) -> None:
         super().__init__()
@@ -79,24 +79,24 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
     latents, rows, columns = clip
     size = (b, make_objective(config.objective).latents or latents, rows, columns)
     parameters = sum(p.numel() for p in counted_dit(model).parameters())
-    held = engine.state_bytes(config, parameters, ranks, on_cpu)
-    held["average"] = 4 * parameters // (ranks if engine.all_write_state else 1)
+    sizes = engine.state_bytes(config, parameters, ranks, on_cpu)
+    sizes["average"] = 4 * parameters // (ranks if engine.all_write_state else 1)
     live = live_bytes(model, size, config.engine.precision == "bf16")
-    held["activations"] = live.peak - live.gradients  # at the end of the backward pass
-    if live.peak_without_gradients > held["activations"] + held["gradients"]:  # more is held where it begins
-        held |= {"activations": live.peak_without_gradients, "gradients": 0}
+    sizes["activations"] = live.peak - live.gradients  # at the end of the backward pass
+    if live.peak_without_gradients > sizes["activations"] + sizes["gradients"]:  # the peak is where it begins
+        sizes |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
-        held["baseline RSS"] = psutil.Process().memory_info().rss
+        sizes["baseline RSS"] = psutil.Process().memory_info().rss
         if config.checkpoint.background or storage.is_s3(config.checkpoints):
-            held["checkpoint"] = held["average"] * 4
+            sizes["checkpoint"] = sizes["average"] * 4
     _, p, q = model.patch_size
     tokens = b * size[1] * (rows // p) * (columns // q)
     flops = training_flops(model, *size)
-    return MemoryEstimate(held, parameters, config.accumulation * tokens, config.accumulation * flops)
+    return MemoryEstimate(sizes, parameters, config.accumulation * tokens, config.accumulation * flops)
 
 
 def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bool) -> LiveBytes:
-    """What a forward and backward pass over clips of `size` (b f h w) holds besides weights."""
+    """The memory of a forward and backward pass over clips of `size` (b f h w) besides the weights."""
     attention = "dense" if model.attention == "dense" else "sdpa"  # as large as the others, and needs no accelerator
     dtype = torch.get_default_dtype()
     with FakeTensorMode():
@@ -108,12 +108,12 @@ def live_bytes(model: ActionDiTConfig, size: tuple[int, int, int, int], bf16: bo
         inputs = random_inputs(model, *size, CPU)
         with LiveBytes(dit, inputs.values()) as live:
             run_clip(dit, inputs, train=True)
+    dense_mask.cache_clear()  # the masks that it keeps have no data
     return live
 
 
 def clip_size(config: TrainConfig, height: int | None, width: int | None, latents: int | None) -> Size:
-    """The clips of the run's manifest, but `latents` latents of `height` x `width` px where those are given; without a
-    manifest all three must be."""
+    """The size of the run's clips: `latents` latents of `height` x `width` px, and the manifest's where one is None."""
     objective = make_objective(config.objective)
     layout, spatial = objective.layout, Manifest.spatial
     if height is None or width is None or latents is None:

@@ -1,17 +1,15 @@
 """FSDP2: torch's own `fully_shard`. Accelerate's plugin does nothing on a CPU, without a word, so it is not asked."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from configs.errors import UserError
 from model.action_dit import ActionDiT
@@ -26,8 +24,6 @@ class Fsdp2Engine(Engine):
     averaged and applied at the last micro-step, all by torch."""
 
     all_write_state = True
-    accelerate_casts = False  # FSDP2 casts by itself
-    micro_steps = 0
 
     @staticmethod
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
@@ -41,10 +37,8 @@ class Fsdp2Engine(Engine):
         return {**states, "exchanged": gathered}
 
     @classmethod
-    def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        dtype = "bfloat16" if config.engine.precision == "bf16" else "float32"
-        sharded = {"fully_shard": ["each of blocks", "the model"], "offload": config.engine.offload}
-        return {**super().settings(config), **sharded, "param_dtype": dtype, "reduce_dtype": "float32"}
+    def accelerate_args(cls, config: TrainConfig) -> dict[str, Any]:
+        return {**super().accelerate_args(config), "mixed_precision": "no"}  # FSDP2 casts by itself
 
     @classmethod
     def backend(cls, config: TrainConfig, device: str) -> str:
@@ -53,7 +47,7 @@ class Fsdp2Engine(Engine):
         return "cuda:nccl,cpu:gloo" if both else super().backend(config, device)
 
     @classmethod
-    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         assert isinstance(model, ActionDiT)
         device, offloaded = accelerator.device, config.engine.offload == "all"
         if offloaded and device.type == "cpu":
@@ -61,54 +55,31 @@ class Fsdp2Engine(Engine):
         if not (meta := next(model.parameters()).is_meta):
             model.to(device)
         # The model casts its inputs itself: times and angles stay float32.
-        policy = MixedPrecisionPolicy(cast_forward_inputs=False)
-        if config.engine.precision == "bf16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+        policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         if not dist.is_initialized():  # one process by itself
             backend = cls.backend(config, device.type)
             dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         offload = CPUOffloadPolicy() if offloaded else OffloadPolicy()
         for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+            fully_shard(module, mp_policy=policy, offload_policy=offload)
         if meta:
             model.to_empty(device="cpu" if offloaded else device)
         return cls(accelerator, model, make_optimizer(model, config.optim), config)
 
-    @property
-    def module(self) -> nn.Module:
-        return self.model
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        return self.optimizer
-
     @contextmanager
     def accumulate(self) -> Iterator[None]:
-        self.micro_steps += 1
         assert isinstance(self.model, FSDPModule)
-        self.model.set_requires_gradient_sync(self.steps_now)
-        yield
-
-    @property
-    def steps_now(self) -> bool:
-        """Whether this micro-step is the last of its step."""
-        return self.micro_steps % self.config.accumulation == 0
-
-    def backward(self, loss: Tensor, apply: bool = True) -> bool:
-        (loss / self.config.accumulation).backward()
-        if not self.steps_now:
-            return True
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optim.clip_norm)
-        return self._step(float(norm.full_tensor() if isinstance(norm, DTensor) else norm), apply)
+        with super().accumulate():
+            self.model.set_requires_gradient_sync(self.accelerator.sync_gradients)
+            yield
 
     def shards(self) -> list[ParamShard]:
         assert isinstance(self.model, FSDPModule)
         self.model.reshard()  # a pass without a backward one, as in validation, leaves the outermost weights whole
         shards = []
         for name, p in self.model.named_parameters():
-            assert isinstance(p, DTensor)
-            _, first = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            start = first[0] * p.shape[1:].numel()
+            rows = math.ceil(len(p) / self.accelerator.num_processes)  # of each rank, until there are no more
+            start = min(rows * self.accelerator.process_index, len(p)) * p.shape[1:].numel()
             shards.append(ParamShard(name, start, local_part(p.data).view(-1), p, 0))
         return shards

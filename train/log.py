@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from configs import to_dict
-from configs.files import write_text
+from configs.storage import write_text
 from train.config import TrainConfig
 from train.trackers import METRICS, close_trackers, start_tracker
 

@@ -11,17 +11,15 @@ import torch
 
 from configs import load_config, storage
 from configs.errors import FileError, UserError, is_users
-from configs.files import write_text
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from train.build import build_engine
 from train.check import CheckedRun, agree, check_run
 from train.checkpoint import Position, load_checkpoint
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
-from train.engines import start_accelerator
+from train.engines import build_engine, start_accelerator
 from train.exit import ASKED, FAULT, STOPPED, StopRequest, needs_a_person, report_exit
 from train.log import Log
 from train.metrics import MetricsWindow, start_profiler
@@ -131,7 +129,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         run.saver.check()
         if stopping:
             if log.main:
-                write_text(Path(config.out) / STOPPED, f"step {done}\n")
+                storage.write_text(Path(config.out) / STOPPED, f"step {done}\n")
             log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False

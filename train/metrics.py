@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerAction, profile, supported_activities
 
-from configs.files import atomic_path
+from configs import storage
 from model.cost import training_flops
 from model.loss import SIGMA_BINS
 from train.config import TrainConfig
@@ -118,7 +118,7 @@ def start_profiler(config: TrainConfig, rank: int, start: int, say: Callable[[st
 
     def write(recording: profile) -> None:
         path = Path(config.out) / "profile" / f"steps_{first + 1:07d}-{end:07d}_rank_{rank:05d}.json.gz"
-        with atomic_path(path) as part:
+        with storage.writing(path) as part:
             recording.export_chrome_trace(str(part))
         say(f"step {end}: traced into {path}")
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 from configs import cache, storage
 from configs.errors import UserError, one_line
-from configs.files import write_text
-from configs.foreign import parse_object
 from configs.lease import sole_writer
+from configs.untrusted import parse_object
 from model.world import STEP_FOLDERS
 from train.checkpoint import absolute
 from train.config import TrainConfig
@@ -80,7 +79,7 @@ def pull(folder: Path, url: str) -> None:
     """Fetches the run's metrics so far, and its name at wandb, if it ever ran."""
     for name in (METRICS, WANDB_ID):
         with suppress(FileNotFoundError):
-            write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode(errors="replace"))
+            storage.write_text(folder / name, storage.read_bytes(storage.join(url, name)).decode(errors="replace"))
 
 
 def push(folder: Path, url: str) -> None:
@@ -92,11 +91,12 @@ def push(folder: Path, url: str) -> None:
     with suppress(FileNotFoundError, ValueError):  # damaged: all is copied again
         pushed = parse_object((folder / PUSHED).read_bytes(), folder / PUSHED)
     here = folder.resolve()
-    for path in sorted(folder.rglob("[!.]*")):
+    for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        ours = path.is_file() and path.resolve().is_relative_to(here) and not fnmatch(name, f"{STEP_FOLDERS}/*")
-        if ours and pushed.get(name) != (changed := path.stat().st_mtime_ns):
+        ours = path.is_file() and path.resolve().is_relative_to(here)
+        skipped = "/." in f"/{name}" or fnmatch(name, f"{STEP_FOLDERS}/*")
+        if ours and not skipped and pushed.get(name) != (changed := path.stat().st_mtime_ns):
             with storage.writing(storage.join(url, name)) as part:
                 shutil.copyfile(path, part)  # it may grow meanwhile
             pushed[name] = changed
-    write_text(folder / PUSHED, json.dumps(pushed))
+    storage.write_text(folder / PUSHED, json.dumps(pushed))

@@ -13,7 +13,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from configs import cache, save_config, storage
+from configs import cache, s3, save_config, storage
 from configs.errors import FileError, one_line
 from configs.files import NO_ROOM
 from model.weights import save_weights
@@ -66,7 +66,7 @@ class Saver:
         tensors, metadata = dict[str, Tensor](), dict[str, str]()
         if self.engine.writes_state:  # else another rank has the same
             buffers = dict(self.engine.buffers()) if self.engine.accelerator.is_main_process else {}
-            tensors, metadata = collect_state(self.engine.shards(), self.engine.adam, self.ema.averages, buffers)
+            tensors, metadata = collect_state(self.engine.shards(), self.engine.optimizer, self.ema.averages, buffers)
         if self.background:
             tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         self._start_thread(folder, lambda: self._write(folder, position, tensors, metadata))
@@ -127,7 +127,7 @@ class Saver:
             if self.engine.writes_state:
                 save_weights(tensors, part, {**metadata, **checksums(tensors)})
                 if self.remote:
-                    storage.write_file(part, storage.join(place, part.name))
+                    s3.upload(part, storage.join(place, part.name))
             if rank == 0:
                 names = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
                 self._wait_for(names, folder)
@@ -138,7 +138,7 @@ class Saver:
         # Twice the limit: where nothing else goes on, the watchdog then has named who is gone.
         patience, place = 2 * self.config.engine.timeout_s, storage.join(folder, TRAINER)
         deadline = time.monotonic() + patience
-        while missing := sorted(set(parts) - {storage.name_of(url) for url in storage.list_files(place)}):
+        while missing := sorted(set(parts) - set(storage.list_folder(place))):
             if self._store is not None and self._store.check([_failed(folder)]):
                 raise FileError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
@@ -178,8 +178,8 @@ def superseded(whole: list[str], config: CheckpointConfig) -> list[str]:
 def remove_superseded(run: str, config: CheckpointConfig) -> None:
     """Deletes the checkpoints of `run` that need not be kept, and what unfinished saves have left: only folders with
     the names that checkpoints get, and of a link to one, the link. What cannot be deleted is said."""
-    whole, there = complete_steps(run), map(storage.name_of, storage.list_folders(run))
-    ours = [name for name in there if fnmatch(name, STEP_FOLDERS)]
+    whole, there = complete_steps(run), storage.list_folder(run)
+    ours = [name.rstrip("/") for name in there if fnmatch(name, f"{STEP_FOLDERS}/")]
     old = superseded([name for name in whole if name in ours], config)
     for name in old + [name for name in ours if name not in whole]:
         place = storage.join(run, name)

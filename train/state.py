@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from configs import storage
 from configs.errors import UserError
-from configs.foreign import parse_object, reading
+from configs.untrusted import parse_object, reading
 from model.weights import LazyWeights, open_weights, read_weights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam

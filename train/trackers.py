@@ -19,7 +19,7 @@ import psutil
 from PIL import Image
 
 from configs.errors import one_line
-from configs.files import write_text
+from configs.storage import write_text
 
 METRICS, WANDB_ID = "metrics.jsonl", "wandb_id"  # files in the run folder
 POLL_S = 0.5  # between two looks at metrics.jsonl

@@ -51,7 +51,6 @@ class HeldOutLoss:
             index = done * accelerator.num_processes + accelerator.process_index
             batch = self.stream.batch_at(index).to(accelerator.device)
             clips = first_latents(batch, objective.latents or batch.latents.shape[2], objective.layout, temporal)
-            assert clips is not None
             rng = rng_for_step(0, index, index * self.batch, self.batch)
             noise = objective.heldout_noise(clips.latents, self.flow, rng)
             for name, variant in action_variants(clips).items():

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from configs import storage
+from configs import s3, storage
 from configs.errors import one_line
 
 HEARTBEAT_S = 0.5  # between two heartbeats of a rank
@@ -188,4 +188,4 @@ def _write_stacks(path: Path, error: str, url: str) -> None:
             file.flush()  # what follows goes past Python's buffer
             faulthandler.dump_traceback(file, all_threads=True)
         if url:
-            storage.write_file(path, storage.join(url, path.name))
+            s3.upload(path, storage.join(url, path.name))

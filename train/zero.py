@@ -1,16 +1,17 @@
 """DeepSpeed ZeRO 1, 2 and 3: optimizer states, gradients and weights sharded over the ranks."""
 
 import math
-from typing import Any
+from typing import Any, Self
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from model.action_dit import ActionDiT
 from train.config import EngineConfig, TrainConfig
-from train.engine import Engine, set_timeouts
+from train.engine import MIXED_PRECISION, Engine, group_timeout
 from train.memory import give_back
 from train.optim import make_optimizer
 from train.state import ParamShard
@@ -18,6 +19,24 @@ from train.state import ParamShard
 BUCKET = 500_000_000  # numbers of a buffer for gradients that are exchanged: DeepSpeed's reduce_bucket_size
 MOST_GATHERED = 1_000_000_000  # of weights that stage 3 keeps whole for a while: its stage3_max_live_parameters
 PREFETCHED = 50_000_000  # of the next weights: its stage3_prefetch_bucket_size
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """All of DeepSpeed's settings; there is no second file that could disagree."""
+    engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
+    if engine.offload != "nothing":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if engine.offload == "all":
+        zero["offload_param"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": config.batch,
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
+        "zero_optimization": zero,
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, without a compiler
+    }
 
 
 def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
@@ -32,7 +51,7 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
         part.to_empty(device=device)
         for tensor in (*part.parameters(), *part.buffers()):
             tensor.detach().zero_()
-        Init(module=part, config_dict_or_path=ZeroEngine.settings(config), dtype=dtype)
+        Init(module=part, config_dict_or_path=deepspeed_config(config), dtype=dtype)
         give_back()
 
 
@@ -45,9 +64,11 @@ class ZeroEngine(Engine):
     def options(config: EngineConfig) -> dict[str, tuple[str, ...]]:
         return {} if config.stage == 3 else {"offload": ("nothing", "optimizer"), "build": ("whole",)}
 
-    @staticmethod
-    def plugin(config: TrainConfig) -> DeepSpeedPlugin:
-        return DeepSpeedPlugin(hf_ds_config=ZeroEngine.settings(config))
+    @classmethod
+    def accelerate_args(cls, config: TrainConfig) -> dict[str, Any]:
+        # Not `cpu`: with it, Accelerate drops DeepSpeed without a word.
+        plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config))
+        return {"deepspeed_plugin": plugin, "mixed_precision": MIXED_PRECISION[config.engine.precision]}
 
     @staticmethod
     def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
@@ -57,43 +78,22 @@ class ZeroEngine(Engine):
         if config.engine.stage < 3:
             return {**states, "weights": width * parameters, "gradients": width * parameters}
         gathered = width * (min(parameters, MOST_GATHERED) + min(parameters, PREFETCHED))
-        own = {"weights": width * share, "gradients": width * (share + parameters)}
-        return {**states, **own, "gathered weights": gathered}
+        shares = {"weights": width * share, "gradients": width * (share + parameters)}
+        return {**states, **shares, "gathered weights": gathered}
 
     @classmethod
-    def settings(cls, config: TrainConfig) -> dict[str, Any]:
-        """DeepSpeed's whole configuration; there is no second file that could disagree."""
-        engine, zero = config.engine, dict[str, Any](stage=config.engine.stage)
-        if engine.offload != "nothing":
-            zero["offload_optimizer"] = {"device": "cpu"}
-        if engine.offload == "all":
-            zero["offload_param"] = {"device": "cpu"}
-        return {
-            "train_micro_batch_size_per_gpu": config.batch,
-            "gradient_accumulation_steps": config.accumulation,
-            "gradient_clipping": config.optim.clip_norm,  # Accelerate's own clipping does not clip under DeepSpeed
-            "zero_optimization": zero,
-            "bf16": {"enabled": engine.precision == "bf16"},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs too, without a compiler
-        }
-
-    @classmethod
-    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Engine:
+    def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         if next(model.parameters()).is_meta:
             shard(model, config, accelerator.device)
-        model, optimizer = accelerator.prepare(model, make_optimizer(model, config.optim))
-        set_timeouts(config)
-        return cls(accelerator, model, optimizer, config)
+        model, _ = accelerator.prepare(model, make_optimizer(model, config.optim))
+        for group in list(distributed_c10d._world.pg_map):  # DeepSpeed has cloned them without their timeouts
+            distributed_c10d._set_pg_timeout(group_timeout(config), group)
+        return cls(accelerator, model, model.optimizer.optimizer, config)
 
     @property
     def zero(self) -> Any:
-        """DeepSpeed's own optimizer, which holds the float32 weights."""
-        return self.optimizer.optimizer
-
-    @property
-    def adam(self) -> torch.optim.Optimizer:
-        return self.zero.optimizer
+        """DeepSpeed's optimizer around torch's, which holds the float32 weights."""
+        return self.model.optimizer
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
         # DeepSpeed drops a step whose gradients' norm is not finite, and no other: what is to be dropped becomes NaN.
@@ -107,30 +107,20 @@ class ZeroEngine(Engine):
         return True
 
     def shards(self) -> list[ParamShard]:
-        return self._of_stage_3() if self.config.engine.stage == 3 else self._of_stage_1_or_2()
-
-    def _of_stage_1_or_2(self) -> list[ParamShard]:
-        """Each group of parameters is one flat tensor, of which every rank optimises an equal part."""
+        """Stages 1 and 2 cut each group of parameters, as one flat tensor, into equal parts; stage 3 each parameter."""
         shards = []
         for name, p in self.module.named_parameters():
-            link = getattr(p, "_hp_mapping", None)
-            if link is None:  # wholly in another rank's part
+            param: Any = p  # with DeepSpeed's fields
+            if self.config.engine.stage == 3:
+                group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
+                owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
+                length = max(0, min(share, param.ds_numel - start))  # the last part is padded
+            elif link := getattr(param, "_hp_mapping", None):
+                owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
+                offset, start = link.hp_fragment_address.start, link.lp_fragment_address.start
+                length = link.lp_fragment_address.numel
+            else:  # wholly in another rank's part
                 continue
-            owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
-            span, offset = link.lp_fragment_address, link.hp_fragment_address.start
-            shards.append(ParamShard(name, span.start, owner.data[offset : offset + span.numel], owner, offset))
-        return shards
-
-    def _of_stage_3(self) -> list[ParamShard]:
-        """Each parameter is sharded into equal parts, the last one padded."""
-        shards = []
-        for name, p in self.module.named_parameters():
-            if not p.requires_grad:
-                continue
-            group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
-            owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
-            whole: Any = p  # DeepSpeed's fields: `p` itself is empty
-            length = max(0, min(share, whole.ds_numel - start))
             shards.append(ParamShard(name, start, owner.data[offset : offset + length], owner, offset))
         return shards
 

@@ -4,12 +4,14 @@ The motion of the picture is regressed on the inputs for many shifts and rates.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from statistics import median
 
 import numpy as np
 
 from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
+from data_pipeline.doctor.signals import RecordingSignals
 
 MIN_FRAMES = 8  # of an episode that is measured
 # Log-likelihood ratios. Of 500 clean ViZDoom recordings of 6 s the worst had 8.7 for a wrong shift, 9.0 for a wrong
@@ -42,20 +44,19 @@ def align(data: Dataset, mouse: bool) -> tuple[dict[str, CheckResult], np.ndarra
     longest = max(round(SHIFT_S * data.game.fps), LEAST_SHIFT)
     shifts = np.arange(-longest, longest + 1)
     in_time = (shifts == 0) if mouse else (shifts <= 0) & (shifts >= -round(KEY_DELAY_S * data.game.fps))
-    motions = 2 if mouse else 3  # keys expand the picture, too
-    moments, rates = [], [RATES, *(rates_for(recording.frames) for recording in data.recordings)]
-    for recording, tried in zip(data.recordings, rates[1:], strict=True):
-        parts = [(it.yaw_pitch if mouse else it.keyboard, it.motion[:, :motions]) for it in recording.episodes]
-        moments.append(measure_moments(parts, shifts, tried))
-    whole = np.sum([own[: len(RATES)] for own in moments], axis=0)
-    llrs = [gain_and_llr(own, motions)[1] / (1.0 if mouse else BY_KEYS) for own in (whole, *moments)]
-    judged = [judge(llr, tried, shifts, in_time) for llr, tried in zip(llrs, rates, strict=True)]
+    rates = [rates_for(recording.frames) for recording in data.recordings]
+    each = [measure_moments(it, mouse, shifts, tried) for it, tried in zip(data.recordings, rates, strict=True)]
+    together = np.sum([moments[: len(RATES)] for moments in each], axis=0)
+    judged = []
+    for moments, tried in zip([together, *each], [RATES, *rates], strict=True):
+        llr = gain_and_llr(moments, mouse)[1] / (1.0 if mouse else BY_KEYS)
+        judged.append(judge(llr, tried, shifts, in_time))
     late, shift_llr, confidence, rate, rate_llr = np.array(judged).T
     rate_check = pool(rate_llr, RATE_LLR, rate, near=0.1)
     if rate_check.status[0] > 0:  # then a shift is only what fits best for a while
         shift_llr[1:] = np.minimum(shift_llr[1:], 0)
     shift = pool(shift_llr, SHIFT_LLR, late, near=1, confidence=confidence)
-    at_shift = np.stack([own[0, longest + int(i)] for own, i in zip(moments, shift.amount[1:], strict=True)])
+    at_shift = np.stack([moments[0, longest + int(i)] for moments, i in zip(each, shift.amount[1:], strict=True)])
     wrong_rate = rate_check.status[1:] > 0
     at_shift[wrong_rate] = 0
     axes = judge_axes(at_shift, wrong_rate) if mouse else {}
@@ -68,18 +69,17 @@ def rates_for(frames: int) -> tuple[float, ...]:
     return (*RATES, *(1 + drift for drift in drifts), *(1 - drift for drift in drifts))
 
 
-def measure_moments(
-    episodes: Iterable[tuple[np.ndarray, np.ndarray]], shifts: np.ndarray, rates: Sequence[float]
-) -> np.ndarray:
+def measure_moments(recording: RecordingSignals, mouse: bool, shifts: np.ndarray, rates: Sequence[float]) -> np.ndarray:
     """(rates shifts v v): sums over all frame pairs of the products of v columns: inputs, motions, and 1.
 
-    They are all that a regression of motion (n-1 c) on rows of inputs (n m) needs. Both are differences between
+    They are all that a regression of motion on rows of the mouse or else the keys needs. Both are differences between
     neighbours: walking goes on and drops out, a turn begins and ends at once.
     """
     total, longest = np.zeros(1), shifts[-1]
-    for rows, motion in episodes:
-        if len(rows) >= MIN_FRAMES:
-            change = clip(np.diff(motion.astype(np.float64), axis=0))
+    for episode in recording.episodes:
+        if len(episode) >= MIN_FRAMES:
+            rows, motions = (episode.yaw_pitch, 2) if mouse else (episode.keyboard, 3)  # keys expand the picture, too
+            change = clip(np.diff(episode.motion[:, :motions].astype(np.float64), axis=0))
             known, moments = np.column_stack([change, np.ones(len(change))]), []
             for rate in rates:
                 padded = input_changes(rows.astype(np.float64), rate)[: len(change)]
@@ -111,10 +111,10 @@ def clip(values: np.ndarray) -> np.ndarray:
     return np.clip(values, -np.array(limits), limits)
 
 
-def gain_and_llr(moments: np.ndarray, motions: int, gain: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def gain_and_llr(moments: np.ndarray, mouse: bool, gain: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The best motion per unit of input (... m c) by moments (... v v), or `gain`, and the log-likelihood ratio (...)
     of the motion with it against no effect: Gaussian residuals of their measured size."""
-    m = moments.shape[-1] - motions - 1
+    m = moments.shape[-1] - (3 if mouse else 4)
     inputs, mixed, pairs = moments[..., :m, :m], moments[..., :m, m:-1], moments[..., -1, -1]
     squares = np.diagonal(moments, axis1=-2, axis2=-1)[..., m:-1]
     used = np.linalg.pinv(inputs, rcond=1e-6, hermitian=True) @ mixed if gain is None else gain
@@ -175,8 +175,8 @@ def judge_axes(moments: np.ndarray, silent: np.ndarray) -> dict[str, CheckResult
     return dict(zip(AXES, checks, strict=True))
 
 
-def report_timing(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarray) -> Iterator[Finding]:
-    """Findings of rate and shift; `stays` (r) is for how many frames a picture or a row stays the same."""
+def report_alignment(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarray) -> Iterator[Finding]:
+    """Findings of rate, shift and axes; `stays` (r) is for how many frames a picture or a row stays the same."""
     groups, fps, wrong_rate = defaultdict(list), data.game.fps, checks["rows_per_picture"].status[1:] > 0
     for rate, numbers, confidence in checks["rows_per_picture"].faults():
         groups[rate > 1, round(rate, 1)] += [(rate, i, confidence) for i in numbers]  # each has its own slow drift
@@ -191,16 +191,12 @@ def report_timing(data: Dataset, checks: dict[str, CheckResult], stays: np.ndarr
         n, (how, sign) = abs(int(late)), ("late", "+") if late > 0 else ("early", "-")
         what = f"inputs are {n} frame{'s' * (n > 1)} {how}: row i {sign} {n} leads from frame i to i + 1"
         first_entry = data.game.inputs.first_entry + int(late)
-        by_setting = data.reader == "gf_minecraft" and 0 <= first_entry <= 2
-        remedy = f"set game.inputs.first_entry={first_entry}" if by_setting else ""
         if numbers:
-            yield data.find("shift", numbers, what, confidence, remedy)
-
-
-def report_axes(data: Dataset, checks: dict[str, CheckResult]) -> Iterator[Finding]:
-    """Findings of swapped and inverted axes."""
+            finding = data.find("shift", numbers, what, confidence)
+            by_setting = data.reader == "gf_minecraft" and 0 <= first_entry <= 2
+            yield replace(finding, remedy=f"set game.inputs.first_entry={first_entry}") if by_setting else finding
     for check, (fault, what) in AXES.items():
-        for _, numbers, confidence in checks[check].faults():
+        for _, numbers, confidence in checks[check].faults() if check in checks else ():
             yield data.find(fault, numbers, what, confidence)
 
 
@@ -210,12 +206,12 @@ def report_unrelated(
     """Of recordings without a fault of their own, and not `excluded`, those that contradict the others."""
     left_out = np.array([recording.name in excluded for recording in data.recordings])
     for name, check in checks.items():
-        own = (check.status != check.status[0]) | (check.amount != check.amount[0])
-        left_out |= (name != "rows_per_picture") & (check.status > 0)[1:] & own[1:]
+        unlike_others = (check.status != check.status[0]) | (check.amount != check.amount[0])
+        left_out |= (name != "rows_per_picture") & (check.status > 0)[1:] & unlike_others[1:]
     moments = np.where(left_out[:, None, None], 0, moments)
-    gain, whole_llr = gain_and_llr(moments.sum(axis=0), 2)
-    if whole_llr >= KNOWN_LLR:
-        contradiction = -gain_and_llr(moments, 2, gain)[1]
+    gain, together_llr = gain_and_llr(moments.sum(axis=0), mouse=True)
+    if together_llr >= KNOWN_LLR:
+        contradiction = -gain_and_llr(moments, True, gain)[1]
         for _, numbers, confidence in pool(np.array([-UNRELATED_LLR, *contradiction]), UNRELATED_LLR).faults():
             what = "inputs do not go with the picture as those of the other recordings do"
             yield data.find("unrelated", numbers, what, confidence)

@@ -2,28 +2,25 @@
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from configs import storage, within
 from configs.errors import UserError, one_line
 from configs.files import require_no_folder, require_other_files
 from configs.game import GameConfig
-from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_axes, report_timing, report_unrelated
+from data_pipeline.doctor.alignment import MIN_FRAMES, align, report_alignment, report_unrelated
 from data_pipeline.doctor.findings import REMEDIES, Dataset, Finding
 from data_pipeline.doctor.keys import measure_keys, report_keys
 from data_pipeline.doctor.pictures import find_copies, find_repeats, report_files
 from data_pipeline.doctor.signals import RecordingSignals, measure_recording
 from data_pipeline.doctor.turns import report_turns
-from data_pipeline.packets import DamagedVideoError
 from data_pipeline.readers import Reader, Recording, find_recordings
-from data_pipeline.readers.recording import UnevenTimesError
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,11 @@ class DoctorConfig:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything about a source."""
+    """What was found in a source."""
 
     names: tuple[str, ...]  # of all its recordings
     findings: list[Finding]
-    measured: dict[str, Any] = field(default_factory=dict)  # plain data of those that are long enough
+    measured: dict[str, Any]  # plain data of those that are long enough; empty if none is
 
     @property
     def harmful(self) -> int:
@@ -59,10 +56,6 @@ class Report:
         last = f"{len(self.names)} recording{many}, {self.harmful or 'no'} problem{problems}"
         return "\n".join([*(finding.describe(len(self.names)) for finding in worst_first), last])
 
-    def json(self) -> dict[str, Any]:
-        findings = [asdict(finding) for finding in self.findings]
-        return {"recordings": list(self.names), "problems": self.harmful, "findings": findings, **self.measured}
-
 
 def doctor(config: DoctorConfig) -> int:
     """Find what would hurt training in recordings: GAME.yaml source= out=report.json; exit status 1 if there is any"""
@@ -72,44 +65,53 @@ def doctor(config: DoctorConfig) -> int:
     report = examine(config)
     print(report.text())
     if config.out is not None:
-        storage.write_text(config.out, json.dumps(report.json(), indent=1) + "\n")
+        facts = {"recordings": report.names, "problems": report.harmful, "findings": list(map(asdict, report.findings))}
+        storage.write_text(config.out, json.dumps(facts | report.measured, indent=1) + "\n")
     return 1 if report.harmful else 0
 
 
 def examine(config: DoctorConfig) -> Report:
     """Measures every recording of the source and says what is wrong."""
     recordings = find_recordings(config.reader, config.source)
-    signals, findings = read_signals(recordings, config.game, config.workers)
-    everything = Dataset(tuple(signals), config.game, config.reader)
-    findings += report_files(everything, config.clip_frames)
-    report = Report(tuple(recording.name for recording in recordings), findings)
-    long_enough = tuple(it for it in signals if any(len(episode) >= MIN_FRAMES for episode in it.episodes))
-    if long_enough:
-        report = diagnose(report, replace(everything, recordings=long_enough), config.fov_deg)
-    if not report.harmful and (not long_enough or report.measured["together"]["frames_late"]["status"] == "unknown"):
+    read = partial(_read, game=config.game)
+    read = thread_map(read, recordings, max_workers=config.workers, desc="doctor", unit="recording", disable=None)
+    findings = [result for result in read if isinstance(result, Finding)]
+    data = Dataset([result for result in read if isinstance(result, RecordingSignals)], config.game, config.reader)
+    findings += report_files(data, config.clip_frames)
+    long_enough = [it for it in data.recordings if any(len(episode) >= MIN_FRAMES for episode in it.episodes)]
+    more, measured = diagnose(replace(data, recordings=long_enough), config.fov_deg) if long_enough else ([], {})
+    report = Report(tuple(recording.name for recording in recordings), findings + more, measured)
+    if not report.harmful and (not measured or measured["together"]["frames_late"]["status"] == "unknown"):
         what = "whether inputs and pictures go together cannot be told from so little"
-        report.findings.append(everything.note("untold", range(len(signals)), what))
+        report.findings.append(data.find("untold", range(len(data.recordings)), what, harmful=False))
     return report
 
 
-def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
-    """The report with all checks of recordings each of which has an episode of MIN_FRAMES and more."""
+def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
+    """What is measured of a recording, or a finding if it cannot be read."""
+    try:
+        return measure_recording(recording, game)
+    except (UserError, OSError) as error:
+        return Finding("unreadable", (recording.name,), one_line(error), REMEDIES["unreadable"])
+
+
+def diagnose(data: Dataset, fov_deg: float | None) -> tuple[list[Finding], dict[str, Any]]:
+    """All checks of recordings each of which has an episode of MIN_FRAMES and more, and what they measured."""
     moving = np.any([it.joined("yaw_pitch").any(axis=0) for it in data.recordings], axis=0)
     mouse, everyone = bool(moving.any()), range(len(data.recordings))
     (findings, stays), (checks, moments) = find_repeats(data), align(data, mouse)
-    findings += report_timing(data, checks, stays)
+    findings += report_alignment(data, checks, stays)
     if mouse:
-        findings += report_axes(data, checks)
         findings += report_turns(data, checks, named(findings, "still picture"), fov_deg)
         findings += report_unrelated(data, checks, moments, named(findings, "still picture"))
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
         elif not moving[1]:
-            findings.append(data.note("dead input", everyone, "pitch never moves"))
+            findings.append(data.find("dead input", everyone, "pitch never moves", harmful=False))
     spoilt = named(it for it in findings if it.harmful and len(it.recordings) < len(data.recordings))
     trusted = [
-        episode.pairs(int(late))
+        episode.aligned(int(late))
         for recording, late in zip(data.recordings, checks["frames_late"].amount[1:], strict=True)
         for episode in recording.episodes
         if recording.name not in spoilt
@@ -118,39 +120,15 @@ def diagnose(report: Report, data: Dataset, fov_deg: float | None) -> Report:
     # With a mouse whose rows are missing, what it does would count as chance, or as what keys do.
     findings += report_keys(data, keys, complete=mouse or not data.game.action_space.mouse)
     findings += find_copies(data)
-    rows = [{name: check.row(i) for name, check in checks.items()} for i in range(1 + len(data.recordings))]
+    together, *rows = [{name: check.row(i) for name, check in checks.items()} for i in range(1 + len(everyone))]
     measured = {
-        "together": rows[0],
-        "each": {it.name: {"frames": it.frames} | row for it, row in zip(data.recordings, rows[1:], strict=True)},
+        "together": together,
+        "each": {it.name: {"frames": it.frames} | row for it, row in zip(data.recordings, rows, strict=True)},
         "keys": {name: effect._asdict() for name, effect in keys.items()},
     }
-    return Report(report.names, [*report.findings, *findings], measured)
+    return findings, measured
 
 
 def named(findings: Iterable[Finding], fault: str | None = None) -> set[str]:
     """The recordings that have findings, of one fault or any."""
     return {name for finding in findings if fault in (None, finding.fault) for name in finding.recordings}
-
-
-def read_signals(
-    recordings: Sequence[Recording], game: GameConfig, workers: int
-) -> tuple[list[RecordingSignals], list[Finding]]:
-    """The signals of all recordings in order, and a finding for each one that cannot be read."""
-    with ThreadPoolExecutor(workers, thread_name_prefix="read") as pool:
-        try:
-            read = pool.map(partial(_read, game=game), recordings)
-            read = list(tqdm(read, "doctor", len(recordings), unit="recording", disable=None))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    signals = [it for it in read if isinstance(it, RecordingSignals)]
-    return signals, [it for it in read if isinstance(it, Finding)]
-
-
-def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
-    try:
-        return measure_recording(recording, game)
-    except (UserError, OSError) as error:
-        faults = {DamagedVideoError: "damaged", UnevenTimesError: "uneven times"}
-        fault = faults.get(type(error), "unreadable")
-        return Finding(fault, (recording.name,), one_line(error), REMEDIES[fault])

@@ -1,7 +1,7 @@
 """What the doctor's checks return: findings in words, and verdicts from log-likelihood ratios."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import Reader
 
 REMEDIES = {  # by fault
-    **dict.fromkeys(("unreadable", "damaged", "uneven times"), "repair it or leave it out"),
+    "unreadable": "repair it or leave it out",
     "short": "encode leaves them out: record longer ones or lower clip_frames",
     "untold": "examine longer recordings or more of them",
     "shift": "leave out the rows and frames without a partner, or record again, with one clock for both",
@@ -45,31 +45,27 @@ class Finding:
 
     def describe(self, total: int) -> str:
         """One line; `total` is the number of all recordings."""
-        sure = "" if self.confidence is None else f" (confidence {self.confidence:.1%})"
-        note = "" if self.harmful else "note: "
-        several = f"{len(self.recordings)} of {total} recordings"
-        names = several if len(self.recordings) > NAMED else ", ".join(self.recordings)
-        return f"{names}: {note}{self.what}{sure}; {self.remedy}"
+        confidence = "" if self.confidence is None else f" (confidence {self.confidence:.1%})"
+        count, note = len(self.recordings), "" if self.harmful else "note: "
+        names = f"{count} of {total} recordings" if count > NAMED else ", ".join(self.recordings)
+        return f"{names}: {note}{self.what}{confidence}; {self.remedy}"
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Recordings of one game."""
 
-    recordings: tuple[RecordingSignals, ...]
+    recordings: Sequence[RecordingSignals]
     game: GameConfig
     reader: Reader
 
     def find(
-        self, fault: str, numbers: Iterable[int], what: str, confidence: float | None = None, remedy: str = ""
+        self, fault: str, numbers: Iterable[int], what: str, confidence: float | None = None, harmful: bool = True
     ) -> Finding:
-        """Something harmful in the recordings of these numbers."""
-        names = tuple(self.recordings[i].name for i in numbers)
-        return Finding(fault, names, what, remedy or REMEDIES[fault], True, confidence)
-
-    def note(self, fault: str, numbers: Iterable[int], what: str) -> Finding:
-        """Something to look at in the recordings of these numbers."""
-        return replace(self.find(fault, numbers, what), harmful=False)
+        """A finding about the recordings of these numbers."""
+        return Finding(
+            fault, tuple(self.recordings[i].name for i in numbers), what, REMEDIES[fault], harmful, confidence
+        )
 
 
 @dataclass(frozen=True)

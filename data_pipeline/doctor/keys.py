@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data_pipeline.doctor.findings import Dataset, Finding
-from data_pipeline.doctor.signals import Pairs
+from data_pipeline.doctor.signals import EpisodeSignals
 from data_pipeline.motion import EXPECTED
 
 WINDOW_S = 0.35  # a key's effect builds up: what counts is the share of this time in which it was held
@@ -29,37 +29,25 @@ class KeyEffect(NamedTuple):
     down_px: float | None = None
     divergence: float | None = None
 
-    @property
-    def strongest(self) -> float | None:
-        """The largest of the three, without its sign."""
-        return max((abs(effect) for effect in self[2:] if effect is not None), default=None)
 
-    def along(self, key: str) -> float | None:
-        """The effect that a key of this name should have, > 0 if it goes the right way; none for other names."""
-        quantity, sign = EXPECTED.get(key, ("", 0))
-        strength = getattr(self, quantity, None)
-        return None if strength is None else sign * strength
-
-
-def measure_keys(data: Dataset, trusted: Sequence[Pairs]) -> dict[str, KeyEffect]:
-    """How often each key is held, and its effect in the `trusted` frame pairs."""
+def measure_keys(data: Dataset, trusted: Sequence[EpisodeSignals]) -> dict[str, KeyEffect]:
+    """How often each key is held, and its effect in the frame pairs of `trusted` episodes."""
     keyboards = [episode.keyboard for recording in data.recordings for episode in recording.episodes]
-    held = np.sum([keys.sum(axis=0, dtype=np.int64) for keys in keyboards], axis=0)
-    presses = np.sum([(np.diff(keys, axis=0, prepend=0) == 1).sum(axis=0) for keys in keyboards], axis=0)
-    counts = np.stack([held, presses], axis=1).tolist()
-    names, window = data.game.action_space.keys, max(round(WINDOW_S * data.game.fps), 1)
-    apart = round(APART_S * data.game.fps)
-    if sum(len(pairs.motion) for pairs in trusted) < 10 * apart:
-        return {name: KeyEffect(*count) for name, count in zip(names, counts, strict=True)}
-    motion = np.concatenate([pairs.motion[:, :3] for pairs in trusted])[:MOST]
-    keys = np.concatenate([_recent(pairs.keyboard, window) for pairs in trusted])[:MOST]
-    turns = np.concatenate([pairs.yaw_pitch for pairs in trusted])[:MOST]
-    motion, effects = np.clip(motion, *np.quantile(motion, [CLIPPED, 1 - CLIPPED], axis=0)), {}
-    for i, name in enumerate(names):
-        known = np.column_stack([turns, np.delete(keys, i, axis=1), np.ones(len(keys))])
-        key = _residual(keys[:, i : i + 1], known)
-        strength = _against_chance(_residual(motion, known), key, apart).tolist() if key.std() > 1e-6 else []
-        effects[name] = KeyEffect(*counts[i], *strength)
+    frames = np.sum([keys.sum(axis=0, dtype=np.int64) for keys in keyboards], axis=0).tolist()
+    presses = np.sum([(np.diff(keys, axis=0, prepend=0) == 1).sum(axis=0) for keys in keyboards], axis=0).tolist()
+    effects = dict(zip(data.game.action_space.keys, map(KeyEffect, frames, presses), strict=True))
+    window, apart = max(round(WINDOW_S * data.game.fps), 1), round(APART_S * data.game.fps)
+    if sum(len(it.motion) for it in trusted) < 10 * apart:
+        return effects
+    motion = np.concatenate([it.motion[:, :3] for it in trusted])[:MOST]
+    keys = np.concatenate([_recent(it.keyboard, window) for it in trusted])[:MOST]
+    turns = np.concatenate([it.yaw_pitch for it in trusted])[:MOST]
+    motion = np.clip(motion, *np.quantile(motion, [CLIPPED, 1 - CLIPPED], axis=0))
+    for i, (name, effect) in enumerate(effects.items()):
+        others = np.column_stack([turns, np.delete(keys, i, axis=1), np.ones(len(keys))])
+        key = _residual(keys[:, i : i + 1], others)
+        if key.std() > 1e-6:
+            effects[name] = KeyEffect(*effect[:2], *_against_chance(_residual(motion, others), key, apart).tolist())
     return effects
 
 
@@ -84,18 +72,21 @@ def _against_chance(motion: np.ndarray, key: np.ndarray, apart: int) -> np.ndarr
 def report_keys(data: Dataset, effects: dict[str, KeyEffect], complete: bool) -> Iterator[Finding]:
     """Keys that are dead or exchanged, and if the inputs are `complete`, those without effect."""
     everyone, total = range(len(data.recordings)), sum(recording.frames for recording in data.recordings)
-    find = data.find if total >= DEAD_S * data.game.fps else data.note  # in a short time it may be chance
-    along = {name: strength for name, effect in effects.items() if (strength := effect.along(name)) is not None}
+    long = total >= DEAD_S * data.game.fps  # in a short time it may be chance
+    measured = {name: effect for name, effect in effects.items() if effect.right_px is not None}
+    # What a key of a known name should do, > 0 if it goes the right way.
+    along = {name: sign * getattr(measured[name], axis) for name, (axis, sign) in EXPECTED.items() if name in measured}
     clear = max(along.values(), default=0.0) >= CLEAR
     for name, effect in effects.items():
-        strength = along.get(name) if name in EXPECTED else effect.strongest
         if effect.held == 0 and data.game.inputs.keys.get(name) != ():
-            yield find("dead input", everyone, f"the key {name} is never held")
+            yield data.find("dead input", everyone, f"the key {name} is never held", harmful=long)
         elif effect.held == total:
-            yield find("dead input", everyone, f"the key {name} is always held")
-        elif complete and clear and effect.presses >= PRESSES and abs(strength or NONE) < NONE:
-            what = f"the key {name} is pressed {effect.presses} times, but does nothing that can be seen"
-            yield (data.find if name in EXPECTED else data.note)("no effect", everyone, what)
+            yield data.find("dead input", everyone, f"the key {name} is always held", harmful=long)
+        elif complete and clear and effect.presses >= PRESSES and name in measured:
+            strength = along[name] if name in along else max(map(abs, effect[2:]))
+            if abs(strength) < NONE:
+                what = f"the key {name} is pressed {effect.presses} times, but does nothing that can be seen"
+                yield data.find("no effect", everyone, what, harmful=name in EXPECTED)
     for first, second in (("left", "right"), ("forward", "back")):
         if max(along.get(first, 0.0), along.get(second, 0.0)) <= REVERSED:
             what = f"the keys {first} and {second} are exchanged: each moves the picture as the other should"

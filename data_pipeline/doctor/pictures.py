@@ -8,7 +8,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from data_pipeline.doctor.findings import Dataset, Finding
-from data_pipeline.doctor.signals import EpisodeSignals
+from data_pipeline.doctor.signals import RecordingSignals
 from data_pipeline.readers import KEPT_WELL, kept_share
 
 REPEATED = 0.1  # of the largest change near by: less is the same picture again
@@ -28,53 +28,47 @@ NEAR_BITS = 10  # of the 64 of a hash that may differ; of unrelated pictures, 20
 def find_repeats(data: Dataset) -> tuple[list[Finding], np.ndarray]:
     """Findings of repeated pictures or rows, and a picture that never changes; and for how many frames a picture or row
     stays the same in each recording (r)."""
-    fps, findings, stays = data.game.fps, [], np.ones(len(data.recordings))
-    shares, periods, still = {}, defaultdict(list), []
-    for i, recording in enumerate(data.recordings):
-        change = [episode.motion[:, 3] for episode in recording.episodes]
-        repeated, others = np.sum([_count_repeats(part) for part in change], axis=0)
-        if others and repeated >= max(REPEATS_SHARE * (repeated + others), fps / 2):
-            shares[i] = float(repeated / (repeated + others))
-            stays[i] = 1 / (1 - shares[i])
-        period = int(np.gcd.reduce([_input_period(episode) for episode in recording.episodes]))
-        if period > 1:
-            periods[period].append(i)
-            stays[i] = max(stays[i], period)
-        unchanged = np.concatenate(change) < UNCHANGED
-        if len(unchanged) >= fps and unchanged.mean() >= UNCHANGED_SHARE:
-            still.append(i)
-    if shares:
-        share = float(np.median(list(shares.values())))
+    fps, findings, still = data.game.fps, [], []
+    shares = np.array([_repeated_share(recording, fps) for recording in data.recordings])
+    periods = np.array([_input_period(recording) for recording in data.recordings])
+    if shares.any():
+        share = float(np.median(shares[shares > 0]))
         what = f"{share:.0%} of the moving pictures are the one before again: {(1 - share) * fps:.3g} a second are new"
-        findings.append(data.find("repeats", shares, what))
-    for period, numbers in sorted(periods.items()):
+        findings.append(data.find("repeats", np.flatnonzero(shares), what))
+    for period in np.unique(periods[periods > 1]).tolist():
         what = f"{period} rows of inputs in a row are always alike: they are logged {fps / period:.3g} times a second"
-        findings.append(data.find("repeats", numbers, what))
+        findings.append(data.find("repeats", np.flatnonzero(periods == period), what))
+    for i, recording in enumerate(data.recordings):
+        unchanged = recording.joined("motion")[:, 3] < UNCHANGED
+        still += [i] if len(unchanged) >= fps and unchanged.mean() >= UNCHANGED_SHARE else []
     if still:
         findings.append(data.find("still picture", still, "the picture never changes: black or frozen"))
-    return findings, stays
+    return findings, np.maximum(1 / (1 - shares), periods)
 
 
-def _count_repeats(change: np.ndarray) -> tuple[int, int]:
-    """How many pictures are the one before again, and how many are not, where something moves near by.
+def _repeated_share(recording: RecordingSignals, fps: float) -> float:
+    """The share of pictures that are the one before again, where something moves near by; 0 if they are few."""
+    repeated = others = 0
+    for change in [episode.motion[:, 3] for episode in recording.episodes if len(episode) > 1]:  # between neighbours
+        largest = sliding_window_view(np.pad(change, NEAR), 2 * NEAR + 1).max(axis=1)
+        moving, alike = largest > MOVING, change < REPEATED * np.maximum(largest, MOVING)
+        for begin, end in runs(alike):
+            if end - begin > NEAR:  # it stands still, though near the ends something moves
+                moving[begin:end] = False
+        repeated, others = repeated + (moving & alike).sum(), others + (moving & ~alike).sum()
+    share = repeated / max(repeated + others, 1)
+    return float(share) if others and share >= REPEATS_SHARE and repeated >= fps / 2 else 0.0
 
-    `change` (n) is the mean difference between neighbours.
-    """
-    if not len(change):
-        return 0, 0
-    largest = sliding_window_view(np.pad(change, NEAR), 2 * NEAR + 1).max(axis=1)
-    moving, alike = largest > MOVING, change < REPEATED * np.maximum(largest, MOVING)
-    for begin, end in runs(alike):
-        if end - begin > NEAR:  # it stands still, though near the ends something moves
-            moving[begin:end] = False
-    return int((moving & alike).sum()), int((moving & ~alike).sum())
 
-
-def _input_period(episode: EpisodeSignals) -> int:
+def _input_period(recording: RecordingSignals) -> int:
     """Of how many rows in a row only the first may differ, all along; 0 if there are too few changes to tell."""
-    rows = np.column_stack([episode.keyboard, episode.yaw_pitch])
-    changing = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1))
-    return int(np.gcd.reduce(np.diff(changing))) if len(changing) > INPUT_CHANGES else 0
+    period = 0
+    for episode in recording.episodes:
+        rows = np.column_stack([episode.keyboard, episode.yaw_pitch])
+        changing = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1))
+        if len(changing) > INPUT_CHANGES:
+            period = int(np.gcd.reduce(np.diff(changing), initial=period))
+    return period
 
 
 def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
@@ -91,16 +85,19 @@ def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:
         sizes[recording.size].append(i)
         short += [(i, len(episode)) for episode in recording.episodes if len(episode) < clip_frames]
     for changes in sorted(changed.keys() - {""}):
-        yield data.note("shown otherwise", changed[changes], f"stored pictures are {changes}, as players show them")
+        what = f"stored pictures are {changes}, as players show them"
+        yield data.find("shown otherwise", changed[changes], what, harmful=False)
     for (h, w), numbers in sorted(sizes.items()):
         share = kept_share((h, w), data.game.height, data.game.width)
         if share < KEPT_WELL:
             what = f"{share:.0%} of the picture is kept: {h}x{w} px become {data.game.height}x{data.game.width}"
-            yield (data.find if share < KEPT_LEAST else data.note)("cropped", numbers, what)
+            yield data.find("cropped", numbers, what, harmful=share < KEPT_LEAST)
     if short:
         episodes = sum(len(recording.episodes) for recording in data.recordings)
-        lost = f"{len(short)} of {episodes} episodes ({sum(frames for _, frames in short)} frames)"
-        yield data.note("short", dict(short), f"{lost} are shorter than a clip of {clip_frames} frames")
+        frames = f"{len(short)} of {episodes} episodes ({sum(frames for _, frames in short)} frames)"
+        yield data.find(
+            "short", dict(short), f"{frames} are shorter than a clip of {clip_frames} frames", harmful=False
+        )
 
 
 def find_copies(data: Dataset) -> Iterator[Finding]:
@@ -120,12 +117,12 @@ def find_copies(data: Dataset) -> Iterator[Finding]:
 
 def _candidates(data: Dataset, hashes: list[np.ndarray]) -> Counter[tuple[int, int, int]]:
     """How many pictures two recordings have at each distance in time whose hashes are equal in one half."""
-    telling = [
-        np.flatnonzero((recording.joined("contrast") > CONTRAST) & (own != np.roll(own, 1)))
-        for recording, own in zip(data.recordings, hashes, strict=True)
+    frames = [
+        np.flatnonzero((recording.joined("contrast") > CONTRAST) & (pictures != np.roll(pictures, 1)))
+        for recording, pictures in zip(data.recordings, hashes, strict=True)
     ]
-    owner, frame = np.repeat(np.arange(len(telling)), list(map(len, telling))), np.concatenate(telling)
-    kept = np.concatenate([own[frames] for own, frames in zip(hashes, telling, strict=True)])
+    owner, frame = np.repeat(np.arange(len(frames)), list(map(len, frames))), np.concatenate(frames)
+    kept = np.concatenate([pictures[chosen] for pictures, chosen in zip(hashes, frames, strict=True)])
     votes: Counter[tuple[int, int, int]] = Counter()
     for half in kept.view(np.uint32).reshape(-1, 2).T:
         order = np.argsort(half, kind="stable")

@@ -1,7 +1,6 @@
 """What the doctor measures: a few numbers per frame of a recording, and its inputs."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -14,16 +13,6 @@ from data_pipeline.types import Episode
 HASH = 8  # rows and columns of a difference hash (dHash): 64 bits that hardly change when a picture is compressed again
 
 
-class Pairs(NamedTuple):
-    """Frame pairs of an episode with the rows of inputs that lead from one frame to the next."""
-
-    episode: str
-    first: int  # frame of the episode with which they begin
-    motion: np.ndarray  # (n 4) float64, the fields of FrameMotion
-    keyboard: np.ndarray  # (n k) uint8
-    yaw_pitch: np.ndarray  # (n 2) float64, degrees; 0 without a mouse
-
-
 @dataclass(frozen=True)
 class EpisodeSignals:
     """One episode of n frames; about 50 bytes a frame."""
@@ -34,15 +23,17 @@ class EpisodeSignals:
     contrast: np.ndarray  # (n) float32, standard deviation of brightness, of 255
     keyboard: np.ndarray  # (n k) uint8
     yaw_pitch: np.ndarray  # (n 2) float32, degrees; 0 without a mouse
+    first: int = 0  # frame with which `motion` begins
 
     def __len__(self) -> int:
         return len(self.hashes)
 
-    def pairs(self, late: int) -> Pairs:
-        """Its frame pairs with their rows, if the inputs are `late` frames late."""
+    def aligned(self, late: int) -> "EpisodeSignals":
+        """Frame pairs with their rows, if inputs are `late` frames late: row i belongs to `motion` i (now float64)."""
         first, end = max(0, -late), max(0, -late, len(self) - 1 - max(0, late))
         rows, motion = slice(first + late, end + late), self.motion[first:end].astype(np.float64)
-        return Pairs(self.id, first, motion, self.keyboard[rows], self.yaw_pitch[rows].astype(np.float64))
+        yaw_pitch = self.yaw_pitch[rows].astype(np.float64)
+        return replace(self, first=first, motion=motion, keyboard=self.keyboard[rows], yaw_pitch=yaw_pitch)
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,8 @@ class RecordingSignals:
 
     name: str
     episodes: tuple[EpisodeSignals, ...]
-    size: tuple[int, int] = (1, 1)  # px, height and width of its pictures
-    changes: str = ""  # how the stored pictures are changed to show them
+    size: tuple[int, int]  # px, height and width of its pictures
+    changes: str  # how the stored pictures are changed to show them
 
     @property
     def frames(self) -> int:
@@ -65,12 +56,11 @@ class RecordingSignals:
 
 def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignals:
     """The signals of a recording's episodes, one frame in memory at a time. Raises what its reader raises."""
-    episodes = recording.read(game)
+    episodes, size, changes = recording.read(game), (game.height, game.width), ""
+    for episode in episodes[:1]:  # all have the same footage
+        size, changes = (episode.footage.height, episode.footage.width), episode.footage.changes
     measured = tuple(_measure(episode, game.action_space.mouse_unit_deg) for episode in episodes)
-    if not episodes:
-        return RecordingSignals(recording.name, (), (game.height, game.width))
-    footage = episodes[0].footage
-    return RecordingSignals(recording.name, measured, (footage.height, footage.width), footage.changes)
+    return RecordingSignals(recording.name, measured, size, changes)
 
 
 def _measure(episode: Episode, unit_deg: float) -> EpisodeSignals:
@@ -86,7 +76,6 @@ def _measure(episode: Episode, unit_deg: float) -> EpisodeSignals:
         if before is not None:
             motion.append(measure_motion(flow, before, grey))
         before = grey
-    assert len(hashes) == len(actions), episode.id  # readers have compared them
     mouse = actions.mouse if actions.mouse.shape[1] else np.zeros((len(actions), 2))
     return EpisodeSignals(
         episode.id,

@@ -1,6 +1,7 @@
 """Whether turns of the mouse move the picture as far as they should, and where picture or inputs stand still."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from math import pi, radians, tan
 from statistics import median
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from data_pipeline.doctor.findings import CheckResult, Dataset, Finding
 from data_pipeline.doctor.pictures import runs
-from data_pipeline.doctor.signals import Pairs
+from data_pipeline.doctor.signals import EpisodeSignals
 from data_pipeline.motion import WIDTH
 
 # A recording's px per degree are compared with the others' in parts, since what else moves the picture comes in spells:
@@ -25,33 +26,15 @@ LIKE_ALWAYS = 0.7  # the picture's motion then, of its usual one (standard devia
 EXPLAINED = 0.2  # of that motion's variance, by yaw, before its absence says something
 
 
-def yaw_and_motion(pairs: Iterable[Pairs]) -> tuple[np.ndarray, np.ndarray]:
-    """All degrees, and all motion to the right, (n) each."""
-    both = [(it.yaw_pitch[:, 0], it.motion[:, 0]) for it in pairs]
-    degrees, right_px = map(np.concatenate, zip(*both, strict=True))
-    return degrees, right_px
-
-
-def px_per_degree(degrees: np.ndarray, right_px: np.ndarray) -> tuple[float, int]:
-    """The median over the larger half of all turns, and how many these are; 0 without turns.
-
-    Other motion is as often to the left. About -0.7 at a field of view of 90 degrees.
-    """
-    if not degrees.any():
-        return 0.0, 0
-    large = np.abs(degrees) >= np.median(np.abs(degrees[degrees != 0]))
-    return float(np.median(right_px[large] / degrees[large])), int(large.sum())
-
-
 def report_turns(
     data: Dataset, checks: dict[str, CheckResult], excluded: set[str], fov_deg: float | None
 ) -> Iterator[Finding]:
     """Findings of units, and of stillness in the recordings that are not `excluded`."""
     turns, swapped, late = {}, checks["axes_swapped"].status[1:] > 0, checks["frames_late"].amount[1:]
     for i in np.flatnonzero(checks["yaw_inverted"].status[1:]).tolist():  # others' yaw is not known to move the picture
-        pairs = [episode.pairs(int(late[i])) for episode in data.recordings[i].episodes]
-        turns[i] = [it._replace(yaw_pitch=it.yaw_pitch[:, ::-1]) if swapped[i] else it for it in pairs]
-    px = [px for pairs in turns.values() for px, count in [px_per_degree(*yaw_and_motion(pairs))] if count]
+        episodes = [episode.aligned(int(late[i])) for episode in data.recordings[i].episodes]
+        turns[i] = [replace(it, yaw_pitch=it.yaw_pitch[:, ::-1]) if swapped[i] else it for it in episodes]
+    px = [px for episodes in turns.values() for px, count in [px_per_degree(yaw_and_motion(episodes))] if count]
     if px:
         yield from _units(data, turns, median(px), fov_deg)
         episodes = [(i, it) for i in turns if data.recordings[i].name not in excluded for it in turns[i]]
@@ -59,51 +42,63 @@ def report_turns(
         yield from _constant(data, episodes)
 
 
-def _units(data: Dataset, turns: dict[int, list[Pairs]], px: float, fov_deg: float | None) -> Iterator[Finding]:
+def yaw_and_motion(episodes: Iterable[EpisodeSignals]) -> np.ndarray:
+    """(n 2) all degrees, and px of all motion to the right."""
+    return np.concatenate([np.column_stack([it.yaw_pitch[:, 0], it.motion[:, 0]]) for it in episodes])
+
+
+def px_per_degree(turns: np.ndarray) -> tuple[float, int]:
+    """The median over the larger half of all `turns` (n 2), and how many these are; 0 without turns.
+
+    Other motion is as often to the left. About -0.7 at a field of view of 90 degrees.
+    """
+    degrees, right_px = turns.T
+    if not degrees.any():
+        return 0.0, 0
+    large = np.abs(degrees) >= np.median(np.abs(degrees[degrees != 0]))
+    return float(np.median(right_px[large] / degrees[large])), int(large.sum())
+
+
+def _units(
+    data: Dataset, turns: dict[int, list[EpisodeSignals]], usual: float, fov_deg: float | None
+) -> Iterator[Finding]:
     what = "a degree of yaw turns the picture {:.2g} times as far as"
-    for i, pairs in turns.items():
-        factor = _compare_px(pairs, px)
-        if factor != 1:
-            yield data.find("units", [i], f"{what.format(factor)} in the other recordings")
+    for i, episodes in turns.items():
+        parts = map(px_per_degree, np.array_split(yaw_and_motion(episodes), PARTS))
+        factors = np.array([abs(px / usual) for px, count in parts if count >= TURNS])
+        if len(factors) >= PARTS_WITH_TURNS and ((factors > APART).all() or (factors < 1 / APART).all()):
+            yield data.find("units", [i], f"{what.format(np.median(factors))} in the other recordings")
     if fov_deg:
         # A pinhole camera's pixel x of the middle moves by f (1 + (x / f)^2) per radian; averaged over the width.
         half = tan(radians(fov_deg) / 2)
-        share = abs(px) / (pi / 180 * WIDTH / 2 * (1 / half + half / 3))
+        share = abs(usual) / (pi / 180 * WIDTH / 2 * (1 / half + half / 3))
         if not FOV_SHARES[0] <= share <= FOV_SHARES[1]:
             yield data.find("units", turns, f"{what.format(share)} at a field of view of {fov_deg:g} degrees")
 
 
-def _compare_px(pairs: Sequence[Pairs], usual: float) -> float:
-    """By what factor a recording's px per degree differ from the usual; 1 if they do not, or if it cannot be told."""
-    parts = zip(*(np.array_split(part, PARTS) for part in yaw_and_motion(pairs)), strict=True)
-    factors = np.array([abs(px / usual) for px, count in (px_per_degree(*part) for part in parts) if count >= TURNS])
-    apart = (factors > APART).all() or (factors < 1 / APART).all()
-    return float(np.median(factors)) if len(factors) >= PARTS_WITH_TURNS and apart else 1.0
-
-
-def _stills(data: Dataset, episodes: Sequence[tuple[int, Pairs]], px: float) -> Iterator[Finding]:
+def _stills(data: Dataset, episodes: Sequence[tuple[int, EpisodeSignals]], px: float) -> Iterator[Finding]:
     """Pictures that stand still while inputs turn; frames that ask for no turn do not end it."""
-    for i, pairs in episodes:
-        asked = np.abs(px * pairs.yaw_pitch[:, 0])
-        still = (asked >= ASKED_PX) & (np.abs(pairs.motion[:, 0]) < STILL * asked)
+    for i, it in episodes:
+        asked = np.abs(px * it.yaw_pitch[:, 0])
+        still = (asked >= ASKED_PX) & (np.abs(it.motion[:, 0]) < STILL * asked)
         for begin, end in runs(still | (asked < ASKED_PX)):
-            frames = pairs.first + begin + np.flatnonzero(still[begin:end])
+            frames = it.first + begin + np.flatnonzero(still[begin:end])
             if len(frames) >= STILL_S * data.game.fps:
-                where = f"{pairs.episode}, frames {frames[0]} to {frames[-1]}"
+                where = f"{it.id}, frames {frames[0]} to {frames[-1]}"
                 what = f"the picture stands still for {len(frames)} frames in which inputs turn ({where})"
                 yield data.find("still picture", [i], what)
 
 
-def _constant(data: Dataset, episodes: Sequence[tuple[int, Pairs]]) -> Iterator[Finding]:
+def _constant(data: Dataset, episodes: Sequence[tuple[int, EpisodeSignals]]) -> Iterator[Finding]:
     """Inputs that stay the same although the picture turns."""
-    degrees, moved = yaw_and_motion(pairs for _, pairs in episodes) if episodes else np.zeros((2, 1))
+    degrees, moved = yaw_and_motion(it for _, it in episodes).T if episodes else np.zeros((2, 1))
     if not degrees.std() or not moved.std() or np.corrcoef(degrees, moved)[0, 1] ** 2 < EXPLAINED:
         return
-    for i, pairs in episodes:
-        rows = np.column_stack([pairs.keyboard, pairs.yaw_pitch])
+    for i, it in episodes:
+        rows = np.column_stack([it.keyboard, it.yaw_pitch])
         for begin, end in runs((rows[1:] == rows[:-1]).all(axis=1)):
-            seconds, motion = (end + 1 - begin) / data.game.fps, pairs.motion[begin : end + 1, 0]
+            seconds, motion = (end + 1 - begin) / data.game.fps, it.motion[begin : end + 1, 0]
             if seconds >= CONSTANT_S and motion.std() >= LIKE_ALWAYS * moved.std():
-                where = f"{pairs.episode}, frames {pairs.first + begin} to {pairs.first + end}"
+                where = f"{it.id}, frames {it.first + begin} to {it.first + end}"
                 what = f"no input changes for {seconds:.1f} s ({where}), though the picture turns"
                 yield data.find("constant inputs", [i], what)

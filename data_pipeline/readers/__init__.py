@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
-from operator import itemgetter
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
@@ -19,44 +18,47 @@ from data_pipeline.types import Episode
 from data_pipeline.video import fit_frame, frame_times, kept_share
 
 __all__ = [
-    "KEPT_WELL", "READERS", "Reader", "Recording", "count_cut", "describe_crop", "find_recordings", "kept_share",
+    "KEPT_WELL", "Reader", "Recording", "count_cut", "describe_crop", "find_recordings", "kept_share",
     "read_game_frames", "recording_of", "split_episodes",
 ]  # fmt: skip
 
 KEPT_WELL = 0.9  # of a picture that is cropped to the game's proportions: less is said
-# A format is the module of that name in this folder, whose FORMAT says what it needs, and its name here.
 Reader = Literal[
     "worldloom", "frames", "vpt", "gf_minecraft", "csgo", "lerobot", "owl_control", "event_log", "fastvideo", "table"
 ]
-READERS: dict[Reader, Format] = {name: import_module(f"{__name__}.{name}").FORMAT for name in get_args(Reader)}
 
 
 def find_recordings(reader: Reader, source: str | Path) -> list[Recording]:
-    """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate."""
-    read, session = READERS[reader].read, READERS[reader].session
+    """The recordings in `source`, by name; little is read of them yet. Their episodes have the game's rate.
+
+    A format is the module of that name in this folder, whose FORMAT says how recordings are found and read.
+    """
+    try:
+        module = import_module(f"{__name__}.{reader}")
+    except ImportError as error:  # of an optional package
+        raise UserError(f"reader={reader} needs {error.name}: pip install 'worldloom[readers]'") from error
+    form: Format = module.FORMAT
+    files = form.find(source)
+    if not files:
+        raise UserError(f"{source} holds no recordings for reader={reader}. {(module.__doc__ or '').splitlines()[0]}")
     recordings = []
-    for name, files in sorted(READERS[reader].find(source).items(), key=itemgetter(0)):
-        part = session.fullmatch(name) if session else None
-        read_one = partial(_read_at_rate, reader, f"{source}/{name}", partial(read, name, files))
-        recordings.append(Recording(name, read_one, part[1] if part else name))
+    for name in sorted(files):
+        part = form.session.fullmatch(name) if form.session else None
+        read = partial(_read_at_rate, f"{source}/{name}", partial(form.read, name, files[name]))
+        recordings.append(Recording(name, read, part[1] if part else name))
     return recordings
 
 
-def _read_at_rate(
-    reader: Reader, path: str, read: Callable[[GameConfig], Sequence[Episode]], game: GameConfig
-) -> Sequence[Episode]:
+def _read_at_rate(path: str, read: Callable[[GameConfig], Sequence[Episode]], game: GameConfig) -> Sequence[Episode]:
     try:
         path.encode()  # neither JSON nor a shard can hold another name
     except UnicodeEncodeError as error:
         raise UserError(f"{path!r} is no name in UTF-8; rename it, or set LC_ALL=C.UTF-8 if it looks right") from error
-    inputs, recorded_fps = game.inputs, game.inputs.fps or game.fps
-    if READERS[reader].scaled_mouse and game.action_space.mouse and not (inputs.pitch_deg and inputs.yaw_deg):
-        how = "the degrees up and right of one recorded unit (of a pixel: pitch_deg < 0, since y counts downwards)"
-        raise UserError(f"reader={reader}: set game.inputs.pitch_deg and game.inputs.yaw_deg, {how}")
+    recorded_fps = game.inputs.fps or game.fps
     episodes = read(replace(game, fps=recorded_fps))
-    if inputs.times == "resample":
+    if game.inputs.times == "resample":
         return [resample(episode, game.fps, recorded_fps, _times_of(episode, game)) for episode in episodes]
-    return episodes if recorded_fps == game.fps else [resample(one, game.fps, recorded_fps) for one in episodes]
+    return episodes if recorded_fps == game.fps else [resample(each, game.fps, recorded_fps) for each in episodes]
 
 
 def _times_of(episode: Episode, game: GameConfig) -> np.ndarray:

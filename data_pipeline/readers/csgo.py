@@ -21,13 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 
 from configs import storage
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.readers.keys import bind_keys, scale_mouse
-from data_pipeline.readers.recording import Format, cut_episodes, import_extra, list_files, reading_extra
+from data_pipeline.readers.recording import Format, cut_episodes, list_files, reading_with
 from data_pipeline.types import Actions, Episode, Footage
 
 FPS = 16
@@ -48,8 +49,6 @@ def find_files(source: str | Path) -> dict[str, Path]:
     for path in list_files(source, ".hdf5", ".h5", depth=DEPTH):
         if files.setdefault(path.stem, path) != path:
             raise UserError(f"{files[path.stem]} and {path} have the same name; choose one of their folders as source")
-    if not files:
-        raise UserError(f"{source} holds no .hdf5 files; unpack the tars first")
     return files
 
 
@@ -65,10 +64,8 @@ def read_file(name: str, path: Path, game: GameConfig) -> list[Episode]:
         if missing := [name for name in wanted if name not in names]:
             raise UserError(f"{path} has {count} pictures, but no {missing[0]}")
         table = np.stack([find_array(file, f"frame_{i}_y", path, (WIDTH,))[()] for i in range(count)])
-        alive = np.ones(count, dtype=bool)
-        for i in range(count):
-            if f"frame_{i}_helperarr" in names:
-                alive[i] = find_array(file, f"frame_{i}_helperarr", path, (2,))[1] == 0
+        helpers = [f"frame_{i}_helperarr" for i in range(count)]
+        alive = [name not in names or find_array(file, name, path, (2,))[1] == 0 for name in helpers]
         height, width, _ = read_picture(file, 0, path).shape
     held, x, y = np.split(table, [len(NAMES), len(NAMES) + len(MOUSE_X)], axis=1)
     wrong = ~np.isin(table, (0, 1)).all(axis=1) | (x.sum(axis=1) != 1) | (y.sum(axis=1) != 1)
@@ -78,10 +75,10 @@ def read_file(name: str, path: Path, game: GameConfig) -> list[Episode]:
     moves = np.stack([y @ np.array(MOUSE_Y), x @ np.array(MOUSE_X)], axis=1)
     actions = Actions(keys.rows(NAMES, held, rows.__getitem__), scale_mouse(game, moves, rows.__getitem__))
     footage = Footage(path, count, height, width, partial(read_pictures, path, (height, width, 3)), is_video=False)
-    return cut_episodes(name, footage, actions, alive)
+    return cut_episodes(name, footage, actions, np.array(alive))
 
 
-FORMAT = Format(find_files, read_file, scaled_mouse=True)
+FORMAT = Format(find_files, read_file)
 
 
 def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int) -> Iterator[np.ndarray]:
@@ -97,9 +94,8 @@ def read_pictures(path: Path, shape: tuple[int, int, int], start: int, stop: int
 @contextmanager
 def open_hdf5(path: Path) -> Iterator[Any]:
     """The file, open for reading; what proves to be damaged in the block is a UserError."""
-    h5py = import_extra("h5py")
     source = storage.open(path) if storage.is_s3(path) else path
-    with reading_extra(path, "HDF5", OSError, RuntimeError), h5py.File(source, "r") as file:
+    with reading_with(path, "HDF5", OSError, RuntimeError), h5py.File(source, "r") as file:
         yield file
 
 
@@ -116,7 +112,6 @@ def find_array(file: Any, name: str, path: Path, shape: tuple[int, ...] | None =
 
     They are not read yet.
     """
-    h5py = import_extra("h5py")
     # To open what an external link names opens another file; h5py's `in` and `get` do, too.
     if file.id.links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
         raise UserError(f"{path} {name} names data of another file or place; it was not read")

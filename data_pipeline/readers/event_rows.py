@@ -20,11 +20,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from configs.game import GameConfig
-from data_pipeline.readers.keys import MOST_DEG, KeyMap, scale_mouse
-from data_pipeline.readers.recording import RATE_TOLERANCE, check_rate, cut_episodes, probe_footage, say
+from configs.game import EventKind, GameConfig
+from data_pipeline.readers.keys import KeyMap, scale_mouse
+from data_pipeline.readers.recording import check_rate, cut_episodes, say
 from data_pipeline.types import Actions, Episode, Footage
-from data_pipeline.video import frame_times
+from data_pipeline.video import frame_times, probe
 
 BACK_S = 1.0  # an event may be so much before one that stands above it
 SHORT_S = 1.0  # a video that ends this much before its log is truncated
@@ -33,13 +33,9 @@ SLACK_S = 1e-3  # of an interval may lack; clocks of seconds since 1970 and of v
 # or one that is not released, may be pressed earlier, since the video is finished first.
 HOTKEY_S, STOP_KEY_S = 0.25, 2.0
 FUNCTION_KEY = re.compile(r"f\d{1,2}", re.IGNORECASE)
-MOST_S = 1e11  # of any clock, since 1970 or not; milliseconds since 1970 are more
 # Mice report up to 8,000 times a second. A log of more is of another video, or none, and not worth reading to its end.
 MOST_EVENTS, MOST_EVENTS_PER_S = 200_000, 20_000
-
-# begin, end: of the log, nothing is logged outside. pause, resume: nothing is logged between. start, stop: of the
-# video, its first and its last picture. hook: pictures before are black.
-Kind = Literal["press", "release", "move", "begin", "end", "pause", "resume", "start", "stop", "hook"]
+Kind = EventKind | Literal["hook"]  # hook: pictures before are black
 
 
 class Event(NamedTuple):
@@ -65,43 +61,28 @@ class EventLog(NamedTuple):
         return next((event for kind in kinds for event in self.events if event.kind == kind), None)
 
 
-def read_frame_times(video: Path, game: GameConfig) -> np.ndarray:
-    """When each frame is shown, (n) seconds since the first; a UserError for another rate than the game's."""
-    times = frame_times(video)
-    frames, lasts = len(times) - 1, float(np.ptp(times))
-    if abs(lasts * game.fps - frames) > 1 + RATE_TOLERANCE * frames:  # frames are left out, or the rate is another
-        steps = np.diff(times)
-        usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
-        step = float(steps[np.abs(steps - usual) <= usual / 2].mean())
-        check_rate(video, 1 / step if step else 0.0, game)
-    return times - times[0]
-
-
 def sort_events(video: Path, path: Path, events: Iterable[Event], game: GameConfig) -> EventLog:
     """The `events` of a video's log in the order of time; those of one time stay in the order of the file.
 
-    The video is looked at first, which is cheap beside reading the log. A UserError for a time or a move beyond sense,
-    and for more events than the video can have.
+    The video is looked at first, which is cheap beside reading the log. A UserError for more events than the
+    video can have.
     """
-    footage, times = probe_footage(video), read_frame_times(video, game)
+    footage, times = probe(video), frame_times(video)
+    check_rate(video, times, game)
+    times = times - times[0]
     most = MOST_EVENTS + int(MOST_EVENTS_PER_S * times[-1])
     latest, others, moves = -np.inf, [], array("d")
     for count, event in enumerate(events, 1):
         if count > most:
             raise UserError(f"{event.where}: too many events for {len(times)} frames of {video}")
-        if not abs(event.time) <= MOST_S:
-            raise UserError(f"{event.where}: a time of {event.time:g} s is no time of a recording")
         if event.time < latest - BACK_S:
             late_s = latest - event.time
             raise UserError(f"{event.where}: its time is {late_s:.3f} s before a row above; split the recording there")
         latest = max(latest, event.time)
-        if event.kind != "move":
+        if event.kind == "move":
+            moves.extend((event.time, *event.value))
+        else:
             others.append(event)
-            continue
-        x, y = event.value
-        if max(abs(x * game.inputs.yaw_deg), abs(y * game.inputs.pitch_deg)) > MOST_DEG:
-            raise UserError(f"{event.where}: a move of {x:g}, {y:g} turns by more than {MOST_DEG:g} degrees")
-        moves.extend((event.time, x, y))
     others.sort(key=lambda event: event.time)
     return EventLog(path, footage, times, others, np.array(moves).reshape(-1, 3))
 
@@ -136,9 +117,9 @@ def hold_keys(log: EventLog, keys: KeyMap, logged: np.ndarray, edges: np.ndarray
     """
     keyboard = np.zeros((len(edges) - 1, len(keys.game.action_space.keys)), dtype=np.float32)
     for press, up in find_presses(log, keys):
-        if press.value in keys.places:
+        if press.value in keys.elements:
             held = held_intervals(press.time, up, edges)
-            keyboard[held[:, None], keys.places[press.value]] = 1
+            keyboard[held[:, None], keys.elements[press.value]] = 1
             continue
         stops = (up >= logged[:, 1]) | bool(FUNCTION_KEY.fullmatch(press.value))
         until = logged[:, 1] - np.where(stops, STOP_KEY_S, HOTKEY_S)
@@ -208,6 +189,5 @@ def cover_logged(logged: np.ndarray, edges: np.ndarray) -> np.ndarray:
     """Whether all of an interval lies in one of the spans `logged` (m 2), (n) bool."""
     covered = np.zeros(len(edges) - 1, dtype=bool)
     for since, until in logged:
-        first = np.searchsorted(edges, since - SLACK_S, side="left")
-        covered[first : max(first, np.searchsorted(edges, until + SLACK_S, side="right") - 1)] = True
+        covered |= (edges[:-1] >= since - SLACK_S) & (edges[1:] <= until + SLACK_S)
     return covered

@@ -13,9 +13,7 @@ units of the action space, or of `game.inputs.pitch_deg` and `yaw_deg` degrees; 
 """
 
 import io
-import math
 import pickle
-import re
 import tokenize
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -25,15 +23,14 @@ import numpy as np
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import inside, parse_json, reading
 from configs.game import GameConfig
+from configs.untrusted import inside, parse_json, reading
 from data_pipeline.readers.keys import bind_keys, mouse_rows
 from data_pipeline.readers.logs import check_row_count, read_text
 from data_pipeline.readers.recording import Format, cut_episodes, open_video, say
 from data_pipeline.types import Actions, Episode
 
 MERGE, ROWS = "merge.txt", 77
-KINDS = re.compile("[biuf][1248]")  # bool, whole numbers, floats
 
 
 class Item(NamedTuple):
@@ -47,7 +44,7 @@ class Item(NamedTuple):
 def find_recordings(source: str | Path) -> dict[str, Item]:
     """The videos that `merge.txt` leads to, by their paths."""
     merge = storage.path(source) / MERGE
-    found: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     for number, line in enumerate(read_text(merge).splitlines(), start=1):
         names, where = [name.strip() for name in line.split(",")], f"{merge} line {number}"
         if names == [""]:
@@ -55,24 +52,23 @@ def find_recordings(source: str | Path) -> dict[str, Item]:
         if len(names) != 2:
             raise UserError(f"{where} must be folder,annotations.json, not {line[:80]!r}")
         folder, annotations = (_find(merge.parent, name, where) for name in names)
-        files = parse_json(read_text(annotations), annotations)
-        if not isinstance(files, list) or not all(isinstance(item, dict) for item in files):
+        listed = parse_json(read_text(annotations), annotations)
+        if not isinstance(listed, list) or not all(isinstance(files, dict) for files in listed):
             raise UserError(f"{annotations} must hold a list of objects with path and action_path")
-        for i, item in enumerate(files):
-            path = _path(item, "path", f"{annotations} item {i}")
-            name = PurePosixPath("-".join(part for part in PurePosixPath(path).parts if part != "/")).stem
-            if name in found:
-                raise UserError(f"{where}: {annotations} item {i} names a second video {name}; rename one")
-            found[name] = Item(folder, item, f"{annotations} item {i}")
-    if not found:
-        raise UserError(f"{merge} leads to no videos")
-    return found
+        for i, files in enumerate(listed):
+            item = Item(folder, files, f"{annotations} item {i}")
+            name = PurePosixPath(_path(item, "path").strip("/").replace("/", "-")).stem
+            if name in items:
+                raise UserError(f"{where}: {item.where} names a second video {name}; rename one")
+            items[name] = item
+    return items
 
 
-def _path(item: Mapping[str, Any], name: str, where: str) -> str:
-    if not isinstance(item.get(name), str):
-        raise UserError(f"{where}: {name} is {item.get(name)!r:.80}, which is no file's name")
-    return item[name]
+def _path(item: Item, name: str) -> str:
+    path = item.files.get(name)
+    if not isinstance(path, str):
+        raise UserError(f"{item.where}: {name} is {path!r:.80}, which is no file's name")
+    return path
 
 
 def _find(folder: Path, name: str, where: str) -> Path:
@@ -87,7 +83,7 @@ def _find(folder: Path, name: str, where: str) -> Path:
 
 def read_item(name: str, item: Item, game: GameConfig) -> list[Episode]:
     """The one episode of a video."""
-    paths = [_path(item.files, key, item.where) for key in ("path", "action_path")]
+    paths = [_path(item, name) for name in ("path", "action_path")]
     # An absolute path was one on the machine where the json was written.
     video, log = ((_find if path.startswith("/") else inside)(item.folder, path, item.where) for path in paths)
     footage, actions = open_video(video, game), read_actions(log, game)
@@ -104,8 +100,8 @@ FORMAT = Format(find_recordings, read_item)
 def read_actions(log: Path, game: GameConfig) -> Actions:
     """The rows of a .npy as the game's actions."""
     arrays, space = read_npy(log), game.action_space
-    keyboard, mouse = arrays.get("keyboard", arrays.get("")), arrays.get("mouse")
-    shapes = ", ".join(f"{name or 'an array'} {array.shape}" for name, array in arrays.items())[:200] or "no arrays"
+    keyboard, mouse = arrays.get("keyboard"), arrays.get("mouse")
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items()) or "no arrays"
     if keyboard is None or keyboard.ndim != 2:
         raise UserError(f"{log} holds no keyboard (rows, keys), but {shapes}")
     if space.mouse and (mouse is None or mouse.shape != (len(keyboard), 2)):
@@ -120,7 +116,7 @@ def read_actions(log: Path, game: GameConfig) -> Actions:
 
 
 def read_npy(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .npy file by their names in its dict; "" is the name of one that is all of the file.
+    """`keyboard` and `mouse` of the dict in a .npy file; or the array that is all of the file, which is a keyboard.
 
     A UserError for a file that holds anything but numbers, and for a pickle that makes anything but arrays.
     """
@@ -128,65 +124,48 @@ def read_npy(path: Path) -> dict[str, np.ndarray]:
         raise MissingFileError(f"no file {path}")
     with reading(path):
         file = io.BytesIO(path.read_bytes())
-        version = np.lib.format.read_magic(file)
-        if version not in ((1, 0), (2, 0)):
+        if (version := np.lib.format.read_magic(file)) != (1, 0):
             raise UserError(f"its version is {version}")
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         try:
-            shape, fortran, dtype = header(file)
+            dtype = np.lib.format.read_array_header_1_0(file)[2]
         except (SyntaxError, tokenize.TokenError) as error:
             raise UserError(f"its header is damaged: {error}") from error
         if not dtype.hasobject:
-            return {"": _shape(file.read(), dtype.str, shape, fortran)}
-        outer = _Arrays(file, path).load()
-        values = outer.value if isinstance(outer, _Array) else None
-        if math.prod(shape) != 1 or not isinstance(values, list) or not values or not isinstance(values[0], dict):
-            raise UserError("it holds neither an array nor a dict of arrays")
-        arrays = {str(name): array.value for name, array in values[0].items() if isinstance(array, _Array)}
-        return {name: array for name, array in arrays.items() if isinstance(array, np.ndarray)}
+            file.seek(0)
+            return {"keyboard": _require_numbers(np.lib.format.read_array(file, allow_pickle=False))}
+        _, _, _, _, [named] = _Unpickler(file, path).load().state
+        return {name: _build_array(*named[name].state) for name in ("keyboard", "mouse") if name in named}
 
 
-def _shape(data: bytes, dtype: str, shape: tuple[int, ...], fortran: bool) -> np.ndarray:
-    if not KINDS.fullmatch(np.dtype(dtype).str[1:]):
-        raise UserError(f"it holds {dtype!r:.80}, no numbers")
-    return np.frombuffer(data, np.dtype(dtype)).reshape(shape, order="F" if fortran else "C")
+def _build_array(_: Any, shape: tuple[int, ...], dtype: "_Part", fortran: bool, data: bytes) -> np.ndarray:
+    """The array of numbers whose pickled state this is."""
+    numbers = np.frombuffer(data, dtype.state[1] + dtype.args[0])
+    return _require_numbers(numbers).reshape(shape, order="F" if fortran else "C")
 
 
-class _Array:
-    """Stands for an array until its numbers come; a hostile pickle could give numpy's own ones any memory to read."""
+def _require_numbers(array: np.ndarray) -> np.ndarray:
+    if array.dtype.kind not in "biuf":
+        raise UserError(f"it holds {array.dtype!s:.80}, no numbers")
+    return array
 
-    __slots__ = ("value",)
+
+class _Part:
+    """Stands for an array or the type of its numbers; a hostile pickle could give numpy's own ones any memory to read.
+
+    A pickle cannot change it: what it would set becomes its state.
+    """
 
     def __init__(self, *args: Any) -> None:
-        self.value: Any = None
+        self.args, self.state = args, ()
 
     def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = data if dtype.name[:1] == "O" else _shape(bytes(data), dtype.order + dtype.name, shape, fortran)
+        self.state = state
 
 
-class _Dtype:
-    """Stands for the type of an array's numbers."""
-
-    __slots__ = ("name", "order")
-
-    def __init__(self, name: str, *args: Any) -> None:
-        self.name, self.order = str(name), "|"
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = str(state[1])
+ADMITTED = {f"numpy.{core}.multiarray._reconstruct" for core in ("core", "_core")} | {"numpy.ndarray", "numpy.dtype"}
 
 
-# What a pickle may call. It cannot change these classes: what it would set goes to their __setstate__.
-ADMITTED: dict[str, type] = {
-    "numpy.core.multiarray._reconstruct": _Array,
-    "numpy._core.multiarray._reconstruct": _Array,
-    "numpy.ndarray": _Array,
-    "numpy.dtype": _Dtype,
-}
-
-
-class _Arrays(pickle._Unpickler):
+class _Unpickler(pickle._Unpickler):
     """Admits numpy arrays alone. It is Python's, since the one in C takes as much memory as a file asks for."""
 
     # The one instruction that takes memory before its bytes are there; arrays in .npy files do without.
@@ -202,4 +181,4 @@ class _Arrays(pickle._Unpickler):
         wanted = f"{module}.{name}"
         if wanted not in ADMITTED:
             raise UserError(f"{self.path} wants to run {wanted[:80]!r}; only numpy arrays are read of it")
-        return ADMITTED[wanted]
+        return _Part

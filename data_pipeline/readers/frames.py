@@ -47,20 +47,18 @@ def read_folder(name: str, folder: Path, game: GameConfig) -> list[Episode]:
     """The one episode of `folder`."""
     if game.action_space.mouse:
         raise UserError(f"{folder}: pictures with {LOG} hold no mouse; set action_space.mouse=false")
-    if not (folder / LOG).is_file():
-        raise UserError(f"{folder} has pictures, but no {LOG}")
     first, pictures = number_pictures(folder)
-    keys = bind_keys(game)
+    keys, last = bind_keys(game), first + len(pictures) - 1
     keyboard = np.zeros((len(pictures), len(game.action_space.keys)), dtype=np.float32)
     for where, cell, frame, adds_up in read_log(folder / LOG, game.fps):
-        if not first <= frame < first + len(pictures):
-            raise UserError(f"{where}: no picture of frame {frame}; there are {first} to {first + len(pictures) - 1}")
+        if not first <= frame <= last:
+            raise UserError(f"{where}: no picture of frame {frame}; there are {first} to {last}")
         held = keys.row(split_keys(cell, keys, where), where)
         keyboard[frame - first] = np.maximum(keyboard[frame - first], held) if adds_up else held
-    actions = Actions(keyboard, mouse_rows(game.action_space, np.zeros((len(pictures), 2))))
     height, width, _ = read_picture(pictures[0]).shape
     read = partial(read_pictures, pictures, (height, width))
-    return cut_episodes(name, Footage(folder, len(pictures), height, width, read, is_video=False), actions)
+    footage = Footage(folder, len(pictures), height, width, read, is_video=False)
+    return cut_episodes(name, footage, Actions(keyboard, mouse_rows(game.action_space, np.zeros((len(pictures), 2)))))
 
 
 FORMAT = Format(find_recordings, read_folder)
@@ -82,21 +80,23 @@ def _pictures(folder: Path) -> list[Path]:
 
 def number_pictures(folder: Path) -> tuple[int, list[Path]]:
     """The first number and the pictures in the order of their numbers."""
-    numbered: dict[int, Path] = {}
-    for path in _pictures(folder):
-        digits = re.search(r"(\d+)$", path.stem)
-        if digits is None:
-            raise UserError(f"{path} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
-        other = numbered.setdefault(int(digits[1]), path)
-        if other != path:
-            raise UserError(f"{other} and {path} have the same number")
+    numbered = sorted((_number(path), path) for path in _pictures(folder))
     if not numbered:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
-    first = min(numbered)
-    numbers = range(first, first + len(numbered))
-    if missing := [number for number in numbers if number not in numbered]:
-        raise UserError(f"{folder}: frame {missing[0]} has no picture; split the recording there")
-    return first, [numbered[number] for number in numbers]
+    first = numbered[0][0]
+    for frame, (number, path) in enumerate(numbered, first):
+        if number > frame:
+            raise UserError(f"{folder}: frame {frame} has no picture; split the recording there")
+        if number < frame:
+            raise UserError(f"{numbered[frame - first - 1][1]} and {path} have the same number")
+    return first, [path for _, path in numbered]
+
+
+def _number(picture: Path) -> int:
+    digits = re.search(r"(\d+)$", picture.stem)
+    if digits is None:
+        raise UserError(f"{picture} has no number; pictures are called frame_000000.png, frame_000001.png, ...")
+    return int(digits[1])
 
 
 def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
@@ -108,10 +108,10 @@ def split_keys(cell: str, keys: KeyMap, where: str) -> list[str]:
     if name in NOTHING:
         return []
     whole = keys.spell(name, where)
-    if whole in keys.places or name.casefold() in WORDS:
+    if whole in keys.elements or name.casefold() in WORDS:
         return [whole]
     letters = [keys.spell(letter, where) for letter in name if letter not in BETWEEN]
-    unbound = [letter for letter in letters if letter not in keys.places]
+    unbound = [letter for letter in letters if letter not in keys.elements]
     if len(unbound) == len(letters):
         return [name]
     if unbound and len(letters) > 3:

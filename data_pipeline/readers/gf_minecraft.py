@@ -24,8 +24,9 @@ import numpy as np
 from configs import storage
 from configs.errors import UserError
 from configs.game import GameConfig
+from configs.untrusted import parse_object
 from data_pipeline.readers.keys import bind_keys, mouse_rows
-from data_pipeline.readers.logs import Row, read_json
+from data_pipeline.readers.logs import Row, read_text
 from data_pipeline.readers.recording import Format, cut_episodes, find_pairs, open_video, read_pair, say
 from data_pipeline.types import Actions, Episode
 
@@ -37,11 +38,8 @@ SAME_DEG = 0.5  # a yaw that changes by this much more or less than its delta ag
 
 def find_recordings(source: str | Path) -> dict[str, list[Path]]:
     """The pairs of `metadata/` and `video/` (or `videos/`) in `source`, by name."""
-    videos, other, metadata = (storage.path(source) / name for name in ("video", "videos", "metadata"))
-    videos = videos if videos.is_dir() else other
-    if not videos.is_dir() or not metadata.is_dir():
-        raise UserError(f"{source} must hold the folders video and metadata, as a part of GF-Minecraft does")
-    return find_pairs(videos, metadata, ".json")
+    folders = [storage.path(source) / name for name in ("video", "videos", "metadata")]
+    return find_pairs(*(folder for folder in folders if folder.is_dir()), log=".json")
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
@@ -69,7 +67,7 @@ FORMAT = Format(find_recordings, partial(read_pair, read_recording))
 
 def read_entries(log: Path) -> list[Row]:
     """The entries 0, 1, 2, ... of `actions`."""
-    entries = read_json(log).get("actions")
+    entries = parse_object(read_text(log), log).get("actions")
     entries = entries if isinstance(entries, dict) else {}
     names = [str(i) for i in range(len(entries))]
     if len(names) < 4 or not all(isinstance(entries.get(name), dict) for name in names):
@@ -96,8 +94,8 @@ def check_poses(log: Path, entries: Sequence[Row], yaw_deg: np.ndarray) -> None:
     if not len(turns):
         return
     off = {shift: (turned[turns] - yaw_deg[turns + shift] + 180) % 360 - 180 for shift in (0, -1, 1)}
-    agreeing = {shift: float(np.mean(np.abs(degrees) < SAME_DEG)) for shift, degrees in off.items()}
-    best = max(off, key=lambda shift: agreeing[shift])
+    agreeing = {shift: np.mean(np.abs(degrees) < SAME_DEG) for shift, degrees in off.items()}
+    best = max(off, key=agreeing.__getitem__)
     if agreeing[best] > 0.9 and agreeing[best] - agreeing[0] > 0.05:
         share, side = f"{agreeing[best]:.0%} of the turns", "before" if best < 0 else "after"
         raise UserError(f"{log}: the actions are shifted: yaw changes by the yaw_delta of the entry {side} in {share}")

@@ -9,7 +9,6 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.game import ActionSpace, GameConfig
-from data_pipeline.readers.logs import LARGEST
 
 MOST_DEG = 3600.0  # a turn in one frame; more is damage, or another unit
 MOUSE_BUTTONS = ("mouse_left", "mouse_right", "mouse_middle", *(f"mouse_{i}" for i in range(4, 9)))  # GLFW's
@@ -31,7 +30,7 @@ class KeyMap:
     """Which elements of the keyboard vector each input of a recording sets."""
 
     game: GameConfig
-    places: dict[str, list[int]]  # of each input that is bound
+    elements: dict[str, list[int]]  # of each input that is bound
     known: Collection[str] | None  # inputs that can be bound; None: any
 
     def spell(self, name: str, where: str) -> str:
@@ -39,8 +38,8 @@ class KeyMap:
 
         A UserError if it could be either of two, even where `others` are dropped.
         """
-        near = [] if name in self.places else _ignoring_case(name, self.places)
-        if len({tuple(self.places[other]) for other in near}) > 1:
+        near = [name] if name in self.elements else _ignoring_case(name, self.elements)
+        if len({tuple(self.elements[other]) for other in near}) > 1:
             raise UserError(f"{where}: {name[:80]!r} may be {' or '.join(near)}, which differ; bind it as well")
         return near[0] if near else name
 
@@ -48,8 +47,8 @@ class KeyMap:
         """The keyboard vector (k) of 0 and 1 while the inputs `held` are; `where` names file and row in errors."""
         vector = np.zeros(len(self.game.action_space.keys), dtype=np.float32)
         for name in (self.spell(name, where) for name in held):
-            if name in self.places:
-                vector[self.places[name]] = 1
+            if name in self.elements:
+                vector[self.elements[name]] = 1
             elif self.game.inputs.others == "refuse":
                 fix = "bind it in game.inputs.keys or " if self.known is None or name in self.known else ""
                 raise UserError(f"{where}: {name[:80]!r} holds no key; {fix}set game.inputs.others=drop")
@@ -57,8 +56,7 @@ class KeyMap:
 
     def rows(self, names: Sequence[str], table: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
         """The keyboard vectors (n k) of a `table` (n c) of 0 and 1 with a column per input of `names`."""
-        bound = np.array([name in self.places for name in names], dtype=bool)
-        wrong = np.argwhere((table != 0) & (table != 1) & bound)
+        wrong = np.argwhere((table != 0) & (table != 1) & np.isin(names, [*self.elements]))
         if len(wrong):
             row, column = wrong[0].tolist()
             raise UserError(f"{where(row)}: {names[column]} is {table[row, column]:g}; a key must be 0 or 1")
@@ -73,21 +71,17 @@ def bind_keys(game: GameConfig, known: Collection[str] | None = None) -> KeyMap:
 
     A UserError for an input that is not in `known`, which is what recordings of a format can hold.
     """
-    places: dict[str, list[int]] = {}
-    for key, inputs in (game.inputs.keys or {key: (key,) for key in game.action_space.keys}).items():
-        for name in inputs:
+    elements: dict[str, list[int]] = {}
+    for key, names in (game.inputs.keys or {key: (key,) for key in game.action_space.keys}).items():
+        for name in names:
             if known is not None and name not in known:
-                name = _known_spelling(name, key, known)
-            places.setdefault(name, []).append(game.action_space.keys.index(key))
-    return KeyMap(game, places, known)
-
-
-def _known_spelling(name: str, key: str, known: Collection[str]) -> str:
-    same = _ignoring_case(name, known)
-    if len(same) == 1:
-        return same[0]
-    near = ", ".join(sorted(known) if len(known) < 20 else difflib.get_close_matches(name, known, 5, 0))
-    raise UserError(f"game.inputs.keys.{key}: this format has no input {name!r}, but {near}; [] binds nothing")
+                same = _ignoring_case(name, known)
+                if len(same) != 1:
+                    near = ", ".join(difflib.get_close_matches(name, sorted(known), 5, 0))
+                    raise UserError(f"game.inputs.keys.{key}: no input {name!r}, but {near}; [] binds nothing")
+                name = same[0]
+            elements.setdefault(name, []).append(game.action_space.keys.index(key))
+    return KeyMap(game, elements, known)
 
 
 def _ignoring_case(name: str, names: Iterable[str]) -> list[str]:
@@ -96,13 +90,17 @@ def _ignoring_case(name: str, names: Iterable[str]) -> list[str]:
 
 def scale_mouse(game: GameConfig, moves: np.ndarray, where: Callable[[int], str]) -> np.ndarray:
     """The mouse vectors (n 2) of `moves` (n 2), y and x in the units of `game.inputs.pitch_deg` and `yaw_deg`."""
-    return mouse_rows(game.action_space, moves * (game.inputs.pitch_deg, game.inputs.yaw_deg), where)
+    scale = game.inputs.pitch_deg, game.inputs.yaw_deg
+    if game.action_space.mouse and not all(scale):
+        how = "the degrees up and right of one recorded unit (of a pixel: pitch_deg < 0, since y counts downwards)"
+        raise UserError(f"{where(0)}: set game.inputs.pitch_deg and game.inputs.yaw_deg, {how}")
+    return mouse_rows(game.action_space, moves * scale, where)
 
 
 def mouse_rows(space: ActionSpace, degrees: np.ndarray, where: Callable[[int], str] = "frame {}".format) -> np.ndarray:
     """The mouse vectors (n 2) of (pitch up, yaw right) in `degrees` (n 2); (n 0) for a game without a mouse.
 
-    A UserError for more than `MOST_DEG`, no number and what float32 cannot hold; `where` names a row.
+    A UserError for more than `MOST_DEG` and for what is no number; `where` names a row.
     """
     if not space.mouse:
         return np.zeros((len(degrees), 0), dtype=np.float32)
@@ -111,7 +109,4 @@ def mouse_rows(space: ActionSpace, degrees: np.ndarray, where: Callable[[int], s
         row, axis = wrong[0].tolist()
         turn = f"{('pitch', 'yaw')[axis]} turns by {degrees[row, axis]:g} degrees in a frame"
         raise UserError(f"{where(row)}: {turn}; at most {MOST_DEG:g} is possible")
-    mouse = degrees / space.mouse_unit_deg
-    if not (np.abs(mouse) <= LARGEST).all():
-        raise UserError(f"{where(0)}: turns of mouse_unit_deg={space.mouse_unit_deg:g} overflow; use a larger unit")
-    return mouse.astype(np.float32)
+    return (degrees / space.mouse_unit_deg).astype(np.float32)

@@ -22,16 +22,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow
+from pyarrow import compute, parquet
 
 from configs import storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import inside, reading
 from configs.game import GameConfig
+from configs.untrusted import inside, reading
 from data_pipeline.readers.keys import bind_keys, scale_mouse
 from data_pipeline.readers.logs import Row, check_frame_numbers, read_facts, read_number
-from data_pipeline.readers.recording import Format, check_times, import_extra, list_files, probe_footage, reading_extra
+from data_pipeline.readers.recording import Format, check_times, list_files, reading_with
 from data_pipeline.types import Actions, Episode
-from data_pipeline.video import frame_times
+from data_pipeline.video import frame_times, probe
 
 INFO, EPISODES, ACTIONS, EPISODE = "meta/info.json", "meta/episodes", ("action", "actions"), "episode_index"
 COMPONENTS = 10_000  # more than any vector of keys and axes has
@@ -55,7 +57,6 @@ class Dataset(NamedTuple):
     """A folder in this format."""
 
     root: Path
-    path: Path  # of info.json
     info: Info
     action: str  # the feature that is the action
     components: list[str]  # names of the action vector's
@@ -71,8 +72,6 @@ def find_episodes(source: str | Path) -> dict[str, tuple[Dataset, Row]]:
             if name in episodes:
                 raise UserError(f"{row.where} lists the {EPISODE} {row.count(EPISODE)} a second time")
             episodes[name] = dataset, row
-    if not episodes:
-        raise UserError(f"{dataset.root / EPISODES} lists no episodes")
     return episodes
 
 
@@ -94,25 +93,25 @@ def read_info(root: Path) -> Dataset:
         names = [str(name) for name in names or range(shape[0])]
     if len(names) != shape[0] or len(set(names)) != len(names):
         raise UserError(f"{path}: {action} has {shape[0]} components and the names {', '.join(names):.200}")
-    return Dataset(root, path, info, action, names)
+    return Dataset(root, info, action, names)
 
 
 def choose_camera(dataset: Dataset, wanted: str | None) -> str:
     """The feature that is the picture."""
     kinds = {name: feature.get("dtype") for name, feature in dataset.info.features.items()}
-    cameras = [name for name, kind in kinds.items() if kind == "video"]
-    pictures = [name for name, kind in kinds.items() if kind == "image"]
-    if pictures and (wanted in pictures or not cameras):
-        raise UserError(f"{dataset.path}: {wanted or pictures[0]} has its pictures in the tables: {CONVERT_IMAGES}")
-    if wanted not in cameras and (wanted or len(cameras) != 1):
-        there = ", ".join(cameras) or "none"
-        raise UserError(f"{dataset.path}: choose a video by game.inputs.camera; there are: {there}")
-    return wanted or cameras[0]
+    videos, pictures = ([name for name, kind in kinds.items() if kind == dtype] for dtype in ("video", "image"))
+    camera = wanted or (videos or pictures or [""])[0]
+    if camera in pictures:
+        raise UserError(f"{dataset.root / INFO}: {camera} has its pictures in the tables: {CONVERT_IMAGES}")
+    if camera not in videos or (wanted is None and len(videos) > 1):
+        there = ", ".join(videos) or "none"
+        raise UserError(f"{dataset.root / INFO}: choose a video by game.inputs.camera; there are: {there}")
+    return camera
 
 
-def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
+def read_episode(name: str, files: tuple[Dataset, Row], game: GameConfig) -> list[Episode]:
     """The one episode that a row of `meta/episodes` describes."""
-    dataset, about = found
+    dataset, about = files
     camera, index = choose_camera(dataset, game.inputs.camera), about.count(EPISODE)
     table = fill_pattern(dataset, dataset.info.data_path, about, "data/")
     video = fill_pattern(dataset, dataset.info.video_path or "", about, f"videos/{camera}/", camera)
@@ -125,13 +124,13 @@ def read_episode(name: str, found: tuple[Dataset, Row], game: GameConfig) -> lis
     actions = read_actions(rows, dataset, game)
     begin = about.number(f"videos/{camera}/from_timestamp")
     shown = np.array([begin + row.number("timestamp") for row in rows])
-    footage = replace(probe_footage(video), frames=len(rows))
+    footage = replace(probe(video), frames=len(rows))
     first = find_first(video, shown, game.fps)
     check_times(video, frame_times(video)[first : first + len(rows)], game)  # episodes may lie apart in it
     return [Episode(name, actions, footage, first, first + len(rows))]
 
 
-FORMAT = Format(find_episodes, read_episode, scaled_mouse=True)
+FORMAT = Format(find_episodes, read_episode)
 
 
 def read_actions(rows: Sequence[Row], dataset: Dataset, game: GameConfig) -> Actions:
@@ -175,26 +174,24 @@ def fill_pattern(dataset: Dataset, pattern: str, about: Row, prefix: str, camera
     """The file that a pattern of info.json names once the numbers in `about` and the camera are filled in."""
     if re.search(r"[{}]", FIELD.sub("", pattern)):
         allowed = "{chunk_index:03d}, {file_index:03d} and {video_key}"
-        raise UserError(f"{dataset.path}: the pattern {pattern!r:.200} may ask for {allowed} alone")
+        raise UserError(f"{dataset.root / INFO}: the pattern {pattern!r:.200} may ask for {allowed} alone")
     name = FIELD.sub(lambda m: camera if m[3] else f"{about.count(prefix + m[1]):0{m[2] or 0}d}", pattern)
-    return inside(dataset.root, name, dataset.path)
+    return inside(dataset.root, name, dataset.root / INFO)
 
 
 def read_parquet(path: Path, columns: Sequence[str], episode: int | None = None) -> list[Row]:
     """The rows of a parquet file, or those of one `episode`: `columns`, where `a/` is all that begin with it."""
-    arrow, compute = import_extra("pyarrow"), import_extra("pyarrow.compute")
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
-    with reading_extra(path, "parquet file", OSError, arrow.ArrowException):
+    with reading_with(path, "parquet file", OSError, pyarrow.ArrowException):
         table, what = _read_table(path, (*columns, EPISODE), storage.version(path)), "row"
         if episode is not None:
-            table, what = table.filter(compute.equal(table[EPISODE], episode)), f"episode {episode} frame"
+            table, what = table.filter(compute.field(EPISODE) == episode), f"episode {episode} frame"
         return [Row(f"{path} {what} {i}", row) for i, row in enumerate(table.to_pylist())]
 
 
 @lru_cache(maxsize=2)  # many episodes share a file
-def _read_table(path: Path, columns: Sequence[str], version: Hashable) -> Any:
-    parquet = import_extra("pyarrow.parquet")
+def _read_table(path: Path, columns: Sequence[str], version: Hashable) -> pyarrow.Table:
     with storage.open(path) as file:
         table = parquet.ParquetFile(file)
         names = table.schema_arrow.names

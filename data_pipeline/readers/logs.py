@@ -14,7 +14,7 @@ import numpy as np
 
 from configs import build_from, storage
 from configs.errors import MissingFileError, UserError
-from configs.foreign import parse_object, reading
+from configs.untrusted import parse_object, reading
 from data_pipeline.types import Footage
 
 T = TypeVar("T")
@@ -46,10 +46,8 @@ class Row(NamedTuple):
     def down(self, column: str) -> bool:
         """Whether the key of this column is held."""
         value = self.cell(column)
-        text = str(value).strip().casefold()
-        if text in ("true", "false"):
-            return text == "true"
-        number = self.number(column)
+        number = {"true": 1, "false": 0}.get(str(value).strip().casefold())
+        number = self.number(column) if number is None else number
         if number not in (0, 1):
             raise UserError(f"{self.where}: {column} is {value!r:.80}; a key must be 0, 1, true or false")
         return number == 1
@@ -60,8 +58,8 @@ def open_text(path: Path, most_bytes: int = LOG_BYTES) -> Iterator[io.TextIOWrap
     """The text of a file. Whatever is wrong with it in the block becomes one UserError that names it."""
     if not path.is_file():
         raise MissingFileError(f"no file {path}")
-    if storage.size(path) > most_bytes:
-        raise UserError(f"{path} has {storage.size(path)} bytes; a log of a recording has at most {most_bytes}")
+    if (size := storage.path(path).stat().st_size) > most_bytes:
+        raise UserError(f"{path} has {size} bytes; a log of a recording has at most {most_bytes}")
     # Bytes that are not UTF-8 become \xff, so that the row can be named, and rows that do not count may hold any.
     with reading(path), storage.open(path) as file:
         yield io.TextIOWrapper(file, "utf-8-sig", "backslashreplace", newline="")
@@ -72,47 +70,35 @@ def read_text(path: Path) -> str:
         return text.read()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    return parse_object(read_text(path), path)
-
-
 def read_facts(cls: type[T], path: Path) -> T:
     """The dataclass `cls` from the object in a JSON file, which may hold more."""
     names = [field.name for field in fields(cast(Any, cls))]
-    return build_from(cls, {name: value for name, value in read_json(path).items() if name in names}, path)
+    values = parse_object(read_text(path), path)
+    return build_from(cls, {name: value for name, value in values.items() if name in names}, path)
 
 
 def read_rows(log: Path, most_bytes: int = LOG_BYTES) -> Iterator[Row]:
     """The rows of a .csv with a header, or of a .jsonl; empty lines are left out."""
     with open_text(log, most_bytes) as text:
-        if log.suffix.lower() == ".csv":
-            yield from _named_cells(log, text)
-        else:
-            for number, line in enumerate(text, 1):
-                where = f"{log} line {number}"
-                if line.strip():
-                    yield Row(where, parse_object(line, where))
-
-
-def _named_cells(log: Path, text: io.TextIOWrapper) -> Iterator[Row]:
-    lines = read_cells(log, text)
-    header = [name.strip() for name in next(lines, ("", []))[1]]
-    if twice := [name for name in header if name and header.count(name) > 1]:
-        raise UserError(f"{log} has two columns {twice[0]!r:.80}")
-    for where, cells in lines:
-        if len(cells) != len(header):
-            raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}")
-        yield Row(where, dict(zip(header, cells, strict=True)))
+        if log.suffix.lower() != ".csv":
+            lines = ((f"{log} line {number}", line) for number, line in enumerate(text, 1) if line.strip())
+            yield from (Row(where, parse_object(line, where)) for where, line in lines)
+            return
+        lines = read_cells(log, text)
+        header = [name.strip() for name in next(lines, ("", []))[1]]
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise UserError(f"{log} has two columns {twice[0]!r:.80}")
+        for where, cells in lines:
+            if len(cells) != len(header):
+                raise UserError(f"{where}: {len(cells)} cells, the header has {len(header)}")
+            yield Row(where, dict(zip(header, cells, strict=True)))
 
 
 def read_cells(log: Path, text: io.TextIOWrapper) -> Iterator[tuple[str, list[str]]]:
     """File and line, and the cells, of each line of a .csv, the header too; empty lines are left out."""
     reader = csv.reader(text)
     try:
-        for cells in reader:
-            if cells:
-                yield f"{log} line {reader.line_num}", cells
+        yield from ((f"{log} line {reader.line_num}", cells) for cells in reader if cells)
     except csv.Error as error:
         raise UserError(f"{log} line {reader.line_num}: {error}") from error
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from configs.errors import UserError
-from configs.foreign import parse_json, reading
 from configs.game import GameConfig
+from configs.untrusted import parse_json, reading
 from data_pipeline.readers.event_rows import Event, Kind, cut_by_log, sort_events
 from data_pipeline.readers.keys import bind_keys
 from data_pipeline.readers.logs import EVENT_BYTES, open_text, read_number
@@ -52,7 +52,6 @@ KEYS = {
     **{int(code, 16): name for code, name in re.findall(r"(\w\w) (\w+)", NAMED)},
 }
 NAMES = {"KEYBOARD": KEYS, "MOUSE_BUTTON": BUTTONS}
-PARTS = {"KEYBOARD": "keyboard", "MOUSE_BUTTON": "mouse"}  # of what is held at the start
 PRESSED: dict[Any, Kind] = {True: "press", False: "release"}
 CODE = "code_{}"  # of a key or button without a name
 INPUTS = frozenset((*KEYS.values(), *BUTTONS.values(), *(CODE.format(i) for i in range(256) if i not in KEYS)))
@@ -63,24 +62,20 @@ def find_recordings(source: str | Path) -> dict[str, list[Path]]:
 
     Those that the recorder or its server marked as invalid are left out.
     """
-    found = find_pairs_or_folders(source, f"/{LOG}")
-    folders = {name: files[0].parent for name, files in found.items()}
-    invalid = [
-        name for name, folder in folders.items() if any(p.name.endswith(MARKS) for p in (folder, *folder.iterdir()))
-    ]
-    if invalid:
-        say(f"{source}: left out {list_names(invalid)}: marked by the recorder as invalid")
-    if len(invalid) == len(found):
-        raise UserError(f"{source} holds no recordings but those that are marked as invalid")
-    return {name: files for name, files in found.items() if name not in invalid}
+    recordings = find_pairs_or_folders(source, [f"/{LOG}"])
+    folders = {name: files[0].parent for name, files in recordings.items()}
+    marked = [name for name, f in folders.items() if any(path.name.endswith(MARKS) for path in (f, *f.iterdir()))]
+    if marked:
+        say(f"{source}: left out {list_names(marked)}: marked by the recorder as invalid")
+    return {name: files for name, files in recordings.items() if name not in marked}
 
 
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes between losses of focus and gaps of the video."""
     keys = bind_keys(game, INPUTS)
-    events = sort_events(video, log, read_events(log, game.action_space.mouse), game)
-    start, stop = events.first("start", "begin"), events.first("stop", "end")
-    if start is None or stop is None:
+    events = sort_events(video, log, read_events(log), game)
+    start = events.first("start", "begin")
+    if start is None or not events.first("stop", "end"):
         missing = "VIDEO_START and no START" if start is None else "VIDEO_END and no END"
         raise UserError(f"{log} has no {missing}; it is unknown which part of the video it belongs to")
     if start.kind == "begin" and not game.inputs.offset_s:
@@ -89,11 +84,11 @@ def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[
     return cut_by_log(name, events, start.time, keys)
 
 
-FORMAT = Format(find_recordings, partial(read_pair, read_recording), scaled_mouse=True)
+FORMAT = Format(find_recordings, partial(read_pair, read_recording))
 
 
-def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
-    """The rows in their order, those of kinds that count; moves only if the `mouse` does."""
+def read_events(log: Path) -> Iterator[Event]:
+    """The rows in their order, those of kinds that count."""
     with open_text(log, EVENT_BYTES) as text:
         header = next(text, "").strip()
         if [cell.strip('" ') for cell in header.split(",")] != COLUMNS:
@@ -107,29 +102,31 @@ def read_events(log: Path, mouse: bool = True) -> Iterator[Event]:
             time, kind = (cell.strip('" ') for cell in cells[:2])
             if not KIND.fullmatch(kind):  # it may have been a kind that counts
                 raise UserError(f"{where} is damaged: event_type is {kind[:80]!r}")
-            if kind in KINDS or kind in NAMES or (kind == "MOUSE_MOVE" and mouse):
+            if kind in KINDS or kind in NAMES or kind == "MOUSE_MOVE":
                 with reading(where, f"the arguments of {kind} are {cells[2]:.80}"):
-                    yield from _events(read_number(time, f"{where}: timestamp"), where, kind, cells[2])
+                    at = read_number(time, f"{where}: timestamp")
+                    yield from (Event(at, where, *event) for event in _events(where, kind, cells[2]))
 
 
-def _events(time: float, where: str, kind: str, args: str) -> Iterator[Event]:
+def _events(where: str, kind: str, args: str) -> Iterator[tuple[Kind, Any]]:
+    """Kind and value of each event that a row's arguments hold."""
     if kind in KINDS:
-        yield Event(time, where, KINDS[kind])
+        yield KINDS[kind], None
     if kind == "START":  # versions 1.0 do not say what is held then
         start = _parse(args, where)
         inputs = start.get("inputs", start) if isinstance(start, dict) else {}
-        held = [(type_, code) for type_, part in PARTS.items() for code in inputs.get(part, [])]
-        yield from (Event(time, where, "press", _name(type_, code)) for type_, code in held)
+        for device, part in (("KEYBOARD", "keyboard"), ("MOUSE_BUTTON", "mouse")):
+            yield from (("press", _name(device, code)) for code in inputs.get(part, []))
     elif kind == "MOUSE_MOVE":
         dx, dy = (read_number(part, f"{where}: {kind}") for part in _parse(args, where))
-        yield Event(time, where, "move", (dx, dy))
+        yield "move", (dx, dy)
     elif kind in NAMES:
         code, pressed = _parse(args, where)
-        yield Event(time, where, PRESSED[pressed], _name(kind, code))
+        yield PRESSED[pressed], _name(kind, code)
 
 
-def _name(kind: str, code: Any) -> str:
-    return NAMES[kind].get(operator.index(code), CODE.format(code))
+def _name(device: str, code: Any) -> str:
+    return NAMES[device].get(operator.index(code), CODE.format(code))
 
 
 def _parse(args: str, where: str) -> Any:

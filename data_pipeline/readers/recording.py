@@ -1,13 +1,12 @@
 """What the formats share: how recordings and their files are found, and how a recording is cut into episodes."""
 
-import importlib
 import os
 import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,10 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import FileError, MissingFileError, UserError, one_line
-from configs.foreign import reading
 from configs.game import GameConfig
+from configs.untrusted import reading
 from data_pipeline.types import Actions, Episode, Footage
-from data_pipeline.video import frame_times, probe, read_frames
+from data_pipeline.video import frame_times, probe
 
 RATE_TOLERANCE = 0.005  # relative; 29.97 is 30, 24 is not 25
 MOST_OFF = 0.25  # frames by which one may be shown early or late, as if all came evenly
@@ -50,7 +49,6 @@ class Format(NamedTuple):
 
     find: Callable[[str | Path], Mapping[str, Any]]  # the recordings in a source by name: what `read` needs of each
     read: Callable[[str, Any, GameConfig], Sequence[Episode]]  # from a recording's name and what was found
-    scaled_mouse: bool = False  # its mouse counts in units whose degrees only the game's YAML says
     session: re.Pattern[str] | None = None  # its group in a recording's name is the session's name
 
 
@@ -65,43 +63,37 @@ def say(line: str) -> None:
 
 def open_video(video: Path, game: GameConfig) -> Footage:
     """The pictures of a video that are paired with rows by their number. Its times are checked as by `check_times`."""
-    footage = probe_footage(video)
+    footage = probe(video)
     check_times(video, frame_times(video), game)
     return footage
 
 
-def probe_footage(video: Path) -> Footage:
-    info = probe(video)
-    read = partial(read_frames, video)
-    return Footage(video, info.frames, info.height, info.width, read, changes=info.changes)
-
-
-def check_rate(video: Path, fps: float, game: GameConfig) -> None:
-    """A UserError for another rate than the game's, unless frames are taken by their times."""
-    if game.inputs.times == "even" and abs(fps / game.fps - 1) > RATE_TOLERANCE:
-        fix = "set game.fps, or game.inputs.fps to leave frames out"
-        raise UserError(f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; {fix}")
-
-
 def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
-    """A UserError unless frames shown at `times` (n) come evenly and at the game's rate, or are taken by their times.
-
-    The rate in a header is not used: it counts how long the last frame stays.
-    """
-    if game.inputs.times != "even" or len(times) < 2:
-        return
-    frames, lasts = np.arange(len(times)), float(np.ptp(times))
-    if not lasts:
-        check_rate(video, 0.0, game)
-    off = (times - times[0]) * (frames[-1] / lasts) - frames
-    wrong = np.flatnonzero(np.abs(off) > MOST_OFF)
-    if len(wrong):
-        frame = wrong[0]
+    """A UserError unless frames shown at `times` (n) are even and at the game's rate, or are taken by their times."""
+    step_s = float(np.ptp(times)) / max(len(times) - 1, 1) or 1.0
+    off = (times - np.linspace(times[0], times[-1], len(times))) / step_s
+    if game.inputs.times == "even" and (np.abs(off) > MOST_OFF).any():
+        frame = int(np.argmax(np.abs(off) > MOST_OFF))
         how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'} at {times[frame]:.3f} s"
         fix = "record at a constant rate or set game.inputs.times=resample"
         raise UnevenTimesError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
-    if abs(lasts * game.fps - frames[-1]) > MOST_OFF + RATE_TOLERANCE * frames[-1]:
-        check_rate(video, frames[-1] / lasts, game)
+    check_rate(video, times, game)
+
+
+def check_rate(video: Path, times: np.ndarray, game: GameConfig) -> None:
+    """A UserError for another rate than the game's, unless frames are taken by their times. Some may be left out.
+
+    The rate in a header is not used: it counts how long the last frame stays.
+    """
+    steps, frames = np.diff(times), len(times) - 1
+    if game.inputs.times != "even" or abs(steps.sum() * game.fps - frames) <= 1 + RATE_TOLERANCE * frames:
+        return
+    usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
+    step_s = float(steps[np.abs(steps - usual) <= usual / 2].mean())
+    fps = 1 / step_s if step_s else 0.0
+    if abs(fps / game.fps - 1) > RATE_TOLERANCE:
+        fix = "set game.fps, or game.inputs.fps to leave frames out"
+        raise UserError(f"{video} runs at {fps:g} fps, the game {game.name!r} at {game.fps:g}; {fix}")
 
 
 def cut_episodes(
@@ -128,25 +120,9 @@ def recording_of(episode: str) -> str:
     return re.sub(r"-f\d{6,}$", "", episode)
 
 
-def find_pairs(videos: Path, logs: Path, suffix: str) -> dict[str, list[Path]]:
-    """The videos in `videos` and the logs in `logs` by their names without suffix, for `read_pair`."""
-    files = [*list_files(videos, *VIDEOS), *list_files(logs, suffix)]
-    if not files:
-        raise UserError(f"{videos} holds no videos with a {suffix} each")
-    return _by_stem(files)
-
-
-def find_pairs_or_folders(source: str | Path, *logs: str) -> dict[str, list[Path]]:
-    """The videos and `logs` in `source` by name; or those of each folder in it, or of itself, if it has one of each."""
-    logs = logs or (".csv", ".jsonl")
-    files = list_files(source, *VIDEOS, *logs)
-    if len({path.name.lower().endswith(VIDEOS) for path in files}) < 2:  # a table beside folders may list them
-        what = f"a video and a {' or '.join(logs).replace('/', '')}"
-        folders = find_folders(source, what, lambda folder: list_files(folder, *VIDEOS, *logs))
-        return {name: list_files(folder, *VIDEOS, *logs) for name, folder in folders.items()}
-    if len(files) == 2 and files[0].stem != files[1].stem:
-        return {storage.path(source).name: files}
-    return _by_stem(files)
+def find_pairs(*folders: str | Path, log: str) -> dict[str, list[Path]]:
+    """The videos and the files with the ending `log` in `folders`, by their names without suffix, for `read_pair`."""
+    return _by_stem(file for folder in folders for file in list_files(folder, *VIDEOS, log))
 
 
 def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
@@ -156,26 +132,40 @@ def _by_stem(files: Iterable[Path]) -> dict[str, list[Path]]:
     return by_stem
 
 
+def find_pairs_or_folders(source: str | Path, logs: Sequence[str]) -> dict[str, list[Path]]:
+    """The videos and `logs` in `source` by name; or those of each folder in it, or of itself, if it has one of each."""
+    endings = (*VIDEOS, *logs)
+    files = list_files(source, *endings)
+    if len({is_video(path) for path in files}) < 2:  # a table beside folders may list them
+        what = f"a video and a {' or '.join(logs).replace('/', '')}"
+        folders = find_folders(source, what, lambda folder: list_files(folder, *endings))
+        return {name: list_files(folder, *endings) for name, folder in folders.items()}
+    if len(files) == 2 and files[0].stem != files[1].stem:
+        return {storage.path(source).name: files}
+    return _by_stem(files)
+
+
+def is_video(path: Path) -> bool:
+    return path.name.lower().endswith(VIDEOS)
+
+
 def read_pair(read: ReadPair, name: str, files: Sequence[Path], game: GameConfig) -> Sequence[Episode]:
     """The episodes of a recording that must be one video and one log."""
-    videos = [path for path in files if path.name.lower().endswith(VIDEOS)]
-    logs = [path for path in files if path not in videos]
-    if len(videos) != 1 or len(logs) != 1:
+    if sorted(map(is_video, files)) != [False, True]:
         names = list_names([path.name for path in files])
         raise UserError(f"{files[0]}: a recording needs one video and one log, there is {names}")
-    return read(name, videos[0], logs[0], game)
+    log, video = sorted(files, key=is_video)
+    return read(name, video, log, game)
 
 
 def find_folders(source: str | Path, what: str, holds: Callable[[Path], Any]) -> dict[str, Path]:
     """The folders directly in `source` that hold `what`, by name; what else lies there is named on stderr."""
     listed = _list_all(source)
-    found = {path.name: path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)}
-    if not found:
-        raise UserError(f"{source} holds no folders with {what}")
-    others = [path.name for path in listed if path.name not in found and path.name != ".lock"]  # `record` makes it
-    if others and os.environ.get("LOCAL_RANK", "0") == "0":
+    folders = {path.name: path for path in listed if not path.name.startswith(".") and path.is_dir() and holds(path)}
+    others = [path.name for path in listed if path.name not in {*folders, ".lock"}]  # `record` makes .lock
+    if folders and others and os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"{source}: left out, as they are no folders with {what}: {list_names(others)}")
-    return found
+    return folders
 
 
 def list_names(names: Sequence[str]) -> str:
@@ -203,17 +193,8 @@ def _list_all(source: str | Path) -> list[Path]:
     return sorted(source.iterdir())
 
 
-def import_extra(module: str) -> Any:
-    """An optional package; a UserError says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise UserError(f"these recordings need {package}: pip install 'worldloom[readers]'") from error
-
-
 @contextmanager
-def reading_extra(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
+def reading_with(path: Path, kind: str, *errors: type[Exception]) -> Iterator[None]:
     """As `reading`, with a package that raises `errors` for damaged files of its `kind`."""
     with reading(path):
         try:

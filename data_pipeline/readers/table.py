@@ -25,24 +25,20 @@ from data_pipeline.readers.logs import Row, check_frame_numbers, read_frame_rows
 from data_pipeline.readers.recording import Format, cut_episodes, find_pairs_or_folders, open_video, read_pair
 from data_pipeline.types import Actions, Episode
 
-ROLES = ("keys", "dx", "dy", "frame")
 WORD = re.compile(r"""[^\s,;+|"'\[\]]+""")  # of a text that lists keys
 
 
 def read_table(name: str, video: Path, table: Path, game: GameConfig) -> list[Episode]:
     """The one episode of a video and its table."""
-    columns = game.inputs.columns
-    if unknown := columns.keys() - {*ROLES}:
-        raise UserError(f"game.inputs.columns has no {min(unknown)!r} in tables; there are {', '.join(ROLES)}")
-    footage = open_video(video, game)
+    columns, footage = game.inputs.columns, open_video(video, game)
     rows = read_frame_rows(table, footage)
     if "frame" in columns:
         check_frame_numbers(rows, columns["frame"])
     keys = bind_keys(game)
-    held = [_listed(row, columns["keys"]) if "keys" in columns else filter(row.down, keys.places) for row in rows]
+    held = [_listed(row, columns["keys"]) if "keys" in columns else filter(row.down, keys.elements) for row in rows]
     keyboard = np.stack([keys.row(names, row.where) for names, row in zip(held, rows, strict=True)])
-    mouse = [columns.get(role, role) for role in ("dy", "dx") if game.action_space.mouse]
-    moves = np.array([[row.number(column) for column in mouse] or [0, 0] for row in rows], dtype=np.float64)
+    mouse = [columns.get("dy", "dy"), columns.get("dx", "dx")] if game.action_space.mouse else []
+    moves = np.array([[row.number(column) for column in mouse] or [0, 0] for row in rows])
     actions = Actions(keyboard, scale_mouse(game, moves, lambda i: f"{rows[i].where}: {', '.join(mouse)}"))
     return cut_episodes(name, footage, actions)
 
@@ -56,4 +52,4 @@ def _listed(row: Row, column: str) -> list[str]:
     return WORD.findall(value or "")
 
 
-FORMAT = Format(find_pairs_or_folders, partial(read_pair, read_table), scaled_mouse=True)
+FORMAT = Format(partial(find_pairs_or_folders, logs=(".csv", ".jsonl")), partial(read_pair, read_table))

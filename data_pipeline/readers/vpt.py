@@ -27,10 +27,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs import storage
 from configs.errors import UserError
-from configs.foreign import reading
 from configs.game import GameConfig
+from configs.untrusted import reading
 from data_pipeline.readers.keys import INPUTS, MOUSE_BUTTONS, bind_keys, mouse_rows
 from data_pipeline.readers.logs import Row, read_frame_rows, read_number
 from data_pipeline.readers.recording import Format, cut_episodes, find_pairs, open_video, read_pair
@@ -52,10 +51,6 @@ class Tick(NamedTuple):
     mouse_deg: tuple[float, float] = (0.0, 0.0)  # pitch up, yaw right
 
 
-def find_recordings(source: str | Path) -> dict[str, list[Path]]:
-    return find_pairs(storage.path(source), storage.path(source), ".jsonl")
-
-
 def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[Episode]:
     """The episodes between open GUIs and other places where a recording is cut."""
     keys, footage = bind_keys(game, INPUTS), open_video(video, game)
@@ -71,7 +66,7 @@ def read_recording(name: str, video: Path, log: Path, game: GameConfig) -> list[
     return cut_episodes(name, footage, Actions(keyboard, mouse), keep, jumps)
 
 
-FORMAT = Format(find_recordings, partial(read_pair, read_recording), session=PART)
+FORMAT = Format(partial(find_pairs, log=".jsonl"), partial(read_pair, read_recording), session=PART)
 
 
 def read_ticks(rows: Sequence[Row]) -> list[Tick]:
@@ -86,11 +81,10 @@ def read_ticks(rows: Sequence[Row]) -> list[Tick]:
         tick = Tick(number, math.nan if row.cells.get("milli") is None else row.number("milli"))
         if mouse is not None and keyboard is not None:
             with reading(row.where):
-                buttons, pressed, keys = [*mouse["buttons"]], [*mouse["newButtons"]], [*keyboard["keys"]]
+                pressed = [*mouse["newButtons"]]
                 attack_stuck = pressed == [0] if not ticks else attack_stuck and 0 not in pressed
-                held = [_button(operator.index(one)) for one in buttons if not (attack_stuck and one == 0)]
-                # `key.keyboard.left.shift` is `left_shift`
-                held += [key.removeprefix("key.keyboard.").replace(".", "_") for key in keys]
+                held = [_button(operator.index(i)) for i in mouse["buttons"] if not (attack_stuck and i == 0)]
+                held += [key.removeprefix("key.keyboard.").replace(".", "_") for key in keyboard["keys"]]
                 dx, dy = (read_number(mouse[name], f"{row.where}: mouse.{name}") for name in ("dx", "dy"))
             if not gui:
                 tick = tick._replace(view=True, inputs=held, mouse_deg=(-dy * DEG_PER_PX, dx * DEG_PER_PX))

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from configs import build, storage, to_dict
-from configs.errors import MissingFileError, UserError
-from configs.files import write_text
+from configs.errors import UserError
 from configs.game import ActionSpace, GameConfig
 from data_pipeline.readers.keys import mouse_rows
 from data_pipeline.readers.logs import check_frame_numbers, read_facts, read_frame_rows, read_rows
@@ -63,11 +62,16 @@ def read_episode(folder: str | Path, game: GameConfig) -> Episode:
     folder = storage.path(folder)
     files = _list(folder)
     video, table, path = (_only(folder, files, name) for name in FILES)
-    about, footage = read_about(path, game), open_video(video, game)
+    about, footage = read_facts(About, path), open_video(video, game)
+    if about.action_space.hash != game.action_space.hash:
+        spaces = f"{about.action_space.describe()}, the game {game.name!r} has {game.action_space.describe()}"
+        raise UserError(f"{path} has the action space {spaces}")
+    facts = {"fps": game.fps, "frames": footage.frames, "height": footage.height, "width": footage.width}
     # Of pictures that are turned or stretched, some recorders write the stored size and some the one that is shown.
-    for name in ("frames",) if footage.changes else ("frames", "height", "width"):
-        if getattr(about, name) != getattr(footage, name):
-            raise UserError(f"{path} says {name} {getattr(about, name)}, {video} has {getattr(footage, name)}")
+    for name in ("fps", "frames") if footage.changes else facts:
+        if getattr(about, name) != facts[name]:
+            source = f"the game {game.name!r}" if name == "fps" else video
+            raise UserError(f"{path} says {name} {getattr(about, name)}, {source} has {facts[name]}")
     (episode,) = cut_episodes(folder.name, footage, read_actions(table, game.action_space, footage))
     return episode
 
@@ -75,30 +79,14 @@ def read_episode(folder: str | Path, game: GameConfig) -> Episode:
 FORMAT = Format(find_episodes, lambda name, folder, game: [read_episode(folder, game)])
 
 
-def read_about(path: Path, game: GameConfig) -> About:
-    """`episode.json`, checked against the game's fps and action space."""
-    if not path.is_file():
-        raise MissingFileError(f"no {path}; every episode folder needs {', '.join(FILES)}")
-    about = read_facts(About, path)
-    if about.fps != game.fps:
-        raise UserError(f"{path} says {about.fps} fps, the game {game.name!r} has {game.fps}; set game.fps or resample")
-    if about.action_space.hash != game.action_space.hash:
-        given, wanted = about.action_space.describe(), game.action_space.describe()
-        raise UserError(f"{path} has the action space {given}, the game {game.name!r} has {wanted}")
-    return about
-
-
 def read_actions(path: str | Path, space: ActionSpace, footage: Footage | None = None) -> Actions:
     """The rows of an `actions.csv`, one per frame of `footage` if it is given: keyboard (n k), mouse (n 2)."""
     path = storage.path(path)
     rows = read_frame_rows(path, footage) if footage else list(read_rows(path))
-    if not rows:
-        raise UserError(f"{path} has no rows")
     columns = ["frame", *space.keys, *(MOUSE_COLUMNS if space.mouse else ())]
-    if rows[0].cells.keys() != {*columns}:
-        missing = ", ".join(name for name in columns if name not in rows[0].cells)
-        unknown = ", ".join(repr(name) for name in rows[0].cells if name not in columns)
-        raise UserError(f"{path}: columns must be {','.join(columns)}; missing: {missing}; unknown: {unknown:.300}")
+    there = list(rows[0].cells) if rows else []
+    if {*there} != {*columns}:
+        raise UserError(f"{path}: columns must be {','.join(columns)}, not {','.join(map(repr, there)):.300}")
     check_frame_numbers(rows, "frame", first=0)
     keyboard = np.array([[row.down(key) for key in space.keys] for row in rows], dtype=np.float32)
     degrees = np.array([[row.number(name) for name in MOUSE_COLUMNS if space.mouse] for row in rows])
@@ -125,7 +113,7 @@ def write_episode(
     with storage.writing_folder(folder, last=ABOUT, new=True) as part:
         write_video(part / VIDEO, frames, about["fps"], crf)
         write_actions(part / ACTIONS, build(ActionSpace, about["action_space"]), keyboard, mouse_deg)
-        write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
+        storage.write_text(part / ABOUT, json.dumps(about, indent=1) + "\n")
 
 
 def write_actions(path: str | Path, space: ActionSpace, keyboard: np.ndarray, mouse_deg: np.ndarray) -> None:

@@ -1,6 +1,7 @@
 """How fast `encode` is beside its codec alone on frames that are in memory, in one run."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -37,10 +38,9 @@ def bench_encode(config: EncodeConfig) -> None:
 def read_batches(config: EncodeConfig, shards: list[Sequence[Episode]]) -> list[np.ndarray]:
     """Batches of runs (b n h w 3) uint8 of the first episodes, as `encode` makes them."""
     batches: list[np.ndarray] = []
-    for runs in (runs for episodes in shards for runs in cut_episodes(episodes, config)):
-        batches.append(np.stack([run.frames for run in runs]))
-        if sum(batch.nbytes for batch in batches) > IN_MEMORY:
-            break
+    frames = (run.frames for episodes in shards for run in cut_episodes(episodes, config))
+    while sum(batch.nbytes for batch in batches) <= IN_MEMORY and (batch := list(islice(frames, config.batch))):
+        batches.append(np.stack(batch))
     return batches
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import time
@@ -16,19 +17,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from configs import to_dict
+from configs import to_dict, within
 from configs.errors import UserError
-from configs.files import require_no_folder, require_other_files, write_text
+from configs.files import require_no_folder, require_other_files
+from configs.storage import write_text
 from model.action_dit import ActionDiT, CompileMode
 from model.codec import Codec, load_codec
 from model.config import ActionDiTConfig
 from model.cost import META, Run, count_flops, counted_dit, random_inputs, run_clip
 from model.flow import FlowMatchConfig
 from model.kv_cache import KVCache
-from model.limits import require_device
+from model.limits import MANY, WIDE, require_device
 from model.patch_codec import SPATIAL, TEMPORAL, PatchCodec, PatchCodecConfig
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
+from model.world import Precision
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 starts a new peak of resident memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,25 +47,21 @@ class BenchConfig:
     codec: str | None = None  # to be measured too: a path, or patch, wan or wan-tiny for one with random weights
     codec_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
-    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
+    dtype: Precision = "fp32"  # of weights and arithmetic
     compile: CompileMode = "no"
-    batch: int = 1
-    blocks: int = 1  # of `block_latents` latents, in the clip
-    block_latents: int = 3
-    steps: int = 3  # denoising passes per block of a stream
-    height: int = 352  # px
-    width: int = 640  # px
-    warmup: int = 1  # runs before those that count
-    repeats: int = 5
-    peak_tflops: float | None = None  # of the device in this dtype, from its data sheet; without it no MFU
+    batch: int = within(1, MANY, 1)
+    blocks: int = within(1, MANY, 1)  # of `block_latents` latents, in the clip
+    block_latents: int = within(1, MANY, 3)
+    steps: int = within(1, MANY, 3)  # denoising passes per block of a stream
+    height: int = within(16, WIDE, 352)  # px
+    width: int = within(16, WIDE, 640)  # px
+    warmup: int = within(0, MANY, 1)  # runs before those that count
+    repeats: int = within(1, MANY, 5)
+    # Of the device in this dtype, from its data sheet; without it no MFU.
+    peak_tflops: float | None = within(1e-6, 1e6, None)
     out: str | None = None  # .json that gets everything, the environment included
 
     def __post_init__(self) -> None:
-        for name in ("batch", "blocks", "block_latents", "steps", "repeats"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be 1 or more")
-        if self.warmup < 0 or (self.peak_tflops is not None and self.peak_tflops <= 0):
-            raise UserError(f"warmup={self.warmup} must be >= 0 and peak_tflops={self.peak_tflops} positive")
         if self.height % (2 * SPATIAL) or self.width % (2 * SPATIAL):
             raise UserError(f"{self.height}x{self.width} px must be multiples of {2 * SPATIAL} (codec x patch)")
 
@@ -111,20 +110,16 @@ def bench(config: BenchConfig) -> None:
     if not config.streams:
         print("no cached pass: this model has no causal.window, so it cannot stream")
     if config.out:
-        figures = [asdict(row) for row in rows]
-        found = {"config": to_dict(config), "environment": environment(config.device), "rows": figures}
-        write_text(config.out, json.dumps(found, indent=1))
+        report = {"config": to_dict(config), "environment": environment(config.device), "rows": list(map(asdict, rows))}
+        write_text(config.out, json.dumps(report, indent=1))
 
 
 def measure_all(config: BenchConfig) -> Iterator[Measured]:
     """The rows, one after the other, of one model and one codec with random weights (or the codec at a path)."""
     dit, costs = make_dit(config), counted_dit(config.model)
     on_device, on_meta = (inputs_for(config, config.latents, model) for model in (dit, costs))
-    for train in (False, True):
-        what, flops = (
-            "forward + backward" if train else "forward",
-            count_flops(partial(run_clip, costs, on_meta, train)),
-        )
+    for what, train in (("forward", False), ("forward + backward", True)):
+        flops = count_flops(partial(run_clip, costs, on_meta, train))
         yield measured(what, partial(run_clip, dit, on_device, train), config, flops)
     dit, costs = dit.requires_grad_(False), costs.requires_grad_(False)
     codec = bench_codec(config) if config.codec else None
@@ -200,16 +195,13 @@ def bench_codec(config: BenchConfig) -> Codec:
     if config.codec == "patch":
         codec: Codec = PatchCodec(PatchCodecConfig())
     elif config.codec in ("wan", "wan-tiny"):
-        tiny = TinyDecoder() if config.codec == "wan-tiny" else None
-        settings = WanCodecConfig(decoder="tiny" if tiny else "full")
-        codec = WanCodec(settings, make_vae(settings), tiny)
+        settings = WanCodecConfig(decoder="tiny" if config.codec == "wan-tiny" else "full")
+        codec = WanCodec(settings, make_vae(settings), TinyDecoder() if settings.decoder == "tiny" else None)
     else:
         codec = load_codec(config.codec)
-    if not isinstance(codec, PatchCodec):
-        codec = codec.to(CODEC_DTYPES[config.codec_dtype])
-    elif config.codec_dtype != "fp32":
+    if isinstance(codec, PatchCodec) and config.codec_dtype != "fp32":
         raise UserError(f"codec_dtype={config.codec_dtype}: the patch codec runs in fp32")
-    return codec.eval().requires_grad_(False).to(config.device)
+    return codec.eval().requires_grad_(False).to(config.device, CODEC_DTYPES[config.codec_dtype])
 
 
 @torch.no_grad()
@@ -242,12 +234,10 @@ def measured(what: str, run: Run, config: BenchConfig, flops: int, frames: int |
             torch.cuda.synchronize(config.device)
         wall.append(time.perf_counter() - started[0])
         cpu.append(time.process_time() - started[1])
-    median = statistics.median(wall)
-    tflop = flops / 1e12
+    median, tflop = statistics.median(wall), flops / 1e12
     mfu = tflop / median / config.peak_tflops if config.peak_tflops else None
-    speed = frames / median if frames else None
-    peak = _peak_gib(config.device)
-    return Measured(what, median, min(wall), max(wall), statistics.median(cpu), peak, tflop, speed, mfu)
+    times = (median, min(wall), max(wall), statistics.median(cpu))
+    return Measured(what, *times, _peak_gib(config.device), tflop, frames / median if frames else None, mfu)
 
 
 def reset_peak(device: str) -> None:
@@ -262,9 +252,8 @@ def reset_peak(device: str) -> None:
 def environment(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    found: dict[str, Any] = {
+    names = re.findall(r"^model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.is_file() else "", re.MULTILINE)
+    facts: dict[str, Any] = {
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -274,8 +263,8 @@ def environment(device: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],  # of the last minute: other jobs make wall times longer
     }
     if device.startswith("cuda"):
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-    return found
+        facts |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return facts
 
 
 def header(config: BenchConfig) -> str:
@@ -301,7 +290,4 @@ def _peak_gib(device: str) -> float:
     """The peak of memory in GiB. CPU: resident memory of the process; CUDA: allocated by torch."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**30
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.is_file() else []
-    peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)  # kB
-    return (int(peak) if peak else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -7,14 +7,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from configs.errors import UserError
 from data_pipeline.types import Actions
 from model.flow import FlowMatch, FlowMatchConfig
 from model.wan_codec import WanCodec, WanCodecConfig, load_vae
 from sampling.denoising import denoise_in_few_steps
-from sampling.scripts import hold, random_play, random_table, script_words
+from sampling.scripts import Scripted, read_script
 from tests.parity.causal import causal_dit, fixture_inputs
-from tests.parity.fixtures import Case, Fixture, Row, judge, unsupported
+from tests.parity.fixtures import Fixture, Row, judge, unsupported
 from tests.parity.upstream import RELEASED, cursor_path, lit_keys, live_rows, released_space, replace_rows
 
 
@@ -37,9 +36,7 @@ def _preset_play(fixture: Fixture, game: str, seed: int) -> tuple[Actions | None
     expected = fixture.tensors.get(f"{prefix}keyboard_condition")
     if expected is None:
         return None, []
-    space = released_space(game)
-    table = [hold(entry, script_words(space), space) for entry in random_table(space)]
-    play = random_play(table, len(expected), seed)
+    play = read_script("random", released_space(game), Scripted(len(expected), seed))
     rows = [judge(fixture, f"{prefix}keyboard_condition", torch.from_numpy(play.keyboard), expected)]
     mouse = fixture.tensors.get(f"{prefix}mouse_condition")
     if mouse is not None:
@@ -81,8 +78,6 @@ def pipeline(fixture: Fixture) -> Iterator[Row]:
     """A whole rollout of a few-step model with the recorded noises, and its decoding block by block."""
     meta, tensors = fixture.meta, fixture.tensors
     noise, n, steps = tensors["in.noise"], meta["config"]["num_frame_per_block"], meta["denoising_step_list"]
-    if not meta.get("warp_denoising_step", True):
-        raise UserError(f"{fixture.case}: a step list without warping; the sampler always warps it")
     dit = causal_dit(fixture, meta["config"]["local_attn_size"], noise.shape[2])
     flow = FlowMatch(FlowMatchConfig(shift=meta["timestep_shift"]))
     cache = dit.make_cache(len(noise), noise.shape[3], noise.shape[4], tensors.get("in.visual_context"))
@@ -117,6 +112,3 @@ def _decoded(fixture: Fixture, blocks: list[Tensor]) -> Tensor:
         video, state = codec.decode_stream(latents, state)
         videos.append(rearrange(video[0].clamp(-1, 1), "c n h w -> n h w c"))
     return ((torch.cat(videos) + 1) * 127.5).floor()
-
-
-CASES: dict[str, Case] = {"actions": actions, "pipeline_": pipeline}

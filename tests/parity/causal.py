@@ -23,7 +23,7 @@ KINDS = ("keyboard", "mouse")
 def action_module(fixture: Fixture) -> Iterator[Row]:
     """The action module by itself: bidirectional, masked, and block after block with a cache."""
     given, tensors, grid = fixture.meta["config"], fixture.tensors, fixture.meta["grid"]
-    config = action_config(given, given["img_hidden_size"], blocks=[])
+    config = action_config(given, blocks=[])
     module = ActionModule(config, given["img_hidden_size"])
     load_into(module, {key.removeprefix("sd."): value for key, value in tensors.items() if key.startswith("sd.")})
     with torch.no_grad():

@@ -49,9 +49,6 @@ class Row:
     verdict: Verdict
 
 
-# What the reference can switch and the released models never do: a fixture that does so cannot be judged.
-FIXED = {"model_type": "i2v", "qk_norm": True, "cross_attn_norm": True, "qkv_bias": False}
-
 Case = Callable[[Fixture], Iterator[Row]]
 
 
@@ -74,12 +71,12 @@ def read_fixtures(folder: Path) -> list[Fixture]:
     paths = sorted(path for path in folder.glob("*.json") if path.with_suffix(".safetensors").is_file())
     if not paths:
         raise UserError(f"no fixtures in {folder}: pairs of <case>.json and <case>.safetensors are needed")
-    found = []
-    for path in paths:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if "case" in meta:
-            found.append(Fixture(meta["case"], meta, load_weights(path.with_suffix(".safetensors")), folder))
-    return found
+    metas = [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    return [
+        Fixture(meta["case"], meta, load_weights(path.with_suffix(".safetensors")), folder)
+        for path, meta in metas
+        if "case" in meta
+    ]
 
 
 def run_fixture(fixture: Fixture, cases: Mapping[str, Case]) -> list[Row]:
@@ -93,28 +90,15 @@ def run_fixture(fixture: Fixture, cases: Mapping[str, Case]) -> list[Row]:
 
 def dit_config(given: dict[str, Any], action_blocks: Sequence[int] | None = None) -> ActionDiTConfig:
     """Our settings of a fixture's `config`; the bidirectional reference has an action module in every block."""
-    _refuse_other_than_fixed(given)
     blocks = range(given["num_layers"]) if action_blocks is None else action_blocks
-    action = action_config(given["action_config"], given["dim"], list(blocks))
+    action = action_config(given["action_config"], list(blocks))
     return build(ActionDiTConfig, known_fields(ActionDiTConfig, given) | {"action": action.__dict__})
 
 
-def action_config(given: dict[str, Any], dim: int, blocks: list[int]) -> ActionConfig:
+def action_config(given: dict[str, Any], blocks: list[int]) -> ActionConfig:
     """Our settings of a fixture's `action_config`."""
-    _refuse_other_than_fixed(given)
-    splits = [given[name] for name in ("rope_dim_list", "mouse_qk_dim_list") if name in given]
-    if any(split != splits[0] for split in splits) or given.get("img_hidden_size", dim) != dim:
-        raise UserError(
-            f"fixture with rope splits {splits} and img_hidden_size {given.get('img_hidden_size')}: one each"
-        )
-    ours = known_fields(ActionConfig, given) | {"blocks": blocks}
-    return build(ActionConfig, ours | ({"rope_dim_list": splits[0]} if splits else {}))
-
-
-def _refuse_other_than_fixed(given: Mapping[str, Any]) -> None:
-    for name, value in FIXED.items():
-        if given.get(name, value) != value:
-            raise UserError(f"fixture with {name}={given[name]!r}: the model only knows {value!r}")
+    split = {"rope_dim_list": given["mouse_qk_dim_list"]} if "mouse_qk_dim_list" in given else {}
+    return build(ActionConfig, {**split, **known_fields(ActionConfig, given), "blocks": blocks})
 
 
 def known_fields(cls: type, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from torch import nn
 
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
-from model.layout import CHUNK_LATENTS
+from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 from model.loss import velocity_error
-from sampling.metrics import cut_chunk
+from sampling.metrics import cut_clips
 from train.objectives.objective import Loss, LossMetrics, Objective, SampleRng
 
 
@@ -22,7 +22,9 @@ class Base(Objective):
     def loss(self, model: nn.Module, flow: FlowMatch, batch: Batch, progress: float, rng: SampleRng) -> Loss:
         # Each chunk of a clip serves in turn; with image tokens the first alone, whose first frame they show.
         chunks = 1 if batch.visual is not None else batch.latents.shape[2] // CHUNK_LATENTS
-        chunk = cut_chunk(batch, int(torch.randint(chunks, (1,), generator=rng.shared)))
+        i = int(torch.randint(chunks, (1,), generator=rng.shared))
+        latents, frames = (slice(n * i, n * (i + 1)) for n in (CHUNK_LATENTS, CHUNK_FRAMES))
+        chunk = cut_clips(batch, latents, frames)
         noise = rng.noise_sample(chunk.latents, flow)
         error = velocity_error(model, flow, chunk, 1, noise)
         return error.mean(), LossMetrics.of(error, noise, 1)
