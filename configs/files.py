@@ -28,7 +28,7 @@ def temporary(path: Path) -> Iterator[Path]:
     """An empty folder beside `path`, deleted when the block ends. What a killed process left beside `path` is deleted
     by the next writer."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    _sweep_once(path.parent)
     name = os.fsdecode(os.fsencode(path.name)[:150])  # a name may have 255 bytes
     folder = path.with_name(f".{name}.{machine_id()}-{os.getpid()}-{os.urandom(4).hex()}.tmp")
     folder.mkdir()
@@ -145,13 +145,15 @@ def _is_part_of(out: str, source: str) -> bool:
     return any(f"{target.rstrip('/')}/".startswith(f"{source.rstrip('/')}/") for target in targets)
 
 
-@cache  # once a process is often enough
-def _sweep(folder: Path) -> None:
+def sweep(folder: Path) -> None:
     """Deletes what killed writers left in `folder`."""
     for left in folder.glob(".*.tmp"):
         with suppress(FileNotFoundError):  # another process sweeps too
             if _is_abandoned(left):
                 shutil.rmtree(left, ignore_errors=True)
+
+
+_sweep_once = cache(sweep)  # by a process that writes there
 
 
 def _is_abandoned(path: Path) -> bool:
@@ -163,12 +165,6 @@ def _is_abandoned(path: Path) -> bool:
     with suppress(psutil.Error):
         return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     return not psutil.pid_exists(pid)
-
-
-def remove_unfinished(folder: str | Path) -> None:
-    """Deletes all temporary folders in `folder`. A process that is writing there gets an OSError."""
-    for left in Path(folder).glob(".*.tmp"):
-        shutil.rmtree(left, ignore_errors=True)
 
 
 @cache

@@ -8,7 +8,7 @@ VERBS = {
     "record": Verb("data_pipeline.commands:record"),
     "doctor": Verb("data_pipeline.doctor.examine:doctor"),
     "encode": Verb("data_pipeline.commands:run_encode"),
-    "verify": Verb("data_pipeline.commands:verify", first="manifest"),
+    "verify": Verb("data_pipeline.verify:verify", first="manifest"),
     "repair": Verb("data_pipeline.commands:repair"),
     "inspect": Verb("data_pipeline.inspect:inspect", first="manifest"),
     "bench": Verb("tests.bench.loader:bench", first="manifest"),

@@ -98,6 +98,8 @@ def cut_runs(frames: Iterator[np.ndarray], starts: Sequence[int], length: int) -
         window.append(frame)
         if wanted and i + 1 - length == wanted[0]:
             yield wanted.popleft(), np.stack(window)
+    if wanted:
+        raise UserError(f"there are no {length} frames from frame {wanted[0]} on")
 
 
 def encode_clips(encoder: Encoder, episodes: Sequence[Episode], runs: Iterator[Run]) -> Iterator[Clip]:

@@ -2,14 +2,11 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from data_pipeline.encode import LEFT_OUT, Encoded, drop_faulty, encode
 from data_pipeline.plan import EncodeConfig, LeftOut
 from data_pipeline.readers.recording import list_names
 from data_pipeline.record import RecordConfig, record_episodes
-from data_pipeline.shards import load_manifest
-from data_pipeline.verify import verify_set
 
 
 def record(config: RecordConfig) -> None:
@@ -56,21 +53,3 @@ def describe_left_out(sets: Sequence[LeftOut]) -> str:
     }
     parts = [f"{count} {what}" for what, count in counts.items() if count]
     return f"; left out (see {LEFT_OUT}): {'; '.join(parts)}" if parts else ""
-
-
-@dataclass(frozen=True)
-class VerifyConfig:
-    """`python -m data_pipeline verify MANIFEST`."""
-
-    manifest: str
-    sample: int | None = None  # read so many shards, others each time, instead of all of them
-
-
-def verify(config: VerifyConfig) -> int:
-    """Re-read the shards of a manifest and compare: verify MANIFEST sample=10; exit status 1 if anything is wrong."""
-    manifest = load_manifest(config.manifest)
-    faults = verify_set(config.manifest, config.sample)
-    read = "" if config.sample is None else f", {min(config.sample, len(manifest.shards))} of them read"
-    summary = f"{len(manifest.shards)} shards{read}, {manifest.clips} clips, {len(faults) or 'no'} faults"
-    print("\n".join([*faults, f"{config.manifest}: {summary}"]))
-    return 1 if faults else 0

@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from functools import partial
-from itertools import islice
+from itertools import groupby, repeat
+from operator import itemgetter
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,18 +22,19 @@ from tqdm import tqdm
 
 from configs import storage
 from configs.errors import UserError
-from configs.files import remove_unfinished, require_other_files
+from configs.files import require_other_files, sweep
 from data_pipeline.clips import BadEpisodeError, Encoder, Run, cut_episodes, encode_clips
-from data_pipeline.plan import EncodeConfig, LeftOut, Plan, count_clips, describe_fault, make_plans, unless_there
-from data_pipeline.prefetch import PrefetchThread
-from data_pipeline.shards import MANIFEST, Index, index_url, read_index, save_manifest, write_shard
-from data_pipeline.types import Clip, Episode, ShardInfo
+from data_pipeline.plan import EncodeConfig, LeftOut, Plan, ShardJob, make_plans
+from data_pipeline.prefetch import run_ahead
+from data_pipeline.shards import MANIFEST, Index, Shapes, clip_shapes, index_url, read_index, save_manifest, write_shard
+from data_pipeline.types import Clip, Manifest, ShardInfo
 from data_pipeline.verify import FAULT, require_clips
 from model.codec import load_codec
 from model.vision import load_vision
 
 T = TypeVar("T")
-SHARD, LEFT_OUT = "shard-{:06d}.tar", "left_out.json"
+Decoded = tuple[ShardJob, Run | BadEpisodeError | None]
+LEFT_OUT = "left_out.json"
 AHEAD = 2  # batches of runs that are decoded before the codec asks for them
 
 
@@ -47,61 +50,35 @@ class Encoded(NamedTuple):
     left_out: tuple[LeftOut, ...]  # of each set
 
 
-@dataclass(frozen=True)
-class ShardJob:
-    """A shard of a plan, to be made unless it is there."""
+def find_index(job: ShardJob) -> Index | None:
+    """The shard's index if both are there, the shard in full length; its bytes are not compared.
 
-    config: EncodeConfig
-    url: str
-    episodes: tuple[Episode, ...]
-    left_out: Mapping[str, str] = field(default_factory=dict)  # episodes that could not be decoded, and why
-
-    @property
-    def clips(self) -> int:
-        return count_clips(self.config, self.episodes)
-
-    def without(self, bad: BadEpisodeError) -> "ShardJob":
-        """The same shard as if the episode had not been planned."""
-        rest = tuple(episode for episode in self.episodes if episode.id != bad.episode)
-        return replace(self, episodes=rest, left_out={**self.left_out, bad.episode: describe_fault(self.config, bad)})
-
-    def read_index(self) -> Index | None:
-        """The shard's index if both are there, the shard in full length; its bytes are not compared.
-
-        A shard that leaves episodes out does not count for a worker that is to stop at them.
-        """
-        try:
-            index = read_index(self.url)
-            whole = not index.info.clips or storage.path(self.url).stat().st_size == index.info.bytes
-        except FileNotFoundError:
-            return None
-        return None if not whole or (index.left_out and self.config.on_bad_recording == "stop") else index
-
-    def find_fault(self) -> str | None:
-        """Why the shard is to be made again, in a few words, or None. Reads all of it."""
-        try:
-            info, entries, left_out = read_index(self.url)
-            if left_out:  # the recording may have been mended
-                return f"made without {', '.join(left_out)}, tried again"
-            if info.url != storage.name_of(self.url) or len(entries) != self.clips:
-                return "its index is of another shard"
-            require_clips(self.url, info, entries, shapes={})
-        except FAULT as error:
-            return str(error)
+    A shard that leaves episodes out does not count for a worker that is to stop at them.
+    """
+    try:
+        index = read_index(job.url)
+        whole = not index.info.clips or storage.path(job.url).stat().st_size == index.info.bytes
+    except FileNotFoundError:
         return None
+    return None if not whole or (index.left_out and job.config.on_bad_recording == "stop") else index
 
 
-def list_jobs(plan: Plan) -> list[ShardJob]:
-    urls = (storage.join(plan.folder, SHARD.format(i)) for i in range(len(plan.shards)))
-    return [ShardJob(plan.config, url, episodes) for url, episodes in zip(urls, plan.shards, strict=True)]
+def require_whole(job: ShardJob, shapes: Shapes) -> None:
+    """Raises UserError, or FileNotFoundError, if the shard is to be made again. Reads all of it."""
+    info, entries, left_out = read_index(job.url)
+    if left_out:  # the recording may have been mended
+        raise UserError(f"made without {', '.join(left_out)}, tried again")
+    if info.url != storage.name_of(job.url) or len(entries) != job.clips:
+        raise UserError("its index is of another shard")
+    require_clips(job.url, info, entries, shapes)
 
 
 def sort_jobs(jobs: Sequence[T]) -> list[T]:
     """This worker's share, then the others' in random order, so that two workers that help out seldom choose the same
-    job. A worker that no launcher has numbered has all jobs for its share."""
-    rank, world = from_launcher("RANK", 0), from_launcher("WORLD_SIZE", 1)
+    job. A worker that no launcher has numbered has no share of its own."""
+    rank, world = from_launcher("RANK", -1), from_launcher("WORLD_SIZE", 1)
     others = [job for i, job in enumerate(jobs) if i % world != rank]
-    return [*jobs[rank::world], *random.sample(others, len(others))]
+    return [*(jobs[rank::world] if rank >= 0 else ()), *random.sample(others, len(others))]
 
 
 def from_launcher(name: str, alone: int) -> int:
@@ -113,7 +90,7 @@ def encode(config: EncodeConfig) -> Encoded:
     """Makes the shards that are not there yet, beside any number of other workers, then each set's manifest.
 
     Killed at any moment and started again, with as many workers or others, it ends with the same bytes. An episode that
-    cannot be read, and a folder that holds the shards of another plan, raise UserError before anything is written. With
+    cannot be read, and a folder that holds the shards of another plan, raise UserError before a shard is written. With
     `on_bad_recording: skip`, such an episode, and one that cannot be decoded, is left out; the shard's index says so.
     """
     outs = [config.out, *(storage.join(config.out, split) for split in ("train", "heldout"))]
@@ -122,19 +99,18 @@ def encode(config: EncodeConfig) -> Encoded:
     plans = make_plans(config, encoder.codec)
     for plan in plans:
         plan.require_same()
-    for plan in plans:
-        plan.require_same(write=True)
-    began, worker = time.perf_counter(), Worker(encoder)
-    indexes = iter(worker.make_all([job for plan in plans for job in list_jobs(plan)]))
-    by_plan = [(plan, list(islice(indexes, len(plan.shards)))) for plan in plans]
-    left_out = tuple(_list_left_out(*of_plan) for of_plan in by_plan)
-    infos = [[index.info for index in of_plan if index.info.clips] for _, of_plan in by_plan]
-    manifests = tuple(map(partial(_write_manifest, encoder), plans, infos, left_out))
-    for plan in plans:
-        remove_unfinished(plan.folder)  # of killed workers; a live one finds its shard there
-    clips = [info.clips for of_plan in infos for info in of_plan]
-    taken_s = time.perf_counter() - began
-    return Encoded(sum(clips), worker.clips, len(clips), manifests, taken_s, worker.bytes, left_out)
+    began = time.perf_counter()
+    indexes, made = make_all(encoder, [job for plan in plans for job in plan.jobs])
+    manifests, left_out = zip(*[_finish_set(encoder, plan, indexes) for plan in plans], strict=True)
+    return Encoded(
+        clips=sum(manifest.clips for manifest in manifests),
+        new_clips=sum(info.clips for info in made),
+        shards=sum(len(manifest.shards) for manifest in manifests),
+        manifests=tuple(storage.join(plan.folder, MANIFEST) for plan in plans),
+        seconds=time.perf_counter() - began,
+        bytes=sum(info.bytes for info in made),
+        left_out=left_out,
+    )
 
 
 def load_encoder(config: EncodeConfig) -> Encoder:
@@ -146,104 +122,102 @@ def load_encoder(config: EncodeConfig) -> Encoder:
     return Encoder(load_codec(config.codec).to(device), tower, config, device)
 
 
-def _list_left_out(plan: Plan, indexes: Sequence[Index]) -> LeftOut:
-    bad = {name: why for index in indexes for name, why in index.left_out.items()}
-    if not any(index.info.clips for index in indexes):
+def _finish_set(encoder: Encoder, plan: Plan, indexes: Mapping[str, Index]) -> tuple[Manifest, LeftOut]:
+    """Writes the manifest, and what the set leaves out; removes what killed workers left."""
+    of_set = [indexes[job.url] for job in plan.jobs]
+    infos = [index.info for index in of_set if index.info.clips]
+    bad = {name: why for index in of_set for name, why in index.left_out.items()}
+    if not infos:
         name, why = next(iter(bad.items()))
         raise UserError(f"no {plan.split} episode can be decoded; {name}: {why}")
-    return plan.left_out(bad)
-
-
-def _write_manifest(encoder: Encoder, plan: Plan, infos: Sequence[ShardInfo], left_out: LeftOut) -> str:
-    url = storage.join(plan.folder, MANIFEST)
-    with unless_there(url):
-        storage.write_text(storage.join(plan.folder, LEFT_OUT), json.dumps(asdict(left_out), indent=1) + "\n")
-        save_manifest(plan.manifest(encoder.codec, infos), url)
-    return url
+    manifest, left_out = plan.manifest(encoder.codec, infos), plan.left_out(bad)
+    storage.write_text(storage.join(plan.folder, LEFT_OUT), json.dumps(asdict(left_out), indent=1) + "\n")
+    save_manifest(manifest, storage.join(plan.folder, MANIFEST))
+    sweep(Path(plan.folder))
+    return manifest, left_out
 
 
 def drop_faulty(config: EncodeConfig) -> list[str]:
     """Removes the indexes of shards that are altered, damaged or made without an episode that could not be decoded, so
     that `encode` makes these shards again; a line for each. Of several workers, each reads its share."""
-    dropped = []
-    for plan in make_plans(config, load_encoder(config).codec):
+    dropped, codec = list[str](), load_encoder(config).codec
+    for plan in make_plans(config, codec):
         plan.require_same()
-        for job in list_jobs(plan)[from_launcher("RANK", 0) :: from_launcher("WORLD_SIZE", 1)]:
-            if fault := job.find_fault():
+        shapes = clip_shapes(plan.manifest(codec, ()))
+        for job in plan.jobs[from_launcher("RANK", 0) :: from_launcher("WORLD_SIZE", 1)]:
+            try:
+                require_whole(job, shapes)
+            except FAULT as error:
                 storage.remove(index_url(job.url))
-                dropped.append(f"{job.url}: {fault}")
+                dropped.append(f"{job.url}: {error}")
     return dropped
 
 
-class Worker:
-    """Makes shards. While the codec works, the next frames are decoded and the last shard is written."""
+def make_all(encoder: Encoder, jobs: Sequence[ShardJob]) -> tuple[dict[str, Index], list[ShardInfo]]:
+    """The shards' indexes by url, when all are there at once: another worker's `repair` may remove some meanwhile. And
+    the shards that this worker wrote."""
+    made = list[ShardInfo]()
+    while True:
+        made += make_missing(encoder, sort_jobs(jobs))
+        indexes = {job.url: index for job in jobs if (index := find_index(job))}
+        if len(indexes) == len(jobs):
+            return indexes, made
 
-    def __init__(self, encoder: Encoder) -> None:
-        self.encoder, self.config = encoder, encoder.config
-        self.clips, self.bytes = 0, 0  # made by this worker
-        self._overtaken = False  # another worker was first with a shard of this one
 
-    def make_all(self, jobs: Sequence[ShardJob]) -> list[Index]:
-        """The shards' indexes, when all are there at once: another worker's `repair` may remove some meanwhile."""
-        while True:
-            self.make_missing(sort_jobs(jobs))
-            indexes = [job.read_index() for job in jobs]
-            if all(indexes):
-                return [index for index in indexes if index]
-
-    def make_missing(self, jobs: Sequence[ShardJob]) -> None:
-        """Makes those of the shards that are not there when it comes to them."""
-        quiet = from_launcher("LOCAL_RANK", 0) > 0 or None  # None: shown on a terminal
-        total, writing = sum(job.clips for job in jobs), Future[None]()
-        writing.set_result(None)
-        with (
-            tqdm(total=total, desc="encode", unit="clip", smoothing=0.1, disable=quiet) as bar,
-            ThreadPoolExecutor(1, "write") as pool,
-        ):
-            started = ((job, self._decode(job)) for job in self._missing(jobs, bar))
-            coming = next(started, None)
-            while coming:
-                (planned, runs), coming = coming, next(started, None)  # whose first frames are decoded meanwhile
-                job, clips = self._encode(planned, runs, bar)
-                bar.update(planned.clips - len(clips))
-                writing.result()
-                writing = pool.submit(self._write, job, clips)
-                self.clips += len(clips)
-            writing.result()
-
-    def _missing(self, jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[ShardJob]:
-        remaining = list(jobs)
-        while remaining:
-            # Two workers without a number are at the same shards, until both go on in random order.
-            job = remaining.pop(random.randrange(len(remaining)) if self._overtaken else 0)
-            if job.read_index():
-                bar.update(job.clips)
-            else:
-                yield job
-
-    def _decode(self, job: ShardJob) -> PrefetchThread[Run]:
-        return PrefetchThread(cut_episodes(job.episodes, self.config), AHEAD * self.config.batch, "decode")
-
-    def _encode(self, job: ShardJob, runs: PrefetchThread[Run], bar: tqdm) -> tuple[ShardJob, list[Clip]]:
-        """The job and its clips, or if bad episodes are to be skipped, the job and the clips without them."""
-        while True:
+def make_missing(encoder: Encoder, jobs: Sequence[ShardJob]) -> list[ShardInfo]:
+    """Makes those of the shards that are not there when it comes to them; gives what it wrote. While the codec works,
+    the next frames are decoded and the last shard is written."""
+    quiet = from_launcher("LOCAL_RANK", 0) > 0 or None  # None: shown on a terminal
+    total, written = sum(job.clips for job in jobs), list[Future[ShardInfo | None]]()
+    with (
+        tqdm(total=total, desc="encode", unit="clip", smoothing=0.1, disable=quiet) as bar,
+        ThreadPoolExecutor(1, "write") as pool,
+        closing(
+            run_ahead(repeat(partial(next, _decode(jobs, bar), None)), 1, AHEAD * encoder.config.batch, "decode")
+        ) as decoded,
+    ):
+        for job, pairs in groupby(iter(partial(next, decoded), None), key=itemgetter(0)):
             clips = list[Clip]()
             try:
-                with closing(runs):
-                    for clip in encode_clips(self.encoder, job.episodes, runs):
-                        clips.append(clip)
-                        bar.update()
-                return job, clips
-            except BadEpisodeError as bad:
-                if self.config.on_bad_recording == "stop":
+                for clip in encode_clips(encoder, job.episodes, _runs(pairs)):
+                    clips.append(clip)
+                    bar.update()
+            except BadEpisodeError:
+                if job.config.on_bad_recording == "stop":
                     raise
-                job = job.without(bad)
-            bar.update(-len(clips))
-            runs = self._decode(job)
+                bar.update(-len(clips))  # the next job is this one without it
+                continue
+            if written:
+                written[-1].result()  # no more than two shards are in memory
+            written.append(pool.submit(_write, job, clips))
+    return [info for shard in written if (info := shard.result())]
 
-    def _write(self, job: ShardJob, clips: list[Clip]) -> None:
-        if job.read_index():
-            self._overtaken = True
-            return
-        with unless_there(index_url(job.url)):
-            self.bytes += write_shard(job.url, clips, job.left_out).bytes
+
+def _decode(jobs: Sequence[ShardJob], bar: tqdm) -> Iterator[Decoded]:
+    for job in jobs:
+        if find_index(job):
+            bar.update(job.clips)
+        else:
+            yield from _decode_job(job)
+
+
+def _decode_job(job: ShardJob) -> Iterator[Decoded]:
+    """The job with each of its runs, then with None; or with what is wrong with an episode, then the job without it."""
+    try:
+        yield from ((job, run) for run in cut_episodes(job.episodes, job.config))
+        yield job, None
+    except BadEpisodeError as bad:
+        yield job, bad
+        yield from _decode_job(job.without(bad.episode, bad))
+
+
+def _runs(decoded: Iterator[Decoded]) -> Iterator[Run]:
+    for _, run in decoded:
+        if isinstance(run, BadEpisodeError):
+            raise run
+        if run:
+            yield run
+
+
+def _write(job: ShardJob, clips: list[Clip]) -> ShardInfo | None:
+    return None if find_index(job) else write_shard(job.url, clips, job.left_out)

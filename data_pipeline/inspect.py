@@ -39,8 +39,7 @@ def inspect(config: InspectConfig) -> None:
         read = {"manifest": config.manifest, "codec": storage.files_at(config.codec) if config.codec else None}
         require_other_files([storage.join(config.out, "index.html")], read)
     shards = Shards(config.manifest, verify=False)
-    keys, mouse_deg = sample_actions(shards)
-    lines = summarise(config.manifest, shards, keys, mouse_deg)
+    lines, keys = summarise(shards)
     print("\n".join(lines))
     if config.out is not None:
         with storage.writing_folder(config.out, last="index.html") as folder:
@@ -62,32 +61,27 @@ def spread(shards: Shards, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, len(shards) - 1, min(wanted, len(shards))).astype(int)).tolist()
 
 
-def sample_actions(shards: Shards) -> tuple[dict[str, float], torch.Tensor]:
-    """Of some clips, the share of frames in which each key is held, and none; and the mouse (n 2) in degrees."""
-    clips, space = [shards.read(number) for number in spread(shards, COUNTED)], shards.manifest.game.action_space
-    keyboard, mouse = (torch.cat([clip[name] for clip in clips]) for name in ("keyboard", "mouse"))
-    keys = dict(zip(space.keys, keyboard.mean(0).tolist(), strict=True))
-    return {**keys, "none": (keyboard.sum(1) == 0).float().mean().item()}, mouse * space.mouse_unit_deg
-
-
-def summarise(url: str, shards: Shards, keys: dict[str, float], mouse_deg: torch.Tensor) -> list[str]:
-    """Lines about the set at `url`."""
+def summarise(shards: Shards) -> tuple[list[str], dict[str, float]]:
+    """Lines about the set; and of some clips, the share of frames in which each key is held, and none."""
     manifest, game, space = shards.manifest, shards.manifest.game, shards.manifest.game.action_space
-    megabytes = sum(info.bytes for info in manifest.shards) / 1e6
+    sample = [shards.read(number) for number in spread(shards, COUNTED)]
+    keyboard, mouse = (torch.cat([clip[name] for clip in sample]) for name in ("keyboard", "mouse"))
+    keys = dict(zip(space.keys, keyboard.mean(0).tolist(), strict=True))
+    keys["none"] = (keyboard.sum(1) == 0).float().mean().item()
+    megabytes, seconds = sum(shard.info.bytes for shard in shards.shards) / 1e6, manifest.clip_frames / game.fps
     clips = Counter(entry.episode for _, entry in shards.places).values()
     lines = [
-        f"{url}: {manifest.split}, {manifest.clips} clips in {len(manifest.shards)} shards, {megabytes:.1f} MB",
+        f"{manifest.split}: {len(shards)} clips in {len(shards.shards)} shards, {megabytes:.1f} MB",
         f"game {game.name!r}, {game.width}x{game.height} px, {game.fps:g} fps, action space {space.describe()}",
-        f"{manifest.layout} clips of {manifest.clip_frames} frames = {manifest.clip_latents} latents, "
-        f"{manifest.clip_frames / game.fps:.1f} s, codec {manifest.codec} {manifest.codec_hash}, "
-        f"plan {manifest.plan_hash}",
+        f"{manifest.layout} clips of {manifest.clip_frames} frames = {manifest.clip_latents} latents, {seconds:.1f} s",
+        f"codec {manifest.codec} {manifest.codec_hash}, plan {manifest.plan_hash}",
         f"{len(clips)} episodes of {min(clips)} to {max(clips)} clips",
         f"keys held: {', '.join(f'{key} {share:.0%}' for key, share in keys.items())}",
     ]
     if space.mouse:
-        pitch, yaw = mouse_deg.std(0).tolist()
+        pitch, yaw = (mouse * space.mouse_unit_deg).std(0).tolist()
         lines.append(f"mouse: standard deviation of pitch {pitch:.2f}, yaw {yaw:.2f} degrees per frame")
-    return lines
+    return lines, keys
 
 
 def caption(clip: Clip) -> str:

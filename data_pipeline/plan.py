@@ -2,17 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, replace
 from typing import Any, Literal
 
 from tqdm import tqdm
 
-from configs import storage, to_dict, within
+from configs import flat, storage, to_dict, within
 from configs.errors import UserError, one_line
 from configs.game import GameConfig
-from configs.untrusted import parse_object
+from configs.untrusted import parse_object, reading
 from data_pipeline.readers import Reader, Recording, count_cut, describe_crop, find_recordings, split_episodes
 from data_pipeline.readers.recording import BAD_RECORDING, say
 from data_pipeline.shards import INDEX, clip_key, count_latents
@@ -24,7 +23,6 @@ from model.vision import vision_hash
 
 PLAN = "plan.json"
 NO_FACTS = ("source", "out", "vision_weights", "device", "on_bad_recording")  # change no byte of a shard
-SHOWN = 60  # characters of a fact of another plan
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,25 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True)
+class ShardJob:
+    """A shard to be made unless it is there."""
+
+    config: EncodeConfig
+    url: str
+    episodes: Sequence[Episode]  # in order
+    left_out: Mapping[str, str] = field(default_factory=dict)  # episodes that could not be decoded, and why
+
+    @property
+    def clips(self) -> int:
+        return count_clips(self.config, self.episodes)
+
+    def without(self, episode: str, error: Exception) -> "ShardJob":
+        """The same shard as if the episode, which cannot be decoded, had not been planned."""
+        rest = [other for other in self.episodes if other.id != episode]
+        return replace(self, episodes=rest, left_out={**self.left_out, episode: describe_fault(self.config, error)})
+
+
+@dataclass(frozen=True)
 class LeftOut:
     """What a set leaves out of its recordings. Frames are counted at the game's rate, but for `cut_frames`."""
 
@@ -81,42 +98,37 @@ class Plan:
     config: EncodeConfig
     split: str
     facts: dict[str, Any]  # everything that decides what is in the shards; its hash is the manifest's plan_hash
-    shards: tuple[tuple[Episode, ...], ...]  # the episodes of each, in order
+    jobs: Sequence[ShardJob]
     unread: LeftOut  # before any frame is decoded
 
     @property
     def folder(self) -> str:
         return storage.join(self.config.out, self.split)
 
-    def require_same(self, write: bool = False) -> None:
-        """Raises UserError if the set's folder holds another plan, or shards without a plan; writes a missing one."""
+    def require_same(self) -> None:
+        """Writes the plan. Raises UserError if the set's folder holds another, or shards without one."""
         url = storage.join(self.folder, PLAN)
         if not storage.exists(url):
-            if write:
-                with unless_there(url):
-                    storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
-            elif not any(name.endswith(INDEX) for name in storage.list_folder(self.folder)):
-                return
-            # Looked at again: a worker that has just begun writes its plan before its shards.
-            if not storage.exists(url):
+            shards = any(name.endswith(INDEX) for name in storage.list_folder(self.folder))
+            if shards and not storage.exists(url):  # another worker writes its plan, then its shards
                 raise UserError(f"{self.folder} holds shards without their {PLAN}; delete them or give another out=")
-        try:
+            storage.create(url, (json.dumps(self.facts, indent=1) + "\n").encode())
+        with reading(url, f"delete {self.folder} or give another out="):
             facts = parse_object(storage.read_bytes(url), url)
-        except ValueError as error:
-            raise UserError(f"{error}; it is no plan: delete {self.folder} or give another out=") from error
-        for name, value in self.facts.items():
-            if facts.get(name) != value:
-                change = f"{name} {_describe_change(facts.get(name), value)}"
-                raise UserError(f"{self.folder} holds shards of another plan: {change}; give another out= or delete it")
+            theirs, ours = flat({name: facts.get(name) for name in self.facts}), flat(self.facts)
+        changed = [name for name in {**theirs, **ours} if theirs.get(name, MISSING) != ours.get(name, MISSING)]
+        if changed:
+            was, now = (f"{values.get(changed[0])!r:.60}" for values in (theirs, ours))
+            change = f"{changed[0]} was {was}, is {now}" + (f", and {len(changed) - 1} more" if changed[1:] else "")
+            raise UserError(f"{self.folder} holds shards of another plan: {change}; give another out= or delete it")
 
     def left_out(self, bad: Mapping[str, str]) -> LeftOut:
         """What the set leaves out if the episodes `bad` (id: why) cannot be decoded."""
         config, unused = self.config, 0
-        for episode in (episode for shard in self.shards for episode in shard if episode.id not in bad):
-            frames, clips = len(episode.actions), count_clips(config, [episode])
-            unused += frames - config.clip_frames - (clips - 1) * min(config.stride, config.clip_frames)
-        bad_recordings = {**self.unread.bad_recordings, **bad}
-        return replace(self.unread, bad_recordings=bad_recordings, other_frames=unused)
+        for episode in (episode for job in self.jobs for episode in job.episodes if episode.id not in bad):
+            covered = config.clip_frames + (count_clips(config, [episode]) - 1) * min(config.stride, config.clip_frames)
+            unused += len(episode.actions) - covered
+        return replace(self.unread, bad_recordings={**self.unread.bad_recordings, **bad}, other_frames=unused)
 
     def manifest(self, codec: Codec, shards: Sequence[ShardInfo]) -> Manifest:
         """The set's manifest."""
@@ -150,15 +162,12 @@ def make_plans(config: EncodeConfig, codec: Codec) -> list[Plan]:
     recordings = find_recordings(config.reader, config.source)
     train, heldout = split_episodes(recordings, config.heldout_every)
     if config.heldout_every and not heldout:
-        raise UserError(
-            f"{len(recordings)} recordings hold out none with heldout_every={config.heldout_every}; "
-            "record more or set it smaller (0 holds out nothing)"
-        )
+        raise UserError(f"heldout_every={config.heldout_every} holds out none of {len(recordings)} recordings")
     splits = {"train": train} | ({"heldout": heldout} if heldout else {})
     with tqdm(total=len(recordings), desc="check recordings", unit="recording", disable=None) as bar:
         plans = [_make_plan(config, codec, split, *_read_all(config, part, bar)) for split, part in splits.items()]
-    crop = describe_crop([episode for plan in plans for shard in plan.shards for episode in shard], config.game)
-    if crop:
+    planned = [episode for plan in plans for job in plan.jobs for episode in job.episodes]
+    if crop := describe_crop(planned, config.game):
         say(crop)
     return plans
 
@@ -186,16 +195,18 @@ def describe_fault(config: EncodeConfig, error: Exception) -> str:
 
 
 def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Episode], left_out: LeftOut) -> Plan:
-    shards, group = list[tuple[Episode, ...]](), list[Episode]()
+    groups, group = list[list[Episode]](), list[Episode]()
     for episode in episodes:
         group += [episode] if clip_starts(config, len(episode.actions)) else []
         if count_clips(config, group) >= config.shard_clips:
-            shards, group = [*shards, tuple(group)], []
-    shards += [tuple(group)] if group else []
-    if not shards:
+            groups, group = [*groups, group], []
+    groups += [group] if group else []
+    if not groups:
         bad = "".join(f"; {name} cannot be read: {why}" for name, why in [*left_out.bad_recordings.items()][:1])
         raise UserError(f"none of the {len(episodes)} {split} episodes has {config.clip_frames} frames, a clip{bad}")
-    _require_distinct_keys([episode.id for shard in shards for episode in shard])
+    _require_distinct_keys([episode.id for group in groups for episode in group])
+    urls = (storage.join(config.out, f"{split}/shard-{i:06d}.tar") for i in range(len(groups)))
+    jobs = [ShardJob(config, url, group) for url, group in zip(urls, groups, strict=True)]
     facts = {
         **{name: value for name, value in to_dict(config).items() if name not in NO_FACTS},
         "codec": codec.config.name,
@@ -204,7 +215,7 @@ def _make_plan(config: EncodeConfig, codec: Codec, split: str, episodes: list[Ep
         "split": split,
         "episodes": {episode.id: _fingerprint(episode) for episode in episodes},
     }
-    return Plan(config, split, facts, tuple(shards), left_out)
+    return Plan(config, split, facts, jobs, left_out)
 
 
 def clip_starts(config: EncodeConfig, frames: int) -> range:
@@ -226,22 +237,3 @@ def _require_distinct_keys(episodes: Sequence[str]) -> None:
     for episode in episodes:
         if (other := by_key.setdefault(clip_key(episode, 0), episode)) != episode:
             raise UserError(f"episodes {other!r} and {episode!r} have the same name in a shard; rename one")
-
-
-def _describe_change(old: Any, new: Any) -> str:
-    if not isinstance(old, dict) or not isinstance(new, dict):
-        return f"was {old!r:.{SHOWN}}, is {new!r:.{SHOWN}}"
-    names = [name for name in {**old, **new} if (name in old, old.get(name)) != (name in new, new.get(name))]
-    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"{names[0]} {_describe_change(old.get(names[0]), new.get(names[0]))}{more}"
-
-
-@contextmanager
-def unless_there(url: str) -> Iterator[None]:
-    """Ignores an OSError while writing what all workers write alike, if it is there: another worker that was done first
-    may have removed this one's temporary file."""
-    try:
-        yield
-    except OSError:
-        if not storage.exists(url):
-            raise

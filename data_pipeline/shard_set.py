@@ -1,7 +1,6 @@
 """One shard set or several as clips by number: opened, compared with the manifests, read by offset."""
 
 import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -24,9 +23,8 @@ class ShardFile:
     """One shard of a set. The first reader compares its bytes; after `TRIES` faults it is not looked at again."""
 
     def __init__(self, manifest: str, info: ShardInfo, verify: bool, copy: bool) -> None:
-        self.manifest, self.info, self.url = manifest, info, shard_url(manifest, info)
-        self._copy = copy and storage.is_s3(self.url)
-        self._trusted = not verify
+        self.info, self.url, self._manifest = info, shard_url(manifest, info), manifest
+        self._copy, self._trusted = copy and storage.is_s3(self.url), not verify
         self._fault, self._tries = "", TRIES
         self._lock = threading.Lock()
 
@@ -36,18 +34,17 @@ class ShardFile:
         try:
             return read_entries(self.url, self.info)
         except FAULT as error:
-            self._fault, self._tries = str(error), 0
-            if faults:
-                return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
-            raise self._error() from error
+            self._note(error)
+            self._tries = 0
+            if not faults:
+                raise UserError(self._fault) from error
+            return [Entry("?", "?", 0, 0, 0, 0, 0)] * self.info.clips  # its clips keep their numbers
 
     @contextmanager
     def open(self) -> Iterator[str]:
         """The url or the path to read from. Raises UserError for a shard that is not as its manifest says."""
         with ExitStack() as stack:
             with self._lock:
-                if not self._tries:
-                    raise self._error()
                 url = self._check(stack)
             try:
                 yield url
@@ -57,19 +54,21 @@ class ShardFile:
                 raise
 
     def _check(self, stack: ExitStack) -> str:
-        try:
-            if self._copy:
-                return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
-            if not self._trusted and storage.sha256(self.url) != self.info.sha256:
-                raise UserError(ALTERED)
-            self._trusted = True
-            return self.url
-        except (UserError, FileNotFoundError) as error:
-            self._fault, self._tries = str(error), self._tries - 1
-            raise self._error() from error
+        while self._tries:
+            try:
+                if self._copy:
+                    return str(stack.enter_context(storage.cached_file(self.url, self.info.bytes, self.info.sha256)))
+                if not self._trusted and storage.sha256(self.url) != self.info.sha256:
+                    raise UserError(ALTERED)
+                self._trusted = True
+                return self.url
+            except FAULT as error:
+                self._note(error)
+        raise UserError(self._fault)
 
-    def _error(self) -> UserError:
-        return UserError(f"shard {self.url}: {self._fault}; run python -m data_pipeline verify {self.manifest}")
+    def _note(self, error: Exception) -> None:
+        self._fault = f"shard {self.url}: {error}; run python -m data_pipeline verify {self._manifest}"
+        self._tries -= 1
 
 
 class Shards:
@@ -100,10 +99,10 @@ class Shards:
         return len(self.places)
 
     def read(self, number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), start ()."""
+        """The tensors of a clip: latents (c f h w), keyboard (n k), mouse (n 2), and those that its kind adds."""
         buffer = BatchBuffer(1)
         self.read_into(number, buffer, 0)
-        return {name: tensor[0] for name, tensor in buffer.tensors().items()}
+        return {name: tensor[0] for name, tensor in buffer.tensors.items() if name != "start"}
 
     def read_into(self, number: int, buffer: BatchBuffer, row: int) -> None:
         """As `read`, into a row of the buffer."""
@@ -114,7 +113,7 @@ class Shards:
     def clip(self, number: int) -> Clip:
         """A whole clip, first frame and names too."""
         shard, entry = self.places[number]
-        tensors = {name: tensor for name, tensor in self.read(number).items() if name != "start"}
+        tensors = self.read(number)
         with self.shards[shard].open() as url:
             jpeg = storage.read_range(url, entry.jpeg_offset, entry.jpeg_size)
         return Clip(first_frame=jpeg, episode=entry.episode, start=entry.start, **tensors)
@@ -128,10 +127,6 @@ class Shards:
 def load_manifests(sources: Sequence[Source]) -> list[Manifest]:
     """Their manifests. Raises UserError for one that is not there, or is of another kind than the first."""
     manifests = [load_manifest(source.path) for source in sources]
-    for source, manifest in zip(sources, manifests, strict=True):
-        for name, times in Counter(info.url for info in manifest.shards).items():
-            if times > 1:
-                raise UserError(f"{source.path} lists {name} {times} times; encode into a new folder")
     for source, manifest in zip(sources[1:], manifests[1:], strict=True):
         require_same_kind(manifests[0], sources[0].path, manifest, source.path)
     return manifests
@@ -153,6 +148,4 @@ def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> 
     """Raises UserError, naming both, unless the clips' action vectors mean what `whose` mean."""
     own = manifest.game.action_space
     if own.hash != space.hash:
-        raise UserError(
-            f"the clips have the action space {own.describe()}, {whose} {space.describe()}; they must match"
-        )
+        raise UserError(f"the clips have action space {own.describe()}, {whose} {space.describe()}; they must match")

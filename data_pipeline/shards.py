@@ -11,7 +11,7 @@ import re
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,10 +27,8 @@ from model.layout import CHUNK_FRAMES, CHUNK_LATENTS
 MANIFEST, INDEX = "manifest.json", ".index.json"
 VERIFY = "verify the set (python -m data_pipeline verify MANIFEST)"
 AGAIN = "delete it and run the same encode command again"
-CLIP_BYTES = 1 << 30  # of one clip at most; an index that says more is wrong
-SHARD_CLIPS = 10_000_000  # of one shard at most
+HEADER_BYTES = 1 << 20  # of a clip's tensors at most; they take less than 1 kB
 ALIGNMENT = 64  # bytes, of a clip's latents in its shard: copying them is faster then
-TENSORS = {"latents", "keyboard", "mouse", "start", "visual", "image_latents"}  # that a clip may hold
 DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "I64": torch.int64}  # safetensors' names of their types
 
 Shapes = Mapping[str, tuple[int, ...]]  # of a clip's tensors
@@ -47,6 +45,13 @@ class Entry(NamedTuple):
     size: int
     jpeg_offset: int
     jpeg_size: int
+
+    def members(self) -> list[tuple[str, int, int]]:
+        """Name, offset and size of the clip's two members, in their order."""
+        return [
+            (f"{self.key}.jpg", self.jpeg_offset, self.jpeg_size),
+            (f"{self.key}.safetensors", self.offset, self.size),
+        ]
 
 
 class Index(NamedTuple):
@@ -77,10 +82,17 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
     Without clips, only the index is written."""
     info, entries = ShardInfo(storage.name_of(url), 0, 0, "", ()), list[Entry]()
     if clips:
+        keys = [(clip_key(clip.episode, clip.start), clip.episode, clip.start) for clip in clips]
+        owner = {"user": "worldloom", "group": "worldloom", "mtime": 0}
         with storage.writing(url) as part:
-            entries = _write_tar(part, clips)
-            episodes = tuple(dict.fromkeys(entry.episode for entry in entries))
-            info = ShardInfo(info.url, len(entries), part.stat().st_size, storage.sha256(part), episodes)
+            with open(part, "wb") as file, TarWriter(file, encoder=False, **owner) as tar:
+                for (key, _, _), clip in zip(keys, clips, strict=True):
+                    tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
+            members = list_members(part)
+            spans = zip(keys, members[::2], members[1::2], strict=True)
+            entries = [Entry(*key, *tensors[1:], *jpeg[1:]) for key, jpeg, tensors in spans]
+            episodes = tuple(dict.fromkeys(clip.episode for clip in clips))
+            info = ShardInfo(info.url, len(clips), part.stat().st_size, storage.sha256(part), episodes)
     else:
         storage.remove(url)  # one that was made when its episodes could be decoded
     content = {"shard": to_dict(info), "clips": entries} | ({"left_out": dict(left_out)} if left_out else {})
@@ -88,17 +100,10 @@ def write_shard(url: str, clips: Sequence[Clip], left_out: Mapping[str, str] = {
     return info
 
 
-def _write_tar(path: Path, clips: Sequence[Clip]) -> list[Entry]:
-    keys = [clip_key(clip.episode, clip.start) for clip in clips]
-    with open(path, "wb") as file, TarWriter(file, user="worldloom", group="worldloom", mtime=0, encoder=False) as tar:
-        for key, clip in zip(keys, clips, strict=True):
-            tar.write({"__key__": key, "jpg": clip.first_frame, "safetensors": pack_clip(clip)})
-    with tarfile.open(path) as tar:
-        where = {member.name: (member.offset_data, member.size) for member in tar}
-    return [
-        Entry(key, clip.episode, clip.start, *where[f"{key}.safetensors"], *where[f"{key}.jpg"])
-        for key, clip in zip(keys, clips, strict=True)
-    ]
+def list_members(path: Path) -> list[tuple[str, int, int]]:
+    """Name, offset and size of each member of a tar."""
+    with tarfile.open(path, "r:") as tar:
+        return [(member.name, member.offset_data, member.size) for member in tar]
 
 
 def pack_clip(clip: Clip) -> bytes:
@@ -127,102 +132,76 @@ class BatchBuffer:
     def __init__(self, b: int, pin_memory: bool = False) -> None:
         self.b, self.pin_memory = b, pin_memory
         self.layout: TensorLayout = {}
-        self._bytes: dict[str, torch.Tensor] = {}  # (b size) uint8
+        self.tensors: dict[str, torch.Tensor] = {}  # (b ...) by name
 
     def row(self, i: int, layout: TensorLayout, clip: str) -> dict[str, memoryview]:
         """The bytes of row `i` by tensor. Raises UserError, naming `clip`, for another layout than the first clip's."""
         if not self.layout:
-            self.layout = layout
-            sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in layout.items()}
-            self._bytes = {name: self._allocate(size) for name, size in sizes.items()}
+            self.layout, self.tensors = layout, {name: self._allocate(*tensor) for name, tensor in layout.items()}
         if layout != self.layout:
             raise UserError(f"{clip} has {layout}, others {self.layout}; encode them alike")
-        return {name: tensor[i].numpy().data for name, tensor in self._bytes.items()}
+        return {name: tensor[i].flatten().view(torch.uint8).numpy().data for name, tensor in self.tensors.items()}
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """(b ...) by name."""
-        return {
-            name: self._bytes[name].view(dtype).view(self.b, *shape)
-            if math.prod(shape)
-            else torch.empty(self.b, *shape, dtype=dtype)  # such as the mouse of a game without one
-            for name, (dtype, shape) in self.layout.items()
-        }
-
-    def _allocate(self, size: int) -> torch.Tensor:
-        if self.pin_memory:  # torch uses it again, but not before copies from it to a GPU have ended
-            return torch.empty(self.b, size, dtype=torch.uint8, pin_memory=True)
-        return torch.from_numpy(np.empty((self.b, size), np.uint8))  # NumPy asks for large pages, torch does not
+    def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        if self.pin_memory or 0 in shape:  # torch reuses pinned memory, but not before copies from it to a GPU end
+            return torch.empty(self.b, *shape, dtype=dtype, pin_memory=self.pin_memory)
+        memory = np.empty((self.b, math.prod(shape) * dtype.itemsize), np.uint8)  # in large pages, unlike torch's
+        return torch.from_numpy(memory).view(dtype).view(self.b, *shape)
 
 
 def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, buffer: BatchBuffer, row: int) -> None:
     """Reads a clip's tensors into a row of the buffer; of a local file each is copied once.
 
-    Raises UserError, naming the `url` of the shard, if the clip is damaged or has not the `shapes`.
+    Raises UserError, naming the `url` of the shard, if the clip is damaged or does not have the `shapes`.
     """
-    layout, first = _read_layout(file, url, entry)
-    for name, shape in shapes.items():
-        there = layout[name][1] if name in layout else None
-        if there != shape:
-            raise UserError(f"{url}: clip {entry.key} has {name} of the shape {there}, not {shape}; {VERIFY}")
+    with reading(url, VERIFY):
+        file.seek(entry.offset)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(entry.size - 8, HEADER_BYTES):
+            raise UserError(f"clip {entry.key} has a header of {length} bytes")
+        header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
+        header.pop("__metadata__", None)
+        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])  # which follow without gaps
+        layout = {name: (DTYPES[tensor["dtype"]], tuple(tensor["shape"])) for name, tensor in tensors}
+        there = {name: shape for name, (_, shape) in layout.items()}
+        if any(type(size) is not int or size < 0 for shape in there.values() for size in shape):
+            raise UserError(f"clip {entry.key} has an impossible shape")
+        if {**there, "visual": ()} != {**shapes, "visual": ()}:  # whose size is the vision tower's
+            raise UserError(f"clip {entry.key} has the shapes {there}, not {shapes}")
+        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
+        if size != entry.size - 8 - length:
+            raise UserError(f"clip {entry.key} has {entry.size - 8 - length} bytes of tensors, not {size}")
     rows = buffer.row(row, layout, f"{url}: clip {entry.key}")
-    file.seek(first)
+    file.seek(entry.offset + 8 + length)
     for name in layout:
         if (read := file.readinto(rows[name])) != len(rows[name]):
             raise UserError(f"{url} is truncated: {read} of {len(rows[name])} bytes of {entry.key}; {VERIFY}")
 
 
-def _read_layout(file: io.BufferedIOBase, url: str, entry: Entry) -> tuple[TensorLayout, int]:
-    """The clip's layout, and the offset in the shard of its first tensor; the others follow without gaps."""
-    with reading(url, VERIFY):
-        file.seek(entry.offset)
-        length = int.from_bytes(file.read(8), "little")
-        if length > entry.size - 8:
-            raise UserError(f"clip {entry.key} has a header of {length} bytes")
-        header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
-        header.pop("__metadata__", None)
-        tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        layout = {name: (DTYPES[tensor["dtype"]], tuple(tensor["shape"])) for name, tensor in tensors}
-        if any(type(size) is not int or size < 0 for _, shape in layout.values() for size in shape):
-            raise UserError(f"clip {entry.key} has an impossible shape")
-        size = sum(math.prod(shape) * dtype.itemsize for dtype, shape in layout.values())
-        if not layout.keys() <= TENSORS or size != entry.size - 8 - length:
-            raise UserError(f"clip {entry.key} has {size} bytes of {', '.join(layout)}, not {entry.size - 8 - length}")
-    return layout, entry.offset + 8 + length
-
-
 def read_index(url: str) -> Index:
     """The index of the shard at `url`."""
     path = index_url(url)
-    try:
-        data = storage.read_bytes(path)
-    except FileNotFoundError as error:
-        raise MissingFileError(f"{path} is missing; run the same encode command again") from error
+    loaded = parse_object(storage.read_bytes(path), path)
     with reading(path, AGAIN):
-        loaded = parse_object(data, path)
         info = build_from(ShardInfo, loaded["shard"], path)
-        entries = [_read_entry(entry, info) for entry in loaded["clips"]]
+        entries = [Entry(*values) for values in loaded["clips"]]
+        for entry in entries:
+            _require_possible_entry(entry, info.bytes)
         left_out = {str(name): str(why) for name, why in dict(loaded.get("left_out", {})).items()}
     return Index(info, entries, left_out)
 
 
-def _read_entry(values: Any, info: ShardInfo) -> Entry:
-    entry = Entry(*values)
-    numbers = entry[2:]
-    if not isinstance(entry.key, str) or not isinstance(entry.episode, str) or any(type(n) is not int for n in numbers):
-        raise UserError(f"{values!r:.80} is no clip")
-    largest = min(info.bytes, CLIP_BYTES)
-    for offset, size in (numbers[1:3], numbers[3:5]):
-        if offset < 0 or not 0 <= size <= largest or offset + size > info.bytes:
-            raise UserError(f"clip {entry.key:.80} lies at {offset}, {size} bytes of {info.bytes}, which cannot be")
-    return entry
+def _require_possible_entry(entry: Entry, shard_bytes: int) -> None:
+    if [type(value) for value in entry] != [str, str, int, int, int, int, int]:
+        raise UserError(f"{list(entry)!r:.80} is no clip")
+    for name, offset, size in entry.members():
+        if min(offset, size) < 0 or offset + size > shard_bytes:
+            raise UserError(f"{name:.80} lies at {offset}, {size} bytes of {shard_bytes}, which cannot be")
 
 
 def read_entries(url: str, info: ShardInfo) -> list[Entry]:
     """The index entries of the shard at `url`. Raises UserError if its size or its index is not as `info` says."""
-    try:
-        size = storage.path(url).stat().st_size
-    except FileNotFoundError as error:
-        raise UserError("missing") from error
+    size = storage.path(url).stat().st_size
     if size != info.bytes:
         raise UserError(f"truncated or grown: {size} bytes, not {info.bytes}")
     index = read_index(url)
@@ -262,18 +241,15 @@ def count_latents(layout: str, frames: int, temporal: int) -> int:
 
 def _require_possible(manifest: Manifest) -> None:
     """Raises UserError for a manifest that no encoding can have written."""
-    if min(manifest.spatial, manifest.temporal) < 1:
-        raise UserError(f"spatial={manifest.spatial} and temporal={manifest.temporal} must be at least 1")
     latents = count_latents(manifest.layout, manifest.clip_frames, manifest.temporal)
     if manifest.clip_latents != latents:
         raise UserError(f"clip_latents={manifest.clip_latents} must be {latents}")
-    channels, mean, std = manifest.latent_channels, manifest.latent_mean, manifest.latent_std
-    if not channels == len(mean) == len(std) > 0 or min(std) <= 0:
-        raise UserError(f"latent_mean and latent_std must be {channels} numbers each, those of std above 0")
-    if not manifest.shards:
-        raise UserError("it lists no shards")
+    if not manifest.latent_channels == len(manifest.latent_mean) == len(manifest.latent_std):
+        raise UserError(f"latent_mean and latent_std must be {manifest.latent_channels} numbers each")
+    names = [info.url for info in manifest.shards]
+    if not names or len(set(names)) < len(names):
+        raise UserError("it lists no shards, or one twice")
     for info in manifest.shards:
         # A bare name; the file may be a link to where the bytes lie, as in caches of downloads.
-        named = "/" not in require_inside(info.url, "the manifest") and info.url.isprintable()
-        if not named or not 1 <= info.clips <= SHARD_CLIPS or info.bytes < 1:
-            raise UserError(f"shard {info.url!r:.80} of {info.clips} clips and {info.bytes} bytes is impossible")
+        if "/" in require_inside(info.url, "the manifest") or not info.url.isprintable() or not info.clips:
+            raise UserError(f"shard {info.url!r:.80} of {info.clips} clips is impossible")

@@ -7,7 +7,7 @@ not depend on the number of ranks or workers. A batch that reaches the end of an
 """
 
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -17,10 +17,11 @@ from typing import Literal
 from configs import within
 from configs.errors import UserError
 from data_pipeline.order import Order
-from data_pipeline.prefetch import PrefetchThread
+from data_pipeline.prefetch import run_ahead
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import BatchBuffer
 from data_pipeline.types import Batch, Source
+from data_pipeline.verify import FAULT
 
 AHEAD = 4  # batches
 
@@ -33,16 +34,6 @@ class LoaderConfig:
     # server are copied to this machine before they are used, and the cache (WORLDLOOM_CACHE_GB) should hold two groups.
     shuffle_shards: int = within(0, 1_000_000, 0)
     on_corrupt: Literal["stop", "skip"] = "stop"  # skip: the next clip is taken, and it is counted (skipped_clips)
-
-
-def require_shards(shards: int, world: int, workers: int, manifest: str) -> None:
-    """Raises UserError if there are fewer shards than loader workers of all ranks."""
-    readers = world * max(1, workers)
-    if shards < readers:
-        raise UserError(
-            f"{manifest}: {shards} shards for {readers} loader workers (ranks x workers); write more shards (encode "
-            "with a smaller shard_clips), or use fewer workers or ranks"
-        )
 
 
 class Stream:
@@ -60,7 +51,6 @@ class Stream:
         self.batch, self.workers, self.loader = batch, workers, loader
         self.rank, self.world = place
         self.shards = Shards(sources, copies=loader.shuffle_shards > 0, faults=loader.on_corrupt == "skip")
-        require_shards(len(self.shards.shards), self.world, workers, self.shards.sources[0].path)
         counts = [[info.clips for info in manifest.shards] for manifest in self.shards.manifests]
         self.order = Order(counts, [source.weight for source in self.shards.sources], seed, loader.shuffle_shards)
         for source, clips in zip(self.shards.sources, self.order.clips_per_set, strict=True):
@@ -74,11 +64,10 @@ class Stream:
     def batch_at(self, micro_step: int, pin_memory: bool = False) -> Batch:
         """The batch of a micro-step, whatever was read before."""
         first, buffer = self._first_sample(micro_step), BatchBuffer(self.batch, pin_memory)
-        read = [self._read(first + row, buffer, row) for row in range(self.batch)]
-        entries = [self.shards.places[number][1] for number, _ in read]
-        tensors = {name: tensor for name, tensor in buffer.tensors().items() if name != "start"}
-        ids = tuple(f"{entry.episode}:{entry.start}" for entry in entries)
-        return Batch(ids=ids, skipped=sum(skipped for _, skipped in read), **tensors)
+        clips, skipped = zip(*[self._read(first + row, buffer, row) for row in range(self.batch)], strict=True)
+        entries = [self.shards.places[clip][1] for clip in clips]
+        tensors = {name: tensor for name, tensor in buffer.tensors.items() if name != "start"}
+        return Batch(ids=tuple(f"{entry.episode}:{entry.start}" for entry in entries), skipped=sum(skipped), **tensors)
 
     def _first_sample(self, micro_step: int) -> int:
         return (micro_step * self.world + self.rank) * self.batch
@@ -98,8 +87,7 @@ class Stream:
                     return number, skipped
                 except (ValueError, OSError) as error:
                     fault = error
-                    damaged = isinstance(error, ValueError | FileNotFoundError)
-                    if last and not (damaged and self.loader.on_corrupt == "skip"):
+                    if last and not (isinstance(error, FAULT) and self.loader.on_corrupt == "skip"):
                         raise
         raise UserError(f"no clip of {self.shards.sources[0].path} can be read, the last one because: {fault}")
 
@@ -108,23 +96,19 @@ class Stream:
 
         What goes wrong while reading is raised when that batch is asked for. Closing the iterator ends the threads.
         """
-        read = partial(self.batch_at, pin_memory=pin_memory)
+        calls = (partial(self.batch_at, step, pin_memory) for step in count(start))
         if not self.workers:
-            yield from map(read, count(start))
-            return
-        steps = [count(start + worker, self.workers) for worker in range(self.workers)]
-        readers = [PrefetchThread(map(read, of_worker), -(-AHEAD // self.workers), "stream") for of_worker in steps]
-        copier, copies, group = ThreadPoolExecutor(1, "copy"), list[Future[None]](), None
+            yield from (call() for call in calls)
+        batches = run_ahead(calls, self.workers, max(AHEAD, self.workers), "stream")
+        copier, group = ThreadPoolExecutor(1, "copy"), None
         try:
             for step in count(start):
                 if self.loader.shuffle_shards and group != (now := self.order.group(self._first_sample(step))):
-                    for copy in copies:  # of shards that are read now
-                        copy.cancel()
-                    group, following = now, self.order.shards_after(*now, self.batch, self.rank, self.world)
-                    # An error stays in its future: it comes again when a clip of that shard is read.
-                    copies = [copier.submit(self.shards.fetch, shard) for shard in following]
-                yield next(readers[(step - start) % self.workers])
+                    group = now
+                    for shard in self.order.shards_after(*group, self.batch, self.rank, self.world):
+                        # An error stays in its future: it comes again when a clip of that shard is read.
+                        copier.submit(self.shards.fetch, shard)
+                yield next(batches)
         finally:
-            for reader in readers:
-                reader.close()
+            batches.close()
             copier.shutdown(cancel_futures=True)

@@ -113,8 +113,8 @@ class ShardInfo:
     """One tar of the set."""
 
     url: str  # file name, beside the manifest
-    clips: int
-    bytes: int
+    clips: int = within(0, 10_000_000)
+    bytes: int = within(0, 1 << 60)
     sha256: str
     episodes: tuple[str, ...]
 
@@ -127,15 +127,15 @@ class Manifest:
     layout: Layout
     clip_frames: int  # pixel frames of one clip
     clip_latents: int  # latent frames of one clip
-    latent_channels: int
+    latent_channels: int = within(1, 1 << 16)
     codec: str  # name of the codec
     codec_hash: str  # SHA-256 of its weights, first 12 hex digits
     latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...]
+    latent_std: tuple[float, ...] = within(1e-9, 1e9)
     plan_hash: str  # over everything that decides what is in the shards
     split: str  # train or heldout
-    spatial: int = 8  # pixels per latent, each way
-    temporal: int = 4  # frames per latent, after the first
+    spatial: int = within(1, 1024, 8)  # pixels per latent, each way
+    temporal: int = within(1, 1024, 4)  # frames per latent, after the first
     vision: Vision = "none"  # CLIP tokens that the clips carry
     unknown: CondFill = "zeros"  # of the conditioning's latents that are not given; grey: the clips carry it
     shards: tuple[ShardInfo, ...] = field(default_factory=tuple)

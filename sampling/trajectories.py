@@ -15,7 +15,8 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.motion import EXPECTED
-from data_pipeline.readers import Reader, find_recordings, read_game_frames, recording_of
+from data_pipeline.readers import Reader, find_recordings, read_game_frames
+from data_pipeline.readers.recording import recording_of
 from data_pipeline.types import Actions, Episode, Manifest
 from data_pipeline.video import to_video
 from model.layout import CHUNK_FRAMES

@@ -26,13 +26,13 @@ def watch(name):
     owner = reduce(getattr, path, import_module(module))
     original = getattr(owner, attribute)
 
-    def watched(*given, **named):
+    def watched(*args, **settings):
         awaited.discard(name)
         calls.extend([1] if name == last and not awaited else [])
         dies = name == last and len(calls) == int(call)
         if dies and when == "before":
             os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*given, **named)
+        result = original(*args, **settings)
         if dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return result

@@ -40,8 +40,9 @@ def pick(tape: Tape, frames: Any = None, rows: Any = None) -> Tape:
 
 def plant_shift(late: int, every: int = 1) -> Planted:
     """Inputs that are `late` frames late, or early if it is below 0."""
-    early, late = slice(max(late, 0), -max(-late, 0) or None), slice(max(-late, 0), -max(late, 0) or None)
-    return Planted("shift", lambda tape, _: pick(tape, early, late), every)
+    first, last = max(late, 0), max(-late, 0)
+    frames, rows = slice(first, -last or None), slice(last, -first or None)
+    return Planted("shift", lambda tape, _: pick(tape, frames, rows), every)
 
 
 def plant_mouse(fault: str, factor: Any, every: int = 1) -> Planted:

@@ -88,11 +88,11 @@ def test_by_default_a_bad_recording_stops_and_a_mended_one_goes_on(spoilt, made,
     assert "no file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "source" / "episode_00003")
     config = replace(config, heldout_every=0)
-    with pytest.raises(ValueError, match=r"source/episode_00000/video\.mp4"):
+    with pytest.raises(ValueError, match=r"source/episode_0000[047]/video\.mp4"):
         encode(config)
     skipping = replace(config, on_bad_recording="skip")
     assert encode(skipping).clips == 6  # of the same plan
-    with pytest.raises(ValueError, match=r"episode_00000/video\.mp4"):  # a shard that skipped it does not count
+    with pytest.raises(ValueError, match=r"episode_0000[047]/video\.mp4"):  # a shard that skipped it does not count
         encode(config)
 
 

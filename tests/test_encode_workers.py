@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tiny_shards import read_tree
 from configs import storage
 from configs.game import InputConfig
 from configs.s3 import upload
-from data_pipeline.encode import ShardJob, Worker, encode, sort_jobs
+from data_pipeline.encode import encode, make_missing, sort_jobs
 from data_pipeline.plan import make_plans
 from data_pipeline.resample import resample
 from data_pipeline.shards import index_url
@@ -73,32 +73,35 @@ def test_a_worker_is_killed_at_the_moment_that_is_named(moment, config, encoded,
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
-@pytest.mark.parametrize("moment", ["encoding", "between shard and index"])
-def test_the_others_take_over_from_a_worker_that_is_killed(moment, config, encoded, game_yaml, tmp_path):
-    assert start_workers(config, game_yaml, 2, {0: moment}) == [-signal.SIGKILL, 0]
+@pytest.mark.parametrize(
+    ("dying", "statuses"),
+    [
+        ({0: "encoding"}, [-signal.SIGKILL, 0]),
+        ({0: "between shard and index"}, [-signal.SIGKILL, 0]),
+        ({0: "writing a shard", 1: "beginning a shard"}, [-signal.SIGKILL] * 2),
+    ],
+)
+def test_the_others_or_one_started_again_take_over_from_workers_that_are_killed(
+    dying, statuses, config, encoded, game_yaml, tmp_path
+):
+    assert start_workers(config, game_yaml, 2, dying) == statuses
+    assert (read_tree(tmp_path) == read_tree(encoded)) == (0 in statuses)
+    encode(config)
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
 def test_a_shard_that_another_worker_drops_late_is_made_again(config, encoded, tmp_path, monkeypatch):
     """As by several that `repair`: one finds a fault in a shard that the other has counted as there."""
-    make, passes = Worker.make_missing, []
+    passes = []
 
-    def make_and_lose(worker: Worker, jobs: Sequence[ShardJob]) -> None:
-        make(worker, jobs)
-        passes.append(worker)
+    def make_and_lose(encoder, jobs):
+        passes.append(made := make_missing(encoder, jobs))
         if len(passes) < 3:
             storage.remove(index_url(jobs[0].url))
+        return made
 
-    monkeypatch.setattr(Worker, "make_missing", make_and_lose)
+    monkeypatch.setattr("data_pipeline.encode.make_missing", make_and_lose)
     assert encode(config).new_clips == 12 + 2 * 2 and len(passes) == 3
-    assert read_tree(tmp_path) == read_tree(encoded)
-
-
-def test_all_killed_in_the_middle_and_one_started_again(config, encoded, game_yaml, tmp_path):
-    killed = start_workers(config, game_yaml, 2, {0: "writing a shard", 1: "beginning a shard"})
-    assert killed == [-signal.SIGKILL] * 2
-    assert read_tree(tmp_path) != read_tree(encoded)
-    encode(config)
     assert read_tree(tmp_path) == read_tree(encoded)
 
 
@@ -151,7 +154,7 @@ def test_recordings_of_another_rate_are_encoded_at_the_games(encode_config, tmp_
     game = replace(encode_config.game, fps=encode_config.game.fps / 2, inputs=InputConfig(fps=encode_config.game.fps))
     config = replace(encode_config, game=game, out=str(tmp_path), clip_frames=9, stride=3)
     plans = make_plans(config, load_codec(config.codec))
-    assert {len(episode.actions) for shard in plans[0].shards for episode in shard} == {15}
+    assert {len(episode.actions) for job in plans[0].jobs for episode in job.episodes} == {15}
     assert encode(config).clips == 18
     with pytest.raises(ValueError, match=r"inputs\.fps"):
         replace(game, inputs=InputConfig(fps=1.0))

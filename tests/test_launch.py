@@ -295,7 +295,6 @@ CONTAINER = ("slurm", "machine.nodes=1", "machine.processes=1", "machine.slurm.c
         (["slurm", "machine.slrum.time=1"], "did you mean 'machine.slurm'"),
         (["slurm", "optim.learning_rat=1"], "did you mean 'optim.learning_rate'"),
         (["slurm", "manifest=nowhere.json"], "nowhere.json"),
-        (["slurm"], "4 shards for 32 loader workers"),
         (["slurm", "machine.slurm.logs=my logs"], "--output='my logs"),
         (["kubernetes", "machine.processes=1"], "ends with its pod"),
         (["kubernetes", "machine.name=My_Run"], "machine.name=My_Run"),

@@ -24,9 +24,9 @@ ISSUE = [  # the faults that must be found by all means
 ]  # fmt: skip
 
 
-def record(folder: Path, episodes: int, seed: int, frames: int) -> Path:
-    words = [GAME, f"out={folder}", f"episodes={episodes}", f"seed={seed}", f"frames={frames}"]
-    record_episodes(load_config(RecordConfig, words))
+def record(folder: Path, **settings: int) -> Path:
+    args = [GAME, f"out={folder}", *(f"{name}={value}" for name, value in settings.items())]
+    record_episodes(load_config(RecordConfig, args))
     return folder
 
 
@@ -37,12 +37,12 @@ def doctor_of(source: Path) -> DoctorConfig:
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory) -> Path:
     """Eight recordings of twelve seconds: what is planted is found by far, whatever the processor encodes."""
-    return record(tmp_path_factory.mktemp("play") / "recordings", 8, seed=12, frames=210)
+    return record(tmp_path_factory.mktemp("play") / "recordings", episodes=8, seed=12, frames=210)
 
 
 def test_nothing_is_found_in_clean_recordings(clean, tmp_path, capsys):
-    words = ["doctor", GAME, f"source={clean}", "fov_deg=90", f"out={tmp_path / 'report.json'}"]
-    assert run("data_pipeline", VERBS, words) == 0
+    args = ["doctor", GAME, f"source={clean}", "fov_deg=90", f"out={tmp_path / 'report.json'}"]
+    assert run("data_pipeline", VERBS, args) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["findings"] == [] and report["problems"] == 0 and len(report["each"]) == 8
     assert capsys.readouterr().out.splitlines() == ["8 recordings, no problems"]
@@ -71,10 +71,10 @@ def test_a_shift_is_no_fault_where_a_wrong_rate_explains_more(by_half_the_rate, 
 
 
 @pytest.mark.parametrize(
-    ("words", "named"), [(["source=nowhere"], "recordings nowhere"), (["source=.", "fov_deg=5"], "fov_deg=5.0")]
+    ("args", "named"), [(["source=nowhere"], "recordings nowhere"), (["source=.", "fov_deg=5"], "fov_deg=5.0")]
 )
-def test_bad_input_is_one_line(words, named, capsys):
-    assert run("data_pipeline", VERBS, ["doctor", GAME, *words]) == 2
+def test_bad_input_is_one_line(args, named, capsys):
+    assert run("data_pipeline", VERBS, ["doctor", GAME, *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert named in line
 
@@ -82,7 +82,7 @@ def test_bad_input_is_one_line(words, named, capsys):
 @pytest.mark.long
 def test_every_planted_fault_on_several_seeds(tmp_path):
     """`make test-doctor`: rows of the confusion table; twenty recordings of each of three seeds."""
-    clean = [record(tmp_path / f"clean{seed}", 20, seed, 105) for seed in range(3)]
+    clean = [record(tmp_path / f"clean{seed}", episodes=20, seed=seed, frames=105) for seed in range(3)]
     missed = []
     for name, planted in PLANTED.items():
         counts: Counter[str] = Counter()

@@ -28,9 +28,8 @@ def assert_same_end(url: str, alone: Path, folder: Path) -> None:
     pull(folder, url)
     assert torch.equal(losses(folder), losses(alone))
     for name in ("model", "ema"):
-        ours, theirs = (newest_checkpoint(out) / f"{name}.safetensors" for out in (url, alone))
-        ours, theirs = load_weights(ours), load_weights(theirs)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+        remote, local = (load_weights(newest_checkpoint(out) / f"{name}.safetensors") for out in (url, alone))
+        assert all(torch.equal(remote[key], tensor) for key, tensor in local.items()), name
 
 
 def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(

@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from contextlib import closing
+from functools import partial
 from itertools import count, islice
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from tiny_shards import alter, edit, read_clips
 
 from data_pipeline.order import Order
-from data_pipeline.prefetch import PrefetchThread
+from data_pipeline.prefetch import run_ahead
 from data_pipeline.shard_set import Shards, require_action_space
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
@@ -32,22 +33,6 @@ def test_a_batch_holds_the_clips_that_were_encoded(manifest):
         assert batch.keyboard[i].equal(clips[name].keyboard) and batch.mouse[i].equal(clips[name].mouse)
 
 
-@pytest.mark.parametrize(("world", "batch"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 2)])
-def test_the_order_is_the_same_for_any_number_of_ranks(world, batch, manifest):
-    ranks = [Stream(manifest, batch, 5, (rank, world)) for rank in range(world)]
-    steps = range(3 * CLIPS // (world * batch))
-    order = tuple(name for step in steps for stream in ranks for name in stream.batch_at(step).ids)
-    assert order == Stream(manifest, 3 * CLIPS, seed=5).batch_at(0).ids
-
-
-def test_the_order_is_another_in_another_epoch_and_with_another_seed(manifest):
-    def names(seed, epoch):
-        return Stream(manifest, CLIPS, seed).batch_at(epoch).ids
-
-    assert len({names(0, 0), names(0, 1), names(0, 2), names(1, 0)}) == 4
-    assert names(0, 0) == names(0, 0) and set(names(0, 0)) == set(names(1, 2))
-
-
 def test_the_order_stays_what_it_is():
     """Written down, so that no version of NumPy can change it unnoticed: a run could not be resumed."""
     order = Order([[2, 2, 2, 2]], [1.0], seed=0)
@@ -62,9 +47,10 @@ def test_the_order_stays_what_it_is():
         (4, 4, 3),  # steps of 12: more than all clips
         (2, 2, 1),  # a clip per rank and shard
         (1, 1, 5),  # steps that hold two epochs and more
+        (1, 5, 2),  # more ranks than shards
     ],
 )
-def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(copied, shards, world, batch):
+def test_every_clip_comes_once_per_epoch_in_an_order_that_ranks_and_steps_do_not_change(copied, shards, world, batch):
     url, clips = copied / "manifest.json", 2 * shards
     edit(url, lambda m: m.update(shards=m["shards"][:shards]))
     ranks = [Stream(url, batch, seed=4, place=(rank, world)) for rank in range(world)]
@@ -75,6 +61,7 @@ def test_every_clip_comes_once_per_epoch_however_epochs_and_steps_divide(copied,
     epochs = [order[first : first + clips] for first in range(0, len(order), clips)]
     assert len(epochs) == 3 * world * batch and all(set(epoch) == set(epochs[0]) for epoch in epochs)
     assert all(len(set(epoch)) == clips for epoch in epochs)
+    assert tuple(order) == Stream(url, len(order), seed=4).batch_at(0).ids
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -91,29 +78,20 @@ def test_what_goes_wrong_in_a_thread_is_raised_in_its_place():
             raise SystemExit("as a library might")
         return step
 
-    reader = PrefetchThread(map(make, count()), ahead=4)
-    assert [next(reader), next(reader)] == [0, 1]
-    for _ in range(2):
-        with pytest.raises(SystemExit):
-            next(reader)
-    reader.close()
-    assert list(PrefetchThread(iter(range(9)), ahead=2)) == list(range(9))
+    results = run_ahead((partial(make, step) for step in count()), threads=2, ahead=4, name="a")
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(SystemExit):
+        next(results)
 
 
-def test_a_batch_stays_as_it_is_while_others_are_read(manifest):
-    batches = Stream(manifest, 2, seed=0, workers=1).batches()
+def test_a_batch_stays_as_it_is_while_others_are_read_and_closing_ends_the_threads(manifest):
+    batches = Stream(manifest, 2, seed=0, workers=2).batches()
     kept = [(batch.latents[1:], batch.latents[1:].clone()) for batch in islice(batches, 4)]
     assert len(list(islice(batches, 12))) == 12
-    batches.close()
-    assert all(view.equal(copy) for view, copy in kept)
-
-
-def test_closing_ends_the_threads(manifest):
-    batches = Stream(manifest, 1, seed=0, workers=2).batches(0)
-    next(batches)
     assert any(thread.name.startswith("stream") for thread in threading.enumerate())
     batches.close()
     assert not any(thread.name.startswith("stream") for thread in threading.enumerate())
+    assert all(view.equal(copy) for view, copy in kept)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -127,12 +105,6 @@ def test_a_wrong_sha256_stops_the_run_when_the_shard_is_used(workers, copied):
         list(islice(batches, 4))
 
 
-def test_an_index_of_another_shard_is_found_before_the_first_batch(copied):
-    edit(copied / "manifest.json", lambda m: m["shards"][0].update(sha256="0" * 64))
-    with pytest.raises(ValueError, match="is of another shard"):
-        Stream(copied / "manifest.json", 2, seed=0)
-
-
 def test_the_bytes_of_a_shard_are_compared_unless_it_is_only_looked_at(copied):
     alter(copied / "shard-000002.tar")
     assert len([Shards(copied / "manifest.json", verify=False).read(number) for number in range(CLIPS)]) == CLIPS
@@ -140,30 +112,22 @@ def test_the_bytes_of_a_shard_are_compared_unless_it_is_only_looked_at(copied):
         read_clips(copied / "manifest.json")
 
 
-def test_a_missing_and_a_truncated_shard_are_found_before_the_first_batch(copied):
-    url, shard = copied / "manifest.json", copied / "shard-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:-10240])
-    verify = rf"run python -m data_pipeline verify {url}"
-    with pytest.raises(ValueError, match=rf"shard-000001.tar: truncated .*; {verify}"):
-        Stream(url, 2, seed=0)
-    shard.unlink()
-    with pytest.raises(ValueError, match=rf"shard-000001.tar: missing; {verify}"):
-        Stream(url, 2, seed=0)
-    (copied / "shard-000000.index.json").unlink()
-    with pytest.raises(ValueError, match=r"shard-000000.index.json is missing"):
-        Stream(url, 2, seed=0)
+FAULTS = {
+    "shard-000001.tar: truncated": lambda train: (train / "shard-000001.tar").write_bytes(b"short"),
+    "shard-000002.tar: .*No such file": lambda train: (train / "shard-000002.tar").unlink(),
+    "shard-000000.index.json": lambda train: (train / "shard-000000.index.json").unlink(),
+    "is of another shard": lambda train: edit(train / "manifest.json", lambda m: m["shards"][0].update(clips=1)),
+}
 
 
-def test_fewer_shards_than_loader_workers_is_refused(manifest):
-    Stream(manifest, 1, seed=0, place=(0, 2), workers=2)
-    for world, workers, readers in [(2, 3, 6), (5, 0, 5)]:  # the last: a rank that would have none of its own
-        with pytest.raises(ValueError, match=rf"4 shards for {readers} loader workers"):
-            Stream(manifest, 1, seed=0, place=(0, world), workers=workers)
-
-
-def test_a_manifest_that_is_not_there_is_named(tmp_path):
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_shard_that_is_not_as_the_manifest_says_is_found_before_the_first_batch(fault, copied):
+    FAULTS[fault](copied)
+    with pytest.raises(ValueError, match=f"{fault}.*; run python -m data_pipeline verify {copied}/manifest.json"):
+        Stream(copied / "manifest.json", 2, seed=0)
+    (copied / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match="no manifest"):
-        Stream(tmp_path / "manifest.json", 1, seed=0)
+        Stream(copied / "manifest.json", 1, seed=0)
 
 
 def test_another_action_space_is_refused_by_name(manifest):

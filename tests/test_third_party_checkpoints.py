@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_world import change, write_checkpoint, write_codec
+from tiny_world import change, write_checkpoint
 
 from configs import save_config, storage
 from configs.s3 import upload
@@ -24,22 +24,16 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     return "wJalr"
 
 
-@pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys"])
-def test_a_checkpoint_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
+@pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys", "patch", "wan"])
+def test_a_checkpoint_and_its_codec_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
     folder = write_checkpoint(tmp_path)
-    change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
-    with pytest.raises(ValueError, match=r"world\.yaml refers to") as error:
-        read_world_config(folder)
+    if key in ("patch", "wan"):
+        (folder.parent / "codec" / CONFIG_FILE).write_text(f"name: {key}\nweights: {SECRET}.pth\n")
+    else:
+        change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
+    with pytest.raises(ValueError, match=r"(world|config)\.yaml refers to") as error:
+        load_world(folder, codec=str(folder.parent / "codec"))
     assert secret not in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["patch", "wan"])
-def test_a_codec_cannot_read_the_environment(tmp_path: Path, secret: str, name: str) -> None:
-    write_codec(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text(f"name: {name}\nweights: {SECRET}.pth\n")
-    with pytest.raises(ValueError, match=r"config\.yaml refers to") as error:
-        load_codec(tmp_path)
-    assert secret not in str(error.value)
 
 
 def test_a_run_that_is_gone_on_from_cannot_read_the_environment(tmp_path: Path, secret: str) -> None:

@@ -125,7 +125,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path, back
     [
         ("optim.learning_rat=1", "'optim.learning_rate'"), ("objective.name=bass", "base, autoregressive"),
         ("objective.context_wait=1", r"objective\.context_weight"), ("manifest=nowhere.json", "nowhere.json"),
-        ("workers=9", "loader workers"), ("model.action.keyboard_dim_in=3", "keyboard_dim_in=3"),
+        ("model.action.keyboard_dim_in=3", "keyboard_dim_in=3"),
         ("codec=nowhere", "nowhere"), ("init=nowhere", "nowhere"), ("engine.stage=5", r"engine\.stage"),
         ("engine.name=deepspeed", "accelerate launch"),
     ],

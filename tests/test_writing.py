@@ -13,7 +13,7 @@ from full_disk import full_disk
 
 from configs import storage
 from configs.cli import run
-from configs.files import TEMPORARY, atomic_folder, atomic_path, remove_unfinished
+from configs.files import TEMPORARY, atomic_folder, atomic_path
 from configs.lease import sole_writer
 from configs.storage import write_text
 from data_pipeline.__main__ import VERBS
@@ -52,8 +52,6 @@ def test_what_a_killed_writer_left_is_swept_by_the_next_one_and_nothing_else(tmp
         subprocess.run([sys.executable, "-c", code, str(tmp_path / "beside.txt")], check=True)  # this one lives
         assert film.exists()
     assert names(tmp_path) == {*not_ours, "film.mp4", "beside.txt"}
-    remove_unfinished(tmp_path)
-    assert names(tmp_path) == {"film.mp4", "beside.txt"}
 
 
 def test_files_that_are_written_together_are_of_one_writer(tmp_path: Path) -> None:

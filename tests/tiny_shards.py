@@ -1,12 +1,26 @@
-"""Shard sets in tests: their clips, all their bytes, and ways to spoil them."""
+"""Shard sets in tests: the commands about them, their clips, all their bytes, and ways to spoil them."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from configs.cli import run
+from data_pipeline.__main__ import VERBS
 from data_pipeline.shard_set import Shards
 from data_pipeline.types import Clip
+
+
+def data(capsys: pytest.CaptureFixture[str], *args: object, status: int = 0) -> list[str]:
+    """The lines that `python -m data_pipeline ARGS` prints; on stderr, with status 2, it is one."""
+    capsys.readouterr()
+    assert run("data_pipeline", VERBS, [str(arg) for arg in args]) == status
+    printed = capsys.readouterr()
+    lines = (printed.err if status == 2 else printed.out).splitlines()
+    assert status != 2 or (len(lines) == 1 and len(lines[0]) < 600)
+    return lines
 
 
 def read_clips(manifest: str | Path, limit: int | None = None) -> list[Clip]:

@@ -1,6 +1,5 @@
 """Small videos of others: encoded, and copied packet by packet with what containers may say of them."""
 
-import struct
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -85,9 +84,3 @@ def add_box(path: Path, box: bytes, inside: bytes = b"avc1") -> None:
         at = start if name == inside else data.find(name) - 4
         data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(box)).to_bytes(4, "big")
     path.write_bytes(data)
-
-
-def clean_aperture(height: int, width: int, right: int, down: int) -> bytes:
-    """mp4's cropping: what is kept, and how far its centre is from the picture's."""
-    numbers = (width, 1, height, 1, right, 1, down, 1)
-    return struct.pack(">I4s8i", 40, b"clap", *numbers)

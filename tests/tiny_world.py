@@ -56,13 +56,17 @@ def random_video(frames: int, seed: int = 0) -> torch.Tensor:
     return (2 * coarse - 1).repeat_interleave(4, dim=3).repeat_interleave(4, dim=4)
 
 
-def write_codec(folder: Path) -> None:
+def fitted_codec(memory_blocks: int = 2) -> PatchCodec:
     """A codec with a fitted encoder and an untrained decoder."""
-    config = PatchCodecConfig(width=8, fine_width=8, memory_blocks=1, fine_blocks=1)
     torch.manual_seed(0)  # the layers' own initialisation takes no generator
-    codec = PatchCodec(config)
+    codec = PatchCodec(PatchCodecConfig(width=8, fine_width=8, memory_blocks=memory_blocks, fine_blocks=1))
     codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
-    save_config(config, folder / CONFIG_FILE)
+    return codec.eval()
+
+
+def write_codec(folder: Path) -> None:
+    codec = fitted_codec(memory_blocks=1)
+    save_config(codec.config, folder / CONFIG_FILE)
     save_weights(codec.state_dict(), folder / WEIGHTS_FILE)
 
 

@@ -9,7 +9,6 @@ from configs.errors import FileInTheWayError, UserError
 from configs.files import require_other_files
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
-from data_pipeline.stream import require_shards
 from data_pipeline.types import Manifest
 from model.codec import codec_hash
 from model.world import WorldModelConfig, find_checkpoint, newest_step, read_complete, read_world_config
@@ -46,7 +45,6 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
     manifests = load_manifests(config.sources)
     manifest = manifests[0]
     url = config.sources[0].path
-    require_shards(sum(len(each.shards) for each in manifests), ranks, config.workers, url)
     world = describe_world(config, manifest)
     config = replace(config, model=world.model)  # whose action modules have the sizes of the game
     objective, data = make_objective(config.objective), data_digest(manifests, config)

@@ -71,7 +71,8 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model without the engine's wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        return unwrapped
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Surrounds one micro-step; gradients are exchanged and applied at the last of them."""
@@ -133,7 +134,8 @@ class Engine:
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks; the same on each."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        summed: Any = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+        return summed.cpu()
 
     def shutdown(self) -> None:
         """Ends the process groups; without it gloo's threads can crash the interpreter at exit."""

@@ -85,10 +85,10 @@ class ZeroEngine(Engine):
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         if next(model.parameters()).is_meta:
             shard(model, config, accelerator.device)
-        model, _ = accelerator.prepare(model, make_optimizer(model, config.optim))
+        wrapped: Any = accelerator.prepare(model, make_optimizer(model, config.optim))[0]
         for group in list(distributed_c10d._world.pg_map):  # DeepSpeed has cloned them without their timeouts
             distributed_c10d._set_pg_timeout(group_timeout(config), group)
-        return cls(accelerator, model, model.optimizer.optimizer, config)
+        return cls(accelerator, wrapped, wrapped.optimizer.optimizer, config)
 
     @property
     def zero(self) -> Any:

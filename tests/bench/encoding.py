@@ -1,5 +1,6 @@
 """How fast `encode` is beside its codec alone on frames that are in memory, in one run."""
 
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -21,7 +22,7 @@ def bench_encode(config: EncodeConfig) -> None:
     plans = make_plans(config, encoder.codec)
     if any(storage.exists(storage.join(plan.folder, PLAN)) for plan in plans):
         raise UserError(f"{config.out} holds shards already; give a folder that is not there (out=...)")
-    shards = [shard for plan in plans for shard in plan.shards]
+    shards = [job.episodes for plan in plans for job in plan.jobs]
     batches = read_batches(config, shards)
     encode_batches(encoder, batches)  # warms up
     before = timed(encode_batches, encoder, batches)
@@ -34,7 +35,7 @@ def bench_encode(config: EncodeConfig) -> None:
     print(f"{done.new_clips} clips, {done.new_clips / done.seconds:.3g} clips/s")
 
 
-def read_batches(config: EncodeConfig, shards: list[tuple[Episode, ...]]) -> list[np.ndarray]:
+def read_batches(config: EncodeConfig, shards: list[Sequence[Episode]]) -> list[np.ndarray]:
     """Batches of runs (b n h w 3) uint8 of the first episodes, as `encode` makes them."""
     batches: list[np.ndarray] = []
     frames = (run.frames for episodes in shards for run in cut_episodes(episodes, config))
