@@ -32,8 +32,8 @@ def _by_blocks(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask | None, wh
     if mask is None:
         return whole(q, k, v)
     attended = []
-    for own, ranges in mask.blocks():
-        queries = q[:, own.start * mask.queries : own.stop * mask.queries]
+    for block, ranges in mask.blocks():
+        queries = q[:, block.start * mask.queries : block.stop * mask.queries]
         seen = [slice(frames.start * mask.keys, frames.stop * mask.keys) for frames in ranges]
         keys, values = (torch.cat([x[:, tokens] for tokens in seen], dim=1) for x in (k, v))
         attended.append(whole(queries, keys, values))

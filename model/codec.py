@@ -39,8 +39,8 @@ def locate_codec(url: str | Path, overrides: Sequence[str] = ()) -> Located:
             require_inside(weights, file)  # as text: links to where the weights lie are the user's own
         return CODECS[name], config, path
     for kind in CODECS.values():
-        if found := kind.third_party_settings(path):
-            config = build_from(kind.Config, found[0] | merge_args(overrides), found[1])
+        if described := kind.third_party_settings(path):
+            config = build_from(kind.Config, described[0] | merge_args(overrides), described[1])
             return kind, config, path if path.is_dir() else path.parent
     raise MissingFileError(f"no codec in {url}; fit one with python -m train codec, or give Wan2.1_VAE.pth")
 

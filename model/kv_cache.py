@@ -82,12 +82,13 @@ def attend_along_time(
     or with positions relative to a window as many as the window shows. `update_cache` appends the frames to a cache.
     """
     q, k, v = qkv
-    relative, own = past is not None and past.rule.relative, rotation[len(rotation) - q.shape[1] :]
+    relative, newest = past is not None and past.rule.relative, rotation[len(rotation) - q.shape[1] :]
     if isinstance(past, LayerKVCache):
-        fresh = k if relative else rotate(k, own)  # a position that is counted inside the window changes as it moves
+        fresh = k if relative else rotate(k, newest)  # a position that is counted inside the window changes as it moves
         known_k, known_v = past.read()
         keys, values = torch.cat([known_k, fresh], dim=1), torch.cat([known_v, v], dim=1)
-        attended = _attend_tokens(rotate(q, own), rotate(keys, rotation) if relative else keys, values, None, backend)
+        keys = rotate(keys, rotation) if relative else keys
+        attended = _attend_tokens(rotate(q, newest), keys, values, None, backend)
         if update_cache:
             past.append(fresh, v)
         return attended
@@ -108,9 +109,9 @@ def _attend_relatively(
     """Block after block as a stream would: with a sink, the distance to it depends on the block that looks."""
     q, k, v = qkv
     attended = []
-    for own, ranges in mask.blocks():
+    for block, ranges in mask.blocks():
         keys, values = (torch.cat([x[:, frames] for frames in ranges], dim=1) for x in (k, v))
-        shown, length = keys.shape[1], own.stop - own.start
-        queries = rotate(q[:, own], rotation[shown - length : shown])
+        shown, length = keys.shape[1], block.stop - block.start
+        queries = rotate(q[:, block], rotation[shown - length : shown])
         attended.append(_attend_tokens(queries, rotate(keys, rotation[:shown]), values, None, backend))
     return torch.cat(attended, dim=1)

@@ -56,8 +56,8 @@ def weights_file(path: Path) -> Path:
     if not path.is_dir():
         raise MissingFileError(f"no weights {path}; give an official file, or the folder that holds it")
     kinds = ([INDEX_SUFFIX], [".safetensors"], PICKLES)
-    found = (sorted(file for file in path.iterdir() if file.name.endswith(tuple(endings))) for endings in kinds)
-    files = next(filter(None, found), [])
+    listings = (sorted(file for file in path.iterdir() if file.name.endswith(tuple(endings))) for endings in kinds)
+    files = next(filter(None, listings), [])
     if len(files) != 1:
         listed = ", ".join(file.name for file in files) or "none"
         raise UserError(f"{path} must hold one weights file or index of shards, there are {listed}; name the file")

@@ -117,9 +117,9 @@ def load_tower(state: Mapping[str, Tensor], config: TowerConfig, source: str) ->
     """
     with torch.device("meta"):  # no memory and no random numbers for weights that the state replaces
         tower = make_tower(config)
-    own = {name: tensor for name, tensor in tower.state_dict().items() if "position_ids" not in name}
+    expected = {name: tensor for name, tensor in tower.state_dict().items() if "position_ids" not in name}
     weights = _select(lazily(state), config.num_hidden_layers)
-    require_same_tensors(own, to_transformers(weights.specs), f"{source} holds no such CLIP vision tower")
+    require_same_tensors(expected, to_transformers(weights.specs), f"{source} holds no such CLIP vision tower")
     tower.to_empty(device="cpu")
     embeddings: Any = tower.embeddings
     embeddings.position_ids.copy_(torch.arange(embeddings.position_ids.shape[-1]))

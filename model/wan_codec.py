@@ -146,7 +146,7 @@ class WanCodec(Codec):
         return torch.cat(videos, dim=2), cache
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
-        mean, std = (rearrange(one.float(), "c -> c 1 1 1") for one in (self.latent_mean, self.latent_std))
+        mean, std = (rearrange(values.float(), "c -> c 1 1 1") for values in (self.latent_mean, self.latent_std))
         return mean, std
 
 

@@ -164,13 +164,13 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
     A module on the meta device gets its memory here, tensor by tensor, in the dtypes of `state`.
     """
-    own, given = module.state_dict(), bare_weights(state)
-    require_same_tensors(own, given.specs, f"{given.where}: not the weights of this {type(module).__name__}")
-    if any(tensor.is_meta for tensor in own.values()):
-        module.load_state_dict({name: given[name] for name in own}, assign=True)
+    current, weights = module.state_dict(), bare_weights(state)
+    require_same_tensors(current, weights.specs, f"{weights.where}: not the weights of this {type(module).__name__}")
+    if any(tensor.is_meta for tensor in current.values()):
+        module.load_state_dict({name: weights[name] for name in current}, assign=True)
         return
-    for name, tensor in own.items():
-        tensor.copy_(given[name])  # detached, sharing the parameter's memory
+    for name, tensor in current.items():
+        tensor.copy_(weights[name])  # detached, sharing the parameter's memory
 
 
 def bare_weights(state: Mapping[str, Tensor]) -> LazyWeights:

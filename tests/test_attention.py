@@ -37,34 +37,34 @@ def test_backends_agree_under_a_mask(backend: AttentionBackend, rule: BlockCausa
 def test_sdpa_and_dense_have_equal_gradients(rule: BlockCausal) -> None:
     mask, gradients = BlockCausalMask(rule, 7, 4, 4), []
     for backend in ("sdpa", "dense"):
-        q, k, v = (one.requires_grad_() for one in tokens(mask))
+        q, k, v = (tensor.requires_grad_() for tensor in tokens(mask))
         attend(q, k, v, mask, backend).square().sum().backward()
         gradients.append([q.grad, k.grad, v.grad])
-    for one, other in zip(*gradients, strict=True):
-        assert torch.allclose(one, other, atol=1e-5)
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("gives", [lambda out: out, lambda out: (out, None)], ids=["tensor", "tuple"])
 def test_flash_attention_is_right_whichever_of_its_return_values_comes(gives: Any) -> None:
     mask = BlockCausalMask(BlockCausal(3, 6, 1), 9, 4, 4)
     q, k, v = tokens(mask)
-    for given in (mask, None):
-        found = flash_attention(q, k, v, given, lambda *qkv: gives(attend(*qkv)))
-        assert torch.allclose(found, attend(q, k, v, given, "dense"), atol=1e-6)
+    for masked in (mask, None):
+        attended = flash_attention(q, k, v, masked, lambda *qkv: gives(attend(*qkv)))
+        assert torch.allclose(attended, attend(q, k, v, masked, "dense"), atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "dense"])
 def test_backends_agree_on_a_gpu(backend: AttentionBackend) -> None:
     mask = BlockCausalMask(BlockCausal(3, 6), 9, 220, 220)
-    q, k, v = (one.cuda().bfloat16() for one in tokens(mask))
-    for given in (mask, None):
-        exact = attend(q.float(), k.float(), v.float(), given, "dense")
+    q, k, v = (tensor.cuda().bfloat16() for tensor in tokens(mask))
+    for masked in (mask, None):
+        exact = attend(q.float(), k.float(), v.float(), masked, "dense")
         try:
-            found = attend(q, k, v, given, backend)
+            attended = attend(q, k, v, masked, backend)
         except ValueError as error:
             pytest.skip(str(error))
-        assert torch.allclose(found.float(), exact, atol=2e-2)  # bf16 has 8 bits
+        assert torch.allclose(attended.float(), exact, atol=2e-2)  # bf16 has 8 bits
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for a machine without a GPU")

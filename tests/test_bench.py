@@ -42,11 +42,11 @@ def test_a_backward_pass_costs_about_two_forward_passes_and_recomputing_counts_o
 
 
 def test_rows_and_environment_go_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*TINY, "codec=patch", "model.causal.window=6", "peak_tflops=0.1", f"out={tmp_path / 'bench.json'}"]
-    assert run("model", VERBS, ["bench", *words]) == 0
+    args = [*TINY, "codec=patch", "model.causal.window=6", "peak_tflops=0.1", f"out={tmp_path / 'bench.json'}"]
+    assert run("model", VERBS, ["bench", *args]) == 0
     printed = capsys.readouterr().out
-    found = json.loads((tmp_path / "bench.json").read_text())
-    rows = {row["what"]: row for row in found["rows"]}
+    report = json.loads((tmp_path / "bench.json").read_text())
+    rows = {row["what"]: row for row in report["rows"]}
     assert list(rows) == [
         "forward", "forward + backward", "cached pass", "encode 9 frames", "decode 9 frames", "decode the next block",
         "stream, 3 + 1 passes",
@@ -59,7 +59,7 @@ def test_rows_and_environment_go_into_a_file(tmp_path: Path, capsys: pytest.Capt
     assert stream["frames_per_s"] == pytest.approx(12 / stream["wall_s"])
     parts = 4 * rows["cached pass"]["model_tflop"] + rows["decode the next block"]["model_tflop"]
     assert stream["model_tflop"] == pytest.approx(parts)
-    assert found["environment"]["torch"] == torch.__version__ and found["config"]["model"]["causal"]["window"] == 6
+    assert report["environment"]["torch"] == torch.__version__ and report["config"]["model"]["causal"]["window"] == 6
 
 
 def test_a_model_that_cannot_stream_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,7 +75,7 @@ def test_bf16_and_a_longer_batched_clip_run() -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "said"),
+    ("arg", "named"),
     [
         ("batch=0", "batch=0"),
         ("height=40", "multiples of 16"),
@@ -86,7 +86,7 @@ def test_bf16_and_a_longer_batched_clip_run() -> None:
         pytest.param("device=cuda", "device=cuda", marks=WITHOUT_GPU),
     ],
 )
-def test_a_bench_that_makes_no_sense_is_one_line(word: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("model", VERBS, ["bench", *TINY, word]) == 2
+def test_a_bench_that_makes_no_sense_is_one_line(arg: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("model", VERBS, ["bench", *TINY, arg]) == 2
     error = capsys.readouterr().err.strip()
-    assert said in error and "\n" not in error
+    assert named in error and "\n" not in error

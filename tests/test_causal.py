@@ -86,9 +86,9 @@ def test_dense_mask_flex_mask_and_block_ranges_say_the_same(rule: BlockCausal, q
     mask = BlockCausalMask(rule, 11, queries, keys)
     cpu = torch.device("cpu")
     dense, ranges = dense_mask(mask, cpu), torch.zeros(11, 11, dtype=torch.bool)
-    for own, seen in mask.blocks():
-        for one in seen:
-            ranges[own, one] = True
+    for block, seen in mask.blocks():
+        for frames_seen in seen:
+            ranges[block, frames_seen] = True
     assert torch.equal(dense, ranges.repeat_interleave(queries, dim=0).repeat_interleave(keys, dim=1))
     zero = torch.zeros((), dtype=torch.long)
     rows, columns = torch.arange(11 * queries)[:, None], torch.arange(11 * keys)

@@ -20,22 +20,22 @@ def test_reading_a_cache_changes_nothing_and_keeping_does() -> None:
     dit = awake(CAUSAL)
     given, cache = inputs(CAUSAL, f=9), dit.make_cache(1, H, W)
     dit(**frames(given, slice(0, 3)), cache=cache, update_cache=True)
-    before, second = [one.clone() for one in buffers(cache)], frames(given, slice(3, 6))
+    before, second = [buffer.clone() for buffer in buffers(cache)], frames(given, slice(3, 6))
     once, twice = dit(**second, cache=cache), dit(**second, cache=cache)
     assert torch.equal(once, twice) and cache.position == 3 and cache.length == 3
-    assert all(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(buffers(cache), before, strict=True))
     assert torch.equal(dit(**second, cache=cache, update_cache=True), once) and cache.position == 6
-    assert not any(torch.equal(one, other) for one, other in zip(buffers(cache), before, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(buffers(cache), before, strict=True))
 
 
 @torch.no_grad()
-def test_buffers_keep_their_place_and_size_for_ever() -> None:
+def test_buffers_keep_their_address_and_size() -> None:
     dit = awake(CAUSAL)
     cache, given = dit.make_cache(1, H, W), inputs(CAUSAL, f=3)
-    places = [(one.data_ptr(), one.shape) for one in buffers(cache)]
+    addresses = [(buffer.data_ptr(), buffer.shape) for buffer in buffers(cache)]
     for _ in range(5):
         dit(**given, cache=cache, update_cache=True)
-    assert [(one.data_ptr(), one.shape) for one in buffers(cache)] == places
+    assert [(buffer.data_ptr(), buffer.shape) for buffer in buffers(cache)] == addresses
     assert cache.position == 15 and cache.length == 3
 
 
@@ -84,7 +84,7 @@ def test_a_stream_in_bf16_has_buffers_in_bf16() -> None:
     cache, given = dit.make_cache(1, H, W), inputs(CAUSAL, f=3)
     first = dit(**given, cache=cache, update_cache=True)
     assert first.dtype == torch.float32 and dit(**given, cache=cache).isfinite().all()
-    assert {one.dtype for one in buffers(cache)} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in buffers(cache)} == {torch.bfloat16}
 
 
 def test_what_cannot_stream_or_does_not_fit_the_cache_is_refused_in_one_line() -> None:

@@ -67,8 +67,8 @@ def test_a_device_that_is_not_here_is_refused_before_the_checkpoint_is_read(
     tmp_path: Path, device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert generate(tmp_path / "nowhere", tmp_path, f"device={device}") == 2
-    said = capsys.readouterr().err.strip()
-    assert "device" in said and "\n" not in said and "nowhere" not in said
+    error = capsys.readouterr().err.strip()
+    assert "device" in error and "\n" not in error and "nowhere" not in error
 
 
 def test_the_processor_is_always_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,10 +69,10 @@ def test_no_other_file_than_weights_is_read_as_the_codec_that_a_checkpoint_names
     """Some never end, as /proc/kmsg, and a strange name is no reason to refuse a codec that lies beside."""
     folder = write_checkpoint(tmp_path / "run")
     for name in ("/proc/kmsg", "/etc/passwd", "a\0b", "x" * 5000, "\ud800"):
-        said = replace(read_world_config(folder), codec=name)
-        assert find_codec(folder, said) == str(tmp_path / "run" / "codec")
+        config = replace(read_world_config(folder), codec=name)
+        assert find_codec(folder, config) == str(tmp_path / "run" / "codec")
         with pytest.raises(ValueError, match="give the right one as codec=") as error:
-            find_codec(folder, replace(said, codec_hash="another"))
+            find_codec(folder, replace(config, codec_hash="another"))
         assert not re.search("(kmsg|passwd) is [0-9a-f]", str(error.value))
 
 

@@ -39,7 +39,7 @@ def saved(content: Any, path: Path) -> Path:
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_what_wraps_all_names_is_taken_off_and_said(
+def test_what_wraps_all_names_is_taken_off_and_noted(
     tmp_path: Path, prefix: str, suffix: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / f"x{suffix}"
@@ -48,8 +48,8 @@ def test_what_wraps_all_names_is_taken_off_and_said(
     else:
         save_weights(under(prefix), path)
     assert same_bits(dict(load_third_party(path)), PLAIN)
-    said = capsys.readouterr().err.strip()
-    assert str(path) in said and "\n" not in said and all(part in said for part in prefix.split("."))
+    note = capsys.readouterr().err.strip()
+    assert str(path) in note and "\n" not in note and all(part in note for part in prefix.split("."))
 
 
 def test_what_wraps_parts_of_a_model_is_taken_out_of_the_middle_of_names() -> None:
@@ -223,9 +223,9 @@ def test_weights_that_cannot_be_played_are_named_by_their_file(
 def test_a_codec_that_is_no_numbers_or_has_no_spread_is_refused(tmp_path: Path) -> None:
     write_codec(tmp_path)
     state = load_weights(tmp_path / WEIGHTS_FILE)
-    for name, value, said in (("enter.weight", float("nan"), "NaN or infinity"), ("latent_std", 0.0, "no spread")):
+    for name, value, fault in (("enter.weight", float("nan"), "NaN or infinity"), ("latent_std", 0.0, "no spread")):
         spoilt = {key: tensor.clone() for key, tensor in state.items()}
         spoilt[name].view(-1)[0] = value
         save_weights(spoilt, tmp_path / WEIGHTS_FILE)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=fault):
             load_codec(tmp_path)

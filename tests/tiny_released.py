@@ -41,8 +41,8 @@ def yamls(variant: str) -> list[str]:
     return [str(CONFIGS / "models" / f"{model}.yaml"), str(CONFIGS / "games" / f"{game}.yaml")]
 
 
-def model_of(variant: str, *words: str) -> ActionDiTConfig:
-    return load_config(ModelConfig, [yamls(variant)[0], *words]).model
+def model_of(variant: str, *args: str) -> ActionDiTConfig:
+    return load_config(ModelConfig, [yamls(variant)[0], *args]).model
 
 
 def shapes(config: ActionDiTConfig) -> dict[str, Tensor]:
@@ -66,17 +66,17 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     )
 
 
-def model_command(*words: str) -> int:
-    return run("model", VERBS, list(words))
+def model_command(*args: str) -> int:
+    return run("model", VERBS, list(args))
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line that a refused command says."""
+def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a refused command prints."""
     capsys.readouterr()
-    assert model_command(*words) == 2
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    return said
+    assert model_command(*args) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error
+    return error
 
 
 def hf_state(tower) -> dict[str, torch.Tensor]:

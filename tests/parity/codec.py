@@ -42,11 +42,11 @@ def _codec(fixture: Fixture) -> WanCodec:
 
 def _tiled(fixture: Fixture, codec: WanCodec, video: Tensor) -> dict[str, Tensor]:
     """`latent_tiled_2x3_s1x2`: tiles of 2 x 3 latents, a stride of 1 x 2; upstream's exceed its pictures."""
-    found = {}
+    encoded = {}
     for name in fixture.outputs("latent_tiled_"):
         rows, columns, down, across = map(int, re.findall(r"\d+", name))
-        found[name] = _encode_tiles(codec, video, (rows, columns), (down, across))
-    return found
+        encoded[name] = _encode_tiles(codec, video, (rows, columns), (down, across))
+    return encoded
 
 
 def _encode_tiles(codec: WanCodec, video: Tensor, tile: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -83,22 +83,22 @@ def _edge_weights(length: int, border: int, rises: bool, falls: bool) -> Tensor:
 
 
 def _decoded(fixture: Fixture, codec: WanCodec, z: Tensor) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
+    decoded: dict[str, Tensor] = {}
     for name in fixture.outputs("decoded_raw_"):
-        found[name] = codec.decode_stream(z[:, :, : int(name.rpartition("_")[2])], None)[0]
+        decoded[name] = codec.decode_stream(z[:, :, : int(name.rpartition("_")[2])], None)[0]
     state, start = None, 0
     for name in sorted(fixture.outputs("stream_chunk"), key=lambda name: int(name.removeprefix("stream_chunk"))):
         frames = fixture.tensors[f"out.{name}"].shape[1]
         count = -(-frames // codec.config.temporal)  # the first latent of a clip gives one frame
         video, state = codec.decode_stream(z[:, :, start : start + count], state)
-        found[name], start = rearrange(video.clamp(-1, 1), "b c n h w -> b n c h w"), start + count
+        decoded[name], start = rearrange(video.clamp(-1, 1), "b c n h w -> b n c h w"), start + count
     for name in fixture.outputs("stream_single_frames"):
         latents, state, parts = -(-fixture.tensors[f"out.{name}"].shape[1] // codec.config.temporal), None, []
         for latent in z[:, :, :latents].split(1, dim=2):
             video, state = codec.decode_stream(latent, state)
             parts.append(rearrange(video.clamp(-1, 1), "b c n h w -> b n c h w"))
-        found[name] = torch.cat(parts, dim=1)
-    return found
+        decoded[name] = torch.cat(parts, dim=1)
+    return decoded
 
 
 @torch.no_grad()

@@ -162,8 +162,8 @@ def _gradients(fixture: Fixture, dit: ActionDiT) -> Iterator[Row]:
     velocity = _velocity(fixture, dit, "in.", int(recipe[2]), inputs)
     loss = float(recipe[1]) * (velocity * fixture.tensors["in.grad_w"]).mean()
     loss.backward()
-    found = {name: tensor.grad for name, tensor in inputs.items()} | {"loss": loss[None]}
-    for name, gradient in found.items():
+    gradients = {name: tensor.grad for name, tensor in inputs.items()} | {"loss": loss[None]}
+    for name, gradient in gradients.items():
         expected = fixture.tensors.get(f"out.grad_{name}")
         if expected is not None and gradient is not None:
             tolerance = GRADIENT_TOLERANCE * expected.abs().max().item()
