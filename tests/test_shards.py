@@ -217,7 +217,7 @@ FAULTS = {
     "nothing held out": (["heldout_every=7"], "holds out none"),
     "no fps": (["game.fps=0"], "fps=0"),
     "no height": (["game.height=0"], "height"),
-    "another fps": (["game.fps=30"], "episode.json says 17.5 fps"),
+    "another fps": (["game.fps=30"], "17.5 fps"),
     "another mouse unit": (["game.action_space.mouse_unit_deg=1.0"], "mouse unit 3 deg"),
 }
 
