@@ -114,8 +114,8 @@ def _fetch(url: str, folder: Path, files: Files) -> None:
         for path, (size, version) in files.items():
             copy, source = part / path, f"{url.rpartition('/')[0]}/{path}"
             copy.parent.mkdir(parents=True, exist_ok=True)
-            found = s3.download(source, copy)
-            if found.st_size != size or version not in (found.etag, found.sha256):
+            stat = s3.download(source, copy)
+            if stat.st_size != size or version not in (stat.etag, stat.sha256):
                 raise UserError(f"{source} is altered: it is not what its manifest says, or what was listed before")
             sync(copy)
         shutil.rmtree(folder, ignore_errors=True)  # damaged

@@ -72,12 +72,14 @@ class GameConfig:
 
     name: str
     action_space: ActionSpace
-    fps: float = within(0.1, 1000)  # frames per second of recordings and of everything generated
+    fps: float  # frames per second of recordings and of everything generated
     height: int  # px, a multiple of 16
     width: int  # px, a multiple of 16
     inputs: InputConfig = field(default_factory=InputConfig)  # travels with the shards, so that they can be judged
 
     def __post_init__(self) -> None:
+        if not 0.1 <= self.fps <= 1000:
+            raise UserError(f"{self.name}: fps={self.fps:g} must be from 0.1 to 1000")
         if not all(16 <= px <= MOST_PX and px % 16 == 0 for px in (self.height, self.width)):  # codec 8 x patch 2
             raise UserError(f"{self.name}: height and width must be multiples of 16 up to {MOST_PX} px")
         if self.inputs.fps is not None and self.inputs.fps < self.fps:

@@ -57,12 +57,10 @@ class FrameTags(NamedTuple):
 def choose_stream(container: InputContainer, path: str | Path) -> av.VideoStream:
     """The file's video, or the default one of several; covers and thumbnails do not count."""
     streams = [stream for stream in container.streams.video if not stream.disposition & NOT_SHOWN]
-    if not streams:
-        raise UserError(f"{path} holds no video")
     default = [stream for stream in streams if stream.disposition & Disposition.default]
     chosen = streams if len(streams) == 1 else default
     if len(chosen) != 1:
-        raise UserError(f"{path} holds {len(streams)} videos, none of which is the default; keep the one to be read")
+        raise UserError(f"{path} holds {len(streams)} videos, {len(default)} of them the default; keep the right one")
     if chosen[0].codec_context is None:
         raise UserError(f"{path} holds a video that nothing here can decode; {REMEDY}")
     return chosen[0]
@@ -93,12 +91,21 @@ class Display:
 
     def _prepare(self, frame: VideoFrame, tags: FrameTags) -> None:
         """Reads from the first frame and the stream what is to be done with every frame."""
-        self._require_shown(frame, tags)
+        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
+        transfer = f"the transfer characteristic {tags.transfer}{HDR.get(tags.transfer, '')}"
+        known_matrix = frame.format.is_rgb or tags.matrix in (*MATRICES, *UNSPECIFIED)
+        refused = {
+            transfer: tags.transfer not in SHOWN_AS_THEY_ARE,
+            "interlaced frames": tags.interlaced,
+            f"the colour matrix {tags.matrix}": not known_matrix,
+            "transparent pixels": self.stream.metadata.get("alpha_mode") == "1",
+            f"pixels {aspect:.3g} times as wide as high": not ASPECTS[0] <= aspect <= ASPECTS[1],
+        }
+        for what, applies in refused.items():
+            if applies:
+                raise self._refuse(f"a video with {what}")
         self._tags, self._turn = tags, self._read_turn(frame, tags)
         self._crop = _read_cropping(self.container, self.stream)
-        aspect = float(self.stream.sample_aspect_ratio or self.stream.codec_context.sample_aspect_ratio or 1)
-        if not ASPECTS[0] <= aspect <= ASPECTS[1]:
-            raise self._refuse(f"a video whose pixels are {aspect:.3g} times as wide as high")
         self._aspect = 1.0 if abs(aspect - 1) < SQUARE else aspect
         changes = {
             "cropped": self._crop is not None,
@@ -106,19 +113,6 @@ class Display:
             "turned or mirrored": any(self._turn),
         }
         self.changes = ", ".join(change for change, applies in changes.items() if applies)
-
-    def _require_shown(self, frame: VideoFrame, tags: FrameTags) -> None:
-        known_matrix = frame.format.is_rgb or tags.matrix in (*MATRICES, *UNSPECIFIED)
-        transfer = f"the transfer characteristic {tags.transfer}{HDR.get(tags.transfer, '')}"
-        refused = {
-            transfer: tags.transfer not in SHOWN_AS_THEY_ARE,
-            "interlaced frames": tags.interlaced,
-            f"the colour matrix {tags.matrix}": not known_matrix,
-            "transparent pixels": self.stream.metadata.get("alpha_mode") == "1",
-        }
-        for what, applies in refused.items():
-            if applies:
-                raise self._refuse(f"a video with {what}")
 
     def _read_turn(self, frame: VideoFrame, tags: FrameTags) -> tuple[bool, bool, bool]:
         """Whether rows and columns are exchanged, and then whether each is reversed."""

@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from configs.errors import UserError
 from configs.game import ActionSpace
 from data_pipeline.types import Actions
 
@@ -40,7 +39,7 @@ class Overlay:
     """Draws one action space's keys and mouse onto frames of one size."""
 
     def __init__(self, action_space: ActionSpace, height: int, width: int) -> None:
-        self.action_space, self.size = action_space, (height, width)
+        self.action_space = action_space
         key_px = max(12, round(0.092 * min(height, 0.6 * width)))
         margin = round(0.55 * key_px)
         nothing = Actions(np.zeros((1, len(action_space.keys))), np.zeros((1, 2)))
@@ -57,8 +56,6 @@ class Overlay:
 
     def draw(self, frame: np.ndarray, keyboard: np.ndarray, mouse: np.ndarray) -> np.ndarray:
         """A copy of `frame` (h w 3) uint8 with the held keys of `keyboard` (k) lit and the vector of `mouse` (2)."""
-        if frame.shape != (*self.size, 3):
-            raise UserError(f"the overlay is made for {self.size} px, the frame is {frame.shape}")
         active = active_keys(self.action_space, Actions(keyboard[None], mouse[None]))
         sprites = [lit if held[0] else dark for (dark, lit), held in zip(self.keys, active.values(), strict=True)]
         picture = Image.fromarray(frame)
@@ -71,9 +68,9 @@ class Overlay:
         return drawn
 
 
-def enlarge(frame: np.ndarray) -> np.ndarray:
-    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about MIN_WIDTH px; larger ones as they are."""
-    factor = max(1, round(MIN_WIDTH / frame.shape[1]))
+def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
+    """`frame` (h w 3) uint8 enlarged by a whole factor (cubic) to about `min_width` px; larger ones as they are."""
+    factor = max(1, round(min_width / frame.shape[1]))
     return frame if factor == 1 else cv2.resize(frame, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
 
 

@@ -55,13 +55,14 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(((values * 255 + 0x7FFF) // 0xFFFF).astype(np.uint8)).convert("RGB")
     if picture.mode == "F":
         raise UserError("its grey values are no whole numbers")
-    profile = picture.info.get("icc_profile")
+    data = picture.info.get("icc_profile")
     if picture.has_transparency_data:
         pixels = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
     shown = picture if picture.mode == "CMYK" else picture.convert("RGB")
     with suppress(ImageCms.PyCMSError, OSError):  # a damaged profile
-        own: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
-        if own and "sRGB" not in ImageCms.getProfileDescription(own) and own.profile.xcolor_space.strip() == shown.mode:
-            shown = ImageCms.profileToProfile(shown, own, ImageCms.createProfile("sRGB"), outputMode="RGB") or shown
+        profile: Any = ImageCms.ImageCmsProfile(io.BytesIO(data)) if data else None
+        known = not data or "sRGB" in ImageCms.getProfileDescription(profile)
+        if not known and profile.profile.xcolor_space.strip() == shown.mode:
+            shown = ImageCms.profileToProfile(shown, profile, ImageCms.createProfile("sRGB"), outputMode="RGB") or shown
     return shown.convert("RGB")

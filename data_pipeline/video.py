@@ -112,8 +112,8 @@ def fit_frame(frame: np.ndarray, height: int, width: int) -> np.ndarray:
         top, left = (h - wanted_h) // 2, (w - wanted_w) // 2
         frame, h, w = frame[top : top + wanted_h, left : left + wanted_w], wanted_h, wanted_w
     covered_h, covered_w = max(height, round(h * scale)), max(width, round(w * scale))
-    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    covered = cv2.resize(frame, (covered_w, covered_h), interpolation=how)
+    interpolation = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    covered = cv2.resize(frame, (covered_w, covered_h), interpolation=interpolation)
     top, left = (covered_h - height) // 2, (covered_w - width) // 2
     return np.ascontiguousarray(covered[top : top + height, left : left + width])
 

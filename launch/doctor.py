@@ -5,12 +5,11 @@ import json
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
-from functools import partial
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -68,7 +67,9 @@ def read_doctor(args: Sequence[str]) -> DoctorConfig:
 def doctor(args: list[str]) -> int:
     """Examine every node before a run: configs/machines/X.yaml shared=FOLDER bucket=s3://... timeout_s= megabytes="""
     config = read_doctor(args)
-    status = config.machine.start(doctor_job(config, args), config.script, config.dry_run)
+    if config.machine.kind != "local" or config.script or config.dry_run:
+        return config.machine.start(doctor_job(config, args), config.script, config.dry_run)
+    status = _run(config)
     if dist.is_initialized():  # after a failure: NCCL would wait for a lost peer
         os._exit(status)
     return status
@@ -83,7 +84,7 @@ def doctor_job(config: DoctorConfig, args: Sequence[str]) -> Job:
         node = [Shell(f"machine.{name}={quoted(value)}") for name, value in settings.items() if value is not None]
         return ["python", "-m", "launch", "doctor", *passed_on, "machine.kind=local", *node]
 
-    return Job(f"{config.machine.name}-doctor", line, limit_s=5 * config.timeout_s + 60, here=partial(_run, config))
+    return Job(f"{config.machine.name}-doctor", line, limit_s=5 * config.timeout_s + 60)
 
 
 def _run(config: DoctorConfig) -> int:
@@ -119,10 +120,11 @@ def examine(config: DoctorConfig) -> ClusterReport:
     store = join_nodes(cluster, limit_s)
     with listen("" if cluster.nodes > 1 else LOOPBACK, 0) as listener:  # to be probed
         introduction = NodeAddress(socket.gethostname(), host, listener.getsockname()[1])
-        addresses = all_gather(store, cluster, "address", introduction, limit_s)
+        addresses = all_gather(store, node, range(cluster.nodes), "address", introduction, limit_s)
         # It names files: the ports make it new, and no node can choose it.
         token = hashlib.sha256(repr(addresses).encode()).hexdigest()[:12]
-        reports = all_gather(store, cluster, "report", look_around(config, addresses, token), limit_s + ENDING_S)
+        report = look_around(config, addresses, token)
+        reports = all_gather(store, node, addresses, "report", report, limit_s + ENDING_S)
     for path in config.paths:
         with suppress(OSError):  # it could not be written
             storage.remove(probe_file(path, token, node))
@@ -197,20 +199,17 @@ def join_nodes(cluster: Cluster, limit_s: float) -> TCPStore:
             time.sleep(1)
 
 
-def all_gather(store: Store, cluster: Cluster, name: str, value: T, limit_s: float) -> dict[int, T]:
-    """The value of every node, on every node, without those that gave none within `limit_s`. UserError for a message
-    that is damaged."""
-    node, keys, in_time = cluster.node_rank, [f"{name}/{peer}" for peer in range(cluster.nodes)], f"{name}/in time"
+def all_gather(store: Store, node: int, nodes: Iterable[int], name: str, value: T, limit_s: float) -> dict[int, T]:
+    """The value of every one of `nodes`, on every node, without those that gave none within `limit_s`. UserError for a
+    message that is damaged."""
+    keys, in_time = {i: f"{name}/{i}" for i in nodes}, f"{name}/in time"
     store.set(keys[node], json.dumps(to_dict(value)))
     if node == 0:
         with suppress(DistStoreError):
-            store.wait(keys, timedelta(seconds=limit_s))
-        store.set(in_time, " ".join(key for key in keys if store.check([key])))
+            store.wait([*keys.values()], timedelta(seconds=limit_s))
+        store.set(in_time, " ".join(key for key in keys.values() if store.check([key])))
     heard = store.get(in_time).decode().split()  # waits for node 0
     if keys[node] not in heard:
         raise ConnectionError(f"came {limit_s:g} s or more after node 0; start all at once, or raise timeout_s")
-    return {
-        peer: build_from(type(value), parse_object(store.get(key), f"node {peer}"), f"node {peer}")
-        for peer, key in enumerate(keys)
-        if key in heard
-    }
+    texts = {i: store.get(key) for i, key in keys.items() if key in heard}
+    return {i: build_from(type(value), parse_object(text, f"node {i}"), f"node {i}") for i, text in texts.items()}

@@ -12,8 +12,6 @@ from configs.storage import is_s3
 from launch.scheduler import MARK, TRAINERS, Cluster, Job, Scheduler, Shell, shell_line
 from train.exit import ASKED, ENDED, FAULT
 
-PORT = "rendezvous"
-
 
 @dataclass(frozen=True)
 class Kubernetes(Scheduler):
@@ -53,7 +51,7 @@ class Kubernetes(Scheduler):
             "clusterIP": "None",
             "selector": labels,
             "publishNotReadyAddresses": True,  # the pods look for each other before any of them is ready
-            "ports": [{"name": PORT, "port": cluster.port}],
+            "ports": [{"port": cluster.port}],
         }
         shm = {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": self.shared_memory}}
         data = {"name": "data", "persistentVolumeClaim": {"claimName": self.volume_claim}}
@@ -85,7 +83,6 @@ class Kubernetes(Scheduler):
             "image": self.image,
             "command": ["bash", "-c", _escape(_REPORTING.format(run=line) if job.saves_to else line)],
             "env": [{"name": name, "value": _escape(value)} for name, value in cluster.environment.items()],
-            "ports": [{"containerPort": cluster.port, "name": PORT}],
             "resources": {"limits": limits, "requests": limits},
             "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
             **({"lifecycle": stopping} if job.saves_to else {}),

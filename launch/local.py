@@ -25,18 +25,13 @@ class Local(Scheduler):
     """This machine, which is told its number if it is one of several."""
 
     def render(self, cluster: Cluster, job: Job) -> str:
-        if cluster.nodes > 1 and cluster.host in ("127.0.0.1", "localhost"):
-            raise UserError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")
         variables = [f"{name}={shlex.quote(value)}" for name, value in cluster.environment.items()]
         return " ".join([*variables, shlex.join(job.line(None, None))]) + "\n"
 
-    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
-        if script is not None:
+    def submit(self, cluster: Cluster, job: Job, script: str) -> int:
+        if script:
             raise UserError(f"script={script} is for machine.kind=slurm and kubernetes; leave it out")
-        text = self.render(cluster, job)
-        if job.here:
-            return job.here()
-        print(text, end="", flush=True)
+        print(self.render(cluster, job), end="", flush=True)
         line = [sys.executable, *job.line(None, None)[1:]]
         return supervise(line, {**os.environ, **cluster.environment}, cluster.max_restarts)
 

@@ -21,6 +21,8 @@ class MachineConfig(Cluster):
         super().__post_init__()
         if self.kind not in self.schedulers:
             raise UserError(f"machine.kind={self.kind} must be one of {', '.join(self.schedulers)}")
+        if self.kind == "local" and self.nodes > 1 and self.host in ("127.0.0.1", "localhost"):
+            raise UserError("machine.nodes > 1 needs machine.host=<name of node 0>, the same on all nodes")
 
     @property
     def schedulers(self) -> dict[str, Scheduler]:
@@ -28,12 +30,13 @@ class MachineConfig(Cluster):
         return {"local": Local(), **{name: value for name, value in vars(self).items() if isinstance(value, Scheduler)}}
 
     def render(self, job: Job) -> str:
-        """What the scheduler is given, as text; UserError for a job that cannot run there."""
+        """The line, script or manifests of the job; UserError for a job that cannot run there."""
         return self.schedulers[self.kind].render(self, job)
 
     def start(self, job: Job, script: str | None, dry_run: bool) -> int:
-        """Starts the job, or writes it to `script` and submits that; with `dry_run` prints it. The exit status."""
-        if dry_run:
+        """Starts the job, or writes it to `script` and submits that, or only prints it. The exit status."""
+        scheduler = self.schedulers[self.kind]
+        if dry_run or (scheduler.command and not script):
             print(self.render(job), end="")
             return 0
-        return self.schedulers[self.kind].submit(self, job, script)
+        return scheduler.submit(self, job, script or "")

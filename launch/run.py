@@ -15,7 +15,7 @@ from train.config import TrainConfig
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What the training program does not get."""
+    """The settings that the training program does not get."""
 
     machine: MachineConfig
     dry_run: bool = False  # only print
@@ -30,14 +30,14 @@ class Launch(LaunchConfig):
     """A run and where it goes."""
 
     train: TrainConfig
-    args: tuple[str, ...]  # those that the training program gets
+    args: tuple[str, ...]  # of the training program
 
     @property
     def job(self) -> Job:
         def line(rank: str | None, host: str | None) -> list[str]:
             return accelerate_line(self.machine, self.train.engine.name, self.args, rank, host)
 
-        return Job(self.machine.name, line, saves_to=self.train.checkpoints)
+        return Job(self.machine.name, line, saves_to=self.train.out)
 
 
 def read_launch(args: Sequence[str]) -> Launch:

@@ -1,4 +1,4 @@
-"""What a job is, what it runs on, and what every scheduler does with it. Each kind of scheduler has its own file."""
+"""A job, the cluster that it runs on, and what all schedulers share. Each kind of scheduler has its own file."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from configs import within
 from configs.errors import FileInTheWayError, MissingFileError, UserError
-from configs.storage import write_text
+from configs.storage import is_s3, write_text
 
 MARK = "# Rendered by: python -m launch"  # in every file that is written for a scheduler
 TRAINERS = "^[^ ]*python[^ ]* (-[a-z]+ )*-m train"  # how their lines begin; their launcher's ends like theirs
@@ -88,7 +88,6 @@ class Job:
     line: Callable[[str | None, str | None], list[str]]  # a node's command, of its rank and the host of node 0
     saves_to: str | None = None  # of a run, which is queued again when it was stopped; none: the job runs once
     limit_s: float = 0.0  # the longest that a job which runs once takes
-    here: Callable[[], int] | None = None  # what a local machine does instead of starting `line`
 
 
 class Scheduler:
@@ -97,17 +96,13 @@ class Scheduler:
     command: ClassVar[Sequence[str]] = ()  # submits the file whose name follows
 
     def render(self, cluster: Cluster, job: Job) -> str:
-        """What it is given, as text; UserError for a job that cannot run there."""
+        """The script or manifests of the job; UserError for a job that cannot run there."""
         raise NotImplementedError
 
-    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
-        """Writes what `render` makes to `script` and submits that, or prints it; the exit status."""
-        text = self.render(cluster, job)
-        if script is None:
-            print(text, end="")
-            return 0
+    def submit(self, cluster: Cluster, job: Job, script: str) -> int:
+        """Writes what `render` makes to the file `script` and submits that; the exit status."""
         require_own(script, MARK)
-        write_text(script, text)
+        write_text(script, self.render(cluster, job))
         command = [*self.command, os.path.abspath(script)]  # a name may look like an option
         print(shlex.join(command))
         try:
@@ -119,6 +114,8 @@ class Scheduler:
 
 
 def require_own(path: str, mark: str) -> None:
-    """FileInTheWayError if there is something at `path` that is no file with `mark` in it."""
+    """Raises an error if `path` is in a bucket, or something is there that is no file with `mark` in it."""
+    if is_s3(path):
+        raise UserError(f"{path}: this is only written to a folder of this machine, not to a bucket")
     if os.path.lexists(path) and not (Path(path).is_file() and mark.encode() in Path(path).read_bytes()):
         raise FileInTheWayError(f"{path} is there and was not written by this command; move it, or name another file")

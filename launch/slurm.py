@@ -9,7 +9,7 @@ from pathlib import Path
 from configs import within
 from configs.errors import UserError
 from configs.storage import is_s3
-from launch.scheduler import MARK, Cluster, Job, Scheduler, Shell, quoted, require_own, shell_line
+from launch.scheduler import MARK, Cluster, Job, Scheduler, Shell, quoted, shell_line
 from train.exit import ASKED, ENDED, FAULT
 
 
@@ -29,10 +29,8 @@ class Slurm(Scheduler):
 
     command = ("sbatch",)
 
-    def submit(self, cluster: Cluster, job: Job, script: str | None) -> int:
-        if script is not None:
-            require_own(script, MARK)
-            Path(self.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
+    def submit(self, cluster: Cluster, job: Job, script: str) -> int:
+        Path(self.logs).mkdir(parents=True, exist_ok=True)  # Slurm opens the log before the script runs
         return super().submit(cluster, job, script)
 
     def render(self, cluster: Cluster, job: Job) -> str:

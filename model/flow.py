@@ -53,9 +53,8 @@ class Schedule:
         """The noise level (...) nearest to each timestep (...)."""
         return self.sigmas.to(timestep.device)[self.index(timestep)]
 
-    @property
-    def training_weights(self) -> Tensor:
-        """Loss weights (n) of the levels: a bell, lowered to a minimum of 0 and scaled to a mean of 1.
+    def training_weight(self, timestep: Tensor) -> Tensor:
+        """The loss weight (...) of each timestep (...): a bell, lowered to a minimum of 0 and scaled to a mean of 1.
 
         Its centre and width come from n, not from the range of the timesteps, as upstream: only n = 1000 gives a bell
         over the whole range.
@@ -63,11 +62,7 @@ class Schedule:
         n = len(self.timesteps)
         bell = torch.exp(-2 * ((self.timesteps - n / 2) / n) ** 2)
         bell = bell - bell.min()
-        return bell * (n / bell.sum())
-
-    def training_weight(self, timestep: Tensor) -> Tensor:
-        """The bell-shaped loss weight (...) of each timestep (...)."""
-        return self.training_weights.to(timestep.device)[self.index(timestep)]
+        return (bell * (n / bell.sum())).to(timestep.device)[self.index(timestep)]
 
 
 class FlowMatch:

@@ -22,13 +22,6 @@ from model.weights import INDEX_SUFFIX, LazyWeights, require_same_tensors
 KeyNames = Literal["official", "diffusers"]
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"  # what both layouts call the one file of a folder
 
-# Of the official `action_config`; without a mouse those with `mouse_` are left out.
-ACTION_NAMES = (
-    "blocks", "enable_keyboard", "enable_mouse", "heads_num", "hidden_size", "keyboard_dim_in", "keyboard_hidden_dim",
-    "mouse_dim_in", "mouse_hidden_dim", "mouse_qk_dim_list", "rope_dim_list", "rope_theta",
-    "vae_time_compression_ratio", "windows_size",
-)  # fmt: skip
-
 # Our name of a setting in the port's config.json.
 DIFFUSERS_SETTINGS = {
     "num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim", "num_layers": "num_layers",
@@ -115,9 +108,10 @@ def config_json(config: ActionDiTConfig, names: KeyNames) -> dict[str, Any]:
     shared: dict[str, Any] = {"local_attn_size": window or -1, "sink_size": sink}
     if action:
         settings = values["action"] | {"mouse_qk_dim_list": values["action"]["rope_dim_list"]}
-        chosen = [name for name in ACTION_NAMES if action.enable_mouse or not name.startswith("mouse_")]
+        del settings["input_gain"]  # ours
         fixed = {"img_hidden_size": config.dim, "patch_size": values["patch_size"], "qk_norm": True, "qkv_bias": False}
-        shared["action_config"] = {name: settings[name] for name in chosen} | fixed
+        named = {name: settings[name] for name in settings if action.enable_mouse or not name.startswith("mouse_")}
+        shared["action_config"] = named | fixed
     if names == "official":
         fixed = {"_class_name": "CausalWanModel", "model_type": "i2v", "qk_norm": True, "cross_attn_norm": True}
         sizes = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "freq_dim", "eps")

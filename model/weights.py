@@ -5,7 +5,6 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -104,19 +103,25 @@ def open_weights(path: str | Path) -> LazyWeights:
 
 def read_weights(path: str | Path) -> LazyWeights:
     """The tensors of one safetensors file; of an s3:// url each is a request of its own."""
+    incomplete = UserError(f"{path} is no complete safetensors file; copy, download or write it again")
     with storage.open(path, buffer_bytes=1) as file, reading(path):
-        begin, size, header = _read_header(path, file)
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        end = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < end <= min(size, 8 + HEADER_BYTES):
+            raise incomplete
+        header = parse_object(file.read(end - 8), path)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise UserError("__metadata__ must hold strings")
         specs = {name: _spec(name, entry) for name, entry in header.items()}
-        offsets, end = dict[str, int](), 0
+        begin, offsets = end, dict[str, int]()
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            if entry["data_offsets"] != [end, end + specs[name].nbytes]:
+            offsets[name], end = end, end + specs[name].nbytes
+            if entry["data_offsets"] != [offsets[name] - begin, end - begin]:
                 raise UserError(f"a gap, an overlap or a wrong size at {_some([name])}")
-            offsets[name], end = begin + end, end + specs[name].nbytes
-        if begin + end != size:
-            raise UserError(f"{path} is no complete safetensors file: {size} bytes instead of {begin + end}")
+        if end != size:
+            raise incomplete
 
     def read(name: str) -> Tensor:
         # Straight into the tensor's own memory: pages of a memory map would count until the whole file is closed.
@@ -128,16 +133,6 @@ def read_weights(path: str | Path) -> LazyWeights:
         return tensor
 
     return LazyWeights(specs, read, metadata, str(path))
-
-
-def _read_header(path: str | Path, file: BufferedReader) -> tuple[int, int, dict[str, Any]]:
-    """Where the tensors begin in a safetensors file, its size, and its header."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    begin = 8 + int.from_bytes(file.read(8), "little")
-    if not 8 < begin <= min(size, 8 + HEADER_BYTES):
-        raise UserError(f"{path} is no complete safetensors file: its header cannot be read")
-    return begin, size, parse_object(file.read(begin - 8), path)
 
 
 def _spec(name: str, entry: dict[str, Any]) -> Tensor:

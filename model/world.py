@@ -255,14 +255,12 @@ def load_world(
     if (config.model.vision == "none") != (vision is None):
         needs = "has no vision: leave vision= out" if vision else "needs vision=<weights of CLIP's vision tower>"
         raise UserError(f"{checkpoint} was trained with model.vision={config.model.vision} and {needs}")
-    return make_world(config, _open_weights(checkpoint, weights, config.model), device, precision, vision)
-
-
-def _open_weights(checkpoint: Path, weights: Weights, model: ActionDiTConfig) -> Mapping[str, Tensor]:
     file, exported = checkpoint / f"{weights}.safetensors", checkpoint / WEIGHTS_NAME
     if exported.is_file() and not file.is_file():
-        return read_official(exported, model)[0]
-    return open_weights(file)
+        state = read_official(exported, config.model)[0]
+    else:
+        state = open_weights(file)
+    return make_world(config, state, device, precision, vision)
 
 
 def make_world(

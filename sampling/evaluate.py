@@ -1,4 +1,4 @@
-"""Judges a checkpoint on held-out episodes: what the actions are worth, and whether the picture obeys."""
+"""Judges a checkpoint on held-out episodes: how much the actions help, and whether the picture obeys them."""
 
 import json
 import os
@@ -85,10 +85,10 @@ def evaluate(config: EvaluateConfig) -> None:
         report["velocity_loss"] = judge_losses(world, config, min(config.clips, manifest.clips))
         replayed = player.replay(prompts)
         report |= judge_replay(replayed, commanded_yaw(prompts, game))
-        held = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
-        report["held"] = held_table({command: all_motions(made) for command, made in held.items()})
+        rollouts = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
+        report["held"] = held_table({command: all_motions(frames) for command, frames in rollouts.items()})
         grids = [replay_grid(prompts, replayed["from_context"])]
-        grids += [held_grid(held_prompts[0], held, config.mouse_deg, game)]
+        grids += [held_grid(held_prompts[0], rollouts, config.mouse_deg, game)]
         for grid in grids:
             write_grid(folder, grid, game)
         report["seconds"] = round(time.perf_counter() - began, 1)
@@ -114,8 +114,8 @@ def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Repor
         for name, levels in tqdm(bins, desc=f"held-out loss, {kind}", unit="noise level"):
             sigma = levels[torch.randint(len(levels), (clips,), generator=generator)]
             sample = NoiseSample(sigma, torch.randn(part.latents.shape, generator=generator))
-            for variant, acted in variants.items():
-                losses[variant][name] = loss_of_clips(world, acted, sample, config.batch)
+            for variant, clips_of_variant in variants.items():
+                losses[variant][name] = loss_of_clips(world, clips_of_variant, sample, config.batch)
         tables[kind] = {"clips": clips, **action_loss_table(losses, world.flow)}
     return tables
 
@@ -123,18 +123,18 @@ def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Repor
 def loss_of_clips(world: WorldModel, clips: Batch, sample: NoiseSample, batch: int) -> Tensor:
     """The loss (b) of the newest chunk or block on the CPU, `batch` clips at a time."""
     latents, causal = clips.latents.shape[2], world.dit.config.causal
-    given = 1 if latents == world.block else world.block
-    known, sigma = given, sample.sigma
-    if causal is not None and given > 1:  # a past in the caches, not in the conditioning
+    past = 1 if latents == world.block else world.block
+    known, sigma = past, sample.sigma
+    if causal is not None and past > 1:  # it is in the caches, not in the conditioning
         known, sigma = 1, sigma[:, None].repeat(1, latents)
-        sigma[:, :given] = causal.context_noise
-    parts = []
+        sigma[:, :past] = causal.context_noise
+    losses = []
     for first in range(0, len(clips.ids), batch):
         part = slice(first, first + batch)
-        some = NoiseSample(sigma[part].to(world.device), sample.noise[part].to(world.device))
-        error = velocity_error(world.dit, world.flow, clips[part].to(world.device), known, some, world.layout)
-        parts.append(error[:, given:].mean(dim=1).cpu())
-    return torch.cat(parts)
+        noise = NoiseSample(sigma[part].to(world.device), sample.noise[part].to(world.device))
+        error = velocity_error(world.dit, world.flow, clips[part].to(world.device), known, noise, world.layout)
+        losses.append(error[:, past:].mean(dim=1).cpu())
+    return torch.cat(losses)
 
 
 def read_other(path: str, out: str) -> Compared:
@@ -170,21 +170,22 @@ def drift(frames: np.ndarray) -> dict[str, list[float]]:
 
 
 def replay_grid(prompts: Sequence[Prompt], generated: np.ndarray) -> VideoGrid:
-    """What really happened beside what was generated from the same 9 frames and actions."""
+    """Real play beside what the model generates from the same 9 frames and actions."""
     panels, shown = [], prompts[:SHOWN_PROMPTS]
     for prompt, frames in zip(shown, generated, strict=False):
-        made = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
-        panels += [Panel("real play", prompt.frames, prompt.actions), Panel("generated", made, prompt.actions)]
+        generated_frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
+        panels += [Panel("real play", prompt.frames, prompt.actions)]
+        panels += [Panel("generated", generated_frames, prompt.actions)]
     names = "; ".join(prompt.name for prompt in shown)
     sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
     return VideoGrid("replay", "Real play and the model's", sentence, panels, 2, REPLAY_WIDTH)
 
 
-def held_grid(prompt: Prompt, made: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
-    """Every constant action from the 9 frames of `prompt`, the first of the rollouts `made`."""
+def held_grid(prompt: Prompt, rollouts: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
+    """Every constant action from the 9 frames of `prompt`, whose rollouts come first."""
     panels = []
-    for command, rollouts in made.items():
-        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], rollouts[0]])
+    for command, frames_of_all in rollouts.items():
+        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames_of_all[0]])
         actions = prompt.with_constant_action(command, game, mouse_deg)
         panels.append(Panel(command.replace("_", " "), frames, actions))
     sentence = "The same 9 frames and the same noise, another command held in each picture."

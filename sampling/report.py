@@ -1,4 +1,4 @@
-"""The page of an evaluation: its plots, and the figures by which models are compared; its text is in report.html."""
+"""The page of an evaluation: its plots, and the figures that compare models. Its text is in report.html."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ Report = dict[str, Any]
 class Compared(NamedTuple):
     """What a page shows of a model beside others."""
 
-    page: str  # its own page, relative to the one that shows it; empty for that one
+    page: str  # the model's page, relative to the page that shows this; empty on the model's page
     method: str
     checkpoint: str
     figures: dict[str, str]  # the main ones, by name, as text
@@ -37,7 +37,7 @@ class Compared(NamedTuple):
 
 
 def compared(report: Report, page: str) -> Compared:
-    """What is compared of a report, which may be another's file: what is not one raises errors of any kind."""
+    """The part of a report that is compared. Raises errors of any kind if `report`, from any file, is none."""
     by_frame = np.array(report["psnr_db"]["from_context"]["by_frame"], dtype=np.float64)
     if by_frame.ndim != 1 or not np.isfinite(by_frame).all():
         raise UserError("psnr_db.from_context.by_frame must be numbers")

@@ -13,7 +13,7 @@ from sampling.denoising import Denoising, Rows
 
 
 class Rollout(ABC):
-    """A batch of videos that go on together; each depends on its own seed, prompt and actions alone.
+    """A batch of videos that go on together; each depends on its seed, prompt and actions alone.
 
     It starts from pictures (b 3 h w) in [-1, 1], which are frame 0, or from clips (b 3 n h w) of whole pieces, which
     the first steps return as the codec shows them. Memory does not grow with time.

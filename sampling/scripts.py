@@ -126,14 +126,12 @@ def random_table(action_space: ActionSpace) -> list[str]:
     return [f"{move}+{turn}" for (move, often), (turn, share) in pairs for _ in range(often * share)]
 
 
-def random_play(
-    table: Sequence[Actions], frames: int, seed: int | random.Random, segment: int = SEGMENT_FRAMES
-) -> Actions:
+def random_play(table: Sequence[Actions], frames: int, seed: int, segment: int = SEGMENT_FRAMES) -> Actions:
     """`frames` rows of play: a row of `table` in frame 0, then one per `segment` frames, drawn uniformly.
 
     The draws are those of Matrix-Game 2.0's sampler: the same seed of Python's `random` gives the same play.
     """
-    rng, index = random.Random(seed) if isinstance(seed, int) else seed, list[int]()
+    rng, index = random.Random(seed), list[int]()
     while len(index) < frames:
         rng.randint(0, 0)  # upstream picks one of one group first, and that consumes random numbers
         index += [rng.randint(0, len(table) - 1)] * (segment if index else 1)

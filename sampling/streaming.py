@@ -69,8 +69,8 @@ class StreamingRollout(Rollout):
         self.world.dit(x, timestep, **self._inputs(actions), cache=self.cache, update_cache=True)
 
     def _inputs(self, actions: Rows) -> dict[str, Tensor | None]:
-        """What the model is given for the next block, `actions` being those of the past and of its frames."""
-        # A later block's first latent ends with the last of its own frames.
+        """The model's inputs for the next block; `actions` are those of the past, then of the block's frames."""
+        # The first latent of a later block ends `temporal` frames into that block.
         offset = actions[0].shape[1] - self.frames_due + (self.temporal - 1 if self.pieces else 0)
         return model_inputs(self.world.dit, actions, "continuous", self._cond, offset=offset)
 

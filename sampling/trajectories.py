@@ -1,4 +1,4 @@
-"""Rollouts to be judged: from places in held-out episodes, along the recorded actions or under one constant action."""
+"""Rollouts to be judged: from places in held-out episodes, along the recorded actions or under a constant action."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from tqdm import tqdm
 from configs.errors import UserError
 from configs.game import GameConfig
 from data_pipeline.motion import EXPECTED
-from data_pipeline.readers import Reader, find_recordings, read_game_frames, recording_of
+from data_pipeline.readers import Reader, find_recordings, read_game_frames
+from data_pipeline.readers.recording import recording_of
 from data_pipeline.types import Actions, Episode, Manifest
 from data_pipeline.video import to_video
 from model.layout import CHUNK_FRAMES
@@ -36,10 +37,10 @@ class Prompt:
 
     def with_constant_action(self, command: str, game: GameConfig, mouse_deg: float) -> Actions:
         """The actions of the 9 given frames, then `command`."""
-        held = read_script(command, game.action_space, Scripted(len(self.frames) - CHUNK_FRAMES, 0, mouse_deg))
+        constant = read_script(command, game.action_space, Scripted(len(self.frames) - CHUNK_FRAMES, 0, mouse_deg))
         return Actions(
-            np.concatenate([self.actions.keyboard[:CHUNK_FRAMES], held.keyboard]),
-            np.concatenate([self.actions.mouse[:CHUNK_FRAMES], held.mouse]),
+            np.concatenate([self.actions.keyboard[:CHUNK_FRAMES], constant.keyboard]),
+            np.concatenate([self.actions.mouse[:CHUNK_FRAMES], constant.mouse]),
         )
 
 
@@ -47,8 +48,8 @@ def heldout_episodes(recordings: str | Path, reader: Reader, manifest: Manifest)
     """The episodes that the manifest's shards were made of."""
     listed = {episode for info in manifest.shards for episode in info.episodes}
     names = listed | {recording_of(episode) for episode in listed}
-    there = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
-    episodes = [episode for recording in there for episode in recording.read(manifest.game) if episode.id in listed]
+    chosen = [recording for recording in find_recordings(reader, recordings) if recording.name in names]
+    episodes = [episode for recording in chosen for episode in recording.read(manifest.game) if episode.id in listed]
     if not episodes:
         raise UserError(f"{recordings} holds none of the manifest's {len(listed)} episodes, such as {min(listed)}")
     return episodes
@@ -82,7 +83,7 @@ def commanded_yaw(prompts: Sequence[Prompt], game: GameConfig) -> list[float]:
 
 @dataclass(frozen=True)
 class Player:
-    """Plays a world from many prompts."""
+    """Makes rollouts of a world from many prompts."""
 
     world: WorldModel
     denoising: Denoising
@@ -107,18 +108,17 @@ class Player:
         """Frames (b n h w 3) uint8 after the 9 of every prompt, by the constant action: idle, and all whose effect on
         the picture is known. The noise is the same for all."""
         game = self.world.game
-        words = script_words(game.action_space)
-        commands = [command for command in [*EXPECTED, "idle"] if command in words]
+        commands = [command for command in [*EXPECTED, "idle"] if command in script_words(game.action_space)]
         video = to_video(torch.from_numpy(np.stack([prompt.frames[:CHUNK_FRAMES] for prompt in prompts])))
-        actions = [prompt.with_constant_action(word, game, mouse_deg) for word in commands for prompt in prompts]
-        made = self._play(video.repeat(len(commands), 1, 1, 1, 1), actions, len(prompts))
-        return dict(zip(commands, np.split(made, len(commands)), strict=True))
+        actions = [prompt.with_constant_action(name, game, mouse_deg) for name in commands for prompt in prompts]
+        frames = self._play(video.repeat(len(commands), 1, 1, 1, 1), actions, len(prompts))
+        return dict(zip(commands, np.split(frames, len(commands)), strict=True))
 
     def _play(self, start: Tensor, actions: Sequence[Actions], prompts: int) -> np.ndarray:
         """Frames (b n h w 3) uint8 of rollouts from pictures (b 3 h w) in [-1, 1], which come first, or clips
         (b 3 9 h w), which are left out. `actions` have a row for every frame; noise repeats after `prompts`."""
         seeds = [self.seed + i % prompts for i in range(len(start))]
-        given, done = start.shape[2] if start.ndim == 5 else 0, []
+        skipped, done = start.shape[2] if start.ndim == 5 else 0, []
         keyboard = torch.from_numpy(np.stack([rows.keyboard for rows in actions]))
         mouse = torch.from_numpy(np.stack([rows.mouse for rows in actions]))
         with tqdm(total=len(start) * keyboard.shape[1], desc="play", unit="frame") as progress:
@@ -127,7 +127,7 @@ class Player:
                 for piece in play(self.world, start[part], (keyboard[part], mouse[part]), seeds[part], self.denoising):
                     pieces.append(piece.cpu())
                     progress.update(len(piece) * piece.shape[1])
-                done.append(torch.cat(pieces, dim=1)[:, given:])
+                done.append(torch.cat(pieces, dim=1)[:, skipped:])
         return torch.cat(done).numpy()
 
     @torch.inference_mode()

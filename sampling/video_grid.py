@@ -1,7 +1,7 @@
 """Rollouts to look at: labelled pictures in a grid, as a contact sheet (PNG) or as a video."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,15 +18,15 @@ from data_pipeline.video import write_video
 from model.layout import CHUNK_FRAMES
 
 PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
-TILE_WIDTH = 400  # px of one picture, unless another is asked for
-SHEET_WIDTH, HELD_WIDTH = 200, 320  # px of one picture of a grid's contact sheet, of a video with four columns
+TILE_WIDTH = 400  # px of a picture by default
+SHEET_WIDTH, HELD_WIDTH = 200, 320  # px of a picture: of a grid's contact sheet, of a video with four columns
 TITLE_HEIGHT, LABEL_HEIGHT, GAP = 40, 26, 14  # px; the gap is between pictures
 overlay_of = lru_cache(maxsize=4)(Overlay)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture with what stands under it."""
+    """A picture and the text under it."""
 
     picture: np.ndarray  # (h w 3) uint8
     label: str
@@ -57,17 +57,14 @@ class VideoGrid:
 
 def write_grid(out: Path, grid: VideoGrid, game: GameConfig) -> None:
     """Writes `<name>.mp4` and `<name>.png`, the contact sheet with one picture per chunk, into `out`."""
-    write_video(out / f"{grid.name}.mp4", _video_frames(grid, game), game.fps, crf=20)
-    last_frames = range(CHUNK_FRAMES - 1, len(grid.panels[0].frames), CHUNK_FRAMES)
+    frames = range(len(grid.panels[0].frames))
+    progress = tqdm(frames, desc=f"video {grid.name}", unit="frame", disable=None)
+    sheets = (draw_sheet(_tiles(grid, i, grid.width, game), grid.title, grid.columns, grid.width) for i in progress)
+    write_video(out / f"{grid.name}.mp4", map(np.asarray, sheets), game.fps, crf=20)
+    last_frames = frames[CHUNK_FRAMES - 1 :: CHUNK_FRAMES]
     rows = [_tiles(grid, frame, SHEET_WIDTH, game) for frame in last_frames]
     tiles = [tile for panel in zip(*rows, strict=True) for tile in panel]
     write_sheet(out / f"{grid.name}.png", tiles, grid.title, len(last_frames), SHEET_WIDTH)
-
-
-def _video_frames(grid: VideoGrid, game: GameConfig) -> Iterator[np.ndarray]:
-    for frame in tqdm(range(len(grid.panels[0].frames)), desc=f"video {grid.name}", unit="frame", disable=None):
-        tiles = _tiles(grid, frame, grid.width, game)
-        yield np.asarray(draw_sheet(tiles, grid.title, grid.columns, grid.width))
 
 
 def _tiles(grid: VideoGrid, frame: int, width: int, game: GameConfig) -> list[Tile]:

@@ -119,8 +119,8 @@ class _Handler(BaseHTTPRequestHandler):
             data = answer.read()
         finally:
             upstream.close()
-        ours = ("connection", "transfer-encoding", "content-length", "date", "server")
-        headers = {name: value for name, value in answer.getheaders() if name.lower() not in ours}
+        replaced = ("connection", "transfer-encoding", "content-length", "date", "server")
+        headers = {name: value for name, value in answer.getheaders() if name.lower() not in replaced}
         length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
         return answer.status, {**headers, "Content-Length": length or "0"}, data
 

@@ -1,4 +1,4 @@
-"""For each foreign format a folder of recordings, the game's YAML that reads it, and what a picture then shows."""
+"""For each format a folder of recordings, the game's YAML that reads it, and what a picture then shows."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,10 @@ import foreign_recordings as foreign
 import numpy as np
 import pytest
 import yaml
+from tiny_recordings import write_recording
+from tiny_world import GAME
 
-from configs import load_config
+from configs import load_config, to_dict
 from configs.game import GameConfig
 from data_pipeline.readers import Reader, find_recordings, read_game_frames
 from data_pipeline.types import Episode
@@ -65,6 +67,8 @@ def write_all(root: Path) -> dict[str, Path]:
     )
     for name, play in (("one.csv", foreign.draw_play(40, 5)), ("two.jsonl", foreign.draw_play(30, 5, seed=1))):
         foreign.write_table(root / "table" / name, play)
+    write_recording(root / "worldloom" / "episode_00000", GAME)
+    write_recording(root / "worldloom" / "episode_00001", GAME, seed=1)
     return {path.name: path for path in root.iterdir()}
 
 
@@ -72,9 +76,12 @@ def game_args(reader: str, folder: Path, *more: str) -> list[str]:
     """The game's YAML, made small; one is written into `folder` for a format without a preset."""
     if reader in PRESETS:
         return [str(GAMES / f"{PRESETS[reader]}.yaml"), "game.height=64", "game.width=112", *more]
-    fps, inputs = OWN[reader]
-    space = {"name": "own", "keys": list(inputs["keys"]), "mouse": reader != "frames", "mouse_unit_deg": 10.0}
-    game = {"name": "own", "fps": fps, "height": 64, "width": 112, "action_space": space, "inputs": inputs}
+    if reader == "worldloom":
+        game = to_dict(GAME)
+    else:
+        fps, inputs = OWN[reader]
+        space = {"name": "own", "keys": list(inputs["keys"]), "mouse": reader != "frames", "mouse_unit_deg": 10.0}
+        game = {"name": "own", "fps": fps, "height": 64, "width": 112, "action_space": space, "inputs": inputs}
     path = folder / f"{reader}.yaml"
     path.write_text(yaml.safe_dump({"reader": reader, "game": game}))
     return [str(path), *more]

@@ -85,16 +85,18 @@ def supervised(targets: list[Target], seed: int, count: int, until: float) -> It
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             begun: list[Any] = []
             for line in process.stdout or ():
-                begun, tried = ([], json.loads(line)) if begun else (json.loads(line), None)
-                if tried:
-                    done += 1
-                    yield Tried(*tried)
-                    if time.monotonic() > until:
-                        process.kill()
-                        return
+                if not begun:
+                    begun = json.loads(line)
+                    continue
+                begun, done = [], done + 1
+                yield Tried._make(json.loads(line))
+                if time.monotonic() > until:
+                    process.kill()
+                    return
         if begun:
             done += 1
-            yield Tried(*begun, TOO_MUCH.get(process.returncode, f"the process ended with {process.returncode}"))
+            outcome = TOO_MUCH.get(process.returncode, f"the process ended with {process.returncode}")
+            yield Tried(begun[0], begun[1], outcome)
         elif not done:
             raise ChildProcessError(f"no input could be tried; run {' '.join(command)}")
 

@@ -65,27 +65,22 @@ class Target:
     goes_on: bool = False  # it works in the folder that it is given
 
 
-def _foreign(reader: Reader) -> Target:
+def _recordings(reader: Reader) -> Target:
     def prepare(folder: Path) -> None:
         shutil.copytree(foreign_games.write_all(folder.with_name(f"{reader}.all"))[reader], folder)
 
-    return Target(reader, prepare, lambda folder, rng: _read(reader, folder))
+    def read(folder: Path, rng: Random) -> None:
+        game = foreign_games.load_game(reader, Path(tempfile.gettempdir()))
+        for episode in foreign_games.read_all(reader, folder, game):
+            for frame in episode.frames():
+                assert frame.shape[2] == 3
 
-
-def _read(reader: Reader, folder: Path) -> None:
-    game = GAME if reader == "worldloom" else foreign_games.load_game(reader, Path(tempfile.gettempdir()))
-    for episode in foreign_games.read_all(reader, folder, game):
-        for frame in episode.frames():
-            assert frame.shape[2] == 3
-
-
-def _episodes(folder: Path) -> None:
-    for i in range(2):
-        write_recording(folder / f"episode_{i:05d}", GAME, seed=i)
+    return Target(reader, prepare, read)
 
 
 def _shards(folder: Path) -> None:
-    _episodes(folder / "recordings")
+    for i in range(2):
+        write_recording(folder / "recordings" / f"episode_{i:05d}", GAME, seed=i)
     write_codec(folder / "codec")
     encode(_encoding(folder))
 
@@ -222,8 +217,7 @@ def _launch(folder: Path, rng: Random) -> None:
 
 
 TARGETS = [
-    *(_foreign(reader) for reader in get_args(Reader) if reader != "worldloom"),
-    Target("worldloom", _episodes, lambda folder, rng: _read("worldloom", folder)),
+    *map(_recordings, get_args(Reader)),
     Target("shards", _shards, _look, lambda path: "latents" in path.parts, (0, 1)),
     Target("encode", _shards, lambda folder, rng: (encode(_encoding(folder)), None)[1], goes_on=True),
     Target("generate", _checkpoint, _sample),

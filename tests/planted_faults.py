@@ -3,8 +3,8 @@
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,12 +12,10 @@ from configs.game import GameConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, read_actions, write_actions, write_episode
 from data_pipeline.video import read_frames
 
-YAW, PITCH = 1, 0
 FORWARD, BACK, LEFT, RIGHT = range(4)
 
 
-@dataclass(frozen=True)
-class Tape:
+class Tape(NamedTuple):
     """A recording in memory."""
 
     frames: np.ndarray  # (n h w 3) uint8
@@ -25,125 +23,110 @@ class Tape:
     mouse_deg: np.ndarray  # (n 2) pitch, yaw
 
 
-Spoil = Callable[[Tape, Tape], Tape]  # a recording, and another one of the set
-
-
-@dataclass(frozen=True)
-class Planted:
+class Planted(NamedTuple):
     """A way to spoil recordings."""
 
     fault: str | None  # that must be found
-    spoil: Spoil
-    every: int = 1  # each so manieth recording is spoilt
+    spoil: Callable[[Tape, Tape], Tape]  # a recording, and another one of the set
+    every: int = 1  # so many recordings have one that is spoilt
 
 
-Indices = Callable[[int], slice | np.ndarray]  # of n frames or rows
+def pick(tape: Tape, frames: Any = None, rows: Any = None) -> Tape:
+    """Some frames with some rows, by index or slice; all without."""
+    rows = slice(None) if rows is None else rows
+    pictures = tape.frames if frames is None else tape.frames[frames]
+    return Tape(pictures, tape.keyboard[rows], tape.mouse_deg[rows])
 
 
-def picking(frames: Indices | None = None, rows: Indices | None = None) -> Spoil:
-    """Some of the frames with some of the rows; all without."""
-
-    def spoil(tape: Tape, _: Tape) -> Tape:
-        n = len(tape.frames)
-        pictures, kept = tape.frames[frames(n)] if frames else tape.frames, rows(n) if rows else slice(None)
-        return Tape(pictures, tape.keyboard[kept], tape.mouse_deg[kept])
-
-    return spoil
+def plant_shift(late: int, every: int = 1) -> Planted:
+    """Inputs that are `late` frames late, or early if it is below 0."""
+    first, last = max(late, 0), max(-late, 0)
+    frames, rows = slice(first, -last or None), slice(last, -first or None)
+    return Planted("shift", lambda tape, _: pick(tape, frames, rows), every)
 
 
-def late(frames: int) -> Spoil:
-    """Inputs that are so many frames late, or early if it is below 0."""
-    first, last = max(frames, 0), max(-frames, 0)
-    return picking(lambda n: slice(first, n - last), lambda n: slice(last, n - first))
+def plant_mouse(fault: str, factor: Any, every: int = 1) -> Planted:
+    """Pitch and yaw times `factor`."""
+    return Planted(fault, lambda tape, _: tape._replace(mouse_deg=tape.mouse_deg * factor), every)
 
 
-def every_second(n: int) -> slice:
-    return slice(None, n // 2 * 2, 2)
+def plant_key(fault: str, key: int, held: Callable[[Tape], Any]) -> Planted:
+    """`key` is held when `held` of another recording says so."""
+
+    def spoil(tape: Tape, other: Tape) -> Tape:
+        keyboard = tape.keyboard.copy()
+        keyboard[:, key] = held(other)
+        return tape._replace(keyboard=keyboard)
+
+    return Planted(fault, spoil)
 
 
-def first_half(n: int) -> slice:
-    return slice(None, n // 2)
+def half(tape: Tape) -> slice:
+    return slice(len(tape.frames) // 2)
 
 
-def each_twice(n: int) -> np.ndarray:
-    return np.arange(n) // 2 * 2
+def twice(tape: Tape) -> np.ndarray:
+    return np.arange(len(tape.frames)) // 2 * 2
 
 
-def frozen(first: int, end: int) -> Indices:
-    return lambda n: np.where((np.arange(n) >= first) & (np.arange(n) < end), first, np.arange(n))
+def frozen(tape: Tape, first: int, end: int) -> np.ndarray:
+    numbers = np.arange(len(tape.frames))
+    return np.where((numbers >= first) & (numbers < end), first, numbers)
 
 
-def turning(change: Callable[[np.ndarray], np.ndarray]) -> Spoil:
-    """Another mouse."""
-    return lambda tape, _: Tape(tape.frames, tape.keyboard, change(tape.mouse_deg))
-
-
-def pressing(change: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Spoil:
-    """Other keys, made of these and another recording's."""
-    return lambda tape, other: Tape(tape.frames, change(tape.keyboard, other.keyboard), tape.mouse_deg)
-
-
-def with_column(keyboard: np.ndarray, key: int, held: np.ndarray | int) -> np.ndarray:
-    """The keyboard with another column for `key`."""
-    changed = keyboard.copy()
-    changed[:, key] = held
-    return changed
-
-
+SECOND = slice(0, -1, 2)  # every second one, as many as `half` has
 PLANTED = {
     "nothing": Planted(None, lambda tape, _: tape),
-    "inputs 1 late": Planted("shift", late(1)),
-    "inputs 2 late": Planted("shift", late(2)),
-    "inputs 5 late": Planted("shift", late(5)),
-    "inputs 1 early": Planted("shift", late(-1)),
-    "inputs 2 early": Planted("shift", late(-2)),
-    "inputs 5 early": Planted("shift", late(-5)),
-    "inputs 5 late, in every 4th": Planted("shift", late(5), every=4),
-    "half the fps: every 2nd picture left out": Planted("rate", picking(every_second, first_half)),
-    "half the fps: every 2nd row left out": Planted("rate", picking(first_half, every_second)),
-    "half the fps: every 2nd picture twice": Planted("repeats", picking(frames=each_twice)),
-    "half the fps: every 2nd row twice": Planted("repeats", picking(rows=each_twice)),
-    "half the fps: every 2nd of both left out": Planted("units", picking(every_second, every_second)),
-    "axes swapped": Planted("swapped axes", turning(lambda mouse: mouse[:, ::-1])),
-    "yaw inverted": Planted("inverted", turning(lambda mouse: mouse * [1, -1])),
-    "yaw inverted, in every 4th": Planted("inverted", turning(lambda mouse: mouse * [1, -1]), every=4),
-    "yaw in radians": Planted("units", turning(lambda mouse: mouse * [1, np.pi / 180])),
-    "yaw counted twice": Planted("units", turning(lambda mouse: mouse * [1, 2])),
+    "inputs 1 late": plant_shift(1),
+    "inputs 2 late": plant_shift(2),
+    "inputs 5 late": plant_shift(5),
+    "inputs 1 early": plant_shift(-1),
+    "inputs 2 early": plant_shift(-2),
+    "inputs 5 early": plant_shift(-5),
+    "inputs 5 late, in every 4th": plant_shift(5, every=4),
+    "half the fps: every 2nd picture left out": Planted("rate", lambda tape, _: pick(tape, SECOND, half(tape))),
+    "half the fps: every 2nd row left out": Planted("rate", lambda tape, _: pick(tape, half(tape), SECOND)),
+    "half the fps: every 2nd picture twice": Planted("repeats", lambda tape, _: pick(tape, frames=twice(tape))),
+    "half the fps: every 2nd row twice": Planted("repeats", lambda tape, _: pick(tape, rows=twice(tape))),
+    "half the fps: every 2nd of both left out": Planted("units", lambda tape, _: pick(tape, SECOND, SECOND)),
+    "axes swapped": Planted("swapped axes", lambda tape, _: tape._replace(mouse_deg=tape.mouse_deg[:, ::-1])),
+    "yaw inverted": plant_mouse("inverted", [1, -1]),
+    "yaw inverted, in every 4th": plant_mouse("inverted", [1, -1], every=4),
+    "yaw in radians": plant_mouse("units", [1, np.pi / 180]),
+    "yaw counted twice": plant_mouse("units", [1, 2]),
     "another's mouse, in every 4th": Planted(
-        "unrelated", lambda tape, other: Tape(tape.frames, tape.keyboard, other.mouse_deg), every=4
+        "unrelated", lambda tape, other: tape._replace(mouse_deg=other.mouse_deg), every=4
     ),
-    "dead key": Planted("dead input", pressing(lambda keys, _: with_column(keys, LEFT, 0))),
-    "stuck key": Planted("dead input", pressing(lambda keys, _: with_column(keys, BACK, 1))),
-    "dead mouse": Planted("dead input", turning(lambda mouse: 0 * mouse)),
-    "a key that is another one's": Planted(
-        "no effect", pressing(lambda keys, other: with_column(keys, LEFT, other[:, LEFT]))
-    ),
+    "dead key": plant_key("dead input", LEFT, lambda _: 0),
+    "stuck key": plant_key("dead input", BACK, lambda _: 1),
+    "dead mouse": plant_mouse("dead input", 0),
+    "a key that is another one's": plant_key("no effect", LEFT, lambda other: other.keyboard[:, LEFT]),
     "left and right exchanged": Planted(
-        "swapped keys", pressing(lambda keys, _: keys[:, [FORWARD, BACK, RIGHT, LEFT]])
+        "swapped keys", lambda tape, _: tape._replace(keyboard=tape.keyboard[:, [FORWARD, BACK, RIGHT, LEFT]])
     ),
-    "frozen picture, in every 4th": Planted("still picture", picking(frames=frozen(20, 60)), every=4),
-    "frozen inputs, in every 4th": Planted("constant inputs", picking(rows=frozen(10, 100)), every=4),
+    "frozen picture, in every 4th": Planted("still picture", lambda tape, _: pick(tape, frozen(tape, 20, 60)), every=4),
+    "frozen inputs, in every 4th": Planted(
+        "constant inputs", lambda tape, _: pick(tape, rows=frozen(tape, 10, 100)), every=4
+    ),
     "black picture, in every 4th": Planted(
-        "still picture", lambda tape, _: Tape(0 * tape.frames, tape.keyboard, tape.mouse_deg), every=4
+        "still picture", lambda tape, _: tape._replace(frames=0 * tape.frames), every=4
     ),
     "another's copy, cut, in every 4th": Planted(
-        "copy", lambda _, other: Tape(other.frames[10:], other.keyboard[10:], other.mouse_deg[10:]), every=4
+        "copy", lambda _, other: pick(other, slice(10, None), slice(10, None)), every=4
     ),
-}  # fmt: skip
+}
 
 
-def plant(planted: Planted, clean: Path, out: Path, game: GameConfig) -> list[str]:
-    """Writes the recordings of `clean`, spoilt, into `out`; the names of those that are."""
+def plant(planted: Planted, clean: Path, out: Path, game: GameConfig) -> int:
+    """Writes the recordings of `clean` into `out`, and returns how many of them are spoilt."""
     folders = sorted(clean.glob("episode_*"))
-    spoilt = []
     for i, folder in enumerate(folders):
         if i % planted.every:
             link_episode(folder, out / folder.name)
         else:
             tape = read_tape(folder, game)
             write_tape(planted.spoil(tape, read_tape(folders[i - 7], game)), tape, folder, out / folder.name, game)
-            spoilt.append(folder.name)
-    return spoilt
+    return len(folders[:: planted.every])
 
 
 def read_tape(folder: Path, game: GameConfig) -> Tape:
@@ -159,7 +142,7 @@ def write_tape(tape: Tape, before: Tape, source: Path, out: Path, game: GameConf
         write_actions(out / ACTIONS, game.action_space, tape.keyboard, tape.mouse_deg)
     else:
         about = json.loads((source / ABOUT).read_text()) | {"frames": len(tape.frames)}
-        write_episode(out, about, tape.frames, tape.keyboard, tape.mouse_deg, crf=20)
+        write_episode(out, about, *tape, crf=20)
 
 
 def link_episode(source: Path, out: Path, but: str = "") -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_shards import read_clips
-from tiny_world import random_video
+from tiny_world import fitted_codec, random_video
 from toy_codec import ToyCodec
 
 from configs import load_config
@@ -15,18 +15,10 @@ from data_pipeline.plan import EncodeConfig
 from data_pipeline.readers import find_recordings
 from data_pipeline.shards import load_manifest
 from model.codec import CODECS, codec_hash, copy_codec, load_codec
-from model.patch_codec import PatchCodec, PatchCodecConfig, to_patches
+from model.patch_codec import PatchCodec, PatchCodecConfig
 from train.codec import CodecTrainConfig, cut_clips, fit_decoder, mean_psnr, train_codec
 
-TINY = PatchCodecConfig(width=8, fine_width=8, memory_blocks=2, fine_blocks=1)
-
-
-def fitted_codec() -> PatchCodec:
-    """A fitted encoder, and a decoder at its start."""
-    torch.manual_seed(0)
-    codec = PatchCodec(TINY).eval()
-    codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
-    return codec
+TINY = fitted_codec().config
 
 
 @pytest.fixture

@@ -53,8 +53,8 @@ from tqdm import tqdm
 from configs.cli import Verb, run
 def work(args):
     with open(args[0], "w") as file:
-        tqdm.write("said", file=sys.stderr)
-        print("said", file=sys.stdout)
+        tqdm.write("text", file=sys.stderr)
+        print("text", file=sys.stdout)
         file.write(str(file.fileno() > 2))
 sys.exit(run("x", {"work": Verb(work)}, ["work", sys.argv[1]]))
 """
@@ -81,9 +81,9 @@ def test_a_text_is_taken_as_it_stands_and_read_back_as_it_was_saved(text: str, t
 
 def test_texts_in_lists_and_files_are_no_switches_or_numbers(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("out: 007\nkeys: [y, n, on, 1, 1e5]\ncompile: no\nenv: {OMP: 08, y: no}\n")
-    given = load_config(Settings, [str(tmp_path / "a.yaml")])
-    assert (given.out, given.compile, given.env) == ("007", "no", {"OMP": "08", "y": "no"})
-    assert given.keys == ("y", "n", "on", "1", "1e5")
+    config = load_config(Settings, [str(tmp_path / "a.yaml")])
+    assert (config.out, config.compile, config.env) == ("007", "no", {"OMP": "08", "y": "no"})
+    assert config.keys == ("y", "n", "on", "1", "1e5")
     assert load_config(Settings, ["keys=[y, n, 007]", "compile=no"]) == Settings(keys=("y", "n", "007"), compile="no")
 
 
@@ -97,8 +97,8 @@ def test_other_settings_read_numbers_switches_lists_and_nothing_from_their_text(
 def test_a_home_folder_is_found_where_no_shell_expands_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "a.yaml").write_text("init: ~/b\nkeys: [~/k, '~']\n")
-    given = load_config(Settings, [str(tmp_path / "a.yaml"), "out=~/x"])
-    assert (given.out, given.init, given.keys) == ("/home/me/x", "/home/me/b", ("/home/me/k", "~"))
+    config = load_config(Settings, [str(tmp_path / "a.yaml"), "out=~/x"])
+    assert (config.out, config.init, config.keys) == ("/home/me/x", "/home/me/b", ("/home/me/k", "~"))
     assert load_file(Settings, tmp_path / "a.yaml").init == "~/b"  # a foreign file does not know whose home it is
     received: list[list[str]] = []
     run("program", {"verb": Verb(lambda args: received.append(args))}, ["verb", "~/a.yaml", "~x", "out=~/b"])

@@ -6,11 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_model import TINY, awake
-from torch import Tensor, nn
+from torch import Tensor
 
 from configs.errors import UserError
 from data_pipeline.types import Batch
-from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.inputs import condition
 from model.loss import velocity_error
@@ -53,30 +52,20 @@ def test_a_clip_has_the_same_numbers_whatever_rank_and_batch_it_is_in() -> None:
 
 
 def test_the_loss_weighs_the_error_of_each_frame_by_its_level() -> None:
-    batch, objective, dit = clips(), DiffusionForcing(), awake(CAUSAL)
+    batch, objective, dit, calls = clips(), DiffusionForcing(), awake(CAUSAL), []
+    dit.register_forward_pre_hook(lambda _, args, rest: calls.append((args[1], rest["cond"])), with_kwargs=True)
     loss, metrics = objective.loss(dit, FLOW, batch, 0.0, rng_for_step(0, 0, 0, 2))
-    noise, seen = objective.noise_sample(batch.latents, FLOW, rng_for_step(0, 0, 0, 2)), []
-
-    class Watcher(nn.Module):
-        config = CAUSAL
-
-        def forward(self, x: Tensor, timestep: Tensor, cond: Tensor, **rest: Tensor) -> Tensor:
-            seen.append((timestep, cond))
-            return dit(x, timestep, cond, **rest)
-
-    again, _ = objective.loss(Watcher(), FLOW, batch, 0.0, rng_for_step(0, 0, 0, 2))
-    assert torch.equal(loss, again)
-    timestep, cond = seen[0]
+    noise = objective.noise_sample(batch.latents, FLOW, rng_for_step(0, 0, 0, 2))
+    timestep, cond = calls[0]
     assert torch.equal(timestep, 1000 * noise.sigma) and torch.equal(cond, condition(batch.latents, 1))
-    weight = FLOW.schedule(1000).training_weight(timestep)
-    by_hand = metrics.loss * weight[:, 1:]
-    given = 18 * loss - by_hand.sum()  # of the first frames
     error = velocity_error(dit, FLOW, batch, 1, noise, "continuous")
-    assert given.item() == pytest.approx((error * weight)[:, 0].sum().item(), rel=1e-5) and not weight.eq(1).all()
+    weight = FLOW.schedule(1000).training_weight(timestep)
+    assert loss.item() == pytest.approx((error * weight).mean().item(), rel=1e-5) and not weight.eq(1).all()
+    assert torch.equal(metrics.loss, error[:, 1:])
     logged = loss_metrics(loss_sums([metrics], clip_latents=9), loss_group=3)
     assert logged["loss"] == pytest.approx(metrics.loss.mean().item())
-    places = [metrics.loss[:, part].mean().item() for part in (slice(0, 2), slice(2, 5), slice(5, 8))]
-    assert [logged[f"loss/block_{i}"] for i in range(3)] == pytest.approx(places)  # the given frame counts in none
+    blocks = [metrics.loss[:, part].mean().item() for part in (slice(0, 2), slice(2, 5), slice(5, 8))]
+    assert [logged[f"loss/block_{i}"] for i in range(3)] == pytest.approx(blocks)  # the given frame counts in none
 
 
 def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
@@ -94,27 +83,14 @@ def test_a_share_of_clips_has_a_nearly_clean_past() -> None:
     assert (levels(share=0.0) < 0.1).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("backend", ["sdpa", "dense"])
-def test_no_block_learns_from_the_future(backend: str) -> None:
-    dit, batch = awake(replace(CAUSAL, attention=backend)), clips(b=1)
+def test_no_block_learns_from_the_future() -> None:
+    dit, batch = awake(CAUSAL), clips(b=1)
     _, metrics = DiffusionForcing().loss(dit, FLOW, batch, 0.0, rng_for_step(0, 0, 0, 1))
     later = batch.latents.detach().clone()
     later[:, :, 6:] += 1
     _, changed = DiffusionForcing().loss(dit, FLOW, replace(batch, latents=later), 0.0, rng_for_step(0, 0, 0, 1))
     ours, theirs = metrics.loss[0], changed.loss[0]
     assert torch.equal(ours[:5], theirs[:5]) and not torch.equal(ours[5:], theirs[5:])
-
-
-def test_one_clip_can_be_learnt_by_heart() -> None:
-    dit = ActionDiT(replace(CAUSAL, attention="dense"), torch.Generator().manual_seed(0))
-    optimizer, batch, losses = torch.optim.AdamW(dit.parameters(), lr=4e-3, betas=(0.9, 0.95)), clips(b=1, f=6), []
-    for step in range(150):
-        loss, _ = DiffusionForcing().loss(dit, FLOW, batch, 0.0, rng_for_step(0, step, 0, 1))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert sum(losses[-20:]) < 0.3 * sum(losses[:20])
 
 
 FORCING = make_objective({"name": "diffusion_forcing", "context_share": 0.5})

@@ -101,8 +101,8 @@ def test_of_many_slow_links_the_worst_are_named_and_the_rest_counted() -> None:
     nodes = tuple(replace(NODE, node=i, host=f"h{i}") for i in range(20))
     rates = torch.full((20, 20), 200.0)
     rates[0, 1:] = torch.arange(1, 20)
-    found = issues(ClusterReport(nodes, {}, Links(tuple(map(tuple, rates.tolist())))), machine)
-    assert len(found) == 11 and "node 1 (h1): 1 MB/s" in found[0] and "9 more" in found[-1]
+    lines = issues(ClusterReport(nodes, {}, Links(tuple(map(tuple, rates.tolist())))), machine)
+    assert len(lines) == 11 and "node 1 (h1): 1 MB/s" in lines[0] and "9 more" in lines[-1]
 
 
 def test_a_clock_is_read_right_though_some_readings_come_late() -> None:
@@ -144,21 +144,20 @@ def stores():
 
 
 ADDRESS = NodeAddress("a", "10.0.0.1", 1)
-MACHINE_1 = replace(MACHINE, node_rank=1)
 
 
 def test_nodes_hear_each_other_and_those_that_say_nothing_are_left_out(stores) -> None:
     heard = {}
-    second = threading.Thread(target=lambda: heard.update({1: all_gather(stores[1], MACHINE_1, "address", ADDRESS, 5)}))
+    second = threading.Thread(target=lambda: heard.update({1: all_gather(stores[1], 1, (0, 1), "address", ADDRESS, 5)}))
     second.start()
-    heard[0] = all_gather(stores[0], MACHINE, "address", ADDRESS, 5)
+    heard[0] = all_gather(stores[0], 0, (0, 1), "address", ADDRESS, 5)
     second.join()
     assert heard == {0: {0: ADDRESS, 1: ADDRESS}, 1: {0: ADDRESS, 1: ADDRESS}}
-    assert all_gather(stores[0], MACHINE, "again", ADDRESS, 0.1) == {0: ADDRESS}
+    assert all_gather(stores[0], 0, (0, 1), "again", ADDRESS, 0.1) == {0: ADDRESS}
     with pytest.raises(ConnectionError, match="timeout_s"):
-        all_gather(stores[1], MACHINE_1, "again", ADDRESS, 0.1)  # too late
+        all_gather(stores[1], 1, (0, 1), "again", ADDRESS, 0.1)  # too late
     with pytest.raises(RuntimeError, match="timeout"):
-        all_gather(stores[1], MACHINE_1, "more", ADDRESS, 0.1)  # node 0 does not answer
+        all_gather(stores[1], 1, (0, 1), "more", ADDRESS, 0.1)  # node 0 does not answer
 
 
 @pytest.mark.parametrize(
@@ -169,7 +168,7 @@ def test_nodes_hear_each_other_and_those_that_say_nothing_are_left_out(stores) -
 def test_a_damaged_message_of_another_node_is_one_line(stores, text) -> None:
     stores[1].set("address/1", text)
     with pytest.raises(UserError, match=r"^node 1") as raised:
-        all_gather(stores[0], MACHINE, "address", ADDRESS, 0.1)
+        all_gather(stores[0], 0, (0, 1), "address", ADDRESS, 0.1)
     assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
 
 
@@ -197,17 +196,6 @@ def test_the_first_of_several_nodes_listens_where_the_others_find_it() -> None:
         socket.create_connection((next(iter(addresses), LOOPBACK), everywhere.getsockname()[1])).close()
 
 
-def test_the_first_node_s_port_is_free_again_after_the_doctor() -> None:
-    port = TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
-    for _ in range(2):
-        machine = replace(MACHINE, host="127.0.0.2", port=port)
-        first = join_nodes(machine, 5)
-        second = join_nodes(replace(machine, node_rank=1), 5)
-        second.set("key", "value")
-        assert first.get("key") == b"value"
-        del first, second
-
-
 def test_a_path_that_others_write_elsewhere_or_that_is_not_there_is_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(node, "SYNC_S", 0.5)
     assert probe_path(str(tmp_path), "t", 0, (0, 1)) == SharedPath(str(tmp_path), "", (1,))
@@ -225,10 +213,14 @@ def test_a_node_that_does_not_listen_is_not_reached() -> None:
 LOOSE = [f"limits.{name}=0" for name in ("disk_gib", "shm_gib", "mb_per_s", "slow_share")]
 
 
+@pytest.fixture(scope="module")
+def port() -> int:
+    return TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+
+
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_the_doctor_examines_this_machine_and_two_nodes_on_it(bucket_folder, tmp_path, nodes: int) -> None:
-    """This machine is 127.0.0.2 too."""
-    port = TCPStore("localhost", 0, is_master=True, wait_for_workers=False).port
+def test_the_doctor_examines_this_machine_and_two_nodes_on_it(bucket_folder, tmp_path, port, nodes: int) -> None:
+    """This machine is 127.0.0.2 too. One doctor's port is free again for the next."""
     settings = [f"machine.nodes={nodes}", "machine.host=127.0.0.2", f"machine.port={port}", "megabytes=1"]
     settings += [f"shared={tmp_path}", f"bucket={bucket_folder}", f"report={tmp_path}/report.json", *LOOSE]
     line = ["python", "-m", "launch", "doctor", LAPTOP, *settings]

@@ -127,28 +127,6 @@ def test_an_array_of_a_hostile_pickle_is_no_larger_than_its_bytes(tmp_path: Path
         read_npy(tmp_path / "a.npy")
 
 
-@pytest.mark.parametrize("key", ["path", "action_path"])
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("../../outside.mp4", "no file of a folder"),
-        ("/outside.mp4", "which is not in"),
-        ("link.mp4", "lies in .*outside.mp4; it was not read"),
-        ("", "no file of a folder"),
-        (None, "is None"),
-        (["one.mp4"], r"is \['one.mp4'\]"),
-    ],
-)
-def test_annotations_lead_to_files_of_their_folder_alone(key: str, name: Any, said: str, tmp_path: Path) -> None:
-    write_fastvideo(tmp_path / "set", {"one": draw_play(3, 4)})
-    (tmp_path / "set" / "videos" / "one.mp4").rename(tmp_path / "outside.mp4")
-    (tmp_path / "set" / "videos" / "link.mp4").symlink_to(tmp_path / "outside.mp4")
-    items = [{"path": "one.mp4", "action_path": "one.npy", key: name}]
-    (tmp_path / "set" / "videos2caption.json").write_text(json.dumps(items))
-    with pytest.raises(ValueError, match=said):
-        read_all("fastvideo", tmp_path / "set", game())
-
-
 def test_absolute_names_of_another_machine_lead_to_what_lies_in_the_source(tmp_path: Path) -> None:
     write_fastvideo(tmp_path, {"one": draw_play(3, 4)})
     (tmp_path / "merge.txt").write_text("/raid/mg2/videos,/raid/mg2/videos2caption.json\n")

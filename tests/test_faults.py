@@ -4,18 +4,17 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from tiny_training import ROOT, launch, losses, require_equal_bits, run
+from tiny_training import launch, losses, require_equal_bits, run, start
 
-from model.world import COMPLETE, newest_checkpoint
+from model.world import COMPLETE, complete_steps
 
 COMMAND = [*launch("cpu_zero2", "-m", "train")]
 SETTINGS = ["batch=1", "accumulation=2", "checkpoint.every=2", "validation.every=100"]
@@ -32,25 +31,22 @@ def uninterrupted(train_words, tmp_path_factory) -> Path:
 
 def kill_once(command: list[str], out: Path, moment: str, everybody: bool, rng: random.Random) -> bool:
     """Starts the run and kills -9 one rank or all of it at the moment; whether it was still there to be killed."""
-    known = {folder.name for folder in out.glob("step_*")}
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    lines = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-    target = lines + rng.randint(0, 3)
-    while process.poll() is None and time.monotonic() < deadline:
-        new = [folder for folder in out.glob("step_*") if folder.name not in known]
-        if moment == "saving" and any(not (folder / COMPLETE).exists() for folder in new):
-            break
-        if moment == "saved" and any((folder / COMPLETE).exists() for folder in new):
-            break
-        metrics = out / "metrics.jsonl"
-        if moment == "training" and metrics.exists() and len(metrics.read_text().splitlines()) > target:
-            time.sleep(rng.random() * 0.2)
-            break
-        time.sleep(0.001)
+    known, metrics = set(out.glob("step_*")), out / "metrics.jsonl"
+
+    def lines() -> int:
+        return len(metrics.read_text().splitlines()) if metrics.exists() else 0
+
+    target = lines() + rng.randint(0, 3)
+
+    def reached() -> bool:
+        if moment == "training":
+            return lines() > target
+        new = set(out.glob("step_*")) - known
+        return any((folder / COMPLETE).exists() == (moment == "saved") for folder in new)
+
+    process = start(command, out.parent / f"{out.name}.log", reached)
+    if moment == "training":
+        time.sleep(rng.random() * 0.2)
     alive = process.poll() is None
     if alive:
         ranks = psutil.Process(process.pid).children()
@@ -59,17 +55,11 @@ def kill_once(command: list[str], out: Path, moment: str, everybody: bool, rng: 
         if everybody:
             process.kill()
     process.wait(timeout=120)
-    with_session = [p for p in psutil.process_iter() if _session(p.pid) == process.pid]
-    for left in with_session:  # of a launcher that was killed itself
-        left.kill()
+    for left in psutil.process_iter():  # of a launcher that was killed itself
+        with suppress(ProcessLookupError):
+            if os.getsid(left.pid) == process.pid:
+                left.kill()
     return alive
-
-
-def _session(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return -1
 
 
 def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kills: int, seed: int) -> list[str]:
@@ -106,37 +96,29 @@ def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, backg
     print("\n" + "\n".join(log))
 
 
-def start(command: list[str], log: Path, sign: Callable[[], object]) -> subprocess.Popen[bytes]:
-    """A process of the command, once `sign` is true or it has ended."""
-    with open(log, "w") as file:
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=env)
-    while process.poll() is None and not sign():
-        time.sleep(0.01)
-    return process
-
-
 @pytest.mark.long
 def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, uninterrupted, tmp_path) -> None:
-    words = [*train_words, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
-    line, log = [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *words], tmp_path / "log"
+    args = [*train_words, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
+    line, log = [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *args], tmp_path / "log"
     process = start(line, log, lambda: list(tmp_path.glob("run/step_*/COMPLETE")))
-    trainers = [one for one in psutil.Process(process.pid).children(recursive=True) if "-m" in one.cmdline()[:3]]
-    random.choice(trainers).kill()
+    children = psutil.Process(process.pid).children(recursive=True)
+    random.choice([child for child in children if "-m" in child.cmdline()[:3]]).kill()
     assert process.wait(timeout=200) == 0, log.read_text()[-3000:]
     assert log.read_text().count("started again") == 1
     assert torch.equal(losses(tmp_path / "run"), losses(uninterrupted))
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_warning_to_one_rank_saves_and_ends_all(train_words, uninterrupted, tmp_path, name: str) -> None:
+@pytest.mark.parametrize(("name", "to"), [("SIGTERM", "launcher"), ("SIGTERM", "rank"), ("SIGUSR1", "rank")])
+def test_a_warning_saves_ends_all_and_costs_nothing(train_words, uninterrupted, tmp_path, name: str, to: str) -> None:
     command, log = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"], tmp_path / "log"
     process = start(command, log, (tmp_path / "metrics.jsonl").exists)
-    psutil.Process(process.pid).children()[1].send_signal(signal.Signals[name])
-    assert process.wait(timeout=120) == 0, log.read_text()[-2000:]
-    assert "as asked" in log.read_text() and newest_checkpoint(tmp_path).name < "step_0000008"
-    assert run(command).returncode == 0
-    assert torch.equal(losses(tmp_path), losses(uninterrupted))
+    warned = process if to == "launcher" else psutil.Process(process.pid).children()[1]
+    warned.send_signal(signal.Signals[name])
+    assert process.wait(timeout=120) == (1 if to == "launcher" else 0), log.read_text()[-2000:]
+    assert "as asked" in log.read_text() and complete_steps(tmp_path)[0] < "step_0000008"
+    done = run(command)
+    assert done.returncode == 0 and "resumed from" in done.stdout + done.stderr, done.stderr
+    require_equal_bits(tmp_path, uninterrupted)
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
@@ -152,6 +134,6 @@ def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp
     if name == "SIGSTOP":
         victim.kill()  # the launcher would wait for it
     assert process.wait(timeout=120) == 1
-    said = next(line for line in log.read_text().splitlines() if "train run: rank 0 stops" in line)
-    assert "missing: rank 1 (silent for" in said and "in step" in said, said
+    message = next(line for line in log.read_text().splitlines() if "train run: rank 0 stops" in line)
+    assert "missing: rank 1 (silent for" in message and "in step" in message, message
     assert "run_steps" in stacks.read_text()

@@ -37,7 +37,7 @@ def test_the_default_schedule_starts_at_pure_noise_and_never_reaches_the_data() 
     assert schedule.sigmas[0] == 1 and (schedule.sigmas.diff() < 0).all()
     assert abs(schedule.sigmas[-1].item() - 0.00498) < 1e-5
     assert torch.equal(schedule.timesteps, 1000 * schedule.sigmas)
-    assert abs(schedule.training_weights.mean().item() - 1) < 1e-5
+    assert abs(schedule.training_weight(schedule.timesteps).mean().item() - 1) < 1e-5
 
 
 def test_few_step_lists_are_warped_as_the_released_students_need() -> None:

@@ -1,4 +1,4 @@
-"""What is wrong with a foreign recording is one line that names file and row."""
+"""What is wrong with a recording is one line that names file and row."""
 
 import json
 import os
@@ -21,6 +21,7 @@ from configs.cli import run
 from configs.errors import RefusedError, UserError
 from data_pipeline.__main__ import VERBS
 from data_pipeline.readers import Reader, find_recordings, lerobot
+from data_pipeline.video import read_frames, write_video
 
 Damage = Callable[[Path], Any]
 
@@ -29,15 +30,15 @@ def lines(name: str, change: Callable[[list[str]], list[str]]) -> Damage:
     """A text file whose lines are changed."""
 
     def damage(folder: Path) -> None:
-        changed = change((folder / name).read_text().splitlines())
+        changed = change((folder / name).read_text(errors="replace").splitlines())
         text = "".join(f"{line}\n" for line in changed)
         (folder / name).write_bytes(text.encode(errors="surrogateescape"))
 
     return damage
 
 
-def entry(name: str, change: Callable[[dict[str, Any]], Any], line: int = 0) -> Damage:
-    """A line that is a JSON object, which `change` changes in place."""
+def entry(name: str, change: Callable[[Any], Any], line: int = 0) -> Damage:
+    """A line of JSON, whose value `change` changes in place."""
 
     def edit(text: list[str]) -> list[str]:
         loaded = json.loads(text[line])
@@ -95,7 +96,27 @@ def actions(**arrays: Any) -> Damage:
     return lambda folder: np.save(folder / "videos" / "one.npy", np.array(arrays))
 
 
-def info(change: Callable[[dict[str, Any]], Any]) -> Damage:
+def outside(name: str) -> Damage:
+    """A file that lies outside of the source; a link leads to it."""
+
+    def damage(folder: Path) -> None:
+        (folder / name).rename(folder.parent / "outside")
+        (folder / name).symlink_to(folder.parent / "outside")
+
+    return damage
+
+
+def listed(**files: Any) -> Damage:
+    """FastVideo's json, in which the first video has other files."""
+    return entry("videos2caption.json", lambda videos: videos[0].update(files))
+
+
+def about(**facts: Any) -> Damage:
+    """Other facts in an episode.json."""
+    return lambda folder: (folder / EPISODE).write_text(json.dumps(json.loads((folder / EPISODE).read_text()) | facts))
+
+
+def info(change: Callable[[Any], Any]) -> Damage:
     return entry("meta/info.json", change)
 
 
@@ -121,12 +142,49 @@ def begun(held: str) -> Damage:
     return lines(OWL, lambda table: [table[0], f'1,START,"{held}"', *table[1:]])
 
 
+ACTIONS, EPISODE, VIDEO, CAPITALS = (
+    f"episode_00000/{name}" for name in ("actions.csv", "episode.json", "video.mp4", "Video.MKV")
+)
 LOG, VPT, GF, OWL = "one/input.csv", "player-20220102", "metadata/seed_1_part_1.json", "one/inputs.csv"
 DATA, ABOUT = "data/chunk-000/file-000.parquet", "meta/episodes/chunk-000/file-000.parquet"
 SCREEN = "observation.images.screen"
 FROM = f"videos/{SCREEN}/from_timestamp"
 
+PATTERNS = [  # of paths in LeRobot's info.json
+    "../outside/{chunk_index:03d}.mp4", "videos/../../outside.mp4", "/etc/hostname", "{video_key}/../../x.mp4",
+    "videos\\x.mp4", "videos/x\0.mp4", "", "videos/}.mp4", ["videos"], "{chunk_index.__class__.__mro__}",
+    "{chunk_index:>2000000000}", "{chunk_index:02000000000d}", "{chunk_index!r}", "{chunk_index[0]}", "{{chunk_index}}",
+    "{file_index:{chunk_index}}",
+]  # fmt: skip
+SPACE = {"name": "other", "keys": ["jump"], "caps": [], "mouse": False, "mouse_unit_deg": 1.0}
 FAULTS: list[tuple[Any, ...]] = [
+    ("worldloom", "29 rows, .* 30 frames", lines(ACTIONS, lambda r: r[:-1])),
+    ("worldloom", "columns must be .*'lef'", lines(ACTIONS, lambda r: [r[0].replace("left", "lef"), *r[1:]])),
+    ("worldloom", "line 4: yaw_deg is .* no number", cell(ACTIONS, 4, "yaw_deg", "1x")),
+    ("worldloom", "line 4: pitch_deg", cell(ACTIONS, 4, "pitch_deg", "nan")),
+    ("worldloom", "line 4: yaw turns by -3601", cell(ACTIONS, 4, "yaw_deg", "-3601")),
+    ("worldloom", "line 4: back is '0.5'", cell(ACTIONS, 4, "back", "0.5")),
+    ("worldloom", "line 4: 3 cells", lines(ACTIONS, lambda r: [*r[:3], "2,0,0", *r[4:]])),
+    ("worldloom", "line 4: frame must be 2, not 3", lines(ACTIONS, lambda r: [*r[:3], *r[4:], r[-1]])),
+    ("worldloom", "actions.csv has 0 rows", lines(ACTIONS, lambda r: [])),
+    ("worldloom", "no file .*actions.csv", gone(ACTIONS)),
+    ("worldloom", "no file .*episode.json", gone(EPISODE)),
+    ("worldloom", "no video .*video.mp4", gone(VIDEO)),
+    ("worldloom", "episode.json is not valid JSON: E", lines(EPISODE, lambda r: ["{"])),
+    ("worldloom", "episode.json is not valid JSON", lines(EPISODE, lambda r: ["[" * 200_000])),
+    ("worldloom", "episode.json: 'fps' is required", lines(EPISODE, lambda r: ["{}"])),
+    ("worldloom", "episode.json says frames -1, .*video.mp4 has 30", about(frames=-1)),
+    ("worldloom", "episode.json: frames must be of type int, not None", about(frames=None)),
+    ("worldloom", "episode.json says width 160, .*video.mp4 has 48", about(width=160)),
+    ("worldloom", "episode.json says fps 30.0, the game 'tiny' has 17.5", about(fps=30.0)),
+    ("worldloom", "episode.json: action_space holds settings", about(action_space=None)),
+    ("worldloom", "episode.json: 'action_space.name' is required", about(action_space={})),
+    ("worldloom", "'other' .jump; no mouse.*'tiny' .forward", about(action_space=SPACE)),
+    ("worldloom", "holds Video.MKV and video.mp4", lambda folder: shutil.copy(folder / VIDEO, folder / CAPITALS)),
+    ("worldloom", "runs at 30 fps, the game 'tiny' at 17.5",
+     lambda folder: write_video(folder / VIDEO, [*read_frames(folder / VIDEO)], 30.0)),
+    ("worldloom", "video.mp4 .*truncated", half(VIDEO)),
+    ("worldloom", "video.mp4 .*truncated or no video", lines(VIDEO, lambda r: ["hello"])),
     ("frames", "frame 7 has no picture", gone("one/frames/shot-00007.png")),
     ("frames", "shot-00007.png .*truncated", half("one/frames/shot-00007.png")),
     ("frames", "no picture of frame 31", lines(LOG, lambda r: [*r, "w,101.55,31"])),
@@ -221,6 +279,13 @@ FAULTS: list[tuple[Any, ...]] = [
     ("fastvideo", "line 1 must be folder,annotations.json", lines("merge.txt", lambda r: ["videos"])),
     ("fastvideo", "line 3: .* names a second video one", lines("merge.txt", lambda r: ["", *r, *r])),
     ("fastvideo", "holds no recordings", lines("merge.txt", lambda r: [])),
+    ("fastvideo", "no file of a folder", listed(path="../../outside.mp4")),
+    ("fastvideo", "no file of a folder", listed(action_path="")),
+    ("fastvideo", "'/outside.npy', which is not in", listed(action_path="/outside.npy")),
+    ("fastvideo", "outside; it was not read", outside("videos/one.mp4")),
+    ("fastvideo", "outside; it was not read", outside("videos/one.npy")),
+    ("fastvideo", "path is None", listed(path=None)),
+    ("fastvideo", r"action_path is \['one.npy'\]", listed(action_path=["one.npy"])),
     ("lerobot", "info.json: features", info(lambda loaded: loaded.update(features=[1]))),
     ("lerobot", "info.json: features", info(lambda loaded: loaded["features"].update(other="text"))),
     ("lerobot", "has no feature action or actions, but", info(lambda loaded: loaded["features"].pop("action"))),
@@ -235,6 +300,9 @@ FAULTS: list[tuple[Any, ...]] = [
     ("lerobot", r"frame 0: timestamp is 1e\+300", column(DATA, "timestamp", 1e300)),
     ("lerobot", r"frame 0: the action is 1e\+300", column(DATA, "action", [1e300] * 6)),
     ("lerobot", "frame 0: yaw turns by 3603 degrees", column(DATA, "action", [0.0] * 5 + [1201.0])),
+    ("lerobot", "outside; it was not read", outside(f"videos/{SCREEN}/chunk-000/file-000.mp4")),
+    *(("lerobot", "meta/info.json", info(lambda loaded, part=part: loaded.update(part)))
+      for pattern in PATTERNS for part in ({"data_path": pattern}, {"video_path": pattern})),
     ("lerobot", "frame 0: the action is 'wasd'", column(DATA, "action", "wasd")),
 ]  # fmt: skip
 
@@ -281,7 +349,7 @@ def test_a_server_that_refuses_a_table_has_not_sent_a_damaged_one(sources, tmp_p
         first.read(game)
 
 
-@pytest.mark.parametrize("reader", [reader for reader in get_args(Reader) if reader != "worldloom"])
+@pytest.mark.parametrize("reader", get_args(Reader))
 def test_a_folder_of_something_else_is_refused(reader: Reader, tmp_path: Path) -> None:
     (tmp_path / "else").mkdir()
     with pytest.raises((ValueError, FileNotFoundError), match=str(tmp_path / "else")):

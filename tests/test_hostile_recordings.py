@@ -1,15 +1,13 @@
-"""Recordings of others that would read other files, need all memory or run code: one line instead."""
+"""HDF5 files that would read other files or need all memory: one line instead."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import h5py
 import numpy as np
 import pytest
 from foreign_games import load_game, read_all, refusal
-from foreign_recordings import draw_play, write_csgo, write_lerobot
+from foreign_recordings import draw_play, write_csgo
 
 SHAPE = (150, 280, 3)
 
@@ -86,35 +84,3 @@ def test_flipped_bits_of_hdf5_are_one_line_or_other_pixels(tmp_path: Path) -> No
             assert "one.hdf5" in str(error)
             refused += 1
     assert refused > 20
-
-
-def lerobot(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
-    """A dataset whose info.json `change` changes in place."""
-    write_lerobot(folder / "lerobot", [draw_play(6, 4, seed=seed) for seed in range(3)])
-    info = folder / "lerobot" / "meta" / "info.json"
-    loaded = json.loads(info.read_text())
-    change(loaded)
-    info.write_text(json.dumps(loaded))
-    return folder / "lerobot"
-
-
-@pytest.mark.parametrize("which", ["data_path", "video_path"])
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        *("../outside/{chunk_index:03d}.mp4", "videos/../../outside.mp4", "/etc/hostname", "{video_key}/../../x.mp4"),
-        *("videos\\x.mp4", "videos/x\0.mp4", "", "videos/}.mp4", ["videos"]),
-        *("{chunk_index.__class__.__mro__}", "{chunk_index:>2000000000}", "{chunk_index:02000000000d}"),
-        *("{chunk_index!r}", "{chunk_index[0]}", "{{chunk_index}}", "{file_index:{chunk_index}}"),
-    ],
-)
-def test_a_pattern_of_lerobot_names_files_of_the_dataset_by_numbers(which: str, pattern: Any, tmp_path: Path) -> None:
-    assert "meta/info.json" in refusal("lerobot", lerobot(tmp_path, lambda info: info.update({which: pattern})))
-
-
-def test_a_link_in_a_lerobot_dataset_does_not_lead_out_of_it(tmp_path: Path) -> None:
-    source = lerobot(tmp_path, lambda info: None)
-    video = next((source / "videos").rglob("file-000.mp4"))
-    video.rename(tmp_path / "outside.mp4")
-    video.symlink_to(tmp_path / "outside.mp4")
-    assert "outside.mp4; it was not read" in refusal("lerobot", source)

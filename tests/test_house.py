@@ -108,8 +108,8 @@ def test_files_functions_and_arguments_are_few(module: str) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             name, lines = f"{module}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
             assert lines <= FUNCTION_LINES or name in LONG, f"{name} has {lines} lines"
-            given = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
-            count = len([arg for arg in given if arg not in ("self", "cls")])
+            args = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len([arg for arg in args if arg not in ("self", "cls")])
             assert count <= ARGUMENTS or name in LONG, f"{name} has {count} arguments"
 
 

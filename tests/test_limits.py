@@ -44,11 +44,21 @@ def test_a_size_of_a_codec_that_cannot_be_is_named(tmp_path: Path, settings: str
 
 
 @pytest.mark.parametrize(
-    "settings", [{"base_dim": 0}, {"dim_mult": [1] * 60}, {"dim_mult": "x"}, {"latents_std": [0] * 16}]
+    ("name", "value", "ours"),
+    [
+        ("base_dim", 0, "width=0"),
+        ("dim_mult", [1] * 60, "dim_mult"),
+        ("dim_mult", "x", "dim_mult"),
+        ("latents_std", [0] * 16, "latent_std"),
+        ("latents_mean", [0], "latent_mean"),
+        ("is_residual", True, "is_residual"),  # of another autoencoder
+    ],
 )
-def test_a_size_in_the_json_of_an_autoencoder_is_one_line(tmp_path: Path, settings: dict[str, object]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", **settings}))
-    with pytest.raises(ValueError, match=r"config\.json"):
+def test_a_setting_in_the_json_of_an_autoencoder_that_cannot_be_is_named(
+    tmp_path: Path, name: str, value: object, ours: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan", name: value}))
+    with pytest.raises(ValueError, match=rf"config\.json.*{ours}"):
         locate_codec(tmp_path)
 
 

@@ -18,21 +18,19 @@ from model.world import load_world, read_world_config, writing_world
 
 
 @pytest.fixture
-def given(tmp_path: Path) -> tuple[Path, list[str]]:
-    """An official file and a codec, and the words that import them; both can be deleted."""
+def official(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder with official weights and a codec, which can be deleted, and the settings that import them."""
     config = model_of("universal", *SMALL, "model.vision=none")
     save_weights(random_state(config, "model."), tmp_path / "given" / "official.safetensors")
     write_codec(tmp_path / "given" / "codec")
-    words = [*yamls("universal"), *SMALL, "model.vision=none", f"codec={tmp_path / 'given' / 'codec'}"]
-    return tmp_path / "given", words
+    settings = [*yamls("universal"), *SMALL, "model.vision=none", f"codec={tmp_path / 'given' / 'codec'}"]
+    return tmp_path / "given", [str(tmp_path / "given" / "official.safetensors"), *settings]
 
 
 @pytest.mark.parametrize("format", ["official", "diffusers"])
-def test_what_was_imported_and_what_is_exported_play_elsewhere(
-    tmp_path: Path, given: tuple[Path, list[str]], format: str
-) -> None:
-    source, words = given
-    assert model_command("import", str(source / "official.safetensors"), *words, f"out={tmp_path / 'world'}") == 0
+def test_what_was_imported_and_what_is_exported_play_elsewhere(tmp_path: Path, official, format: str) -> None:
+    source, args = official
+    assert model_command("import", *args, f"out={tmp_path / 'world'}") == 0
     exported = ["export", str(tmp_path / "world"), f"format={format}", f"out={tmp_path / 'exported'}"]
     assert model_command(*exported) == 0
     here = load_world(tmp_path / "world").dit.state_dict()
@@ -44,20 +42,12 @@ def test_what_was_imported_and_what_is_exported_play_elsewhere(
         assert all(torch.equal(there[key], tensor) for key, tensor in here.items())
 
 
-def test_nothing_is_written_into_a_folder_that_holds_something(tmp_path: Path, given: tuple[Path, list[str]]) -> None:
-    source, words = given
+def test_nothing_is_written_into_a_folder_that_holds_something(tmp_path: Path, official) -> None:
+    source, args = official
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
     for out in (source, source / "codec"):
-        assert model_command("import", str(source / "official.safetensors"), *words, f"out={out}") == 2
+        assert model_command("import", *args, f"out={out}") == 2
     assert before == {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
-
-
-def test_a_world_that_is_not_written_to_its_end_is_not_there(tmp_path: Path) -> None:
-    world = read_world_config(write_checkpoint(tmp_path / "run"))
-    with pytest.raises(OSError, match="no room"), writing_world(str(tmp_path / "out"), world, None) as folder:
-        (folder / "model.safetensors").write_bytes(b"half")
-        raise OSError("no room")
-    assert not storage.list_tree(tmp_path / "out")
 
 
 KILLED = """
@@ -67,16 +57,21 @@ with writing_world(sys.argv[2], read_world_config(sys.argv[1]), None) as folder:
     (folder / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 """
+WRITTEN = {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
 
 
-def test_what_a_killed_writer_of_a_world_left_does_not_refuse_the_next_one(tmp_path: Path) -> None:
+def test_a_world_that_is_not_written_to_its_end_is_not_there_and_does_not_refuse_the_next_one(tmp_path: Path) -> None:
     checkpoint, out = write_checkpoint(tmp_path / "run"), tmp_path / "out"
+    world = read_world_config(checkpoint)
     assert subprocess.run([sys.executable, "-c", KILLED, checkpoint, out]).returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob(".*.tmp*"))) == 1 and not out.exists()
-    with writing_world(str(out), read_world_config(checkpoint), None) as folder:
+    with pytest.raises(OSError, match="no room"), writing_world(str(out), world, None) as folder:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError("no room")
+    assert not out.exists() and not list(tmp_path.glob(".*.tmp*"))
+    with writing_world(str(out), world, None) as folder:
         (folder / "model.safetensors").write_bytes(b"whole")
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
-    assert not list(tmp_path.glob(".*.tmp*"))
+    assert {path.name for path in out.iterdir()} == WRITTEN and not list(tmp_path.glob(".*.tmp*"))
 
 
 def test_of_two_writers_of_a_world_the_second_one_adds_nothing_to_the_first_one_s(tmp_path: Path) -> None:
@@ -85,7 +80,7 @@ def test_of_two_writers_of_a_world_the_second_one_adds_nothing_to_the_first_one_
         with writing_world(str(out), world, None) as theirs:
             (theirs / "model.safetensors").write_bytes(b"theirs")
         (mine / "config.json").write_bytes(b"mine")
-    assert {path.name for path in out.iterdir()} == {"model.safetensors", "ema.safetensors", "world.yaml", "COMPLETE"}
+    assert {path.name for path in out.iterdir()} == WRITTEN
 
 
 def test_a_world_is_written_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +106,8 @@ def test_a_codec_is_found_beside_the_checkpoint_and_not_by_its_name_alone(
     spoil(other / "model.safetensors")
     capsys.readouterr()
     assert generate(moved, tmp_path) == 2
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert (
-        f"trained on latents of codec {read_world_config(moved).codec_hash}" in said
-        and "give the right one as codec=" in said
-    )
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"codec {read_world_config(moved).codec_hash}" in line and "codec=" in line
     assert generate(moved, tmp_path, f"codec={other}") == 2
     assert generate(moved, tmp_path, f"codec={tmp_path / 'mine'}") == 0
 

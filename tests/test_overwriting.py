@@ -74,10 +74,8 @@ EVALUATE = "sampling evaluate run recordings=rec manifest=lat/manifest.json "
         (EVALUATE + "out=rec/report", "recordings=rec"),
         (EVALUATE + "out=lat beside=[lat/report.json]", "beside=lat/report.json"),
         ("sampling evaluate run recordings=rec manifest=lat/report.json out=lat", "manifest=lat/report.json"),
-        ("train consolidate run out=run/step_0000100/ema.safetensors", "checkpoint=run/step_0000100/ema.safetensors"),
-        ("train consolidate run out=run/step_0000100/trainer/x.safetensors", "checkpoint=run/step_0000100/trainer"),
-        ("train consolidate run out=run/codec/model.safetensors", "run/codec/model.safetensors"),
-        ("train consolidate run codec=codec out=codec/model.safetensors", "codec=codec/model.safetensors"),
+        ("train consolidate run out=run/step_0000100/world", "checkpoint=run/step_0000100"),
+        ("train consolidate run codec=codec out=codec/world", "codec=codec"),
         ("train codec game.yaml source=rec out=rec", "source=rec"),
         ("train codec config.yaml source=rec out=.", "config=config.yaml"),
         (IMPORT + "codec=codec out=codec", "codec=codec/"),
@@ -106,7 +104,6 @@ def test_no_command_writes_over_what_it_reads(
     [
         "data_pipeline doctor game.yaml source=rec out=folder.json",
         "model bench model.yaml out=folder.json",
-        "train consolidate run out=folder.safetensors",
         GENERATE + "prompt=mine.png out=folder.mp4",
     ],
 )

@@ -42,19 +42,18 @@ def test_a_picture_is_turned_as_its_exif_data_say(orientation, corner_at, suffix
 
 def test_sixteen_bits_of_grey_become_eight(tmp_path):
     ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
-    for suffix in ("png", "tiff"):
-        Image.fromarray(ramp).save(tmp_path / f"a.{suffix}")
-        np.testing.assert_array_equal(read_picture(tmp_path / f"a.{suffix}")[..., 1], np.arange(256).reshape(16, 16))
+    for name in ("a.png", "a.tiff"):
+        Image.fromarray(ramp).save(tmp_path / name)
+        np.testing.assert_array_equal(read_picture(tmp_path / name)[..., 1], np.arange(256).reshape(16, 16))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_transparent_pixels_are_white_and_half_transparent_ones_half(mode, tmp_path):
     pixels = np.zeros((1, 3, 4), np.uint8)
     pixels[0, :, 3] = 0, 128, 255
-    picture = Image.fromarray(pixels).convert(mode)
-    picture.save(tmp_path / ("a.png" if mode != "PA" else "a.tiff"))
-    shown = read_picture(next(tmp_path.iterdir()))[0, :, 0]
-    np.testing.assert_allclose(shown, [255, 127, 0], atol=1)
+    name = "a.tiff" if mode == "PA" else "a.png"
+    Image.fromarray(pixels).convert(mode).save(tmp_path / name)
+    np.testing.assert_allclose(read_picture(tmp_path / name)[0, :, 0], [255, 127, 0], atol=1)
 
 
 def test_a_palette_and_its_transparent_colour_are_shown(tmp_path):

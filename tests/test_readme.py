@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import is_dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -71,10 +70,10 @@ def check_command(command: str) -> None:
     if verb.first:
         args[0] = f"{verb.first}={args[0]}"
     takes = next(iter(get_type_hints(verb.load()).values()))
-    if is_dataclass(takes):
-        load_config(takes, args)
-    else:
+    if takes == list[str]:
         READERS[verb.function](args)
+    else:
+        load_config(takes, args)
 
 
 def test_the_readme_is_short_and_has_commands() -> None:

@@ -10,18 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 from foreign_games import load_game, read_all
 from foreign_recordings import draw_play, log_rows, owl_rows, write_event_log, write_lerobot, write_owl, write_table
-from tiny_recordings import copy_video
 from tiny_videos import copy_packets, numbered_frames, write_foreign
 
 from data_pipeline.display import _reformatter
-from data_pipeline.readers.recording import UnevenTimesError, check_rate, open_video
+from data_pipeline.readers.recording import check_rate, open_video
 from data_pipeline.readers.worldloom import read_actions
 from data_pipeline.video import frame_times, read_frames
 
 
 def other_container(video, suffix):
     """The same pictures in another container, instead of it."""
-    copy_video(video, video.with_suffix(suffix))
+    copy_packets(video, video.with_suffix(suffix))
     video.unlink()
     return video.with_suffix(suffix)
 
@@ -47,7 +46,7 @@ def test_how_long_the_last_frame_stays_is_no_rate(tmp_path):
     write_table(tmp_path / "one.csv", draw_play(40, 5))
     game = load_game("table", tmp_path)
     copy_packets(tmp_path / "one.mp4", tmp_path / "late.mp4", lambda i, t: t + (0.5 if i == 39 else 0))
-    with pytest.raises(UnevenTimesError, match=r"its rate varies.*game.inputs.times=resample"):  # and not the header's
+    with pytest.raises(ValueError, match=r"its rate varies.*game.inputs.times=resample"):  # and not the header's
         open_video(tmp_path / "late.mp4", game)
     copy_packets(tmp_path / "one.mp4", tmp_path / "even.mkv", lambda i, t: t + 3)
     assert open_video(tmp_path / "even.mkv", game).frames == 40

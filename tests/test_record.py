@@ -1,12 +1,10 @@
 """The recorder, with the real ViZDoom."""
 
-import hashlib
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -24,25 +22,21 @@ from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, 
 DOOM = "configs/games/doom.yaml"
 
 
-def make_config(out, *words):
-    return load_config(RecordConfig, [DOOM, f"out={out}", "episodes=2", "frames=12", "seed=3", *words])
+def make_config(out, *args):
+    return load_config(RecordConfig, [DOOM, f"out={out}", "episodes=2", "frames=12", "seed=3", *args])
 
 
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
+    """A folder of two episodes."""
     out = tmp_path_factory.mktemp("doom") / "recordings"
-    return out, record_episodes(make_config(out))
-
-
-def digest(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+    assert record_episodes(make_config(out)) == 2
+    return out
 
 
 def test_recordings_read_back_as_the_games(recorded):
-    out, done = recorded
-    game = make_config(out).game
-    assert done == 2
-    for folder in find_episodes(out).values():
+    game = make_config(recorded).game
+    for folder in find_episodes(recorded).values():
         episode = read_episode(folder, game)
         frames = np.stack(list(read_game_frames(episode, game)))
         assert frames.shape == (12, 96, 160, 3) and frames.std() > 10
@@ -50,48 +44,41 @@ def test_recordings_read_back_as_the_games(recorded):
         assert "BSD-3-Clause" in json.loads((folder / "episode.json").read_text())["licence"]
 
 
-def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded, tmp_path):
-    out, _ = recorded
-    before = [digest(folder) for folder in find_episodes(out).values()]
-    assert before[0] != before[1]
-    for path in (out / "episode_00001").iterdir():
-        path.unlink()
-    (out / "episode_00001").rmdir()
-    assert record_episodes(make_config(out)) == 1  # the second episode without the first one before it
-    assert [digest(folder) for folder in find_episodes(out).values()] == before
-    assert record_episodes(make_config(out)) == 0
+def test_recording_again_keeps_what_is_there_and_makes_the_same_of_what_is_not(recorded):
+    before = {path: path.read_bytes() for path in recorded.glob("episode_*/*")}
+    assert before[recorded / "episode_00000" / ACTIONS] != before[recorded / "episode_00001" / ACTIONS]
+    shutil.rmtree(recorded / "episode_00001")
+    assert record_episodes(make_config(recorded)) == 1  # the second episode without the first one before it
+    assert {path: path.read_bytes() for path in recorded.glob("episode_*/*")} == before
+    assert record_episodes(make_config(recorded)) == 0
 
 
-def refused(capsys, *words):
+def refused(capsys, *args):
     """The one line with which `record` ends."""
-    assert run("data_pipeline", VERBS, ["record", *words]) == 2
+    assert run("data_pipeline", VERBS, ["record", *args]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
 
 
 def test_another_seed_into_the_same_folder_is_refused(recorded, capsys):
-    out, _ = recorded
-    line = refused(capsys, DOOM, f"out={out}", "episodes=2", "frames=12", "seed=4")
-    assert "recorded with seed 3, not 4" in line
+    assert "seed 3, not 4" in refused(capsys, DOOM, f"out={recorded}", "episodes=2", "frames=12", "seed=4")
 
 
 def test_a_bucket_in_which_another_records_is_refused_and_free_afterwards(bucket_folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
-    words = [DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
+    args = [DOOM, f"out={bucket_folder}", "episodes=1", "frames=2"]
     with lease.sole_writer(tmp_path, "record", bucket_folder):
-        assert f"{bucket_folder} is in use by another record" in refused(capsys, *words)
+        assert f"{bucket_folder} is in use by another record" in refused(capsys, *args)
         assert [storage.name_of(url) for url in storage.list_tree(bucket_folder)] == ["record.claim"]
-    assert run("data_pipeline", VERBS, ["record", *words]) == 0
+    assert run("data_pipeline", VERBS, ["record", *args]) == 0
     assert list(storage.list_tree(bucket_folder)) == [f"episode_00000/{name}" for name in (ACTIONS, ABOUT, VIDEO)]
 
 
-def test_yaw_and_pitch_are_what_the_view_turns_by():
+def test_yaw_is_what_the_view_turns_by():
     config = make_config("unused", "frames=60")
     with running_game(config) as game:
-        angles, turns = [], []
-        for _, _, mouse_deg in play(game, config, 0):
-            angles.append(game.get_state().game_variables[2])
-            turns.append(mouse_deg[1])
+        seen = [(game.get_state().game_variables[2], mouse_deg[1]) for _, _, mouse_deg in play(game, config, 0)]
+    angles, turns = np.array(seen).T
     turned = -((np.diff(angles) + 180) % 360 - 180)  # ANGLE grows to the left
     np.testing.assert_allclose(turned, turns[:-1], atol=0.05)
     assert np.std(turned) > 0.3
@@ -118,13 +105,8 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
     [
         ("game.fps=20", "game.fps"),
         ("game.action_space.keys=[forward,jump]", "jump"),
-        ("game.height=160000", "height"),
-        ("game.fps=0.000001", "fps"),
-        ("episodes=0", "episodes=0 must lie between 1 and 100000"),
-        ("episodes=1000000000", "episodes=1000000000 must lie between 1 and 100000"),
-        ("frames=1000000000", "frames=1000000000 must lie between 2 and 100000"),
-        ("workers=-1", "workers=-1 must lie between 1 and 256"),
-        ("frmes=3", "did you mean 'frames'"),
+        ("episodes=0", "episodes=0"),
+        ("frames=1000000000", "frames=1000000000"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(word, named, tmp_path, capsys):
@@ -145,12 +127,9 @@ def test_a_working_folder_that_the_game_cannot_write_into_is_one_line(tmp_path, 
     assert "_vizdoom" in refused(capsys, str(doom), "out=recordings", "episodes=1")
 
 
-RECORDING = (DOOM, "episodes=500", "frames=12", "workers=2")
-
-
 def running_processes(pid, out):
     """Once episodes of the recorder `pid` are there: its two games, and the two workers that play them."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + 200  # on busy cores
     running = {"vizdoom": [], "python": []}
     while len(running["vizdoom"]) < 2 or len(list(out.glob("episode_*"))) < 4:
         assert time.monotonic() < until
@@ -162,39 +141,21 @@ def running_processes(pid, out):
     return running
 
 
-def has_ended(process):
-    """Also if its parent has not waited for it."""
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
-@pytest.mark.parametrize("name", ["vizdoom", "python"])
-def test_when_a_game_or_its_worker_is_killed_one_line_tells_and_no_other_goes_on(name, tmp_path, capsys):
-    started = []
-
-    def kill_one():
-        running = running_processes(os.getpid(), tmp_path)
-        started.extend(running["vizdoom"] + running["python"])
-        running[name][0].kill()
-
-    killer = threading.Thread(target=kill_one)
-    killer.start()
-    line = refused(capsys, *RECORDING, f"out={tmp_path}")
-    killer.join()
-    assert "was it killed" in line and "Run the same command to go on" in line
-    assert len(started) == 4 and all(map(has_ended, started))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_recorder_that_ends_leaves_no_game_behind(number, tmp_path):
-    line = [sys.executable, "-m", "data_pipeline", "record", *RECORDING, f"out={tmp_path}"]
-    with subprocess.Popen(line, stderr=subprocess.DEVNULL) as recorder:
+@pytest.mark.parametrize("killed", ["vizdoom", "python", signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_when_a_recorder_a_worker_or_a_game_ends_nothing_goes_on(killed, tmp_path):
+    """A recorder that gets a signal leaves no game behind; when a game or its worker is killed, one line tells."""
+    line = [sys.executable, "-m", "data_pipeline", "record", DOOM, "episodes=5000", "frames=12", "workers=2"]
+    with subprocess.Popen([*line, f"out={tmp_path}"], stderr=subprocess.PIPE, text=True) as recorder:
         running = running_processes(recorder.pid, tmp_path)
-        os.kill(recorder.pid, number)
-        recorder.wait(10)
-    started, until = running["vizdoom"] + running["python"], time.monotonic() + 20
-    while not all(map(has_ended, started)) and time.monotonic() < until:
+        if killed in running:
+            running[killed][0].kill()
+        else:
+            recorder.send_signal(killed)
+        _, errors = recorder.communicate(timeout=60)
+    if killed in running:
+        assert recorder.returncode == 2 and errors.count("\n") == 1 and "was it killed" in errors
+    alive, until = running["vizdoom"] + running["python"], time.monotonic() + 20
+    while alive and time.monotonic() < until:
         time.sleep(0.1)
-    assert all(map(has_ended, started))
+        alive = [it for it in alive if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]
+    assert not alive

@@ -1,12 +1,12 @@
 """Good recordings that are unlike the simplest ones, as the recorders' own sources and data sets have them."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cv2
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -40,14 +40,9 @@ def read_vpt(folder: Path, change: Callable[[list[dict[str, Any]]], object]) -> 
     return [len(episode.actions) for episode in episodes]
 
 
-def late(ms: int) -> Callable[[list[dict[str, Any]]], None]:
-    """Tick 7 took `ms` more than 50."""
-
-    def change(lines: list[dict[str, Any]]) -> None:
-        for line in lines[7:]:
-            line["milli"] += ms
-
-    return change
+def tick(ms: int) -> Callable[[list[dict[str, Any]]], object]:
+    """Tick 7 took `ms` instead of 50."""
+    return lambda lines: [line.update(milli=line["milli"] + ms - 50) for line in lines[7:]]
 
 
 @pytest.mark.parametrize(
@@ -58,8 +53,8 @@ def late(ms: int) -> Callable[[list[dict[str, Any]]], None]:
         (lambda lines: lines[7].update(keyboard=None), [7, 12]),
         (lambda lines: lines[7]["mouse"].update(dx=-1201.0), [7, 12]),  # more than half a turn
         (lambda lines: lines[7]["mouse"].update(dx=1e30), [7, 12]),
-        *((late(ms - 50), [7, 13]) for ms in (-40, 19, 101)),
-        *((late(ms - 50), [20]) for ms in (20, 100)),
+        *((tick(ms), [7, 13]) for ms in (-40, 19, 101)),
+        *((tick(ms), [20]) for ms in (20, 100)),
     ],
 )
 def test_vpt_is_cut_where_a_line_is_no_action_of_its_frame(change, lengths: list[int], tmp_path: Path) -> None:
@@ -80,9 +75,8 @@ def test_a_video_or_a_log_alone_is_a_bad_recording_beside_good_ones(tmp_path: Pa
     shutil.copy(tmp_path / "b.mp4", tmp_path / "a.mp4")
     shutil.copy(tmp_path / "b.jsonl", tmp_path / "c.jsonl")
     first, good, last = find_recordings("vpt", tmp_path)
-    assert (first.name, good.name, last.name) == ("a", "b", "c")
     game = load_game("vpt", tmp_path)
-    assert len(good.read(game)) == 1
+    assert good.name == "b" and len(good.read(game)) == 1
     for bad, path in ((first, "a.mp4"), (last, "c.jsonl")):
         with pytest.raises(ValueError, match=f"{path}: a recording needs one video and one log"):
             bad.read(game)
@@ -95,23 +89,17 @@ def test_the_parts_of_a_vpt_session_are_held_out_together(tmp_path: Path) -> Non
         for suffix in ("mp4", "jsonl"):
             (tmp_path / f"{name}.{suffix}").touch()
     train, heldout = split_episodes(find_recordings("vpt", tmp_path), 2)
-    assert [one.name for one in train] == [names[4], *names[:2]]
-    assert [one.name for one in heldout] == [names[5], *names[2:4]]
+    assert [recording.name for recording in train] == [names[4], *names[:2]]
+    assert [recording.name for recording in heldout] == [names[5], *names[2:4]]
 
 
-@pytest.mark.parametrize("deltas", [False, True])
-def test_gf_minecraft_needs_no_deltas_for_a_game_without_a_mouse(deltas: bool, tmp_path: Path) -> None:
+def test_gf_minecraft_needs_no_deltas_for_a_game_without_a_mouse(tmp_path: Path) -> None:
     play = draw_gf_play(20)
-    entries = gf_entries(play)[:-1]
-    for entry in entries:
-        for name in ("pitch_delta", "yaw_delta", "yaw", "pitch"):
-            del entry[name]
-    entries[0] = {}  # it is to be ignored
-    write_gf(tmp_path, "one", play, entries)
-    if deltas:
-        with pytest.raises(ValueError, match=r"entry 1 has no .*pitch_delta"):
-            read_all("gf_minecraft", tmp_path, load_game("gf_minecraft", tmp_path))
-        return
+    keys = [{name: value for name, value in entry.items() if "yaw" not in name and "pitch" not in name}
+            for entry in gf_entries(play)[1:-1]]  # fmt: skip
+    write_gf(tmp_path, "one", play, [{}, *keys])  # the first entry is to be ignored
+    with pytest.raises(ValueError, match=r"entry 1 has no .*pitch_delta"):
+        read_all("gf_minecraft", tmp_path, load_game("gf_minecraft", tmp_path))
     game = load_game("gf_minecraft", tmp_path, "game.action_space.mouse=false")
     (episode,) = read_all("gf_minecraft", tmp_path, game)
     assert len(episode.actions) == 19 and episode.actions.mouse.shape == (19, 0)
@@ -123,42 +111,38 @@ def pan(folder: Path, late: int) -> None:
     levels = rng.integers(-2, 3, 300)
     scene = cv2.GaussianBlur(rng.integers(0, 256, (64, 4096), dtype=np.uint8), (0, 0), 3)
     scene = (4.0 * (scene.astype(float) - 128) + 128).clip(0, 255).astype(np.uint8)
-    places = 2048 + 3 * np.cumsum([0, *levels[:-1]])
-    pictures = np.stack([np.repeat(scene[:, at : at + 112, None], 3, axis=2) for at in places])
+    starts = 2048 + 3 * np.cumsum([0, *levels[:-1]])
+    pictures = np.stack([np.repeat(scene[:, at : at + 112, None], 3, axis=2) for at in starts])
     play = Play(np.zeros((300, 7), dtype=int), np.stack([np.zeros(300, dtype=int), levels], axis=1))
-    entries = gf_entries(play)
-    entries = [*({} for _ in range(late)), *entries][:301]
+    write_gf(folder, "one", play, [*({} for _ in range(late)), *gf_entries(play)][:301])
     write_video(folder / "video" / "one.mp4", pictures, 16.0)
-    (folder / "metadata").mkdir()
-    facts = {"actions": {str(i): entry for i, entry in enumerate(entries)}}
-    (folder / "metadata" / "one.json").write_text(json.dumps(facts))
 
 
 def test_the_doctor_decides_which_entry_of_gf_minecraft_leads_on_from_frame_0(tmp_path: Path, capsys) -> None:
     pan(tmp_path, late=1)
     say.cache_clear()
-    game = load_game("gf_minecraft", tmp_path)
-    report = examine(DoctorConfig(game, str(tmp_path), "gf_minecraft", workers=1))
-    assert [one.remedy for one in report.findings if one.fault == "shift"] == ["set game.inputs.first_entry=2"]
+
+    def examine_with(*words: str) -> dict[str, str]:
+        game = load_game("gf_minecraft", tmp_path, *words)
+        report = examine(DoctorConfig(game, str(tmp_path), "gf_minecraft", workers=1))
+        return {finding.fault: finding.remedy for finding in report.findings}
+
+    assert examine_with()["shift"] == "set game.inputs.first_entry=2"
     assert "entry 1 is taken to lead on from frame 0" in capsys.readouterr().err
-    mended = load_game("gf_minecraft", tmp_path, "game.inputs.first_entry=2")
-    found = examine(DoctorConfig(mended, str(tmp_path), "gf_minecraft", workers=1)).findings
-    assert "shift" not in {one.fault for one in found} and "untold" not in {one.fault for one in found}
+    assert not {"shift", "untold"} & examine_with("game.inputs.first_entry=2").keys()
 
 
 def test_csgo_is_found_in_the_folders_that_diamond_makes(tmp_path: Path) -> None:
     write_csgo(tmp_path / "full_res" / "1-200" / "hdf5_dm_july2021_1.hdf5", draw_play(3, 13))
     write_csgo(tmp_path / "full_res" / "201-400" / "hdf5_dm_july2021_201.hdf5", draw_play(3, 13))
-    found = [one.name for one in find_recordings("csgo", tmp_path)]
-    assert found == ["hdf5_dm_july2021_1", "hdf5_dm_july2021_201"]
+    names = [recording.name for recording in find_recordings("csgo", tmp_path)]
+    assert names == ["hdf5_dm_july2021_1", "hdf5_dm_july2021_201"]
     shutil.copytree(tmp_path / "full_res", tmp_path / "low_res")
     with pytest.raises(ValueError, match=r"full_res/1-200/.* and .*low_res/1-200/.* have the same name"):
         find_recordings("csgo", tmp_path)
 
 
 def test_csgo_is_cut_where_the_player_dies(tmp_path: Path) -> None:
-    import h5py
-
     write_csgo(tmp_path / "csgo" / "one.hdf5", draw_play(12, 13))
     with h5py.File(tmp_path / "csgo" / "one.hdf5", "a") as file:
         for i in (3, 7, 9):
@@ -166,7 +150,7 @@ def test_csgo_is_cut_where_the_player_dies(tmp_path: Path) -> None:
         file["frame_3_helperarr"], file["frame_7_helperarr"] = (1.0, 0.0), (0.0, 1.0)  # a kill, a death
     game = load_game("csgo", tmp_path)
     episodes = read_all("csgo", tmp_path / "csgo", game)
-    assert [(one.id, len(one.actions)) for one in episodes] == [("one-f000000", 7), ("one-f000008", 4)]
+    assert [(episode.id, len(episode.actions)) for episode in episodes] == [("one-f000000", 7), ("one-f000008", 4)]
     require_agreement("csgo", game, episodes)
 
 
@@ -193,32 +177,30 @@ def read_keys(folder: Path, rows: list[str], frames: int, *words: str) -> list[s
     return ["".join(key for key, held in zip("wsad", row, strict=True) if held) for row in episode.actions.keyboard]
 
 
-def test_a_key_log_without_a_header_holds_several_keys_in_a_cell_and_nothing_by_an_equals_sign(tmp_path: Path) -> None:
-    cells = ["w", "=", "WA", "A", "W", "sw"]
-    rows = [f"{cell},{100 + i / 20},{i}" for i, cell in enumerate(cells)]
-    for others in ("refuse", "drop"):
-        assert read_keys(tmp_path, rows, 6, f"game.inputs.others={others}") == ["w", "", "wa", "a", "w", "ws"]
-
-
-def test_without_a_header_the_last_row_of_a_frame_counts_and_with_one_they_add_up(tmp_path: Path) -> None:
-    rows = ["w,0,0", "d,0,0", "W,0.05,1", "=,0.05,1", "a,0.1,2", "s,0.1,2", ",0.1,2", "d,0.1,2"]
-    assert read_keys(tmp_path, rows, 3) == ["d", "", "d"]
-    assert read_keys(tmp_path, ["key,time,frame", *rows], 3) == ["wd", "w", "sad"]
+CELLS = [f"{cell},{100 + i / 20},{i}" for i, cell in enumerate(["w", "=", "WA", "A", "W", "sw"])]
+ROWS = ["w,0,0", "d,0,0", "W,0.05,1", "=,0.05,1", "a,0.1,2", "s,0.1,2", ",0.1,2", "d,0.1,2"]
 
 
 @pytest.mark.parametrize(
-    ("cell", "held"),
+    ("rows", "words", "held"),
     [
-        *(("WQ", "w"), ("qWe", "w"), ("dswa", "wsad"), ("w+a", "wa"), ("W A", "wa"), ("ww", "w"), (" W ", "w")),
-        *((cell, "") for cell in ("space", "Shift", "left_control", "up", "jump", " ")),
+        # Without a header, a cell holds several keys or "=" for none, and a frame's last row counts; else all rows do.
+        *((CELLS, [f"game.inputs.others={others}"], ["w", "", "wa", "a", "w", "ws"]) for others in ("refuse", "drop")),
+        (ROWS, [], ["d", "", "d"]),
+        (["key,time,frame", *ROWS], [], ["wd", "w", "sad"]),
+        # To drop other keys never drops a bound one.
+        *(([f"{cell},0,0", "d,0.05,1"], ["game.inputs.others=drop"], [keys, "d"]) for cell, keys in (
+            ("WQ", "w"), ("qWe", "w"), ("dswa", "wsad"), ("w+a", "wa"), ("W A", "wa"), ("ww", "w"), (" W ", "w"),
+            *((cell, "") for cell in ("space", "Shift", "left_control", "up", "jump", " ")),
+        )),
     ],
-)
-def test_to_drop_other_keys_never_drops_a_bound_one(cell: str, held: str, tmp_path: Path) -> None:
-    assert read_keys(tmp_path, [f"{cell},0,0", "d,0.05,1"], 2, "game.inputs.others=drop") == [held, "d"]
+)  # fmt: skip
+def test_what_a_key_log_says_is_held(rows: list[str], words: list[str], held: list[str], tmp_path: Path) -> None:
+    assert read_keys(tmp_path, rows, len(held), *words) == held
 
 
 def test_a_word_that_may_be_several_bound_keys_is_refused_even_if_others_are_dropped(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"input.csv line 2: 'wheel' may be one key or several, some of them bound"):
+    with pytest.raises(ValueError, match=r"input.csv line 2: 'wheel' may be one key or several"):
         read_keys(tmp_path, ["w,0,0", "wheel,0.05,1"], 2, "game.inputs.others=drop")
 
 

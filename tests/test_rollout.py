@@ -29,7 +29,7 @@ class Kind(NamedTuple):
     def play(self, script: str = "random", seeds: tuple[int, ...] = (0,), prompt: Tensor | None = None) -> Tensor:
         """The frames (b n h w 3) of three pieces; every sample has the same prompt and script."""
         actions = read_script(script, SPACE, Scripted(sum(self.pieces)))
-        rows = [torch.from_numpy(one).expand(len(seeds), -1, -1) for one in (actions.keyboard, actions.mouse)]
+        rows = [torch.from_numpy(each).expand(len(seeds), -1, -1) for each in (actions.keyboard, actions.mouse)]
         prompt = random_video(1)[:, :, 0] if prompt is None else prompt
         prompts = prompt.expand(len(seeds), *prompt.shape[1:])
         return torch.cat(list(play(self.world, prompts, (rows[0], rows[1]), seeds, self.denoising)), dim=1)
@@ -77,11 +77,6 @@ def test_a_sample_does_not_depend_on_its_neighbours_in_the_batch(kind: Kind) -> 
     assert difference.max() <= 1 and (difference > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("script", ["forward", "turn_left"])
-def test_other_actions_make_other_frames(kind: Kind, script: str) -> None:
-    assert not torch.equal(kind.play("idle")[:, 1:], kind.play(script)[:, 1:])
-
-
 def test_actions_after_a_piece_do_not_change_it_and_their_own_piece_they_do(kind: Kind) -> None:
     before = sum(kind.pieces[:2])
     early, late = kind.play(f"idle:{before},forward:12"), kind.play(f"idle:{before},back:12")
@@ -127,13 +122,13 @@ def test_prompts_that_do_not_fit_are_refused(kind: Kind) -> None:
 
 def test_a_live_world_answers_held_and_single_rows_alike(kind: Kind) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
-    held = Actions(np.eye(4, dtype=np.float32)[:1], np.array([[0.0, 1.0]], np.float32))
+    forward = Actions(np.eye(4, dtype=np.float32)[:1], np.array([[0.0, 1.0]], np.float32))
     live, other = (LiveWorld(kind.world, picture, 3, kind.denoising) for _ in range(2))
+    pieces = []
     for n in kind.pieces:
         assert live.frames_due == n
-        frames = live.step(held)
-        full = Actions(held.keyboard.repeat(n, axis=0), held.mouse.repeat(n, axis=0))
-        assert frames.shape == (n, 32, 48, 3) and np.array_equal(frames, other.step(full))
+        pieces.append(live.step(forward))
+        full = Actions(forward.keyboard.repeat(n, axis=0), forward.mouse.repeat(n, axis=0))
+        assert pieces[-1].shape == (n, 32, 48, 3) and np.array_equal(pieces[-1], other.step(full))
     live.restart(picture, seed=3)
-    other.restart(picture, seed=3)
-    assert np.array_equal(live.step(held), other.step(held))
+    assert np.array_equal(live.step(forward), pieces[0])

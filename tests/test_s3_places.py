@@ -65,14 +65,14 @@ def nothing_here_is_called_s3(tmp_path, monkeypatch) -> Iterator[None]:
 
 
 def test_recordings_and_a_codec_in_a_bucket_give_the_same_shards(bucket, encode_config, encoded) -> None:
-    places = {"source": f"{bucket}/recordings", "codec": f"{bucket}/codec", "out": f"{bucket}/latents"}
-    encode(replace(encode_config, **places))
+    out = f"{bucket}/latents"
+    encode(replace(encode_config, source=f"{bucket}/recordings", codec=f"{bucket}/codec", out=out))
     for split in ("train", "heldout"):
-        ours, theirs = f"{bucket}/latents/{split}", f"{encoded}/{split}"
-        assert storage.read_bytes(f"{ours}/manifest.json") == storage.read_bytes(f"{theirs}/manifest.json")
-        assert verify_set(f"{ours}/manifest.json") == []
-    one, other = (Stream(f"{out}/train/manifest.json", 2, seed=0).batch_at(3) for out in (f"{bucket}/latents", encoded))
-    assert one.ids == other.ids and one.latents.equal(other.latents)
+        manifest = f"{out}/{split}/manifest.json"
+        assert storage.read_bytes(manifest) == storage.read_bytes(f"{encoded}/{split}/manifest.json")
+        assert verify_set(manifest) == []
+    remote, local = (Stream(f"{folder}/train/manifest.json", 2, seed=0).batch_at(3) for folder in (out, encoded))
+    assert remote.ids == local.ids and remote.latents.equal(local.latents)
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +91,11 @@ def shard_reads(proxy, name: str = ".tar") -> list[str]:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_a_set_in_a_bucket_is_read_in_the_same_order(shuffle_shards, workers, remote_set, encoded) -> None:
     loader = LoaderConfig(shuffle_shards)
-    here = Stream(f"{encoded}/train/manifest.json", 3, seed=1, workers=0, loader=loader)
-    with closing(Stream(remote_set, 3, seed=1, workers=workers, loader=loader).batches(2)) as there:
-        for step, batch in zip(range(2, 8), there, strict=False):
-            ours = here.batch_at(step)
-            assert batch.ids == ours.ids and batch.latents.equal(ours.latents) and batch.mouse.equal(ours.mouse)
+    local = Stream(f"{encoded}/train/manifest.json", 3, seed=1, workers=0, loader=loader)
+    with closing(Stream(remote_set, 3, seed=1, workers=workers, loader=loader).batches(2)) as batches:
+        for step, batch in zip(range(2, 8), batches, strict=False):
+            same = local.batch_at(step)
+            assert batch.ids == same.ids and batch.latents.equal(same.latents) and batch.mouse.equal(same.mouse)
 
 
 def test_shards_that_are_copied_are_asked_for_once(remote_set, proxy, tmp_path, monkeypatch) -> None:
@@ -142,15 +142,18 @@ def test_a_damaged_shard_is_fetched_so_many_times_and_then_never_again(
 @pytest.mark.long
 def test_every_reader_reads_the_same_from_a_bucket(bucket, tmp_path) -> None:
     sources = write_all(tmp_path / "foreign")
-    assert sources.keys() | {"worldloom"} == {*get_args(Reader)}
+    assert sources.keys() == {*get_args(Reader)}
     for reader, source in sources.items():
         game = load_game(reader, tmp_path)
         url = put(source, f"{bucket}/foreign/{reader}")
-        ours, theirs = (read_all(reader, place, game) for place in (url, source))  # type: ignore[arg-type]
-        assert [episode.id for episode in ours] == [episode.id for episode in theirs]
-        for one, other in zip(ours, theirs, strict=True):
-            assert np.array_equal(one.actions.keyboard, other.actions.keyboard)
-            assert all(np.array_equal(*pair) for pair in zip(one.frames(), other.frames(), strict=True)), reader
+        remote, local = (read_all(reader, folder, game) for folder in (url, source))  # type: ignore[arg-type]
+        assert [episode.id for episode in remote] == [episode.id for episode in local]
+        for pair in zip(remote, local, strict=True):
+            keyboards, frames = zip(
+                *((episode.actions.keyboard, list(episode.frames())) for episode in pair), strict=True
+            )
+            np.testing.assert_array_equal(*keyboards)
+            np.testing.assert_array_equal(*frames)
 
 
 def test_recordings_in_a_bucket_are_examined_alike(bucket, recordings, game_yaml, tmp_path) -> None:
@@ -165,8 +168,8 @@ def test_recordings_in_a_bucket_are_examined_alike(bucket, recordings, game_yaml
 def test_an_episode_in_a_bucket_is_written_with_what_tells_of_it_last(bucket, proxy) -> None:
     frames, keyboard, mouse_deg = draw_frames(GAME, 9, seed=1)
     write_episode(f"{bucket}/new/episode_00000", describe_episode(GAME, 9), frames, keyboard, mouse_deg)
-    puts = [one.rpartition("/")[2] for one in proxy.requests if one.startswith("PUT")]
-    assert puts[-1] == ABOUT and len(puts) == 3
+    puts = [request for request in proxy.requests if request.startswith("PUT")]
+    assert puts[-1].endswith(ABOUT) and len(puts) == 3
     (recording,) = find_recordings("worldloom", f"{bucket}/new")
     (episode,) = recording.read(GAME)
     assert np.array_equal(episode.actions.keyboard, keyboard) and len(list(episode.frames())) == 9
@@ -190,19 +193,16 @@ def test_a_checkpoint_in_a_bucket_plays_the_same_prompt_and_script(bucket, tmp_p
     ]  # fmt: skip
     write_actions(tmp_path / "actions.csv", GAME.action_space, *draw_frames(GAME, 9, seed=3)[1:])
     s3.upload(tmp_path / "actions.csv", f"{bucket}/actions.csv")
-    made = []
-    for place, prompts, out in ((checkpoint, recordings, tmp_path), (f"{bucket}/run", f"{bucket}/recordings", bucket)):
-        script = tmp_path if place == checkpoint else bucket
-        words = [
-            f"prompt={prompts}/episode_00000/video.mp4", f"actions={script}/actions.csv", "frames=9", "steps=1",
-            f"out={out}/made/demo.mp4", *([f"codec={bucket}/codec"] if place == checkpoint else []),
-        ]  # fmt: skip
-        assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
-        made.append([storage.read_bytes(f"{out}/made/demo{suffix}") for suffix in (".mp4", ".png")])
-        s3.upload(storage.local(f"{out}/made/demo.png"), f"{out}/prompt.png")
-        words[0] = f"prompt={out}/prompt.png"
-        assert run("sampling", VERBS, ["generate", str(place), *words]) == 0
-    assert made[0][0] == made[1][0]
+    videos = []
+    for folder, run_folder, extra in ((tmp_path, checkpoint, [f"codec={bucket}/codec"]), (bucket, f"{bucket}/run", [])):
+        recorded = recordings if folder == tmp_path else f"{bucket}/recordings"
+        args = [f"actions={folder}/actions.csv", "frames=9", "steps=1", f"out={folder}/made/demo.mp4", *extra]
+        for prompt in (f"{recorded}/episode_00000/video.mp4", f"{folder}/prompt.png"):
+            assert run("sampling", VERBS, ["generate", str(run_folder), f"prompt={prompt}", *args]) == 0
+            videos.append(storage.read_bytes(f"{folder}/made/demo.mp4"))
+            with storage.writing(f"{folder}/prompt.png") as part:
+                part.write_bytes(storage.read_bytes(f"{folder}/made/demo.png"))
+    assert videos[0] == videos[2]
 
 
 def test_the_times_of_a_video_in_a_bucket_come_from_its_table(bucket_folder, tmp_path, monkeypatch) -> None:
@@ -211,45 +211,46 @@ def test_the_times_of_a_video_in_a_bucket_come_from_its_table(bucket_folder, tmp
     url, fetched, read = f"{bucket_folder}/a.mp4", [], s3.read
     s3.upload(tmp_path / "a.mp4", url)
     with monkeypatch.context() as patch:
-        patch.setattr(s3, "read", lambda *given: fetched.append(data := read(*given)) or data)
+        patch.setattr(s3, "read", lambda *args: fetched.append(data := read(*args)) or data)
         np.testing.assert_allclose(frame_times(url), frame_times(tmp_path / "a.mp4"))
     assert sum(map(len, fetched)) < (tmp_path / "a.mp4").stat().st_size / 2
-    here, there = probe(tmp_path / "a.mp4"), probe(url)
-    assert (here.frames, here.height, here.width) == (there.frames, there.height, there.width)
+    local, remote = probe(tmp_path / "a.mp4"), probe(url)
+    assert (local.frames, local.height, local.width) == (remote.frames, remote.height, remote.width)
     for start in (0, 7, 55):
-        here, there = (list(read_frames(place, start, start + 3)) for place in (tmp_path / "a.mp4", url))
-        np.testing.assert_array_equal(here, there)
+        remote, local = (list(read_frames(path, start, start + 3)) for path in (url, tmp_path / "a.mp4"))
+        np.testing.assert_array_equal(remote, local)
 
 
 @pytest.mark.long
 def test_a_checkpoint_in_a_bucket_is_judged_alike(bucket, tmp_path, recordings, encoded) -> None:
     few = ["starts=1", "chunks=1", "held_starts=1", "held_chunks=1", "steps=1", "clips=2"]
-    here, there = newest_checkpoint(f"{bucket}/run"), f"{bucket}/run"
-    words = [f"recordings={recordings}", f"manifest={encoded}/heldout/manifest.json", f"out={tmp_path}/report"]
-    assert run("sampling", VERBS, ["evaluate", str(here), *words, *few, f"codec={bucket}/codec"]) == 0
+    args = [f"recordings={recordings}", f"manifest={encoded}/heldout/manifest.json", f"out={tmp_path}/report"]
+    local = str(newest_checkpoint(f"{bucket}/run"))
+    assert run("sampling", VERBS, ["evaluate", local, *args, *few, f"codec={bucket}/codec"]) == 0
     put(Path(encoded) / "heldout", f"{bucket}/heldout")
     put(tmp_path / "report", f"{bucket}/other")
-    words = [f"recordings={bucket}/recordings", f"manifest={bucket}/heldout/manifest.json", f"out={bucket}/report"]
-    beside = f"beside=[{bucket}/other/report.json]"
-    assert run("sampling", VERBS, ["evaluate", there, *words, *few, beside]) == 0
-    ours, theirs = (json.loads(storage.read_bytes(f"{out}/report/report.json")) for out in (bucket, tmp_path))
-    same = {"seconds": 0, "settings": 0, "checkpoint": 0}
-    assert {**ours, **same} == {**theirs, **same} and ours["checkpoint"].startswith(there)
+    args = [f"recordings={bucket}/recordings", f"manifest={bucket}/heldout/manifest.json", f"out={bucket}/report"]
+    assert (
+        run("sampling", VERBS, ["evaluate", f"{bucket}/run", *args, *few, f"beside=[{bucket}/other/report.json]"]) == 0
+    )
+    reports = [json.loads(storage.read_bytes(f"{out}/report/report.json")) for out in (bucket, tmp_path)]
+    differing = {"seconds": 0, "settings": 0, "checkpoint": 0}
+    assert reports[0] | differing == reports[1] | differing and reports[0]["checkpoint"].startswith(f"{bucket}/run")
     assert b'href="../other/report.html"' in storage.read_bytes(f"{bucket}/report/report.html")
     assert storage.exists(f"{bucket}/report/held.mp4")
 
 
 def test_official_files_are_imported_from_and_exported_to_a_bucket(bucket, tmp_path) -> None:
-    given = random_state(model_of("universal", *SMALL))
+    state = random_state(model_of("universal", *SMALL))
     with storage.writing(f"{bucket}/official.safetensors") as file:
-        save_weights(given, file)
-    words = [*yamls("universal"), *SMALL, f"codec={bucket}/codec", f"out={bucket}/imported"]
-    assert model_command("import", f"{bucket}/official.safetensors", *words) == 0
+        save_weights(state, file)
+    args = [*yamls("universal"), *SMALL, f"codec={bucket}/codec"]
+    assert model_command("import", f"{bucket}/official.safetensors", *args, f"out={bucket}/imported") == 0
     imported = open_weights(storage.local(f"{bucket}/imported/model.safetensors"))
     assert imported.metadata["source"] == f"{bucket}/official.safetensors"
     assert model_command("export", f"{bucket}/imported", "format=official", f"out={bucket}/back") == 0
-    assert same_bits(load_weights(storage.local(f"{bucket}/back/{WEIGHTS_NAME}")), given)
-    assert model_command("import", f"{bucket}/back", *words[:-1], f"out={bucket}/again") == 0
+    assert same_bits(load_weights(storage.local(f"{bucket}/back/{WEIGHTS_NAME}")), state)
+    assert model_command("import", f"{bucket}/back", *args, f"out={bucket}/again") == 0
 
 
 def test_a_recording_that_is_not_there_is_one_line(s3, tmp_path) -> None:
@@ -258,5 +259,5 @@ def test_a_recording_that_is_not_there_is_one_line(s3, tmp_path) -> None:
         find_recordings("worldloom", "s3://worlds/nowhere")
     storage.write_text("s3://worlds/broken/episode_00000/actions.csv", "")
     (recording,) = find_recordings("worldloom", "s3://worlds/broken")
-    with pytest.raises(FileNotFoundError, match=r"no s3://worlds/broken/episode_00000/episode\.json"):
+    with pytest.raises(FileNotFoundError, match=r"no file s3://worlds/broken/episode_00000/episode\.json"):
         recording.read(GAME)

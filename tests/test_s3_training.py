@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,10 @@ from tiny_training import ALONE, ROOT, launch, losses, read_metrics, run
 from configs import lease, load_config, storage
 from model.weights import load_weights
 from model.world import complete_steps, find_checkpoint, newest_checkpoint, read_world_config
-from train.check import check_run
 from train.checkpoint import ConsolidateConfig, consolidate
 from train.config import TrainConfig
 from train.exit import STOPPED
-from train.run_folder import pull, push, sole_run, with_local_out
+from train.run_folder import pull, push, sole_run
 from train.watchdog import Watchdog
 
 SETTINGS = ["checkpoint.every=2", "engine.name=ddp"]  # else as the run `alone` on a disk
@@ -30,9 +28,8 @@ def assert_same_end(url: str, alone: Path, folder: Path) -> None:
     pull(folder, url)
     assert torch.equal(losses(folder), losses(alone))
     for name in ("model", "ema"):
-        ours, theirs = (newest_checkpoint(out) / f"{name}.safetensors" for out in (url, alone))
-        ours, theirs = load_weights(ours), load_weights(theirs)
-        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
+        remote, local = (load_weights(newest_checkpoint(out) / f"{name}.safetensors") for out in (url, alone))
+        assert all(torch.equal(remote[key], tensor) for key, tensor in local.items()), name
 
 
 def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
@@ -70,9 +67,9 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
     newest = find_checkpoint(bucket_folder)
     saved = load_config(TrainConfig, [str(storage.local(f"{newest}/config.yaml"))])
     assert saved.out == bucket_folder and read_world_config(newest) == read_world_config(newest_checkpoint(alone))
-    out = f"{bucket_folder}/world.safetensors"
-    consolidate(load_config(ConsolidateConfig, [f"checkpoint={bucket_folder}", f"out={out}"]))
-    whole, ema = (load_weights(storage.local(url)) for url in (out, f"{newest}/ema.safetensors"))
+    consolidate(ConsolidateConfig(bucket_folder, f"{bucket_folder}/world"))
+    urls = f"{bucket_folder}/world/ema.safetensors", f"{newest}/ema.safetensors"
+    whole, ema = (load_weights(storage.local(url)) for url in urls)
     assert all(torch.equal(whole[name], ema[name]) for name in ema)
 
 
@@ -119,7 +116,9 @@ def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_fo
 
 @pytest.fixture
 def config(train_words, bucket_folder) -> TrainConfig:
-    return with_local_out(load_config(TrainConfig, [*train_words, f"out={bucket_folder}"]))
+    config = load_config(TrainConfig, [*train_words, f"out={bucket_folder}"])
+    config.folder.mkdir(parents=True)
+    return config
 
 
 @pytest.fixture
@@ -127,40 +126,42 @@ def soon_expired(monkeypatch) -> None:
     monkeypatch.setattr(lease, "EXPIRED_S", 0.5)
 
 
-def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, soon_expired) -> None:
-    elsewhere = replace(config, out=str(tmp_path / "another machine"))
+def test_a_url_that_a_live_run_holds_is_refused(config, tmp_path, monkeypatch, soon_expired) -> None:
     with sole_run(config):
-        for other, holder in ((config, "of process"), (elsewhere, r"see run\.claim")):
-            with pytest.raises(ValueError, match=f"is in use by .*{holder}"), sole_run(other):
-                pass
-    with sole_run(elsewhere):
+        with pytest.raises(ValueError, match=r"is in use by .*of process"), sole_run(config):
+            pass
+        monkeypatch.setenv("WORLDLOOM_CACHE", str(tmp_path))  # as on another machine
+        with pytest.raises(ValueError, match=r"is in use by .*see run\.claim"), sole_run(config):
+            pass
+    with sole_run(config):
         pass
 
 
 def test_a_url_of_a_run_that_was_killed_elsewhere_is_taken_over(config, soon_expired) -> None:
-    claim = f"{config.checkpoints}/run.claim"
+    claim = f"{config.out}/run.claim"
     storage.write_text(claim, "another machine")
     with sole_run(config):
         assert storage.exists(claim)
     assert not storage.exists(claim)
 
 
-def test_a_run_that_has_checkpoints_here_does_not_begin_anew_at_a_url(train_words, alone, bucket_folder) -> None:
-    args = [*train_words, *SETTINGS, f"out={alone}", f"checkpoint.folder={bucket_folder}"]
-    with pytest.raises(ValueError, match=r"s3://.* has no checkpoint, but .*step_0000008"):
-        check_run(load_config(TrainConfig, args), ranks=1)
+def test_a_server_without_conditional_writes_still_takes_runs(config, proxy) -> None:
+    proxy.add(Fault("not offered", r"^PUT .*claim", times=1))
+    with sole_run(config):
+        (config.folder / "metrics.jsonl").write_text("{}\n")
+    assert storage.read_bytes(f"{config.out}/metrics.jsonl") == b"{}\n"
 
 
 def test_the_stacks_of_a_rank_that_ends_are_in_the_bucket_too(config) -> None:
-    watchdog = Watchdog(Path(config.out), 3, 4, 60.0, config.checkpoints)
+    watchdog = Watchdog(config.folder, 3, 4, 60.0, config.out)
     with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "_exit", sys.exit)
         watchdog._end(["rank 1"], "a test")
-    assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.checkpoints}/stacks_rank_00003.txt")
+    assert b"test_the_stacks_of_a_rank" in storage.read_bytes(f"{config.out}/stacks_rank_00003.txt")
 
 
 def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tmp_path) -> None:
-    folder, url = Path(config.out), config.checkpoints
+    folder, url = config.folder, config.out
     (tmp_path / "id_rsa").write_text("secret")
     for name, target in (("key", tmp_path / "id_rsa"), ("all", tmp_path), ("lost", tmp_path / "nowhere")):
         (folder / name).symlink_to(target)
@@ -171,7 +172,7 @@ def test_a_link_out_of_the_run_folder_is_not_followed_into_the_bucket(config, tm
 
 
 def test_what_changes_in_the_run_folder_is_copied_once(config, proxy) -> None:
-    folder, url = Path(config.out), config.checkpoints
+    folder, url = config.folder, config.out
     for name in ("metrics.jsonl", "videos/a b.mp4", ".lock", ".a.mp4.tmp/a.mp4", STOPPED, "step_0000010/COMPLETE"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)

@@ -131,13 +131,13 @@ def test_a_copy_follows_what_changes_in_the_bucket(bucket_folder):
         assert (storage.local(bucket_folder) / "deeper" / "a.txt").read_text() == text
 
 
-@pytest.mark.parametrize("limit", ["given", "the disk"])
+@pytest.mark.parametrize("limit", ["the setting", "the disk"])
 def test_copies_stay_within_their_limit_but_those_in_use(limit, bucket_folder, own_cache, monkeypatch):
     def used() -> int:
         return sum(map(os.path.getsize, own_cache.glob("copies/*/*")))
 
     copies, usage = {}, shutil.disk_usage(own_cache.parent)
-    if limit == "given":
+    if limit == "the setting":
         monkeypatch.setenv("WORLDLOOM_CACHE_GB", "0.000025")
     else:  # which holds a bit less than two more
         monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=25_000 - used()))
@@ -194,7 +194,10 @@ def test_of_two_writers_to_a_folder_in_a_bucket_none_leaves_a_mixture(bucket_fol
     write(bucket_folder)
     mine = {"a.mp4": storage.version(first), "b.png": storage.version(last)}
     storage.require_sole_writer(bucket_folder, mine, "b.png")
-    for url, left in ((last, ["a.mp4", "b.png"]), (first, ["a.mp4"])):  # its own last is taken back, the other's not
+    for url, left in (
+        (last, ["a.mp4", "b.png"]),
+        (first, ["a.mp4"]),
+    ):  # its own last file is taken back, the other's not
         write(bucket_folder)
         mine = {"a.mp4": storage.version(first), "b.png": storage.version(last)}
         storage.write_text(url, "another's")

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_world import change, write_checkpoint, write_codec
+from tiny_world import change, write_checkpoint
 
-from configs import load_config, save_config, storage
+from configs import save_config, storage
 from configs.s3 import upload
 from model.codec import CONFIG_FILE, load_codec
 from model.world import WORLD_FILE, find_codec, keep_codec, load_world, read_world_config
-from train.checkpoint import Position, require_same_data
-from train.config import TrainConfig
+from train.checkpoint import require_branch
 
 SECRET = "${oc.env:WORLDLOOM_SECRET}"
 
@@ -25,31 +24,22 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
     return "wJalr"
 
 
-@pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys"])
-def test_a_checkpoint_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
+@pytest.mark.parametrize("key", ["codec", "codec_hash", "game__name", "game__action_space__keys", "patch", "wan"])
+def test_a_checkpoint_and_its_codec_cannot_read_the_environment(tmp_path: Path, secret: str, key: str) -> None:
     folder = write_checkpoint(tmp_path)
-    change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
-    with pytest.raises(ValueError, match=r"world\.yaml refers to") as error:
-        read_world_config(folder)
+    if key in ("patch", "wan"):
+        (folder.parent / "codec" / CONFIG_FILE).write_text(f"name: {key}\nweights: {SECRET}.pth\n")
+    else:
+        change(folder / WORLD_FILE, **{key: f"s3://evil/{SECRET}" if "keys" not in key else [SECRET]})
+    with pytest.raises(ValueError, match=r"(world|config)\.yaml refers to") as error:
+        load_world(folder, codec=str(folder.parent / "codec"))
     assert secret not in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["patch", "wan"])
-def test_a_codec_cannot_read_the_environment(tmp_path: Path, secret: str, name: str) -> None:
-    write_codec(tmp_path)
-    (tmp_path / CONFIG_FILE).write_text(f"name: {name}\nweights: {SECRET}.pth\n")
-    with pytest.raises(ValueError, match=r"config\.yaml refers to") as error:
-        load_codec(tmp_path)
-    assert secret not in str(error.value)
-
-
-def test_a_run_that_is_gone_on_from_cannot_read_the_environment(
-    tmp_path: Path, secret: str, train_words: list[str]
-) -> None:
-    (tmp_path / "config.yaml").write_text(f"seed: {SECRET}\n")
-    config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "seed=1"])
-    with pytest.raises(ValueError, match=r"config\.yaml refers to") as error:
-        require_same_data(config, "x", Position(1, 1, 1, 1, 0, "y"), tmp_path)
+def test_a_run_that_is_gone_on_from_cannot_read_the_environment(tmp_path: Path, secret: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"resume: {SECRET}\n")
+    with pytest.raises(ValueError) as error:
+        require_branch(str(tmp_path), f"{tmp_path}/{secret[:2]}")
     assert secret not in str(error.value)
 
 

@@ -2,6 +2,7 @@
 
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 
@@ -25,20 +26,6 @@ def server(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         monkeypatch.setenv("WANDB_API_KEY", "no key" if request.param == "wrong key" else "0" * 40)
         monkeypatch.delenv("WANDB_MODE", raising=False)
         yield request.param
-
-
-class Notes:
-    """A writer that keeps the steps it gets, but has no room for the second and the third."""
-
-    def __init__(self) -> None:
-        self.steps: list[int] = []
-
-    def write(self, step: int, entries: Mapping[str, float | str]) -> None:
-        if step in (2, 3):
-            raise OSError("no room")
-        self.steps.append(step)
-
-    def close(self) -> None: ...
 
 
 @pytest.fixture
@@ -91,29 +78,39 @@ def test_a_wandb_process_that_is_killed_or_hangs_is_said_and_left(log, tmp_path,
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
 
 
-def test_a_tracker_that_raises_is_said_once_and_tried_again(capfd) -> None:
+class Notes:
+    """A writer that has no room for the second and the third step, and exits the program at the sixth."""
+
+    def __init__(self) -> None:
+        self.steps: list[int | str] = []
+
+    def write(self, step: int, entries: Mapping[str, float | str]) -> None:
+        if step in (2, 3):
+            raise OSError("no room")
+        if step == 6:
+            sys.exit("the server is gone")
+        self.steps.append(step)
+
+    def close(self) -> None:
+        self.steps.append("closed")
+
+
+def test_a_tracker_that_raises_or_exits_is_said_once_and_tried_again(capfd) -> None:
     notes = Notes()
-    serve("board", lambda: notes, ({"step": step, "loss": 1.0} for step in range(1, 6)))
-    assert notes.steps == [1, 4, 5] and capfd.readouterr().err.count("no room; the run goes on") == 1
+    serve("board", lambda: notes, ({"step": step, "loss": 1.0} for step in range(1, 8)))
+    text = capfd.readouterr().err
+    assert notes.steps == [1, 4, 5, 7, "closed"] and text.count("no room; the run goes on") == 1
+    assert "the server is gone; the run goes on" in text
+    serve("board", lambda: exit("no server at all"), iter(()))
+    assert "no server at all; the run goes on" in capfd.readouterr().err
 
 
-def test_a_tracker_that_exits_the_program_ends_only_itself(capfd) -> None:
-    serve("board", lambda: exit("the server is gone"), iter(()))
-    assert "the server is gone; the run goes on" in capfd.readouterr().err
-
-
-def test_a_tracker_that_hangs_holds_nothing_up(tmp_path, monkeypatch, capfd) -> None:
-    monkeypatch.setattr(trackers, "CLOSING_S", 0.3)
-    tracker = start_tracker("tensorboard", tmp_path, 0, {})
-    tracker.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    close_trackers({"tensorboard": tracker})
-    assert time.monotonic() - began < 3 and tracker.poll() is not None
-    assert "tensorboard: does not end" in capfd.readouterr().err
-
-
-def test_a_tracker_ends_with_a_run_that_was_killed(tmp_path) -> None:
-    tracker = start_tracker("tensorboard", tmp_path, 0, {})
-    assert tracker.stdin
-    tracker.stdin.close()  # as the system does it
-    assert tracker.wait(60) == 0
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_tracker_ends_with_its_run_or_is_killed_where_it_hangs(tmp_path, monkeypatch, capfd, hangs: bool) -> None:
+    monkeypatch.setattr(trackers, "CLOSING_S", 0.3 if hangs else 60.0)
+    tracker, began = start_tracker("tensorboard", tmp_path, 0, {}), time.monotonic()
+    if hangs:
+        tracker.send_signal(signal.SIGSTOP)
+    close_trackers({"tensorboard": tracker})  # its stdin ends, as the system does it for a run that was killed
+    assert tracker.poll() == (-signal.SIGKILL if hangs else 0) and time.monotonic() - began < (3 if hangs else 60)
+    assert ("tensorboard: does not end" in capfd.readouterr().err) == hangs

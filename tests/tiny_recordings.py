@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
+from tiny_videos import change_packets
 
 from data_pipeline.readers.worldloom import describe_episode, write_episode
 from data_pipeline.types import Actions, Episode, Footage
@@ -18,8 +18,8 @@ def draw_frames(game, frames, seed):
     wall = cv2.resize(rng.integers(0, 256, (8, 64, 3), dtype=np.uint8), (16 * game.width, game.height))
     keyboard = rng.integers(0, 2, (frames, len(game.action_space.keys)))
     mouse_deg = np.stack([np.zeros(frames), rng.integers(-3, 4, frames)], axis=1)
-    places = 8 * game.width + np.concatenate([[0], np.cumsum(mouse_deg[:-1, 1])]).astype(int)
-    return np.stack([wall[:, place : place + game.width] for place in places]), keyboard, mouse_deg
+    starts = 8 * game.width + np.concatenate([[0], np.cumsum(mouse_deg[:-1, 1])]).astype(int)
+    return np.stack([wall[:, start : start + game.width] for start in starts]), keyboard, mouse_deg
 
 
 def write_recording(folder, game, frames=FRAMES, seed=0):
@@ -35,30 +35,18 @@ def numbered_episode(keyboard):
     return Episode("e", Actions(keyboard, np.ones((frames, 2), np.float32)), footage, 0, frames)
 
 
-def copy_video(source, target, **how):
-    """The same pictures in another container."""
-    with av.open(str(source)) as whole, av.open(str(target), "w", **how) as copy:
-        stream = copy.add_stream_from_template(whole.streams.video[0])
-        for packet in whole.demux(whole.streams.video[0]):
-            if packet.dts is not None:
-                packet.stream = stream
-                copy.mux(packet)
-
-
 def end_early(folder, share=0.7):
     """Cuts the video of an episode; what is in front of it still promises all frames."""
-    video, whole = folder / "video.mp4", folder / "whole.tmp"
-    copy_video(video, whole, format="mp4", options={"movflags": "faststart"})
-    data = whole.read_bytes()
-    whole.unlink()
+    video = folder / "video.mp4"
+    change_packets(video, options={"movflags": "faststart"})
+    data = video.read_bytes()
     video.write_bytes(data[: int(share * len(data))])
 
 
 def spoil_video(folder):
-    """Wipes out a part in the middle of an episode's pictures, which only a decoder sees: a copy has no checksum."""
-    video, copy = folder / "video.mp4", folder / "copy.tmp"
-    copy_video(video, copy, format="mp4")
-    copy.rename(video)
+    """Wipes out a part in the middle of an episode's pictures, which only a decoder sees."""
+    video = folder / "video.mp4"
+    change_packets(video)
     data = bytearray(video.read_bytes())
     middle = (data.index(b"mdat") + data.rindex(b"moov")) // 2
     data[middle : middle + 300] = bytes(300)

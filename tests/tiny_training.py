@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,6 +28,17 @@ def launch(config: str, *program: str, processes: int = 2) -> list[str]:
 def run(command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def start(command: list[str], log: Path, ready: Callable[[], object]) -> subprocess.Popen[bytes]:
+    """A process of the command, once `ready` is true or it has ended."""
+    with open(log, "w") as file:
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env=env, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not ready() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    return process
 
 
 def read_metrics(out: Path) -> list[dict]:

@@ -1,6 +1,5 @@
 """Small videos of others: encoded, and copied packet by packet with what containers may say of them."""
 
-import struct
 from collections.abc import Callable, Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -53,41 +52,35 @@ def copy_packets(
     source: Path,
     target: Path,
     retime: Callable[[int, float], float] = lambda i, t: t,
-    options: dict[str, str] | None = None,
     prepare: Callable[[av.VideoStream], Any] = lambda stream: None,
+    **how: Any,
 ) -> Path:
     """The same packets; number i, shown at t seconds, is shown at `retime(i, t)`; `prepare` changes the stream."""
-    with av.open(str(source)) as given, av.open(str(target), "w", options=options or {}) as container:
-        before = given.streams.video[0]
-        stream = container.add_stream_from_template(before)
+    with av.open(str(source)) as original, av.open(str(target), "w", **how) as copy:
+        before = original.streams.video[0]
+        stream = copy.add_stream_from_template(before)
         prepare(stream)
         unit = float(before.time_base or 1)
-        for i, packet in enumerate(packet for packet in given.demux(before) if packet.size):
+        for i, packet in enumerate(packet for packet in original.demux(before) if packet.size):
             assert packet.pts is not None and packet.dts is not None
             moved = round((retime(i, packet.pts * unit) - packet.pts * unit) / unit)
             packet.pts, packet.dts, packet.stream = packet.pts + moved, packet.dts + moved, stream
-            container.mux(packet)
+            copy.mux(packet)
     return target
 
 
-def change_packets(video: Path, *how: Any, **more: Any) -> None:
-    """`copy_packets` in place."""
-    copy_packets(video, video.with_name("copy.mp4"), *how, **more).rename(video)
+def change_packets(video: Path, *args: Any, **how: Any) -> None:
+    """`copy_packets` in place; a copy of one of our own videos has no checksum."""
+    copy_packets(video, video.with_name("copy.mp4"), *args, **how).rename(video)
 
 
 def add_box(path: Path, box: bytes, inside: bytes = b"avc1") -> None:
     """Puts a box behind the others of an mp4's sample description; its tables must be at the end of the file."""
     data = bytearray(path.read_bytes())
-    place = data.find(inside, data.find(b"stsd")) - 4
-    end = place + int.from_bytes(data[place : place + 4], "big")
+    start = data.find(inside, data.find(b"stsd")) - 4
+    end = start + int.from_bytes(data[start : start + 4], "big")
     data[end:end] = box
     for name in (b"moov", b"trak", b"mdia", b"minf", b"stbl", b"stsd", inside):
-        at = place if name == inside else data.find(name) - 4
+        at = start if name == inside else data.find(name) - 4
         data[at : at + 4] = (int.from_bytes(data[at : at + 4], "big") + len(box)).to_bytes(4, "big")
     path.write_bytes(data)
-
-
-def clean_aperture(height: int, width: int, right: int, down: int) -> bytes:
-    """mp4's cropping: what is kept, and how far its centre is from the picture's."""
-    numbers = (width, 1, height, 1, right, 1, down, 1)
-    return struct.pack(">I4s8i", 40, b"clap", *numbers)

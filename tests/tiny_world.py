@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
+from omegaconf import OmegaConf
 from PIL import Image
 from torch import nn
 
@@ -56,13 +56,17 @@ def random_video(frames: int, seed: int = 0) -> torch.Tensor:
     return (2 * coarse - 1).repeat_interleave(4, dim=3).repeat_interleave(4, dim=4)
 
 
-def write_codec(folder: Path) -> None:
+def fitted_codec(memory_blocks: int = 2) -> PatchCodec:
     """A codec with a fitted encoder and an untrained decoder."""
-    config = PatchCodecConfig(width=8, fine_width=8, memory_blocks=1, fine_blocks=1)
     torch.manual_seed(0)  # the layers' own initialisation takes no generator
-    codec = PatchCodec(config)
+    codec = PatchCodec(PatchCodecConfig(width=8, fine_width=8, memory_blocks=memory_blocks, fine_blocks=1))
     codec.fit_pca(to_patches(random_video(256)).flatten(0, 3))
-    save_config(config, folder / CONFIG_FILE)
+    return codec.eval()
+
+
+def write_codec(folder: Path) -> None:
+    codec = fitted_codec(memory_blocks=1)
+    save_config(codec.config, folder / CONFIG_FILE)
     save_weights(codec.state_dict(), folder / WEIGHTS_FILE)
 
 
@@ -89,17 +93,13 @@ def write_causal(run: Path) -> Path:
 
 def change(path: Path, **settings: object) -> None:
     """Other values for keys of a YAML file; `a__b` is b in a."""
-    told = yaml.safe_load(path.read_text())
+    loaded = OmegaConf.load(path)
     for name, value in settings.items():
-        *outer, last = name.split("__")
-        where = told
-        for key in outer:
-            where = where[key]
-        where[last] = value
-    path.write_text(yaml.safe_dump(told))
+        OmegaConf.update(loaded, name.replace("__", "."), value)
+    OmegaConf.save(loaded, path)
 
 
-def generate(checkpoint: Path, out: Path, *words: str) -> int:
+def generate(checkpoint: Path, out: Path, *args: str) -> int:
     Image.new("RGB", (GAME.width, GAME.height), "teal").save(out / "prompt.png")
     fixed = [f"prompt={out / 'prompt.png'}", "actions=idle", "frames=9", "steps=1", f"out={out / 'film.mp4'}"]
-    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *words])
+    return run("sampling", VERBS, ["generate", str(checkpoint), *fixed, *args])

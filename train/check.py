@@ -1,12 +1,11 @@
 """What can be found wrong with a run before it starts."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs import storage
-from configs.errors import FileInTheWayError, RefusedError, UserError
+from configs.errors import FileInTheWayError, UserError
 from configs.files import require_other_files
 from data_pipeline.shard_set import load_manifests, require_action_space, require_same_kind
 from data_pipeline.shards import load_manifest
@@ -19,7 +18,7 @@ from train.engine import gather_objects
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
 from train.objectives.objective import Objective
-from train.validation import check_videos
+from train.validation import Videos
 
 SEEN_S = 30  # in which a file that one machine has written appears on all others
 
@@ -32,6 +31,7 @@ class CheckedRun:
     manifest: Manifest  # of the first shard set; all have its kind
     world: WorldModelConfig
     objective: Objective
+    videos: Videos | None
     data: str  # digest of the training shards and of how they are mixed
     init: str | None  # weights to start from
     resumed: str | None  # checkpoint to go on from
@@ -53,21 +53,18 @@ def check_run(config: TrainConfig, ranks: int) -> CheckedRun:
         heldout = load_manifest(config.validation.manifest)
         shared = ("layout", "codec_hash", "vision", "unknown")
         require_same_kind(manifest, url, heldout, config.validation.manifest, shared)
-        if config.validation.videos.every:
-            check_videos(config.validation.videos, heldout.clips, world)
+    videos = Videos(config, world) if config.validation.videos.every else None
     resumed, start = None, 0
     if resumable := find_resumable(config, world):
         resumed, position = resumable
         require_same_data(config, data, position, resumed)
         config, start = fit_to_ranks(config, position, ranks, resumed), position.step
-    if resumed in (None, config.resume) and storage.is_s3(config.checkpoints) and (here := newest_step(config.out)):
-        raise UserError(f"{config.checkpoints} has no checkpoint, but {here} is there: copy it, or choose another out=")
     init = None
     if config.init:
         read_complete(checkpoint := find_checkpoint(config.init))
         require_action_space(manifest, read_world_config(checkpoint).game.action_space, checkpoint)
         init = storage.join(checkpoint, "ema.safetensors")
-    return CheckedRun(config, manifest, world, objective, data, init, resumed, start)
+    return CheckedRun(config, manifest, world, objective, videos, data, init, resumed, start)
 
 
 def check_out(config: TrainConfig) -> None:
@@ -78,31 +75,27 @@ def check_out(config: TrainConfig) -> None:
     shards = [folder for folder in folders if any(folder.glob("*.tar"))]
     init = config.init and (newest_step(config.init) or config.init)
     read = {"manifest": shards, "codec": config.codec, "resume": config.resume, "init": init}
-    require_other_files([config.out, config.checkpoints], read)
-    if storage.is_s3(config.out):
-        return
-    out = Path(config.out).absolute()
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    if not parent.is_dir():
-        raise FileInTheWayError(f"cannot write to {config.out}: {parent} is a file; choose another out=")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise RefusedError(f"cannot write to {config.out}: no right to write in {parent}")
+    require_other_files([config.out], read)
+    if not storage.is_s3(config.out):
+        out = Path(config.out).absolute()
+        parent = next(path for path in (out, *out.parents) if path.exists())
+        if not parent.is_dir():
+            raise FileInTheWayError(f"cannot write to {config.out}: {parent} is a file; choose another out=")
 
 
 def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
     """Checks again now that no other run can write to the folder: one may have saved since, and files of one machine
     may appear late on others. All ranks must call; all raise UserError if they never see the same newest checkpoint."""
     for _ in range(SEEN_S):
-        seen = gather_objects((checked.resumed, newest_step(asked.checkpoints) or asked.resume))
-        if {resumed for resumed, _ in seen} == {seen[0][1]}:
+        by_rank = gather_objects((checked.resumed, newest_step(asked.out) or asked.resume))
+        if {resumed for resumed, _ in by_rank} == {by_rank[0][1]}:
             return checked
         time.sleep(1)
-        again = check_run(asked, ranks)
-        if again.config != checked.config:
-            raise UserError(f"another run went on from {asked.checkpoints} with other settings; start again")
-        checked = again
-    by_rank = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(seen))
-    raise UserError(f"{asked.checkpoints} differs between nodes ({by_rank}); use a shared folder or an s3:// url")
+        before, checked = checked, check_run(asked, ranks)
+        if checked.config != before.config:
+            raise UserError(f"another run went on from {asked.out} with other settings; start again")
+    listed = ", ".join(f"rank {rank}: {resumed or 'none'}" for rank, (resumed, _) in enumerate(by_rank))
+    raise UserError(f"{asked.out} differs between nodes ({listed}); use a shared folder or an s3:// url")
 
 
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:

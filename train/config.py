@@ -1,9 +1,10 @@
 """The settings of a training run: one frozen dataclass, read from YAML files and key=value arguments."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from configs import within
+from configs import cache, storage, within
 from configs.errors import UserError
 from data_pipeline.stream import LoaderConfig
 from data_pipeline.types import Source
@@ -49,7 +50,6 @@ class OptimConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    folder: str | None = None  # an s3:// url that gets them, and copies of the run's other files; as `out` itself does
     every: int = within(1, MOST_STEPS, 500)  # steps; the last step and a stop always write one
     keep_last: int = within(1, MOST_STEPS, 2)
     background: bool = False  # write while training goes on, from a copy of this rank's part in the CPU's memory
@@ -142,9 +142,9 @@ class TrainConfig:
         return self.manifests or (Source(str(self.manifest)),)
 
     @property
-    def checkpoints(self) -> str:
-        """The folder or url of the run's checkpoints."""
-        return self.checkpoint.folder or self.out
+    def folder(self) -> Path:
+        """The run's folder on this machine, where files can be appended to and locked: `out`, or one in the cache."""
+        return cache.run_folder(self.out) if storage.is_s3(self.out) else Path(self.out)
 
     def __post_init__(self) -> None:
         if (self.manifest is None) == (not self.manifests):

@@ -1,4 +1,4 @@
-"""What an engine is: it puts a model on processes, steps it, and says which part of the weights each rank owns."""
+"""An engine puts a model on processes, steps it, and says which part of the weights each rank owns."""
 
 import json
 import math
@@ -71,20 +71,21 @@ class Engine:
     @property
     def module(self) -> nn.Module:
         """The model without the engine's wrapper."""
-        return self.accelerator.unwrap_model(self.model)
+        unwrapped: Any = self.accelerator.unwrap_model(self.model)
+        return unwrapped
 
     def accumulate(self) -> AbstractContextManager[Any]:
         """Surrounds one micro-step; gradients are exchanged and applied at the last of them."""
         return self.accelerator.accumulate(self.model)
 
     def set_learning_rate(self, rate: float) -> None:
-        """Before the backward pass of the step it is for: DeepSpeed steps inside of it."""
+        """Comes before the step's backward pass, inside which DeepSpeed steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
         """Adds the gradients of one micro-step; at the last they are clipped and applied, and `grad_norm` is set. If
-        their norm is not finite, or without `apply`, the whole step is dropped. Whether they were kept."""
+        their norm is not finite, or without `apply`, the whole step is dropped, and False is returned."""
         self.accelerator.backward(loss)
         if not self.accelerator.sync_gradients:
             return True
@@ -97,7 +98,7 @@ class Engine:
         return applied
 
     def shards(self) -> list[ParamShard]:
-        """What this rank optimises, in float32, and writes into a checkpoint: here the whole, on every rank."""
+        """The float32 weights that this rank optimises and writes into a checkpoint: here all, on every rank."""
         return [ParamShard(name, 0, p.data.view(-1), p, 0) for name, p in self.module.named_parameters()]
 
     @property
@@ -119,7 +120,7 @@ class Engine:
 
     @torch.no_grad()
     def load_shard(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes this rank's part of whole parameters and buffers; `sync_compute_weights` must follow in the end."""
+        """Takes this rank's part of whole parameters and buffers; `sync_compute_weights` must follow the last."""
         shards = {shard.name: shard for shard in self.shards()}
         buffers = dict(self.buffers())
         for name, whole in weights.items():
@@ -129,11 +130,12 @@ class Engine:
                 shard.weight.copy_(whole.flatten()[shard.start : shard.start + len(shard.weight)])
 
     def sync_compute_weights(self) -> None:
-        """After new numbers in the shards: updates the copies that the passes use, where there are any."""
+        """Updates the copies of the shards that the passes use, if there are any, after the shards have changed."""
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """`values` added up over all ranks; the same on each."""
-        return self.accelerator.reduce(values.to(self.accelerator.device), "sum").cpu()
+        summed: Any = self.accelerator.reduce(values.to(self.accelerator.device), "sum")
+        return summed.cpu()
 
     def shutdown(self) -> None:
         """Ends the process groups; without it gloo's threads can crash the interpreter at exit."""

@@ -87,7 +87,7 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
         sizes |= {"activations": live.peak_without_gradients, "gradients": 0}
     if on_cpu:
         sizes["baseline RSS"] = psutil.Process().memory_info().rss
-        if config.checkpoint.background or storage.is_s3(config.checkpoints):
+        if config.checkpoint.background or storage.is_s3(config.out):
             sizes["checkpoint"] = sizes["average"] * 4
     _, p, q = model.patch_size
     tokens = b * size[1] * (rows // p) * (columns // q)

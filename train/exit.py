@@ -5,7 +5,6 @@ import os
 import signal
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 
 from configs.files import NO_ROOM
 
@@ -32,16 +31,12 @@ def needs_a_person(error: BaseException) -> bool:
 
 
 class StopRequest:
-    """Set by SIGTERM, SIGUSR1 (Slurm's warning) or Ctrl-C; the loop finishes its step, saves and returns."""
+    """Set by SIGUSR1 (Slurm's warning), Ctrl-C or SIGTERM; the loop finishes its step, saves and returns."""
 
     def __init__(self) -> None:
         self.asked = False
-        for number in (signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._ask)
+        self.listen(signal.SIGUSR1, signal.SIGINT)
 
-    def starts(self) -> None:
-        """Until now SIGTERM ended the process: it had nothing to save, and may have waited for a rank that is gone."""
-        signal.signal(signal.SIGTERM, self._ask)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        self.asked = True
+    def listen(self, *signals: signal.Signals) -> None:
+        for number in signals:
+            signal.signal(number, lambda *_: setattr(self, "asked", True))

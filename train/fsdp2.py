@@ -1,4 +1,4 @@
-"""FSDP2: torch's own `fully_shard`. Accelerate's plugin does nothing on a CPU, without a word, so it is not asked."""
+"""FSDP2: torch's own `fully_shard`. Accelerate's plugin for it silently does nothing on a CPU."""
 
 import math
 from collections.abc import Iterator
@@ -20,8 +20,7 @@ from train.state import ParamShard, local_part
 
 
 class Fsdp2Engine(Engine):
-    """Every block by itself, and the rest: float32 weights sharded along their first axis over all ranks. Gradients are
-    averaged and applied at the last micro-step, all by torch."""
+    """Float32 weights sharded along their first axis over all ranks: each block by itself, then the rest."""
 
     all_write_state = True
 
@@ -76,10 +75,10 @@ class Fsdp2Engine(Engine):
 
     def shards(self) -> list[ParamShard]:
         assert isinstance(self.model, FSDPModule)
-        self.model.reshard()  # a pass without a backward one, as in validation, leaves the outermost weights whole
+        self.model.reshard()  # a forward pass alone, as in validation, leaves the outermost weights whole
         shards = []
         for name, p in self.model.named_parameters():
-            rows = math.ceil(len(p) / self.accelerator.num_processes)  # of each rank, until there are no more
+            rows = math.ceil(len(p) / self.accelerator.num_processes)  # per rank; the last ranks may have fewer
             start = min(rows * self.accelerator.process_index, len(p)) * p.shape[1:].numel()
             shards.append(ParamShard(name, start, local_part(p.data).view(-1), p, 0))
         return shards

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -18,7 +17,7 @@ class Log:
     """The metrics of one run; only the main process writes. A resumed run continues the file after its checkpoint."""
 
     def __init__(self, config: TrainConfig, start: int, main: bool) -> None:
-        self.main, self.path = main, Path(config.out) / METRICS
+        self.main, self.path = main, config.folder / METRICS
         name = config.objective["name"]
         self.progress = tqdm(total=config.steps, initial=start, desc=name, unit="step", disable=not main)
         if main:
@@ -27,8 +26,8 @@ class Log:
                 lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
                 write_text(self.path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start))
         settings = {"project": config.wandb_project, "config": to_dict(config)}
-        wanted = {"wandb": config.wandb and main, "tensorboard": config.tensorboard and main}
-        trackers = [name for name in wanted if wanted[name]]
+        wanted = {"wandb": config.wandb, "tensorboard": config.tensorboard}
+        trackers = [name for name in wanted if wanted[name] and main]
         self.trackers = {name: start_tracker(name, self.path.parent, start, settings) for name in trackers}
 
     def write(self, step: int, metrics: Mapping[str, float | str]) -> None:

@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
 from model.flow import FlowMatch
 from train.check import CheckedRun, agree, check_run
-from train.checkpoint import Position, load_checkpoint
+from train.checkpoint import Position, state_of
 from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
@@ -25,9 +24,9 @@ from train.log import Log
 from train.metrics import MetricsWindow, start_profiler
 from train.objectives.objective import LossMetrics, rng_for_step
 from train.optim import learning_rate
-from train.run_folder import held_run_folder, with_local_out
+from train.run_folder import sole_run
 from train.save import Saver
-from train.validation import HeldOutLoss, Videos, averaged_world
+from train.validation import HeldOutLoss, averaged_world
 from train.watchdog import Watchdog
 
 NONFINITE_HINT = "no weight has changed; lower the learning rate, look at these clips, or say on_nonfinite=skip"
@@ -53,15 +52,14 @@ class Run:
     """The parts of one training run."""
 
     def __init__(self, checked: CheckedRun, engine: Engine, log: Log, watchdog: Watchdog) -> None:
-        config, world, objective = checked.config, checked.world, checked.objective
-        self.config, self.world, self.objective, self.data = config, world, objective, checked.data
-        self.engine, self.log, self.watchdog = engine, log, watchdog
-        self.flow = FlowMatch(config.flow)
-        self.ema = Ema(engine, config.ema_decay)
-        self.saver = Saver(engine, self.ema, config, world)
-        self.metrics = MetricsWindow(config, checked.manifest.clip_latents, objective.loss_group)
-        self.heldout = HeldOutLoss(config, objective, engine, self.flow) if config.validation.manifest else None
-        self.videos = Videos(config, world) if config.validation.videos.every else None
+        self.checked, self.engine, self.log, self.watchdog = checked, engine, log, watchdog
+        self.config, self.objective, self.videos = checked.config, checked.objective, checked.videos
+        self.flow = FlowMatch(self.config.flow)
+        self.ema = Ema(engine, self.config.ema_decay)
+        self.saver = Saver(engine, self.ema, self.config, checked.world)
+        self.metrics = MetricsWindow(self.config, checked.manifest.clip_latents, self.objective.loss_group)
+        heldout = self.config.validation.manifest
+        self.heldout = HeldOutLoss(self.config, self.objective, engine, self.flow) if heldout else None
 
 
 def train(config: TrainConfig) -> bool:
@@ -69,23 +67,23 @@ def train(config: TrainConfig) -> bool:
 
     Returns whether it was asked to stop early, for which it takes over SIGTERM, SIGINT and SIGUSR1.
     """
-    asked = with_local_out(config)
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    asked, rank, ranks = config, int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     checked = check_run(asked, ranks)
     config = checked.config
     stream = Stream(config.sources, config.batch, config.seed, (rank, ranks), config.workers, config.loader)
     stop = StopRequest()
     accelerator = start_accelerator(config)
-    url = config.checkpoints if storage.is_s3(config.checkpoints) else ""
-    watchdog = Watchdog(Path(config.out), rank, ranks, config.engine.timeout_s, url)
-    with watchdog.watching(), out_of_memory_explained(config), held_run_folder(config, rank):
+    url = config.out if storage.is_s3(config.out) else ""
+    watchdog = Watchdog(config.folder, rank, ranks, config.engine.timeout_s, url)
+    with watchdog.watching(), out_of_memory_explained(config), sole_run(config, rank):
         checked = agree(asked, checked, ranks)
         watchdog.begins(checked.start, "building the model")
         engine = build_engine(accelerator, config, checked.init)
         with closing(Log(config, checked.start, accelerator.is_main_process)) as log:
             run = Run(checked, engine, log, watchdog)
-            begin(run, checked, asked)
-            stop.starts()
+            begin(run, asked)
+            # Until now SIGTERM ended the process: it had nothing to save, and may have waited for a rank that is gone.
+            stop.listen(signal.SIGTERM)
             on_gpu = engine.accelerator.device.type == "cuda"
             with closing(stream.batches(checked.start * config.accumulation, pin_memory=on_gpu)) as batches:
                 stopped = run_steps(run, range(checked.start, config.steps), batches, stop)
@@ -93,12 +91,14 @@ def train(config: TrainConfig) -> bool:
     return stopped
 
 
-def begin(run: Run, checked: CheckedRun, asked: TrainConfig) -> None:
+def begin(run: Run, asked: TrainConfig) -> None:
     """Loads the checkpoint that the run continues from, and says what differs from what was asked."""
-    config, log, ranks = run.config, run.log, run.engine.accelerator.num_processes
+    checked, config, log, ranks = run.checked, run.config, run.log, run.engine.accelerator.num_processes
     if checked.resumed:
         run.watchdog.begins(checked.start, "loading the checkpoint")
-        load_checkpoint(run.engine, run.ema, checked.resumed)
+        saved = state_of(checked.resumed)
+        run.engine.restore(saved)
+        run.ema.restore(saved)
         log.say(f"resumed from {checked.resumed} at step {checked.start}")
     if (config.batch, config.accumulation) != (asked.batch, asked.accumulation):
         log.say(f"on {ranks} ranks the same clips per step are batch {config.batch} x {config.accumulation}")
@@ -129,7 +129,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         run.saver.check()
         if stopping:
             if log.main:
-                storage.write_text(Path(config.out) / STOPPED, f"step {done}\n")
+                storage.write_text(config.folder / STOPPED, f"step {done}\n")
             log.say(f"stopped at step {done} of {config.steps} as asked; the same command continues from here")
             return True
     return False
@@ -184,10 +184,12 @@ def validate(run: Run, done: int) -> None:
     if run.videos and (done % config.videos.every == 0 or last):
         began = time.perf_counter()
         with run.watchdog.rank0_section(done - 1, "making videos") as alive:
-            world = averaged_world(run.config, run.world, run.engine, run.ema)
+            world = averaged_world(run.config, run.checked.world, run.engine, run.ema)
             if world is not None:
                 made = run.videos.make(world, done, alive)
-                log.write(done, {f"video/{name}": str(path.relative_to(run.config.out)) for name, path in made.items()})
+                log.write(
+                    done, {f"video/{name}": str(path.relative_to(run.config.folder)) for name, path in made.items()}
+                )
         log.say(f"step {done}: videos in {run.videos.folder}, training waited {time.perf_counter() - began:.1f} s")
 
 
@@ -195,15 +197,15 @@ def save(run: Run, done: int, last: bool) -> None:
     """A checkpoint after `done` steps."""
     config, ranks, began = run.config, run.engine.accelerator.num_processes, time.perf_counter()
     run.watchdog.begins(done - 1, "saving")
-    folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.data))
+    folder = run.saver.save(Position(done, ranks, config.batch, config.accumulation, config.seed, run.checked.data))
     if last:  # no rank ends before it is there: if one is lost until then, all have to begin again
         with run.watchdog.rank0_section(done - 1, "writing the last checkpoint"):
             run.saver.finish()
         if not all(gather_objects(run.saver.fault is None)):
             raise run.saver.fault or FileError(f"another rank cannot write {folder}, and says why")
     if run.saver.fault is None:  # else it has been said, or `check` raises it
-        took = f"{time.perf_counter() - began:.1f} s"
-        run.log.say(f"step {done}: {'saving' if run.saver.saving else 'saved'} {folder}, training waited {took}")
+        verb = "saving" if run.saver.background and not last else "saved"
+        run.log.say(f"step {done}: {verb} {folder}, training waited {time.perf_counter() - began:.1f} s")
 
 
 @contextmanager

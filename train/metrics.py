@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -117,7 +116,7 @@ def start_profiler(config: TrainConfig, rank: int, start: int, say: Callable[[st
         return ProfilerAction.RECORD_AND_SAVE if step == traced[-1] else ProfilerAction.RECORD
 
     def write(recording: profile) -> None:
-        path = Path(config.out) / "profile" / f"steps_{first + 1:07d}-{end:07d}_rank_{rank:05d}.json.gz"
+        path = config.folder / "profile" / f"steps_{first + 1:07d}-{end:07d}_rank_{rank:05d}.json.gz"
         with storage.writing(path) as part:
             recording.export_chrome_trace(str(part))
         say(f"step {end}: traced into {path}")

@@ -8,16 +8,14 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
 
-from configs import cache, storage
+from configs import storage
 from configs.errors import UserError, one_line
 from configs.lease import sole_writer
 from configs.untrusted import parse_object
 from model.world import STEP_FOLDERS
-from train.checkpoint import absolute
 from train.config import TrainConfig
 from train.engine import gather_objects
 from train.exit import STOPPED
@@ -26,53 +24,30 @@ from train.trackers import METRICS, WANDB_ID
 PUSHED = ".pushed.json"  # which files were copied, and when they had changed last
 
 
-def with_local_out(config: TrainConfig) -> TrainConfig:
-    """The config with an `out` on this machine, a folder that is made; an s3:// url becomes `checkpoint.folder`."""
-    if not storage.is_s3(config.out):
-        return config
-    url = config.out.rstrip("/")
-    folder = cache.run_folder(url)
-    folder.mkdir(parents=True, exist_ok=True)
-    return replace(config, out=str(folder), checkpoint=replace(config.checkpoint, folder=url))
-
-
-def as_asked(config: TrainConfig) -> TrainConfig:
-    """The opposite of `with_local_out`, for readers on other machines."""
-    resume = config.resume and absolute(config.resume)
-    return replace(config, out=config.checkpoints, resume=resume, checkpoint=replace(config.checkpoint, folder=None))
-
-
 @contextmanager
-def sole_run(config: TrainConfig) -> Iterator[None]:
-    """Holds the run's folder, and its url if it has one; UserError if another live run holds them."""
-    folder, url = Path(config.out), config.checkpoints
-    with sole_writer(folder, "run", url):
-        if storage.is_s3(url):
-            storage.remove(storage.join(url, STOPPED))
-            pull(folder, url)
-        (folder / STOPPED).unlink(missing_ok=True)
+def sole_run(config: TrainConfig, rank: int = 0) -> Iterator[None]:
+    """Rank 0 holds the run's folder, and its url if it has one. All ranks must call, and all raise UserError if it
+    cannot, such as while another live run holds them."""
+    folder, url, refused = config.folder, config.out, ""
+    with ExitStack() as stack:
+        try:
+            if rank == 0:
+                stack.enter_context(sole_writer(folder, "run", url))
+                if storage.is_s3(url):
+                    storage.remove(storage.join(url, STOPPED))
+                    pull(folder, url)
+                (folder / STOPPED).unlink(missing_ok=True)
+        except (UserError, OSError) as error:
+            refused = one_line(error)
+        if refused := gather_objects(refused)[0]:
+            raise UserError(refused)
         try:
             yield
         except BaseException:
             with suppress(OSError):  # the first error is the one that counts
-                push(folder, url)
+                push(folder, url if rank == 0 else "")
             raise
-        push(folder, url)
-
-
-@contextmanager
-def held_run_folder(config: TrainConfig, rank: int) -> Iterator[None]:
-    """`sole_run` on rank 0. All ranks must call, and all raise UserError if the folder cannot be had."""
-    with ExitStack() as stack:
-        refused = ""
-        if rank == 0:
-            try:
-                stack.enter_context(sole_run(config))
-            except (UserError, OSError) as error:
-                refused = one_line(error)
-        if refused := gather_objects(refused)[0]:
-            raise UserError(refused)
-        yield
+        push(folder, url if rank == 0 else "")
 
 
 def pull(folder: Path, url: str) -> None:
@@ -84,7 +59,7 @@ def pull(folder: Path, url: str) -> None:
 
 def push(folder: Path, url: str) -> None:
     """Copies what has changed in the folder since the last time to an s3:// url, but for names that begin with a dot,
-    links that lead out of the folder, and checkpoints of a time when the run was here alone."""
+    links that lead out of the folder, and checkpoints."""
     if not storage.is_s3(url):
         return
     pushed: dict[str, int] = {}

@@ -1,13 +1,14 @@
 """Writing checkpoints: every rank its part, rank 0 what everyone reads, COMPLETE last."""
 
+import fnmatch
 import json
 import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict
-from fnmatch import fnmatch
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -18,13 +19,15 @@ from configs.errors import FileError, one_line
 from configs.files import NO_ROOM
 from model.weights import save_weights
 from model.world import COMPLETE, STEP_FOLDERS, WORLD_FILE, WorldModelConfig, complete_steps, keep_codec, write_complete
-from train.checkpoint import FORMAT, POSITION, TRAINER, WEIGHTS, Position, state_file, step_folder, weight_specs
+from train.checkpoint import FORMAT, POSITION, TRAINER, WEIGHTS, Position, absolute, weight_specs
 from train.config import CheckpointConfig, TrainConfig
 from train.ema import Ema
 from train.engine import Engine, gather_objects
-from train.run_folder import as_asked, push
+from train.run_folder import push
 from train.state import SavedState, checksums, collect_state
 from train.watchdog import own_store
+
+STATE_FILE = "rank_{:05d}.safetensors"  # of a rank, in TRAINER
 
 
 class Saver:
@@ -36,16 +39,11 @@ class Saver:
 
     def __init__(self, engine: Engine, ema: Ema, config: TrainConfig, world: WorldModelConfig) -> None:
         self.engine, self.ema, self.config, self.world = engine, ema, config, world
-        self.remote = storage.is_s3(config.checkpoints)
+        self.remote = storage.is_s3(config.out)
         self.background = config.checkpoint.background or self.remote
         self.fault: BaseException | None = None  # of the newest save
         self._thread: threading.Thread | None = None
         self._store = own_store()
-
-    @property
-    def saving(self) -> bool:
-        """Whether something is being written while training goes on."""
-        return self._thread is not None and self._thread.is_alive()
 
     def save(self, position: Position) -> str:
         """Writes, or begins to write, the checkpoint of `position`; then deletes those that it supersedes. All ranks
@@ -57,23 +55,24 @@ class Saver:
         self.finish()
         self.check()
         self.fault = None
-        folder = step_folder(self.config.checkpoints, position.step)
-        if self.engine.accelerator.is_main_process:  # what a save that was killed, or failed, has left
+        folder, engine = storage.join(self.config.out, f"step_{position.step:07d}"), self.engine
+        if engine.accelerator.is_main_process:  # what a save that was killed, or failed, has left
             self._try(folder, lambda: storage.remove_folder(folder, COMPLETE))
-        if not all(gather_objects(self.fault is None)):
-            self.check()
-            return folder
-        tensors, metadata = dict[str, Tensor](), dict[str, str]()
-        if self.engine.writes_state:  # else another rank has the same
-            buffers = dict(self.engine.buffers()) if self.engine.accelerator.is_main_process else {}
-            tensors, metadata = collect_state(self.engine.shards(), self.engine.optimizer, self.ema.averages, buffers)
-        if self.background:
-            tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-        self._start_thread(folder, lambda: self._write(folder, position, tensors, metadata))
-        if not self.background:
-            self.finish()
-            self.check()
-            self.engine.accelerator.wait_for_everyone()
+        if all(gather_objects(self.fault is None)):
+            tensors, metadata = dict[str, Tensor](), dict[str, str]()
+            if engine.writes_state:  # else another rank has the same
+                buffers = dict(engine.buffers()) if engine.accelerator.is_main_process else {}
+                tensors, metadata = collect_state(engine.shards(), engine.optimizer, self.ema.averages, buffers)
+            if self.background:
+                tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            work = partial(self._write, folder, position, tensors, metadata)
+            self._thread = threading.Thread(target=self._try, args=(folder, work), name="save")
+            self._thread.start()
+            if not self.background:
+                self.finish()
+                self.check()
+                engine.accelerator.wait_for_everyone()
+        self.check()
         return folder
 
     def check(self) -> None:
@@ -85,23 +84,12 @@ class Saver:
         """Waits until nothing is being written any more."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
 
-    def _start_thread(self, folder: str, work: Callable[[], None]) -> None:
-        began = time.perf_counter()
-
-        def run() -> None:
-            if self._try(folder, work) and self.background and self.engine.accelerator.is_main_process:
-                tqdm.write(f"{folder}: written beside the training, in {time.perf_counter() - began:.1f} s")
-
-        self._thread = threading.Thread(target=run, name="save")
-        self._thread.start()
-
-    def _try(self, folder: str, work: Callable[[], None]) -> bool:
-        """Does the work and says whether it succeeded; its error is kept, since in a thread it would be lost."""
+    def _try(self, folder: str, work: Callable[[], None]) -> None:
+        """Does the work; an error is kept in `fault`, since in a thread it would be lost."""
         try:
             work()
-            return True
+            return
         except OSError as error:
             full = not self.remote or error.errno in NO_ROOM
             remedy = "make room on the disk" if full else "the server may be back later"
@@ -117,33 +105,48 @@ class Saver:
         if self._store is not None:
             with suppress(RuntimeError):  # rank 0, which waits for this rank's part, has gone
                 self._store.set(_failed(folder), "")
-        return False
 
     def _write(self, folder: str, position: Position, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         """This rank's part, and on rank 0 the rest. What goes to a server is written to this machine's disk first."""
-        rank, place = self.engine.accelerator.process_index, storage.join(folder, TRAINER)
-        with cache.tmp_dir() if self.remote else nullcontext(Path(place)) as here:
-            part = here / state_file(rank)
+        rank, trainer = self.engine.accelerator.process_index, storage.join(folder, TRAINER)
+        with cache.tmp_dir() if self.remote else nullcontext(Path(trainer)) as here:
+            part = here / STATE_FILE.format(rank)
             if self.engine.writes_state:
                 save_weights(tensors, part, {**metadata, **checksums(tensors)})
                 if self.remote:
-                    s3.upload(part, storage.join(place, part.name))
+                    s3.upload(part, storage.join(trainer, part.name))
             if rank == 0:
-                names = [state_file(rank) for rank in range(position.ranks if self.engine.all_write_state else 1)]
+                writers = position.ranks if self.engine.all_write_state else 1
+                names = [STATE_FILE.format(writer) for writer in range(writers)]
                 self._wait_for(names, folder)
-                parts = [storage.join(place, name) for name in names[1:]]
-                complete_checkpoint(folder, position, [part, *parts], self.config, self.world)
+                self._complete(folder, position, [part, *(storage.join(trainer, name) for name in names[1:])])
 
     def _wait_for(self, parts: list[str], folder: str) -> None:
         # Twice the limit: where nothing else goes on, the watchdog then has named who is gone.
-        patience, place = 2 * self.config.engine.timeout_s, storage.join(folder, TRAINER)
+        patience, trainer = 2 * self.config.engine.timeout_s, storage.join(folder, TRAINER)
         deadline = time.monotonic() + patience
-        while missing := sorted(set(parts) - set(storage.list_folder(place))):
+        while missing := sorted(set(parts) - set(storage.list_folder(trainer))):
             if self._store is not None and self._store.check([_failed(folder)]):
                 raise FileError("another rank could not write its part, and has said why")
             if time.monotonic() > deadline:
                 raise FileError(f"{', '.join(missing)} did not come in {patience:.0f} s")
             time.sleep(0.5 if self.remote else 0.01)
+
+    def _complete(self, folder: str, position: Position, parts: list[str | Path]) -> None:
+        """Adds what everyone reads to a checkpoint whose `parts`, those of all ranks, are there."""
+        saved, specs, config = SavedState(parts), weight_specs(self.world), self.config
+        for name, kind in WEIGHTS.items():
+            with storage.writing(storage.join(folder, f"{name}.safetensors")) as file:
+                save_weights(saved.whole(kind, specs), file, {"step": str(position.step)})
+        resume = config.resume and absolute(config.resume)  # for readers who start elsewhere
+        for name, settings in (("config.yaml", replace(config, resume=resume)), (WORLD_FILE, self.world)):
+            with storage.writing(storage.join(folder, name)) as file:
+                save_config(settings, file)
+        storage.write_text(storage.join(folder, f"{TRAINER}/{POSITION}"), json.dumps(asdict(position)))
+        keep_codec(config.codec, config.out)
+        push(config.folder, config.out)
+        write_complete(folder, format=FORMAT, step=position.step)
+        remove_superseded(config.out, config.checkpoint)
 
 
 def _failed(folder: str) -> str:
@@ -151,39 +154,15 @@ def _failed(folder: str) -> str:
     return f"worldloom/failed/{folder}"
 
 
-def complete_checkpoint(
-    folder: str, position: Position, parts: list[str | Path], config: TrainConfig, world: WorldModelConfig
-) -> None:
-    """Adds what everyone reads to a checkpoint whose `parts`, those of all ranks, are there."""
-    saved, specs = SavedState(parts), weight_specs(world)
-    for name, kind in WEIGHTS.items():
-        with storage.writing(storage.join(folder, f"{name}.safetensors")) as file:
-            save_weights(saved.whole(kind, specs), file, {"step": str(position.step)})
-    for name, settings in (("config.yaml", as_asked(config)), (WORLD_FILE, world)):
-        with storage.writing(storage.join(folder, name)) as file:
-            save_config(settings, file)
-    storage.write_text(storage.join(folder, f"{TRAINER}/{POSITION}"), json.dumps(asdict(position)))
-    keep_codec(config.codec, config.checkpoints)
-    push(Path(config.out), config.checkpoints)
-    write_complete(folder, format=FORMAT, step=position.step)
-    remove_superseded(config.checkpoints, config.checkpoint)
-
-
-def superseded(whole: list[str], config: CheckpointConfig) -> list[str]:
-    """Which of a run's complete checkpoints, oldest first, need not be kept."""
-    old = whole[: -config.keep_last]
-    return [name for name in old if not config.keep_every or int(name.rpartition("_")[2]) % config.keep_every]
-
-
 def remove_superseded(run: str, config: CheckpointConfig) -> None:
     """Deletes the checkpoints of `run` that need not be kept, and what unfinished saves have left: only folders with
     the names that checkpoints get, and of a link to one, the link. What cannot be deleted is said."""
-    whole, there = complete_steps(run), storage.list_folder(run)
-    ours = [name.rstrip("/") for name in there if fnmatch(name, f"{STEP_FOLDERS}/")]
-    old = superseded([name for name in whole if name in ours], config)
-    for name in old + [name for name in ours if name not in whole]:
-        place = storage.join(run, name)
+    whole = complete_steps(run)
+    kept = whole[-config.keep_last :]
+    kept += [name for name in whole if config.keep_every and int(name[-7:]) % config.keep_every == 0]
+    steps = [name.rstrip("/") for name in fnmatch.filter(storage.list_folder(run), f"{STEP_FOLDERS}/")]
+    for folder in (storage.join(run, name) for name in steps if name not in kept):
         try:
-            storage.remove_folder(place, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
+            storage.remove_folder(folder, COMPLETE)  # COMPLETE first: a kill here leaves nothing that looks whole
         except OSError as error:  # the new checkpoint is there
-            tqdm.write(f"train run: cannot delete {place}: {one_line(error)}", file=sys.stderr)
+            tqdm.write(f"train run: cannot delete {folder}: {one_line(error)}", file=sys.stderr)

@@ -7,7 +7,6 @@ as (name, start, numbers), one engine's state is every engine's: on as many rank
 import json
 import zlib
 from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -54,10 +53,9 @@ def collect_state(
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of this rank's file; `averages` (n) by the shards' names, `buffers` whole."""
     tensors: dict[str, Tensor] = {}
-    starts = {shard.name: shard.start for shard in shards if len(shard.weight)} | dict.fromkeys(buffers, 0)
+    shards = [shard for shard in shards if len(shard.weight)]  # none of a parameter with fewer rows than ranks
+    starts = {shard.name: shard.start for shard in shards} | dict.fromkeys(buffers, 0)
     for shard in shards:
-        if not len(shard.weight):  # fewer rows than ranks
-            continue
         tensors[f"weight/{shard.name}"] = shard.weight
         tensors[f"ema/{shard.name}"] = averages[shard.name]
         if shard.owner in optimizer.state:
@@ -79,12 +77,12 @@ def _crc32(tensor: Tensor) -> int:
 
 
 class RankFile:
-    """What one rank has written, on disk or in a bucket. From a bucket each tensor is a request of its own; with
-    `copies`, the file is copied to this machine when something of it is asked for, until `copies` is closed."""
+    """What one rank has written, on disk or in a bucket. From a bucket each tensor is a request of its own; with `copy`
+    the file is copied to this machine when something of it is asked for."""
 
-    def __init__(self, path: str | Path, copies: ExitStack | None) -> None:
+    def __init__(self, path: str | Path, copy: bool) -> None:
         """Raises UserError for a file that holds no state."""
-        self.path, self.copies = path, copies
+        self.path, self.copy = path, copy
         self.file = read_weights(path)
         if STARTS not in self.file.metadata:
             raise UserError(f"{path} holds weights, but no state of a training run")
@@ -100,9 +98,7 @@ class RankFile:
 
     @cached_property
     def _source(self) -> LazyWeights:
-        if self.copies is None or not storage.is_s3(self.path):
-            return self.file
-        return open_weights(self.copies.enter_context(storage.cached_file(self.path)))
+        return open_weights(self.path) if self.copy else self.file
 
     def read(self, key: str) -> Tensor:
         """Raises UserError if the numbers have changed since they were written."""
@@ -116,9 +112,9 @@ class RankFile:
 class SavedState:
     """The files of all ranks together; numbers are read when they are asked for."""
 
-    def __init__(self, paths: Iterable[str | Path], copies: ExitStack | None = None) -> None:
-        """`copies` as of RankFile. Raises UserError for files that are no complete state."""
-        self.files = [RankFile(path, copies) for path in paths]
+    def __init__(self, paths: Iterable[str | Path], copy: bool = False) -> None:
+        """`copy` as of RankFile. Raises UserError for files that are no complete state."""
+        self.files = [RankFile(path, copy) for path in paths]
         self.steps = max((file.steps for file in self.files), default=0)
         self.slices: dict[str, list[tuple[int, RankFile]]] = {}  # by tensor: where each begins, and its file
         for file in self.files:

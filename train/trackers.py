@@ -27,27 +27,23 @@ SERVER_S = 5.0  # for wandb's server to accept a run; and at its end, for what h
 CLOSING_S = 20.0  # at the end of a run, for everything a tracker still has to do
 
 
-def start_tracker(name: str, out: Path, start: int, settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
-    """The process of the tracker `name`, a key of WRITERS, for a run in the folder `out` with `start` steps done."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "train.trackers", name, str(out), str(start)],
+def start_tracker(name: str, out: Path, start: int, settings: Mapping[str, Any]) -> subprocess.Popen[str]:
+    """The process of the tracker `name`, a key of WRITERS, for a run in the folder `out` with `start` steps done. Its
+    stdin stays open as long as the run lives."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.trackers", name, str(out), str(start), json.dumps(settings)],
         stdin=subprocess.PIPE,
+        text=True,
         start_new_session=True,  # Ctrl-C stops the run, which then closes its trackers
     )
-    assert process.stdin
-    with suppress(OSError):  # it has failed already, and has said so
-        process.stdin.write(json.dumps(settings).encode() + b"\n")
-        process.stdin.flush()
-    return process
 
 
-def close_trackers(trackers: Mapping[str, subprocess.Popen[bytes]]) -> None:
+def close_trackers(trackers: Mapping[str, subprocess.Popen[str]]) -> None:
     """Lets all of them finish for CLOSING_S, then kills those that have not, with every process they have started."""
     deadline = time.monotonic() + CLOSING_S
     for tracker in trackers.values():
-        with suppress(OSError):
-            assert tracker.stdin
-            tracker.stdin.close()
+        assert tracker.stdin
+        tracker.stdin.close()
     for name, tracker in trackers.items():
         try:
             tracker.wait(max(0.0, deadline - time.monotonic()))
@@ -132,19 +128,19 @@ WRITERS = {"wandb": Wandb, "tensorboard": TensorBoard}
 
 def follow(path: Path, start: int) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl after step `start` as they are written, until the run closes our stdin or is gone."""
-    line, file, ended = "", None, False
-    while True:
-        if file is None and path.exists():
-            file = open(path, encoding="utf-8")  # noqa: SIM115 - until this process ends
-        line += file.readline() if file else ""
-        if line.endswith("\n"):
-            entries, line = json.loads(line), ""
-            if entries["step"] > start:
-                yield entries
-        elif ended:
-            return
-        elif ended := bool(select.select([sys.stdin], [], [], POLL_S)[0]):
-            signal.alarm(int(2 * CLOSING_S))  # the run may be gone, and cannot kill a process that hangs
+    line, ended = "", False
+    path.touch()
+    with open(path, encoding="utf-8") as file:
+        while True:
+            line += file.readline()
+            if line.endswith("\n"):
+                entries, line = json.loads(line), ""
+                if entries["step"] > start:
+                    yield entries
+            elif ended:
+                return
+            elif ended := bool(select.select([sys.stdin], [], [], POLL_S)[0]):
+                signal.alarm(int(2 * CLOSING_S))  # the run may be gone, and cannot kill a process that hangs
 
 
 def serve(name: str, make: Callable[[], Any], lines: Iterator[dict[str, Any]]) -> None:
@@ -165,10 +161,10 @@ def serve(name: str, make: Callable[[], Any], lines: Iterator[dict[str, Any]]) -
         attempt(writer.close)
 
 
-def main(name: str, out: str, start: str) -> None:
-    """The process of a tracker: settings as a line of JSON on stdin, which stays open as long as the run lives."""
-    settings, folder = json.loads(sys.stdin.readline()), Path(out)
-    serve(name, lambda: WRITERS[name](folder, int(start), settings), follow(folder / METRICS, int(start)))
+def main(name: str, out: str, start: str, settings: str) -> None:
+    """The process of a tracker."""
+    folder = Path(out)
+    serve(name, lambda: WRITERS[name](folder, int(start), json.loads(settings)), follow(folder / METRICS, int(start)))
     os._exit(0)  # wandb sends telemetry when Python ends, and waits half a minute for a server that does not answer
 
 

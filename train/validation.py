@@ -13,7 +13,6 @@ from data_pipeline.pictures import decode_picture
 from data_pipeline.shard_set import Shards
 from data_pipeline.shards import clip_key
 from data_pipeline.stream import Stream
-from data_pipeline.types import Actions
 from data_pipeline.video import to_video
 from model.flow import FlowMatch
 from model.loss import velocity_loss
@@ -23,7 +22,7 @@ from sampling.play import play
 from sampling.scripts import Scripted, read_script
 from sampling.video_grid import HELD_WIDTH, Panel, VideoGrid, write_grid
 from train.checkpoint import weight_specs
-from train.config import TrainConfig, VideosConfig
+from train.config import TrainConfig
 from train.ema import Ema
 from train.engine import Engine
 from train.objectives.objective import Objective, rng_for_step
@@ -60,29 +59,6 @@ class HeldOutLoss:
         return {f"heldout/{name}": (sums[0, i] / sums[1, i]).item() for i, name in enumerate(VARIANTS) if sums[1, i]}
 
 
-def check_videos(config: VideosConfig, clips: int, world: WorldModelConfig) -> None:
-    """Raises UserError or FileError if no such videos can be made of a `world` with `clips` held out."""
-    if config.prompts > clips:
-        raise UserError(f"validation.videos.prompts={config.prompts}, but there are {clips} held-out clips; use fewer")
-    if (world.model.vision == "none") != (config.vision is None):
-        needs = "leave out" if config.vision else "give CLIP's weights as"
-        raise UserError(f"the model has vision={world.model.vision}: {needs} validation.videos.vision")
-    if config.vision and not storage.path(config.vision).is_file():
-        raise MissingFileError(f"validation.videos.vision={config.vision}: no such file")
-    causal = world.model.causal
-    if causal and causal.window is None:
-        raise UserError("validation.videos: a model with model.causal.window=null cannot stream; give it a window")
-    if config.few_steps and not causal:
-        raise UserError("validation.videos.few_steps belongs to causal models; use validation.videos.steps")
-    read_scripts(config, world)
-
-
-def read_scripts(config: VideosConfig, world: WorldModelConfig) -> list[Actions]:
-    """The actions of every script, `frames` rows each."""
-    how = Scripted(config.frames, config.seed)
-    return [read_script(script, world.game.action_space, how) for script in config.actions]
-
-
 def averaged_world(config: TrainConfig, world: WorldModelConfig, engine: Engine, ema: Ema) -> WorldModel | None:
     """The world model with the averaged weights of all ranks, on the main process; None on the others. All ranks must
     call."""
@@ -100,12 +76,26 @@ class Videos:
     """One video per held-out picture: the scripts side by side, from one noise, each with its keys and mouse."""
 
     def __init__(self, config: TrainConfig, world: WorldModelConfig) -> None:
+        """Raises UserError or FileError if no such videos can be made of a `world`."""
+        videos, causal = config.validation.videos, world.model.causal
         assert config.validation.manifest
-        self.config, self.folder = config.validation.videos, Path(config.out) / FOLDER
+        self.config, self.folder = videos, config.folder / FOLDER
         shards = Shards(config.validation.manifest, verify=False)
-        clips = np.linspace(0, len(shards) - 1, self.config.prompts).round().astype(int).tolist()
+        if videos.prompts > len(shards):
+            raise UserError(f"validation.videos.prompts={videos.prompts}, but there are {len(shards)} held-out clips")
+        if (world.model.vision == "none") != (videos.vision is None):
+            needs = "leave out" if videos.vision else "give CLIP's weights as"
+            raise UserError(f"the model has vision={world.model.vision}: {needs} validation.videos.vision")
+        if videos.vision and not storage.path(videos.vision).is_file():
+            raise MissingFileError(f"validation.videos.vision={videos.vision}: no such file")
+        if causal and causal.window is None:
+            raise UserError("validation.videos: a model with model.causal.window=null cannot stream; give it a window")
+        if videos.few_steps and not causal:
+            raise UserError("validation.videos.few_steps belongs to causal models; use validation.videos.steps")
+        clips = np.linspace(0, len(shards) - 1, videos.prompts).round().astype(int).tolist()
         self.prompts = [shards.clip(clip) for clip in clips]
-        self.actions = read_scripts(self.config, world)
+        scripted = Scripted(videos.frames, videos.seed)
+        self.actions = [read_script(script, world.game.action_space, scripted) for script in videos.actions]
 
     def make(self, world: WorldModel, step: int, alive: Callable[[], None]) -> dict[str, Path]:
         """Writes `step_<step>_<clip>.mp4`, and its contact sheet beside it as .png; the files by clip. `alive` is

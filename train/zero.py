@@ -40,8 +40,8 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
-    """Gives the parts of a `model` on the meta device memory, one after the other, and shards each over the ranks at
-    once. What the memory holds means nothing."""
+    """Gives each part of a `model` on the meta device memory in turn, and shards it over the ranks before the next. The
+    weights are zeros."""
     from deepspeed.runtime.zero.partition_parameters import Init  # costs a second, and prints
 
     assert isinstance(model, ActionDiT)
@@ -56,7 +56,7 @@ def shard(model: nn.Module, config: TrainConfig, device: torch.device) -> None:
 
 
 class ZeroEngine(Engine):
-    """DeepSpeed steps inside of the last backward, and clips there."""
+    """DeepSpeed clips and steps inside the backward pass of the last micro-step."""
 
     all_write_state = True
 
@@ -85,10 +85,10 @@ class ZeroEngine(Engine):
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         if next(model.parameters()).is_meta:
             shard(model, config, accelerator.device)
-        model, _ = accelerator.prepare(model, make_optimizer(model, config.optim))
+        wrapped: Any = accelerator.prepare(model, make_optimizer(model, config.optim))[0]
         for group in list(distributed_c10d._world.pg_map):  # DeepSpeed has cloned them without their timeouts
             distributed_c10d._set_pg_timeout(group_timeout(config), group)
-        return cls(accelerator, model, model.optimizer.optimizer, config)
+        return cls(accelerator, wrapped, wrapped.optimizer.optimizer, config)
 
     @property
     def zero(self) -> Any:
@@ -96,7 +96,7 @@ class ZeroEngine(Engine):
         return self.model.optimizer
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
-        # DeepSpeed drops a step whose gradients' norm is not finite, and no other: what is to be dropped becomes NaN.
+        # DeepSpeed drops a step only if the norm of its gradients is not finite, so a loss to be dropped becomes NaN.
         self.accelerator.backward(loss if apply else loss * math.nan)
         if not self.accelerator.sync_gradients:
             return True
@@ -129,7 +129,7 @@ class ZeroEngine(Engine):
         if self.config.engine.stage != 3:
             self.zero.update_lp_params()
             return
-        self.zero._partition_all_parameters()  # whole ones would stay as they are
+        self.zero._partition_all_parameters()  # gathered ones would keep their old numbers
         for group in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(group)
         if self.zero.persistent_parameters:  # small ones, which every rank keeps whole

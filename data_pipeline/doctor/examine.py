@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,13 +48,6 @@ class Report:
         """How many problems would hurt training."""
         return sum(finding.harmful for finding in self.findings)
 
-    def text(self) -> str:
-        """A line per finding, the harmful ones first, and a sum."""
-        worst_first = sorted(self.findings, key=lambda finding: not finding.harmful)
-        many, problems = "s" * (len(self.names) != 1), "s" * (self.harmful != 1)
-        last = f"{len(self.names)} recording{many}, {self.harmful or 'no'} problem{problems}"
-        return "\n".join([*(finding.describe(len(self.names)) for finding in worst_first), last])
-
 
 def doctor(config: DoctorConfig) -> int:
     """Find what would hurt training in recordings: GAME.yaml source= out=report.json; exit status 1 if there is any"""
@@ -63,7 +55,10 @@ def doctor(config: DoctorConfig) -> int:
         require_no_folder([config.out])
         require_other_files([config.out], {"source": config.source})
     report = examine(config)
-    print(report.text())
+    for finding in sorted(report.findings, key=lambda finding: not finding.harmful):
+        print(finding.describe(len(report.names)))
+    many, problems = "s" * (len(report.names) != 1), "s" * (report.harmful != 1)
+    print(f"{len(report.names)} recording{many}, {report.harmful or 'no'} problem{problems}")
     if config.out is not None:
         facts = {"recordings": report.names, "problems": report.harmful, "findings": list(map(asdict, report.findings))}
         storage.write_text(config.out, json.dumps(facts | report.measured, indent=1) + "\n")
@@ -73,8 +68,8 @@ def doctor(config: DoctorConfig) -> int:
 def examine(config: DoctorConfig) -> Report:
     """Measures every recording of the source and says what is wrong."""
     recordings = find_recordings(config.reader, config.source)
-    read = partial(_read, game=config.game)
-    read = thread_map(read, recordings, max_workers=config.workers, desc="doctor", unit="recording", disable=None)
+    bar = {"desc": "doctor", "unit": "recording", "disable": None}
+    read = thread_map(lambda it: _read(it, config.game), recordings, max_workers=config.workers, **bar)
     findings = [result for result in read if isinstance(result, Finding)]
     data = Dataset([result for result in read if isinstance(result, RecordingSignals)], config.game, config.reader)
     findings += report_files(data, config.clip_frames)
@@ -88,7 +83,6 @@ def examine(config: DoctorConfig) -> Report:
 
 
 def _read(recording: Recording, game: GameConfig) -> RecordingSignals | Finding:
-    """What is measured of a recording, or a finding if it cannot be read."""
     try:
         return measure_recording(recording, game)
     except (UserError, OSError) as error:

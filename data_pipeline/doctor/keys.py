@@ -39,9 +39,8 @@ def measure_keys(data: Dataset, trusted: Sequence[EpisodeSignals]) -> dict[str, 
     window, apart = max(round(WINDOW_S * data.game.fps), 1), round(APART_S * data.game.fps)
     if sum(len(it.motion) for it in trusted) < 10 * apart:
         return effects
-    motion = np.concatenate([it.motion[:, :3] for it in trusted])[:MOST]
-    keys = np.concatenate([_recent(it.keyboard, window) for it in trusted])[:MOST]
-    turns = np.concatenate([it.yaw_pitch for it in trusted])[:MOST]
+    parts = [np.column_stack([it.motion[:, :3], it.yaw_pitch, _recent(it.keyboard, window)]) for it in trusted]
+    motion, turns, keys = np.split(np.concatenate(parts)[:MOST], [3, 5], axis=1)
     motion = np.clip(motion, *np.quantile(motion, [CLIPPED, 1 - CLIPPED], axis=0))
     for i, (name, effect) in enumerate(effects.items()):
         others = np.column_stack([turns, np.delete(keys, i, axis=1), np.ones(len(keys))])
@@ -83,7 +82,7 @@ def report_keys(data: Dataset, effects: dict[str, KeyEffect], complete: bool) ->
         elif effect.held == total:
             yield data.find("dead input", everyone, f"the key {name} is always held", harmful=long)
         elif complete and clear and effect.presses >= PRESSES and name in measured:
-            strength = along[name] if name in along else max(map(abs, effect[2:]))
+            strength = along[name] if name in along else max(abs(value or 0.0) for value in effect[2:])
             if abs(strength) < NONE:
                 what = f"the key {name} is pressed {effect.presses} times, but does nothing that can be seen"
                 yield data.find("no effect", everyone, what, harmful=name in EXPECTED)

@@ -9,7 +9,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from data_pipeline.doctor.findings import Dataset, Finding
 from data_pipeline.doctor.signals import RecordingSignals
-from data_pipeline.readers import KEPT_WELL, kept_share
+from data_pipeline.readers import KEPT_WELL
+from data_pipeline.video import kept_share
 
 REPEATED = 0.1  # of the largest change near by: less is the same picture again
 NEAR = 4  # frame pairs before and after
@@ -71,10 +72,9 @@ def _input_period(recording: RecordingSignals) -> int:
     return period
 
 
-def runs(wanted: np.ndarray) -> list[tuple[int, int]]:
+def runs(wanted: np.ndarray) -> list[list[int]]:
     """First and one past the last index of each run of true values."""
-    edges = np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0))
-    return [(begin, end) for begin, end in edges.reshape(-1, 2).tolist()]
+    return np.flatnonzero(np.diff(wanted.astype(np.int8), prepend=0, append=0)).reshape(-1, 2).tolist()
 
 
 def report_files(data: Dataset, clip_frames: int) -> Iterator[Finding]:

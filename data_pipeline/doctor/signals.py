@@ -56,11 +56,12 @@ class RecordingSignals:
 
 def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignals:
     """The signals of a recording's episodes, one frame in memory at a time. Raises what its reader raises."""
-    episodes, size, changes = recording.read(game), (game.height, game.width), ""
-    for episode in episodes[:1]:  # all have the same footage
-        size, changes = (episode.footage.height, episode.footage.width), episode.footage.changes
+    episodes = recording.read(game)
     measured = tuple(_measure(episode, game.action_space.mouse_unit_deg) for episode in episodes)
-    return RecordingSignals(recording.name, measured, size, changes)
+    if not episodes:
+        return RecordingSignals(recording.name, (), (game.height, game.width), "")
+    footage = episodes[0].footage  # of all
+    return RecordingSignals(recording.name, measured, (footage.height, footage.width), footage.changes)
 
 
 def _measure(episode: Episode, unit_deg: float) -> EpisodeSignals:

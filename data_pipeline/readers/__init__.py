@@ -12,15 +12,10 @@ import numpy as np
 
 from configs.errors import UserError
 from configs.game import GameConfig
-from data_pipeline.readers.recording import RATE_TOLERANCE, Format, Recording, list_names, recording_of
+from data_pipeline.readers.recording import RATE_TOLERANCE, Format, Recording, list_names
 from data_pipeline.resample import resample
 from data_pipeline.types import Episode
 from data_pipeline.video import fit_frame, frame_times, kept_share
-
-__all__ = [
-    "KEPT_WELL", "Reader", "Recording", "count_cut", "describe_crop", "find_recordings", "kept_share",
-    "read_game_frames", "recording_of", "split_episodes",
-]  # fmt: skip
 
 KEPT_WELL = 0.9  # of a picture that is cropped to the game's proportions: less is said
 Reader = Literal[

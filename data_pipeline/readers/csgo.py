@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import h5py.h5l
 import numpy as np
 
 from configs import storage

@@ -55,13 +55,14 @@ FORMAT = Format(partial(find_pairs_or_folders, logs=(".csv", ".jsonl")), partial
 
 def read_events(log: Path, inputs: InputConfig) -> Iterator[Event]:
     """What the rows say happened, in their order."""
-    columns = {role: inputs.columns.get(role, role) for role in COLUMNS}
-    words = {word: kind for kind, usual in WORDS.items() if kind not in inputs.kinds for word in usual}
-    for kind, own in inputs.kinds.items():
-        for word in map(str.casefold, own):
-            if words.setdefault(word, kind) != kind and words[word] in inputs.kinds:
-                raise UserError(f"game.inputs.kinds: {word!r} cannot be both {words[word]} and {kind}")
-            words[word] = kind
+    columns: dict[Column, str] = {role: inputs.columns.get(role, role) for role in COLUMNS}
+    words: dict[str, EventKind] = {}
+    for kind, names in inputs.kinds.items():
+        for name in map(str.casefold, names):
+            if words.setdefault(name, kind) != kind:
+                raise UserError(f"game.inputs.kinds: {name!r} cannot be both {words[name]} and {kind}")
+    for kind, names in WORDS.items():
+        words |= {name: kind for name in names if kind not in inputs.kinds and name not in words}
     for row in read_rows(log, EVENT_BYTES):
         for column in inputs.columns.values() if log.suffix.lower() == ".csv" else ():
             row.cell(column)  # a UserError if there is none

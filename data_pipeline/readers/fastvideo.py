@@ -156,7 +156,7 @@ class _Part:
     """
 
     def __init__(self, *args: Any) -> None:
-        self.args, self.state = args, ()
+        self.args, self.state = args, tuple[Any, ...]()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state

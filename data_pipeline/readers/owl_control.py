@@ -116,7 +116,8 @@ def _events(where: str, kind: str, args: str) -> Iterator[tuple[Kind, Any]]:
         start = _parse(args, where)
         inputs = start.get("inputs", start) if isinstance(start, dict) else {}
         for device, part in (("KEYBOARD", "keyboard"), ("MOUSE_BUTTON", "mouse")):
-            yield from (("press", _name(device, code)) for code in inputs.get(part, []))
+            for code in inputs.get(part, []):
+                yield "press", _name(device, code)
     elif kind == "MOUSE_MOVE":
         dx, dy = (read_number(part, f"{where}: {kind}") for part in _parse(args, where))
         yield "move", (dx, dy)

@@ -32,10 +32,6 @@ MOST_NAMES, MOST_LETTERS = 5, 200  # names in one line, letters of each
 BAD_RECORDING = (ValueError, FileNotFoundError)
 
 
-class UnevenTimesError(UserError):
-    """A video whose frames do not come evenly, so that it is unknown which row of a log belongs to which frame."""
-
-
 class Recording(NamedTuple):
     """One recording of a source; held-out recordings are chosen whole, since its episodes resemble each other."""
 
@@ -76,17 +72,18 @@ def check_times(video: Path, times: np.ndarray, game: GameConfig) -> None:
         frame = int(np.argmax(np.abs(off) > MOST_OFF))
         how = f"{abs(off[frame]):.2f} frames {'late' if off[frame] > 0 else 'early'} at {times[frame]:.3f} s"
         fix = "record at a constant rate or set game.inputs.times=resample"
-        raise UnevenTimesError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
-    check_rate(video, times, game)
+        raise UserError(f"{video}: frame {frame} is shown {how}, its rate varies; {fix}")
+    check_rate(video, times, game, MOST_OFF)
 
 
-def check_rate(video: Path, times: np.ndarray, game: GameConfig) -> None:
+def check_rate(video: Path, times: np.ndarray, game: GameConfig, most_off: float = 1.0) -> None:
     """A UserError for another rate than the game's, unless frames are taken by their times. Some may be left out.
 
-    The rate in a header is not used: it counts how long the last frame stays.
+    The last frame may be `most_off` frames early or late. The rate in a header is not used: it counts how long the last
+    frame stays.
     """
     steps, frames = np.diff(times), len(times) - 1
-    if game.inputs.times != "even" or abs(steps.sum() * game.fps - frames) <= 1 + RATE_TOLERANCE * frames:
+    if game.inputs.times != "even" or abs(steps.sum() * game.fps - frames) <= most_off + RATE_TOLERANCE * frames:
         return
     usual = np.median(steps)  # and of those like it the mean, since Matroska rounds 16.67 to 16 or 17 ms
     step_s = float(steps[np.abs(steps - usual) <= usual / 2].mean())

@@ -89,7 +89,7 @@ def _scheduler_outputs(
         "step_with_last at last": schedule.index(query_last) == last,
         "flow_to_x0": flow.velocity_to_x0(velocity, x, sigma),
         "x0_to_flow": ((x.double() - x0.double()) / per_sample(sigma.double(), x)).to(x0.dtype),
-        "training_weights": schedule.training_weights,
+        "training_weights": schedule.training_weight(schedule.timesteps),
         "training_weight_query": schedule.training_weight(query),
     }
 
