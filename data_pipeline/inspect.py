@@ -91,8 +91,8 @@ def caption(clip: Clip) -> str:
 def write_videos(folder: Path, codec_path: str, shards: Shards) -> Iterator[tuple[str, str]]:
     """Writes some clips as mp4 with their actions drawn onto them; yields each file's name and a caption."""
     game, encoded_by = shards.manifest.game, shards.manifest.codec_hash
-    if (own_hash := codec_hash(codec_path)) != encoded_by:
-        raise UserError(f"codec={codec_path} is {own_hash}, the set was encoded by {encoded_by}; name that one")
+    if (named_hash := codec_hash(codec_path)) != encoded_by:
+        raise UserError(f"codec={codec_path} is {named_hash}, the set was encoded by {encoded_by}; name that one")
     codec = load_codec(codec_path)
     for number in spread(shards, VIDEOS):
         clip = shards.clip(number)

@@ -146,6 +146,6 @@ def require_same_kind(
 
 def require_action_space(manifest: Manifest, space: ActionSpace, whose: str) -> None:
     """Raises UserError, naming both, unless the clips' action vectors mean what `whose` mean."""
-    own = manifest.game.action_space
-    if own.hash != space.hash:
-        raise UserError(f"the clips have action space {own.describe()}, {whose} {space.describe()}; they must match")
+    clips = manifest.game.action_space
+    if clips.hash != space.hash:
+        raise UserError(f"the clips have action space {clips.describe()}, {whose} {space.describe()}; they must match")
