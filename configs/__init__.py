@@ -64,7 +64,12 @@ def build(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
 
 def within(low: float, high: float, default: Any = MISSING) -> Any:
     """A setting that `build` refuses outside of [low, high]; of a tuple every value."""
-    return field(default=default, metadata={"range": (low, high)})
+    return field(default=default, metadata=limits(low, high))
+
+
+def limits(low: float, high: float) -> dict[str, tuple[float, float]]:
+    """The field metadata of such a setting."""
+    return {"range": (low, high)}
 
 
 def _convert(hint: Any, value: Any, key: str) -> Any:

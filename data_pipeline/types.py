@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from configs import within
+from configs import limits, within
 from configs.game import GameConfig
 from model.config import Vision
 from model.layout import CondFill, Layout
@@ -113,8 +113,8 @@ class ShardInfo:
     """One tar of the set."""
 
     url: str  # file name, beside the manifest
-    clips: int = within(0, 10_000_000)
-    bytes: int = within(0, 1 << 60)
+    clips: int = field(metadata=limits(0, 10_000_000))
+    bytes: int = field(metadata=limits(0, 1 << 60))
     sha256: str
     episodes: tuple[str, ...]
 
@@ -127,11 +127,11 @@ class Manifest:
     layout: Layout
     clip_frames: int  # pixel frames of one clip
     clip_latents: int  # latent frames of one clip
-    latent_channels: int = within(1, 1 << 16)
+    latent_channels: int = field(metadata=limits(1, 1 << 16))
     codec: str  # name of the codec
     codec_hash: str  # SHA-256 of its weights, first 12 hex digits
     latent_mean: tuple[float, ...]
-    latent_std: tuple[float, ...] = within(1e-9, 1e9)
+    latent_std: tuple[float, ...] = field(metadata=limits(1e-9, 1e9))
     plan_hash: str  # over everything that decides what is in the shards
     split: str  # train or heldout
     spatial: int = within(1, 1024, 8)  # pixels per latent, each way
