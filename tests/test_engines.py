@@ -32,6 +32,7 @@ from train.checkpoint import Position, fit_to_ranks
 from train.config import CheckpointConfig, TrainConfig
 from train.engine import Engine
 from train.engines import ENGINES as ENGINE_CLASSES
+from train.engines import print_engine
 from train.log import Log
 from train.objectives import make_objective
 from train.objectives.objective import rng_for_step
@@ -553,6 +554,13 @@ def test_an_engine_or_an_option_that_it_has_not_is_refused_before_anything_start
 ) -> None:
     assert args[0] in refusal(load_config(TrainConfig, [*train_words, f"out={tmp_path / 'run'}", *args]))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words, capsys) -> None:
+    args = [*train_words, "out=x", "engine.stage=3", "engine.offload=all", "optim.clip_norm=0.25"]
+    print_engine(load_config(TrainConfig, args))
+    settings = json.loads(capsys.readouterr().out)["accelerate"]["deepspeed_plugin"]
+    assert settings["gradient_clipping"] == 0.25 and settings["zero_optimization"]["offload_param"]["device"] == "cpu"
 
 
 class Toy(Engine):

@@ -1,4 +1,4 @@
-"""`python -m train file.yaml ... key=value ...` trains; `codec` and `consolidate` are verbs of their own."""
+"""`python -m train file.yaml ... key=value ...` trains; `engine`, `codec` and `consolidate` are verbs of their own."""
 
 import sys
 
@@ -6,6 +6,7 @@ from configs.cli import Verb, run
 
 VERBS = {
     "run": Verb("train.loop:main"),
+    "engine": Verb("train.engines:print_engine"),
     "codec": Verb("train.codec:train_codec"),
     "consolidate": Verb("train.checkpoint:consolidate", first="checkpoint"),
 }

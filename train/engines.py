@@ -1,5 +1,6 @@
 """The registry of engines: a new one is a file and a line here. Starting one, and the weights that it starts from."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from torch import nn
 
+from configs import to_dict
 from configs.errors import UserError
 from model.action_dit import ActionDiT
 from model.weights import bare_weights, load_into, open_weights, require_same_tensors
@@ -57,6 +59,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     )
     assert accelerator.num_processes == world, "Accelerate did not take all processes"
     return accelerator
+
+
+def print_engine(config: TrainConfig) -> None:
+    """Print what Accelerate, and through it DeepSpeed, is told: file.yaml ... key=value ..."""
+    settings = {"engine": to_dict(config.engine), "accelerate": engine_of(config).accelerate_args(config)}
+    print(json.dumps(settings, indent=2, default=lambda plugin: plugin.deepspeed_config))
 
 
 def build_engine(accelerator: Accelerator, config: TrainConfig, init: str | None) -> Engine:
