@@ -116,7 +116,7 @@ def copied(encoded, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def train_words(encoded, codec_folder, tmp_path_factory) -> list[str]:
+def train_args(encoded, codec_folder, tmp_path_factory) -> list[str]:
     """The settings that all runs here share: a clip norm that bites, a learning rate that moves the weights."""
     path = tmp_path_factory.mktemp("train") / "tiny.yaml"
     settings = {
@@ -136,10 +136,10 @@ def train_words(encoded, codec_folder, tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def alone(train_words, tmp_path_factory) -> Path:
+def alone(train_args, tmp_path_factory) -> Path:
     """The folder of a run on one process, batch 4, float32, with wandb's offline writer on; not to be changed."""
     out = tmp_path_factory.mktemp("alone")
-    given = [*train_words, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
+    given = [*train_args, f"out={out}", "engine.name=ddp", "batch=4", "wandb=true"]
     done = run([*ALONE, *given], WANDB_MODE="offline", WANDB_SILENT="true")
     assert done.returncode == 0, done.stderr
     return out

@@ -58,7 +58,7 @@ MOMENTS = {
 }
 
 
-def encode_words(config: EncodeConfig, game_yaml: str, *more: str, verb: str = "encode") -> list[str]:
+def encode_args(config: EncodeConfig, game_yaml: str, *more: str, verb: str = "encode") -> list[str]:
     """The command line of a config."""
     settings = {key: value for key, value in to_dict(config).items() if key != "game" and value is not None}
     return [verb, game_yaml, *(f"{key}={value}" for key, value in settings.items()), *more]
@@ -72,11 +72,11 @@ def start(command: list[str], workers: int, rank: int) -> subprocess.Popen[str]:
 def start_workers(config: EncodeConfig, game_yaml: str, workers: int, dying: dict[int, str]) -> list[int]:
     """The exit statuses of `workers` processes, of which some die at a moment; the first has written a plan when the
     others are started, which else might leave it nothing to do."""
-    plain = [sys.executable, "-m", "data_pipeline", *encode_words(config, game_yaml)]
+    plain = [sys.executable, "-m", "data_pipeline", *encode_args(config, game_yaml)]
     started: list[subprocess.Popen[str]] = []
     for rank in range(workers):
         moment = dying.get(rank)
-        line = [sys.executable, "-c", DIES, MOMENTS[moment], *encode_words(config, game_yaml)] if moment else plain
+        line = [sys.executable, "-c", DIES, MOMENTS[moment], *encode_args(config, game_yaml)] if moment else plain
         started.append(start(line, workers, rank))
         while dying and rank == 0 and started[0].poll() is None and not list(Path(config.out).glob("*/plan.json")):
             time.sleep(0.005)

@@ -1,4 +1,4 @@
-"""Damaged and hostile files and words, thousands of them: `python tests/fuzz.py seconds=600`, or one again with only=.
+"""Damaged and hostile files and settings, thousands of them: `python tests/fuzz.py seconds=600`; one again: only=.
 
 Every input must end with success, or with status 2 and one line: never with a traceback, more than 20 s of work, more
 than 2 GiB of memory, a write outside of its folder, or something half-written under a final name.

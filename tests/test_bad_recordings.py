@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from encode_runs import MOMENTS, encode_words, start_workers
+from encode_runs import MOMENTS, encode_args, start_workers
 from tiny_recordings import FRAMES, spoil_video, write_recording
 from tiny_shards import read_tree
 
@@ -43,7 +43,7 @@ def made(spoilt) -> str:
 
 
 def test_what_is_left_out_is_counted_in_the_last_line_and_listed(spoilt, made, game_yaml, capsys):
-    assert run("data_pipeline", VERBS, encode_words(spoilt, game_yaml)) == 0
+    assert run("data_pipeline", VERBS, encode_args(spoilt, game_yaml)) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert "encoded 6 clips (0 by this worker) in 2 shards" in last
     assert "4 bad recordings (episode_00003: no file episode_00003/actions.csv, episode_00000: " in last
@@ -84,7 +84,7 @@ def test_killed_anywhere_among_bad_recordings_and_started_again(moment, spoilt, 
 def test_by_default_a_bad_recording_stops_and_a_mended_one_goes_on(spoilt, made, game_yaml, tmp_path, capsys):
     config = replace(spoilt, out=str(tmp_path / "out"), source=str(tmp_path / "source"), on_bad_recording="stop")
     shutil.copytree(spoilt.source, config.source)
-    assert run("data_pipeline", VERBS, encode_words(config, game_yaml)) == 2
+    assert run("data_pipeline", VERBS, encode_args(config, game_yaml)) == 2
     assert "no file" in capsys.readouterr().err and not (tmp_path / "out").exists()
     shutil.rmtree(tmp_path / "source" / "episode_00003")
     config = replace(config, heldout_every=0)

@@ -86,8 +86,8 @@ def test_the_command_writes_a_codec_that_loads(game, recordings, tmp_path, capsy
 
 
 @pytest.mark.parametrize(
-    "word", ["steps=0", "warmup_steps=0", "batch=0", "episodes=-1", "heldout_every=1", "learning_rate=-1", "seed=-1"]
+    "arg", ["steps=0", "warmup_steps=0", "batch=0", "episodes=-1", "heldout_every=1", "learning_rate=-1", "seed=-1"]
 )
-def test_a_codec_that_cannot_be_fitted_is_refused_by_the_settings_name(game_yaml, tmp_path, word: str) -> None:
-    with pytest.raises(ValueError, match=f"^{word}(\\.0)? must lie between"):
-        load_config(CodecTrainConfig, [game_yaml, f"source={tmp_path}", f"out={tmp_path}", word])
+def test_a_codec_that_cannot_be_fitted_is_refused_by_the_settings_name(game_yaml, tmp_path, arg: str) -> None:
+    with pytest.raises(ValueError, match=f"^{arg}(\\.0)? must lie between"):
+        load_config(CodecTrainConfig, [game_yaml, f"source={tmp_path}", f"out={tmp_path}", arg])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from encode_runs import DIES, MOMENTS, encode_words, start, start_workers
+from encode_runs import DIES, MOMENTS, encode_args, start, start_workers
 from tiny_recordings import numbered_episode
 from tiny_shards import read_tree
 
@@ -125,12 +125,12 @@ def test_a_worker_dies_while_two_encode_into_a_bucket(s3, recordings, encode_con
     for name in storage.list_tree(recordings):
         upload(Path(recordings) / name, f"{bucket_folder}/recordings/{name}")
     config = replace(encode_config, source=f"{bucket_folder}/recordings", out=f"{bucket_folder}/latents")
-    words = encode_words(config, game_yaml)
-    dying = start([sys.executable, "-c", DIES, MOMENTS["index written"], *words], workers=2, rank=0)
+    args = encode_args(config, game_yaml)
+    dying = start([sys.executable, "-c", DIES, MOMENTS["index written"], *args], workers=2, rank=0)
     until = time.monotonic() + 60
     while not any(name.endswith("plan.json") for name in storage.list_tree(config.out)):  # else the other may do it all
         assert dying.poll() is None and time.monotonic() < until
-    other = start([sys.executable, "-m", "data_pipeline", *words], workers=2, rank=1)
+    other = start([sys.executable, "-m", "data_pipeline", *args], workers=2, rank=1)
     assert (dying.wait(timeout=120), other.wait(timeout=120)) == (-signal.SIGKILL, 0)
     left = {name: storage.read_bytes(f"{config.out}/{name}") for name in storage.list_tree(config.out)}
     assert left == read_tree(encoded)

@@ -84,15 +84,15 @@ def train(
 
 
 @pytest.fixture(scope="module")
-def plain(train_words, tmp_path_factory) -> Path:
+def plain(train_args, tmp_path_factory) -> Path:
     """One process, float32, one micro-step."""
     out = tmp_path_factory.mktemp("plain")
-    train("ddp", 1, out, *train_words, accumulation=1)
+    train("ddp", 1, out, *train_args, accumulation=1)
     return out
 
 
 @pytest.fixture(scope="module")
-def trained(train_words, tmp_path_factory) -> Callable[[Row], Path]:
+def trained(train_args, tmp_path_factory) -> Callable[[Row], Path]:
     """Runs of the table, each trained once."""
     folder = tmp_path_factory.mktemp("engines")
 
@@ -100,7 +100,7 @@ def trained(train_words, tmp_path_factory) -> Callable[[Row], Path]:
     def get(row: Row) -> Path:
         engine, _, accumulation, _, ranks = row
         out = folder / "-".join(map(str, row)).replace(" ", "-")
-        train(engine, ranks, out, *train_words, *settings_of(row), accumulation=accumulation)
+        train(engine, ranks, out, *train_args, *settings_of(row), accumulation=accumulation)
         return out
 
     return get
@@ -147,13 +147,13 @@ def require_equal_files(out: Path, whole: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("row", SOME[1:5], ids=str)
-def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_words, tmp_path, row: Row) -> None:
+def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_args, tmp_path, row: Row) -> None:
     engine, _, accumulation, _, ranks = row
     out = cut_off(trained(row), tmp_path / "run")
     # Nor does it matter how the model is built; and videos, for which the averaged weights are put together on rank 0,
     # change nothing.
     args = [
-        *train_words, *settings_of(row), "engine.build=sharded", "validation.videos={every: 10, frames: 9, steps: 1}",
+        *train_args, *settings_of(row), "engine.build=sharded", "validation.videos={every: 10, frames: 9, steps: 1}",
         "profile={start: 5, steps: 1, every_rank: true}",
     ]  # fmt: skip
     assert "at step 3" in train(engine, ranks, out, *args, accumulation=accumulation)
@@ -169,8 +169,8 @@ def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_
 
 @pytest.mark.long
 @pytest.mark.parametrize("row", itertools.product(ENGINES, ("fp32", "bf16"), (2,), (0,), (1, 2)), ids=str)
-def test_every_engine_goes_on_and_begins_a_branch_bit_for_bit(trained, train_words, tmp_path, row: Row) -> None:
-    whole, args = trained(row), (*train_words, *settings_of(row))
+def test_every_engine_goes_on_and_begins_a_branch_bit_for_bit(trained, train_args, tmp_path, row: Row) -> None:
+    whole, args = trained(row), (*train_args, *settings_of(row))
     out = cut_off(whole, tmp_path / "run")
     assert "at step 3" in train(row[0], row[-1], out, *args)
     require_equal_bits(out, whole)
@@ -182,9 +182,9 @@ def test_every_engine_goes_on_and_begins_a_branch_bit_for_bit(trained, train_wor
 
 @pytest.mark.parametrize(("engine", "precision"), [("zero3", "bf16"), ("fsdp2", "fp32")])
 def test_a_model_that_is_built_part_by_part_starts_as_one_that_is_built_whole(
-    train_words, tmp_path, engine: str, precision: str
+    train_args, tmp_path, engine: str, precision: str
 ) -> None:
-    args = *train_words, "engine.build=sharded", f"engine.precision={precision}"
+    args = *train_args, "engine.build=sharded", f"engine.precision={precision}"
     program = ("tests/build_by_parts.py",)
     assert "equal" in train(engine, 2, tmp_path, *args, program=program, PYTHONPATH=str(ROOT))
 
@@ -195,10 +195,10 @@ def test_a_model_that_is_built_part_by_part_starts_as_one_that_is_built_whole(
     ids=str,
 )
 def test_a_run_goes_on_as_another_engine_on_other_ranks(
-    trained, plain, train_words, tmp_path, row: Row, engine: str, ranks: int
+    trained, plain, train_args, tmp_path, row: Row, engine: str, ranks: int
 ) -> None:
     out = cut_off(trained(row), tmp_path / "run")
-    printed = train(engine, ranks, out, *train_words, "batch=1")  # after a preemption: the resume finds the batch
+    printed = train(engine, ranks, out, *train_args, "batch=1")  # after a preemption: the resume finds the batch
     assert "at step 3" in printed and ("on 1 ranks the same clips per step" in printed) == (ranks == 1)
     compare(out, plain, "fp32")
 
@@ -209,11 +209,11 @@ ACROSS += [("zero3", "fsdp2"), ("fsdp2", "zero3"), ("zero2 offload", "zero3 offl
 
 @pytest.mark.long
 @pytest.mark.parametrize(("engine", "other"), [*zip(ENGINES, ENGINES, strict=True), *ACROSS])
-def test_a_run_goes_from_two_ranks_to_one_and_back(trained, plain, train_words, tmp_path, engine, other) -> None:
+def test_a_run_goes_from_two_ranks_to_one_and_back(trained, plain, train_args, tmp_path, engine, other) -> None:
     alone = cut_off(trained((engine, "fp32", 2, 0, 2)), tmp_path / "alone")
-    assert "at step 3" in train(other, 1, alone, *train_words, "batch=1")
+    assert "at step 3" in train(other, 1, alone, *train_args, "batch=1")
     back = cut_off(alone, tmp_path / "back", step=12)
-    assert "at step 12" in train(engine, 2, back, *train_words, "batch=1")
+    assert "at step 12" in train(engine, 2, back, *train_args, "batch=1")
     print(f"\n {engine} on 2 -> {other} on 1 -> {engine} on 2 ranks: {compare(back, plain, 'fp32')}")
 
 
@@ -233,9 +233,9 @@ def test_a_state_file_that_is_missing_is_named(trained, tmp_path) -> None:
     assert not (tmp_path / "world").exists()
 
 
-def alone_config(train_words: list[str], out: Path, *args: str) -> TrainConfig:
+def alone_config(train_args: list[str], out: Path, *args: str) -> TrainConfig:
     """A run of one process, as `plain`."""
-    return load_config(TrainConfig, [*train_words, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}", *args])
+    return load_config(TrainConfig, [*train_args, "engine.name=ddp", f"batch={CLIPS}", *SETTINGS, f"out={out}", *args])
 
 
 def refusal(config: TrainConfig) -> str:
@@ -247,16 +247,16 @@ def refusal(config: TrainConfig) -> str:
 
 
 def test_a_branch_is_bit_for_bit_the_run_that_was_stopped_there_and_leaves_it_as_it_was(
-    plain, train_words, tmp_path
+    plain, train_args, tmp_path
 ) -> None:
     branch, origin = tmp_path / "branch", f"resume={plain}/step_0000003"
-    assert "at step 3" in train("ddp", 1, branch, *train_words, origin, accumulation=1)
+    assert "at step 3" in train("ddp", 1, branch, *train_args, origin, accumulation=1)
     assert torch.equal(losses(branch), losses(plain)[3:])
     require_equal_files(branch, plain, *WEIGHTS, "trainer/rank_00000.safetensors")
     newest = max(path.stat().st_mtime_ns for path in plain.rglob("*"))
     assert newest < (branch / "metrics.jsonl").stat().st_mtime_ns
     out = cut_off(branch, tmp_path / "preempted", step=6)
-    asked = alone_config(train_words, out, origin)
+    asked = alone_config(train_args, out, origin)
     assert check_run(asked, ranks=1).resumed == f"{out}/step_0000006"
     shutil.copytree(plain / "step_0000003", tmp_path / "gone")  # the origin itself is not needed any more
     assert "no branch of resume=" in refusal(replace(asked, resume=str(tmp_path / "gone")))
@@ -282,35 +282,35 @@ BRANCH = "resume=ORIGIN/step_0000003"
     ],
 )
 def test_what_cannot_be_gone_on_with_is_one_line_and_stays_as_it_is(
-    plain, train_words, tmp_path, args: list[str], message: str
+    plain, train_args, tmp_path, args: list[str], message: str
 ) -> None:
     before = sorted(plain.rglob("*"))
     args, message = [arg.replace("ORIGIN", str(plain)) for arg in args], message.replace("ORIGIN", str(plain))
-    assert message in refusal(alone_config(train_words, tmp_path / "new", *args))
+    assert message in refusal(alone_config(train_args, tmp_path / "new", *args))
     assert not (tmp_path / "new").exists() and sorted(plain.rglob("*")) == before
 
 
 @pytest.mark.parametrize(("number", "remedy"), [(99, "use a newer one"), (0, "init=")])
-def test_a_checkpoint_of_another_format_is_refused(plain, train_words, tmp_path, number: int, remedy: str) -> None:
+def test_a_checkpoint_of_another_format_is_refused(plain, train_args, tmp_path, number: int, remedy: str) -> None:
     out = cut_off(plain, tmp_path / "run")
     edit(newest_checkpoint(out) / "COMPLETE", lambda complete: complete.update(format=number))
-    message = refusal(alone_config(train_words, out))
+    message = refusal(alone_config(train_args, out))
     assert f"format {number}" in message and remedy in message
 
 
-def test_a_run_folder_in_use_is_refused_on_all_ranks_at_once(train_words, tmp_path) -> None:
+def test_a_run_folder_in_use_is_refused_on_all_ranks_at_once(train_args, tmp_path) -> None:
     with open(tmp_path / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         began = time.monotonic()
-        args = *train_words, "engine.name=fsdp2", "batch=1", f"out={tmp_path}"
+        args = *train_args, "engine.name=fsdp2", "batch=1", f"out={tmp_path}"
         done = run(launch("cpu_plain", *MODULE, *args))
     assert done.returncode == 1 and done.stderr.count("is in use by the run of") == 1, done.stderr
     assert "gloo" not in done.stderr and time.monotonic() - began < 60  # else the launcher kills after 30 s of waiting
 
 
-def test_a_checkpoint_that_is_seen_only_when_the_folder_is_held_is_gone_on_with(plain, train_words, tmp_path) -> None:
+def test_a_checkpoint_that_is_seen_only_when_the_folder_is_held_is_gone_on_with(plain, train_args, tmp_path) -> None:
     out = cut_off(plain, tmp_path / "run")
-    asked = alone_config(train_words, out)
+    asked = alone_config(train_args, out)
     before = check_run(asked, ranks=1)
     assert before.start == 3 and agree(asked, before, ranks=1) is before
     newest = newest_checkpoint(plain)
@@ -319,8 +319,8 @@ def test_a_checkpoint_that_is_seen_only_when_the_folder_is_held_is_gone_on_with(
     assert after.resumed == str(out / newest.name) and after.start == int(newest.name[-7:]) > 3
 
 
-def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monkeypatch) -> None:
-    asked = alone_config(train_words, plain)
+def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_args, monkeypatch) -> None:
+    asked = alone_config(train_args, plain)
     monkeypatch.setattr(check, "SEEN_S", 1)
     monkeypatch.setattr(check, "gather_objects", lambda own: [own, (None, None)])
     with pytest.raises(ValueError, match=r"differs between nodes \(rank 0: .*step_0000\d+, rank 1: none\)"):
@@ -341,21 +341,21 @@ def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_words, monke
         "objective.name=[base]", "objective.name=null", "engine.stage=0", "loader.shuffle_shards=-1",
     ],
 )  # fmt: skip
-def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_words, tmp_path, setting: str) -> None:
+def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_args, tmp_path, setting: str) -> None:
     name = setting.partition("=")[0].removeprefix("optim.").removeprefix("flow.")
     with pytest.raises(UserError, match=rf"{name}\b") as refused:
-        make_objective(load_config(TrainConfig, [*train_words, f"out={tmp_path}", setting]).objective)
+        make_objective(load_config(TrainConfig, [*train_args, f"out={tmp_path}", setting]).objective)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 300
 
 
-def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_words, tmp_path) -> None:
+def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(train_args, tmp_path) -> None:
     def message(out: object, *args: str) -> str:
-        return refusal(alone_config(train_words, Path(str(out)), *args))
+        return refusal(alone_config(train_args, Path(str(out)), *args))
 
     (tmp_path / "file").touch()
     assert f"{tmp_path}/file is a file" in message(f"{tmp_path}/file")
     assert f"{tmp_path}/file is a file" in message(f"{tmp_path}/file/run/a")
-    shards = Path(alone_config(train_words, tmp_path).sources[0].path).parent
+    shards = Path(alone_config(train_args, tmp_path).sources[0].path).parent
     assert "manifest=" in message(f"{shards}/run") and "manifest=" in message(f"{shards}/../{shards.name}")
     step = write_checkpoint(tmp_path / "run")
     for init in (step, tmp_path / "run"):
@@ -364,15 +364,15 @@ def test_an_out_that_cannot_become_a_run_folder_is_one_line_before_any_work(trai
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_largest_seed_trains(train_words, tmp_path) -> None:
-    seed = load_config(TrainConfig, [*train_words, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
+def test_the_largest_seed_trains(train_args, tmp_path) -> None:
+    seed = load_config(TrainConfig, [*train_args, f"out={tmp_path}", f"seed={2**63 - 1}"]).seed
     assert len(rng_for_step(seed, 9_999_999, 2**50, 2).samples) == 2
     assert sorted(Order([[2, 2]], [1.0], seed, 1).clip(i) for i in range(4)) == [0, 1, 2, 3]
 
 
-def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) -> None:
+def test_the_average_is_that_of_the_weights_of_all_steps(train_args, tmp_path) -> None:
     args = "steps=12", "checkpoint.every=1", "checkpoint.keep_last=12", "ema_decay=0.5", "optim.learning_rate=1e-2"
-    train("ddp", 1, tmp_path, *train_words, *args, accumulation=1)
+    train("ddp", 1, tmp_path, *train_args, *args, accumulation=1)
     steps = [tmp_path / f"step_{step:07d}" for step in range(1, 13)]
     weights = [load_weights(step / "model.safetensors") for step in steps]
     averages = [load_weights(step / "ema.safetensors") for step in steps]
@@ -385,12 +385,12 @@ def test_the_average_is_that_of_the_weights_of_all_steps(train_words, tmp_path) 
 
 
 @pytest.mark.parametrize("damage", ["COMPLETE", "world.yaml", "config.yaml", "model.safetensors"])
-def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train_words, tmp_path, damage) -> None:
+def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train_args, tmp_path, damage) -> None:
     out = cut_off(plain, tmp_path / "run")
     path = newest_checkpoint(out) / damage
     path.write_bytes(path.read_bytes()[: -path.stat().st_size // 2])
-    assert str(path) in refusal(alone_config(train_words, out))
-    assert str(path) in refusal(alone_config(train_words, tmp_path / "new", f"init={newest_checkpoint(out)}"))
+    assert str(path) in refusal(alone_config(train_args, out))
+    assert str(path) in refusal(alone_config(train_args, tmp_path / "new", f"init={newest_checkpoint(out)}"))
 
 
 @pytest.mark.parametrize(
@@ -405,14 +405,14 @@ def test_a_checkpoint_with_a_cut_file_is_named_and_not_gone_on_with(plain, train
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_a_checkpoint_is_one_line_that_names_it(
-    plain, train_words, tmp_path, name: str, text: str
+    plain, train_args, tmp_path, name: str, text: str
 ) -> None:
     out = cut_off(plain, tmp_path / "run")
     path = newest_checkpoint(out) / name
     path.write_bytes(text.encode("latin-1"))
     if name != "COMPLETE":  # whose sizes agree
         edit(newest_checkpoint(out) / "COMPLETE", lambda complete: complete["bytes"].update({name: len(text)}))
-    assert str(path) in refusal(alone_config(train_words, out))
+    assert str(path) in refusal(alone_config(train_args, out))
 
 
 @pytest.mark.parametrize(
@@ -440,20 +440,20 @@ def test_parts_of_ranks_that_overlap_are_no_state(tmp_path) -> None:
         SavedState(paths).read("weight", "a", 0, 4)
 
 
-def test_lines_of_figures_that_are_damaged_do_not_stop_a_run_that_goes_on(train_words, tmp_path) -> None:
+def test_lines_of_figures_that_are_damaged_do_not_stop_a_run_that_goes_on(train_args, tmp_path) -> None:
     whole = ['{"step": 1, "loss": 0.5}', '{"step": 3, "loss": NaN}']
     damaged = ["[]", "{}", '{"step": "x"}', "[" * 200_000, "\x00\xff"]
     lines = [whole[0], *damaged, whole[1], '{"step": 4}', '{"step": 3, "lo']
     (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode("latin-1"))
-    log = Log(load_config(TrainConfig, [*train_words, f"out={tmp_path}"]), start=3, main=True)
+    log = Log(load_config(TrainConfig, [*train_args, f"out={tmp_path}"]), start=3, main=True)
     log.write(4, {"loss": 0.25})
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == [*whole, '{"step": 4, "loss": 0.25}']
 
 
-def test_other_ranks_share_the_same_clips_per_step(train_words, tmp_path) -> None:
+def test_other_ranks_share_the_same_clips_per_step(train_args, tmp_path) -> None:
     position = Position(5, ranks=2, batch=2, accumulation=3, seed=0, manifest="x")
-    config = load_config(TrainConfig, [*train_words, "out=x", "batch=2", "accumulation=3"])
+    config = load_config(TrainConfig, [*train_args, "out=x", "batch=2", "accumulation=3"])
     fitted = {ranks: fit_to_ranks(config, position, ranks, tmp_path) for ranks in (1, 2, 3, 4, 6, 12)}
     assert {ranks: (config.batch, config.accumulation) for ranks, config in fitted.items()} == {
         1: (2, 6), 2: (2, 3), 3: (2, 2), 4: (1, 3), 6: (2, 1), 12: (1, 1),
@@ -486,11 +486,9 @@ def test_retention_deletes_checkpoints_of_the_run_and_nothing_behind_a_link(tmp_
 
 
 @pytest.mark.parametrize(("policy", "status"), [("stop", 1), ("skip", 0)])
-def test_a_loss_that_is_nan_on_one_rank_stops_all_or_is_skipped(
-    train_words, tmp_path, policy: str, status: int
-) -> None:
+def test_a_loss_that_is_nan_on_one_rank_stops_all_or_is_skipped(train_args, tmp_path, policy: str, status: int) -> None:
     args = "engine.name=ddp", "batch=1", "accumulation=2", f"on_nonfinite={policy}", "checkpoint.every=2"
-    done = run([*launch("cpu_plain", *SPOILED), *train_words, *args, f"out={tmp_path}"], SPOIL_MICRO="2")
+    done = run([*launch("cpu_plain", *SPOILED), *train_args, *args, f"out={tmp_path}"], SPOIL_MICRO="2")
     printed = done.stdout + done.stderr
     assert done.returncode == status, printed[-3000:]
     if policy == "stop":
@@ -510,10 +508,10 @@ def train_spoiled(engine: str, ranks: int, out: Path, *args: str, accumulation: 
 
 
 @pytest.fixture(scope="module")
-def skipping(train_words, tmp_path_factory) -> Path:
+def skipping(train_args, tmp_path_factory) -> Path:
     """One process, one micro-step, whose step 3 is NaN and left out."""
     out = tmp_path_factory.mktemp("skipping")
-    train_spoiled("ddp", 1, out, *train_words, accumulation=1, SPOIL_RANK="0")
+    train_spoiled("ddp", 1, out, *train_args, accumulation=1, SPOIL_RANK="0")
     return out
 
 
@@ -523,18 +521,18 @@ SKIPS += map(long, itertools.product(ENGINES, (1, 2), ("fp32", "bf16"), (2,)))
 
 @pytest.mark.parametrize("row", SKIPS, ids=str)
 def test_a_micro_step_that_is_nan_on_the_last_rank_takes_the_whole_step_with_it_and_nothing_else(
-    skipping, train_words, tmp_path, row: tuple[str, int, str, int]
+    skipping, train_args, tmp_path, row: tuple[str, int, str, int]
 ) -> None:
     engine, micro, precision, ranks = row
-    args = *train_words, f"engine.precision={precision}"
+    args = *train_args, f"engine.precision={precision}"
     train_spoiled(engine, ranks, tmp_path, *args, SPOIL_RANK=str(ranks - 1), SPOIL_MICRO=str(micro))
     lines = [line for line in read_metrics(tmp_path) if "skipped_steps" in line]
     assert [line["step"] for line in lines if line["skipped_steps"]] == [4] and "loss" not in lines[3]
     compare(tmp_path, skipping, precision)
 
 
-def test_too_little_memory_is_one_line_that_says_what_to_lower(train_words, tmp_path) -> None:
-    args = [*train_words, "engine.name=ddp", "batch=2", f"out={tmp_path}"]
+def test_too_little_memory_is_one_line_that_says_what_to_lower(train_args, tmp_path) -> None:
+    args = [*train_args, "engine.name=ddp", "batch=2", f"out={tmp_path}"]
     done = run([sys.executable, *SPOILED, *args], SPOIL="memory", PYTHONPATH=str(ROOT))
     assert done.returncode == 2 and "lower batch" in done.stderr.splitlines()[-1], done.stderr[-2000:]
     assert "batch=2" in done.stderr and "Traceback" not in done.stderr
@@ -550,14 +548,14 @@ def test_too_little_memory_is_one_line_that_says_what_to_lower(train_words, tmp_
     ids=" ".join,
 )  # fmt: skip
 def test_an_engine_or_an_option_that_it_has_not_is_refused_before_anything_starts(
-    train_words, tmp_path, args: list[str]
+    train_args, tmp_path, args: list[str]
 ) -> None:
-    assert args[0] in refusal(load_config(TrainConfig, [*train_words, f"out={tmp_path / 'run'}", *args]))
+    assert args[0] in refusal(load_config(TrainConfig, [*train_args, f"out={tmp_path / 'run'}", *args]))
     assert not (tmp_path / "run").exists()
 
 
-def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_words, capsys) -> None:
-    args = [*train_words, "out=x", "engine.stage=3", "engine.offload=all", "optim.clip_norm=0.25"]
+def test_what_an_engine_is_told_can_be_seen_before_it_starts(train_args, capsys) -> None:
+    args = [*train_args, "out=x", "engine.stage=3", "engine.offload=all", "optim.clip_norm=0.25"]
     print_engine(load_config(TrainConfig, args))
     settings = json.loads(capsys.readouterr().out)["accelerate"]["deepspeed_plugin"]
     assert settings["gradient_clipping"] == 0.25 and settings["zero_optimization"]["offload_param"]["device"] == "cpu"
@@ -573,9 +571,9 @@ class Toy(Engine):
         return super().backward(loss, apply)
 
 
-def test_an_engine_is_a_class_and_a_line(train_words, own_signals, tmp_path, monkeypatch) -> None:
+def test_an_engine_is_a_class_and_a_line(train_args, own_signals, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(ENGINE_CLASSES, "toy", Toy)
-    args = [*train_words, "engine.name=toy", "batch=2", "steps=2", f"out={tmp_path}"]
+    args = [*train_args, "engine.name=toy", "batch=2", "steps=2", f"out={tmp_path}"]
     assert not loop.train(load_config(TrainConfig, args))
     assert newest_checkpoint(tmp_path).name == "step_0000002" and Toy.backwards == 2
 

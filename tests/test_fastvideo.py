@@ -21,10 +21,10 @@ from data_pipeline.readers.fastvideo import read_npy
 from train.codec import CodecTrainConfig
 
 
-def game(*words: str) -> GameConfig:
+def game(*args: str) -> GameConfig:
     """The game of Matrix-Game 2.0's models as it is shipped, small."""
     small = ["game.height=64", "game.width=112", "source=x", "out=x"]
-    return load_config(CodecTrainConfig, [str(GAMES / "universal.yaml"), *small, *words]).game
+    return load_config(CodecTrainConfig, [str(GAMES / "universal.yaml"), *small, *args]).game
 
 
 def test_the_shipped_game_reads_fastvideo_s_rows_in_the_order_of_its_keys_and_units(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ MOMENTS = ("training", "saving", "saved")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(train_words, tmp_path_factory) -> Path:
+def uninterrupted(train_args, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("uninterrupted")
-    done = run([*COMMAND, *train_words, *SETTINGS, f"out={out}"])
+    done = run([*COMMAND, *train_args, *SETTINGS, f"out={out}"])
     assert done.returncode == 0, done.stderr
     return out
 
@@ -82,23 +82,23 @@ def kill_again_and_again(command: list[str], out: Path, uninterrupted: Path, kil
     return log
 
 
-def test_a_run_survives_three_kills(train_words, uninterrupted, tmp_path) -> None:
-    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.background=true"]
+def test_a_run_survives_three_kills(train_args, uninterrupted, tmp_path) -> None:
+    command = [*COMMAND, *train_args, *SETTINGS, f"out={tmp_path}", "checkpoint.background=true"]
     kill_again_and_again(command, tmp_path, uninterrupted, kills=3, seed=0)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_run_survives_twenty_kills(train_words, uninterrupted, tmp_path, background: str) -> None:
-    command = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", f"checkpoint.background={background}"]
+def test_a_run_survives_twenty_kills(train_args, uninterrupted, tmp_path, background: str) -> None:
+    command = [*COMMAND, *train_args, *SETTINGS, f"out={tmp_path}", f"checkpoint.background={background}"]
     log = kill_again_and_again(command, tmp_path, uninterrupted, kills=20, seed=1)
     print("\n" + "\n".join(log))
 
 
 @pytest.mark.long
-def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, uninterrupted, tmp_path) -> None:
-    args = [*train_words, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
+def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_args, uninterrupted, tmp_path) -> None:
+    args = [*train_args, *SETTINGS, f"out={tmp_path / 'run'}", "machine.port=0", "machine.max_restarts=2"]
     line, log = [sys.executable, "-m", "launch", "configs/machines/laptop.yaml", *args], tmp_path / "log"
     process = start(line, log, lambda: list(tmp_path.glob("run/step_*/COMPLETE")))
     children = psutil.Process(process.pid).children(recursive=True)
@@ -109,8 +109,8 @@ def test_a_run_whose_rank_is_killed_is_started_again_by_itself(train_words, unin
 
 
 @pytest.mark.parametrize(("name", "to"), [("SIGTERM", "launcher"), ("SIGTERM", "rank"), ("SIGUSR1", "rank")])
-def test_a_warning_saves_ends_all_and_costs_nothing(train_words, uninterrupted, tmp_path, name: str, to: str) -> None:
-    command, log = [*COMMAND, *train_words, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"], tmp_path / "log"
+def test_a_warning_saves_ends_all_and_costs_nothing(train_args, uninterrupted, tmp_path, name: str, to: str) -> None:
+    command, log = [*COMMAND, *train_args, *SETTINGS, f"out={tmp_path}", "checkpoint.every=100"], tmp_path / "log"
     process = start(command, log, (tmp_path / "metrics.jsonl").exists)
     warned = process if to == "launcher" else psutil.Process(process.pid).children()[1]
     warned.send_signal(signal.Signals[name])
@@ -122,10 +122,10 @@ def test_a_warning_saves_ends_all_and_costs_nothing(train_words, uninterrupted, 
 
 
 @pytest.mark.parametrize("name", ["SIGSTOP", "SIGKILL"])
-def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_words, tmp_path, name: str) -> None:
+def test_a_rank_that_hangs_or_dies_is_named_and_the_others_stop(train_args, tmp_path, name: str) -> None:
     settings = [*SETTINGS, "steps=2000", "engine.timeout_s=10", "checkpoint.every=1000", f"out={tmp_path}"]
     log, stacks = tmp_path / "log", tmp_path / "stacks_rank_00000.txt"
-    process = start([*COMMAND, *train_words, *settings], log, (tmp_path / "metrics.jsonl").exists)
+    process = start([*COMMAND, *train_args, *settings], log, (tmp_path / "metrics.jsonl").exists)
     victim = psutil.Process(process.pid).children()[1]
     victim.send_signal(signal.Signals[name])
     deadline = time.monotonic() + 60  # six times the limit

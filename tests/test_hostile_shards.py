@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from encode_runs import encode_words
+from encode_runs import encode_args
 from safetensors.torch import load_file, save_file
 from tiny_shards import data, edit, read_clips
 
@@ -184,7 +184,7 @@ SIZES = ["clip_frames=9000000000000", "batch=1000000000", "stride=1000000000000"
 @pytest.mark.parametrize("arg", [*SIZES, "workers=[1000000000]", "repeats=1000000000000"])
 def test_sizes_have_bounds(arg, encode_config, encoded, game_yaml, capsys):
     bench = ["bench", f"{encoded}/train/manifest.json", arg]
-    args = encode_words(encode_config, game_yaml, arg) if arg in SIZES else bench
+    args = encode_args(encode_config, game_yaml, arg) if arg in SIZES else bench
     assert arg.partition("=")[0] in data(capsys, *args, status=2)[0]
 
 

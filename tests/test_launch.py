@@ -35,8 +35,8 @@ MACHINES = {path.stem: str(path) for path in sorted((ROOT / "configs" / "machine
 
 
 @pytest.fixture
-def args(train_words, tmp_path) -> list[str]:
-    return [*train_words, f"out={tmp_path / 'run with space'}", "batch=1"]
+def args(train_args, tmp_path) -> list[str]:
+    return [*train_args, f"out={tmp_path / 'run with space'}", "batch=1"]
 
 
 @pytest.fixture

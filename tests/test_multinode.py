@@ -30,12 +30,12 @@ def wait_for_line(log: Path, text: str, seconds: float) -> str:
 
 
 def test_two_nodes_lose_the_cable_and_then_a_node_and_end_as_if_nothing_had_been(
-    nodes: Nodes, train_words, tmp_path
+    nodes: Nodes, train_args, tmp_path
 ) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
-    done = run([*launch("cpu_zero2", "-m", "train"), *train_words, *SETTINGS, f"out={whole}"])
+    done = run([*launch("cpu_zero2", "-m", "train"), *train_args, *SETTINGS, f"out={whole}"])
     assert done.returncode == 0, done.stderr[-2000:]
-    args = [*train_words, *SETTINGS, f"out={out}", f"engine.timeout_s={TIMEOUT_S}"]
+    args = [*train_args, *SETTINGS, f"out={out}", f"engine.timeout_s={TIMEOUT_S}"]
 
     def start(attempt: str) -> tuple[list[subprocess.Popen[bytes]], list[Path]]:
         logs = [tmp_path / f"{attempt}_{node}.log" for node in range(2)]

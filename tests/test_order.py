@@ -172,26 +172,26 @@ def test_a_shard_that_is_gone_in_the_middle_stops_with_its_name(copied):
 
 
 def test_training_takes_several_sets_with_weights_and_refuses_another_mixture_on_resume(
-    train_words, encoded, tmp_path, capsys
+    train_args, encoded, tmp_path, capsys
 ):
     weights = {"train": 1, "heldout": 2}
     sets = [{"path": f"{encoded}/{split}/manifest.json", "weight": weight} for split, weight in weights.items()]
     mixed = tmp_path / "mixed.yaml"
     mixed.write_text(yaml.safe_dump({"manifest": None, "manifests": sets}))
-    words = [*train_words, str(mixed), f"out={tmp_path / 'run'}", "steps=2", "batch=2", "engine.name=ddp"]
-    assert run("train", VERBS, words, default="run") == 0
+    args = [*train_args, str(mixed), f"out={tmp_path / 'run'}", "steps=2", "batch=2", "engine.name=ddp"]
+    assert run("train", VERBS, args, default="run") == 0
     sets[1]["weight"] = 3
     mixed.write_text(yaml.safe_dump({"manifest": None, "manifests": sets}))
-    assert run("train", VERBS, [*words, "steps=3"], default="run") == 2
+    assert run("train", VERBS, [*args, "steps=3"], default="run") == 2
     assert "use the same, or start anew with" in capsys.readouterr().err
     mixed.write_text(yaml.safe_dump({"manifests": sets}))
-    assert run("train", VERBS, words, default="run") == 2
+    assert run("train", VERBS, args, default="run") == 2
     assert "manifests=" in capsys.readouterr().err
 
 
-def test_training_counts_the_clips_that_it_skips(train_words, damaged, tmp_path):
-    words = [*train_words, f"manifest={damaged}", f"out={tmp_path / 'run'}", "steps=4", "batch=2", "engine.name=ddp"]
-    assert run("train", VERBS, [*words, "loader.on_corrupt=skip"], default="run") == 0
+def test_training_counts_the_clips_that_it_skips(train_args, damaged, tmp_path):
+    args = [*train_args, f"manifest={damaged}", f"out={tmp_path / 'run'}", "steps=4", "batch=2", "engine.name=ddp"]
+    assert run("train", VERBS, [*args, "loader.on_corrupt=skip"], default="run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(line.get("skipped_clips", 0) for line in lines) >= 2
-    assert run("train", VERBS, [*words[:-4], f"out={tmp_path / 'stops'}", *words[-3:]], default="run") == 2
+    assert run("train", VERBS, [*args[:-4], f"out={tmp_path / 'stops'}", *args[-3:]], default="run") == 2

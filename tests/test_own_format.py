@@ -22,8 +22,8 @@ def test_a_format_is_one_file_and_one_line(recordings, codec_folder, game_yaml, 
     for name in ("episode_00000", "episode_00001"):
         shutil.copy(recordings / name / "video.mp4", tmp_path / "source" / f"{name}.mp4")
     binding = "game.inputs={others: drop, keys: {forward: [forward], back: [], left: [], right: []}}"
-    words = [game_yaml, "reader=toy", "source=source", f"codec={codec_folder}", "out=out", "heldout_every=2", binding]
-    command = [sys.executable, "-m", "data_pipeline", "encode", *words]
+    args = [game_yaml, "reader=toy", "source=source", f"codec={codec_folder}", "out=out", "heldout_every=2", binding]
+    command = [sys.executable, "-m", "data_pipeline", "encode", *args]
     subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=True)
     clips = read_clips(tmp_path / "out" / "train" / "manifest.json")
     assert [(clip.episode, clip.start) for clip in clips] == [("episode_00000", 0), ("episode_00000", 9)]

@@ -101,7 +101,7 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
 
 
 @pytest.mark.parametrize(
-    ("word", "named"),
+    ("arg", "named"),
     [
         ("game.fps=20", "game.fps"),
         ("game.action_space.keys=[forward,jump]", "jump"),
@@ -109,8 +109,8 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
         ("frames=1000000000", "frames=1000000000"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(word, named, tmp_path, capsys):
-    assert named in refused(capsys, DOOM, f"out={tmp_path}/out", "episodes=1", "game.action_space.caps=[]", word)
+def test_bad_input_is_one_line_and_writes_nothing(arg, named, tmp_path, capsys):
+    assert named in refused(capsys, DOOM, f"out={tmp_path}/out", "episodes=1", "game.action_space.caps=[]", arg)
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -122,8 +122,8 @@ def test_the_doctor_decides_which_entry_of_gf_minecraft_leads_on_from_frame_0(tm
     pan(tmp_path, late=1)
     say.cache_clear()
 
-    def examine_with(*words: str) -> dict[str, str]:
-        game = load_game("gf_minecraft", tmp_path, *words)
+    def examine_with(*args: str) -> dict[str, str]:
+        game = load_game("gf_minecraft", tmp_path, *args)
         report = examine(DoctorConfig(game, str(tmp_path), "gf_minecraft", workers=1))
         return {finding.fault: finding.remedy for finding in report.findings}
 
@@ -168,12 +168,12 @@ def test_lerobot_s_action_may_be_called_actions(tmp_path: Path) -> None:
     require_agreement("lerobot", game, episodes)
 
 
-def read_keys(folder: Path, rows: list[str], frames: int, *words: str) -> list[str]:
+def read_keys(folder: Path, rows: list[str], frames: int, *args: str) -> list[str]:
     """What is held in each frame, by the letters w, a, s, d; `rows` is the log."""
     shutil.rmtree(folder / "frames", ignore_errors=True)
     write_frames(folder / "frames" / "one", draw_play(frames, 4, mouse=False), ["w", "a", "s", "d"], 20.0, first=0)
     (folder / "frames" / "one" / "input.csv").write_text("\n".join(rows) + "\n")
-    (episode,) = read_all("frames", folder / "frames", load_game("frames", folder, *words))
+    (episode,) = read_all("frames", folder / "frames", load_game("frames", folder, *args))
     return ["".join(key for key, held in zip("wsad", row, strict=True) if held) for row in episode.actions.keyboard]
 
 
@@ -182,7 +182,7 @@ ROWS = ["w,0,0", "d,0,0", "W,0.05,1", "=,0.05,1", "a,0.1,2", "s,0.1,2", ",0.1,2"
 
 
 @pytest.mark.parametrize(
-    ("rows", "words", "held"),
+    ("rows", "args", "held"),
     [
         # Without a header, a cell holds several keys or "=" for none, and a frame's last row counts; else all rows do.
         *((CELLS, [f"game.inputs.others={others}"], ["w", "", "wa", "a", "w", "ws"]) for others in ("refuse", "drop")),
@@ -195,8 +195,8 @@ ROWS = ["w,0,0", "d,0,0", "W,0.05,1", "=,0.05,1", "a,0.1,2", "s,0.1,2", ",0.1,2"
         )),
     ],
 )  # fmt: skip
-def test_what_a_key_log_says_is_held(rows: list[str], words: list[str], held: list[str], tmp_path: Path) -> None:
-    assert read_keys(tmp_path, rows, len(held), *words) == held
+def test_what_a_key_log_says_is_held(rows: list[str], args: list[str], held: list[str], tmp_path: Path) -> None:
+    assert read_keys(tmp_path, rows, len(held), *args) == held
 
 
 def test_a_word_that_may_be_several_bound_keys_is_refused_even_if_others_are_dropped(tmp_path: Path) -> None:

@@ -33,10 +33,10 @@ def assert_same_end(url: str, alone: Path, folder: Path) -> None:
 
 
 def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
-    train_words, alone, bucket_folder, proxy, tmp_path
+    train_args, alone, bucket_folder, proxy, tmp_path
 ) -> None:
     """On a machine whose disk is empty; and a checkpoint that the server refuses leaves those before it whole."""
-    command = [*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"]
+    command = [*ALONE, *train_args, *SETTINGS, f"out={bucket_folder}"]
     held = proxy.add(Fault("held", "^PUT .*step_0000004/ema.safetensors", times=1))
     with open(tmp_path / "log", "w") as log:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -75,10 +75,10 @@ def test_a_run_killed_while_uploading_goes_on_from_the_checkpoint_before(
 
 @pytest.mark.long
 def test_a_last_checkpoint_that_cannot_be_uploaded_is_an_error(
-    train_words, alone, bucket_folder, proxy, tmp_path
+    train_args, alone, bucket_folder, proxy, tmp_path
 ) -> None:
     """Of the others it is only said."""
-    command = [*ALONE, *train_words, *SETTINGS, f"out={bucket_folder}"]
+    command = [*ALONE, *train_args, *SETTINGS, f"out={bucket_folder}"]
     refused = proxy.add(Fault("refused", "^PUT .*step_000000[48]/trainer/rank_00000", times=2))
     done = run(command)
     assert done.returncode == 2 and refused.met == 2, done.stderr
@@ -92,10 +92,10 @@ def test_a_last_checkpoint_that_cannot_be_uploaded_is_an_error(
 
 
 @pytest.mark.long
-def test_a_rank_whose_part_is_refused_costs_one_checkpoint_and_not_the_run(train_words, bucket_folder, proxy) -> None:
+def test_a_rank_whose_part_is_refused_costs_one_checkpoint_and_not_the_run(train_args, bucket_folder, proxy) -> None:
     refused = proxy.add(Fault("refused", "^PUT .*step_0000004/trainer/rank_00001", times=1))
     settings = ["engine.name=deepspeed", "batch=2", "engine.timeout_s=60", f"out={bucket_folder}"]
-    done = run([*launch("cpu_zero2", "-m", "train", processes=2), *train_words, *SETTINGS, *settings])
+    done = run([*launch("cpu_zero2", "-m", "train", processes=2), *train_args, *SETTINGS, *settings])
     assert done.returncode == 0 and refused.met == 1, done.stderr
     errors = [line for line in done.stderr.splitlines() if f"cannot write {bucket_folder}/step_0000004: " in line]
     assert len(errors) == 2 and any("another rank" in line for line in errors), done.stderr
@@ -103,11 +103,11 @@ def test_a_rank_whose_part_is_refused_costs_one_checkpoint_and_not_the_run(train
 
 
 @pytest.mark.long
-def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_folder, tmp_path) -> None:
+def test_a_run_goes_on_from_the_bucket_on_other_processes(train_args, bucket_folder, tmp_path) -> None:
     """Machines that share nothing but the bucket: two processes, then one, then two."""
     for processes, steps in ((2, 4), (1, 6), (2, 8)):
         settings = ["engine.name=deepspeed", f"batch={4 // processes}", f"steps={steps}", f"out={bucket_folder}"]
-        command = [*launch("cpu_zero2", "-m", "train", processes=processes), *train_words, *SETTINGS, *settings]
+        command = [*launch("cpu_zero2", "-m", "train", processes=processes), *train_args, *SETTINGS, *settings]
         done = run(command, WORLDLOOM_CACHE=str(tmp_path / str(steps)))
         assert done.returncode == 0, done.stderr
     pull(tmp_path, bucket_folder)
@@ -115,8 +115,8 @@ def test_a_run_goes_on_from_the_bucket_on_other_processes(train_words, bucket_fo
 
 
 @pytest.fixture
-def config(train_words, bucket_folder) -> TrainConfig:
-    config = load_config(TrainConfig, [*train_words, f"out={bucket_folder}"])
+def config(train_args, bucket_folder) -> TrainConfig:
+    config = load_config(TrainConfig, [*train_args, f"out={bucket_folder}"])
     config.folder.mkdir(parents=True)
     return config
 

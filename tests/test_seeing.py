@@ -36,10 +36,10 @@ SEEN = [
 
 
 @pytest.fixture(scope="module")
-def seen(train_words, tmp_path_factory) -> Path:
+def seen(train_args, tmp_path_factory) -> Path:
     """A run with every writer, videos and a trace."""
     out = tmp_path_factory.mktemp("seen")
-    done = run([*ALONE, *train_words, "engine.name=ddp", "batch=2", f"out={out}", *SEEN], WANDB_MODE="offline")
+    done = run([*ALONE, *train_args, "engine.name=ddp", "batch=2", f"out={out}", *SEEN], WANDB_MODE="offline")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -86,8 +86,8 @@ def window(config: TrainConfig, applied: bool = True) -> dict[str, float]:
     return metrics.reduce(ONE_RANK)
 
 
-def test_tokens_and_flops_are_those_of_the_passes(train_words) -> None:
-    config = load_config(TrainConfig, [*train_words, "out=x", "peak_tflops=0.5"])
+def test_tokens_and_flops_are_those_of_the_passes(train_args) -> None:
+    config = load_config(TrainConfig, [*train_args, "out=x", "peak_tflops=0.5"])
     metrics = window(config)  # 2 clips of 6 latents of 4 x 6, in patches of 2 x 2
     per_token = training_flops(config.model, 2, 6, 4, 6) / (2 * 6 * 2 * 3)
     assert metrics["mfu"] == pytest.approx(metrics["tokens/s"] * per_token / 0.5e12)
@@ -96,8 +96,8 @@ def test_tokens_and_flops_are_those_of_the_passes(train_words) -> None:
     assert "mfu" not in without and "tokens/s" in without
 
 
-def test_a_skipped_step_counts_with_its_time_and_not_with_its_losses(train_words) -> None:
-    metrics = window(load_config(TrainConfig, [*train_words, "out=x"]), applied=False)
+def test_a_skipped_step_counts_with_its_time_and_not_with_its_losses(train_args) -> None:
+    metrics = window(load_config(TrainConfig, [*train_args, "out=x"]), applied=False)
     assert "loss" not in metrics and metrics["skipped_steps"] == metrics["skipped_clips"] == 1
     assert metrics["s/step"] == 0.7 and metrics["forward_s/slowest_rank"] == 0.5
 
@@ -116,7 +116,7 @@ def test_every_writer_gets_every_metric(seen) -> None:
     assert all(name.encode() in file.read_bytes() for _, name, _ in metrics)
 
 
-def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, train_words) -> None:
+def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, train_args) -> None:
     shown = [line for line in read_metrics(seen) if any(name.startswith("video/") for name in line)]
     assert [line["step"] for line in shown] == [3, 6, 8]
     names = [name for name in shown[-1] if name != "step"]
@@ -127,7 +127,7 @@ def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, trai
     np.testing.assert_allclose(frame_times(seen / shown[-1][names[0]]), np.arange(20) / 17.5)
     # The last ones again, from the checkpoint that was written right after them.
     checkpoint, pieces = newest_checkpoint(seen), list[None]()
-    config = load_config(TrainConfig, [*train_words, *SEEN, f"out={seen / 'again'}"])
+    config = load_config(TrainConfig, [*train_args, *SEEN, f"out={seen / 'again'}"])
     videos = Videos(config, read_world_config(checkpoint))
     again = videos.make(load_world(checkpoint), STEPS, lambda: pieces.append(None))
     assert len(pieces) == 2 * 3  # chunks of nine frames
@@ -137,8 +137,8 @@ def test_videos_come_from_the_averaged_weights_and_go_to_every_writer(seen, trai
     assert not np.array_equal(left, right)
 
 
-def test_training_does_not_notice_that_it_is_watched(seen, train_words, tmp_path) -> None:
-    done = run([*ALONE, *train_words, "engine.name=ddp", "batch=2", f"out={tmp_path}"])
+def test_training_does_not_notice_that_it_is_watched(seen, train_args, tmp_path) -> None:
+    done = run([*ALONE, *train_args, "engine.name=ddp", "batch=2", f"out={tmp_path}"])
     assert done.returncode == 0, done.stderr
     require_equal_bits(seen, tmp_path)
     watched, unwatched = ([line.get("heldout/right") for line in read_metrics(out)] for out in (seen, tmp_path))
@@ -155,8 +155,8 @@ def test_a_trace_holds_the_steps_that_were_asked_for(seen) -> None:
     assert names.count("Optimizer.step#AdamW.step") == 2 and any("addmm" in name for name in names)
 
 
-def test_a_run_that_ends_within_the_traced_steps_leaves_no_file(train_words, tmp_path) -> None:
-    config = load_config(TrainConfig, [*train_words, f"out={tmp_path}", "profile={start: 0, steps: 2}"])
+def test_a_run_that_ends_within_the_traced_steps_leaves_no_file(train_args, tmp_path) -> None:
+    config = load_config(TrainConfig, [*train_args, f"out={tmp_path}", "profile={start: 0, steps: 2}"])
     profiler = start_profiler(config, 0, 0, print)
     profiler.step()
     assert not list(tmp_path.iterdir())
@@ -177,19 +177,19 @@ def test_a_run_that_ends_within_the_traced_steps_leaves_no_file(train_words, tmp
         ("peak_tflops=0", "peak_tflops=0.0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_shown_is_refused_before_training(train_words, tmp_path, setting: str, fault: str) -> None:
+def test_what_cannot_be_shown_is_refused_before_training(train_args, tmp_path, setting: str, fault: str) -> None:
     with pytest.raises((ValueError, OSError), match=fault) as error:
-        args = [*train_words, f"out={tmp_path}", "validation.videos.every=4", setting]
+        args = [*train_args, f"out={tmp_path}", "validation.videos.every=4", setting]
         check_run(load_config(TrainConfig, args), ranks=1)
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
-def test_held_out_clips_of_another_kind_are_refused(train_words, encoded, tmp_path) -> None:
+def test_held_out_clips_of_another_kind_are_refused(train_args, encoded, tmp_path) -> None:
     manifest = json.loads(Path(f"{encoded}/heldout/manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "codec_hash": "0" * 12}))
-    words = [*train_words, f"out={tmp_path / 'run'}", f"validation.manifest={tmp_path / 'manifest.json'}"]
+    args = [*train_args, f"out={tmp_path / 'run'}", f"validation.manifest={tmp_path / 'manifest.json'}"]
     with pytest.raises(ValueError, match=r"has codec_hash 000000000000.*encode both"):
-        check_run(load_config(TrainConfig, words), ranks=1)
+        check_run(load_config(TrainConfig, args), ranks=1)
 
 
 RANK = """
@@ -247,12 +247,12 @@ def test_a_lost_or_slow_rank_is_named_and_rank_0_alone_may_take_long(tmp_path, e
     assert "making videos" in text or ending == "is slow"
 
 
-def test_no_error_of_a_save_in_the_background_is_lost(train_words, tmp_path) -> None:
+def test_no_error_of_a_save_in_the_background_is_lost(train_args, tmp_path) -> None:
     def fails() -> None:
         raise RuntimeError("can't allocate memory")
 
     for out in (str(tmp_path), "s3://worlds/run"):
-        config = replace(load_config(TrainConfig, [*train_words, "out=x"]), out=out)
+        config = replace(load_config(TrainConfig, [*train_args, "out=x"]), out=out)
         saver = Saver(None, None, config, None)  # type: ignore[arg-type]  # whoever only waits needs none of them
         saver._try("step_0000004", fails)
         with pytest.raises(RuntimeError, match="can't allocate memory"):

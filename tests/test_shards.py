@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from einops import rearrange
-from encode_runs import encode_words
+from encode_runs import encode_args
 from full_disk import full_disk
 from pages import PLANTED, Page
 from PIL import Image
@@ -142,7 +142,7 @@ def test_a_damaged_shard_is_reported_and_made_again(damage, config, encoded, gam
     spoil(out / "train" / "shard-000001.tar", damage)
     fault, last = data(capsys, "verify", out / "train" / "manifest.json", status=1)
     assert "shard-000001" in fault and "1 faults" in last
-    fault, last = data(capsys, *encode_words(config, game_yaml, verb="repair"))
+    fault, last = data(capsys, *encode_args(config, game_yaml, verb="repair"))
     assert "shard-000001" in fault and "12 clips (2 by this worker)" in last
     assert read_tree(out) == read_tree(encoded)
 
@@ -225,7 +225,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_bad_input_is_one_line_and_writes_nothing(fault, config, game_yaml, capsys):
     more, message = FAULTS[fault]
-    (line,) = data(capsys, *encode_words(config, game_yaml, *more), status=2)
+    (line,) = data(capsys, *encode_args(config, game_yaml, *more), status=2)
     assert message in line and not Path(config.out).exists()
 
 
@@ -287,15 +287,15 @@ def test_a_page_shows_what_a_manifest_says_as_text_alone(copied, tmp_path, capsy
 
 
 def test_the_bench_compares_the_stream_with_the_bare_bytes(encoded, capsys):
-    words = ["bench", f"{encoded}/train/manifest.json", "repeats=1", "workers=[0,1]"]
-    printed = "\n".join(data(capsys, *words, "batch=2"))
+    args = ["bench", f"{encoded}/train/manifest.json", "repeats=1", "workers=[0,1]"]
+    printed = "\n".join(data(capsys, *args, "batch=2"))
     rows = ("into one MB", "into memory", "stream, 0 workers", "stream, 1 workers", "mapped safetensors")
     assert all(row in printed for row in rows) and "8 of 8 clips" in printed
-    assert "batch=9" in data(capsys, *words, "batch=9", status=2)[0]
+    assert "batch=9" in data(capsys, *args, "batch=9", status=2)[0]
 
 
 def test_encoding_is_compared_with_its_codec_alone(config, game_yaml, capsys):
-    words = encode_words(config, game_yaml, verb="bench-encode")
-    printed = "\n".join(data(capsys, *words))
+    args = encode_args(config, game_yaml, verb="bench-encode")
+    printed = "\n".join(data(capsys, *args))
     assert "codec alone" in printed and "% of it" in printed and "12 clips, " in printed
-    assert "holds shards already" in data(capsys, *words, status=2)[0]
+    assert "holds shards already" in data(capsys, *args, status=2)[0]

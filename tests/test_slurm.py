@@ -107,12 +107,12 @@ def slurm(nodes: Nodes, tmp_path) -> Iterator[Slurm]:
 
 
 def test_a_run_under_slurm_that_is_warned_is_saved_queued_again_and_ends_as_if_nothing_had_been(
-    slurm: Slurm, train_words, tmp_path
+    slurm: Slurm, train_args, tmp_path
 ) -> None:
     whole, out, script = tmp_path / "whole", tmp_path / "out", tmp_path / "job.sh"
-    done = run([*launch("cpu_zero2", "-m", "train"), *train_words, *SETTINGS, f"out={whole}"])
+    done = run([*launch("cpu_zero2", "-m", "train"), *train_args, *SETTINGS, f"out={whole}"])
     assert done.returncode == 0, done.stderr[-2000:]
-    args = [*MACHINE, f"machine.slurm.logs={tmp_path / 'logs'}", *train_words, *SETTINGS, f"out={out}"]
+    args = [*MACHINE, f"machine.slurm.logs={tmp_path / 'logs'}", *train_args, *SETTINGS, f"out={out}"]
     args += ["engine.stage=2", "engine.precision=fp32"]  # not the file's, but those of `whole`
     job = slurm.submit(*args, f"script={script}")
     slurm.wait(job, "RUNNING")

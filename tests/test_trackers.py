@@ -29,12 +29,12 @@ def server(request, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.fixture
-def log(train_words, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Log]:
+def log(train_args, tmp_path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Log]:
     """Starts the log of a run with wandb, and writes one line."""
     monkeypatch.setattr(trackers, "CLOSING_S", 60.0)  # what a tracker has to do may take long on a busy machine
 
     def start() -> Log:
-        log = Log(load_config(TrainConfig, [*train_words, f"out={tmp_path}", "wandb=true"]), 0, main=True)
+        log = Log(load_config(TrainConfig, [*train_args, f"out={tmp_path}", "wandb=true"]), 0, main=True)
         log.write(1, {"loss": 0.5, "grad_norm": 2.0})
         return log
 

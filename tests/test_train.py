@@ -45,9 +45,9 @@ from train.optim import learning_rate, make_optimizer
 
 
 @pytest.fixture
-def train_here(train_words, own_signals) -> Callable[..., bool]:
+def train_here(train_args, own_signals) -> Callable[..., bool]:
     """Trains in this process."""
-    return lambda *settings: train(load_config(TrainConfig, [*train_words, "engine.name=ddp", *settings]))
+    return lambda *settings: train(load_config(TrainConfig, [*train_args, "engine.name=ddp", *settings]))
 
 
 def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
@@ -64,10 +64,10 @@ def test_a_run_on_one_process_writes_what_it_promises(alone) -> None:
     assert list(alone.glob("wandb/offline-run-*/run-*.wandb"))
 
 
-def test_zero2_on_two_processes_gives_the_single_process_losses(train_here, train_words, tmp_path) -> None:
+def test_zero2_on_two_processes_gives_the_single_process_losses(train_here, train_args, tmp_path) -> None:
     train_here(f"out={tmp_path / 'single'}", "batch=2", "accumulation=2")
     single, zero2 = losses(tmp_path / "single"), tmp_path / "zero2"
-    done = run([*launch("cpu_zero2", "-m", "train"), *train_words, f"out={zero2}", "batch=1", "accumulation=2"])
+    done = run([*launch("cpu_zero2", "-m", "train"), *train_args, f"out={zero2}", "batch=1", "accumulation=2"])
     assert done.returncode == 0, done.stderr
     assert (single[:, 1] > 0.05).all(), "every step must exceed the clip norm, or the test says nothing about clipping"
     # float32 sums in another order; a missing clip changes the losses by 1e-2 and more
@@ -101,9 +101,9 @@ def test_a_truncated_checkpoint_is_refused_by_name(train_here, alone, tmp_path) 
 
 
 @pytest.mark.parametrize("background", ["false", "true"])
-def test_a_full_disk_leaves_the_checkpoint_before_it(train_words, tmp_path, background: str) -> None:
+def test_a_full_disk_leaves_the_checkpoint_before_it(train_args, tmp_path, background: str) -> None:
     settings = ["engine.name=ddp", "batch=1", "validation.every=100", f"checkpoint.background={background}"]
-    command = [*ALONE, *train_words, f"out={tmp_path}", *settings]
+    command = [*ALONE, *train_args, f"out={tmp_path}", *settings]
     assert run([*command, "steps=1"]).returncode == 0
     whole = newest_checkpoint(tmp_path)
 
@@ -138,11 +138,11 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(train_here, tmp_path, c
 
 
 def test_a_new_objective_is_a_file_and_a_line_and_trains_from_python(
-    train_words, own_signals, tmp_path, monkeypatch: pytest.MonkeyPatch
+    train_args, own_signals, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OBJECTIVES, "toy", Toy)
     given = [f"out={tmp_path}", "engine.name=ddp", "batch=2", "steps=2", "validation.every=2"]
-    config = load_config(TrainConfig, [*train_words, *given])
+    config = load_config(TrainConfig, [*train_args, *given])
     asked_to_stop = train(replace(config, objective={"name": "toy", "scale": 0.5}))
     lines = read_metrics(tmp_path)
     assert not asked_to_stop and [line["step"] for line in lines] == [1, 2, 2]
@@ -205,8 +205,8 @@ def test_a_consolidated_world_plays_elsewhere(tmp_path: Path, alone: Path, capsy
         consolidate(ConsolidateConfig(str(alone), f"{newest_checkpoint(alone)}/world"))
 
 
-def test_a_config_in_the_run_s_own_folder_is_read_and_stays_as_it_is(train_words: list[str], tmp_path: Path) -> None:
-    config = Path(shutil.copy(train_words[0], tmp_path / "config.yaml"))
+def test_a_config_in_the_run_s_own_folder_is_read_and_stays_as_it_is(train_args: list[str], tmp_path: Path) -> None:
+    config = Path(shutil.copy(train_args[0], tmp_path / "config.yaml"))
     done = run([*ALONE, str(config), f"out={tmp_path}", "engine.name=ddp", "steps=1", "validation.every=99"])
     assert done.returncode == 0, done.stderr
-    assert config.read_bytes() == Path(train_words[0]).read_bytes()
+    assert config.read_bytes() == Path(train_args[0]).read_bytes()
