@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import s3_server
 import yaml
+from engine_runs import train as train_with
 from fault_proxy import FaultProxy
 from foreign_games import write_all
 from tiny_recordings import EPISODES, write_recording
@@ -152,3 +153,11 @@ def own_signals() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def plain(train_args, tmp_path_factory) -> Path:
+    """One process, float32, one micro-step."""
+    out = tmp_path_factory.mktemp("plain")
+    train_with("ddp", 1, out, *train_args, accumulation=1)
+    return out
