@@ -35,6 +35,7 @@ FORMAT = 1  # of what resuming reads
 TRAINER = "trainer"  # the folder of what only resuming needs
 POSITION = "position.json"
 MAY_DIFFER = ("codec", "model.checkpoint_every", "model.attention")  # where a file lies, and how things are computed
+SAID_BY_CODEC = ("spatial", "temporal")  # of a manifest; earlier versions did not write them
 WEIGHTS: dict[Weights, str] = {"model": "weight", "ema": "ema"}  # the files for everyone, by their name in the state
 
 
@@ -125,7 +126,8 @@ def state_of(folder: str | Path) -> SavedState:
 def data_digest(manifests: Sequence[Manifest], config: TrainConfig) -> str:
     """16 hex digits that change with the shards, wherever they lie, with their order and with their mixture."""
     mixture = [[source.weight for source in config.sources], config.loader.shuffle_shards]
-    parts = [to_dict(manifest) for manifest in manifests] + ([] if mixture == [[1.0], 0] else [mixture])
+    sets = [{k: v for k, v in to_dict(manifest).items() if k not in SAID_BY_CODEC} for manifest in manifests]
+    parts = [*sets, *([] if mixture == [[1.0], 0] else [mixture])]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
