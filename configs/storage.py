@@ -1,5 +1,6 @@
 """The one place that opens urls: local paths, and `s3://bucket/key` (`configs/s3.py` asks the server)."""
 
+import builtins
 import hashlib
 import io
 import shutil
@@ -131,7 +132,9 @@ def read_range(url: str | Path, offset: int, length: int) -> bytes:
 
 def open(url: str | Path, buffer_bytes: int = BUFFER_BYTES) -> io.BufferedReader:
     """A file for reading. From a server come only the bytes that are asked for, at least `buffer_bytes` at a time."""
-    return cast(io.BufferedReader, path(url).open("rb", buffer_bytes if is_s3(url) else -1))
+    if not is_s3(url):
+        return builtins.open(url, "rb")
+    return cast(io.BufferedReader, path(url).open("rb", buffer_bytes))
 
 
 def version(url: str | Path) -> Hashable:

@@ -133,14 +133,17 @@ class BatchBuffer:
         self.b, self.pin_memory = b, pin_memory
         self.layout: TensorLayout = {}
         self.tensors: dict[str, torch.Tensor] = {}  # (b ...) by name
+        self.bytes: dict[str, np.ndarray] = {}  # (b n) uint8, the same memory
 
     def row(self, i: int, layout: TensorLayout, clip: str) -> dict[str, memoryview]:
         """The bytes of row `i` by tensor. Raises UserError, naming `clip`, for another layout than the first clip's."""
         if not self.layout:
             self.layout, self.tensors = layout, {name: self._allocate(*tensor) for name, tensor in layout.items()}
+            flat = {name: tensor.reshape(self.b, math.prod(tensor.shape[1:])) for name, tensor in self.tensors.items()}
+            self.bytes = {name: tensor.view(torch.uint8).numpy() for name, tensor in flat.items()}
         if layout != self.layout:
             raise UserError(f"{clip} has {layout}, others {self.layout}; encode them alike")
-        return {name: tensor[i].flatten().view(torch.uint8).numpy().data for name, tensor in self.tensors.items()}
+        return {name: rows[i].data for name, rows in self.bytes.items()}
 
     def _allocate(self, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         if self.pin_memory or 0 in shape:  # torch reuses pinned memory, but not before copies from it to a GPU end
@@ -159,7 +162,7 @@ def read_clip(file: io.BufferedIOBase, url: str, entry: Entry, shapes: Shapes, b
         length = int.from_bytes(file.read(8), "little")
         if length > min(entry.size - 8, HEADER_BYTES):
             raise UserError(f"clip {entry.key} has a header of {length} bytes")
-        header = parse_object(file.read(length), f"{url}: the header of clip {entry.key}")
+        header = dict(json.loads(file.read(length)))
         header.pop("__metadata__", None)
         tensors = sorted(header.items(), key=lambda item: item[1]["data_offsets"])  # which follow without gaps
         layout = {name: (DTYPES[tensor["dtype"]], tuple(tensor["shape"])) for name, tensor in tensors}
