@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,11 @@ def test_when_a_recorder_a_worker_or_a_game_ends_nothing_goes_on(killed, tmp_pat
         if killed in running:
             running[killed][0].kill()
         else:
-            recorder.send_signal(killed)
+            for _ in range(6):  # Python loses what a signal raises in a destructor: a person presses Ctrl-C again
+                recorder.send_signal(killed)
+                with suppress(subprocess.TimeoutExpired):
+                    recorder.wait(20)
+                    break
         _, errors = recorder.communicate(timeout=60)
     if killed in running:
         assert recorder.returncode == 2 and errors.count("\n") == 1 and "was it killed" in errors
