@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,9 +20,15 @@ from model.kv_cache import KVCache, LayerKVCache, LayerPast
 from model.layers import FP32Linear, ImageEmbedding, PatchEmbedding, RMSNorm, time_sinusoid
 from model.masks import BlockCausalMask, CausalConfig
 from model.rope import video_rotation
+from model.side_paths import ActionPlaceMap, ActionTimeEmbedding, PatchBorders, action_rows
 
 # Surrounds the initialisation of a submodule, given with its name: there it may have memory that it otherwise has not.
 Materialize = Callable[[tuple[str, nn.Module]], AbstractContextManager[object]]
+# Weights of outputs that are added to something, or leave.
+ZERO_AT_FIRST = (
+    "head.head.weight", "proj_mouse.weight", "proj_keyboard.weight",
+    "action_time.2.weight", "action_place.actions.weight", "action_place.place.weight", "borders.correct.weight",
+)  # fmt: skip
 CompileMode = Literal["no", "default", "reduce-overhead", "max-autotune"]  # torch.compile's modes
 
 
@@ -41,6 +47,11 @@ class ActionDiT(nn.Module):
         self.img_emb = ImageEmbedding(config.img_dim, dim) if config.vision != "none" else None
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.head = Head(config)
+        action, patch = config.action, config.patch_size[1]
+        self.action_time = ActionTimeEmbedding(action, dim) if action and action.time_path else None
+        self.action_place = ActionPlaceMap(action, dim) if action and action.place_path else None
+        known = config.in_dim + config.out_dim
+        self.borders = PatchBorders(dim, config.borders, known, config.out_dim, patch) if config.borders else None
         self.init_weights(generator)
 
     def submodules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -78,6 +89,7 @@ class ActionDiT(nn.Module):
         *,
         cache: KVCache | None = None,
         update_cache: bool = False,
+        doubled: bool = False,
     ) -> Tensor:
         """Velocity (b c f h w) float32 of noisy latents x (b c f h w).
 
@@ -86,15 +98,18 @@ class ActionDiT(nn.Module):
 
         A causal model takes a clip from its first frame on, whose frames see what the mask lets them; or, with a
         `cache` of `make_cache`, the one block that follows what the cache holds, and `visual` stays with the cache.
-        The pass changes the cache only with `update_cache`: then the block is appended.
+        The pass changes the cache only with `update_cache`: then the block is appended. With `doubled` all inputs hold
+        the clip twice, first as a past and then as what follows from it (masks.BlockCausalMask).
         """
         self._check(x, cond, keyboard, mouse, visual, cache)
         p, q = self.config.patch_size[1:]
         f, h, w = x.shape[2], x.shape[3] // p, x.shape[4] // q
-        tokens = self.patch_embedding(torch.cat([x, cond.to(x.dtype)], dim=1))
+        given = torch.cat([x, cond.to(x.dtype)], dim=1)
+        tokens = self.patch_embedding(given)
         times = timestep if timestep.ndim == 2 else timestep[:, None]
         time = self.time_embedding(time_sinusoid(times, self.config.freq_dim))
-        rotation, action_rotation = self._rotations(f, h, w, cache, x.device)
+        time, tokens = self._add_actions(time, tokens, keyboard, mouse, (f, h, w))
+        rotation, action_rotation = self._rotations(f, h, w, cache, doubled, x.device)
         context = BlockContext(
             modulation=rearrange(self.time_projection(time), "b g (six d) -> b g six d", six=6),
             rotation=rotation,
@@ -104,13 +119,30 @@ class ActionDiT(nn.Module):
             update_cache=update_cache,
         )
         if cache is None:
-            tokens = self._see_clip(tokens, context, visual, self._masks(f, h * w))
+            tokens = self._see_clip(tokens, context, visual, self._masks(f, h * w, doubled))
         else:
             for block, image_kv, past in zip(self.blocks, cache.image_kv, cache.layers, strict=True):
                 tokens = block(tokens, context, image_kv, past)
             cache.position += f if update_cache else 0
         patches = self.head(tokens, time).float()
-        return rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
+        velocity = rearrange(patches, "b (f h w) (p q c) -> b c f (h p) (w q)", f=f, h=h, w=w, p=p, q=q)
+        if self.borders is not None:
+            velocity = velocity + self.borders(tokens, torch.cat([given, velocity.to(given.dtype)], dim=1))
+        return velocity
+
+    def _add_actions(
+        self, time: Tensor, tokens: Tensor, keyboard: Tensor | None, mouse: Tensor | None, grid: tuple[int, int, int]
+    ) -> tuple[Tensor, Tensor]:
+        """The time embedding (b g d) and the tokens (b l d) with what the side paths add for the actions."""
+        action, (f, h, w) = self.config.action, grid
+        if action is None or (self.action_time is None and self.action_place is None):
+            return time, tokens
+        rows = action_rows(action, f, keyboard, mouse, tokens)
+        if self.action_time is not None:
+            time = time + self.action_time(rows).float()
+        if self.action_place is not None:
+            tokens = tokens + self.action_place(rows, h, w)
+        return time, tokens
 
     def _see_clip(self, tokens: Tensor, context: BlockContext, visual: Tensor | None, masks: LayerPast) -> Tensor:
         """Tokens (b l d) of a whole clip after all blocks, every n-th of them checkpointed in training."""
@@ -162,7 +194,7 @@ class ActionDiT(nn.Module):
         return LayerPast(video, mouse, keyboard)
 
     def _rotations(
-        self, f: int, h: int, w: int, cache: KVCache | None, device: torch.device
+        self, f: int, h: int, w: int, cache: KVCache | None, doubled: bool, device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         """Positions of the video tokens (g h*w 1 e) and of the frames in the action modules (g 1 e)."""
         causal, start = self.config.causal, 0
@@ -171,19 +203,23 @@ class ActionDiT(nn.Module):
                 f += cache.length
             else:
                 start = cache.position
-        rotation = video_rotation(f, h, w, self.config.dim // self.config.num_heads, start, device=device)
-        rotation = rearrange(rotation, "(f s) one e -> f s one e", f=f)
+        halves, head_dim = 1 + doubled, self.config.dim // self.config.num_heads
+        rotation = video_rotation((f // halves, h, w), head_dim, self.config.rope_theta, start, device)
+        rotation = repeat(rotation, "(f s) one e -> (halves f) s one e", s=h * w, halves=halves)
         action = self.config.action
-        return rotation, action.rotation(f, start, device) if action else None
+        placed = action.rotation(f // halves, start, device).repeat(halves, 1, 1) if action else None
+        return rotation, placed
 
-    def _masks(self, f: int, s: int) -> LayerPast:
+    def _masks(self, f: int, s: int, doubled: bool) -> LayerPast:
         """What a clip of f frames of s tokens may see; all of it within one block."""
         causal = self.config.causal
-        if causal is None or f <= causal.block:
+        if causal is None or (f <= causal.block and not doubled):
             return LayerPast()
-        video, action = causal.video_rule(), causal.action_rule()
+        f, video, action = f // (1 + doubled), causal.video_rule(), causal.action_rule()
         return LayerPast(
-            BlockCausalMask(video, f, s, s), BlockCausalMask(action, f, 1, 1), BlockCausalMask(action, f, s, 1)
+            BlockCausalMask(video, f, s, s, doubled),
+            BlockCausalMask(action, f, 1, 1, doubled),
+            BlockCausalMask(action, f, s, 1, doubled),
         )
 
     def _check(
@@ -218,7 +254,7 @@ class ActionDiT(nn.Module):
 def init_submodule(name: str, submodule: nn.Module, generator: torch.Generator | None) -> None:
     """The start of the submodule `name` of an ActionDiT; everything in it is set."""
     for module in submodule.modules():
-        if isinstance(module, nn.Linear | nn.Conv3d):
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -232,5 +268,5 @@ def init_submodule(name: str, submodule: nn.Module, generator: torch.Generator |
         if isinstance(module, ActionModule):
             module.scale_inputs()
     for key, parameter in submodule.named_parameters():
-        if f"{name}.{key}".endswith(("head.head.weight", "proj_mouse.weight", "proj_keyboard.weight")):
+        if f"{name}.{key}".endswith(ZERO_AT_FIRST):
             nn.init.zeros_(parameter)

@@ -38,6 +38,9 @@ class ActionConfig:
     # Factor on the initial weights that read actions. What an action does to a picture is a product of the two, made
     # where a nonlinearity mixes token and window; in a narrow model 24 window inputs drown (docs/lab_notes.md).
     input_gain: float = 1.0
+    # Ours (model/side_paths.py): the actions also in the time embedding, and in every token by a map of its place.
+    time_path: bool = False
+    place_path: bool = False
 
     def __post_init__(self) -> None:
         turned = self.rope_dim_list[0] if self.rope_dim_list else 1

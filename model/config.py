@@ -28,6 +28,8 @@ class ActionDiTConfig:
     freq_dim: int = within(1, WIDE, 256)  # of the time sinusoid
     patch_size: tuple[int, int, int] = within(1, 64, (1, 2, 2))  # latent frames, rows, columns
     eps: float = within(0, 1, 1e-6)
+    rope_theta: tuple[float, float, float] = within(1e-3, 1e9, (10000.0, 10000.0, 10000.0))  # of time, rows, columns
+    borders: int = within(0, WIDE, 0)  # ours: channels of convolutions that mend the velocity across patches; 0: none
     vision: Vision = "tokens"
     img_dim: int = within(1, WIDE, 1280)  # channels of the CLIP tokens
     causal: CausalConfig | None = None  # a model that sees the past alone and can stream; None: all frames at once

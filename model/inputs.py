@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 
 from configs.errors import UserError
@@ -59,6 +60,24 @@ def condition(latents: Tensor, known: int) -> Tensor:
         raise UserError(f"{known} known latent frames in a clip of {latents.shape[2]}")
     zeros = torch.zeros_like(latents[:, :, known:])
     return with_mask(torch.cat([latents[:, :, :known], zeros], dim=2), known)
+
+
+def condition_on_last(first: Tensor, past: Tensor, sigma: Tensor, block: int) -> Tensor:
+    """The conditioning (b 4+c f h w) where each block is given the last latent before it: `causal.unknown: last`.
+
+    `past` (b c f h w) are the finished latents at their noise levels `sigma` (b f); the mask channels carry 1 - sigma.
+    The first block is given the clip's own `first` latent (b c 1 h w), without noise.
+    """
+    f, own = past.shape[2], min(block, past.shape[2])
+    before = torch.arange(block, f, device=past.device) // block * block - 1
+    given = torch.cat([first.expand(-1, -1, own, -1, -1), past[:, :, before]], dim=2)
+    return known_at(given, torch.cat([torch.zeros_like(sigma[:, :own]), sigma[:, before]], dim=1))
+
+
+def known_at(latents: Tensor, sigma: Tensor) -> Tensor:
+    """(b 4+c f h w): a mask of 1 - sigma (b f) before `latents` (b c f h w) of these noise levels."""
+    mask = repeat(1 - sigma, "b f -> b m f h w", m=MASK_CHANNELS, h=latents.shape[3], w=latents.shape[4])
+    return torch.cat([mask.to(latents.dtype), latents], dim=1)
 
 
 def with_mask(latents: Tensor, known: int) -> Tensor:

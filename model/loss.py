@@ -1,12 +1,13 @@
 """The training loss: the squared error of the velocity."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from model.flow import FlowMatch
-from model.inputs import condition, model_inputs, with_mask
+from model.inputs import condition, condition_on_last, model_inputs, with_mask
 from model.layout import Layout
 
 SIGMA_BINS = 4  # of equal width over [0, 1]
@@ -37,6 +38,7 @@ class NoiseSample:
 
     sigma: Tensor  # (b), or (b f) for a model that takes one per latent frame
     noise: Tensor  # (b c f h w)
+    past: "NoiseSample | None" = None  # of a past of its own, beside the noisy clip: teacher forcing
 
 
 def velocity_error(
@@ -45,15 +47,30 @@ def velocity_error(
     """Mean squared velocity error (b f) of every latent frame, the first `known` of which the model is given.
 
     Known latents are noised like all others in the model's input and clean in its conditioning; with `image_latents`
-    these are the conditioning.
+    these are the conditioning. With a `sample.past` every block follows from that past alone, in one pass over both.
     """
-    x0 = clips.latents.float()
-    cond = condition(x0, known) if clips.image_latents is None else with_mask(clips.image_latents.float(), 1)
+    x0, past = clips.latents.float(), sample.past or sample
+    noisy, before = (flow.add_noise(x0, noise.noise, noise.sigma) for noise in (sample, past))
+    cond = conditioning(dit, clips, known, before, past.sigma)
     inputs = model_inputs(dit, (clips.keyboard, clips.mouse), layout, cond, clips.visual)
-    noisy = flow.add_noise(x0, sample.noise, sample.sigma)
-    velocity = dit(noisy, flow.config.train_steps * sample.sigma, **inputs)
+    sigma, doubled = sample.sigma, sample.past is not None
+    if doubled:
+        noisy, sigma = torch.cat([before, noisy], dim=2), torch.cat([past.sigma, sigma], dim=1)
+        for name in ("cond", "keyboard", "mouse"):
+            if (once := inputs[name]) is not None:
+                inputs[name] = torch.cat([once, once], dim=2 if name == "cond" else 1)
+    velocity = dit(noisy, flow.config.train_steps * sigma, **inputs, doubled=doubled)[:, :, -x0.shape[2] :]
     error = (velocity.float() - flow.training_target(x0, sample.noise)).square()
     return error.mean(dim=(1, 3, 4))
+
+
+def conditioning(dit: nn.Module, clips: Clips, known: int, past: Tensor, sigma: Tensor) -> Tensor:
+    """The conditioning (b 4+c f h w) of the model's kind, for a past (b c f h w) that is noised to `sigma` (b f)."""
+    unwrapped: Any = getattr(dit, "module", dit)  # a training engine may wrap it
+    causal, x0 = unwrapped.config.causal, clips.latents.float()
+    if causal and causal.unknown == "last":
+        return condition_on_last(x0[:, :, :1], past, sigma.expand(len(x0), -1), causal.block)
+    return condition(x0, known) if clips.image_latents is None else with_mask(clips.image_latents.float(), 1)
 
 
 def velocity_loss(

@@ -28,8 +28,9 @@ class CausalConfig:
     # never moves out of the range of distances that the model was trained on.
     positions: Literal["absolute", "relative"] = "absolute"
     context_noise: float = within(0, BELOW_1, 0.0)  # noise level (sigma) at which a finished block enters the cache
-    # Conditioning of the latents that are not given: zeros, or the codec's latents of mid-grey frames (official files).
-    unknown: CondFill = "zeros"
+    # Conditioning of the latents that are not given: zeros, the codec's latents of mid-grey frames (official files), or
+    # the last finished latent as the caches have it, with 1 - its noise level in the mask channels.
+    unknown: CondFill | Literal["last"] = "zeros"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < self.block + max(self.sink, self.action_sink):
@@ -54,33 +55,47 @@ class BlockCausal:
     sink: int = 0
     relative: bool = False  # positions are counted inside the window
 
-    def sees(self, query: Tensor, key: Tensor) -> Tensor:
-        """True where the frame numbered `query` may look at the frame numbered `key`; the two are broadcast."""
-        end = (query // self.block + 1) * self.block
-        seen = key < end
-        if self.window is None:
-            return seen
-        return seen & ((key >= end - (self.window - self.sink)) | (key < self.sink))
-
 
 @dataclass(frozen=True)
 class BlockCausalMask:
-    """The rule for a clip of `frames`, with `queries` and `keys` tokens per frame."""
+    """The rule for a clip of `frames`, with `queries` and `keys` tokens per frame.
+
+    `doubled`: twice the frames, a past and then the clip again, as teacher forcing trains it. The past sees itself by
+    the rule; a block of the second half sees of the past what a stream's cache would hold, and itself.
+    """
 
     rule: BlockCausal
     frames: int
     queries: int = 1
     keys: int = 1
+    doubled: bool = False
 
     def blocks(self) -> Iterator[tuple[slice, list[slice]]]:
         """For each block its frames and the ranges of frames that it sees, oldest first."""
-        rule = self.rule
-        for start in range(0, self.frames, rule.block):
-            end = start + rule.block  # of a whole block, so that a clip's rest sees what its block would
-            newest = min(end, self.frames)
-            oldest = 0 if rule.window is None else end - (rule.window - rule.sink)
-            seen = [slice(0, rule.sink), slice(oldest, newest)] if oldest > rule.sink else [slice(0, newest)]
-            yield slice(start, newest), [frames for frames in seen if frames.stop]  # there may be no sink
+        for half in range(1 + self.doubled):
+            for start in range(0, self.frames, self.rule.block):
+                newest, seen = self._seen_from(start)
+                own = slice(half * self.frames + start, half * self.frames + newest)
+                if half:
+                    seen = [slice(frames.start, min(frames.stop, start)) for frames in seen] + [own]
+                yield own, [frames for frames in seen if frames.stop > frames.start]
+
+    def _seen_from(self, start: int) -> tuple[int, list[slice]]:
+        """The end of the block that begins at `start`, and the ranges of frames that the rule lets it see."""
+        rule, end = self.rule, start + self.rule.block  # of a whole block: a clip's rest sees what its block would
+        newest = min(end, self.frames)
+        oldest = 0 if rule.window is None else end - (rule.window - rule.sink)
+        seen = [slice(0, rule.sink), slice(oldest, newest)] if oldest > rule.sink else [slice(0, newest)]
+        return newest, seen
+
+    def by_frame(self, device: torch.device) -> Tensor:
+        """(f m) bool, true where query frame f may look at key frame m."""
+        frames = self.frames * (1 + self.doubled)
+        seen = torch.zeros(frames, frames, dtype=torch.bool, device=device)
+        for own, ranges in self.blocks():
+            for frames_seen in ranges:
+                seen[own, frames_seen] = True
+        return seen
 
 
 # A handful of clip lengths and resolutions live at a time; a mask of 21 x 880 tokens is 340 MB. A mask made while
@@ -89,18 +104,17 @@ class BlockCausalMask:
 @torch.inference_mode(False)
 def dense_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
     """(l m) bool, true where query token l may look at key token m."""
-    frame = torch.arange(mask.frames, device=device)
-    queries, keys = frame.repeat_interleave(mask.queries), frame.repeat_interleave(mask.keys)
-    return mask.rule.sees(queries[:, None], keys[None])
+    return mask.by_frame(device).repeat_interleave(mask.queries, dim=0).repeat_interleave(mask.keys, dim=1)
 
 
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def flex_mask(mask: BlockCausalMask, device: torch.device) -> BlockMask:
     """The same for torch's flex_attention."""
+    by_frame = mask.by_frame(device)
 
     def sees(b: Tensor, a: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return mask.rule.sees(query // mask.queries, key // mask.keys)
+        return by_frame[query // mask.queries, key // mask.keys]
 
-    lengths = mask.frames * mask.queries, mask.frames * mask.keys
+    lengths = len(by_frame) * mask.queries, len(by_frame) * mask.keys
     return create_block_mask(sees, None, None, *lengths, device=str(device))

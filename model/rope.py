@@ -4,8 +4,6 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-VIDEO_THETA = 10000.0
-
 
 def _angles(positions: Tensor, channels: int, theta: float) -> Tensor:
     """Angles (n channels/2), float64, of positions (n) along one axis that owns `channels` channels."""
@@ -18,17 +16,24 @@ def _rotation(angles: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles).to(torch.complex64)[:, None]
 
 
-def video_rotation(f: int, h: int, w: int, head_dim: int, start: int = 0, device: torch.device | None = None) -> Tensor:
-    """Rotations (f*h*w 1 head_dim/2) of the tokens of `f` frames of `h w` patches, the first at latent frame `start`.
+def video_rotation(
+    grid: tuple[int, int, int],
+    head_dim: int,
+    theta: tuple[float, float, float] = (10000.0, 10000.0, 10000.0),
+    start: int = 0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Rotations (f*h*w 1 head_dim/2) of the tokens of a `grid` of f frames of h x w patches, the first at latent frame
+    `start`.
 
-    A third of the pairs (rounded down) goes to y, as many to x, the rest to time; in the order time, y, x.
+    A third of the pairs (rounded down) goes to y, as many to x, the rest to time; in the order time, y, x, as `theta`.
     """
-    spatial = 2 * (head_dim // 6)
+    spatial, (f, h, w) = 2 * (head_dim // 6), grid
     times, rows, columns = (torch.arange(first, first + n, device=device) for first, n in ((start, f), (0, h), (0, w)))
     parts = [
-        repeat(_angles(times, head_dim - 2 * spatial, VIDEO_THETA), "f e -> (f h w) e", h=h, w=w),
-        repeat(_angles(rows, spatial, VIDEO_THETA), "h e -> (f h w) e", f=f, w=w),
-        repeat(_angles(columns, spatial, VIDEO_THETA), "w e -> (f h w) e", f=f, h=h),
+        repeat(_angles(times, head_dim - 2 * spatial, theta[0]), "f e -> (f h w) e", h=h, w=w),
+        repeat(_angles(rows, spatial, theta[1]), "h e -> (f h w) e", f=f, w=w),
+        repeat(_angles(columns, spatial, theta[2]), "w e -> (f h w) e", f=f, h=h),
     ]
     return _rotation(torch.cat(parts, dim=1))
 

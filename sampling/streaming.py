@@ -8,7 +8,7 @@ from torch import Tensor
 
 from configs.errors import UserError
 from data_pipeline.video import to_uint8
-from model.inputs import condition, model_inputs
+from model.inputs import condition, known_at, model_inputs
 from model.noise import seeded_noise
 from model.vision import image_conditions
 from model.world import WorldModel
@@ -42,6 +42,9 @@ class StreamingRollout(Rollout):
         self._known: Tensor | None = None if grey else world.codec.encode(image[:, :, None]).float()
 
     def _denoise(self, actions: Rows) -> Tensor:
+        if self._known is not None and self._known.shape[2] == self.causal.block:
+            return self._known  # the picture is the whole block
+
         def velocity(actions: Rows) -> Velocity:
             inputs = self._inputs(actions)
             return lambda x, timestep: self.world.dit(x, timestep, **inputs, cache=self.cache)
@@ -52,21 +55,24 @@ class StreamingRollout(Rollout):
         return integrate(guided, flow, self._noise(0), self.denoising.steps, self._known)
 
     def _finish(self, latents: Tensor, actions: Rows) -> Tensor:
-        self._fill_cache(latents, actions)
+        past, sigma = self._fill_cache(latents, actions)
         self._known, self._cond = None, next(self._conditions)
+        if self.causal.unknown == "last":
+            self._cond = known_at(past[:, :, -1:].expand_as(past), sigma[:, None].expand(-1, past.shape[2]))
         self.frames_due = self.temporal * self.causal.block
         with decoding(self.world):
             video, self._decoder_state = self.world.codec.decode_stream(latents, self._decoder_state)
         return to_uint8(video.clamp(-1, 1))
 
-    def _fill_cache(self, latents: Tensor, actions: Rows) -> None:
-        """One more pass over the finished block."""
+    def _fill_cache(self, latents: Tensor, actions: Rows) -> tuple[Tensor, Tensor]:
+        """One more pass over the finished block; its latents (b c f h w) as the cache has them, and their levels (b)."""
         flow, level = self.world.flow, self.denoising.context_noise
         level = self.causal.context_noise if level is None else level
         sigma = torch.full((len(latents),), level, device=latents.device)
         x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
         timestep = flow.config.train_steps * sigma
         self.world.dit(x, timestep, **self._inputs(actions), cache=self.cache, update_cache=True)
+        return x, sigma
 
     def _inputs(self, actions: Rows) -> dict[str, Tensor | None]:
         """The model's inputs for the next block; `actions` are those of the past, then of the block's frames."""
@@ -83,8 +89,10 @@ class StreamingRollout(Rollout):
 
 def _conditions(world: WorldModel, image: Tensor, fill: str, block: int) -> Iterator[Tensor]:
     """The conditioning (b 4+c f h w) of each block: the picture in the first, then nothing known."""
-    if fill == "zeros":
+    if fill != "grey":
         known = world.codec.encode(image[:, :, None]).float()
+        if fill == "last":  # each later block is given the latent before it instead of what comes from here
+            yield known_at(known.expand(-1, -1, block, -1, -1), known.new_zeros(len(known), block))
         latents = torch.cat([known, torch.zeros_like(known).expand(-1, -1, block - 1, -1, -1)], dim=2)
         yield condition(latents, 1)
         unknown = condition(torch.zeros_like(latents), 0)

@@ -101,10 +101,11 @@ def agree(asked: TrainConfig, checked: CheckedRun, ranks: int) -> CheckedRun:
 def describe_world(config: TrainConfig, manifest: Manifest) -> WorldModelConfig:
     """What the sampler will need. Raises UserError if manifest, codec and model do not belong together."""
     clips, causal = config.sources[0].path, config.model.causal
+    unknown = "zeros" if causal is None or causal.unknown == "last" else causal.unknown
     for name, ours, theirs in (
         (f"codec={config.codec}", codec_hash(config.codec), manifest.codec_hash),
         ("model.vision", config.model.vision, manifest.vision),
-        ("model.causal.unknown", causal.unknown if causal else "zeros", manifest.unknown),
+        ("model.causal.unknown", unknown, manifest.unknown),
     ):
         if ours != theirs:
             raise UserError(f"{name} is {ours}, but {clips} was encoded with {theirs}")

@@ -117,7 +117,7 @@ def rope(fixture: Fixture) -> Iterator[Row]:
         kind, start = name.rsplit("_start", 1)
         if kind.startswith("rope_d"):
             x = fixture.tensors[f"in.x_{kind.removeprefix('rope_')}"]
-            rotation = video_rotation(*fixture.meta["grid"], head_dim=x.shape[-1], start=int(start))
+            rotation = video_rotation(tuple(fixture.meta["grid"]), x.shape[-1], start=int(start))
         else:
             x = fixture.tensors[f"in.{kind}"]
             rotation = time_rotation(x.shape[1], channels, int(start), theta)

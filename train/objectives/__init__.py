@@ -10,11 +10,13 @@ from train.objectives.autoregressive import Autoregressive
 from train.objectives.base import Base
 from train.objectives.diffusion_forcing import DiffusionForcing
 from train.objectives.objective import Objective
+from train.objectives.teacher_forcing import TeacherForcing
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "base": Base,
     "autoregressive": Autoregressive,
     "diffusion_forcing": DiffusionForcing,
+    "teacher_forcing": TeacherForcing,
 }
 
 
