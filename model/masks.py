@@ -107,6 +107,22 @@ def dense_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
     return mask.by_frame(device).repeat_interleave(mask.queries, dim=0).repeat_interleave(mask.keys, dim=1)
 
 
+@lru_cache(maxsize=4)
+@torch.inference_mode(False)
+def window_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
+    """(i l m) bool of a doubled clip's blocks i: what both halves of a block see of the window of the first half that
+    ends with it, and of the block's second half."""
+    rule, s = mask.rule, mask.keys
+    assert rule.window is not None
+    n, newest = rule.block * s, torch.arange(0, mask.frames, rule.block, device=device)[:, None] + rule.block
+    frame = newest - rule.window + torch.arange(rule.window, device=device)
+    there, own = frame >= 0, torch.ones(rule.block, dtype=torch.bool, device=device).expand(len(newest), -1)
+    past = torch.cat([there, ~own], dim=1)
+    noisy = torch.cat([there & (frame < newest - rule.block), own], dim=1)
+    seen = torch.stack([past, noisy], dim=1).repeat_interleave(n, dim=1)
+    return seen.repeat_interleave(s, dim=2)
+
+
 @lru_cache(maxsize=8)
 @torch.inference_mode(False)
 def flex_mask(mask: BlockCausalMask, device: torch.device) -> BlockMask:

@@ -51,6 +51,10 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     """
     turned = 2 * rotation.shape[-1]
     pairs = rearrange(x[..., :turned].float(), "... (e two) -> ... e two", two=2).contiguous()
-    result = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
+    if torch.compiler.is_compiling():  # which fuses these products, and no complex ones
+        (first, second), (cos, sin) = pairs.unbind(dim=-1), torch.view_as_real(rotation).unbind(dim=-1)
+        result = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    else:
+        result = torch.view_as_real(torch.view_as_complex(pairs) * rotation)
     result = rearrange(result, "... e two -> ... (e two)").to(x.dtype)
     return result if turned == x.shape[-1] else torch.cat([result, x[..., turned:]], dim=-1)

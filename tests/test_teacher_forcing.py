@@ -13,13 +13,14 @@ from model.action_dit import ActionDiT
 from model.flow import FlowMatch, FlowMatchConfig
 from model.inputs import MASK_CHANNELS, condition_on_last, known_at
 from model.loss import NoiseSample, velocity_error
-from model.masks import CausalConfig
+from model.attention import attend
+from model.masks import BlockCausal, BlockCausalMask, CausalConfig
 from train.objectives.objective import rng_for_step
 from train.objectives.teacher_forcing import TeacherForcing
 
 FLOW = FlowMatch(FlowMatchConfig(shift=1.0))
 SIDE_PATHS = replace(CAUSAL.action, time_path=True, place_path=True)
-RULES = [CausalConfig(1, 3), CausalConfig(2, 5, 1), CausalConfig(3, 6), CausalConfig(2, 5, 1, 1, "relative")]
+RULES = [CausalConfig(1, 3), CausalConfig(2, 5), CausalConfig(2, 5, 1), CausalConfig(3, 6), CausalConfig(2, 5, 1, 1, "relative")]
 
 
 def model(causal: CausalConfig, layers: int = 2) -> ActionDiT:
@@ -125,3 +126,14 @@ def test_side_paths_change_nothing_before_they_are_trained_and_are_no_parameters
     given = inputs(CAUSAL, f=6)
     assert torch.equal(full(**given), plain(**given))
     assert stream(full, given).shape == given["x"].shape
+
+
+@pytest.mark.parametrize("rule", [BlockCausal(1, 3), BlockCausal(2, 5), BlockCausal(3, 12)])
+def test_windows_in_one_call_give_what_the_mask_gives(rule: BlockCausal) -> None:
+    mask = BlockCausalMask(rule, 6, 4, 4, doubled=True)
+    q, k, v = (torch.randn(2, 48, 2, 8, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
+    windows, blocks = attend(q, k, v, mask, "dense"), attend(q, k, v, mask, "sdpa")
+    assert torch.allclose(windows, blocks, atol=1e-6)
+    weight = torch.randn_like(blocks)
+    for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (windows, blocks)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
