@@ -62,11 +62,11 @@ def shade(colour: str, level: float) -> np.ndarray:
 
 
 def textures() -> dict[str, np.ndarray]:
-    """Pictures (h w 3) uint8 by name: walls and pillars (P_) with a light top and a dark base, discs, floors, CEILING."""
-    y, x = np.mgrid[:HEIGHT, :TILE] + 0.5
+    """Pictures (h w 3) uint8 by name: walls, pillars (P_), backs of niches with a disc (D_), floors (F_), CEILING."""
+    y, x = np.mgrid[: HEIGHT + 32, :TILE] + 0.5  # rows beyond the wall: the renderer's rounding shows the next ones
     made = {"CEILING": np.full((TILE, TILE, 3), shade("SKY", 1))}
     for colour in COLOURS:
-        bands = np.select([y < 20, y > HEIGHT - 20], [1.5, 0.5], 1.0)
+        bands = np.select([(y < 20) | (y > HEIGHT + 16), y > HEIGHT - 20], [1.5, 0.5], 1.0)
         made[f"P_{colour}"] = np.array([[shade(colour, level) for level in row] for row in bands])
         bands[(bands == 1) & (abs(x - TILE / 2) > TILE / 2 - 10)] = 0.75
         made[colour] = np.array([[shade(colour, level) for level in row] for row in bands])
@@ -119,7 +119,7 @@ def _map() -> str:
         if back is None or side < back:
             blocks.append(f"linedef {{ v1 = {corners[here]}; v2 = {corners[there]}; sidefront = {side}; {kind} }}")
     for floor, *_ in ZONES:
-        look = f'texturefloor = "F_{floor}"; textureceiling = "CEILING"; lightlevel = 224;'
+        look = f'texturefloor = "F_{floor}"; textureceiling = "CEILING"; lightlevel = 240;'
         blocks.append(f"sector {{ heightfloor = 0; heightceiling = {HEIGHT}; {look} }}")
     skills = " ".join(f"skill{i} = true;" for i in range(1, 6))
     blocks.append(f"thing {{ x = 0.0; y = 0.0; type = 1; {skills} single = true; coop = true; dm = true; }}")

@@ -84,7 +84,7 @@ class Explorer:
             self._choose_turn()
         self.keys_left, self.turn_left = self.keys_left - 1, self.turn_left - 1
         self.yaw += 0.5 * (self._away_from_walls(depth) - self.yaw)
-        self.yaw = self.yaw if abs(self.yaw) > 0.05 else 0.0
+        self.yaw = self.yaw if abs(self.yaw) > 0.1 else 0.0
         pitch = float(np.clip(self.pitch_goal, -12 - self.view_pitch, 12 - self.view_pitch))
         self.view_pitch += pitch
         return self.keys, pitch, self.yaw
@@ -94,7 +94,7 @@ class Explorer:
         if self.yaw_goal and rng.random() < 0.2:
             self.yaw_goal = -self.yaw_goal  # for as long
         else:
-            turning = rng.random() < 0.5
+            turning = rng.random() < 0.4
             self.yaw_goal = float(rng.choice((-1, 1)) * rng.uniform(0.3, self.FASTEST)) if turning else 0.0
             self.turn_frames = int(rng.integers(8, 25))
         self.turn_left = self.turn_frames
