@@ -119,7 +119,8 @@ def record_episodes(config: RecordConfig) -> int:
     Episode i depends on the seed and i alone.
     """
     s3 = storage.is_s3(config.out)
-    import_vizdoom()  # before anything is written
+    import_vizdoom()  # before anything is written, as what comes next
+    level_wad(config)
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record", config.out):
         todo = [i for i in range(config.episodes) if not _is_complete(config, i)]
@@ -162,9 +163,9 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
     buttons = [*(BUTTONS[key] for key in config.game.action_space.keys), "LOOK_UP_DOWN_DELTA", "TURN_LEFT_RIGHT_DELTA"]
     with tempfile.TemporaryDirectory() as scratch:
         game = vizdoom.DoomGame()
-        scenario, level_map = _level(config, vizdoom.scenarios_path, scratch)
-        game.set_doom_scenario_path(scenario)
-        game.set_doom_map(level_map)
+        (wad := Path(scratch) / "level.wad").write_bytes(level_wad(config))
+        game.set_doom_scenario_path(str(wad))
+        game.set_doom_map(config.level.partition(":")[2] or MAP)
         game.set_doom_config_path(os.path.join(scratch, "vizdoom.ini"))  # else it is written into the working folder
         game.set_screen_resolution(_screen_resolution(vizdoom, config.game))
         game.set_screen_format(vizdoom.ScreenFormat.RGB24)
@@ -188,18 +189,15 @@ def running_game(config: RecordConfig) -> Iterator[Any]:
             game.close()
 
 
-def _level(config: RecordConfig, scenarios: str, scratch: str) -> tuple[str, str]:
-    """The file of the level and the name of its map."""
+def level_wad(config: RecordConfig) -> bytes:
+    """The file of the level, ours or one of ViZDoom's scenarios."""
     if config.level == HALL:
-        path = Path(scratch) / "hall.wad"
-        path.write_bytes(write_wad())
-        return str(path), MAP
-    name, _, level_map = config.level.partition(":")
-    path = Path(scenarios) / name
-    if not path.is_file():
-        there = ", ".join(sorted(it.name for it in path.parent.glob("*.wad")))
+        return write_wad()
+    folder, name = Path(import_vizdoom().scenarios_path), config.level.partition(":")[0]
+    if not (folder / name).is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("*.wad")))
         raise UserError(f"ViZDoom has no scenario {name}; there are: {there}")
-    return str(path), level_map
+    return (folder / name).read_bytes()
 
 
 def play(game: Any, config: RecordConfig, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
