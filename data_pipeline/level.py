@@ -9,7 +9,7 @@ from PIL import Image
 
 MAP = "map01"
 HEIGHT = TILE = 128  # of the hall and of a texture: map units, of which a pixel is one
-COLOURS = {  # the walls' eight in the order in which they are passed
+COLOURS = {  # RGB; first the walls' eight, in the order in which they are passed
     "RED": (214, 64, 58), "ORANGE": (236, 134, 46), "YELLOW": (240, 202, 62), "GREEN": (96, 178, 74),
     "TEAL": (40, 168, 160), "BLUE": (58, 110, 206), "VIOLET": (132, 86, 190), "PINK": (228, 116, 164),
     "CREAM": (236, 226, 204), "SKY": (164, 206, 232), "WARM": (196, 164, 136), "COOL": (140, 164, 186),
@@ -55,34 +55,35 @@ def write_wad() -> bytes:
     return struct.pack("<4sii", b"PWAD", len(lumps), 12 + len(data)) + data + directory
 
 
-def shade(colour: str, level: float) -> np.ndarray:
-    """RGB (3): 0 is black, 1 the colour itself, 2 white."""
-    rgb = np.array(COLOURS[colour], dtype=float)
-    return rgb * level if level <= 1 else rgb + (255 - rgb) * (level - 1)
+def shade(colour: str, level: float | np.ndarray) -> np.ndarray:
+    """RGB (... 3) for each level (...): 0 is black, 1 the colour itself, 2 white."""
+    rgb, level = np.array(COLOURS[colour]), np.asarray(level)[..., None]
+    return np.minimum(level, 1) * rgb + np.maximum(level - 1, 0) * (255 - rgb)
 
 
 def textures() -> dict[str, np.ndarray]:
     """Pictures (h w 3) uint8 by name: walls, pillars (P_), backs of niches with a disc (D_), floors (F_), CEILING."""
     y, x = np.mgrid[: HEIGHT + 32, :TILE] + 0.5  # rows beyond the wall: the renderer's rounding shows the next ones
-    made = {"CEILING": np.full((TILE, TILE, 3), shade("SKY", 1))}
-    for colour in COLOURS:
-        bands = np.select([(y < 20) | (y > HEIGHT + 16), y > HEIGHT - 20], [1.5, 0.5], 1.0)
-        made[f"P_{colour}"] = np.array([[shade(colour, level) for level in row] for row in bands])
-        bands[(bands == 1) & (abs(x - TILE / 2) > TILE / 2 - 10)] = 0.75
-        made[colour] = np.array([[shade(colour, level) for level in row] for row in bands])
+    plain = np.select([(y < 20) | (y > HEIGHT + 16), y > HEIGHT - 20], [1.5, 0.5], 1.0)
+    pilasters = np.where((plain == 1) & (abs(x - TILE / 2) > TILE / 2 - 10), 0.75, plain)
+    disc = ((x - TILE / 2) ** 2 + (y - 62) ** 2 < 34**2)[..., None]
+    tiles = np.where((np.arange(2 * TILE) < TILE)[:, None] == (np.arange(2 * TILE) < TILE), 1.1, 0.86)
+    made = {"CEILING": shade("SKY", np.ones((TILE, TILE)))}
+    made |= {colour: shade(colour, pilasters) for colour in COLOURS}
+    made |= {f"P_{colour}": shade(colour, plain) for colour in COLOURS}
     for floor, accent, _, _ in ZONES:
-        disc = made["P_CREAM"].copy()
-        disc[(x - TILE / 2) ** 2 + (y - 62) ** 2 < 34**2] = shade(accent, 1)
-        light, dark = (np.full((TILE, TILE, 3), shade(floor, level)) for level in (1.1, 0.86))
-        made |= {f"D_{accent}": disc, f"F_{floor}": np.block([[[light], [dark]], [[dark], [light]]])}
+        made[f"D_{accent}"] = np.where(disc, shade(accent, 1), shade("CREAM", plain))
+        made[f"F_{floor}"] = shade(floor, tiles)
     return {name: picture.round().astype(np.uint8) for name, picture in made.items()}
 
 
 def _palette() -> tuple[np.ndarray, np.ndarray]:
-    """256 colours (256 3) uint8, of which a third of the game's are not wasted on browns, and for 34 levels of light
-    the index of what each of them becomes."""
-    ramps = [shade(colour, level) for colour in COLOURS for level in np.linspace(0.15, 1.6, 17)]
-    colours = np.array([[0, 0, 0], *ramps])
+    """The 256 colours that the renderer has (256 3) uint8, and what each becomes in 34 levels of light (34 256) uint8.
+
+    Its own palette is browns and greys for a third: our hues would fall into few steps.
+    """
+    ramps = [shade(colour, np.linspace(0.15, 1.6, 17)) for colour in COLOURS]
+    colours = np.concatenate([np.zeros((1, 3)), *ramps])
     lit = [colours * max(0.0, 1 - level / 32) for level in range(34)]
     nearest = [np.argmin(((row[:, None] - colours) ** 2).sum(-1), axis=1) for row in lit]
     return colours.round().astype(np.uint8), np.array(nearest, dtype=np.uint8)
@@ -99,9 +100,9 @@ def _map() -> str:
     edges: dict[tuple[tuple[int, int], tuple[int, int]], tuple[int, str]] = {}
     for sector, (_, accent, (x, y), outline) in enumerate(ZONES):
         turns = [math.tau * (i + 0.5) / 8 for i in range(8)]
-        round_ = [(x + round(PILLAR_RADIUS * math.cos(a)), y + round(PILLAR_RADIUS * math.sin(a))) for a in turns]
+        pillar = [(x + round(PILLAR_RADIUS * math.cos(a)), y + round(PILLAR_RADIUS * math.sin(a))) for a in turns]
         loops = [[(corner[:2], corner[2].replace("DISC", f"D_{accent}")) for corner in outline]]
-        loops += [[(corner, f"P_{accent}") for corner in round_]]
+        loops += [[(corner, f"P_{accent}") for corner in pillar]]
         for loop in loops:
             for (here, wall), (there, _) in zip(loop, loop[1:] + loop[:1], strict=True):
                 edges[here, there] = sector, wall
@@ -110,9 +111,7 @@ def _map() -> str:
     blocks = ['namespace = "zdoom";']
     blocks += [f"vertex {{ x = {x}; y = {y}; }}" for x, y in corners]
     for sector, wall in edges.values():
-        blocks.append(
-            f"sidedef {{ sector = {sector}; {f'texturemiddle = {chr(34)}{wall}{chr(34)};' if wall else ''} }}"
-        )
+        blocks.append(f'sidedef {{ sector = {sector}; texturemiddle = "{wall or "-"}"; }}')
     for (here, there), side in sides.items():
         back = sides.get((there, here))
         kind = "blocking = true;" if back is None else f"twosided = true; sideback = {back};"

@@ -119,8 +119,8 @@ def record_episodes(config: RecordConfig) -> int:
     Episode i depends on the seed and i alone.
     """
     s3 = storage.is_s3(config.out)
-    import_vizdoom()  # before anything is written, as what comes next
-    level_wad(config)
+    import_vizdoom()  # before anything is written
+    level_wad(config)  # so, too, is a level refused that is not there
     folder = cache.run_folder(config.out) if s3 else Path(config.out)
     with sole_writer(folder, "record", config.out):
         todo = [i for i in range(config.episodes) if not _is_complete(config, i)]
@@ -193,11 +193,14 @@ def level_wad(config: RecordConfig) -> bytes:
     """The file of the level, ours or one of ViZDoom's scenarios."""
     if config.level == HALL:
         return write_wad()
-    folder, name = Path(import_vizdoom().scenarios_path), config.level.partition(":")[0]
+    folder, (name, _, level_map) = Path(import_vizdoom().scenarios_path), config.level.partition(":")
     if not (folder / name).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.wad")))
         raise UserError(f"ViZDoom has no scenario {name}; there are: {there}")
-    return (folder / name).read_bytes()
+    wad = (folder / name).read_bytes()
+    if level_map.upper().encode().ljust(8, b"\0") not in wad:  # the game would play Freedoom's of that name
+        raise UserError(f"{name} has no map {level_map}; most scenarios' is map01")
+    return wad
 
 
 def play(game: Any, config: RecordConfig, index: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:

@@ -183,6 +183,7 @@ def test_the_explorer_turns_away_from_a_wall_to_the_open_side():
         ("episodes=0", "episodes=0"),
         ("level=deathmatch", "deathmatch.wad:map01"),
         ("level=hall.wad:map01", "deathmatch.wad"),
+        ("level=deathmatch.wad:map09", "no map map09"),
         ("level=../hall.wad:map01", "level=../hall.wad:map01"),
         ("frames=1000000000", "frames=1000000000"),
     ],
