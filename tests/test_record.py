@@ -17,7 +17,7 @@ import pytest
 from configs import lease, load_config, storage
 from configs.cli import run
 from data_pipeline.__main__ import VERBS
-from data_pipeline.level import COLOURS, PILLAR_RADIUS, ZONES
+from data_pipeline.level import COLOURS, PILLAR_RADIUS, ZONES, textures
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, find_episodes, read_episode
 from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, running_game
@@ -124,6 +124,11 @@ def test_turning_round_in_the_hall_shows_every_wall_s_colour():
     colours = np.unique(np.concatenate(seen), axis=0).astype(int)
     for wall in ("RED", "ORANGE", "YELLOW", "GREEN", "TEAL", "BLUE", "VIOLET", "PINK"):
         assert abs(colours - COLOURS[wall]).max(axis=1).min() < 25, wall
+
+
+def test_what_lies_in_memory_beside_a_texture_is_not_seen():
+    """With walls of 160 rows single pixels changed when a space was added to the map's text."""
+    assert all(rows & (rows - 1) == 0 for rows in (len(picture) for picture in textures().values()))
 
 
 def test_episodes_in_the_hall_start_in_different_free_places_and_stay_inside():
