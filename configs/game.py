@@ -23,6 +23,7 @@ class ActionSpace:
     keys: tuple[str, ...]  # names, in the order of the keyboard vector
     caps: tuple[str, ...] = ()  # what the overlay writes on each key; the names if empty
     mouse: bool = True  # (pitch, yaw); pitch > 0 looks up, yaw > 0 turns right
+    pitch: bool = True  # false: the mouse turns, and does not look up and down
     mouse_unit_deg: float = within(1e-6, 1e6, 1.0)  # degrees per frame that count as 1 in the mouse vector
 
     def __post_init__(self) -> None:
@@ -34,12 +35,15 @@ class ActionSpace:
     def describe(self) -> str:
         """Name, keys and mouse unit, for messages."""
         mouse = f"mouse unit {self.mouse_unit_deg:g} deg" if self.mouse else "no mouse"
+        mouse += ", no pitch" if self.mouse and not self.pitch else ""
         return f"{self.name!r} ({', '.join(self.keys)}; {mouse})"
 
     @property
     def hash(self) -> str:
         """Twelve hex digits over everything that changes what a vector means (not the caps)."""
         meaning = {key: value for key, value in to_dict(self).items() if key != "caps"}
+        if self.pitch:  # as in shards of before the setting
+            del meaning["pitch"]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -96,6 +96,8 @@ def script_words(action_space: ActionSpace, mouse_deg: float = MOUSE_DEG) -> dic
     words = {"idle": Actions(still, rest)}
     if action_space.mouse:
         for name, turn in TURNS.items():
+            if turn[0] and not action_space.pitch:
+                continue
             words[name] = Actions(still, np.array([turn]) * (mouse_deg / action_space.mouse_unit_deg))
     pressed = np.eye(len(action_space.keys))
     return words | {key: Actions(row[None], rest) for key, row in zip(action_space.keys, pressed, strict=True)}

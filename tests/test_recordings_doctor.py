@@ -18,6 +18,7 @@ from data_pipeline.doctor.examine import DoctorConfig, examine
 from data_pipeline.record import RecordConfig, record_episodes
 
 GAME = "configs/games/doom.yaml"
+PITCH = "game.action_space.pitch=true"  # all that a mouse can do
 ISSUE = [  # the faults that must be found by all means
     "inputs 2 late", "inputs 5 late", "inputs 2 early", "inputs 5 early", "axes swapped", "yaw inverted",
     "half the fps: every 2nd picture left out", "half the fps: every 2nd row left out", "dead key",
@@ -25,13 +26,19 @@ ISSUE = [  # the faults that must be found by all means
 
 
 def record(folder: Path, **settings: int) -> Path:
-    args = [GAME, f"out={folder}", *(f"{name}={value}" for name, value in settings.items())]
+    args = [
+        GAME,
+        PITCH,
+        "level=deathmatch.wad:map01",
+        f"out={folder}",
+        *(f"{name}={value}" for name, value in settings.items()),
+    ]
     record_episodes(load_config(RecordConfig, args))
     return folder
 
 
 def doctor_of(source: Path) -> DoctorConfig:
-    return load_config(DoctorConfig, [GAME, f"source={source}", "fov_deg=90", "workers=2"])
+    return load_config(DoctorConfig, [GAME, PITCH, f"source={source}", "fov_deg=90", "workers=2"])
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +48,17 @@ def clean(tmp_path_factory) -> Path:
 
 
 def test_nothing_is_found_in_clean_recordings(clean, tmp_path, capsys):
-    args = ["doctor", GAME, f"source={clean}", "fov_deg=90", f"out={tmp_path / 'report.json'}"]
+    args = ["doctor", GAME, PITCH, f"source={clean}", "fov_deg=90", f"out={tmp_path / 'report.json'}"]
     assert run("data_pipeline", VERBS, args) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["findings"] == [] and report["problems"] == 0 and len(report["each"]) == 8
     assert capsys.readouterr().out.splitlines() == ["8 recordings, no problems"]
+
+
+def test_nothing_is_found_in_the_demo_s_hall_whose_mouse_only_turns(tmp_path, capsys):
+    record_episodes(load_config(RecordConfig, [GAME, f"out={tmp_path}", "episodes=4", "frames=210"]))
+    assert run("data_pipeline", VERBS, ["doctor", GAME, f"source={tmp_path}", "fov_deg=90"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["4 recordings, no problems"]
 
 
 @pytest.mark.parametrize("name", ISSUE)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,18 @@ def test_a_turn_is_given_in_degrees_and_stored_in_units(word: str, pitch_yaw_deg
     actions = read_script(word, DOOM, Scripted(5, mouse_deg=6))
     assert not actions.keyboard.any()
     assert actions.mouse[0] == pytest.approx(np.array(pitch_yaw_deg) / DOOM.mouse_unit_deg)
+
+
+def test_a_game_without_pitch_has_no_word_to_look_up() -> None:
+    level = replace(DOOM, pitch=False)
+    assert {"turn_left", "turn_right"} == script_words(level).keys() - {"idle", *level.keys}
+    with pytest.raises(UserError, match="look_up"):
+        read_script("look_up", level, Scripted(5))
+    assert level.hash != DOOM.hash and "no pitch" in level.describe()
+
+
+def test_an_action_space_with_pitch_keeps_the_hash_that_older_shards_hold() -> None:
+    assert DOOM.hash == "e1be78cc80c0"
 
 
 def test_words_joined_with_plus_act_together() -> None:

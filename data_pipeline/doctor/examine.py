@@ -101,7 +101,7 @@ def diagnose(data: Dataset, fov_deg: float | None) -> tuple[list[Finding], dict[
     if data.game.action_space.mouse and not named(findings, "swapped axes"):
         if not moving[0]:
             findings.append(data.find("dead input", everyone, "yaw never moves" if mouse else "the mouse never moves"))
-        elif not moving[1]:
+        elif not moving[1] and data.game.action_space.pitch:
             findings.append(data.find("dead input", everyone, "pitch never moves", harmful=False))
     spoilt = named(it for it in findings if it.harmful and len(it.recordings) < len(data.recordings))
     trusted = [
