@@ -63,7 +63,7 @@ def shade(colour: str, level: float | np.ndarray) -> np.ndarray:
 
 def textures() -> dict[str, np.ndarray]:
     """Pictures (h w 3) uint8 by name: walls, pillars (P_), backs of niches with a disc (D_), floors (F_), CEILING."""
-    # The renderer's rounding shows rows beyond the wall, and where a height is no power of two, any memory that is there.
+    # The renderer's rounding shows rows beyond the wall; were the height no power of two, it would show other memory.
     y, x = np.mgrid[: 2 * HEIGHT, :TILE] + 0.5
     plain = np.select([(y < 20) | (y > HEIGHT + 16), y > HEIGHT - 20], [1.5, 0.5], 1.0)
     pilasters = np.where((plain == 1) & (abs(x - TILE / 2) > TILE / 2 - 10), 0.75, plain)
