@@ -41,7 +41,7 @@ from train.objectives import OBJECTIVES
 from train.objectives.autoregressive import Autoregressive
 from train.objectives.diffusion_forcing import DiffusionForcing
 from train.objectives.objective import Objective, rng_for_step
-from train.optim import learning_rate, make_optimizer
+from train.optim import make_optimizer, rate_factor
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_a_games_keys_and_mouse_reach_the_model_by_themselves(codec_folder, own_
 
 
 def test_the_learning_rate_is_a_function_of_the_step() -> None:
-    config = OptimConfig(learning_rate=1.0, warmup_steps=4, decay_steps=5)
-    rates = [learning_rate(config, step, 20) for step in range(20)]
+    config = OptimConfig(warmup_steps=4, decay_steps=5)
+    rates = [rate_factor(config, step, 20) for step in range(20)]
     assert rates[:16] == [0.25, 0.5, 0.75] + [1.0] * 13
     assert rates[-1] == pytest.approx(0.2)
 

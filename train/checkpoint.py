@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,26 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
         if values[0] != values[1]:
             remedy = "choose another out=" if newest else "use the same"
             raise UserError(f"{checkpoint} is of a run with {name}={values[0]}, not {values[1]}; {remedy}")
+    require_same_optimizer(checkpoint, config.optim.name)
     return checkpoint, position
+
+
+def require_same_optimizer(checkpoint: str, asked: str) -> None:
+    """UserError unless the run of the checkpoint had the optimizer `asked`, whose state is another's nonsense."""
+    saved = saved_settings(checkpoint).get("optim", {})
+    name = saved.get("name", "adamw") if isinstance(saved, dict) else saved  # before Muon there was no other
+    if name != asked:
+        raise UserError(
+            f"{checkpoint} is of a run with optim.name={name}, not {asked}; use the same, or start a new run from its "
+            f"weights with init={checkpoint}"
+        )
+
+
+def saved_settings(checkpoint: str) -> dict[str, Any]:
+    """The settings of the run that wrote a checkpoint."""
+    settings = storage.join(checkpoint, "config.yaml")
+    with reading(settings):
+        return read_settings(storage.local(settings))
 
 
 def require_branch(newest: str | None, origin: str) -> None:
@@ -94,10 +114,7 @@ def require_branch(newest: str | None, origin: str) -> None:
         if (step := find_checkpoint(origin)) != origin:
             raise UserError(f"resume={origin} is a run; name one of its checkpoints, such as {step}")
         return
-    settings = storage.join(newest, "config.yaml")
-    with reading(settings):
-        began = read_settings(storage.local(settings)).get("resume")
-    if began != absolute(origin):
+    if saved_settings(newest).get("resume") != absolute(origin):
         raise UserError(f"{newest} is there, and no branch of resume={origin}; choose another out=, or drop resume=")
 
 

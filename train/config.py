@@ -36,11 +36,13 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate, which is a pure function of the step."""
+    """The optimizer and its learning rates, which are pure functions of the step."""
 
-    learning_rate: float = within(0, 10, 1e-3)
+    name: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the blocks; AdamW for all other weights
+    learning_rate: float = within(0, 10, 1e-3)  # of AdamW
+    matrix_learning_rate: float = within(0, 10, 3e-3)  # of Muon, whose steps are then as large as AdamW's
     warmup_steps: int = within(0, MOST_STEPS, 50)
-    decay_steps: int = within(0, MOST_STEPS, 0)  # at the end, over which the rate falls linearly to zero
+    decay_steps: int = within(0, MOST_STEPS, 0)  # at the end, over which the rates fall linearly to zero
     betas: tuple[float, float] = within(0, BELOW_1, (0.9, 0.95))
     weight_decay: float = within(0, 10, 0.01)  # of matrices only
     clip_norm: float = within(1e-9, 1e9, 1.0)  # global gradient norm above which gradients are scaled down

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from configs.errors import UserError
 from configs.untrusted import parse_json
 from train.config import EngineConfig, TrainConfig
-from train.optim import make_optimizer
+from train.optim import MuonAdamW, make_optimizer
 from train.state import ParamShard, SavedState
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16"}  # Accelerate's names
@@ -49,11 +49,11 @@ class Engine:
         return {"cpu": not torch.cuda.is_available(), "mixed_precision": MIXED_PRECISION[config.engine.precision]}
 
     @staticmethod
-    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
-        """The memory of a rank for a model of so many `parameters` besides activations and averages. On a CPU memory
-        counts once it is written to."""
+    def state_bytes(config: TrainConfig, parameters: int, moments: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+        """The memory of a rank for a model of so many `parameters`, with `moments` numbers of the optimizer's state,
+        besides activations and averages. On a CPU memory counts once it is written to."""
         exchanged = 4 * parameters if ranks > 1 else 0  # DDP's buckets
-        weights = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer's states": 8 * parameters}
+        weights = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer's states": 4 * moments}
         return {**weights, "exchanged": exchanged}
 
     @classmethod
@@ -65,8 +65,13 @@ class Engine:
     def prepare(cls, accelerator: Accelerator, model: nn.Module, config: TrainConfig) -> Self:
         """The engine with `model`. A model on the meta device gets memory for this rank's part alone, without numbers:
         `load_shard` must follow."""
-        model = accelerator.prepare(model)
-        return cls(accelerator, model, make_optimizer(model, config.optim), config)
+        prepared = accelerator.prepare(model)
+        return cls(accelerator, prepared, make_optimizer(model, config.optim), config)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.optimizer, MuonAdamW):
+            cut = self.all_write_state and self.accelerator.num_processes > 1
+            self.optimizer.own(self.shards(), self.module, self.accelerator.device, cut)
 
     @property
     def module(self) -> nn.Module:
@@ -78,10 +83,10 @@ class Engine:
         """Surrounds one micro-step; gradients are exchanged and applied at the last of them."""
         return self.accelerator.accumulate(self.model)
 
-    def set_learning_rate(self, rate: float) -> None:
-        """Comes before the step's backward pass, inside which DeepSpeed steps."""
+    def scale_learning_rates(self, factor: float) -> None:
+        """Sets them to their peaks times `factor`, before the step's backward pass, inside which DeepSpeed steps."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = factor * group["peak_lr"]
 
     def backward(self, loss: Tensor, apply: bool = True) -> bool:
         """Adds the gradients of one micro-step; at the last they are clipped and applied, and `grad_norm` is set. If

@@ -22,6 +22,7 @@ from model.masks import dense_mask
 from train.config import TrainConfig
 from train.engines import engine_of
 from train.objectives import check_objective, make_objective
+from train.optim import count_moments
 
 CPU = torch.device("cpu")
 
@@ -78,8 +79,9 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
     model, b, engine = config.model, config.batch, engine_of(config)
     latents, rows, columns = clip
     size = (b, make_objective(config.objective).latents or latents, rows, columns)
-    parameters = sum(p.numel() for p in counted_dit(model).parameters())
-    sizes = engine.state_bytes(config, parameters, ranks, on_cpu)
+    dit = counted_dit(model)
+    parameters, moments = sum(p.numel() for p in dit.parameters()), count_moments(dit, config.optim)
+    sizes = engine.state_bytes(config, parameters, moments, ranks, on_cpu)
     sizes["average"] = 4 * parameters // (ranks if engine.all_write_state else 1)
     live = live_bytes(model, size, config.engine.precision == "bf16")
     sizes["activations"] = live.peak - live.gradients  # at the end of the backward pass

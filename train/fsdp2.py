@@ -29,10 +29,10 @@ class Fsdp2Engine(Engine):
         return {"offload": ("nothing", "all")}
 
     @staticmethod
-    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+    def state_bytes(config: TrainConfig, parameters: int, moments: int, ranks: int, on_cpu: bool) -> dict[str, int]:
         share = parameters // ranks
         gathered = 4 * 4 * parameters // config.model.num_layers  # two blocks and their gradients
-        states = {"weights": 4 * share, "gradients": 4 * share, "optimizer's states": 8 * share}
+        states = {"weights": 4 * share, "gradients": 4 * share, "optimizer's states": 4 * moments // ranks}
         return {**states, "exchanged": gathered}
 
     @classmethod

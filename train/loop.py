@@ -23,7 +23,7 @@ from train.exit import ASKED, FAULT, STOPPED, StopRequest, needs_a_person, repor
 from train.log import Log
 from train.metrics import MetricsWindow, start_profiler
 from train.objectives.objective import LossMetrics, rng_for_step
-from train.optim import learning_rate
+from train.optim import rate_factor
 from train.run_folder import sole_run
 from train.save import Saver
 from train.validation import HeldOutLoss, averaged_world
@@ -111,8 +111,8 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
     config, engine, log = run.config, run.engine, run.log
     profiler = start_profiler(config, engine.accelerator.process_index, steps.start, log.say)
     for step in steps:
-        rate = learning_rate(config.optim, step, config.steps)
-        engine.set_learning_rate(rate)
+        factor = rate_factor(config.optim, step, config.steps)
+        engine.scale_learning_rates(factor)
         with run.metrics.timing("step"):
             if train_step(run, step, batches):
                 run.ema.update(step)
@@ -121,6 +121,7 @@ def run_steps(run: Run, steps: range, batches: Iterator[Batch], stop: StopReques
         log.progress.update()
         done, last = step + 1, stopping or step + 1 == config.steps
         if done % config.log_every == 0 or last:
+            rate = factor * config.optim.learning_rate
             log.write(done, {**run.metrics.reduce(engine), "grad_norm": engine.grad_norm, "learning_rate": rate})
         if not stopping or done == config.steps:  # else the save comes first: the grace may be short
             validate(run, done)

@@ -20,7 +20,8 @@ from configs.errors import UserError
 from configs.untrusted import parse_object, reading
 from model.weights import LazyWeights, open_weights, read_weights
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+MOMENTUM = "momentum_buffer"  # of Muon
 STARTS, STEP, CHECKSUMS = "starts", "step", "crc32"  # in a file's metadata
 
 
@@ -34,10 +35,17 @@ class ParamShard:
     owner: Tensor  # the optimizer's own tensor that holds it: the key of its state
     offset: int  # of the slice in the flattened local part of `owner`
 
+    def of(self, whole: Tensor) -> Tensor:
+        """(n) of `owner`, or of a tensor of its kind."""
+        return local_part(whole).view(-1)[self.offset : self.offset + len(self.weight)]
+
     def moment(self, optimizer: torch.optim.Optimizer, key: str) -> Tensor:
         """(n) of the optimizer's state."""
-        whole = optimizer.state[self.owner][key]
-        return local_part(whole).view(-1)[self.offset : self.offset + len(self.weight)]
+        return self.of(optimizer.state[self.owner][key])
+
+    def moments(self, optimizer: torch.optim.Optimizer) -> list[str]:
+        """Keys of the optimizer's state for the slice: none before AdamW's first step."""
+        return [key for key in (*MOMENTS, MOMENTUM) if key in optimizer.state.get(self.owner, ())]
 
 
 def local_part(tensor: Tensor) -> Tensor:
@@ -58,11 +66,12 @@ def collect_state(
     for shard in shards:
         tensors[f"weight/{shard.name}"] = shard.weight
         tensors[f"ema/{shard.name}"] = averages[shard.name]
-        if shard.owner in optimizer.state:
-            tensors |= {f"{key}/{shard.name}": shard.moment(optimizer, key) for key in MOMENTS}
+        tensors |= {f"{key}/{shard.name}": shard.moment(optimizer, key) for key in shard.moments(optimizer)}
     for name, buffer in buffers.items():
         tensors |= {f"{kind}/{name}": buffer.detach().float().flatten() for kind in ("weight", "ema")}
-    steps = {int(state["step"]) for state in optimizer.state.values()}  # the exponent of Adam's bias correction
+    steps = {
+        int(state["step"]) for state in optimizer.state.values() if "step" in state
+    }  # the exponent of Adam's bias correction
     assert len(steps) <= 1, steps
     return tensors, {STARTS: json.dumps(starts), STEP: str(max(steps, default=0))}
 
@@ -154,5 +163,5 @@ class SavedState:
                 state |= {key: torch.zeros_like(shard.owner) for key in MOMENTS}
             span = (shard.name, shard.start, len(shard.weight))
             shard.weight.copy_(self.read("weight", *span))
-            for key in MOMENTS if self.steps else ():
+            for key in shard.moments(optimizer) if self.steps else ():
                 shard.moment(optimizer, key).copy_(self.read(key, *span))

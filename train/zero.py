@@ -71,10 +71,10 @@ class ZeroEngine(Engine):
         return {"deepspeed_plugin": plugin, "mixed_precision": MIXED_PRECISION[config.engine.precision]}
 
     @staticmethod
-    def state_bytes(config: TrainConfig, parameters: int, ranks: int, on_cpu: bool) -> dict[str, int]:
+    def state_bytes(config: TrainConfig, parameters: int, moments: int, ranks: int, on_cpu: bool) -> dict[str, int]:
         width, share = 2 if config.engine.precision == "bf16" else 4, parameters // ranks
         bucket = min(parameters, BUCKET) if on_cpu else BUCKET
-        states = {"float32 weights": 4 * share, "optimizer's states": 8 * share, "exchanged": width * bucket}
+        states = {"float32 weights": 4 * share, "optimizer's states": 4 * moments // ranks, "exchanged": width * bucket}
         if config.engine.stage < 3:
             return {**states, "weights": width * parameters, "gradients": width * parameters}
         gathered = width * (min(parameters, MOST_GATHERED) + min(parameters, PREFETCHED))
@@ -108,19 +108,21 @@ class ZeroEngine(Engine):
 
     def shards(self) -> list[ParamShard]:
         """Stages 1 and 2 cut each group of parameters, as one flat tensor, into equal parts; stage 3 each parameter."""
-        shards = []
+        shards, stage3, owners = [], self.config.engine.stage == 3, dict[int, Tensor]()
+        if not stage3:
+            parts = zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True)
+            owners = {id(p): owner for group, owner in parts for p in group}
         for name, p in self.module.named_parameters():
             param: Any = p  # with DeepSpeed's fields
-            if self.config.engine.stage == 3:
+            if stage3:
                 group, offset, share = self.zero.grad_position[self.zero.get_param_id(p)]
                 owner, start = self.zero.fp32_partitioned_groups_flat[group], share * self.accelerator.process_index
                 length = max(0, min(share, param.ds_numel - start))  # the last part is padded
-            elif link := getattr(param, "_hp_mapping", None):
-                owner = self.zero.single_partition_of_fp32_groups[link.param_group_index]
-                offset, start = link.hp_fragment_address.start, link.lp_fragment_address.start
-                length = link.lp_fragment_address.numel
-            else:  # wholly in another rank's part
-                continue
+            else:
+                owner, offset, start, length = owners[id(p)], 0, 0, 0
+                if link := getattr(param, "_hp_mapping", None):  # else wholly in another rank's part
+                    offset, start = link.hp_fragment_address.start, link.lp_fragment_address.start
+                    length = link.lp_fragment_address.numel
             shards.append(ParamShard(name, start, owner.data[offset : offset + length], owner, offset))
         return shards
 

@@ -1,0 +1,107 @@
+"""Muon steps as torch's own does, on whole matrices and on slices of them, and its runs go on as AdamW's do."""
+
+import itertools
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from engine_runs import ENGINES, WEIGHTS, alone_config, compare, cut_off, long, refusal, require_equal_files, train
+from tiny_training import losses, read_metrics, require_equal_bits
+from tiny_world import random_dit
+from torch import nn
+
+from model.world import newest_checkpoint
+from train.config import OptimConfig
+from train.optim import MuonAdamW, count_moments, make_optimizer
+from train.state import ParamShard
+
+MUON = ("optim.name=muon", "optim.matrix_learning_rate=2e-3")
+CONFIG = OptimConfig(name="muon", learning_rate=1e-2, matrix_learning_rate=3e-3, weight_decay=0.1)
+# (engine, precision, ranks)
+Row = tuple[str, str, int]
+SOME: list[Row] = [("zero1", "fp32", 2), ("fsdp2", "fp32", 2), ("zero3", "bf16", 2)]
+ALL: list[Row] = list(itertools.product(ENGINES, ("fp32", "bf16"), (1, 2)))
+
+
+def muon_of(model: nn.Module) -> MuonAdamW:
+    """The optimizer of a model that nothing cuts up."""
+    optimizer = make_optimizer(model, CONFIG)
+    assert isinstance(optimizer, MuonAdamW)
+    shards = [ParamShard(name, 0, p.data.view(-1), p, 0) for name, p in model.named_parameters()]
+    optimizer.own(shards, model, torch.device("cpu"), cut=False)
+    return optimizer
+
+
+def test_a_step_is_that_of_torchs_muon_for_matrices_of_blocks_and_of_adamw_for_the_rest() -> None:
+    ours, theirs = random_dit(), random_dit()
+    named = dict(theirs.named_parameters())
+    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    flat = ("blocks.0.modulation", "blocks.0.self_attn.q.bias", "head.head.weight", "time_embedding.0.weight")
+    rest = [p for p in named.values() if not any(p is matrix for matrix in matrices)]
+    assert len(matrices) == 36 and all(any(named[name] is p for p in rest) for name in flat)
+    others = [
+        torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(
+            [
+                {"params": [p for p in rest if p is not named["head.modulation"] and p.ndim >= 2 and p.ndim != 3]},
+                {"params": [p for p in rest if p.ndim == 1 or p.ndim == 3], "weight_decay": 0.0},
+            ],
+            lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
+        ),
+    ]  # fmt: skip
+    optimizer, generator = muon_of(ours), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+            ours_p.grad = torch.randn(ours_p.shape, generator=generator)
+            theirs_p.grad = ours_p.grad.clone()
+        for one in (optimizer, *others):
+            one.step()
+    for (name, ours_p), theirs_p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours_p, theirs_p), name
+
+
+def test_its_state_is_one_number_a_weight_of_a_block_and_two_of_the_rest() -> None:
+    dit = random_dit()
+    optimizer = muon_of(dit)
+    for p in dit.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    held = [state for state in optimizer.state.values()]
+    numbers = sum(t.numel() for state in held for key, t in state.items() if key != "step")
+    assert (
+        numbers
+        == count_moments(dit, CONFIG)
+        < count_moments(dit, OptimConfig())
+        == 2 * sum(p.numel() for p in dit.parameters())
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(train_args, tmp_path_factory) -> Callable[[Row], Path]:
+    """Runs with Muon, each trained once."""
+    folder = tmp_path_factory.mktemp("muon")
+
+    @cache
+    def get(row: Row) -> Path:
+        engine, precision, ranks = row
+        out = folder / "-".join(map(str, row)).replace(" ", "-")
+        train(engine, ranks, out, *train_args, *MUON, f"engine.precision={precision}")
+        return out
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def muon_plain(train_args, tmp_path_factory) -> Path:
+    """One process, float32, one micro-step."""
+    out = tmp_path_factory.mktemp("muon_plain")
+    train("ddp", 1, out, *train_args, *MUON, accumulation=1)
+    return out
+
+
+@pytest.mark.parametrize("row", [*SOME, *map(long, ALL)], ids=str)
+def test_every_engine_steps_as_a_single_process_does(trained, muon_plain, row: Row) -> None:
+    print("\n", row, compare(trained(row), muon_plain, row[1]))
