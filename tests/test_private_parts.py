@@ -22,8 +22,6 @@ PRIVATE = {
         "torch.utils._python_dispatch.TorchDispatchMode": (
             "torch.utils._python_dispatch:TorchDispatchMode", "torch.utils.flop_counter has a mode of its own to copy"),
         "torch.utils._pytree.tree_leaves": ("torch.utils._pytree:tree_leaves", "torch.utils.pytree, once it is public"),
-        "torch.optim._muon._zeropower_via_newtonschulz": (
-            "torch.optim._muon:_zeropower_via_newtonschulz", "copy its ten lines from torch 2.13"),
     },
     "DeepSpeed": {
         "_partition_all_parameters": (

@@ -64,6 +64,8 @@ BRANCH = "resume=ORIGIN/step_0000003"
         (["out=ORIGIN", "seed=1"], "seed=0"),
         (["out=ORIGIN", "loader.shuffle_shards=2"], "loader.shuffle_shards"),
         (["out=ORIGIN", "batch=3"], "clips per step"),
+        (["out=ORIGIN", "optim.name=muon"], "optim.name=adamw, not muon"),
+        ([BRANCH, "optim.name=muon"], "optim.name=adamw, not muon"),
         (["out=ORIGIN", "model.ffn_dim=32"], "model.ffn_dim=64, not 32"),
         ([BRANCH, "model.ffn_dim=32"], "model.ffn_dim=64, not 32"),
         ([BRANCH, "seed=1"], "seed=0"),
@@ -132,6 +134,7 @@ def test_ranks_that_see_other_checkpoints_do_not_start(plain, train_args, monkey
         "validation.videos.frames=1000000000", "validation.videos.seed=-1", "validation.videos.prompts=0",
         "peak_tflops=-1", "objective.base_share=2", "objective.curriculum=-1", "objective.context_noise=1e300",
         "objective.name=[base]", "objective.name=null", "engine.stage=0", "loader.shuffle_shards=-1",
+        "optim.name=lion", "optim.matrix_learning_rate=-1",
     ],
 )  # fmt: skip
 def test_a_setting_that_would_do_something_else_is_refused_by_its_name(train_args, tmp_path, setting: str) -> None:

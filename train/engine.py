@@ -71,7 +71,9 @@ class Engine:
     def __post_init__(self) -> None:
         if isinstance(self.optimizer, MuonAdamW):
             cut = self.all_write_state and self.accelerator.num_processes > 1
-            self.optimizer.own(self.shards(), self.module, self.accelerator.device, cut)
+            dtype = torch.bfloat16 if self.config.engine.precision == "bf16" else torch.float32
+            compute = torch.empty(0, dtype=dtype, device=self.accelerator.device)
+            self.optimizer.own(self.shards(), self.module, compute, cut)
 
     @property
     def module(self) -> nn.Module:

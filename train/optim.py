@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim._muon import _zeropower_via_newtonschulz
 
 from train.config import OptimConfig
 from train.state import MOMENTUM, ParamShard
 
-BETA = 0.95  # of the momentum; this and the next two as in torch.optim.Muon
-COEFFICIENTS, ITERATIONS, EPS = (3.4445, -4.7750, 2.0315), 5, 1e-7  # of Newton and Schulz
+BETA = 0.95  # of Muon's momentum; this and the next two lines as in torch.optim.Muon
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz
+ITERATIONS, EPS = 5, 1e-7
 
 
 def rate_factor(config: OptimConfig, step: int, steps: int) -> float:
@@ -40,20 +40,32 @@ def count_moments(model: nn.Module, config: OptimConfig) -> int:
     return sum((1 if muon and is_block_matrix(name, p) else 2) * p.numel() for name, p in model.named_parameters())
 
 
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """A matrix with about the singular vectors of `matrix` and singular values of 0.7 to 1.2, by five iterations of
+    Newton and Schulz (kellerjordan.github.io/posts/muon)."""
+    tall, (a, b, c) = matrix.size(0) > matrix.size(1), COEFFICIENTS
+    x = matrix.T if tall else matrix
+    x = x / x.norm().clamp(min=EPS)
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if tall else x
+
+
 class MuonAdamW(torch.optim.AdamW):
     """The steps of torch.optim.Muon for the parameters in groups with `muon`, of AdamW for the others.
 
-    Engines may cut matrices up. Each rank keeps the momentum of its own slices; they are put together, as bf16, for
-    the matrix to be orthogonalised. DeepSpeed's own Muon (0.19) is not used: it clips what is orthogonalised already,
-    and would train otherwise than one process does.
+    Engines may cut matrices up. Each rank keeps the momentum of its own slices; they are put together for the matrix to
+    be orthogonalised. DeepSpeed's own Muon (0.19) is not used: it clips what is orthogonalised already, and would train
+    otherwise than one process does.
     """
 
     slices: dict[Tensor, list[tuple[ParamShard, torch.Size]]]  # by the optimizer's own tensor; the matrices' shapes
 
-    def own(self, shards: Iterable[ParamShard], model: nn.Module, device: torch.device, cut: bool) -> None:
-        """Takes over the matrices among a rank's `shards` of `model`, and orthogonalises them on `device`; with `cut`
-        other ranks have other parts of them. Comes before the first step."""
-        parameters, self.slices, self.device, self.cut = dict(model.named_parameters()), {}, device, cut
+    def own(self, shards: Iterable[ParamShard], model: nn.Module, compute: Tensor, cut: bool) -> None:
+        """Takes over the matrices among a rank's `shards` of `model`; they are orthogonalised on the device and in the
+        dtype of `compute`. With `cut` other ranks have other parts of them. Comes before the first step."""
+        parameters, self.slices, self.compute, self.cut = dict(model.named_parameters()), {}, compute, cut
         for shard in shards:
             if is_block_matrix(shard.name, parameters[shard.name]):
                 matrix = shard, whole_shape(parameters[shard.name])
@@ -77,13 +89,13 @@ class MuonAdamW(torch.optim.AdamW):
         """All ranks must call, those with an empty slice too."""
         momentum = shard.moment(self, MOMENTUM)
         momentum.lerp_(gradient, 1 - BETA)
-        whole = torch.zeros(shape.numel(), dtype=torch.bfloat16, device=self.device)
+        whole = self.compute.new_zeros(shape.numel())
         own = slice(shard.start, shard.start + len(gradient))
         whole[own] = gradient.lerp(momentum, BETA)
         if self.cut:
             dist.all_reduce(whole)  # of numbers and zeros: exact
         if len(gradient):
-            update = _zeropower_via_newtonschulz(whole.view(shape), COEFFICIENTS, ITERATIONS, EPS).flatten()[own]
+            update = orthogonalised(whole.view(shape)).flatten()[own]
             weight = shard.of(shard.owner)
             weight.mul_(1 - group["lr"] * group["weight_decay"])
             # As large as AdamW's steps: "match_rms_adamw", arXiv 2502.16982, eq. 4.
@@ -100,14 +112,12 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         elif p.requires_grad:
             decays = len(whole_shape(p)) >= 2 and not name.endswith("modulation")
             (matrices if decays else vectors).append(p)
-    rest = dict(peak_lr=config.learning_rate, muon=False)
-    groups = [
-        {"params": matrices, "weight_decay": config.weight_decay, **rest},
-        {"params": vectors, "weight_decay": 0.0, **rest},
-    ]
-    kind = torch.optim.AdamW
+    kinds = [(matrices, config.learning_rate, config.weight_decay), (vectors, config.learning_rate, 0.0)]
     if config.name == "muon":
-        kind = MuonAdamW
-        muon = dict(peak_lr=config.matrix_learning_rate, muon=True)
-        groups.append({"params": block_matrices, "weight_decay": config.weight_decay, **muon})
-    return kind(groups, lr=config.learning_rate, betas=config.betas, eps=1e-8, fused=True)
+        kinds.append((block_matrices, config.matrix_learning_rate, config.weight_decay))
+    groups = [
+        {"params": inside, "lr": rate, "peak_lr": rate, "weight_decay": decay, "muon": inside is block_matrices}
+        for inside, rate, decay in kinds
+    ]
+    kind = MuonAdamW if config.name == "muon" else torch.optim.AdamW
+    return kind(groups, betas=config.betas, eps=1e-8, fused=True)
