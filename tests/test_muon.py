@@ -7,21 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from engine_runs import ENGINES, alone_config, compare, cut_off, long, refusal, train
 from tiny_training import require_equal_bits
 from tiny_world import random_dit
 from torch import nn
 
 from train.config import OptimConfig
-from train.optim import MuonAdamW, count_moments, make_optimizer, orthogonalised
+from train.engine import Engine
+from train.optim import MuonAdamW, count_moments, make_optimizer, orthogonalised, rate_factor
 from train.state import ParamShard
 
 MUON = ("optim.name=muon", "optim.matrix_learning_rate=2e-3")
 CONFIG = OptimConfig(name="muon", learning_rate=1e-2, matrix_learning_rate=3e-3, weight_decay=0.1)
-# (engine, precision, ranks)
-Row = tuple[str, str, int]
-SOME: list[Row] = [("zero1", "fp32", 2), ("fsdp2", "fp32", 2), ("zero3", "bf16", 2)]
-ALL: list[Row] = list(itertools.product(ENGINES, ("fp32", "bf16"), (1, 2)))
+Row = tuple[str, str]  # engine, precision
+SOME: list[Row] = [("zero1", "fp32"), ("fsdp2", "fp32"), ("zero3", "bf16")]
+ALL: list[Row] = list(itertools.product(ENGINES, ("fp32", "bf16")))
 
 
 def muon_of(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> MuonAdamW:
@@ -44,8 +45,8 @@ def test_a_step_is_that_of_torchs_muon_for_matrices_of_blocks_and_of_adamw_for_t
         torch.optim.Muon(matrices, lr=3e-3, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(
             [
-                {"params": [p for p in rest if p is not named["head.modulation"] and p.ndim >= 2 and p.ndim != 3]},
-                {"params": [p for p in rest if p.ndim == 1 or p.ndim == 3], "weight_decay": 0.0},
+                {"params": [p for p in rest if p.ndim in (2, 5)]},
+                {"params": [p for p in rest if p.ndim in (1, 3)], "weight_decay": 0.0},  # biases, norms, modulations
             ],
             lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, fused=True,
         ),
@@ -77,16 +78,23 @@ def test_its_state_is_one_number_a_weight_of_a_block_and_two_of_the_rest() -> No
     )
 
 
+def test_both_rates_follow_one_curve(train_args, tmp_path) -> None:
+    config = alone_config(train_args, tmp_path, *MUON, "optim.warmup_steps=4")
+    engine = Engine.prepare(Accelerator(cpu=True), random_dit(), config)
+    engine.scale_learning_rates(rate_factor(config.optim, 0, 20))
+    assert [group["lr"] for group in engine.optimizer.param_groups] == pytest.approx([2.5e-4, 2.5e-4, 5e-4])
+
+
 @pytest.fixture(scope="module")
 def trained(train_args, tmp_path_factory) -> Callable[[Row], Path]:
-    """Runs with Muon, each trained once."""
+    """Runs with Muon on two ranks, each trained once."""
     folder = tmp_path_factory.mktemp("muon")
 
     @cache
     def get(row: Row) -> Path:
-        engine, precision, ranks = row
-        out = folder / "-".join(map(str, row)).replace(" ", "-")
-        train(engine, ranks, out, *train_args, *MUON, f"engine.precision={precision}")
+        engine, precision = row
+        out = folder / "-".join(row).replace(" ", "-")
+        train(engine, 2, out, *train_args, *MUON, f"engine.precision={precision}")
         return out
 
     return get
@@ -118,14 +126,14 @@ def test_in_float32_an_orthogonalised_matrix_has_singular_values_about_1_and_the
 
 @pytest.mark.parametrize("row", [SOME[0], *map(long, ALL)], ids=str)
 def test_a_run_that_goes_on_is_bit_for_bit_the_uninterrupted_one(trained, train_args, tmp_path, row: Row) -> None:
-    engine, precision, ranks = row
+    engine, precision = row
     out = cut_off(trained(row), tmp_path / "run")
     args = *train_args, *MUON, f"engine.precision={precision}"
-    assert "at step 3" in train(engine, ranks, out, *args)
+    assert "at step 3" in train(engine, 2, out, *args)
     require_equal_bits(out, trained(row))
 
 
-# (engine on two ranks, the one that goes on, its ranks)
+# The engine of two ranks, the one that goes on, and its ranks.
 ACROSS = [("zero1", "fsdp2", 1), *map(long, [("fsdp2", "zero2", 1), ("ddp", "zero3", 2), ("zero3", "ddp", 1)])]
 
 
@@ -134,7 +142,7 @@ def test_a_run_goes_on_as_another_engine_on_other_ranks(
     trained, muon_plain, train_args, tmp_path, across: tuple[str, str, int]
 ) -> None:
     engine, other, ranks = across
-    out = cut_off(trained((engine, "fp32", 2)), tmp_path / "run")
+    out = cut_off(trained((engine, "fp32")), tmp_path / "run")
     assert "at step 3" in train(other, ranks, out, *train_args, *MUON, "batch=1")
     compare(out, muon_plain, "fp32")
 

@@ -50,6 +50,8 @@ def test_two_ranks_of_zero_3_hold_half_of_the_optimizers_states_each() -> None:
     assert half.bytes["optimizer's states"] == pytest.approx(states / 2, rel=0.02)
     assert half.bytes["average"] == pytest.approx(whole.bytes["average"] / 2, rel=0.02)
     assert half.parameters == whole.parameters
+    muon = estimated("engine.stage=3", "optim.name=muon").bytes["optimizer's states"]
+    assert 0.5 * states < 2 * muon < 0.8 * states  # one moment of the blocks' matrices, which are most weights
 
 
 def test_checkpointing_lowers_activations_and_nothing_that_the_model_computes() -> None:
