@@ -91,7 +91,7 @@ def find_resumable(config: TrainConfig, world: WorldModelConfig) -> tuple[str, P
 
 
 def require_same_optimizer(checkpoint: str, asked: str) -> None:
-    """UserError unless the run of the checkpoint had the optimizer `asked`, whose state is another's nonsense."""
+    """UserError unless the run of the checkpoint had the optimizer `asked`: no other can use its state."""
     saved = saved_settings(checkpoint).get("optim", {})
     name = saved.get("name", "adamw") if isinstance(saved, dict) else saved  # before Muon there was no other
     if name != asked:

@@ -69,9 +69,8 @@ def collect_state(
         tensors |= {f"{key}/{shard.name}": shard.moment(optimizer, key) for key in shard.moments(optimizer)}
     for name, buffer in buffers.items():
         tensors |= {f"{kind}/{name}": buffer.detach().float().flatten() for kind in ("weight", "ema")}
-    steps = {
-        int(state["step"]) for state in optimizer.state.values() if "step" in state
-    }  # the exponent of Adam's bias correction
+    # The exponent of AdamW's bias correction; Muon has none.
+    steps = {int(state["step"]) for state in optimizer.state.values() if "step" in state}
     assert len(steps) <= 1, steps
     return tensors, {STARTS: json.dumps(starts), STEP: str(max(steps, default=0))}
 
