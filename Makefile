@@ -25,7 +25,7 @@ test: check
 	@OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile
 
 test-engines: setup
-	@python -m pytest -m long -s tests/test_engines.py tests/test_nonfinite.py
+	@python -m pytest -m long -s tests/test_engines.py tests/test_muon.py tests/test_nonfinite.py
 
 test-faults: setup
 	@python -m pytest -m long -s tests/test_faults.py
