@@ -49,7 +49,7 @@ def span_means(motions: np.ndarray) -> np.ndarray:
 def recorded_spans(motions: np.ndarray, recorded: Sequence[Actions], space: ActionSpace) -> dict[str, np.ndarray]:
     """The mean motion (m 3) of spans of recordings, of `motions` (b n 3), in which one command alone was held.
 
-    Keys count while the view does not turn, turns whatever the keys.
+    Keys count while the view does not turn, turns whatever keys are held that do not move the picture along with them.
     """
     words, found = script_words(space), dict[str, list[np.ndarray]]()
     for motion, actions in zip(motions, recorded, strict=True):
@@ -65,7 +65,9 @@ def _held(command: str, word: Actions, actions: Actions, space: ActionSpace) -> 
     if command in TURNS:  # along the word's axis, and hardly along the other
         axis = int(np.abs(word.mouse[0]).argmax())
         along = deg[:, axis] * np.sign(word.mouse[0, axis])
-        return (along > TURNING_DEG) & (np.abs(deg[:, 1 - axis]) < along / 2)
+        rivals = [EXPECTED.get(key, ("",))[0] == EXPECTED[command][0] for key in space.keys]
+        alone = ~actions.keyboard[:, rivals].any(axis=1)
+        return alone & (along > TURNING_DEG) & (np.abs(deg[:, 1 - axis]) < along / 2)
     return (actions.keyboard == word.keyboard).all(axis=1) & (np.abs(deg) < STEADY_DEG).all(axis=1)
 
 
