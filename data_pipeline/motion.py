@@ -8,7 +8,7 @@ import numpy as np
 WIDTH = 80  # px that pictures are shrunk to; FrameMotion is in these
 
 # Which way the picture moves under a command: to the right (px > 0) when the view turns or steps left; it expands
-# (divergence > 0) when it walks forward.
+# (divergence > 0) when it walks forward; down when it looks up.
 EXPECTED = {
     "turn_left": ("right_px", 1),
     "turn_right": ("right_px", -1),
@@ -16,6 +16,8 @@ EXPECTED = {
     "right": ("right_px", -1),
     "forward": ("divergence", 1),
     "back": ("divergence", -1),
+    "look_up": ("down_px", 1),
+    "look_down": ("down_px", -1),
 }
 
 

@@ -11,7 +11,6 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configs import within
 from configs.errors import UserError
-from model.layout import CondFill
 from model.limits import BELOW_1, MANY
 
 
@@ -30,7 +29,7 @@ class CausalConfig:
     context_noise: float = within(0, BELOW_1, 0.0)  # noise level (sigma) at which a finished block enters the cache
     # Conditioning of the latents that are not given: zeros, the codec's latents of mid-grey frames (official files), or
     # the last finished latent as the caches have it, with 1 - its noise level in the mask channels.
-    unknown: CondFill | Literal["last"] = "zeros"
+    unknown: Literal["zeros", "grey", "last"] = "zeros"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < self.block + max(self.sink, self.action_sink):

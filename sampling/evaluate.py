@@ -3,13 +3,13 @@
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,21 +21,21 @@ from data_pipeline.readers import Reader
 from data_pipeline.shards import load_manifest
 from data_pipeline.stream import Stream
 from data_pipeline.types import Batch
-from model.layout import CHUNK_FRAMES
 from model.loss import NoiseSample, sigma_bins, velocity_error
 from model.world import WorldModel, check_same_game, read_world_config
 from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
-from sampling.metrics import action_loss_table, action_variants, first_latents, picture_statistics, psnr
-from sampling.motion import EVALUATOR, all_motions, held_table, turn_agreement
+from sampling.judging import Frames, Judge, mean_looks
+from sampling.metrics import action_loss_table, action_variants, first_latents
+from sampling.motion import EVALUATOR
 from sampling.report import Compared, Report, compared, main_figures, write_page
 from sampling.scripts import Scripted
-from sampling.trajectories import Player, Prompt, commanded_yaw, heldout_episodes, read_prompts
-from sampling.video_grid import HELD_WIDTH, Panel, VideoGrid, write_grid
+from sampling.trajectories import Player, Prompt, heldout_episodes, read_prompts
+from sampling.video_grid import HELD_WIDTH, Panel, VideoGrid, write_film, write_frames
 
-WRITTEN = ("report.json", "report.html", "replay.mp4", "replay.png", "held.mp4", "held.png")  # into out=
-MOST = 10_000  # clips, rollouts, or chunks of one
-SHOWN_PROMPTS, REPLAY_WIDTH = 3, 480  # rollouts of the replays' video, and px of one of its pictures
+WRITTEN = ("report.json", "report.html", "sheet.png", "replay.mp4", "held.mp4")  # into out=
+MOST = 10_000  # clips, rollouts, or frames of one
+SHOWN_PROMPTS, REPLAY_WIDTH = 3, 480  # rollouts in pictures, px of a picture of their video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,19 @@ class EvaluateConfig(SamplingConfig):
     beside: tuple[str, ...] = ()  # report.json of other models on the same recordings: the page shows theirs too
     reader: Reader = "worldloom"  # format of the recordings
     clips: int = within(1, MOST, 24)  # held-out clips of the velocity loss
-    starts: int = within(1, MOST, 8)  # places in held-out episodes from which rollouts begin
-    chunks: int = within(1, MOST, 6)  # of 9 frames per rollout along the recorded actions
-    held_starts: int = within(1, MOST, 8)  # as starts, for the held commands
-    held_chunks: int = within(1, MOST, 3)  # as chunks, for the held commands
+    starts: int = within(1, MOST, 16)  # places in held-out episodes from which recorded actions are followed
+    frames: tuple[int, ...] = within(1, MOST, (9, 21, 33, 48))  # after the first, at which pictures are compared
+    held_starts: int = within(1, MOST, 16)  # places from which every command is held, and the view turns and returns
+    held_spans: int = within(1, MOST, 3)  # of 12 frames for which a command is held
+    long_s: float = within(0, 3600, 60.0)  # s of random actions, in which nothing must drift; 0: none
+    long_starts: int = within(1, MOST, 3)  # places from which they begin, computed at once
     steps: int = 6  # Euler steps per chunk or block
     batch: int = within(1, MOST, 16)  # rollouts or clips computed at once
 
     def __post_init__(self) -> None:
         _ = self.denoising, Scripted(1, 0, self.mouse_deg)  # checks of their own
+        if not self.frames:
+            raise UserError("frames= must name one frame or more, as in [9,48]")
 
     @property
     def denoising(self) -> Denoising:
@@ -75,27 +79,35 @@ def evaluate(config: EvaluateConfig) -> None:
             raise UserError(f"{config.manifest} has {what} {of_clips}, {checkpoint} was trained on {of_model}")
     others = [read_other(path, config.out) for path in config.beside]
     episodes, game = heldout_episodes(config.recordings, config.reader, manifest), manifest.game
-    prompts = read_prompts(episodes, game, config.starts, config.chunks, config.seed)
-    held_prompts = read_prompts(episodes, game, config.held_starts, config.held_chunks, config.seed + 1)
+    starts = max(config.starts, config.held_starts, config.long_starts)
+    prompts = read_prompts(episodes, game, starts, 1 + max(config.frames), config.seed)
     world = config.load(checkpoint)
     player = Player(world, config.denoising, config.batch, config.seed)
     began, method = time.perf_counter(), "chunked" if world.layout == "chunked" else "streaming"
     with storage.writing_folder(config.out, last="report.html") as folder:  # fails before the work if it cannot write
         report = {"checkpoint": checkpoint, "method": method, "settings": asdict(config), "evaluator": EVALUATOR}
         report["velocity_loss"] = judge_losses(world, config, min(config.clips, manifest.clips))
-        replayed = player.replay(prompts)
-        report |= judge_replay(replayed, commanded_yaw(prompts, game))
-        rollouts = replace(player, seed=config.seed + 1).constant_actions(held_prompts, config.mouse_deg)
-        report["held"] = held_table({command: all_motions(frames) for command, frames in rollouts.items()})
-        grids = [replay_grid(prompts, replayed["from_context"])]
-        grids += [held_grid(held_prompts[0], rollouts, config.mouse_deg, game)]
-        for grid in grids:
-            write_grid(folder, grid, game)
-        report["seconds"] = round(time.perf_counter() - began, 1)
+        measured, films = judge_rollouts(Judge(player, prompts, config.mouse_deg), config)
+        for film in films:
+            write_film(folder / f"{film.name}.mp4", film, game)
+        _write_sheet(folder / "sheet.png", films, config.frames, game)
+        report |= {**measured, "seconds": round(time.perf_counter() - began, 1)}
         storage.write_text(folder / "report.json", json.dumps(report, indent=1) + "\n")
-        write_page(folder / "report.html", report, grids, others)
+        write_page(folder / "report.html", report, films, others)
     print("\n".join(f"{name}: {value}" for name, value in main_figures(report).items()))
     print(f"evaluated in {report['seconds']:.0f} s; open {storage.join(config.out, 'report.html')}")
+
+
+def judge_rollouts(judge: Judge, config: EvaluateConfig) -> tuple[Report, list[VideoGrid]]:
+    """The figures of rollouts, and what is shown of them."""
+    report, frames = judge.along_recorded(config.starts, config.frames)
+    looks = mean_looks({name: frames[name] for name in ("real", "codec")})
+    report["held"], held = judge.held(config.held_starts, config.held_spans)
+    if judge.space.mouse:
+        report["return"] = judge.away_and_back(config.held_starts, held["idle"])
+    if config.long_s:
+        report["long"] = {**judge.long_run(config.long_starts, config.long_s), **looks}
+    return report, [replay_film(judge.prompts, frames["generated"]), held_film(judge, held)]
 
 
 @torch.inference_mode()
@@ -150,43 +162,30 @@ def read_other(path: str, out: str) -> Compared:
         return compared(parse_object(storage.read_bytes(path), path), quote(page, safe="/:@"))
 
 
-def judge_replay(frames: Mapping[str, np.ndarray], yaw_deg: Sequence[float]) -> Report:
-    """PSNR over time, how the picture answers recorded turns, and drift."""
-    report: Report = {"psnr_db": {}, "replay_turns": {}, "drift": {}}
-    for name in ("codec", "from_context", "from_frame", "repeat_prompt"):
-        values = psnr(frames[name], frames["real"][:, : frames[name].shape[1]])
-        report["psnr_db"][name] = {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
-    for name in ("real", "codec", "from_context"):
-        report["replay_turns"][name] = turn_agreement(yaw_deg, all_motions(frames[name]))
-        report["drift"][name] = drift(frames[name])
-    return report
-
-
-def drift(frames: np.ndarray) -> dict[str, list[float]]:
-    """Brightness, contrast and sharpness of each chunk of rollouts (b n h w 3)."""
-    chunks = rearrange(frames, "b (m n) h w c -> m (b n) h w c", n=CHUNK_FRAMES)
-    by_chunk = [picture_statistics(chunk) for chunk in chunks]
-    return {name: [round(statistics[name], 3) for statistics in by_chunk] for name in by_chunk[0]}
-
-
-def replay_grid(prompts: Sequence[Prompt], generated: np.ndarray) -> VideoGrid:
-    """Real play beside what the model generates from the same 9 frames and actions."""
-    panels, shown = [], prompts[:SHOWN_PROMPTS]
+def replay_film(prompts: Sequence[Prompt], generated: np.ndarray) -> VideoGrid:
+    """Real play beside what the model generates from the same first frame and actions."""
+    panels, shown, count = [], prompts[:SHOWN_PROMPTS], generated.shape[1]
     for prompt, frames in zip(shown, generated, strict=False):
-        generated_frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames])
-        panels += [Panel("real play", prompt.frames, prompt.actions)]
-        panels += [Panel("generated", generated_frames, prompt.actions)]
+        panels += [Panel("real play", prompt.frames[:count], prompt.actions[:count])]
+        panels += [Panel("generated", frames, prompt.actions[:count])]
     names = "; ".join(prompt.name for prompt in shown)
-    sentence = f"Left what was recorded, right what the model makes of the same 9 frames and actions ({names})."
+    sentence = f"Left what was recorded, right what the model makes of its first frame and actions ({names})."
     return VideoGrid("replay", "Real play and the model's", sentence, panels, 2, REPLAY_WIDTH)
 
 
-def held_grid(prompt: Prompt, rollouts: Mapping[str, np.ndarray], mouse_deg: float, game: GameConfig) -> VideoGrid:
-    """Every constant action from the 9 frames of `prompt`, whose rollouts come first."""
+def held_film(judge: Judge, held: Frames) -> VideoGrid:
+    """Every command of the game held from the first prompt, whose rollouts come first."""
     panels = []
-    for command, frames_of_all in rollouts.items():
-        frames = np.concatenate([prompt.frames[:CHUNK_FRAMES], frames_of_all[0]])
-        actions = prompt.with_constant_action(command, game, mouse_deg)
-        panels.append(Panel(command.replace("_", " "), frames, actions))
-    sentence = "The same 9 frames and the same noise, another command held in each picture."
-    return VideoGrid("held", f"One command held, from {prompt.name}", sentence, panels, 4, HELD_WIDTH)
+    for command, rollouts in held.items():
+        actions = judge.script(command, rollouts.shape[1])
+        panels.append(Panel(command.replace("_", " "), rollouts[0], actions))
+    sentence = "The same first frame and the same noise, another command held in each picture."
+    title = f"One command held, from {judge.prompts[0].name}"
+    return VideoGrid("held", title, sentence, panels, 4, HELD_WIDTH)
+
+
+def _write_sheet(path: Path, films: Sequence[VideoGrid], frames: Sequence[int], game: GameConfig) -> None:
+    """A row per rollout of `films`, at the first frame, at `frames` and, of shorter rollouts, at their last."""
+    panels = [panel for film in films for panel in film.panels]
+    title = "Real play and what the model makes of its first frame and the actions; below, one command held"
+    write_frames(path, panels, [0, *sorted(frames)], title, game)

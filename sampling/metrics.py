@@ -1,10 +1,8 @@
-"""Metrics of a model and of its frames: held-out velocity loss by actions, PSNR, drift."""
+"""Held-out velocity loss by actions."""
 
 import math
 from dataclasses import replace
 
-import cv2
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,16 +77,3 @@ def action_loss_table(losses: dict[str, dict[str, Tensor]], flow: FlowMatch) -> 
                 figures["standard_error"] = (per_clip.std() / math.sqrt(len(per_clip))).item()
         table[variant] = figures
     return table
-
-
-def psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """PSNR in dB (...) of frames (... h w 3) uint8 against the real ones; 99 dB where they are the same."""
-    error = np.square(made.astype(np.float32) - real.astype(np.float32)).mean(axis=(-3, -2, -1))
-    return np.minimum(20 * math.log10(255) - 10 * np.log10(np.maximum(error, 1e-12)), 99.0)
-
-
-def picture_statistics(frames: np.ndarray) -> dict[str, float]:
-    """Brightness mean and std (of 255) and sharpness (std of the Laplacian) over `frames` (n h w 3) uint8."""
-    grey = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]).astype(np.float32)
-    sharpness = np.mean([cv2.Laplacian(picture, cv2.CV_32F).std() for picture in grey])
-    return {"mean": float(grey.mean()), "std": float(grey.std(axis=(1, 2)).mean()), "sharpness": float(sharpness)}

@@ -14,14 +14,12 @@ from configs.errors import UserError
 from data_pipeline.page import as_utf8, render
 from sampling.video_grid import VideoGrid
 
-COLOURS = {
-    "real": "#2d2f36", "codec": "#8a8f9c", "from_context": "#2f6fde", "from_frame": "#5fb0e5",
-    "repeat_prompt": "#e0663c",
-}  # fmt: skip
+COLOURS = {"real": "#2d2f36", "codec": "#8a8f9c", "generated": "#2f6fde", "hold": "#e0663c"}
 NAMES = {
-    "real": "real play", "codec": "codec's reconstruction", "from_context": "generated from 9 frames",
-    "from_frame": "generated from 1 frame", "repeat_prompt": "last given frame repeated",
+    "real": "real play", "codec": "codec's reconstruction", "generated": "generated", "hold": "first frame held",
     "right": "right actions", "shuffled": "another episode's actions", "none": "no actions",
+    "returned": "after turning away and back", "idle": "after standing still as long",
+    "away": "turned away", "another rollout": "another start's rollout, returned",
 }  # fmt: skip
 Report = dict[str, Any]
 
@@ -33,14 +31,14 @@ class Compared(NamedTuple):
     method: str
     checkpoint: str
     figures: dict[str, str]  # the main ones, by name, as text
-    by_frame: np.ndarray  # PSNR in dB of each frame after the 9 given ones
+    by_frame: np.ndarray  # PSNR in dB of each frame after the first
 
 
 def compared(report: Report, page: str) -> Compared:
     """The part of a report that is compared. Raises errors of any kind if `report`, from any file, is none."""
-    by_frame = np.array(report["psnr_db"]["from_context"]["by_frame"], dtype=np.float64)
+    by_frame = np.array(report["psnr_db"]["generated"]["by_frame"], dtype=np.float64)
     if by_frame.ndim != 1 or not np.isfinite(by_frame).all():
-        raise UserError("psnr_db.from_context.by_frame must be numbers")
+        raise UserError("psnr_db.generated.by_frame must be numbers")
     if not isinstance(report["method"], str) or not isinstance(report["checkpoint"], str):
         raise TypeError("method and checkpoint must be text")
     return Compared(page, report["method"], report["checkpoint"], main_figures(report), by_frame)
@@ -50,17 +48,15 @@ def write_page(path: Path, report: Report, videos: Sequence[VideoGrid], others: 
     """Writes the page of `report` with `videos` that lie beside it; `others` are models on the same recordings."""
     models = [compared(report, ""), *others]
     psnr = {name: figures["by_frame"] for name, figures in report["psnr_db"].items()}
-    beside = {f"{model.method}, from 9 frames": model.by_frame for model in models}
-    statistics = {"brightness": "mean", "contrast": "std", "sharpness": "sharpness"}
-    drift = {
-        title: {name: figures[key] for name, figures in report["drift"].items()} for title, key in statistics.items()
-    }
-    after = "frames after the last given one"
+    beside = {f"{model.method}, generated": model.by_frame for model in models}
+    after = "frames after the first"
     plots = {
         "psnr": plot({"PSNR, dB": psnr}, after),
-        "beside": plot({"PSNR, dB": {**beside, "repeat_prompt": psnr["repeat_prompt"]}}, after),
-        "drift": plot(drift, "chunk"),
+        "beside": plot({"PSNR, dB": {**beside, "hold": psnr["hold"]}}, after),
     }
+    if "long" in report:
+        lines = report["long"]["by_second"].items()
+        plots["long"] = plot({name: {"generated": values} for name, values in lines}, "second")
     page = render(
         Path(__file__).with_name("report.html"),
         title=report["checkpoint"],
@@ -82,15 +78,25 @@ def main_figures(report: Report) -> dict[str, str]:
         figures[f"loss, {_spaced(kind)}"] = f"{table['right']['loss']:.4f}"
         if "shuffled" in table:
             figures[f"shuffled actions, {_spaced(kind)}"] = difference(table["shuffled"])
-    for name in ("from_context", "from_frame", "repeat_prompt", "codec"):
-        figures[f"PSNR, {NAMES[name]}"] = f"{report['psnr_db'][name]['mean']:.1f} dB"
-    for name, turns in report["replay_turns"].items():
-        if "agreement" in turns:
-            figures[f"recorded turns, {NAMES[name]}"] = f"{turns['agreement']:.0%}"
+    for frame, row in report["at_frames"].items():
+        error = f" ± {row['standard_error_db']:.1f}" if "standard_error_db" in row else ""
+        figures[f"PSNR above the first frame held, frame {frame}"] = f"{row['above_hold_db']:+.1f}{error} dB"
+        figures[f"grid, frame {frame}"] = f"{row['generated']['grid']:.2f} ({row['codec']['grid']:.2f} codec)"
+        figures[f"sharpness over the codec's, frame {frame}"] = f"{row['sharpness_over_codec']:.2f}"
     for command, held in report["held"].items():
-        figures[f"held {_spaced(command)}"] = f"{held['obeyed']:.0%} ({held['idle']:.0%} with nothing pressed)"
-    contrast = report["drift"]["from_context"]["std"]
-    figures["contrast, first and last chunk"] = f"{contrast[0]:.1f}, {contrast[-1]:.1f}"
+        still = f"; still {held['still']:.2f}" if "still" in held else ""
+        figures[f"held {_spaced(command)}"] = f"{held['obeyed']:.0%} ({held['idle']:.0%} with nothing pressed){still}"
+    if "return" in report:
+        shares = report["return"]["likeness"]
+        figures["the first frame after turning away and back"] = ", ".join(
+            f"{NAMES[name]} {shares[name]['psnr_db']:.1f} dB" for name in ("returned", "idle", "away")
+        )
+    if "long" in report:
+        long = report["long"]
+        for name, ratio in long["ratio"].items():
+            figures[f"{name} at the end of {long['seconds']:g} s"] = f"{ratio:.0%}"
+        if "turns" in long:
+            figures[f"turns at the end of {long['seconds']:g} s"] = f"{long['turns']['obeyed']:.0%}"
     return figures
 
 

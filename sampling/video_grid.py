@@ -19,7 +19,7 @@ from model.layout import CHUNK_FRAMES
 
 PAPER, INK, FAINT = (18, 20, 26), (238, 238, 242), (150, 154, 166)
 TILE_WIDTH = 400  # px of a picture by default
-SHEET_WIDTH, HELD_WIDTH = 200, 320  # px of a picture: of a grid's contact sheet, of a video with four columns
+HELD_WIDTH = 320  # px of a picture of a grid's contact sheet, or of its video with four columns
 TITLE_HEIGHT, LABEL_HEIGHT, GAP = 40, 26, 14  # px; the gap is between pictures
 overlay_of = lru_cache(maxsize=4)(Overlay)
 
@@ -52,31 +52,36 @@ class VideoGrid:
     panels: Sequence[Panel]
     columns: int
     width: int  # px of one picture of the video
-    given: int = CHUNK_FRAMES  # frames at the beginning that were not made
 
 
 def write_grid(out: Path, grid: VideoGrid, game: GameConfig) -> None:
-    """Writes `<name>.mp4` and `<name>.png`, the contact sheet with one picture per chunk, into `out`."""
-    frames = range(len(grid.panels[0].frames))
-    progress = tqdm(frames, desc=f"video {grid.name}", unit="frame", disable=None)
-    sheets = (draw_sheet(_tiles(grid, i, grid.width, game), grid.title, grid.columns, grid.width) for i in progress)
-    write_video(out / f"{grid.name}.mp4", map(np.asarray, sheets), game.fps, crf=20)
-    last_frames = frames[CHUNK_FRAMES - 1 :: CHUNK_FRAMES]
-    rows = [_tiles(grid, frame, SHEET_WIDTH, game) for frame in last_frames]
-    tiles = [tile for panel in zip(*rows, strict=True) for tile in panel]
-    write_sheet(out / f"{grid.name}.png", tiles, grid.title, len(last_frames), SHEET_WIDTH)
+    """Writes `<name>.mp4` and `<name>.png`, a row per panel with one picture per chunk, into `out`."""
+    write_film(out / f"{grid.name}.mp4", grid, game)
+    last_frames = range(CHUNK_FRAMES - 1, len(grid.panels[0].frames), CHUNK_FRAMES)
+    write_frames(out / f"{grid.name}.png", grid.panels, last_frames, grid.title, game)
 
 
-def _tiles(grid: VideoGrid, frame: int, width: int, game: GameConfig) -> list[Tile]:
-    """Frame number `frame` of every panel, with its keys and mouse."""
-    seconds = (frame - grid.given + 1) / game.fps
-    remark, tiles = "given" if seconds <= 0 else f"+{seconds:.1f} s", []
-    for panel in grid.panels:
-        picture = enlarge(panel.frames[frame], width)
-        overlay = overlay_of(game.action_space, *picture.shape[:2])
-        drawn = overlay.draw(picture, panel.actions.keyboard[frame], panel.actions.mouse[frame])
-        tiles.append(Tile(drawn, panel.label, remark))
-    return tiles
+def write_film(path: Path, grid: VideoGrid, game: GameConfig) -> None:
+    """Writes the panels as a video in which they run at the same time."""
+    sheets = (
+        draw_sheet([_tile(panel, i, grid.width, game) for panel in grid.panels], grid.title, grid.columns, grid.width)
+        for i in tqdm(range(len(grid.panels[0].frames)), desc=f"video {grid.name}", unit="frame", disable=None)
+    )
+    write_video(path, map(np.asarray, sheets), game.fps, crf=20)
+
+
+def write_frames(path: Path, panels: Sequence[Panel], frames: Sequence[int], title: str, game: GameConfig) -> None:
+    """Writes a contact sheet as a PNG: a row per panel, its `frames`; of a shorter one the last."""
+    tiles = [_tile(panel, min(i, len(panel.frames) - 1), HELD_WIDTH, game) for panel in panels for i in frames]
+    write_sheet(path, tiles, title, len(frames), HELD_WIDTH)
+
+
+def _tile(panel: Panel, frame: int, width: int, game: GameConfig) -> Tile:
+    """Frame number `frame` of a panel, with its keys and mouse."""
+    picture = enlarge(panel.frames[frame], width)
+    overlay = overlay_of(game.action_space, *picture.shape[:2])
+    drawn = overlay.draw(picture, panel.actions.keyboard[frame], panel.actions.mouse[frame])
+    return Tile(drawn, panel.label, f"frame {frame}, {frame / game.fps:.1f} s" if frame else "the first frame")
 
 
 def draw_sheet(tiles: Sequence[Tile], title: str, columns: int = 3, width: int = TILE_WIDTH) -> Image.Image:

@@ -1,7 +1,6 @@
 """The figures of a model and of its frames, and `evaluate`, which reports them."""
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from pages import PLANTED, Page
 from tiny_world import DIT, GAME, change, random_dit, write_causal, write_checkpoint
 from torch import Tensor, nn
+from toy_game import texture
 
 from configs.cli import run
 from data_pipeline.encode import encode
@@ -31,67 +31,11 @@ from sampling.metrics import (
     cut_clips,
     first_latents,
     other_episodes,
-    picture_statistics,
-    psnr,
 )  # fmt: skip
-from sampling.motion import Motion, chunk_motion, held_table, share_obeyed, turn_agreement
 from sampling.report import compared, write_page
-from sampling.video_grid import VideoGrid
+from sampling.video_grid import GAP, LABEL_HEIGHT, TITLE_HEIGHT, VideoGrid
 
 FLOW = FlowMatch(FlowMatchConfig())
-
-
-def texture(height: int, width: int) -> np.ndarray:
-    """A smooth random picture (h w 3) uint8, larger than what is shown of it."""
-    coarse = np.random.default_rng(0).uniform(0, 255, (height // 6, width // 6)).astype(np.uint8)
-    return np.repeat(cv2.resize(coarse, (width, height))[..., None], 3, axis=2)
-
-
-def panning(step_px: int) -> np.ndarray:
-    """Nine frames (n h w 3) whose picture moves to the right by `step_px` per frame."""
-    whole = texture(96, 320)
-    return np.stack([whole[:, 80 - step_px * i : 240 - step_px * i] for i in range(9)])
-
-
-def zooming(factor: float) -> np.ndarray:
-    """Nine frames (n h w 3) that grow by `factor` per frame about the middle."""
-    whole, scales = texture(96, 160), factor ** np.arange(-4.0, 5)
-    return np.stack(
-        [
-            whole[((np.arange(48) - 24) / scale + 48).astype(int)][:, ((np.arange(80) - 40) / scale + 80).astype(int)]
-            for scale in scales
-        ]
-    )
-
-
-@pytest.mark.parametrize("step_px", [-3, -1, 1, 3])
-def test_the_flow_of_a_panning_picture_has_the_pan_s_sign_and_size(step_px: int) -> None:
-    motion = chunk_motion(panning(step_px))
-    assert motion.right_px == pytest.approx(step_px, rel=0.15)
-    assert abs(motion.divergence) < 0.005
-
-
-@pytest.mark.parametrize("factor", [0.97, 1.03])
-def test_the_divergence_of_a_zooming_picture_has_the_zoom_s_sign(factor: float) -> None:
-    motion = chunk_motion(zooming(factor))
-    assert motion.divergence * (factor - 1) > 0 and abs(motion.right_px) < 0.5
-
-
-def test_a_right_turn_obeys_when_the_picture_moves_left() -> None:
-    left_moving, right_moving = chunk_motion(panning(-3)), chunk_motion(panning(3))
-    assert share_obeyed("turn_right", [left_moving]) == share_obeyed("turn_left", [right_moving]) == 1
-    assert share_obeyed("turn_left", [left_moving, right_moving]) == 0.5
-    turns = turn_agreement([3.0, -3.0, 3.0, 0.0], [left_moving, right_moving, right_moving, left_moving])
-    assert turns["turning_chunks"] == 3 and turns["agreement"] == pytest.approx(2 / 3)
-
-
-def test_figures_that_cannot_be_computed_are_left_out() -> None:
-    assert turn_agreement([0.0], [Motion(1.0, 0.0)]) == {"turning_chunks": 0}
-
-
-def test_a_held_command_is_beside_what_happens_with_nothing_pressed() -> None:
-    table = held_table({"forward": [Motion(0, 1.0)], "idle": [Motion(0, 1.0), Motion(0, -1.0)]})
-    assert table == {"forward": {"obeyed": 1.0, "idle": 0.5, "chunks": 1}}
 
 
 def test_every_clip_gets_the_actions_of_another_episode_or_there_is_no_such_figure() -> None:
@@ -166,19 +110,10 @@ def test_clips_are_cut_to_chunks_and_to_their_first_latents_with_the_actions_of_
     assert (chunked.keyboard.shape[1], continuous.keyboard.shape[1]) == (18, 21) and chunked.latents.shape[2] == 6
 
 
-def test_psnr_of_a_known_error() -> None:
-    frames = np.full((2, 3, 8, 8, 3), 100, np.uint8)
-    assert psnr(frames, frames + 10) == pytest.approx(20 * math.log10(255 / 10))
-    assert (psnr(frames, frames) == 99).all()
-
-
-def test_a_blurred_picture_is_less_sharp() -> None:
-    sharp = np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3)).astype(np.uint8)
-    blurred = ((sharp.astype(int) + np.roll(sharp, 1, axis=2)) // 2).astype(np.uint8)
-    assert picture_statistics(blurred)["sharpness"] < picture_statistics(sharp)["sharpness"]
-
-
-SMALL = {"clips": 4, "starts": 2, "chunks": 2, "held_starts": 1, "held_chunks": 1, "steps": 1, "guidance": 1.5}
+SMALL: dict[str, Any] = {
+    "clips": 4, "starts": 2, "frames": (5, 14), "held_starts": 2, "held_spans": 1, "long_s": 2.0, "long_starts": 1,
+    "steps": 1, "guidance": 1.5,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +139,8 @@ def paths(folder: Path, out: Path) -> dict[str, str]:
 
 
 def run_evaluate(folder: Path, out: Path, *args: str) -> int:
-    settings = [f"{name}={value}" for name, value in {**paths(folder, out), **SMALL}.items()]
+    given = {**paths(folder, out), **SMALL, "frames": list(SMALL["frames"])}
+    settings = [f"{name}={value}" for name, value in given.items()]
     return run("sampling", VERBS, ["evaluate", str(folder / "run"), *settings, *args])
 
 
@@ -220,18 +156,34 @@ def test_evaluate_answers_every_question_and_writes_a_page(judged: Path) -> None
     report = json.loads((judged / "report.json").read_text())
     assert set(report["velocity_loss"]) == {"first_chunk", "next_chunk"}
     assert {"right", "shuffled", "none"} <= set(report["velocity_loss"]["next_chunk"])
-    assert {"from_context", "from_frame", "repeat_prompt", "codec"} == set(report["psnr_db"])
-    assert len(report["psnr_db"]["from_context"]["by_frame"]) == 18
-    assert report["replay_turns"]["real"]["agreement"] == 1  # the recorded picture pans against the recorded turn
-    assert set(report["held"]) == {"turn_left", "turn_right", "left", "right", "forward", "back"}
-    assert all({"obeyed", "idle", "chunks"} <= set(figures) for figures in report["held"].values())
-    assert {len(figures["sharpness"]) for figures in report["drift"].values()} == {2}
+    assert {"generated", "hold", "codec"} == set(report["psnr_db"])
+    assert len(report["psnr_db"]["generated"]["by_frame"]) == 14 and set(report["at_frames"]) == {"5", "14"}
+    held = report["held"]
+    assert {"turn_left", "turn_right", "left", "right", "forward", "back"} <= set(held)
+    assert all({"obeyed", "idle", "px", "idle_px", "spans"} <= set(figures) for figures in held.values())
+    assert held["turn_right"]["real"] == 1 and held["turn_right"]["real_spans"] > 0  # the recorded picture obeys it
+    assert set(report["return"]["likeness"]) == {"codec", "returned", "idle", "away", "another rollout"}
+    assert set(report["long"]["ratio"]) == set(report["long"]["real"]) == {"sharpness", "brightness", "colourfulness"}
+    assert report["long"]["turns"]["spans"] == 1
     assert "NaN" not in (judged / "report.json").read_text()
     page = (judged / "report.html").read_text()
-    for name in ("replay", "held"):
-        assert f"{name}.mp4" in page and (judged / f"{name}.png").exists()
-        assert probe(judged / f"{name}.mp4").frames == 9 * (3 if name == "replay" else 2)
-    assert page.count("<svg") == 2 and "Evaluator" in page
+    for name, frames in (("replay", 15), ("held", 13)):
+        assert f"{name}.mp4" in page and probe(judged / f"{name}.mp4").frames == frames
+    assert page.count("<svg") == 2 and "Evaluator" in page and 'src="sheet.png"' in page
+
+
+def test_the_sheet_has_a_row_per_rollout_and_a_column_per_frame(judged: Path) -> None:
+    sheet = cv2.imread(str(judged / "sheet.png"))
+    assert sheet is not None
+    columns, rows = 3, 2 * 2 + 9  # real and generated from two starts; nine commands
+    tile = np.array([GAME.height * 320 / GAME.width + LABEL_HEIGHT + GAP, 320 + GAP])
+    assert sheet.shape[:2] == pytest.approx(tile * [rows, columns] + [TITLE_HEIGHT + GAP, GAP], abs=rows)
+
+
+def test_without_a_long_run_nothing_of_it_is_reported(folder: Path, tmp_path: Path) -> None:
+    assert run_evaluate(folder, tmp_path, "long_s=0") == 0
+    assert "long" not in json.loads((tmp_path / "report.json").read_text())
+    assert "Does it last?" not in (tmp_path / "report.html").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +201,9 @@ def test_a_causal_model_is_judged_by_its_streams_on_the_same_places_beside_the_c
     assert run_evaluate(folder, folder / "streamed", *causal) == 0
     chunked, streamed = (json.loads((out / "report.json").read_text()) for out in (judged, folder / "streamed"))
     assert (chunked["method"], streamed["method"]) == ("chunked", "streaming")
-    assert chunked["psnr_db"]["repeat_prompt"] == streamed["psnr_db"]["repeat_prompt"]
-    assert chunked["psnr_db"]["from_context"] != streamed["psnr_db"]["from_context"]
-    assert len(streamed["psnr_db"]["from_context"]["by_frame"]) == 18 and set(chunked["held"]) == set(streamed["held"])
+    assert chunked["psnr_db"]["hold"] == streamed["psnr_db"]["hold"]
+    assert chunked["psnr_db"]["generated"] != streamed["psnr_db"]["generated"]
+    assert len(streamed["psnr_db"]["generated"]["by_frame"]) == 14 and set(chunked["held"]) == set(streamed["held"])
     for kind in ("first_chunk", "next_chunk"):
         assert {"right", "shuffled", "none"} <= set(streamed["velocity_loss"][kind])
     page = (folder / "streamed" / "report.html").read_text()
@@ -273,7 +225,8 @@ def test_a_page_shows_what_reports_say_as_text_alone(judged: Path, tmp_path: Pat
     "damage",
     [
         "[]", "{}", "", "\xff\xfe", "[" * 200_000,
-        {"psnr_db": 7}, {"method": ["x"]}, {"velocity_loss": []}, {"drift": {"from_context": {"std": []}}},
+        {"psnr_db": 7}, {"method": ["x"]}, {"velocity_loss": []}, {"at_frames": {"9": {}}}, {"return": 1},
+        {"long": {"ratio": []}},
         {"held": {"left": {"obeyed": "all"}}}, {"held": {"left": {"obeyed": 10**400}}},
     ],
     ids=lambda damage: repr(damage)[:40],
@@ -304,8 +257,8 @@ def test_the_past_of_a_causal_model_is_clean_and_not_part_of_its_loss(causal: tu
 @pytest.mark.parametrize(
     "arg",
     [
-        "beside=[nowhere.json]", "manifest=nowhere.json", "recordings=nowhere", "chunks=9", "starts=0",
-        "held_starts=1000000000", "mouse_deg=1e9", "reader=obs",
+        "beside=[nowhere.json]", "manifest=nowhere.json", "recordings=nowhere", "frames=[99]", "frames=[]", "starts=0",
+        "held_starts=1000000000", "mouse_deg=1e9", "long_s=-1", "reader=obs",
     ],
 )  # fmt: skip
 def test_bad_input_is_one_line_that_names_the_setting_or_file(

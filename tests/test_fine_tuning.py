@@ -93,7 +93,8 @@ def test_the_trained_model_streams_in_few_steps_and_is_judged(
     assert "needs vision=" in capsys.readouterr().err.splitlines()[-1] and not (foreign / "play.mp4").exists()
     assert run_command("sampling", SAMPLING_VERBS, [*args, vision, "few_steps=[1000,666,333]"]) == 0
     assert probe(foreign / "play.mp4").frames == 21
-    args = ["clips=2", "starts=1", "chunks=1", "held_starts=1", "held_chunks=1", "steps=1", f"recordings={recordings}"]
+    args = ["clips=2", "starts=1", "frames=[9]", "held_starts=1", "held_spans=1", "long_s=2", "steps=1"]
+    args += [f"recordings={recordings}"]
     args += [f"manifest={clips}/heldout/manifest.json", f"out={foreign}/report", vision]
     assert run_command("sampling", SAMPLING_VERBS, ["evaluate", str(tuned), *args]) == 0
 

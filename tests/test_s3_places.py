@@ -223,7 +223,7 @@ def test_the_times_of_a_video_in_a_bucket_come_from_its_table(bucket_folder, tmp
 
 @pytest.mark.long
 def test_a_checkpoint_in_a_bucket_is_judged_alike(bucket, tmp_path, recordings, encoded) -> None:
-    few = ["starts=1", "chunks=1", "held_starts=1", "held_chunks=1", "steps=1", "clips=2"]
+    few = ["starts=1", "frames=[9]", "held_starts=1", "held_spans=1", "long_s=2", "steps=1", "clips=2"]
     args = [f"recordings={recordings}", f"manifest={encoded}/heldout/manifest.json", f"out={tmp_path}/report"]
     local = str(newest_checkpoint(f"{bucket}/run"))
     assert run("sampling", VERBS, ["evaluate", local, *args, *few, f"codec={bucket}/codec"]) == 0

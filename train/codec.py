@@ -22,7 +22,7 @@ from model.codec import CONFIG_FILE, Codec
 from model.layout import CHUNK_FRAMES
 from model.patch_codec import WEIGHTS_FILE, PatchCodec, PatchCodecConfig, to_patches
 from model.weights import save_weights
-from sampling.metrics import psnr
+from sampling.appearance import psnr
 from train.config import MOST_CLIPS, MOST_SEED, MOST_STEPS
 
 RECORDING_FRAMES = 900  # of each recording, from its start, since they are held in memory

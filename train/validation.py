@@ -105,7 +105,7 @@ class Videos:
             key, title = clip_key(clip.episode, clip.start), f"{clip.episode}, step {step}"
             panels = self._panels(world, decode_picture(clip.first_frame, title), alive)
             sentence, columns = "The same picture and noise under other actions.", min(len(panels), 4)
-            grid = VideoGrid(f"step_{step:07d}_{key}", title, sentence, panels, columns, HELD_WIDTH, given=1)
+            grid = VideoGrid(f"step_{step:07d}_{key}", title, sentence, panels, columns, HELD_WIDTH)
             write_grid(self.folder, grid, world.game)
             made[key] = self.folder / f"{grid.name}.mp4"
         return made

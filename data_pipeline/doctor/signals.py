@@ -65,8 +65,8 @@ def measure_recording(recording: Recording, game: GameConfig) -> RecordingSignal
 
 
 def _measure(episode: Episode, unit_deg: float) -> EpisodeSignals:
-    # DIS (Kroeger et al., arXiv 1603.03590) follows large motion on small pictures, which the Farneback flow of the
-    # evaluation halves: on 100 ViZDoom recordings of 6 s the median log-likelihood ratio of a shift was 17, not 10.
+    # DIS (Kroeger et al., arXiv 1603.03590) follows large motion on small pictures, which the Farneback flow halves:
+    # on 100 ViZDoom recordings of 6 s the median log-likelihood ratio of a shift was 17, not 10.
     flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
     motion, hashes, contrast, before, actions = [], [], [], None, episode.actions
     for frame in episode.frames():
