@@ -16,7 +16,7 @@ from model.codec import codec_hash
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import Layout
-from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, read_official
+from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, read_official, require_official_parts
 from model.third_party import diffusers_names
 from model.weights import LazyWeights, open_weights, save_weights
 from model.world import (
@@ -75,6 +75,7 @@ def export(config: ExportConfig) -> None:
     """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
     checkpoint = find_checkpoint(config.checkpoint)
     world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
+    require_official_parts(world.model)
     codec, without_codec = None, ""
     try:
         codec = find_codec(checkpoint, world, config.codec)

@@ -64,6 +64,20 @@ def weights_file(path: Path) -> Path:
     return files[0]
 
 
+def require_official_parts(config: ActionDiTConfig) -> None:
+    """A UserError for a model with parts that no other program has."""
+    action = config.action
+    ours = {
+        "model.borders": bool(config.borders),
+        "model.rope_theta": config.rope_theta != ActionDiTConfig.rope_theta,
+        "model.action.time_path": bool(action and action.time_path),
+        "model.action.place_path": bool(action and action.place_path),
+        "model.causal.unknown=last": bool(config.causal and config.causal.unknown == "last"),
+    }
+    if listed := ", ".join(name for name in ours if ours[name]):
+        raise UserError(f"the official format has no {listed}; only models trained without them can be exported")
+
+
 def check_variant(config: ActionDiTConfig, specs: Mapping[str, Tensor], beside: Mapping[str, Any], where: str) -> None:
     """A UserError unless tensors like `specs`, and the config.json `beside` them, are those of `config`."""
     with reading(f"the config.json beside {where}"):
@@ -108,7 +122,8 @@ def config_json(config: ActionDiTConfig, names: KeyNames) -> dict[str, Any]:
     shared: dict[str, Any] = {"local_attn_size": window or -1, "sink_size": sink}
     if action:
         settings = values["action"] | {"mouse_qk_dim_list": values["action"]["rope_dim_list"]}
-        del settings["input_gain"]  # ours
+        for name in ("input_gain", "time_path", "place_path"):
+            del settings[name]  # ours
         fixed = {"img_hidden_size": config.dim, "patch_size": values["patch_size"], "qk_norm": True, "qkv_bias": False}
         named = {name: settings[name] for name in settings if action.enable_mouse or not name.startswith("mouse_")}
         shared["action_config"] = named | fixed

@@ -65,7 +65,7 @@ class StreamingRollout(Rollout):
         return to_uint8(video.clamp(-1, 1))
 
     def _fill_cache(self, latents: Tensor, actions: Rows) -> tuple[Tensor, Tensor]:
-        """One more pass over the finished block; its latents (b c f h w) as the cache has them, and their levels (b)."""
+        """One more pass over the finished block; its latents (b c f h w) as the cache has them, and levels (b)."""
         flow, level = self.world.flow, self.denoising.context_noise
         level = self.causal.context_noise if level is None else level
         sigma = torch.full((len(latents),), level, device=latents.device)

@@ -294,3 +294,19 @@ def test_weights_that_are_read_lazily_fill_a_model_as_a_dict_does(tmp_path: Path
         empty = ActionDiT(config)
     load_into(empty, stored)
     assert all(parameter.requires_grad and parameter.dtype == torch.bfloat16 for parameter in empty.parameters())
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["borders=4", "rope_theta=[100,100,100]", "action.time_path=true", "action.place_path=true", "causal.unknown=last"],
+)
+def test_an_export_refuses_by_name_what_no_other_program_has(
+    part: str, tmp_path: Path, import_args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = model_of("universal", *SMALL, f"model.{part}")
+    save_file(random_state(model), tmp_path / "ours.safetensors")
+    assert model_command("import", str(tmp_path / "ours.safetensors"), *import_args, f"model.{part}") == 0
+    for layout in ("official", "diffusers"):
+        error = refusal(capsys, "export", str(tmp_path / "checkpoint"), f"format={layout}", f"out={tmp_path / 'out'}")
+        assert part.split("=")[0] in error
+    assert not (tmp_path / "out").exists()

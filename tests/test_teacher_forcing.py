@@ -1,26 +1,37 @@
 """Teacher forcing: blocks from a past of their own, as a rollout makes them; and the latent before as conditioning."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from test_diffusion_forcing import clips
 from test_causal import stream
+from test_diffusion_forcing import clips
+from test_streaming import passes_of
 from tiny_model import CAUSAL, awake, frames, inputs
+from tiny_world import random_video, random_world
 from torch import Tensor
 
 from model.action_dit import ActionDiT
+from model.attention import attend
 from model.flow import FlowMatch, FlowMatchConfig
 from model.inputs import MASK_CHANNELS, condition_on_last, known_at
 from model.loss import NoiseSample, velocity_error
-from model.attention import attend
 from model.masks import BlockCausal, BlockCausalMask, CausalConfig
+from sampling.denoising import Denoising
+from sampling.streaming import StreamingRollout
 from train.objectives.objective import rng_for_step
 from train.objectives.teacher_forcing import TeacherForcing
 
 FLOW = FlowMatch(FlowMatchConfig(shift=1.0))
 SIDE_PATHS = replace(CAUSAL.action, time_path=True, place_path=True)
-RULES = [CausalConfig(1, 3), CausalConfig(2, 5), CausalConfig(2, 5, 1), CausalConfig(3, 6), CausalConfig(2, 5, 1, 1, "relative")]
+RULES = [
+    CausalConfig(1, 3),
+    CausalConfig(2, 5),
+    CausalConfig(2, 5, 1),
+    CausalConfig(3, 6),
+    CausalConfig(2, 5, 1, 1, "relative"),
+]
 
 
 def model(causal: CausalConfig, layers: int = 2) -> ActionDiT:
@@ -111,7 +122,9 @@ def test_the_last_finished_latent_is_the_conditioning_of_each_block() -> None:
         given = past[:, :, start - 1 : start].expand(-1, -1, 2, -1, -1)
         block = cond[:, :, start : start + 2]
         assert torch.equal(block[:, MASK_CHANNELS:], given)
-        assert torch.equal(block[:, :MASK_CHANNELS], (1 - sigma[:, start - 1])[:, None, None, None, None].expand(2, 4, 2, 2, 3))
+        assert torch.equal(
+            block[:, :MASK_CHANNELS], (1 - sigma[:, start - 1])[:, None, None, None, None].expand(2, 4, 2, 2, 3)
+        )
 
 
 @torch.no_grad()
@@ -135,5 +148,28 @@ def test_windows_in_one_call_give_what_the_mask_gives(rule: BlockCausal) -> None
     windows, blocks = attend(q, k, v, mask, "dense"), attend(q, k, v, mask, "sdpa")
     assert torch.allclose(windows, blocks, atol=1e-6)
     weight = torch.randn_like(blocks)
-    for ours, theirs in zip(*(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (windows, blocks)), strict=True):
+    for ours, theirs in zip(
+        *(torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (windows, blocks)), strict=True
+    ):
         assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "causal", [CausalConfig(1, 3, unknown="last"), CausalConfig(2, 4, unknown="last", context_noise=0.1)]
+)
+def test_a_rollout_gives_the_model_what_training_gives_it(causal: CausalConfig, codec_folder: Path) -> None:
+    world, prompt = random_world(codec_folder, causal), random_video(1)[:, :, 0]
+    passes = passes_of(world)
+    rollout = StreamingRollout(world, prompt, [0], Denoising(steps=2))
+    for _ in range(4):
+        rollout.step(*(torch.zeros(1, rollout.frames_due, width) for width in (4, 2)))
+    kept = [given for given in passes if given.get("update_cache")]
+    past = torch.cat([given["x"] for given in kept], dim=2)
+    sigma = torch.full((1, past.shape[2]), causal.context_noise)
+    trained = condition_on_last(world.codec.encode(prompt[:, :, None]).float(), past, sigma, causal.block)
+    assert torch.equal(torch.cat([given["cond"] for given in kept], dim=2), trained)
+    block = 0
+    for given in passes:  # a block's denoising comes before it is kept
+        assert torch.equal(given["cond"], kept[block]["cond"])
+        block += given.get("update_cache", False)

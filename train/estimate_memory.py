@@ -78,7 +78,8 @@ def estimate_memory(config: TrainConfig, clip: Size, ranks: int, on_cpu: bool) -
     """One of `ranks` in a training step. Raises UserError for an engine that there is not."""
     model, b, engine = config.model, config.batch, engine_of(config)
     latents, rows, columns = clip
-    size = (b, make_objective(config.objective).latents or latents, rows, columns)
+    objective = make_objective(config.objective)
+    size = (b, objective.copies * (objective.latents or latents), rows, columns)
     dit = counted_dit(model)
     parameters, moments = sum(p.numel() for p in dit.parameters()), count_moments(dit, config.optim)
     sizes = engine.state_bytes(config, parameters, moments, ranks, on_cpu)

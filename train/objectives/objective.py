@@ -28,7 +28,9 @@ class LossMetrics:
         """Of velocity errors (b f). The first `known` latents are given: they may count for the gradient, but not for
         the metrics."""
         sigma = noise.sigma if noise.sigma.ndim == 2 else noise.sigma[:, None].expand_as(error)
-        return cls(error[:, known:].detach(), sigma[:, known:], known, noise.noise.shape)
+        b, c, f, h, w = noise.noise.shape
+        sequence = torch.Size((b, c, 2 * f if noise.past else f, h, w))
+        return cls(error[:, known:].detach(), sigma[:, known:], known, sequence)
 
 
 Loss = tuple[Tensor, LossMetrics]
@@ -69,6 +71,7 @@ class Objective(ABC):
     causal: ClassVar[bool] = False  # whether it trains models with a `causal` section
     known: ClassVar[int] = 1  # first latents of a held-out clip that the model is given
     latents: ClassVar[int | None] = None  # of a held-out clip that are used, from its start; None: all
+    copies: ClassVar[int] = 1  # of a clip in the sequence that the model is given
 
     @property
     def loss_group(self) -> int:

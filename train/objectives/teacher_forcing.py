@@ -29,6 +29,7 @@ class TeacherForcing(Objective):
 
     layout = "continuous"
     causal = True
+    copies = 2
 
     @property
     def loss_group(self) -> int:
