@@ -27,7 +27,7 @@ Materialize = Callable[[tuple[str, nn.Module]], AbstractContextManager[object]]
 # Weights of outputs that are added to something, or leave.
 ZERO_AT_FIRST = (
     "head.head.weight", "proj_mouse.weight", "proj_keyboard.weight",
-    "action_time.2.weight", "action_place.actions.weight", "action_place.place.weight", "borders.correct.weight",
+    "action_time.3.weight", "action_place.actions.weight", "action_place.place.weight", "borders.correct.weight",
 )  # fmt: skip
 CompileMode = Literal["no", "default", "reduce-overhead", "max-autotune"]  # torch.compile's modes
 

@@ -24,26 +24,27 @@ def place_features(h: int, w: int, device: torch.device | None = None) -> Tensor
 
 
 def action_rows(config: ActionConfig, f: int, keyboard: Tensor | None, mouse: Tensor | None, like: Tensor) -> Tensor:
-    """Every number of the action windows in one row per latent frame (b f a); zeros for a branch that is not given."""
+    """Keys and mouse of the action windows (b f window k); zeros for a branch that is not given."""
     widths = [(keyboard, config.enable_keyboard * config.keys), (mouse, config.enable_mouse * config.mouse_dim_in)]
     rows = [
-        like.new_zeros(len(like), f, config.window * width) if given is None else given.flatten(2).to(like.dtype)
+        like.new_zeros(len(like), f, config.window, width) if given is None else given.to(like.dtype)
         for given, width in widths
         if width
     ]
-    return torch.cat(rows, dim=2)
+    return torch.cat(rows, dim=3)
 
 
 def row_size(config: ActionConfig) -> int:
-    """Numbers of a row of `action_rows`."""
-    return config.window * (config.enable_keyboard * config.keys + config.enable_mouse * config.mouse_dim_in)
+    """Numbers of a frame's keys and mouse."""
+    return config.enable_keyboard * config.keys + config.enable_mouse * config.mouse_dim_in
 
 
 class ActionTimeEmbedding(nn.Sequential):
-    """What the actions add to the time embedding: (b f a) -> (b f d)."""
+    """What the actions add to the time embedding: (b f window k) -> (b f d)."""
 
     def __init__(self, config: ActionConfig, dim: int) -> None:
-        super().__init__(nn.Linear(row_size(config), dim), nn.SiLU(), nn.Linear(dim, dim))
+        rows = config.window * row_size(config)
+        super().__init__(nn.Flatten(2), nn.Linear(rows, dim), nn.SiLU(), nn.Linear(dim, dim))
 
 
 class ActionPlaceMap(nn.Module):
@@ -51,13 +52,15 @@ class ActionPlaceMap(nn.Module):
 
     def __init__(self, config: ActionConfig, dim: int) -> None:
         super().__init__()
-        self.actions = nn.Linear(row_size(config), PLACE * dim, bias=False)
+        self.frames = config.vae_time_compression_ratio
+        self.actions = nn.Linear(config.windows_size * row_size(config), PLACE * dim, bias=False)
         self.place = nn.Linear(PLACE, dim, bias=False)
 
     def forward(self, rows: Tensor, h: int, w: int) -> Tensor:
-        """(b f*h*w d) for rows (b f a) of a grid of h x w tokens."""
+        """(b f*h*w d) for rows (b f window k) of a grid of h x w tokens; the mean action of each latent frame counts."""
         places = place_features(h, w, rows.device).to(rows.dtype)
-        maps = rearrange(self.actions(rows), "b f (p d) -> b f p d", p=PLACE)
+        means = rearrange(rows, "b f (m n) k -> b f m n k", n=self.frames).mean(dim=3).flatten(2)
+        maps = rearrange(self.actions(means), "b f (p d) -> b f p d", p=PLACE)
         return rearrange(places @ (maps + self.place.weight.t()), "b f s d -> b (f s) d")
 
 

@@ -129,7 +129,8 @@ def test_the_last_finished_latent_is_the_conditioning_of_each_block() -> None:
 
 @torch.no_grad()
 def test_side_paths_change_nothing_before_they_are_trained_and_are_no_parameters_when_off() -> None:
-    plain = ActionDiT(CAUSAL, torch.Generator().manual_seed(0))
+    without = replace(CAUSAL, action=replace(SIDE_PATHS, time_path=False, place_path=False), borders=0)
+    plain = ActionDiT(without, torch.Generator().manual_seed(0))
     full = ActionDiT(replace(CAUSAL, action=SIDE_PATHS, borders=4), torch.Generator().manual_seed(0))
     for dit in (plain, full):
         torch.nn.init.normal_(dit.head.head.weight, generator=torch.Generator().manual_seed(1))
