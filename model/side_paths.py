@@ -57,7 +57,7 @@ class ActionPlaceMap(nn.Module):
         self.place = nn.Linear(PLACE, dim, bias=False)
 
     def forward(self, rows: Tensor, h: int, w: int) -> Tensor:
-        """(b f*h*w d) for rows (b f window k) of a grid of h x w tokens; the mean action of each latent frame counts."""
+        """(b f*h*w d) for rows (b f window k) of a grid of h x w tokens; of each latent frame the mean action."""
         places = place_features(h, w, rows.device).to(rows.dtype)
         means = rearrange(rows, "b f (m n) k -> b f m n k", n=self.frames).mean(dim=3).flatten(2)
         maps = rearrange(self.actions(means), "b f (p d) -> b f p d", p=PLACE)

@@ -52,7 +52,7 @@ def test_a_batch_gives_what_its_samples_give_alone() -> None:
     together = dit(**given)
     for i in range(3):
         alone = dit(**{name: tensor[i : i + 1] for name, tensor in given.items()})
-        assert torch.allclose(together[i : i + 1], alone, atol=1e-5)  # other sums in a product of another size
+        assert torch.allclose(together[i : i + 1], alone, rtol=1e-4, atol=1e-4)  # sums in another order, of up to 14
 
 
 @torch.no_grad()
