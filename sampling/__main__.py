@@ -6,6 +6,7 @@ from configs.cli import Verb, run
 
 VERBS = {
     "generate": Verb("sampling.generate:generate", first="checkpoint"),
+    "play": Verb("sampling.live.command:play_world", first="checkpoint"),
     "evaluate": Verb("sampling.evaluate:evaluate", first="checkpoint"),
 }
 
