@@ -124,10 +124,12 @@ document.addEventListener("mousemove", (event) => {
   if (document.pointerLockElement === screen) look(event.movementX, event.movementY, DEG_PER_PX);
 });
 const touched = new Map();
+let dragging = false;  // has been done once: the hint is understood
 function dragged(event) {
   if (event.pointerType === "mouse") return;
   const before = touched.get(event.pointerId);
   touched.set(event.pointerId, [event.clientX, event.clientY]);
+  if (before && !dragging) { dragging = true; showHint(); }
   if (before) look(event.clientX - before[0], event.clientY - before[1], DEG_PER_TOUCHED_PX);
 }
 for (const surface of [screen, $("gauge")]) {
@@ -217,8 +219,9 @@ function veil(title, text = "", button = "") {
 $("veil").lastElementChild.addEventListener("click", () => wakeUp(true));
 
 function showHint() {
-  const wanted = game && game.mouse && playing() && document.pointerLockElement !== screen && matchMedia("(pointer: fine)").matches;
-  $("hint").textContent = "Click to look around with the mouse, Esc lets it go";
+  const wanted = game && game.mouse && playing() && document.pointerLockElement !== screen && !dragging;
+  const fine = matchMedia("(pointer: fine)").matches;
+  $("hint").textContent = fine ? "Click to look around with the mouse, Esc lets it go" : "Drag on the picture to look around";
   $("hint").classList.toggle("away", !wanted);
 }
 
@@ -235,7 +238,8 @@ const playout = {
   wanted: 0,  // the block that is needed next
   asked: 0,  // ms when it was asked for; 0: not yet
   due: 0,  // ms at which the next frame is to be shown
-  trip: 250, jitter: 60,  // ms from asking for a block to its first frame
+  trip: 150, jitter: 40, trips: 0,  // ms from asking for a block to its first frame, and how often it was measured
+  glowed: 0,
   shown: [],  // ms of the newest frames on the screen
   late: [],  // ms at which there was no frame to show
   latencies: [], newest: NaN, frame: -1,
@@ -276,7 +280,7 @@ function show({ picture, header }, now) {
   context.imageSmoothingEnabled = true;
   context.imageSmoothingQuality = "high";
   context.drawImage(picture, 0, 0, width, height);
-  if (header.frame % 3 === 0) $("glow").getContext("2d").drawImage(picture, 0, 0, 16, 10);
+  if (now - playout.glowed > 1000) glow(picture, now);
   picture.close();
   while (controls.pending.length && controls.pending[0][0] <= header.counter) {
     playout.newest = now - controls.pending.shift()[1];
@@ -288,9 +292,20 @@ function show({ picture, header }, now) {
   playout.making = header.making;
 }
 
+const tint = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+function glow(picture, now) {
+  playout.glowed = now;
+  tint.drawImage(picture, 0, 0, 1, 1);
+  const [red, green, blue] = tint.getImageData(0, 0, 1, 1).data;
+  screen.style.setProperty("--glow", `rgb(${red} ${green} ${blue} / 0.4)`);
+}
+
+let box = 0;  // px of the screen, as the device has them
+new ResizeObserver(([{ contentRect }]) => { box = contentRect.width * (devicePixelRatio || 1); }).observe(screen);
 function fit(picture) {
-  const scale = Math.min(devicePixelRatio || 1, 2), box = screen.getBoundingClientRect();
-  const width = Math.max(picture.width, Math.round(box.width * scale)), height = Math.round(width * picture.height / picture.width);
+  // Smooth up to four times the game's size; the rest of the way is the browser's: without a graphics card every pixel counts.
+  const times = Math.max(1, Math.min(4, Math.ceil(box / picture.width)));
+  const width = times * picture.width, height = times * picture.height;
   if (screen.width !== width || screen.height !== height) { screen.width = width; screen.height = height; }
   return { width, height };
 }
@@ -307,8 +322,10 @@ function takeFrame(data) {
     for (const [code, counter] of controls.taps) if (counter <= header.counter) controls.taps.delete(code);
     if (playout.asked) {
       const trip = arrived - playout.asked;
-      playout.jitter += 0.15 * (Math.abs(trip - playout.trip) - playout.jitter);
-      playout.trip += 0.2 * (trip - playout.trip);
+      playout.trips += 1;
+      const weight = Math.max(0.15, 1 / (1 + playout.trips));
+      playout.jitter += weight * (Math.abs(trip - playout.trip) - playout.jitter);
+      playout.trip += weight * (trip - playout.trip);
     }
     playout.asked = 0;
     playout.wanted = header.block + 1;

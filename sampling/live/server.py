@@ -43,7 +43,7 @@ FILES = {"/": ("page.html", "text/html"), "/page.js": ("page.js", "text/javascri
 
 def serve(config: PlayConfig, checkpoint: str, trained: WorldModelConfig, starts: list[np.ndarray]) -> None:
     """Serves the world until Ctrl-C, after one line that says where."""
-    listener = _listen(config.host, config.port)
+    listener = listen(config.host, config.port)
     token = "" if is_loopback(config.host) else secrets.token_urlsafe(16)
     host = socket.gethostname() if config.host in ("0.0.0.0", "::") else config.host
     host, port = f"[{host}]" if ":" in host else host, listener.getsockname()[1]
@@ -52,10 +52,12 @@ def serve(config: PlayConfig, checkpoint: str, trained: WorldModelConfig, starts
     if config.browser and (sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys()):
         with suppress(webbrowser.Error):
             webbrowser.open(url)
-    asyncio.run(_run(Players(config, trained, starts), checkpoint, listener, token))
+    players = Players(config, trained, starts)
+    asyncio.run(run(make_server(players, token), players, checkpoint, listener))
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there; UserError if it cannot."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family)
@@ -63,12 +65,17 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"host={host} port={port}: {error.strerror or error}; give another port= (0: any)") from error
 
 
-async def _run(players: Players, checkpoint: str, listener: socket.socket, token: str) -> None:
+def make_server(players: Players, token: str) -> uvicorn.Server:
+    """The server, not yet running."""
     settings = uvicorn.Config(
         make_app(players, token), ws=WebSocketsSansIOProtocol, ws_max_size=MOST_TEXT, ws_per_message_deflate=False,
         log_level="warning", access_log=False, server_header=False, proxy_headers=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
-    server = uvicorn.Server(settings)
+    return uvicorn.Server(settings)
+
+
+async def run(server: uvicorn.Server, players: Players, checkpoint: str, listener: socket.socket) -> None:
+    """Loads the world and serves it until the server is told to exit, or the world cannot be loaded: that raises."""
     loading = asyncio.create_task(players.load(checkpoint))
     # A world that cannot be loaded ends the server, with the error.
     loading.add_done_callback(lambda done: setattr(server, "should_exit", done.cancelled() or bool(done.exception())))
