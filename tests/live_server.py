@@ -2,17 +2,19 @@
 
 import asyncio
 import json
+import socket
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from urllib.error import HTTPError
 
 import cv2
 import numpy as np
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
 from model.world import WorldModelConfig
@@ -51,6 +53,7 @@ def serving(
 ) -> Iterator[Server]:
     """A server of `config`, ready to be played."""
     listener, started = listen("127.0.0.1", 0), threading.Event()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16384)  # of its connections: a page that stalls is felt
     running: dict[str, Any] = {}
 
     async def main() -> None:
@@ -119,8 +122,11 @@ class Client:
         self.socket.send(json.dumps(command))
 
     def leave(self) -> None:
-        """Ends the session, which is not kept then."""
+        """Ends the session, by a message that cannot be parsed: it is not kept then."""
         self.socket.send("")
+        with suppress(ConnectionClosed):
+            while True:
+                self.socket.recv(timeout=30)
 
     def frames(self) -> list[Frame]:
         """The frames of the next block."""
@@ -128,11 +134,11 @@ class Client:
         while not frames or len(frames) < frames[0].count:
             data = self.socket.recv(timeout=30)
             assert isinstance(data, bytes), data
-            _, index, count, _, *numbers, stamp, denoise, decode, encode = FRAME_HEADER.unpack_from(data)
+            _, index, count, _, session, block, frame, counter, stamp, *times = FRAME_HEADER.unpack_from(data)
             jpeg = np.frombuffer(data[FRAME_HEADER.size :], np.uint8)
             picture = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
             assert picture is not None
-            frames.append(Frame(index, count, *numbers, stamp, (denoise, decode, encode), picture))
+            frames.append(Frame(index, count, session, block, frame, counter, stamp, tuple(times), picture))
         return frames
 
     def play(self, blocks: int, first: int = 1, **held: Any) -> list[Frame]:

@@ -21,6 +21,7 @@ T = TypeVar("T")
 MOST_WAITING = 100  # pages in line
 SEND_S = 10.0  # a page that does not take a message for so long is gone
 HEARD_S = 2.0  # a page that said nothing for so long is gone, since pages speak twice a second
+BROKEN = (1002, 1003, 1007, 1009)  # a page sent what is no message, or one that is too large
 BAD, FULL, MOVED, IDLE = 1008, 1013, 4001, 4002  # why a connection is closed
 
 
@@ -78,9 +79,9 @@ class Players:
         except* (WebSocketDisconnect, WebSocketDisconnected, TimeoutError):
             keep = True
         except* UserError as errors:
-            code, why = BAD, one_line(errors.exceptions[0])
+            code, why, keep = BAD, one_line(errors.exceptions[0]), False
         except* EndedError as errors:
-            code, why = errors.exceptions[0].args
+            (code, why), keep = errors.exceptions[0].args, False
         finally:
             self._leave(connection, keep)
         with suppress(WebSocketDisconnect, WebSocketDisconnected, RuntimeError):  # it may be closed already
@@ -92,7 +93,9 @@ class Players:
         while True:
             message = await connection.socket.receive()
             if message["type"] == "websocket.disconnect":
-                raise WebSocketDisconnect(message.get("code", 1000))
+                if message.get("code") in BROKEN:
+                    raise EndedError(BAD, "no WebSocket message of this kind")
+                raise WebSocketDisconnect
             connection.heard, session = time.monotonic(), connection.session
             if (data := message.get("bytes")) is not None:
                 controls = parse_controls(data, keys)
