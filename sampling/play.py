@@ -68,9 +68,10 @@ class LiveWorld:
 
     def answer(self, row: Actions) -> np.ndarray:
         """The next frames (n h w 3) uint8, all of which answer `row`: it is held for all of them,
-        and in the interval before the first."""
+        and in the interval before the first if that is `revisable`."""
         keyboard, mouse = (torch.from_numpy(array)[None] for array in (row.keyboard, row.mouse))
-        self.rollout.revise(keyboard, mouse)
+        if self.rollout.revisable:
+            self.rollout.revise(keyboard, mouse)
         return self.step(row)
 
     def step(self, actions: Actions) -> np.ndarray:

@@ -21,6 +21,8 @@ class Rollout(ABC):
     """
 
     frames_due: int  # frames of the next piece
+    # Whether the last row is free to change. A frame answers the rows before it, but the very first one its own.
+    revisable = False
     denoise_s: float  # seconds of the newest piece's denoising; its step took the rest
     _unsettled: Callable[[], object] | None = None  # what is left to do of the newest piece
     _past_rows: int  # action rows of earlier pieces that the next one needs
@@ -56,6 +58,7 @@ class Rollout(ABC):
         actions, started = (keyboard, mouse), time.perf_counter()
         latents = self._prompt.pop(0) if self._prompt else self._denoise(actions)
         self.denoise_s = time.perf_counter() - started
+        self.revisable = self.frames_due > 1
         frames = self._finish(latents, actions)
         first = max(0, keyboard.shape[1] - self._past_rows)
         self._past, self.pieces = (keyboard[:, first:], mouse[:, first:]), self.pieces + 1
@@ -71,7 +74,8 @@ class Rollout(ABC):
     @torch.inference_mode()
     def revise(self, keyboard: Tensor, mouse: Tensor) -> None:
         """Another keyboard (b 1 k) and mouse (b 1 2) for the last row of the step before, which no frame has answered
-        yet: the next piece then answers newer actions from its first frame on."""
+        yet: the next piece then answers newer actions from its first frame on. Only while it is `revisable`."""
+        assert self.revisable
         rows = (row.to(self.world.device) for row in (keyboard, mouse))
         keyboard, mouse = (
             torch.cat([past[:, :-1], row], dim=1)[:, : past.shape[1]]

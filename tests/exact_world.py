@@ -1,7 +1,7 @@
 """A world that answers keys exactly, for tests of play: a white bar in a coloured room.
 
-Turning right moves the bar to the left by a pixel a degree, walking widens it. The rollout is the usual one; only what a
-model would have learnt is written down here.
+Turning right moves the bar to the left by a pixel a degree, walking widens it. The rollout is the usual one; only
+what a model would have learnt is written down here.
 """
 
 import sys

@@ -114,7 +114,7 @@ def test_a_world_without_them_is_started_from_what_its_training_held_out(encoded
     (checkpoint / "config.yaml").write_text(f"validation: {{manifest: {encoded}/heldout/manifest.json}}\n")
     trained, config = read_world_config(checkpoint), PlayConfig(checkpoint=str(checkpoint))
     starts = read_starts(str(checkpoint), trained, config)
-    assert len(starts) == 2 and starts[0].shape == (32, 48, 3) and not np.array_equal(*starts)
+    assert len(starts) == 2 and starts[0].shape == (32, 48, 3) and not np.array_equal(starts[0], starts[1])
 
 
 def test_a_recording_ends_at_its_limit_and_stays_whole(tmp_path: Path) -> None:

@@ -83,11 +83,12 @@ class Session:
         live, recording = self._begin(self.asked)
         controls, space = self.controls, self.world.game.action_space
         keyboard, degrees = held_keys(controls.keys, space), self._degrees(controls, live.frames_due)
+        revised = live.rollout.revisable
         frames = live.answer(Actions(keyboard[None], mouse_rows(space, degrees[None])))
         made = time.perf_counter()
         jpegs = [to_jpeg(frame) for frame in frames]
         encode_s, denoise_s = time.perf_counter() - made, live.rollout.denoise_s
-        if self.block:
+        if revised:
             recording.revise(keyboard, degrees)
         recording.add(frames, jpegs, *(np.tile(row, (len(frames), 1)) for row in (keyboard, degrees)))
         times_ms = (1000 * seconds for seconds in (denoise_s, made - started - denoise_s, encode_s))
