@@ -141,7 +141,7 @@ class Client:
             frames.append(Frame(index, count, session, block, frame, counter, stamp, tuple(times), picture))
         return frames
 
-    def play(self, blocks: int, first: int = 1, **held: Any) -> list[Frame]:
+    def play(self, blocks: int, first: int = 2, **held: Any) -> list[Frame]:
         """The frames of `blocks` blocks from `first` on, with the same controls held."""
         frames = []
         for block in range(first, first + blocks):
@@ -150,8 +150,9 @@ class Client:
         return frames
 
     def begin(self) -> dict[str, Any]:
-        """What the server says first, once the first frames have come."""
+        """What the server says first, once two blocks have come; nothing is held, as the first frame's row stands."""
         welcome = self.hear("welcome")
         self.hear("world")
         self.frames()
+        self.play(1, first=1)
         return welcome

@@ -61,7 +61,7 @@ def test_an_episode_played_again_gives_the_same_frames_bit_for_bit(checkpoint: P
         held: list[dict[str, Any]] = [
             {"keys": 1}, {"keys": 5, "mouse": (0.7, 1 / 3)}, {"turn": (0.37, -1)}, {"mouse": (2.0, 9.99999)}, {},
         ]  # fmt: skip
-        for block, controls in enumerate(held, start=1):
+        for block, controls in enumerate(held, start=2):
             client.hold(block, **controls)
             client.frames()
         status, data = server.ask(f"/episode?key={key}", b"")
