@@ -168,7 +168,7 @@ def test_garbage_ends_the_session_that_sent_it_alone(server: Server, client: Cli
 def test_a_huge_message_ends_its_session(server: Server, client: Client) -> None:
     with Client(server) as other:
         key = other.begin()["key"]
-        with pytest.raises(ConnectionClosed, match="1009|1006|no close frame"):
+        with pytest.raises(ConnectionClosed, match=r"1009|1006|no close frame"):
             other.socket.send(b"\2" * 10_000_000)
             other.socket.recv(timeout=30)
     server.until(lambda players: key not in players.sessions)

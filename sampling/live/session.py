@@ -128,7 +128,8 @@ class Session:
         moved = np.subtract(controls.mouse_deg, self._mouse_deg) / frames
         self._mouse_deg = controls.mouse_deg
         limit = self.config.mouse_limit_deg
-        return np.clip(moved + np.multiply(controls.turn, self.config.mouse_deg), -limit, limit).round(DIGITS)
+        degrees = np.clip(moved + np.multiply(controls.turn, self.config.mouse_deg), -limit, limit).round(DIGITS)
+        return degrees * (self.world.game.action_space.pitch, 1)
 
 
 def held_keys(bits: int, space: ActionSpace) -> np.ndarray:
