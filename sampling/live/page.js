@@ -419,6 +419,7 @@ function welcome(facts) {
   paused = false;
   showPause();
   state("live", "live");
+  setTimeout(() => $("hint").classList.add("away"), 8000);  // whoever plays by keys alone has read it
 }
 
 function connect() {
