@@ -1,4 +1,4 @@
-# make demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode, -doctor, -plan, -fuzz: see README.md.
+# make play | demo | smoke | test | setup | check | test-engines, -faults, -multinode, -docker, -s3, -encode, -doctor, -plan, -fuzz: see README.md.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
@@ -12,7 +12,14 @@ export GOMP_SPINCOUNT := 0
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/$(VENV)/torch_extensions
 export PYTHONWARNINGS := ignore
 
-.PHONY: demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan test-fuzz check setup clean
+.PHONY: play demo smoke test test-engines test-faults test-multinode test-docker test-s3 test-encode test-doctor test-plan test-fuzz check setup clean
+
+# The world that `make play` plays: the one that comes with the repository, or WORLD=runs/demo/causal.
+WORLD ?= sampling/worlds/hall
+
+play: setup
+	@test -d "$(WORLD)" || { echo "No world $(WORLD): make demo trains one, then make play WORLD=runs/demo/causal"; exit 2; }
+	@python -m sampling play "$(WORLD)" browser=true
 
 demo: setup
 	@python -m launch pipeline configs/pipelines/demo.yaml
@@ -67,7 +74,7 @@ $(READY): pyproject.toml constraints.txt
 		|| { echo "Python's headers are missing (DeepSpeed compiles against them): install python3-dev"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	pip install --quiet --disable-pip-version-check $(shell grep '^torch==' constraints.txt)
-	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,play,dev]'
 	@rm -f $(TORCH_EXTENSIONS_DIR)/*/*/lock
 	@echo "compiling DeepSpeed's CPU communication (once, up to a minute)"
 	@DS_ACCELERATOR=cpu python -c 'from deepspeed.accelerator import get_accelerator; \

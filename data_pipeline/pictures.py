@@ -28,15 +28,15 @@ def read_picture(path: str | Path) -> np.ndarray:
     return decode_picture(storage.read_bytes(path), path)
 
 
-def decode_picture(data: bytes, path: str | Path) -> np.ndarray:
+def decode_picture(data: bytes, path: str | Path, most_pixels: int = MOST_PIXELS) -> np.ndarray:
     """As `read_picture`, of a file's bytes; `path` names it."""
     logging.getLogger("PIL").setLevel(logging.CRITICAL)  # what it says of a damaged file is in the error
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit is below
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
-                if picture.width * picture.height > MOST_PIXELS:
-                    raise UserError(f"{picture.width}x{picture.height} px are more than {MOST_PIXELS:,}")
+                if picture.width * picture.height > most_pixels:
+                    raise UserError(f"{picture.width}x{picture.height} px are more than {most_pixels:,}")
                 if getattr(picture, "n_frames", 1) > 1:  # formats without animations have no such attribute
                     tqdm.write(f"{path} holds several pictures; the first one is taken", file=sys.stderr)
                 return np.array(_to_rgb(ImageOps.exif_transpose(picture)))

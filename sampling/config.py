@@ -5,9 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs import storage, within
+from configs.errors import UserError
 from configs.files import require_other_files
+from model.flow import FlowMatch
 from model.limits import require_device
-from model.world import Precision, Weights, WorldModel, checkpoint_files, find_checkpoint, load_world
+from model.world import Precision, Weights, WorldModel, WorldModelConfig, checkpoint_files, find_checkpoint, load_world
+from sampling.denoising import Denoising
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +39,10 @@ class SamplingConfig:
     def load(self, checkpoint: str) -> WorldModel:
         """The world model in a checkpoint that `find` gave."""
         return load_world(checkpoint, self.weights, self.device, self.precision, self.vision, self.codec)
+
+
+def check_denoising(denoising: Denoising, trained: WorldModelConfig, checkpoint: str) -> None:
+    """Raises UserError for steps that the checkpoint's model does not have."""
+    FlowMatch(trained.flow).warp(denoising.few_steps)
+    if not trained.model.causal and (denoising.few_steps or denoising.context_noise is not None):
+        raise UserError(f"{checkpoint} is no causal model: leave out few_steps and context_noise")

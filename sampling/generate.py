@@ -21,10 +21,9 @@ from data_pipeline.readers.recording import VIDEOS
 from data_pipeline.types import Actions
 from data_pipeline.video import fit_frame, read_frames, to_video, write_video
 from model.action_dit import CompileMode
-from model.flow import FlowMatch
 from model.layout import CHUNK_FRAMES
 from model.world import WorldModel, read_world_config
-from sampling.config import SamplingConfig
+from sampling.config import SamplingConfig, check_denoising
 from sampling.denoising import Denoising
 from sampling.play import play
 from sampling.scripts import Scripted, is_file, read_script
@@ -72,9 +71,7 @@ def generate(config: GenerateConfig) -> None:
     checkpoint = config.find([config.out, sheet], prompt=config.prompt, actions=script)
     trained = read_world_config(checkpoint)
     game = trained.game
-    FlowMatch(trained.flow).warp(config.few_steps)  # a UserError for steps that the model does not have
-    if not trained.model.causal and (config.few_steps or config.context_noise is not None):
-        raise UserError(f"{checkpoint} is no causal model: leave out few_steps and context_noise")
+    check_denoising(config.denoising, trained, checkpoint)
     actions = read_script(config.actions, game.action_space, config.scripted)
     prompt = read_prompt(config.prompt, config.prompt_frame, game, config.prompt_frames)
     world = config.load(checkpoint)

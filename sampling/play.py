@@ -58,6 +58,22 @@ class LiveWorld:
         """Frames that the next step makes."""
         return self.rollout.frames_due
 
+    def adjust(self, denoising: Denoising) -> None:
+        """Other steps or another guidance for what comes."""
+        self.denoising = self.rollout.denoising = denoising
+
+    def settle(self) -> None:
+        """Does now what would else delay the next step."""
+        self.rollout.settle()
+
+    def answer(self, row: Actions) -> np.ndarray:
+        """The next frames (n h w 3) uint8, all of which answer `row`: it is held for all of them,
+        and in the interval before the first if that is `revisable`."""
+        keyboard, mouse = (torch.from_numpy(array)[None] for array in (row.keyboard, row.mouse))
+        if self.rollout.revisable:
+            self.rollout.revise(keyboard, mouse)
+        return self.step(row)
+
     def step(self, actions: Actions) -> np.ndarray:
         """The next frames (n h w 3) uint8; `actions` has n rows, or one that is held for all of them."""
         rows = (torch.from_numpy(array)[None] for array in (actions.keyboard, actions.mouse))

@@ -1,7 +1,8 @@
 """A video that goes on piece by piece, each piece answering the actions of its frames."""
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ class Rollout(ABC):
     """
 
     frames_due: int  # frames of the next piece
+    # Whether the last row is free to change. A frame answers the rows before it, but the very first one its own.
+    revisable = False
+    denoise_s: float  # seconds of the newest piece's denoising; its step took the rest
+    _unsettled: Callable[[], object] | None = None  # what is left to do of the newest piece
     _past_rows: int  # action rows of earlier pieces that the next one needs
 
     @torch.inference_mode()
@@ -43,18 +48,40 @@ class Rollout(ABC):
 
         Row i is held during the interval of frame i, so the last row leads to the first frame of the piece after.
         """
+        self.settle()
         keyboard, mouse = (
             torch.cat([past, self._checked(name, rows, width)], dim=1)
             for name, past, rows, width in zip(
                 ("keyboard", "mouse"), self._past, (keyboard, mouse), self._widths, strict=True
             )
         )
-        actions = keyboard, mouse
+        actions, started = (keyboard, mouse), time.perf_counter()
         latents = self._prompt.pop(0) if self._prompt else self._denoise(actions)
+        self.denoise_s = time.perf_counter() - started
+        self.revisable = self.frames_due > 1
         frames = self._finish(latents, actions)
         first = max(0, keyboard.shape[1] - self._past_rows)
         self._past, self.pieces = (keyboard[:, first:], mouse[:, first:]), self.pieces + 1
         return frames
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Remembers the newest piece, if that is left to do: the next step needs it, but its frames need not wait."""
+        if self._unsettled:
+            self._unsettled()
+            self._unsettled = None
+
+    @torch.inference_mode()
+    def revise(self, keyboard: Tensor, mouse: Tensor) -> None:
+        """Another keyboard (b 1 k) and mouse (b 1 2) for the last row of the step before, which no frame has answered
+        yet: the next piece then answers newer actions from its first frame on. Only while it is `revisable`."""
+        assert self.revisable
+        rows = (row.to(self.world.device) for row in (keyboard, mouse))
+        keyboard, mouse = (
+            torch.cat([past[:, :-1], row], dim=1)[:, : past.shape[1]]
+            for past, row in zip(self._past, rows, strict=True)
+        )
+        self._past = keyboard, mouse
 
     def _checked(self, name: str, rows: Tensor, width: int) -> Tensor:
         """Action rows on the world's device; a UserError unless they are finite and of the next piece."""

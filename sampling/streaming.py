@@ -1,6 +1,7 @@
 """Rollouts of a causal model: block after block, each answering its actions and reading the past from caches."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class StreamingRollout(Rollout):
         return integrate(guided, flow, self._noise(0), self.denoising.steps, self._known)
 
     def _finish(self, latents: Tensor, actions: Rows) -> Tensor:
-        past, sigma = self._fill_cache(latents, actions)
+        past, sigma = self._as_context(latents)
+        timestep, inputs = self.world.flow.config.train_steps * sigma, self._inputs(actions)
+        self._unsettled = partial(self.world.dit, past, timestep, **inputs, cache=self.cache, update_cache=True)
         self._known, self._cond = None, next(self._conditions)
         if self.causal.unknown == "last":
             self._cond = known_at(past[:, :, -1:].expand_as(past), sigma[:, None].expand(-1, past.shape[2]))
@@ -64,15 +67,12 @@ class StreamingRollout(Rollout):
             video, self._decoder_state = self.world.codec.decode_stream(latents, self._decoder_state)
         return to_uint8(video.clamp(-1, 1))
 
-    def _fill_cache(self, latents: Tensor, actions: Rows) -> tuple[Tensor, Tensor]:
-        """One more pass over the finished block; its latents (b c f h w) as the cache has them, and levels (b)."""
+    def _as_context(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """A finished block's latents (b c f h w) as the cache gets them, and their levels (b)."""
         flow, level = self.world.flow, self.denoising.context_noise
         level = self.causal.context_noise if level is None else level
         sigma = torch.full((len(latents),), level, device=latents.device)
-        x = flow.add_noise(latents, self._noise(-1), sigma) if level else latents
-        timestep = flow.config.train_steps * sigma
-        self.world.dit(x, timestep, **self._inputs(actions), cache=self.cache, update_cache=True)
-        return x, sigma
+        return flow.add_noise(latents, self._noise(-1), sigma) if level else latents, sigma
 
     def _inputs(self, actions: Rows) -> dict[str, Tensor | None]:
         """The model's inputs for the next block; `actions` are those of the past, then of the block's frames."""
