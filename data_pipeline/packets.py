@@ -4,6 +4,7 @@ Our own videos have a checksum of their pictures, since an H.264 decoder does no
 box at the end of the file, which players skip and converters leave out.
 """
 
+import errno
 import hashlib
 import os
 import struct
@@ -51,7 +52,9 @@ def opened(
             av.open(file, "r", metadata_errors="replace", **options) as container,
         ):
             yield container, choose_stream(container, path)
-    except av.error.FFmpegError as error:
+    except (av.error.FFmpegError, OSError) as error:  # EINVAL: it was told to seek before the file's beginning
+        if not isinstance(error, av.error.FFmpegError) and error.errno != errno.EINVAL:
+            raise
         raise UserError(f"cannot read the video {path} ({error.strerror}); it is truncated or no video") from error
 
 

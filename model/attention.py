@@ -85,7 +85,7 @@ def _by_windows(q: Tensor, k: Tensor, v: Tensor, mask: BlockCausalMask, window: 
         parts.append(rearrange([*shown, *own], "f b i m a e -> (b i) (f m) a e"))
     queries = rearrange(q, "b (two i l) a e -> (b i) (two l) a e", two=2, i=blocks)
     seen = window_mask(mask, q.device).repeat(len(q), 1, 1)[:, None]
-    attended = _dense_whole(queries, *parts, seen)
+    attended = _dense_whole(queries, parts[0], parts[1], seen)
     return rearrange(attended, "(b i) (two l) a e -> b (two i l) a e", two=2, i=blocks)
 
 

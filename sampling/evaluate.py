@@ -118,7 +118,7 @@ def judge_losses(world: WorldModel, config: EvaluateConfig, clips: int) -> Repor
     generator = torch.Generator().manual_seed(config.seed)
     temporal, bins, tables = world.codec.config.temporal, sigma_bins(world.flow), {}
     for count, kind in enumerate(("first_chunk", "next_chunk"), start=1):
-        if batch.latents.shape[2] < count * world.block:
+        if batch.latents.shape[2] < count * world.block or count * world.block == 1:  # one latent is the given frame
             continue
         part = first_latents(batch, count * world.block, world.layout, temporal)
         variants = action_variants(part)

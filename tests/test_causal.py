@@ -36,7 +36,8 @@ def test_a_stream_with_caches_gives_what_the_mask_gives(
 ) -> None:
     dit = awake(replace(CAUSAL, causal=CausalConfig(block, window, sink, action_sink, positions)))
     given = inputs(dit.config, f=4 * block)
-    assert torch.allclose(stream(dit, given), dit(**given), atol=1e-5)  # float32 sums in another order
+    # float32 sums in another order, of numbers up to 20
+    assert torch.allclose(stream(dit, given), dit(**given), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

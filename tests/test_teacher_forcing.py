@@ -24,6 +24,7 @@ from train.objectives.objective import rng_for_step
 from train.objectives.teacher_forcing import TeacherForcing
 
 FLOW = FlowMatch(FlowMatchConfig(shift=1.0))
+assert CAUSAL.action
 SIDE_PATHS = replace(CAUSAL.action, time_path=True, place_path=True)
 RULES = [
     CausalConfig(1, 3),
@@ -53,7 +54,7 @@ def test_a_block_from_the_clean_half_is_what_a_stream_makes_from_its_caches(caus
     noisy |= {"x": noisy["x"] + 1, "timestep": noisy["timestep"].flip(1) + 7}
     both = dit(**doubled(past, noisy), doubled=True)
     assert torch.allclose(both[:, :, :f], dit(**past), atol=1e-5)
-    cache = dit.make_cache(1, *past["x"].shape[3:])
+    cache = dit.make_cache(1, past["x"].shape[3], past["x"].shape[4])
     for start in range(0, f, causal.block):
         block = slice(start, start + causal.block)
         made = dit(**frames(noisy, block), cache=cache)
@@ -165,6 +166,7 @@ def test_a_rollout_gives_the_model_what_training_gives_it(causal: CausalConfig, 
     rollout = StreamingRollout(world, prompt, [0], Denoising(steps=2))
     for _ in range(4):
         rollout.step(*(torch.zeros(1, rollout.frames_due, width) for width in (4, 2)))
+    rollout.settle()
     kept = [given for given in passes if given.get("update_cache")]
     past = torch.cat([given["x"] for given in kept], dim=2)
     sigma = torch.full((1, past.shape[2]), causal.context_noise)
