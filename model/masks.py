@@ -111,15 +111,15 @@ def dense_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
 def window_mask(mask: BlockCausalMask, device: torch.device) -> Tensor:
     """(i l m) bool of a doubled clip's blocks i: what both halves of a block see of the window of the first half that
     ends with it, and of the block's second half."""
-    rule, s = mask.rule, mask.keys
-    assert rule.window is not None
-    n, newest = rule.block * s, torch.arange(0, mask.frames, rule.block, device=device)[:, None] + rule.block
-    frame = newest - rule.window + torch.arange(rule.window, device=device)
-    there, own = frame >= 0, torch.ones(rule.block, dtype=torch.bool, device=device).expand(len(newest), -1)
-    past = torch.cat([there, ~own], dim=1)
-    noisy = torch.cat([there & (frame < newest - rule.block), own], dim=1)
-    seen = torch.stack([past, noisy], dim=1).repeat_interleave(n, dim=1)
-    return seen.repeat_interleave(s, dim=2)
+    block, window = mask.rule.block, mask.rule.window
+    assert window is not None
+    first = torch.arange(0, mask.frames, block, device=device)[:, None]  # of each block
+    shown = first + block - window + torch.arange(window, device=device)
+    own = mask.frames + first + torch.arange(block, device=device)
+    queries, keys = torch.cat([first, mask.frames + first], dim=1), torch.cat([shown.clamp(min=0), own], dim=1)
+    seen = mask.by_frame(device)[queries[:, :, None], keys[:, None]]
+    seen[:, :, :window] &= shown[:, None] >= 0  # before the clip there is nothing
+    return seen.repeat_interleave(block * mask.queries, dim=1).repeat_interleave(mask.keys, dim=2)
 
 
 @lru_cache(maxsize=8)

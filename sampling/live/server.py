@@ -121,12 +121,11 @@ class Routes:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def start(self, request: Request) -> Response:
-        """A start picture; number -1 is the player's own."""
+        """A start picture."""
         number = request.path_params["number"]
         if not 0 <= number < len(self.players.starts):
             raise HTTPException(404)
-        png = cv2.imencode(".png", self.players.starts[number][..., ::-1])[1].tobytes()
-        return Response(png, media_type="image/png", headers=HEADERS)
+        return _png(self.players.starts[number])
 
     async def picture(self, request: Request) -> Response:
         """Takes the player's own start picture; with the answer comes how the world sees it."""
@@ -142,8 +141,7 @@ class Routes:
             except UserError as error:
                 return PlainTextResponse(one_line(error), 400)
             session.own_picture = await asyncio.to_thread(fit_frame, picture, game.height, game.width)
-        png = cv2.imencode(".png", session.own_picture[..., ::-1])[1].tobytes()
-        return Response(png, media_type="image/png", headers=HEADERS)
+        return _png(session.own_picture)
 
     async def episode(self, request: Request) -> Response:
         """Writes what the session has played into the folder `record`; without one the answer is a zip of it."""
@@ -169,6 +167,11 @@ class Routes:
         if session is None:
             raise HTTPException(404, "no such session")
         return session
+
+
+def _png(picture: np.ndarray) -> Response:
+    """A picture (h w 3) uint8."""
+    return Response(cv2.imencode(".png", picture[..., ::-1])[1].tobytes(), media_type="image/png", headers=HEADERS)
 
 
 def _zipped(recording: Recording, name: str) -> bytes:
