@@ -10,7 +10,16 @@ LOOKS = ("sharpness", "brightness", "colourfulness")  # of `looks`
 
 def psnr(made: np.ndarray, real: np.ndarray) -> np.ndarray:
     """PSNR in dB (...) of frames (... h w 3) uint8 against the real ones; 99 dB where they are the same."""
-    error = np.square(made.astype(np.float32) - real.astype(np.float32)).mean(axis=(-3, -2, -1))
+    return decibels(squared_error(made, real))
+
+
+def squared_error(made: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """Mean squared difference (...) of frames (... h w 3) uint8, each in [0, 255], from the real ones."""
+    return np.square(made.astype(np.float32) - real.astype(np.float32)).mean(axis=(-3, -2, -1))
+
+
+def decibels(error: np.ndarray) -> np.ndarray:
+    """PSNR (...) of squared errors (...) of uint8 pictures, at most 99 dB."""
     return np.minimum(20 * math.log10(255) - 10 * np.log10(np.maximum(error, 1e-12)), 99.0)
 
 

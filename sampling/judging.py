@@ -12,7 +12,7 @@ from data_pipeline.motion import EXPECTED
 from data_pipeline.types import Actions
 from model.layout import CHUNK_FRAMES
 from model.world import WorldModel
-from sampling.appearance import LOOKS, correlation, grid_ratio, looks, psnr
+from sampling.appearance import LOOKS, correlation, decibels, grid_ratio, looks, psnr, squared_error
 from sampling.motion import AXES, SPAN, all_motions, held_table, recorded_spans, share_along, span_means
 from sampling.scripts import Scripted, read_script, script_words
 from sampling.trajectories import Player, Prompt
@@ -140,26 +140,38 @@ def remembered_frames(world: WorldModel) -> int:
 
 def along_table(frames: Frames, at: Sequence[int], unit: tuple[int, int]) -> Table:
     """`psnr_db` of every frame after the first, and at frames `at` what is `generated` beside the `codec`, the `real`
-    frames and `hold`, the first of them held, on a grid of `unit` px."""
+    frames and `hold`, the first of them held, on a grid of `unit` px. PSNR is that of the mean squared error over the
+    rollouts: a mean of decibels would be decided by the few episodes that stand still, where to hold is perfect."""
     real = frames["real"]
-    likeness = {name: psnr(frames[name], real)[:, 1:] for name in ("codec", "generated")}
-    likeness["hold"] = psnr(real[:, :1], real)[:, 1:]
+    errors = {name: squared_error(frames[name], real)[:, 1:] for name in ("codec", "generated")}
+    errors["hold"] = squared_error(real[:, :1], real)[:, 1:]
+    likeness = {name: decibels(error.mean(axis=0)) for name, error in errors.items()}
     table: Table = {"psnr_db": {}, "at_frames": {}, "grid_px": list(unit)}
     for name, values in likeness.items():
-        table["psnr_db"][name] = {"mean": float(values.mean()), "by_frame": values.mean(axis=0).round(3).tolist()}
+        table["psnr_db"][name] = {"mean": float(values.mean()), "by_frame": values.round(3).tolist()}
     for frame in at:
-        above = likeness["generated"][:, frame - 1] - likeness["hold"][:, frame - 1]
-        row: Table = {name: {"psnr_db": float(values[:, frame - 1].mean())} for name, values in likeness.items()}
+        row: Table = {name: {"psnr_db": float(values[frame - 1])} for name, values in likeness.items()}
         for name, shown in frames.items():
             sharpness = float(looks(shown[:, frame])[:, 0].mean())
             row[name] = {**row.get(name, {}), "grid": grid_ratio(shown[:, frame], unit), "sharpness": sharpness}
-        row["above_hold_db"] = float(above.mean())
+        row["above_hold_db"] = row["generated"]["psnr_db"] - row["hold"]["psnr_db"]
         row["grid_over_codec"] = row["generated"]["grid"] / max(row["codec"]["grid"], 1e-6)
         row["sharpness_over_codec"] = row["generated"]["sharpness"] / max(row["codec"]["sharpness"], 1e-6)
-        if len(above) > 1:
-            row["standard_error_db"] = float(above.std(ddof=1) / math.sqrt(len(above)))
+        if len(real) > 1:
+            generated, hold = (without_each(errors[name][:, frame - 1]) for name in ("generated", "hold"))
+            row["standard_error_db"] = jackknife_error(decibels(generated) - decibels(hold))
         table["at_frames"][str(frame)] = row
     return table
+
+
+def without_each(values: np.ndarray) -> np.ndarray:
+    """The means (n) of n > 1 values without the first, the second ... of them."""
+    return (values.sum() - values) / (len(values) - 1)
+
+
+def jackknife_error(values: np.ndarray) -> float:
+    """Standard error of a figure from its `values` (n) without each sample (Efron and Stein 1981)."""
+    return float(np.sqrt((len(values) - 1) * values.var()))
 
 
 def drift_table(seen: np.ndarray, fps: float) -> Table:

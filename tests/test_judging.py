@@ -15,7 +15,7 @@ from data_pipeline.types import Actions
 from model.masks import CausalConfig
 from sampling.appearance import LOOKS, correlation, grid_ratio, looks, psnr
 from sampling.denoising import Denoising
-from sampling.judging import Judge, drift_table
+from sampling.judging import Judge, along_table, drift_table, jackknife_error, without_each
 from sampling.motion import AXES, SPAN, all_motions, recorded_spans, span_means, way_of
 from sampling.scripts import Scripted, read_script, script_words
 from sampling.trajectories import Prompt
@@ -157,6 +157,23 @@ def test_blocks_of_the_model_s_patch_raise_the_grid_ratio_and_blur_lowers_the_sh
     assert rows[blur]["generated"]["grid"] == pytest.approx(1, abs=0.5)
     assert rows[blur]["sharpness_over_codec"] < 0.5 * real["sharpness_over_codec"]
     assert max(row["above_hold_db"] for row in rows.values()) < real["above_hold_db"] - 10
+
+
+def test_an_episode_that_stands_still_does_not_decide_the_gain_over_holding() -> None:
+    rng = np.random.default_rng(0)
+    real = rng.integers(60, 190, (8, 3, 32, 48, 3)).astype(np.uint8)
+    generated = (real + rng.integers(-9, 10, real.shape)).astype(np.uint8)
+    frames = {"real": real, "codec": generated, "generated": generated}
+    moving = along_table(frames, (2,), (16, 16))["at_frames"]["2"]
+    real[0], frames["generated"][0] = real[0, 0], generated[0, 0]
+    still = along_table(frames, (2,), (16, 16))["at_frames"]["2"]
+    assert still["above_hold_db"] == pytest.approx(moving["above_hold_db"], abs=0.7) and moving["above_hold_db"] > 15
+    assert still["standard_error_db"] < 1
+
+
+def test_the_jackknife_finds_the_standard_error_of_a_mean() -> None:
+    values = np.random.default_rng(0).normal(size=20)
+    assert jackknife_error(without_each(values)) == pytest.approx(values.std(ddof=1) / np.sqrt(20))
 
 
 def test_a_grid_is_seen_on_the_right_lines_alone() -> None:
