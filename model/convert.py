@@ -1,4 +1,4 @@
-"""`python -m model import` and `export`: checkpoints of official weights, and official weights of checkpoints."""
+"""`python -m model import` and `export`: checkpoints of official weights, and weights of checkpoints to hand on."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from model.codec import codec_hash
 from model.config import ActionDiTConfig
 from model.flow import FlowMatchConfig
 from model.layout import Layout
-from model.official import WEIGHTS_NAME, KeyNames, check_variant, config_json, read_official, require_official_parts
+from model.official import WEIGHTS_NAME, check_variant, config_json, read_official, require_official_parts
 from model.third_party import diffusers_names
 from model.weights import LazyWeights, open_weights, save_weights
 from model.world import (
@@ -49,8 +49,8 @@ class ExportConfig:
     """`python -m model export <checkpoint>`."""
 
     checkpoint: str  # a step folder, or a run folder: its newest complete step
-    format: KeyNames
-    out: str  # folder that gets the weights and their config.json
+    format: Literal["worldloom", "official", "diffusers"]  # worldloom: what playing needs, nothing of training
+    out: str  # folder that gets the weights, and their config.json if others are to read them
     weights: Weights = "ema"
     prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
@@ -72,9 +72,14 @@ def import_official(config: ImportConfig) -> None:
 
 
 def export(config: ExportConfig) -> None:
-    """Write a checkpoint's weights as others read them: CHECKPOINT format=official|diffusers out=folder"""
+    """Write a checkpoint's weights, to play or for others: CHECKPOINT format=worldloom|official|diffusers out=folder"""
     checkpoint = find_checkpoint(config.checkpoint)
     world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
+    if config.format == "worldloom":
+        with writing_world(config.out, world, find_codec(checkpoint, world, config.codec)) as folder:
+            save_weights(_cast(open_weights(file), config), folder / "ema.safetensors")
+        print(f"{config.out}: play it with python -m sampling play {config.out}")
+        return
     require_official_parts(world.model)
     codec, without_codec = None, ""
     try:
@@ -96,10 +101,15 @@ def export(config: ExportConfig) -> None:
         print(f"note: {scales} RMS scales of the action modules are not 1; only the FastVideo port applies them")
 
 
+def _cast(weights: LazyWeights, config: ExportConfig) -> LazyWeights:
+    if config.dtype == "keep":
+        return weights
+    return weights.cast({"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
+
+
 def _rename(weights: LazyWeights, config: ExportConfig) -> LazyWeights:
     """`weights` of a checkpoint under the names and in the dtype that `config` asks for."""
-    if config.dtype != "keep":
-        weights = weights.cast({"bf16": torch.bfloat16, "fp32": torch.float32}[config.dtype])
+    weights = _cast(weights, config)
     if config.format == "diffusers":
         return weights.renamed(diffusers_names("transformer", weights))
     prefix = "" if config.prefix == "none" else config.prefix or weights.metadata.get("prefix", "")

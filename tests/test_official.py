@@ -28,7 +28,7 @@ from model.action_dit import ActionDiT
 from model.official import WEIGHTS_NAME, check_variant, config_json, settings_of_json
 from model.third_party import diffusers_names
 from model.weights import LazyWeights, load_into, open_weights, save_weights
-from model.world import load_world, newest_checkpoint, read_world_config
+from model.world import CODEC, COMPLETE, WORLD_FILE, load_world, newest_checkpoint, read_world_config
 
 
 @pytest.fixture
@@ -310,3 +310,14 @@ def test_an_export_refuses_by_name_what_no_other_program_has(
         error = refusal(capsys, "export", str(tmp_path / "checkpoint"), f"format={layout}", f"out={tmp_path / 'out'}")
         assert part.split("=")[0] in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_world_to_hand_on_has_one_set_of_weights_and_its_codec(tmp_path: Path, import_args: list[str]) -> None:
+    part = "model.action.place_path=true"
+    save_file(weights := random_state(model_of("universal", *SMALL, part)), tmp_path / "ours.safetensors")
+    assert model_command("import", str(tmp_path / "ours.safetensors"), *import_args, part) == 0
+    args = ["format=worldloom", "dtype=bf16", f"out={tmp_path / 'world'}"]
+    assert model_command("export", str(tmp_path / "checkpoint"), *args) == 0
+    assert {path.name for path in (tmp_path / "world").iterdir()} == {COMPLETE, WORLD_FILE, CODEC, "ema.safetensors"}
+    given = {name: tensor.bfloat16() for name, tensor in weights.items()}
+    assert same_bits(load_file(tmp_path / "world" / "ema.safetensors"), given)
