@@ -1,5 +1,7 @@
 """The page in a real browser: keys, mouse, pause, reset, a second tab, recording, and a server that goes and comes."""
 
+import base64
+import io
 import os
 import shutil
 import signal
@@ -12,12 +14,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from data_pipeline.readers.worldloom import find_episodes
 from sampling.live.server import listen
+from sampling.motion import all_motions
 
+HALL = Path(__file__).parent.parent / "sampling" / "worlds" / "hall"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no browser: apt-get install --no-install-recommends chromium")
 PIXELS = """() => {
@@ -31,15 +37,16 @@ PIXELS = """() => {
 class Served:
     """A server in a process of its own, which can be killed and started again on the same port."""
 
-    def __init__(self, record: Path) -> None:
+    def __init__(self, record: Path, *command: str) -> None:
         with listen("127.0.0.1", 0) as free:
             self.port = free.getsockname()[1]
         self.record, self.url = record, f"http://127.0.0.1:{self.port}/"
+        self.command = command or (str(Path(__file__).with_name("exact_world.py")),)
         self.start()
 
     def start(self) -> None:
         words = [f"port={self.port}", "sessions=32", f"record={self.record}"]
-        self.process = subprocess.Popen([sys.executable, Path(__file__).with_name("exact_world.py"), *words])
+        self.process = subprocess.Popen([sys.executable, *self.command, *words])
         soon(self._ready, 60)
 
     def _ready(self) -> bool:
@@ -120,6 +127,40 @@ def test_keys_change_the_picture_the_right_way_within_a_second(page: Page) -> No
     soon(lambda: bar(page)[0] < middle - 5)
     page.keyboard.up("ArrowRight")
     assert "ms" in soon(lambda: page.inner_text("#latency").replace("–", ""))
+
+
+def picture(page: Page) -> np.ndarray:
+    """What the page shows (h w 3) uint8."""
+    shown = page.evaluate("document.getElementById('screen').toDataURL('image/png')").split(",")[1]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown))).convert("RGB"))
+
+
+def soon_moving(page: Page, sideways: Callable[[np.ndarray], Any]) -> None:
+    """Waits until `sideways` is true of how far the picture moved to the right between the last four looks at it."""
+    seen: list[np.ndarray] = []
+
+    def moves() -> bool:
+        seen.append(picture(page))
+        return len(seen) > 3 and bool(sideways(all_motions(np.stack(seen[-4:])[None])[0, :, 0]))
+
+    soon(moves)
+
+
+def test_the_shipped_world_turns_and_steps_the_right_way_within_a_second(browser: Browser, tmp_path: Path) -> None:
+    served = Served(tmp_path, "-m", "sampling", "play", str(HALL))
+    with opened(browser, served.url) as page:
+        for key, sign in (("ArrowRight", -1), ("ArrowLeft", 1), ("KeyD", -1), ("KeyA", 1)):
+            took_s: list[float] = []
+            while not took_s or (min(took_s) >= 1 and len(took_s) < 8):  # others may need the machine just then
+                page.keyboard.press("Backspace")
+                soon_moving(page, lambda px: np.abs(px).max() < 0.5)
+                started = time.monotonic()
+                page.keyboard.down(key)
+                soon_moving(page, lambda px, sign=sign: np.median(sign * px) > 1)
+                took_s.append(time.monotonic() - started)
+                page.keyboard.up(key)
+            assert min(took_s) < 1, key
+    served.stop()
 
 
 def test_a_tap_between_two_blocks_is_not_lost(page: Page) -> None:
