@@ -12,9 +12,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-from torch.utils.benchmark import Timer
-
 from configs import build_from, load_config
 from configs.cli import table
 from configs.errors import UserError
@@ -22,9 +19,9 @@ from configs.lease import sole_writer
 from configs.storage import is_s3, write_text
 from configs.untrusted import parse_object
 from launch.local import wait
+from model.limits import faster_precision
 
 STAMPS = ".pipeline"  # folder in `out`
-SPEEDUP = 1.15  # bf16 must be faster by this factor to be worth its rounding
 
 
 @dataclass(frozen=True)
@@ -136,20 +133,3 @@ def stored_precision(path: Path) -> str:
     if not path.is_file():
         write_text(path, faster_precision())
     return path.read_text().strip()
-
-
-def faster_precision() -> str:
-    """bf16 on an accelerator; on a CPU the one whose product of the demo's size is faster.
-
-    No flag of the processor says: of two that both have AVX-512 bf16, one multiplied it 2.2 times as fast as fp32, the
-    other at half the speed.
-    """
-    if torch.cuda.is_available():
-        return "bf16"
-
-    def seconds(dtype: torch.dtype) -> float:
-        x, weight = torch.ones(1440, 256, dtype=dtype), torch.ones(1024, 256, dtype=dtype)
-        timer = Timer("x @ weight.T", globals={"x": x, "weight": weight}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=0.1).median
-
-    return "bf16" if seconds(torch.float32) > SPEEDUP * seconds(torch.bfloat16) else "fp32"

@@ -23,7 +23,7 @@ from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig
 from model.flow import FlowMatch, FlowMatchConfig
 from model.layout import CHUNK_LATENTS, Layout
-from model.limits import require_device
+from model.limits import faster_precision, require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.third_party import PICKLES
 from model.vision import VisionTower, image_tokens, load_vision
@@ -35,7 +35,7 @@ WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know b
 STEP_FOLDERS = "step_" + "[0-9]" * 7  # so names sort like steps, and step_0000500_copy is none of them
 
 Weights = Literal["ema", "model"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "auto"]  # auto: the faster one here
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,11 @@ class WorldModel:
     def dtype(self) -> torch.dtype:
         """Of the DiT's arithmetic; latents, noise and steps are float32 whatever it is."""
         return next(self.dit.parameters()).dtype
+
+    @property
+    def precision(self) -> Precision:
+        """Of the DiT's weights."""
+        return "bf16" if self.dtype == torch.bfloat16 else "fp32"
 
 
 def complete_steps(run: str | Path) -> list[str]:
@@ -270,8 +275,9 @@ def make_world(
     with torch.device("meta"):
         dit = ActionDiT(config.model)
     load_into(dit, weights)
+    chosen = faster_precision() if precision == "auto" else precision
     return WorldModel(
-        dit.eval().requires_grad_(False).to(device, torch.bfloat16 if precision == "bf16" else torch.float32),
+        dit.eval().requires_grad_(False).to(device, torch.bfloat16 if chosen == "bf16" else torch.float32),
         FlowMatch(config.flow),
         load_codec(config.codec).requires_grad_(False).to(device),
         config.game,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -91,8 +92,8 @@ def _conditions(world: WorldModel, image: Tensor, fill: str, block: int) -> Iter
     """The conditioning (b 4+c f h w) of each block: the picture in the first, then nothing known."""
     if fill != "grey":
         known = world.codec.encode(image[:, :, None]).float()
-        if fill == "last":  # each later block is given the latent before it instead of what comes from here
-            yield known_at(known.expand(-1, -1, block, -1, -1), known.new_zeros(len(known), block))
+        if fill == "last":  # each later block is given the latent before it instead
+            yield from repeat(known_at(known.expand(-1, -1, block, -1, -1), known.new_zeros(len(known), block)))
         latents = torch.cat([known, torch.zeros_like(known).expand(-1, -1, block - 1, -1, -1)], dim=2)
         yield condition(latents, 1)
         unknown = condition(torch.zeros_like(latents), 0)

@@ -16,7 +16,7 @@ from configs.cli import Verb
 ROOT = Path(__file__).parent.parent
 FLOORS = ("configs", "model", "data_pipeline", "sampling", "train", "launch")  # each may import those before it
 LINES = {
-    "configs": 1450, "model": 3480, "data_pipeline": 5850, "sampling": 2740, "train": 3140, "launch": 1510,
+    "configs": 1450, "model": 3495, "data_pipeline": 5850, "sampling": 2745, "train": 3075, "launch": 1490,
 }  # fmt: skip
 FILE_LINES, FUNCTION_LINES, ARGUMENTS = 300, 40, 6
 # Function: why it is longer, or takes more.

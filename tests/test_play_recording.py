@@ -47,7 +47,10 @@ def replayed(checkpoint: Path, folder: Path) -> str:
     about = json.loads((folder / "episode.json").read_text())
     (denoising,) = about["denoising"]
     config = PlayConfig(checkpoint=str(checkpoint), steps=denoising["steps"], guidance=denoising["guidance"])
-    world, start = load_world(checkpoint), torch.from_numpy(read_picture(folder / "prompt.png"))
+    world, start = (
+        load_world(checkpoint, precision=about["precision"]),
+        torch.from_numpy(read_picture(folder / "prompt.png")),
+    )
     actions = read_actions(folder / "actions.csv", GAME.action_space)
     rows = torch.from_numpy(actions.keyboard)[None], torch.from_numpy(actions.mouse)[None]
     pieces = play(world, to_video(start[None, None])[:, :, 0], rows, [about["seed"]], config.denoising)
@@ -119,7 +122,7 @@ def test_a_world_without_them_is_started_from_what_its_training_held_out(encoded
 
 def test_a_recording_ends_at_its_limit_and_stays_whole(tmp_path: Path) -> None:
     frames, keyboard, mouse = np.zeros((10, 32, 48, 3), np.uint8), np.zeros((10, 4)), np.zeros((10, 2))
-    recording, jpegs = Recording(GAME, frames[0], 0), [to_jpeg(frames[0])] * 10
+    recording, jpegs = Recording(GAME, frames[0], 0, "fp32"), [to_jpeg(frames[0])] * 10
     for _ in range(MOST_FRAMES // 10 + 5):
         recording.add(frames, jpegs, keyboard, mouse)
     assert len(recording) == len(recording.keyboard) == MOST_FRAMES

@@ -48,7 +48,8 @@ def _play_script(config: PlayConfig, checkpoint: str, trained: WorldModelConfig,
     if space.mouse:  # as they will stand in actions.csv
         degrees = (actions.mouse.astype(np.float64) * space.mouse_unit_deg).round(DIGITS)
     actions = Actions(actions.keyboard, mouse_rows(space, degrees))
-    world, recording = config.load(checkpoint), Recording(trained.game, start, config.seed)
+    world = config.load(checkpoint)
+    recording = Recording(trained.game, start, config.seed, world.precision)
     recording.note(describe_denoising(config.denoising))
     image = to_video(torch.from_numpy(start)[None, None])[:, :, 0]
     rows = torch.from_numpy(actions.keyboard)[None], torch.from_numpy(actions.mouse)[None]

@@ -15,7 +15,7 @@ from data_pipeline.pictures import decode_picture, read_picture
 from data_pipeline.readers.keys import MOST_DEG
 from data_pipeline.shards import load_manifest, read_entries, shard_url
 from data_pipeline.video import fit_frame
-from model.world import WorldModelConfig
+from model.world import Precision, WorldModelConfig
 from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
 from sampling.generate import read_prompt
@@ -36,6 +36,7 @@ class PlayConfig(SamplingConfig):
     sessions: int = within(1, 64, 4)  # players at once; the next one waits in line
     idle_s: float = within(1, 86400, 300.0)  # a player who touches nothing for so long makes room
     keep_s: float = within(0, 86400, 60.0)  # a world is kept for so long after its page went away
+    precision: Precision = "auto"  # of the DiT's weights; auto: the faster one here, which is recorded
     steps: int = 4  # Euler steps per chunk or block, until the player changes them
     few_steps: tuple[int, ...] = ()  # causal models: instead of steps the list of a few-step model: [1000,666,333]
     context_noise: float | None = None  # causal models: noise of finished blocks in the caches; null: the model's own

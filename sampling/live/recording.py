@@ -18,6 +18,7 @@ from configs import storage
 from configs.game import GameConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_actions
 from data_pipeline.video import write_video
+from model.world import Precision
 
 PROMPT = "prompt.png"  # the start picture, which the video does not keep exactly
 MOST_FRAMES = 20_000  # 19 minutes at 17.5 frames/s; what comes after is not recorded
@@ -34,9 +35,9 @@ def to_jpeg(frame: np.ndarray) -> bytes:
 class Recording:
     """The frames of one world from its start on, in a file without a name, with their actions."""
 
-    def __init__(self, game: GameConfig, prompt: np.ndarray, seed: int) -> None:
+    def __init__(self, game: GameConfig, prompt: np.ndarray, seed: int, precision: Precision) -> None:
         """`prompt` (h w 3) uint8 is the start picture, of the game's size."""
-        self.game, self.prompt, self.seed = game, prompt, seed
+        self.game, self.prompt, self.seed, self.precision = game, prompt, seed, precision
         self.keyboard: list[np.ndarray] = []  # (k) of each frame
         self.mouse_deg: list[np.ndarray] = []  # (2)
         self.changes: list[dict[str, Any]] = []  # of the denoising, with the frame that they begin with
@@ -74,7 +75,7 @@ class Recording:
         with self._lock:  # the next block may be made meanwhile
             frames, digest, changes = len(self), self._digest.hexdigest(), list(self.changes)
             keyboard, mouse = np.stack(self.keyboard), np.stack(self.mouse_deg)
-        facts = {"seed": self.seed, "denoising": changes, "frames_sha256": digest}
+        facts = {"seed": self.seed, "precision": self.precision, "denoising": changes, "frames_sha256": digest}
         about = describe_episode(self.game, frames) | facts
         with storage.writing_folder(folder, last=ABOUT, new=True) as part:
             write_video(part / VIDEO, self._read(frames), self.game.fps, CRF)

@@ -113,7 +113,7 @@ class Session:
         live, recording, denoising = self._live, self.recording, self.denoising
         if live is None or recording is None or asked is not self._begun:
             live = LiveWorld(self.world, *asked, denoising)
-            recording = Recording(self.world.game, *asked)
+            recording = Recording(self.world.game, *asked, self.world.precision)
             recording.note(describe_denoising(denoising))
             self._live, self.recording, self._begun = live, recording, asked
             self.block, self.frame, self._mouse_deg = 0, 0, self.controls.mouse_deg
