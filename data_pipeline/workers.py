@@ -88,7 +88,7 @@ def _watch() -> None:
     assert program is not None
     alive_s = math.inf  # when the game was last seen; it has not started yet
     while program.is_alive() and time.monotonic() < alive_s + END_S:
-        program.join(1.0)
+        program.join(1.0 if alive_s < math.inf else 0.02)  # a game may be killed soon after its start
         with suppress(psutil.NoSuchProcess):  # it has just ended
             if any(game.status() != psutil.STATUS_ZOMBIE for game in psutil.Process().children()):
                 alive_s = time.monotonic()

@@ -25,6 +25,12 @@ from model.flow import FlowMatchConfig
 BUCKET = "worlds"
 
 
+def pytest_configure() -> None:
+    # A shell lets its background jobs ignore Ctrl-C, and so would the programs that the tests start and interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if s3_server.missing_programs():
         terminalreporter.write_line(f"S3: moto, an emulator; for the tests with a real server: {s3_server.INSTALL}")

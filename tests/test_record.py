@@ -16,11 +16,13 @@ import pytest
 
 from configs import lease, load_config, storage
 from configs.cli import run
+from configs.errors import UserError
 from data_pipeline.__main__ import VERBS
 from data_pipeline.level import COLOURS, PILLAR_RADIUS, ZONES, textures
 from data_pipeline.readers import read_game_frames
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, find_episodes, read_episode
 from data_pipeline.record import Explorer, RecordConfig, play, record_episodes, running_game
+from data_pipeline.workers import spawn_workers
 
 DOOM = "configs/games/doom.yaml"
 FREEDOOM = ["level=deathmatch.wad:map01", "game.action_space.pitch=true"]
@@ -247,3 +249,18 @@ def test_when_a_recorder_a_worker_or_a_game_ends_nothing_goes_on(killed, tmp_pat
         time.sleep(0.1)
         alive = [it for it in alive if it.is_running() and it.status() != psutil.STATUS_ZOMBIE]
     assert not alive
+
+
+def die_soon() -> None:
+    """What a worker does whose game is killed soon after its start, and which then waits for ever, as ViZDoom may."""
+    with subprocess.Popen(["sleep", "600"]) as game:
+        time.sleep(0.2)
+        game.kill()
+    time.sleep(600)
+
+
+def test_a_game_that_is_killed_soon_after_its_start_is_missed():
+    with spawn_workers(die_soon, [()]) as (worker,), pytest.raises(UserError, match="was it killed"):
+        for _ in range(600):
+            assert worker.is_running()
+            time.sleep(0.1)
