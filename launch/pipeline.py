@@ -10,7 +10,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 from configs import build_from, load_config
 from configs.cli import table
@@ -19,7 +18,7 @@ from configs.lease import sole_writer
 from configs.storage import is_s3, write_text
 from configs.untrusted import parse_object
 from launch.local import wait
-from model.limits import faster_precision
+from model.limits import Precision, faster_precision
 
 STAMPS = ".pipeline"  # folder in `out`
 
@@ -41,7 +40,7 @@ class PipelineConfig:
     out: str  # folder of everything the stages write
     stages: tuple[Stage, ...]
     opens: str  # the file to look at in the end
-    precision: Literal["fp32", "bf16", "auto"] = "auto"  # for `${precision}`; auto: the faster one here, measured once
+    precision: Precision = "auto"  # for `${precision}`; auto is measured once
     env: dict[str, str] = field(default_factory=dict)  # of every stage
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from configs.errors import UserError
 WIDE, MANY = 1 << 17, 4096  # features of a layer; layers, heads and other things of which there are few
 BELOW_1 = math.nextafter(1, 0)
 
+Precision = Literal["fp32", "bf16", "auto"]  # auto: the faster one here
 SPEEDUP = 1.15  # bf16 must be faster by this factor to be worth its rounding
 
 
@@ -32,7 +33,7 @@ def require_device(device: str) -> None:
         raise UserError(f"device={device}: this machine has {here[name[1]]} of them; use device=cpu")
 
 
-def faster_precision() -> Literal["fp32", "bf16"]:
+def faster_precision() -> Precision:
     """bf16 on an accelerator; on a CPU the one whose product of the demo's size is faster.
 
     No flag of the processor says: of two that both have AVX-512 bf16, one multiplied it 2.2 times as fast as fp32, the

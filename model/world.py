@@ -23,7 +23,7 @@ from model.codec import CONFIG_FILE, Codec, codec_hash, copy_codec, load_codec
 from model.config import ActionDiTConfig
 from model.flow import FlowMatch, FlowMatchConfig
 from model.layout import CHUNK_LATENTS, Layout
-from model.limits import faster_precision, require_device
+from model.limits import Precision, faster_precision, require_device
 from model.official import WEIGHTS_NAME, read_official
 from model.third_party import PICKLES
 from model.vision import VisionTower, image_tokens, load_vision
@@ -35,7 +35,6 @@ WORLD_FILE = "world.yaml"  # WorldModelConfig: all that sampling needs to know b
 STEP_FOLDERS = "step_" + "[0-9]" * 7  # so names sort like steps, and step_0000500_copy is none of them
 
 Weights = Literal["ema", "model"]
-Precision = Literal["fp32", "bf16", "auto"]  # auto: the faster one here
 
 
 @dataclass(frozen=True)

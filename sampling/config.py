@@ -8,8 +8,8 @@ from configs import storage, within
 from configs.errors import UserError
 from configs.files import require_other_files
 from model.flow import FlowMatch
-from model.limits import require_device
-from model.world import Precision, Weights, WorldModel, WorldModelConfig, checkpoint_files, find_checkpoint, load_world
+from model.limits import Precision, require_device
+from model.world import Weights, WorldModel, WorldModelConfig, checkpoint_files, find_checkpoint, load_world
 from sampling.denoising import Denoising
 
 

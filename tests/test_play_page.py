@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -54,6 +54,12 @@ class Served:
             return urllib.request.urlopen(f"{self.url}readyz").status == 200
         return False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
     def stop(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
         self.process.wait(10)
@@ -70,9 +76,8 @@ def soon(is_so: Callable[[], Any], seconds: float = 15) -> Any:
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    served = Served(tmp_path_factory.mktemp("played"))
-    yield served
-    served.stop()
+    with Served(tmp_path_factory.mktemp("played")) as served:
+        yield served
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +152,7 @@ def soon_moving(page: Page, sideways: Callable[[np.ndarray], Any]) -> None:
 
 
 def test_the_shipped_world_turns_and_steps_the_right_way_within_a_second(browser: Browser, tmp_path: Path) -> None:
-    served = Served(tmp_path, "-m", "sampling", "play", str(HALL))
-    with opened(browser, served.url) as page:
+    with Served(tmp_path, "-m", "sampling", "play", str(HALL)) as served, opened(browser, served.url) as page:
         for key, sign in (("ArrowRight", -1), ("ArrowLeft", 1), ("KeyD", -1), ("KeyA", 1)):
             took_s: list[float] = []
             while not took_s or (min(took_s) >= 1 and len(took_s) < 8):  # others may need the machine just then
@@ -160,7 +164,6 @@ def test_the_shipped_world_turns_and_steps_the_right_way_within_a_second(browser
                 took_s.append(time.monotonic() - started)
                 page.keyboard.up(key)
             assert min(took_s) < 1, key
-    served.stop()
 
 
 def test_a_tap_between_two_blocks_is_not_lost(page: Page) -> None:
@@ -220,15 +223,11 @@ def test_an_episode_lands_in_the_folder(page: Page, served: Served) -> None:
 
 
 def test_a_server_that_is_killed_is_shown_and_found_again(browser: Browser, tmp_path: Path) -> None:
-    served = Served(tmp_path / "played")
-    try:
-        with opened(browser, served.url) as page:
-            served.stop(signal.SIGKILL)
-            soon(lambda: page.inner_text("#veil strong") == "The server is gone")
-            served.start()
-            soon(lambda: "fps" in page.inner_text("#state"))
-    finally:
-        served.stop()
+    with Served(tmp_path / "played") as served, opened(browser, served.url) as page:
+        served.stop(signal.SIGKILL)
+        soon(lambda: page.inner_text("#veil strong") == "The server is gone")
+        served.start()
+        soon(lambda: "fps" in page.inner_text("#state"))
 
 
 def test_fingers_hold_keys_and_drag_the_view(browser: Browser, served: Served) -> None:

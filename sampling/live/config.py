@@ -15,7 +15,8 @@ from data_pipeline.pictures import decode_picture, read_picture
 from data_pipeline.readers.keys import MOST_DEG
 from data_pipeline.shards import load_manifest, read_entries, shard_url
 from data_pipeline.video import fit_frame
-from model.world import Precision, WorldModelConfig
+from model.limits import Precision
+from model.world import WorldModelConfig
 from sampling.config import SamplingConfig
 from sampling.denoising import Denoising
 from sampling.generate import read_prompt

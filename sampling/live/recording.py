@@ -18,7 +18,7 @@ from configs import storage
 from configs.game import GameConfig
 from data_pipeline.readers.worldloom import ABOUT, ACTIONS, VIDEO, describe_episode, write_actions
 from data_pipeline.video import write_video
-from model.world import Precision
+from model.limits import Precision
 
 PROMPT = "prompt.png"  # the start picture, which the video does not keep exactly
 MOST_FRAMES = 20_000  # 19 minutes at 17.5 frames/s; what comes after is not recorded

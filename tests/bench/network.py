@@ -31,7 +31,6 @@ from model.limits import MANY, WIDE, require_device
 from model.patch_codec import SPATIAL, TEMPORAL, PatchCodec, PatchCodecConfig
 from model.tiny_decoder import TinyDecoder
 from model.wan_codec import WanCodec, WanCodecConfig, make_vae
-from model.world import Precision
 
 RESET_PEAK = Path("/proc/self/clear_refs")  # Linux: writing 5 starts a new peak of resident memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -47,7 +46,7 @@ class BenchConfig:
     codec: str | None = None  # to be measured too: a path, or patch, wan or wan-tiny for one with random weights
     codec_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     device: str = "cpu"
-    dtype: Precision = "fp32"  # of weights and arithmetic
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of weights and arithmetic
     compile: CompileMode = "no"
     batch: int = within(1, MANY, 1)
     blocks: int = within(1, MANY, 1)  # of `block_latents` latents, in the clip
