@@ -40,7 +40,7 @@ class PipelineConfig:
     out: str  # folder of everything the stages write
     stages: tuple[Stage, ...]
     opens: str  # the file to look at in the end
-    precision: Precision = "auto"  # for `${precision}`; auto is measured once
+    precision: Precision = "auto"  # for `${precision}`; auto is this processor's, measured once
     env: dict[str, str] = field(default_factory=dict)  # of every stage
 
     def __post_init__(self) -> None:
@@ -130,5 +130,5 @@ def set_aside(path: Path) -> Path:
 def stored_precision(path: Path) -> str:
     """The faster one, measured once and kept in `path`: a stage that resumes must not change its precision."""
     if not path.is_file():
-        write_text(path, faster_precision())
+        write_text(path, faster_precision("cpu"))
     return path.read_text().strip()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from configs import storage
+from configs.errors import UserError
 from configs.files import require_other_files
 from configs.game import GameConfig
 from model.codec import codec_hash
@@ -55,6 +56,10 @@ class ExportConfig:
     prefix: Literal["model.", "none"] | None = None  # of official names; not given: as the imported file had it
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
+
+    def __post_init__(self) -> None:
+        if self.format == "worldloom" and self.prefix:
+            raise UserError(f"prefix={self.prefix} is of official names; format=worldloom has its own, so leave it out")
 
 
 def import_official(config: ImportConfig) -> None:

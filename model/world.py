@@ -274,7 +274,7 @@ def make_world(
     with torch.device("meta"):
         dit = ActionDiT(config.model)
     load_into(dit, weights)
-    chosen = faster_precision() if precision == "auto" else precision
+    chosen = faster_precision(device) if precision == "auto" else precision
     return WorldModel(
         dit.eval().requires_grad_(False).to(device, torch.bfloat16 if chosen == "bf16" else torch.float32),
         FlowMatch(config.flow),

@@ -312,11 +312,14 @@ def test_an_export_refuses_by_name_what_no_other_program_has(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_world_to_hand_on_has_one_set_of_weights_and_its_codec(tmp_path: Path, import_args: list[str]) -> None:
+def test_a_world_to_hand_on_has_one_set_of_weights_and_its_codec(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], import_args: list[str]
+) -> None:
     part = "model.action.place_path=true"
     save_file(weights := random_state(model_of("universal", *SMALL, part)), tmp_path / "ours.safetensors")
     assert model_command("import", str(tmp_path / "ours.safetensors"), *import_args, part) == 0
     args = ["format=worldloom", "dtype=bf16", f"out={tmp_path / 'world'}"]
+    assert "prefix=none" in refusal(capsys, "export", str(tmp_path / "checkpoint"), *args, "prefix=none")
     assert model_command("export", str(tmp_path / "checkpoint"), *args) == 0
     assert {path.name for path in (tmp_path / "world").iterdir()} == {COMPLETE, WORLD_FILE, CODEC, "ema.safetensors"}
     given = {name: tensor.bfloat16() for name, tensor in weights.items()}

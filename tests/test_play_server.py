@@ -1,11 +1,13 @@
 """The play server to a plain client: what it sends, how it shares, what it refuses, whom it lets in."""
 
+import asyncio
 import io
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from websockets.client import ClientProtocol
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.uri import parse_uri
 
+from sampling.live.players import Players
 from sampling.live.protocol import CONTROLS_LAYOUT
 
 CONFIG = ExactConfig(checkpoint="exact", steps=1, sessions=3)
@@ -163,6 +166,26 @@ def test_garbage_ends_the_session_that_sent_it_alone(server: Server, client: Cli
         assert closed.value.rcvd and "/" not in closed.value.rcvd.reason.replace("/etc", "")
     server.until(lambda players: key not in players.sessions)
     assert len(client.play(1)) == 4
+
+
+def test_garbage_close_behind_a_message_ends_its_session() -> None:
+    """Both are taken in one turn of the loop, so the player who waits is woken and cancelled at once."""
+
+    async def main() -> None:
+        heard: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        page = AsyncMock(receive=heard.get, query_params={})
+        players = Players(CONFIG, TRAINED, STARTS)
+        await players.load("exact")
+        serving = asyncio.create_task(players.serve(page))
+        while not page.send_bytes.await_count or page.send_json.await_count < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # it waits now
+        heard.put_nowait({"type": "websocket.receive", "text": '{"do": "settings", "steps": 1}'})
+        heard.put_nowait({"type": "websocket.receive", "text": "{"})
+        await asyncio.wait({serving}, timeout=10)
+        assert serving.done() and not players.sessions
+
+    asyncio.run(main())
 
 
 def test_a_huge_message_ends_its_session(server: Server, client: Client) -> None:

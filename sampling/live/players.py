@@ -38,10 +38,12 @@ class Connection:
         self.woken = asyncio.Event()  # something was said or has changed
 
     async def say(self, kind: str, **facts: Any) -> None:
-        await asyncio.wait_for(self.socket.send_json({"kind": kind, **facts}), SEND_S)
+        async with asyncio.timeout(SEND_S):
+            await self.socket.send_json({"kind": kind, **facts})
 
     async def send(self, data: bytes) -> None:
-        await asyncio.wait_for(self.socket.send_bytes(data), SEND_S)
+        async with asyncio.timeout(SEND_S):
+            await self.socket.send_bytes(data)
 
 
 class Players:
@@ -143,7 +145,8 @@ class Players:
                 if left_s <= 0:
                     raise EndedError(IDLE, "nothing was touched for a while")
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(connection.woken.wait(), left_s)
+                    async with asyncio.timeout(left_s):  # wait_for of Python 3.11 can lose that the page is gone
+                        await connection.woken.wait()
         raise EndedError(MOVED, "this world is played on another page")
 
     async def _admit(self, connection: Connection) -> Session:
