@@ -57,10 +57,6 @@ class ExportConfig:
     codec: str | None = None  # the one that it was trained with, where it does not lie beside the checkpoint
     dtype: Literal["keep", "bf16", "fp32"] = "keep"  # released: the foundation in bf16, the students in fp32
 
-    def __post_init__(self) -> None:
-        if self.format == "worldloom" and self.prefix:
-            raise UserError(f"prefix={self.prefix} is of official names; format=worldloom has its own, so leave it out")
-
 
 def import_official(config: ImportConfig) -> None:
     """Make a checkpoint of official weights: FILE_OR_FOLDER model.yaml game.yaml codec=... out=..."""
@@ -81,6 +77,8 @@ def export(config: ExportConfig) -> None:
     checkpoint = find_checkpoint(config.checkpoint)
     world, file = read_world_config(checkpoint), storage.join(checkpoint, f"{config.weights}.safetensors")
     if config.format == "worldloom":
+        if config.prefix:
+            raise UserError(f"prefix={config.prefix} is of official names, not of format=worldloom: leave it out")
         with writing_world(config.out, world, find_codec(checkpoint, world, config.codec)) as folder:
             save_weights(_cast(open_weights(file), config), folder / "ema.safetensors")
         print(f"{config.out}: play it with python -m sampling play {config.out}")

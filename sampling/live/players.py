@@ -71,8 +71,7 @@ class Players:
 
     async def serve(self, socket: WebSocket) -> None:
         """One page, from its connection to its end."""
-        connection, keep = Connection(socket), False
-        code, why = 1000, ""
+        connection, keep, code, why = Connection(socket), False, 1000, ""
         await socket.accept()
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -91,7 +90,6 @@ class Players:
 
     async def _listen(self, connection: Connection) -> None:
         """Takes what the page says. UserError for what cannot be parsed: it ends this session alone."""
-        keys = len(self.game.action_space.keys)
         while True:
             message = await connection.socket.receive()
             if message["type"] == "websocket.disconnect":
@@ -100,7 +98,7 @@ class Players:
                 raise WebSocketDisconnect
             connection.heard, session = time.monotonic(), connection.session
             if (data := message.get("bytes")) is not None:
-                controls = parse_controls(data, keys)
+                controls = parse_controls(data, len(self.game.action_space.keys))
                 self.metrics.note_latency(controls.latency_ms / 1000)
                 if session:
                     session.hear(controls)
@@ -141,12 +139,11 @@ class Players:
                 self.metrics.count(len(block.messages), block.seconds + await settling)
             else:
                 connection.woken.clear()
-                left_s = session.touched + self.config.idle_s - time.monotonic()
-                if left_s <= 0:
-                    raise EndedError(IDLE, "nothing was touched for a while")
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(left_s):  # wait_for of Python 3.11 can lose that the page is gone
+                try:  # not with wait_for: that of Python 3.11 can lose that the page is gone
+                    async with asyncio.timeout(session.touched + self.config.idle_s - time.monotonic()):
                         await connection.woken.wait()
+                except TimeoutError:
+                    raise EndedError(IDLE, "nothing was touched for a while") from None
         raise EndedError(MOVED, "this world is played on another page")
 
     async def _admit(self, connection: Connection) -> Session:
