@@ -44,14 +44,16 @@ def test_a_stream_with_caches_gives_what_the_mask_gives(
 def test_a_window_as_long_as_the_clip_is_no_window() -> None:
     given = inputs(CAUSAL, f=9)
     endless = awake(replace(CAUSAL, causal=CausalConfig(3, None)))
-    assert torch.allclose(stream(awake(replace(CAUSAL, causal=CausalConfig(3, 9))), given), endless(**given), atol=1e-5)
+    assert torch.allclose(
+        stream(awake(replace(CAUSAL, causal=CausalConfig(3, 9))), given), endless(**given), rtol=1e-4, atol=1e-4
+    )
 
 
 @torch.no_grad()
 def test_streams_of_a_batch_of_another_size_with_image_tokens_agree_with_the_mask() -> None:
     dit = awake(replace(CAUSAL, vision="tokens", img_dim=24))
     given = inputs(dit.config, b=3, f=12, h=6, w=2)
-    assert torch.allclose(stream(dit, given), dit(**given), atol=1e-5)
+    assert torch.allclose(stream(dit, given), dit(**given), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "dense"])
@@ -124,4 +126,4 @@ def test_compiled_blocks_stream_the_same_numbers_under_the_same_names() -> None:
     names, eager = list(dit.state_dict()), stream(dit, given)
     dit.compile_blocks("default")
     assert list(dit.state_dict()) == names
-    assert torch.allclose(stream(dit, given), eager, atol=1e-5)
+    assert torch.allclose(stream(dit, given), eager, rtol=1e-4, atol=1e-4)

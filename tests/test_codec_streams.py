@@ -41,7 +41,7 @@ def test_encoding_block_by_block_equals_the_whole(codec: Codec, cuts: tuple[int,
     for block in video.split(cuts, dim=2):
         latents, state = codec.encode_stream(block, state)
         parts.append(latents)
-    torch.testing.assert_close(torch.cat(parts, dim=2), codec.encode(video), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=2), codec.encode(video), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cuts", [(1, 2, 3), (3, 3), (1, 1, 1, 1, 1, 1), (6,)])
@@ -50,7 +50,7 @@ def test_decoding_block_by_block_equals_the_whole(codec: Codec, cuts: tuple[int,
     for block in latents.split(cuts, dim=2):
         video, state = codec.decode_stream(block, state)
         parts.append(video.clamp(-1, 1))
-    torch.testing.assert_close(torch.cat(parts, dim=2), codec.decode(latents), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(parts, dim=2), codec.decode(latents), rtol=1e-4, atol=1e-4)
 
 
 def test_a_decoded_frame_never_sees_a_later_latent(codec: Codec) -> None:
@@ -64,14 +64,14 @@ def test_a_decoded_frame_never_sees_a_later_latent(codec: Codec) -> None:
 
 def test_an_encoded_latent_never_sees_a_later_frame(codec: Codec) -> None:
     video = noise(1, 3, 9, 16, 24)
-    torch.testing.assert_close(codec.encode(video)[:, :, :2], codec.encode(video[:, :, :5]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(codec.encode(video)[:, :, :2], codec.encode(video[:, :, :5]), rtol=1e-4, atol=1e-4)
 
 
 def test_a_sample_is_the_same_alone_and_in_a_batch(codec: Codec) -> None:
     video, latents = noise(3, 3, 9, 16, 24), noise(3, 16, 3, 2, 3)
     for run, batch in ((codec.encode, video), (codec.decode, latents)):
         alone = torch.cat([run(sample) for sample in batch.split(1)])
-        torch.testing.assert_close(run(batch), alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(batch), alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_state_can_be_continued_twice(codec: Codec) -> None:

@@ -59,7 +59,7 @@ def test_a_batch_gives_what_its_samples_give_alone() -> None:
 def test_one_timestep_per_frame_that_is_the_same_everywhere_is_one_timestep_per_sample() -> None:
     dit, given = awake(TINY), inputs(TINY, b=2)
     per_frame = dit(**given | {"timestep": given["timestep"][:, None].expand(2, F)})
-    assert torch.allclose(per_frame, dit(**given), atol=1e-5)
+    assert torch.allclose(per_frame, dit(**given), rtol=1e-4, atol=1e-4)
     other = given["timestep"][:, None] * torch.tensor([1.0, 0.5, 0.1])
     assert not torch.allclose(dit(**given | {"timestep": other}), per_frame, atol=1e-2)
 

@@ -53,12 +53,12 @@ def test_a_block_from_the_clean_half_is_what_a_stream_makes_from_its_caches(caus
     past, noisy = inputs(dit.config, f=f), inputs(dit.config, f=f)
     noisy |= {"x": noisy["x"] + 1, "timestep": noisy["timestep"].flip(1) + 7}
     both = dit(**doubled(past, noisy), doubled=True)
-    assert torch.allclose(both[:, :, :f], dit(**past), atol=1e-5)
+    assert torch.allclose(both[:, :, :f], dit(**past), rtol=1e-4, atol=1e-4)
     cache = dit.make_cache(1, past["x"].shape[3], past["x"].shape[4])
     for start in range(0, f, causal.block):
         block = slice(start, start + causal.block)
         made = dit(**frames(noisy, block), cache=cache)
-        assert torch.allclose(both[:, :, f:][:, :, block], made, atol=1e-5)  # float32 sums in another order
+        assert torch.allclose(both[:, :, f:][:, :, block], made, rtol=1e-4, atol=1e-4)  # float32 sums in another order
         dit(**frames(past, block), cache=cache, update_cache=True)
 
 
@@ -98,7 +98,7 @@ def test_a_clean_past_of_its_own_gives_the_loss_of_the_last_block_after_a_clean_
     last[:, :4] = 0
     forced = velocity_error(dit, FLOW, batch, 1, noise, "continuous")
     plain = velocity_error(dit, FLOW, batch, 1, NoiseSample(last, noise.noise), "continuous")
-    assert torch.allclose(forced[:, 4:], plain[:, 4:], atol=1e-5)
+    assert torch.allclose(forced[:, 4:], plain[:, 4:], rtol=1e-4, atol=1e-4)
 
 
 def test_the_past_is_told_one_small_level_per_clip_and_blocks_have_levels_of_their_own() -> None:

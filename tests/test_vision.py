@@ -70,7 +70,7 @@ def test_the_tower_in_a_library_model_gives_the_same_tokens(tower) -> None:
     loaded = load_tower(whole.state_dict(), TOWER, "a model")
     hidden = whole(pixel_values=clip_pixels(IMAGES, 28), output_hidden_states=True).hidden_states
     assert hidden is not None
-    torch.testing.assert_close(loaded(IMAGES), hidden[-2], atol=1e-5, rtol=0)
+    torch.testing.assert_close(loaded(IMAGES), hidden[-2], rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_is_told_what_its_kind_of_vision_takes(tower) -> None:
@@ -84,7 +84,7 @@ def test_a_model_is_told_what_its_kind_of_vision_takes(tower) -> None:
 
 
 def test_a_picture_has_the_same_tokens_alone_and_in_a_batch(tower) -> None:
-    torch.testing.assert_close(tower(IMAGES)[1:], tower(IMAGES[1:]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(tower(IMAGES)[1:], tower(IMAGES[1:]), rtol=1e-4, atol=1e-4)
 
 
 def test_names_and_shapes_that_do_not_fit_are_said(tower) -> None:
@@ -106,5 +106,5 @@ def test_conditions_come_block_by_block_without_an_end() -> None:
     whole = next(image_conditions(codec, image, 7))
     assert whole.shape == (2, 20, 7, 2, 3)
     blocks = list(islice(image_conditions(codec, image, 1), 7))
-    torch.testing.assert_close(torch.cat(blocks, dim=2), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(blocks, dim=2), whole, rtol=1e-4, atol=1e-4)
     assert whole[:, :4, 0].eq(1).all() and whole[:, :4, 1:].eq(0).all()

@@ -69,8 +69,8 @@ def test_the_official_and_the_diffusers_layout_give_the_same_codec(codec, offici
 def test_more_latents_at_once_change_nothing_but_memory(codec, folder) -> None:
     video, latents = noise(1, 3, 17, 16, 24), noise(1, 16, 5, 2, 3)
     one_by_one = load_codec(folder, "piece_latents=1")
-    torch.testing.assert_close(one_by_one.encode(video), codec.encode(video), atol=1e-5, rtol=0)
-    torch.testing.assert_close(one_by_one.decode(latents), codec.decode(latents), atol=1e-5, rtol=0)
+    torch.testing.assert_close(one_by_one.encode(video), codec.encode(video), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(one_by_one.decode(latents), codec.decode(latents), rtol=1e-4, atol=1e-4)
 
 
 def test_bf16_decodes_about_the_same(codec) -> None:
